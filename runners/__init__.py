@@ -1,0 +1,1 @@
+"""Order, storage, launching and tracking of experiments: no mathematics."""

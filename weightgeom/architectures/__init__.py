@@ -1,0 +1,1 @@
+"""Residual maps, one file per transformers ."""
