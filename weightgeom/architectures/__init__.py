@@ -1,1 +1,1 @@
-"""Residual maps, one file per transformers ."""
+"""Residual maps, one file per `model_type` of the transformers library."""

@@ -1,1 +1,1 @@
-"""Data, one file per choice of ."""
+"""Data sets, one file per choice of `data=`."""

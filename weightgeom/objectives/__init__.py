@@ -1,1 +1,1 @@
-"""Objectives, one file per choice of ."""
+"""Objectives, one file per choice of `objective=`."""
