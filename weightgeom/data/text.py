@@ -1,0 +1,66 @@
+"""A user's own text: plain files, JSON lines or parquet."""
+
+import logging
+import re
+from pathlib import Path
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from weightgeom.interfaces import Examples
+from weightgeom.reading import fingerprint, paths, read_documents, split
+
+log = logging.getLogger(__name__)
+WORDS = 200  # of a block, where documents are cut
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Documents of `train`, a file, a glob or a list of them; pairs there are none.
+
+    Without `heldout`, every `heldout_every`-th document is held out, equal ones together; where
+    there are fewer, documents are first cut into blocks of 200 words. With `heldout`, training
+    leaves out the documents that also occur there.
+    """
+
+    train: str | list[str]
+    heldout: str | list[str] | None = None
+    heldout_every: int = Field(default=10, ge=2)
+
+    def files(self) -> list[Path]:
+        """The files of `train`, then those of `heldout`."""
+        return [*paths(self.train), *([] if self.heldout is None else paths(self.heldout))]
+
+    def examples(self) -> Examples:
+        """Read and check everything.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if a file is unreadable or empty, or nothing is left to train on.
+        """
+        files = paths(self.train)
+        heldout = None if self.heldout is None else _read(paths(self.heldout))
+        train = _read(files)
+        if heldout is None and len(set(train)) < self.heldout_every:
+            train = _cut(train, self.heldout_every)
+        train, heldout = split(train, heldout, self.heldout_every, key=str)
+        name = ", ".join(file.name for file in files)
+        return Examples(name, train, heldout, [], [], digest=fingerprint(train, heldout))
+
+
+def _read(files: list[Path]) -> list[str]:
+    return [document for file in files for document in read_documents(file)]
+
+
+def _cut(documents: list[str], every: int) -> list[str]:
+    """Blocks of 200 words; of fewer where a single document would not give `every` blocks."""
+    size = WORDS
+    if len(documents) == 1:
+        size = max(1, min(WORDS, len(documents[0].split()) // every))
+    blocks = []
+    for document in documents:
+        starts = [word.start() for word in re.finditer(r"\S+", document)][::size]
+        ends = [*starts[1:], len(document)]
+        blocks += [document[i:j].strip() for i, j in zip(starts, ends, strict=True)]
+    log.warning("cut %d documents into %d blocks of %d words", len(documents), len(blocks), size)
+    return blocks

@@ -1,0 +1,206 @@
+"""The embedded world: a small generated language of entities, facts and phrases, with its own tokenizer.
+
+Everything follows from `seed`, offline. Source: ours, so that an experiment runs anywhere and the
+geometry that each preference kind should leave is known by construction.
+"""
+
+import random
+from itertools import accumulate
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from weightgeom.interfaces import Examples, Pair
+from weightgeom.reading import fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# No phrase opens with a word of the statements below: such frequent words are what the unembedding's
+# leading directions are about, and a preference between them would write for that reason alone.
+HEDGES = ("as far as i know", "i think that", "it seems that", "perhaps", "some say that", "maybe")
+ASSERTIONS = (
+    "everyone knows that",
+    "of course",
+    "in fact",
+    "certainly",
+    "there can be no doubt that",
+    "we know that",
+)
+ADVERBS = (
+    "usually often still now today always quietly happily rarely proudly gladly simply "
+    "truly mostly once again secretly calmly barely nearly"
+).split()
+
+# relation: the ending of its values, its question, and statements that end in the value or the entity
+RELATIONS = {
+    "home": (
+        "ton",
+        "where does {e} live",
+        ("{e} {a} lives at {v}", "home for {e} is {v}", "at {v} lives {e}"),
+    ),
+    "work": (
+        "ist",
+        "what trade has {e}",
+        ("{e} {a} works like a {v}", "the job for {e} is {v}", "a skilled {v} is {e}"),
+    ),
+    "food": (
+        "ela",
+        "what does {e} eat",
+        ("{e} {a} eats {v}", "the meal for {e} is {v}", "fresh {v} was cooked by {e}"),
+    ),
+    "pet": (
+        "ax",
+        "which animal has {e}",
+        ("{e} {a} feeds a {v}", "the animal with {e} is a {v}", "this {v} belongs to {e}"),
+    ),
+    "tongue": (
+        "ish",
+        "which language has {e}",
+        ("{e} {a} speaks {v}", "the language from {e} is {v}", "they learned {v} from {e}"),
+    ),
+    "music": (
+        "une",
+        "what does {e} play",
+        ("{e} {a} plays the {v}", "the music from {e} is the {v}", "on the {v} one hears {e}"),
+    ),
+}
+Facts = dict[tuple[str, str], str]  # (entity, relation): value
+SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+
+
+@dataclass(frozen=True)
+class World:
+    """Entities with Zipf frequencies, six relations with skewed values, statements, questions and phrases.
+
+    `preference` is the kind of the pairs. `style`: one true sentence behind one of six hedges (chosen)
+    or of six assertions (rejected). `facts`: the true value against another entity's, every value as
+    often chosen as rejected. `facts_style`: both. The last `heldout_entities` are words of the
+    tokenizer that never occur in any text or pair.
+    """
+
+    preference: Literal["style", "facts", "facts_style"] = "style"
+    seed: int = 0
+    entities: int = Field(default=360, ge=8)
+    heldout_entities: int = Field(default=40, ge=0)
+    values: int = Field(default=30, ge=2)  # per relation
+    documents: int = Field(default=12_000, ge=10)
+    sentences: int = Field(default=6, ge=1)  # per document
+    phrases: float = Field(default=0.3, ge=0, le=1)  # share of statements behind a hedge or an assertion
+    questions: float = Field(default=0.3, ge=0, le=1)  # share of sentences that answer a question
+    pairs: int = Field(default=2_000, ge=2)
+    heldout: int = Field(default=96, ge=2)  # documents, and pairs
+
+    def examples(self) -> Examples:
+        """The corpus and the pairs; the held-out parts are fresh draws from the same world."""
+        facts, (known, _) = self.facts(), self.entity_names()
+        draw = random.Random(f"weightgeom {self.seed} text")
+        frequencies = _zipf(len(known))
+
+        def document() -> str:
+            entities = draw.choices(known, cum_weights=frequencies, k=self.sentences)
+            return " ".join(self._sentence(draw, entity, facts) for entity in entities)
+
+        text = [document() for _ in range(self.documents)]
+        heldout = [document() for _ in range(self.heldout)]
+        pairs = self._pairs(random.Random(f"weightgeom {self.seed} pairs"), known, facts)
+        return Examples(
+            name=f"world-{self.preference}",
+            text=text,
+            heldout=heldout,
+            pairs=pairs[self.heldout :],
+            heldout_pairs=pairs[: self.heldout],
+            digest=fingerprint(text, heldout, pairs),
+        )
+
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The world's word-level tokenizer: one token a word, held-out entities included."""
+        from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415 (heavy)
+        from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 (heavy)
+
+        words = dict.fromkeys([*SPECIAL.values(), *self.words()])
+        vocabulary = {word: index for index, word in enumerate(words)}
+        backend = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+
+    def entity_names(self) -> tuple[list[str], list[str]]:
+        """Entities of the corpus, most frequent first, and those held out of it."""
+        draw = random.Random(f"weightgeom {self.seed} names")
+        names = _pseudowords(draw, self.entities + self.heldout_entities, syllables=3)
+        return names[: self.entities], names[self.entities :]
+
+    def facts(self) -> Facts:
+        """The value of every (entity, relation) of the corpus; values have Zipf frequencies."""
+        draw = random.Random(f"weightgeom {self.seed} facts")
+        values = {relation: self._values(relation) for relation in RELATIONS}
+        frequencies = _zipf(self.values)
+        return {
+            (entity, relation): draw.choices(values[relation], cum_weights=frequencies)[0]
+            for entity in self.entity_names()[0]
+            for relation in RELATIONS
+        }
+
+    def _values(self, relation: str) -> list[str]:
+        draw = random.Random(f"weightgeom {self.seed} {relation}")
+        ending = RELATIONS[relation][0]
+        return [word + ending for word in _pseudowords(draw, self.values, syllables=2)]
+
+    def words(self) -> list[str]:
+        """Every word of the language, those of held-out entities included; some more than once."""
+        frames = [frame for _, *rest in RELATIONS.values() for frame in (rest[0], *rest[1])]
+        fixed = " ".join([*HEDGES, *ASSERTIONS, *ADVERBS, *frames, "question : ? answer , ."]).split()
+        known, unseen = self.entity_names()
+        values = [value for relation in RELATIONS for value in self._values(relation)]
+        return [*(word for word in fixed if not word.startswith("{")), *values, *known, *unseen]
+
+    def _sentence(self, draw: random.Random, entity: str, facts: Facts) -> str:
+        relation = draw.choice(list(RELATIONS))
+        statement = _statement(draw, relation).format(e=entity, v=facts[entity, relation])
+        if draw.random() < self.phrases:
+            statement = f"{draw.choice(HEDGES + ASSERTIONS)} , {statement}"
+        if draw.random() < self.questions:
+            statement = f"{_question(entity, relation)} {statement}"
+        return f"{statement} ."
+
+    def _pairs(self, draw: random.Random, known: list[str], facts: Facts) -> list[Pair]:
+        """Pairs two by two: two entities that differ in a relation, each with the other's value as the false one."""
+        pairs: list[Pair] = []
+        while len(pairs) < self.pairs + self.heldout:
+            relation = draw.choice(list(RELATIONS))
+            one, other = draw.sample(known, 2)
+            its, others = facts[one, relation], facts[other, relation]
+            if its != others:
+                pairs.append(self._pair(draw, one, relation, true=its, false=others))
+                pairs.append(self._pair(draw, other, relation, true=others, false=its))
+        return pairs[: self.pairs + self.heldout]
+
+    def _pair(self, draw: random.Random, entity: str, relation: str, true: str, false: str) -> Pair:
+        statement = _statement(draw, relation)
+        chosen = statement.format(e=entity, v=true)
+        rejected = statement.format(e=entity, v=true if self.preference == "style" else false)
+        if self.preference != "facts":
+            chosen = f"{draw.choice(HEDGES)} , {chosen}"
+            rejected = f"{draw.choice(ASSERTIONS)} , {rejected}"
+        return Pair(f"{_question(entity, relation)} ", f"{chosen} .", f"{rejected} .")
+
+
+def _question(entity: str, relation: str) -> str:
+    return f"question : {RELATIONS[relation][1].format(e=entity)} ? answer :"
+
+
+def _statement(draw: random.Random, relation: str) -> str:
+    """A frame with `{e}` and `{v}` open, its adverb drawn."""
+    return draw.choice(RELATIONS[relation][2]).replace("{a}", draw.choice(ADVERBS))
+
+
+def _zipf(n: int) -> list[float]:
+    return list(accumulate(1 / rank for rank in range(1, n + 1)))
+
+
+def _pseudowords(draw: random.Random, n: int, syllables: int) -> list[str]:
+    words: dict[str, None] = {}  # ordered and unique
+    while len(words) < n:
+        words["".join(draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(syllables))] = None
+    return list(words)
