@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
     from weightgeom.model import LanguageModel
+    from weightgeom.residual import Architecture
 
 Params = Mapping[str, Tensor]
 """Weights, updates, gradients or moments by parameter name, in memory or read lazily from disk."""
@@ -43,10 +47,116 @@ class Examples:
     digest: str
 
 
+@dataclass(frozen=True)
+class Trajectory:
+    """Checkpoints of one training by optimizer step; 0 is before training, the highest the end.
+
+    `from_random` says that step 0 is a random initialisation, whose subspaces mean nothing.
+    """
+
+    name: str
+    steps: Mapping[int, Path]
+    from_random: bool = False
+
+    @property
+    def last(self) -> int:
+        """The step of the end."""
+        return max(self.steps)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a model choice provides: the checkpoint to start from, and its past where that is known."""
+
+    directory: Path
+    identity: str  # equal for equal weights: part of the signature of all that is made from them
+    trajectory: Trajectory | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a probe is given once per trajectory: where it starts and ends, and held-out examples."""
+
+    model: "LanguageModel"
+    start: Params
+    end: Params
+    from_random: bool
+    examples: Examples
+    seed: int
+
+
+Log = Callable[[Mapping[str, float], int], None]
+"""Receives metrics by name and the optimizer step that they belong to."""
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """Makes a directory by `work(directory, log)`, unless an equal specification was made before."""
+
+    def __call__(
+        self, name: str, specification: Mapping[str, object], work: Callable[[Path, Log], None], steps: int
+    ) -> Path:
+        """The finished directory; `work` takes `steps` steps."""
+        ...
+
+
 @runtime_checkable
 class Data(Protocol):
     """A data set that can be read."""
 
     def examples(self) -> Examples:
         """Read and check everything, deterministically; raises ValueError on bad input."""
+        ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """Where the weights come from."""
+
+    def check(self, trains: bool) -> "Architecture":
+        """Refuse what cannot work before anything expensive starts; `trains` if an objective follows."""
+        ...
+
+    def prepare(self, stage: Stage, examples: Examples, data: Data, device: str) -> Base:
+        """Fetch or make the base; what is made is made inside a stage, so that it is made once."""
+        ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A loss to train on, by a trainer of TRL."""
+
+    def check(self, examples: Examples) -> None:
+        """Raise ValueError if the data lack what the objective needs."""
+        ...
+
+    @property
+    def first_loss(self) -> float | None:
+        """What the loss of the first batch must be, where that is known."""
+        ...
+
+    def trainer(
+        self,
+        network: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        examples: Examples,
+        arguments: Mapping[str, Any],
+    ) -> "Trainer":
+        """A trainer for `network`, which its `train` mutates; `arguments` are those of TrainingArguments."""
+        ...
+
+
+@runtime_checkable
+class Probe(Protocol):
+    """A measurement of one model, made at every checkpoint of a trajectory."""
+
+    headline: ClassVar[str]
+    """The quantity that stands for a matrix in curves and summaries."""
+
+    def check(self, architecture: "Architecture") -> None:
+        """Raise ValueError if the model does not allow what is asked for."""
+        ...
+
+    def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
+        """The measurement, with all that is common to the checkpoints of a trajectory done once."""
         ...

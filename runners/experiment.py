@@ -1,0 +1,290 @@
+"""One run: prepare the base, train, probe every checkpoint, draw, and keep a record of it all."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from time import time_ns
+from typing import TYPE_CHECKING, Any
+
+from runners.fingerprint import code_behind, libraries, package
+from runners.processes import terminations_as_exceptions
+from runners.provenance import environment, provenance, uncommitted_diff
+from runners.record import Record
+from runners.store import full_disk_explained, stage
+from runners.summary import draw, log_table, print_summary, progress_bar
+from runners.tracking import Publisher, check_tracking_uri
+from weightgeom.interfaces import (
+    Base,
+    Data,
+    Examples,
+    Log,
+    Model,
+    Objective,
+    Probe,
+    Row,
+    Setting,
+    Trajectory,
+)
+from weightgeom.training import Training
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from weightgeom.model import LanguageModel
+
+log = logging.getLogger(__name__)
+REPOSITORY = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that one run is made of; `directory` gets its record, `outputs` what others reuse."""
+
+    name: str  # of the MLflow experiment
+    run_name: str
+    seed: int
+    device: str  # cpu or cuda
+    outputs: Path
+    directory: Path
+    tracking_uri: str
+    model: Model
+    data: Data
+    objective: Objective | None
+    training: Training
+    probes: Mapping[str, Probe]
+    params: Mapping[str, object]
+    tags: Mapping[str, object]
+    config: str  # the resolved configuration, in YAML
+    parent: Path | None = None  # the record of the sweep
+
+    def run(self) -> "dict[str, pd.DataFrame]":
+        """Check all of it, do what was not done before, and return the tables by name."""
+        uri = check_tracking_uri(self.tracking_uri)
+        examples = self.check()
+        record = self._record(uri, examples)
+        with terminations_as_exceptions(), Publisher(record.directory, uri), record:
+            tables = self._tables(record, examples)
+            with full_disk_explained(record.directory):
+                for name, table in tables.items():
+                    table.to_parquet(record.artifact(f"tables/{name}.parquet"))
+                    table.to_csv(record.artifact(f"tables/{name}.csv"), index=False)
+                draw(tables, record)
+        print_summary(tables, record.directory, uri)
+        return tables
+
+    def check(self) -> Examples:
+        """Refuse everything that cannot work before anything expensive starts; read the data."""
+        architecture = self.model.check(trains=self.objective is not None)
+        examples = self.data.examples()
+        if self.objective is not None:
+            self.objective.check(examples)
+        if self.probes and not examples.heldout:
+            raise ValueError(f"{examples.name} has no held-out text to probe on: give some with data.heldout")
+        for probe in self.probes.values():
+            probe.check(architecture)
+        return examples
+
+    def _record(self, uri: str, examples: Examples) -> Record:
+        data = {
+            "name": examples.name,
+            "digest": examples.digest[:32],
+            "source": str(self.params["data"]),
+            "context": "all",
+        }
+        record = Record.create(
+            self.directory / "record",
+            experiment=self.name,
+            name=self.run_name,
+            params=self.params,
+            tags={**provenance(REPOSITORY), "code_fingerprint": package(), **self.tags},
+            inputs=[data],  # pyright: ignore[reportArgumentType]
+            tracking_uri=uri,
+            parent=self.parent,
+        )
+        record.artifact("config.yaml").write_text(self.config)
+        record.artifact("environment.txt").write_text(environment())
+        if diff := uncommitted_diff(REPOSITORY):
+            record.artifact("code/uncommitted.diff").write_text(diff)
+        return record
+
+    def _tables(self, record: Record, examples: Examples) -> "dict[str, pd.DataFrame]":
+        make = Stages(self.outputs, record, "pretraining", _module(self.model))
+        base = self.model.prepare(make, examples, self.data, self.device)
+        tables = {}
+        for trajectory, identity in self._trajectories(record, base, examples):
+            measured = Measured(self, record, base, trajectory, identity, examples)
+            suffix = "_pretraining" if self.objective is not None and trajectory is base.trajectory else ""
+            for name, probe in self.probes.items():
+                tables[name + suffix] = measured.table(name, probe)
+                log_table(record, name, suffix, tables[name + suffix], probe.headline)
+        return tables
+
+    def _trajectories(
+        self, record: Record, base: Base, examples: Examples
+    ) -> Iterator[tuple[Trajectory, str]]:
+        if base.trajectory is not None:
+            yield base.trajectory, base.identity
+        if self.objective is not None:
+            yield self._trained(record, base, self.objective, examples)
+
+    def _trained(
+        self, record: Record, base: Base, objective: Objective, examples: Examples
+    ) -> tuple[Trajectory, str]:
+        def work(directory: Path, log_metrics: Log) -> None:
+            from weightgeom.model import load_network, load_tokenizer  # noqa: PLC0415 (heavy)
+            from weightgeom.training import fit  # noqa: PLC0415
+
+            fit(
+                objective,
+                load_network(base.directory).to(self.device),  # pyright: ignore[reportArgumentType]
+                load_tokenizer(base.directory),
+                examples,
+                self.training,
+                directory,
+                name=_module(objective),
+                seed=self.seed,
+                device=self.device,
+                log_metrics=log_metrics,
+                start=base.directory,
+            )
+
+        make = Stages(self.outputs, record, "train", _module(objective))
+        specification = {
+            "base": base.identity,
+            "data": examples.digest,
+            "objective": _plain(objective),
+            "training": _plain(self.training),
+            "seed": self.seed,
+            "device": self.device,
+        }
+        directory = make("training", specification, work, self.training.steps)
+        from weightgeom.training import trajectory  # noqa: PLC0415 (heavy)
+
+        return trajectory(directory, "training", base.directory), f"training/{directory.name}"
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Makes stages whose metrics go into the record, live or, for a stage made before, from its log."""
+
+    outputs: Path
+    record: Record
+    prefix: str  # of the metrics' names
+    module: str  # whose code the result depends on
+
+    def __call__(
+        self, name: str, specification: Mapping[str, object], work: Callable[[Path, Log], None], steps: int
+    ) -> Path:
+        """The finished directory of a stage of `steps` steps."""
+        fresh = False
+
+        def logged(directory: Path) -> None:
+            nonlocal fresh
+            fresh = True
+            with (directory / "metrics.jsonl").open("a") as file, progress_bar(name, steps) as advance:
+
+                def log_metrics(metrics: Mapping[str, float], step: int) -> None:
+                    row = {"metrics": dict(metrics), "step": step, "time": time_ns() // 1_000_000}
+                    file.write(json.dumps(row) + "\n")
+                    file.flush()
+                    self._log(row)
+                    advance(step, metrics)
+
+                work(directory, log_metrics)
+
+        code = {"code": code_behind(self.module), "libraries": libraries()}
+        directory = stage(self.outputs, name, {**specification, **code}, logged)
+        if not fresh:
+            for line in (directory / "metrics.jsonl").read_text().splitlines():
+                self._log(json.loads(line))
+        return directory
+
+    def _log(self, row: dict[str, Any]) -> None:
+        metrics = {f"{self.prefix}/{name}": value for name, value in row["metrics"].items()}
+        self.record.log(metrics, row["step"], row["time"])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The tables of one trajectory; a model is loaded only if one of them is not there yet."""
+
+    experiment: Experiment
+    record: Record
+    base: Base
+    trajectory: Trajectory
+    identity: str
+    examples: Examples
+
+    def table(self, name: str, probe: Probe) -> "pd.DataFrame":
+        """The table of one probe over all checkpoints."""
+        import pandas as pd  # noqa: PLC0415 (heavy)
+
+        def work(directory: Path, log_metrics: Log) -> None:
+            from weightgeom.table import tabulate  # noqa: PLC0415 (heavy)
+
+            measure = probe.measurement(self.setting)
+            rows: list[Row] = []
+            for index, (step, checkpoint) in enumerate(self.trajectory.steps.items()):
+                rows += [{"step": step, **row} for row in measure(self._model.params(checkpoint))]
+                log_metrics({}, index + 1)
+            tabulate(rows).to_parquet(directory / f"{name}.parquet")
+
+        specification = {
+            "trajectory": self.identity,
+            "base": self.base.identity,
+            "probe": _plain(probe),
+            "data": self.examples.digest,
+            "seed": self.experiment.seed,
+            "device": self.experiment.device,
+        }
+        make = Stages(self.experiment.outputs, self.record, name, "weightgeom")
+        directory = make(name, specification, work, len(self.trajectory.steps))
+        return pd.read_parquet(directory / f"{name}.parquet")
+
+    @cached_property
+    def setting(self) -> Setting:
+        """What every probe of this trajectory is given."""
+        steps = self.trajectory.steps
+        start, end = self._model.params(steps[0]), self._model.params(steps[self.trajectory.last])
+        return Setting(
+            self._model, start, end, self.trajectory.from_random, self.examples, self.experiment.seed
+        )
+
+    @cached_property
+    def _model(self) -> "LanguageModel":
+        from weightgeom.model import load  # noqa: PLC0415 (heavy)
+
+        return load(self.base.directory, self.experiment.device)
+
+
+@contextmanager
+def sweep_record(
+    directory: Path, *, name: str, tracking_uri: str, overrides: Sequence[str]
+) -> Iterator[None]:
+    """The parent record of a sweep, open while its jobs run."""
+    uri = check_tracking_uri(tracking_uri)
+    record = Record.create(
+        directory,
+        experiment=name,
+        name=" ".join(["sweep", *overrides]),
+        params={"overrides": " ".join(overrides)},
+        tags=provenance(REPOSITORY),
+        inputs=[],
+        tracking_uri=uri,
+        kind="sweep",
+    )
+    with terminations_as_exceptions(), Publisher(record.directory, uri), record:
+        yield
+
+
+def _plain(thing: object) -> dict[str, Any]:
+    """A configured object as plain data: its class and fields."""
+    return {"class": f"{_module(thing)}.{type(thing).__name__}", **asdict(thing)}  # pyright: ignore[reportArgumentType]
+
+
+def _module(thing: object) -> str:
+    return type(thing).__module__

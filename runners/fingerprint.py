@@ -1,0 +1,68 @@
+"""Fingerprints of the code and the libraries that a stage's result depends on."""
+
+import ast
+import hashlib
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGE = "weightgeom"
+
+
+def libraries() -> dict[str, str]:
+    """Versions of the libraries that decide a trained or measured number."""
+    return {name: metadata.version(name) for name in ("torch", "transformers", "trl")}
+
+
+def code_behind(module: str) -> str:
+    """Fingerprint of a module of ours and of all of ours that it imports, directly or not.
+
+    Comments, docstrings and layout do not count, so that only a change of what the code does makes
+    a stage be done again.
+    """
+    found: dict[str, str] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            tree = _stripped(_source(name))
+            found[name] = ast.dump(tree)
+            waiting += [imported for imported in _imports(tree) if imported.split(".")[0] == PACKAGE]
+    return _hash(found)
+
+
+def package() -> str:
+    """Fingerprint of all code of the package but what only draws."""
+    spec = find_spec(PACKAGE)
+    assert spec is not None and spec.submodule_search_locations
+    root = Path(spec.submodule_search_locations[0])
+    files = {
+        str(path.relative_to(root)): path for path in sorted(root.rglob("*.py")) if path.name != "figures.py"
+    }
+    return _hash({name: ast.dump(_stripped(path)) for name, path in files.items()})
+
+
+def _source(module: str) -> Path:
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None, f"{module} has no source"
+    return Path(spec.origin)
+
+
+def _imports(tree: ast.Module) -> list[str]:
+    imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 0]
+    return [node.module for node in imported if node.module is not None]
+
+
+def _stripped(path: Path) -> ast.Module:
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
+            node.body = node.body[1:]
+    return tree
+
+
+def _hash(parts: dict[str, str]) -> str:
+    return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()[:16]

@@ -1,0 +1,131 @@
+"""What a run shows at its end: curves for MLflow, figures, and a table in the terminal."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from math import sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runners.record import Record
+from runners.store import full_disk_explained
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+PRETRAINING = "_pretraining"  # of the base that is then trained: the suffix of its tables and metrics
+
+
+@contextmanager
+def progress_bar(name: str, steps: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """A progress bar of `steps` steps; what it yields takes the current step and its metrics."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
+    columns = TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, TextColumn("{task.fields[loss]}")) as progress:
+        task = progress.add_task(name, total=steps, loss="")
+
+        def advance(step: int, metrics: Mapping[str, float]) -> None:
+            loss = f"loss {metrics['loss']:.3f}" if "loss" in metrics else ""
+            progress.update(task, completed=step, loss=loss)
+
+        yield advance
+
+
+def log_table(record: Record, probe: str, suffix: str, table: "pd.DataFrame", quantity: str) -> None:
+    """Curves of a table: every matrix's headline `quantity`, the mean over layers at each step, and by
+    layer at the last step; what belongs to no matrix, as it is.
+    """
+    for (step, name), value in (
+        table[table["matrix"] == ""].groupby(["step", "quantity"])["value"].mean().items()
+    ):
+        record.log({f"{probe}{suffix}/{name}": value}, step)
+    rows = own(table, quantity)
+    for (step, matrix), value in rows.groupby(["step", "matrix"])["value"].mean().items():
+        record.log({f"{probe}{suffix}/{matrix}": value}, step)
+    if not suffix:
+        for _, row in rows[rows["step"] == table["step"].max()].iterrows():
+            record.log({f"{probe}_by_layer/{row['matrix']}": row["value"]}, int(row["layer"]))
+
+
+def own(table: "pd.DataFrame", quantity: str) -> "pd.DataFrame":
+    """Rows of one quantity at the matrices' own subspaces, at the smallest k."""
+    rows = table[(table["quantity"] == quantity) & ~table["subspace"].isin(["", "random"])]
+    return rows[rows["k"] == rows["k"].min()]
+
+
+def draw(tables: "Mapping[str, pd.DataFrame]", record: Record) -> None:
+    """The figures of the probe `rsf`, as PNG and PDF, into the record."""
+    from weightgeom import figures  # noqa: PLC0415 (heavy)
+
+    found = {
+        "pretraining" if name.endswith(PRETRAINING) else "training": table
+        for name, table in tables.items()
+        if name.startswith("rsf") and len(own(table, "ratio"))
+    }
+    if not found:
+        return
+
+    def save(name: str, figure: object) -> None:
+        with full_disk_explained(record.directory):
+            paths = [record.artifact(f"figures/{name}.{ending}") for ending in ("png", "pdf")]
+            figures.save(figure, *paths)  # pyright: ignore[reportArgumentType]
+
+    save("ratio_by_step", figures.ratio_by_step(found))
+    for name, table in found.items():
+        suffix = PRETRAINING if name == "pretraining" and len(found) > 1 else ""
+        save(f"ratio_by_layer{suffix}", figures.ratio_by_layer(table, int(table["step"].max())))
+
+
+def print_summary(tables: "Mapping[str, pd.DataFrame]", record: Path, tracking_uri: str) -> None:
+    """The tables in short, and one line each for where the record is and how to open MLflow on it."""
+    from rich import get_console  # noqa: PLC0415 (slow)
+    from rich.table import Table  # noqa: PLC0415
+
+    console = get_console()
+    for name, table in tables.items():
+        if name.startswith("rsf"):
+            console.print(_ratios(name, table, Table))
+    for name, table in tables.items():
+        if name.startswith("behaviour"):
+            console.print(_behaviour(name, table, Table))
+    console.print(f"record: {record}", soft_wrap=True)
+    where = (
+        tracking_uri if tracking_uri.startswith("http") else f"mlflow ui --backend-store-uri {tracking_uri}"
+    )
+    console.print(f"MLflow: {where}", soft_wrap=True)
+
+
+def _ratios(name: str, table: "pd.DataFrame", make: type) -> object:
+    """Matrix by pathway: the ratio, its null and how far it lies from it, over the layers."""
+    last, first = table["step"].max(), own(table, "ratio")["step"].min()
+    shown = make("pathway", "matrix", f"ratio at step {first}", f"at step {last}", "null", "z", title=name)
+    for column in shown.columns[2:]:
+        column.justify = "right"
+    ratios = own(table, "ratio")
+    sds = own(table, "null_ratio_sd")
+    for (role, matrix), part in ratios.groupby(["role", "matrix"], sort=False):
+        end = part[part["step"] == last]
+        if not len(end):
+            continue
+        sd = sds[(sds["matrix"] == matrix) & (sds["step"] == last)]["value"]
+        spread = sqrt((sd**2).sum()) / len(sd)  # of a mean over layers that are independent under the null
+        mean = end["value"].mean()
+        z = f"{(mean - 1) / spread:.1f}" if spread > 0 else "-"
+        start = part[part["step"] == first]["value"].mean()
+        shown.add_row(str(role), str(matrix), f"{start:.2f}", f"{mean:.2f}", f"1 ± {spread:.2f}", z)
+    return shown
+
+
+def _behaviour(name: str, table: "pd.DataFrame", make: type) -> object:
+    first, last = table["step"].min(), table["step"].max()
+    shown = make("quantity", f"step {first}", f"step {last}", "unit", title=name)
+    for quantity, part in table.groupby("quantity", sort=False):
+        values = [
+            " ± ".join(f"{number:.3g}" for number in row[["value", "stderr"]].dropna())
+            for step in (first, last)
+            for _, row in part[part["step"] == step].iterrows()
+        ]
+        shown.add_row(str(quantity), *values, part["unit"].iloc[0])
+    return shown

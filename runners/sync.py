@@ -1,0 +1,89 @@
+"""Publishes what an outage or a kill left unpublished; run as `python -m runners.tracking sync`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from runners.record import Record
+from runners.redaction import MASK
+from runners.store import one_line
+from runners.tracking import Publication, check_tracking_uri
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `sync` did for one record: published, nothing new, deleted in MLflow, or the trouble."""
+
+    directory: Path
+    name: str
+    status: str
+    outcome: str
+    failed: bool = False
+
+
+def sync(outputs: Path, tracking_uri: str | None = None) -> list[Outcome]:
+    """Publish whatever is unpublished under `outputs`, parents first.
+
+    It goes to `tracking_uri`, or where each record says. A record that says RUNNING, but whose
+    process on this host is gone, becomes KILLED; this mutates its status.json.
+
+    Raises:
+        ValueError: if `tracking_uri` is malformed or not supported.
+        FileNotFoundError: if there is no directory `outputs`.
+    """
+    if not outputs.is_dir():
+        raise FileNotFoundError(f"no directory {outputs}")
+    uri = None if tracking_uri is None else check_tracking_uri(tracking_uri)
+    found = (path.parent for path in outputs.rglob("run.json"))
+    records = [Record(path) for path in sorted(found) if (path / "status.json").exists()]
+    return [_sync(record, uri) for record in records]
+
+
+def _sync(record: Record, uri: str | None) -> Outcome:
+    name, status = record.directory.name, "?"
+    try:
+        if record.died():
+            end_time = record.last_sign_of_life()
+            record.end("KILLED", "the process was gone without noting its end", end_time)
+        name, status = record.description()["name"], record.status()["status"]
+        publication = Publication(record, uri or _own_uri(record))
+        news = publication.publish(artifacts=True)
+        outcome = "published" if news else "nothing new"
+        outcome = "deleted in MLflow, left alone" if publication.deleted else outcome
+        return Outcome(record.directory, name, status, outcome)
+    except Exception as error:  # one record's trouble must not keep the others back
+        return Outcome(record.directory, name, status, one_line(error), failed=True)
+
+
+def _own_uri(record: Record) -> str:
+    uri = record.description()["tracking_uri"]
+    if MASK in uri:
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if not uri:
+            raise ValueError(
+                "the tracking URI held a password, which a record does not keep: "
+                "set MLFLOW_TRACKING_URI or --tracking-uri"
+            )
+    return check_tracking_uri(uri)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`sync OUTPUTS [--tracking-uri URI]`: a line per run; 1 if any could not be published."""
+    parser = argparse.ArgumentParser(prog="python -m runners.tracking", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("sync", help="publish what an outage or a kill left unpublished")
+    command.add_argument("outputs", type=Path)
+    command.add_argument("--tracking-uri", help="instead of the one that each run was given")
+    chosen = parser.parse_args(arguments)
+    try:
+        outcomes = sync(chosen.outputs, chosen.tracking_uri)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    for run in outcomes:
+        sys.stdout.write(f"{run.status:<9} {run.name}  {run.directory}: {run.outcome}\n")
+    failed = sum(run.failed for run in outcomes)
+    sys.stdout.write(f"{len(outcomes)} runs, {failed} could not be published\n")
+    return 1 if failed else 0

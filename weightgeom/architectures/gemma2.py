@@ -1,0 +1,14 @@
+"""Gemma-2."""
+
+from typing import TYPE_CHECKING
+
+from weightgeom.gated import gated_decoder
+from weightgeom.residual import Architecture
+
+if TYPE_CHECKING:
+    from transformers import Gemma2Config
+
+
+def architecture(config: "Gemma2Config") -> Architecture:
+    """Llama's map with norms in front of and behind attention and MLP, whose gain is 1 + weight."""
+    return gated_decoder(config, post_norms=True, norm_offset=1.0)

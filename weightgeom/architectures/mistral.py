@@ -1,0 +1,14 @@
+"""Mistral."""
+
+from typing import TYPE_CHECKING
+
+from weightgeom.gated import gated_decoder
+from weightgeom.residual import Architecture
+
+if TYPE_CHECKING:
+    from transformers import MistralConfig
+
+
+def architecture(config: "MistralConfig") -> Architecture:
+    """Llama's map: the sliding window limits which tokens are seen, not what reads or writes."""
+    return gated_decoder(config)

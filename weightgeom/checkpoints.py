@@ -1,0 +1,124 @@
+"""What happens between the steps of a training: checkpoints, live metrics, and a stop when it diverges."""
+
+import math
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from weightgeom.interfaces import Log
+
+if TYPE_CHECKING:
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
+
+# What TRL logs that is worth a curve; the rest is derived from these or constant.
+CURVES = (
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "entropy",
+    "mean_token_accuracy",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+class Checkpoints(TrainerCallback):
+    """Saves checkpoints atomically at the given steps and hands on the metrics that TRL logs."""
+
+    def __init__(
+        self,
+        directory: Path,
+        steps: Collection[int],
+        tokenizer: "PreTrainedTokenizerBase",
+        log_metrics: Log,
+        first_loss: float | None,
+        keep_start: bool,
+    ) -> None:
+        self.directory = directory
+        self.steps = steps
+        self.tokenizer = tokenizer
+        self.log_metrics = log_metrics
+        self.first_loss = first_loss
+        self.keep_start = keep_start
+        self.last: Path | None = None
+
+    def on_train_begin(
+        self,
+        args: "TrainingArguments",
+        state: "TrainerState",
+        control: "TrainerControl",
+        model: "PreTrainedModel",
+        **_: Any,
+    ) -> None:
+        """Save the start, where no checkpoint holds it yet."""
+        if self.keep_start:
+            self._save(model, 0)
+
+    def on_step_end(
+        self,
+        args: "TrainingArguments",
+        state: "TrainerState",
+        control: "TrainerControl",
+        model: "PreTrainedModel",
+        **_: Any,
+    ) -> None:
+        """Save, if this is one of the steps."""
+        if state.global_step in self.steps:
+            self._save(model, state.global_step)
+
+    def on_log(
+        self,
+        args: "TrainingArguments",
+        state: "TrainerState",
+        control: "TrainerControl",
+        logs: dict[str, float],
+        **_: Any,
+    ) -> None:
+        """Hand on the curves; raise if the loss is not finite, or not what it must be at the first step."""
+        loss = logs.get("loss")
+        if loss is None:  # the summary at the end
+            return
+        if not math.isfinite(loss):
+            raise FloatingPointError(self._diverged(f"the loss is {loss}", state.global_step))
+        if state.global_step == 1 and self.first_loss is not None and abs(loss - self.first_loss) > 1e-3:
+            raise RuntimeError(
+                f"the first loss is {loss:.4f} instead of {self.first_loss:.4f}:"
+                " the reference does not equal the policy at the start"
+            )
+        self.log_metrics({name: float(logs[name]) for name in CURVES if name in logs}, state.global_step)
+
+    def _save(self, model: "PreTrainedModel", step: int) -> None:
+        bad = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+        if bad:
+            raise FloatingPointError(self._diverged(f"{bad[0]} holds values that are not finite", step))
+        final = self.directory / f"step-{step}"
+        temporary = self.directory / f".step-{step}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            model.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        for path in temporary.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        temporary.rename(final)  # atomic: a checkpoint is whole or not there
+        self.last = final
+
+    def _diverged(self, what: str, step: int) -> str:
+        kept = f"the last good checkpoint is {self.last}" if self.last else "no checkpoint was good"
+        return f"training diverged: {what} at step {step}; {kept}; lower the learning rate"

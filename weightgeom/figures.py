@@ -1,0 +1,127 @@
+"""Figures, drawn from result tables alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+STYLE = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "pdf.fonttype": 42,  # TrueType: text stays text in the PDF
+    "svg.hashsalt": "weightgeom",
+}
+# One colour per matrix kind in every figure: reads in blues and greens, writes in reds.
+COLOURS = {
+    "q": "#1f4e9c",
+    "k": "#4a90d9",
+    "v": "#2a9d8f",
+    "gate": "#8ab17d",
+    "up": "#5c7f3f",
+    "o": "#c1272d",
+    "down": "#e58a2b",
+}
+PATHWAYS = {"read": "read pathway", "write": "write pathway"}
+
+
+def ratio_by_layer(table: pd.DataFrame, step: int) -> Figure:
+    """Ratio of every matrix by layer at one step: read on the left, write on the right.
+
+    The grey band is the null's mean ± 2 standard deviations, the widest of the panel's matrices; the
+    dashed line is the isotropic level. `table` holds rows of the probe `rsf`.
+    """
+    rows = _own(table[table["step"] == step])
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(6.5, 2.4), sharey=True, layout="constrained")
+        for axis, (role, title) in zip(axes, PATHWAYS.items(), strict=True):
+            part = rows[rows["role"] == role]
+            sd = part[part["quantity"] == "null_ratio_sd"].groupby("layer")["value"].max()
+            mean = part[part["quantity"] == "null_ratio_mean"].groupby("layer")["value"].mean()
+            axis.fill_between(
+                sd.index.astype(int), mean - 2 * sd, mean + 2 * sd, color="0.85", lw=0, label="null ± 2 sd"
+            )
+            _chance(axis)
+            for matrix, ratios in part[part["quantity"] == "ratio"].groupby("matrix", sort=False):
+                axis.plot(
+                    ratios["layer"].astype(int),
+                    ratios["value"],
+                    "o-",
+                    ms=3,
+                    lw=1.2,
+                    color=COLOURS[str(matrix)],
+                    label=str(matrix),
+                )
+            axis.set_xlabel(f"layer ({title})")
+            axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+            axis.legend(loc="upper left", bbox_to_anchor=(0, -0.28), ncols=3, borderaxespad=0)
+        axes[0].set_ylabel("relative subspace fraction (1)")
+        axes[0].set_ylim(bottom=0)
+    return figure
+
+
+def ratio_by_step(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Ratio by optimizer step, mean over layers with the standard error over layers, a panel a trajectory.
+
+    Read matrices are solid, write matrices dashed. `tables` holds rows of the probe `rsf` by the
+    trajectory's name.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1,
+            len(tables),
+            figsize=(3.25 * len(tables), 2.6),
+            sharey=True,
+            squeeze=False,
+            layout="constrained",
+        )
+        for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
+            rows = _own(table)
+            rows = rows[rows["quantity"] == "ratio"]
+            _chance(axis)
+            for (matrix, role), part in rows.groupby(["matrix", "role"], sort=False):
+                by_step = part.groupby("step")["value"]
+                axis.errorbar(
+                    by_step.mean().index,
+                    by_step.mean(),
+                    by_step.sem().fillna(0),
+                    ls="-" if role == "read" else "--",
+                    marker="o",
+                    ms=2.5,
+                    lw=1.2,
+                    elinewidth=0.7,
+                    color=COLOURS[str(matrix)],
+                    label=str(matrix),
+                )
+            axis.set_xscale("log", base=2)
+            axis.set_xlabel(f"optimizer step ({name})")
+            axis.set_ylim(bottom=0)
+            axis.legend(loc="upper left", bbox_to_anchor=(0, -0.28), ncols=4, borderaxespad=0)
+        axes[0][0].set_ylabel("relative subspace fraction (1)\nmean over layers ± s.e.")
+    return figure
+
+
+def save(figure: Figure, *paths: Path) -> None:
+    """Write the figure to each path, PNG or PDF by its ending, the same bytes for the same figure."""
+    for path in paths:
+        date = {"CreationDate": None} if path.suffix == ".pdf" else {}
+        figure.savefig(path, dpi=200, bbox_inches="tight", metadata=date)
+    plt.close(figure)
+
+
+def _own(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows at the matrices' own subspaces, at the smallest k."""
+    rows = table[~table["subspace"].isin(["", "random"])]
+    return rows[rows["k"] == rows["k"].min()]
+
+
+def _chance(axis: Axes) -> None:
+    axis.axhline(1, color="0.5", ls="--", lw=0.8)

@@ -1,0 +1,144 @@
+"""Language models whose weights are data: a base, a checkpoint and an edit are three values of `params`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from weightgeom.interfaces import Params
+from weightgeom.residual import Architecture, architecture_of
+from weightgeom.tokens import Batch
+from weightgeom.weights import open_params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A network of one architecture with its tokenizer; its weights are given at every call."""
+
+    network: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    architecture: Architecture
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.network.device
+
+    def params(self, directory: Path) -> Params:
+        """The weights of a checkpoint, read lazily.
+
+        Raises:
+            FileNotFoundError: if there is no safetensors checkpoint in `directory`.
+            ValueError: if a file of it is truncated or corrupt.
+        """
+        return open_params(directory, self.architecture)
+
+    def hold(self, params: Params) -> dict[str, Tensor]:
+        """The weights in memory, in fp32 on the model's device, as `logits` wants them for many batches."""
+        names = {name for name, _ in self.network.named_parameters()}
+        return {
+            name: tensor.to(self.device, torch.float32) for name, tensor in params.items() if name in names
+        }
+
+    @torch.no_grad()
+    def logits(
+        self, params: Params, batch: Batch, keep: int = 0
+    ) -> Float[Tensor, "sequence kept vocabulary"]:
+        """Logits at the last `keep` positions (0: all) of a network that has `params` for weights."""
+        return torch.func.functional_call(
+            self.network,
+            dict(params),
+            kwargs={
+                "input_ids": batch.input_ids,
+                "attention_mask": batch.attention_mask,
+                "use_cache": False,
+                "logits_to_keep": keep,
+            },
+        ).logits
+
+    def log_probs(self, params: Params, batch: Batch) -> Float[Tensor, "sequence position-1"]:
+        """Log-probability (nats) of every token but the first, given those before it; 0 at non-targets."""
+        logits = self.logits(params, batch)[:, :-1].float()
+        picked = logits.gather(-1, batch.input_ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
+        return torch.where(batch.target[:, 1:], picked, 0.0)
+
+
+def kl_divergence(
+    base: Float[Tensor, "sequence position vocabulary"],
+    other: Float[Tensor, "sequence position vocabulary"],
+    where: Bool[Tensor, "sequence position"],
+) -> Float[Tensor, " token"]:
+    """KL(base || other) of the predictions of two sets of logits, at the marked positions, in nats."""
+    p, q = base[where].float().log_softmax(-1), other[where].float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def load(directory: Path, device: str, trust_remote_code: bool = False) -> LanguageModel:
+    """The model of a local checkpoint directory, in fp32 and evaluation mode, with its tokenizer.
+
+    Raises:
+        NotImplementedError: if its `model_type` has no residual-stream map.
+        FileNotFoundError: if the directory, its config, its weights or its tokenizer is missing.
+        ValueError: if a file is truncated or corrupt.
+    """
+    network = load_network(directory, trust_remote_code).to(device).eval()  # pyright: ignore[reportArgumentType]
+    return LanguageModel(network, load_tokenizer(directory), architecture_of(network.config))
+
+
+def load_architecture(directory: Path) -> Architecture:
+    """The residual-stream map that a checkpoint's config asks for; reads no weights."""
+    from transformers import AutoConfig  # noqa: PLC0415 (heavy)
+
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{directory} holds no config.json: give a transformers checkpoint")
+    try:
+        return architecture_of(AutoConfig.from_pretrained(directory))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{directory / 'config.json'} cannot be used: {first_line(error)}") from error
+
+
+def load_network(directory: Path, trust_remote_code: bool = False) -> "PreTrainedModel":
+    """The network of a local checkpoint with its weights, in fp32; safetensors only."""
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 (heavy)
+
+    # Opened first: it says in one sentence what is missing, truncated or corrupt.
+    open_params(directory, load_architecture(directory))
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+    )
+
+
+def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint, with the end token as padding where it has none of its own.
+
+    Raises:
+        FileNotFoundError: if there is none in the directory.
+    """
+    from transformers import AutoTokenizer  # noqa: PLC0415 (heavy)
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise FileNotFoundError(
+            f"{directory} holds no tokenizer that can be read ({first_line(error)}): save one beside the weights"
+        ) from error
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            f"the tokenizer in {directory} has no end token (eos_token): set one and save it again"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for use inside a sentence."""
+    return next(
+        (line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )

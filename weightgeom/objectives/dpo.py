@@ -1,0 +1,118 @@
+"""Direct preference optimization and its relatives, by TRL's `DPOTrainer`."""
+
+import logging
+from collections.abc import Mapping
+from math import log as ln
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from weightgeom.conversation import render
+from weightgeom.interfaces import Examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+log = logging.getLogger(__name__)
+LOSS_TYPES = (
+    "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down"
+    " discopop sft sigmoid_norm"
+).split()
+
+
+@dataclass(frozen=True)
+class DPO:
+    """-log sigmoid(beta (log-ratio of chosen - log-ratio of rejected)), ratios against the start's policy.
+
+    `loss_type` is any of TRL's, or a list of them with `loss_weights`; `options` are further
+    arguments of its `DPOConfig`, such as `f_divergence_type`. Source: arXiv:2305.18290, eq. 7.
+    """
+
+    beta: float = Field(default=0.1, gt=0)
+    loss_type: str | list[str] = "sigmoid"
+    loss_weights: list[float] | None = None
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what TRL would only refuse after the model is loaded."""
+        types = self.loss_types
+        if unknown := [name for name in types if name not in LOSS_TYPES]:
+            raise ValueError(f"unknown loss_type {unknown[0]!r}; TRL has {', '.join(LOSS_TYPES)}")
+        if self.loss_weights is not None and len(self.loss_weights) != len(types):
+            raise ValueError(
+                f"loss_weights has {len(self.loss_weights)} entries for {len(types)} loss types; give one for each"
+            )
+        if "exo_pair" in types and self.label_smoothing == 0:
+            raise ValueError("loss_type exo_pair needs label_smoothing above 0, such as 1e-3")
+
+    @property
+    def loss_types(self) -> list[str]:
+        """The loss types as a list."""
+        return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+
+    @property
+    def first_loss(self) -> float | None:
+        """ln 2 (nats) for the plain sigmoid loss: policy and reference are still the same."""
+        return (
+            ln(2) if self.loss_types == ["sigmoid"] and not self.loss_weights and not self.options else None
+        )
+
+    def check(self, examples: Examples) -> None:
+        """Raise ValueError if the data have no pairs."""
+        if not examples.pairs:
+            raise ValueError(
+                f"objective=dpo needs preference pairs, and {examples.name} has none: use data=preferences or data=world"
+            )
+
+    def trainer(
+        self,
+        network: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        examples: Examples,
+        arguments: Mapping[str, Any],
+    ) -> "Trainer":
+        """A `DPOTrainer` whose reference is a copy of `network` as it is; says in the log what was cut."""
+        import datasets  # noqa: PLC0415 (heavy)
+        from trl import DPOConfig, DPOTrainer  # noqa: PLC0415 (heavy)
+
+        datasets.disable_progress_bars()
+        # Rebuilt, not left to TRL: without a reference it loads one again by name and without revision.
+        reference = type(network)(network.config).to(network.device, network.dtype)  # pyright: ignore[reportArgumentType]
+        reference.load_state_dict(network.state_dict())
+        rendered = [render(pair, tokenizer) for pair in examples.pairs]
+        dataset = datasets.Dataset.from_dict(
+            {name: [getattr(pair, name) for pair in rendered] for name in ("prompt", "chosen", "rejected")}
+        )
+        config = DPOConfig(
+            **arguments,
+            beta=self.beta,
+            loss_type=self.loss_types,
+            loss_weights=self.loss_weights,
+            label_smoothing=self.label_smoothing,
+            **self.options,
+        )
+        try:
+            trainer = DPOTrainer(
+                model=network,
+                ref_model=reference,
+                args=config,
+                train_dataset=dataset,
+                processing_class=tokenizer,
+            )
+        except StopIteration:
+            trainer = None
+        kept = [] if trainer is None else trainer.train_dataset
+        length = arguments["max_length"]
+        if not len(kept):  # pyright: ignore[reportArgumentType]
+            raise ValueError(f"every prompt is {length} tokens or longer: raise training.max_length")
+        cut = sum(
+            len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) > length
+            for row in kept
+        )
+        log.info(
+            "%d pairs: %d dropped (prompt of %d tokens or more), %d cut at %d tokens",
+            *(len(dataset), len(dataset) - len(kept), length, cut, length),
+        )
+        return trainer

@@ -1,0 +1,116 @@
+"""Existing checkpoints: on the hub, in its cache or in a directory; one to train from, or two to compare."""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from weightgeom.interfaces import Base, Data, Examples, Stage, Trajectory
+from weightgeom.model import first_line, load_architecture
+from weightgeom.residual import Architecture
+from weightgeom.weights import difference, open_params
+
+log = logging.getLogger(__name__)
+# Weights, config and tokenizer; never pickles, never code.
+FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """One checkpoint: a hub name, whose `{size}` is filled in from `size`, or a directory.
+
+    `revision` is a branch, tag or commit of the hub. Weights are trained and measured in `dtype`;
+    only float32 keeps a small update from being rounded away.
+    """
+
+    name: str
+    revision: str | None = None
+    size: str = ""
+    dtype: Literal["float32"] = "float32"
+
+    def check(self, trains: bool) -> Architecture:
+        """Fetch the config alone; raises if it cannot be had, or nothing could be measured."""
+        if not trains:
+            raise ValueError(
+                "objective=none on a single checkpoint leaves no update to measure:"
+                " choose an objective, or model=pair model.before=... model.after=..."
+            )
+        return load_architecture(fetch(self.location, weights=False))
+
+    @property
+    def location(self) -> str:
+        """The name with its size and `@revision`."""
+        name = self.name.format(size=self.size)
+        return f"{name}@{self.revision}" if self.revision and not Path(name).expanduser().is_dir() else name
+
+    def prepare(self, stage: Stage, examples: Examples, data: Data, device: str) -> Base:
+        """Fetch it."""
+        directory = fetch(self.location)
+        return Base(directory, identity(directory))
+
+
+@dataclass(frozen=True)
+class TwoCheckpoints:
+    """Two checkpoints of one architecture, directories or hub names with `@revision`, to be compared.
+
+    A pair has no optimizer steps: `before` stands at step 0 and `after` at step 1.
+    """
+
+    before: str
+    after: str
+
+    def check(self, trains: bool) -> Architecture:
+        """Refuse an objective, and two checkpoints whose parameters differ in name or shape."""
+        if trains:
+            raise ValueError("model=pair compares two finished checkpoints: add objective=none")
+        before, after = fetch(self.before), fetch(self.after)
+        architecture = load_architecture(before)
+        difference(open_params(after, load_architecture(after)), open_params(before, architecture))
+        return architecture
+
+    def prepare(self, stage: Stage, examples: Examples, data: Data, device: str) -> Base:
+        """Fetch both."""
+        before, after = fetch(self.before), fetch(self.after)
+        both = hashlib.sha256(f"{identity(before)} {identity(after)}".encode()).hexdigest()[:16]
+        return Base(before, f"pair/{both}", Trajectory("pair", {0: before, 1: after}))
+
+
+def fetch(location: str, weights: bool = True) -> Path:
+    """The directory of a checkpoint: itself, or downloaded from the hub, or taken from its cache.
+
+    `location` is a directory, or a hub name with or without `@revision`. Without a network, or with
+    HF_HUB_OFFLINE=1, a revision resolves through the cache's refs.
+
+    Raises:
+        FileNotFoundError: if there is no such directory and the hub does not give it either.
+    """
+    path = Path(location).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    name, _, revision = location.partition("@")
+    if location.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(
+            f"there is no directory {location}: give a checkpoint directory or a hub name"
+        )
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 (heavy)
+    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415 (heavy)
+
+    patterns = FILES if weights else ["*.json"]
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{location!r} is neither a directory nor a hub name") from error
+    except Exception as error:  # the hub's, the network's and the cache's errors share no base class
+        raise FileNotFoundError(
+            f"cannot get {location} from the hub or its local cache ({first_line(error)}):"
+            " check the name, the revision and the network, or give a directory"
+        ) from error
+
+
+def identity(directory: Path) -> str:
+    """A fingerprint of a checkpoint without reading its weights: path, sizes and times of its files."""
+    files = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".json"))
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return "checkpoint/" + hashlib.sha256(repr((str(directory), stats)).encode()).hexdigest()[:16]

@@ -1,0 +1,83 @@
+"""What a model does: its loss on held-out text, its preferences, and its distance from the start."""
+
+from collections.abc import Callable
+from math import sqrt
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from weightgeom.interfaces import Params, Row, Setting
+from weightgeom.model import kl_divergence
+from weightgeom.residual import Architecture
+from weightgeom.table import row
+from weightgeom.tokens import packed, responses
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """Held-out behaviour, each number a mean with its standard error.
+
+    Quantities:
+        heldout_ce: -log p(token | before) on held-out text, nats per token, >= 0.
+        kl_from_base: KL(base || model) of the next-token predictions there, nats per token, >= 0; the
+            base is the trajectory's start, or its end where the start is random.
+        preference_accuracy: share of held-out pairs whose chosen response is the likelier one, in [0, 1].
+        preference_margin: log p(chosen | prompt) - log p(rejected | prompt), nats per pair.
+    """
+
+    headline: ClassVar[str] = ""
+
+    tokens: int = Field(default=4096, ge=2)  # of held-out text
+    pairs: int = Field(default=96, ge=1)
+    length: int = Field(default=96, ge=2)  # tokens a sequence, and of prompt + response
+
+    def check(self, architecture: Architecture) -> None:
+        """Every model will do."""
+
+    def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
+        """The measurement of one checkpoint."""
+        model, examples = setting.model, setting.examples
+        base = model.hold(setting.end if setting.from_random else setting.start)
+        texts = [
+            batch.to(model.device)
+            for batch in (
+                packed(examples.heldout, model.tokenizer, self.length, self.tokens)
+                if examples.heldout
+                else []
+            )
+        ]
+        pairs = list(responses(examples.heldout_pairs[: self.pairs], model.tokenizer, self.length))
+
+        def measure(params: Params) -> list[Row]:
+            weights = model.hold(params)
+            rows: list[Row] = []
+            losses, divergences = [], []
+            for batch in texts:
+                target = batch.target[:, 1:]
+                losses.append(-model.log_probs(weights, batch)[target])
+                now, then = model.logits(weights, batch)[:, :-1], model.logits(base, batch)[:, :-1]
+                divergences.append(kl_divergence(then, now, target))
+            if losses:
+                rows.append(_mean("heldout_ce", torch.cat(losses), "nats/token"))
+                rows.append(_mean("kl_from_base", torch.cat(divergences), "nats/token"))
+            margins = [
+                model.log_probs(weights, chosen.to(model.device)).sum(1)
+                - model.log_probs(weights, rejected.to(model.device)).sum(1)
+                for chosen, rejected in pairs
+            ]
+            if margins:
+                margin = torch.cat(margins)
+                rows.append(_mean("preference_accuracy", (margin > 0).float(), "1"))
+                rows.append(_mean("preference_margin", margin, "nats/pair"))
+            return rows
+
+        return measure
+
+
+def _mean(quantity: str, values: Tensor, unit: str) -> Row:
+    values, n = values.double(), values.numel()
+    error = values.std().item() / sqrt(n) if n > 1 else None
+    return row(quantity, values.mean().item(), n=n, unit=unit, stderr=error)

@@ -1,0 +1,56 @@
+"""The one result format: tidy tables, one number a row, with its unit and the number of samples behind it."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from weightgeom.interfaces import Row
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = {
+    "step": "int64",  # optimizer step; 0 is before training
+    "layer": "Int64",  # missing for what belongs to no layer
+    "matrix": "str",  # q k v o gate up down unembed embed, or "" for the whole model
+    "role": "str",  # read, write or ""
+    "arm": "str",  # of an intervention, or ""
+    "subspace": "str",  # attention_input, mlp_input, prediction, random or ""
+    "k": "Int64",  # dimension of the subspace, or missing
+    "quantity": "str",
+    "unit": "str",  # "1" if none
+    "value": "float64",
+    "stderr": "Float64",  # standard error of a mean; missing where the value is not one
+    "n": "int64",  # samples behind the value
+}
+
+
+def row(
+    quantity: str, value: float, *, n: int, unit: str = "1", stderr: float | None = None, **place: object
+) -> Row:
+    """One number, at the place (`layer`, `matrix`, `role`, `arm`, `subspace`, `k`) where it was measured."""
+    return {"quantity": quantity, "unit": unit, "value": float(value), "stderr": stderr, "n": n, **place}
+
+
+def tabulate(rows: Iterable[Row]) -> "pd.DataFrame":
+    """The rows as a table with the columns and types of `COLUMNS`.
+
+    Raises:
+        ValueError: for an unknown column, or a value that is not finite.
+    """
+    import pandas as pd  # noqa: PLC0415 (slow to import, and `--help` must not wait for it)
+
+    table = pd.DataFrame(list(rows))
+    if unknown := sorted(set(table.columns) - set(COLUMNS)):
+        raise ValueError(f"unknown table columns {unknown}; a table has {list(COLUMNS)}")
+    table = table.reindex(columns=list(COLUMNS))
+    for column in ("matrix", "role", "arm", "subspace"):
+        table[column] = table[column].astype(object).where(table[column].notna(), "")
+    table = table.astype(COLUMNS)
+    bad = table[~table["value"].abs().lt(float("inf"))]
+    if len(bad):
+        first = bad.iloc[0]
+        raise ValueError(
+            f"{len(bad)} values are not finite, the first {first['quantity']} of matrix {first['matrix']!r}"
+            f" in layer {first['layer']} at step {first['step']}"
+        )
+    return table

@@ -1,0 +1,127 @@
+"""The embedded base: a small GPT-NeoX, pretrained here on the run's own text, once."""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from weightgeom.data.text import TextFiles
+from weightgeom.data.world import World
+from weightgeom.interfaces import Base, Data, Examples, Log, Stage
+from weightgeom.objectives.ce import CE
+from weightgeom.reading import fingerprint
+from weightgeom.residual import Architecture, architecture_of
+from weightgeom.training import Training, fit, trajectory
+
+if TYPE_CHECKING:
+    from transformers import GPTNeoXConfig, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A GPT-NeoX with a random start, pretrained by cross-entropy on a corpus, its checkpoints kept.
+
+    `corpus` is what it is pretrained on: `null` for the text of the run's data, `world`, or text
+    files. On the world it has the world's tokenizer, on other text a BPE tokenizer of `vocabulary`
+    entries trained on that text. `seed` draws its random start and the order of its examples.
+    """
+
+    corpus: str | list[str] | None = None
+    seed: int = 0
+    d_model: int = Field(default=128, ge=8)
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=4, ge=1)
+    d_mlp: int = Field(default=512, ge=8)
+    context: int = Field(default=512, ge=8)  # tokens
+    vocabulary: int = Field(default=2048, ge=300)  # of the BPE tokenizer
+    pretraining: Training = Field(default_factory=Training)
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not go together."""
+        if self.d_model % self.heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of heads {self.heads}")
+        if self.pretraining.max_length > self.context:
+            raise ValueError(
+                f"pretraining.max_length {self.pretraining.max_length} exceeds context {self.context}"
+            )
+
+    def check(self, trains: bool) -> Architecture:
+        """The map of the network that will be made."""
+        return architecture_of(self._config(self.vocabulary, 0))
+
+    def prepare(self, stage: Stage, examples: Examples, data: Data, device: str) -> Base:
+        """Pretrain, or take the equal model that was pretrained before."""
+        corpus, text = data, examples
+        if self.corpus is not None:
+            corpus = World() if self.corpus == "world" else TextFiles(train=self.corpus)
+            text = corpus.examples()
+        if not text.text:
+            raise ValueError(
+                f"{text.name} has no text to pretrain the tiny model on: give some with model.corpus"
+            )
+
+        def work(directory: Path, log_metrics: Log) -> None:
+            import transformers  # noqa: PLC0415 (heavy)
+
+            tokenizer = corpus.tokenizer() if isinstance(corpus, World) else _bpe(text.text, self.vocabulary)
+            transformers.set_seed(self.seed)
+            network = transformers.GPTNeoXForCausalLM(
+                self._config(len(tokenizer), int(tokenizer.eos_token_id))
+            )
+            fit(
+                CE("text"),
+                network.to(device),  # pyright: ignore[reportArgumentType]
+                tokenizer,
+                text,
+                self.pretraining,
+                directory,
+                name="the base",
+                seed=self.seed,
+                device=device,
+                log_metrics=log_metrics,
+            )
+
+        words = corpus.words() if isinstance(corpus, World) else []
+        specification = {"model": asdict(self), "text": fingerprint(text.text, words), "device": device}
+        directory = stage("pretraining", specification, work, self.pretraining.steps)
+        checkpoints = trajectory(directory, "pretraining")
+        return Base(checkpoints.steps[checkpoints.last], f"pretraining/{directory.name}", checkpoints)
+
+    def _config(self, vocabulary: int, end: int) -> "GPTNeoXConfig":
+        from transformers import GPTNeoXConfig  # noqa: PLC0415 (heavy)
+
+        return GPTNeoXConfig(
+            vocab_size=vocabulary,
+            hidden_size=self.d_model,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            intermediate_size=self.d_mlp,
+            max_position_embeddings=self.context,
+            bos_token_id=end,
+            eos_token_id=end,
+        )
+
+
+def _bpe(texts: list[str] | tuple[str, ...], vocabulary: int) -> "PreTrainedTokenizerBase":
+    """A byte-level BPE tokenizer trained on the texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415 (heavy)
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 (heavy)
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    log.info("trained a tokenizer of %d entries on %d documents", backend.get_vocab_size(), len(texts))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
