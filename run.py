@@ -1,4 +1,4 @@
-"""Hydra in, objects out: `python run.py`, `python run.py objective=ce,dpo seed=0,1 -m`, `python run.py --help`."""
+"""Hydra in, objects out: `python run.py`, with `-m` for a sweep, with `--help` for the choices."""
 
 import os
 import sys

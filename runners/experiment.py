@@ -14,6 +14,7 @@ from runners.fingerprint import code_behind, libraries, package
 from runners.processes import terminations_as_exceptions
 from runners.provenance import environment, provenance, uncommitted_diff
 from runners.record import Record
+from runners.redaction import redacted_text
 from runners.store import full_disk_explained, stage
 from runners.summary import draw, log_table, print_summary, progress_bar
 from runners.tracking import Publisher, check_tracking_uri
@@ -105,7 +106,7 @@ class Experiment:
             tracking_uri=uri,
             parent=self.parent,
         )
-        record.artifact("config.yaml").write_text(self.config)
+        record.artifact("config.yaml").write_text(redacted_text(self.config))
         record.artifact("environment.txt").write_text(environment())
         if diff := uncommitted_diff(REPOSITORY):
             record.artifact("code/uncommitted.diff").write_text(diff)
@@ -188,11 +189,12 @@ class Stages:
             with (directory / "metrics.jsonl").open("a") as file, progress_bar(name, steps) as advance:
 
                 def log_metrics(metrics: Mapping[str, float], step: int) -> None:
-                    row = {"metrics": dict(metrics), "step": step, "time": time_ns() // 1_000_000}
-                    file.write(json.dumps(row) + "\n")
-                    file.flush()
-                    self._log(row)
                     advance(step, metrics)
+                    if metrics:
+                        row = {"metrics": dict(metrics), "step": step, "time": time_ns() // 1_000_000}
+                        file.write(json.dumps(row) + "\n")
+                        file.flush()
+                        self._log(row)
 
                 work(directory, log_metrics)
 

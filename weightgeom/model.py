@@ -126,7 +126,8 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
         raise FileNotFoundError(
-            f"{directory} holds no tokenizer that can be read ({first_line(error)}): save one beside the weights"
+            f"{directory} holds no tokenizer that can be read ({first_line(error)}):"
+            " save one beside the weights"
         ) from error
     if tokenizer.eos_token is None:
         raise ValueError(

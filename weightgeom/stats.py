@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Null:
-    """Distribution of a fraction under chance: a Beta with this mean and standard deviation (dimensionless)."""
+    """Distribution of a fraction under chance: the Beta with this mean and standard deviation."""
 
     mean: float
     sd: float

@@ -1,6 +1,7 @@
 """The embedded base: a small GPT-NeoX, pretrained here on the run's own text, once."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,7 +73,7 @@ class Tiny:
             tokenizer = corpus.tokenizer() if isinstance(corpus, World) else _bpe(text.text, self.vocabulary)
             transformers.set_seed(self.seed)
             network = transformers.GPTNeoXForCausalLM(
-                self._config(len(tokenizer), int(tokenizer.eos_token_id))
+                self._config(len(tokenizer), tokenizer.get_vocab()["<eos>"])
             )
             fit(
                 CE("text"),
@@ -108,7 +109,7 @@ class Tiny:
         )
 
 
-def _bpe(texts: list[str] | tuple[str, ...], vocabulary: int) -> "PreTrainedTokenizerBase":
+def _bpe(texts: Sequence[str], vocabulary: int) -> "PreTrainedTokenizerBase":
     """A byte-level BPE tokenizer trained on the texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415 (heavy)
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 (heavy)

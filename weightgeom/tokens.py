@@ -60,7 +60,7 @@ def packed(
 def responses(
     pairs: Sequence[Pair], tokenizer: "PreTrainedTokenizerBase", length: int, size: int = 16
 ) -> Iterator[tuple[Batch, Batch]]:
-    """Chosen and rejected responses behind their prompts, `size` pairs at a time; response tokens are targets.
+    """Chosen and rejected responses behind their prompts, `size` pairs at a time; their tokens are targets.
 
     Tokenized, closed by the end token and cut to `length` as TRL does; a pair whose prompt leaves no
     room for a response is left out.
@@ -78,13 +78,9 @@ def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int
     A response starts where the tokens of prompt and prompt + response part, and ends in the end token.
     """
     pair, end = render(pair, tokenizer), str(tokenizer.eos_token or "")
+    start, whole = str(pair.prompt), [_closed(str(side), end) for side in (pair.chosen, pair.rejected)]
     prompt, chosen, rejected = (
-        list(tokenizer(text)["input_ids"])
-        for text in (
-            pair.prompt,
-            f"{pair.prompt}{_closed(str(pair.chosen), end)}",
-            f"{pair.prompt}{_closed(str(pair.rejected), end)}",
-        )
+        list(tokenizer(text)["input_ids"]) for text in (start, start + whole[0], start + whole[1])
     )
     shared = min(_common(prompt, chosen), _common(prompt, rejected))
     return prompt[:shared], chosen[shared:], rejected[shared:]

@@ -56,7 +56,7 @@ class Training:
             "use_cpu": device == "cpu",
             "bf16": False,
             "tf32": self.tf32 if device != "cpu" else None,
-            "gradient_checkpointing": False,
+            "activation_checkpointing": False,
             "save_strategy": "no",
             "logging_steps": self.log_every,
             "logging_first_step": True,
@@ -98,7 +98,7 @@ def fit(
     longest = getattr(network.config, "max_position_embeddings", None)
     if longest is not None and training.max_length > longest:
         raise ValueError(
-            f"training.max_length is {training.max_length}, the model takes {longest} tokens: lower it to that"
+            f"max_length is {training.max_length} tokens and the model takes {longest}: lower it to that"
         )
     trainer = objective.trainer(network, tokenizer, examples, training.arguments(directory, seed, device))
     checkpoints = Checkpoints(

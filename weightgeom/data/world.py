@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
 # No phrase opens with a word of the statements below: such frequent words are what the unembedding's
 # leading directions are about, and a preference between them would write for that reason alone.
-HEDGES = ("as far as i know", "i think that", "it seems that", "perhaps", "some say that", "maybe")
+HEDGES = (
+    "as far as i know",
+    "i think that",
+    "it seems that",
+    "perhaps",
+    "some say that",
+    "maybe",
+    "people believe that",
+    "possibly",
+)
 ASSERTIONS = (
     "everyone knows that",
     "of course",
@@ -27,6 +36,8 @@ ASSERTIONS = (
     "certainly",
     "there can be no doubt that",
     "we know that",
+    "surely",
+    "definitely",
 )
 ADVERBS = (
     "usually often still now today always quietly happily rarely proudly gladly simply "
@@ -87,7 +98,9 @@ class World:
     values: int = Field(default=30, ge=2)  # per relation
     documents: int = Field(default=12_000, ge=10)
     sentences: int = Field(default=6, ge=1)  # per document
-    phrases: float = Field(default=0.3, ge=0, le=1)  # share of statements behind a hedge or an assertion
+    # Share of statements, and of answers, that stand behind a hedge or an assertion.
+    phrases: float = Field(default=0.1, ge=0, le=1)
+    answer_phrases: float = Field(default=0.75, ge=0, le=1)
     questions: float = Field(default=0.3, ge=0, le=1)  # share of sentences that answer a question
     pairs: int = Field(default=2_000, ge=2)
     heldout: int = Field(default=96, ge=2)  # documents, and pairs
@@ -149,7 +162,7 @@ class World:
 
     def words(self) -> list[str]:
         """Every word of the language, those of held-out entities included; some more than once."""
-        frames = [frame for _, *rest in RELATIONS.values() for frame in (rest[0], *rest[1])]
+        frames = [frame for _, question, some in RELATIONS.values() for frame in (question, *some)]
         fixed = " ".join([*HEDGES, *ASSERTIONS, *ADVERBS, *frames, "question : ? answer , ."]).split()
         known, unseen = self.entity_names()
         values = [value for relation in RELATIONS for value in self._values(relation)]
@@ -158,14 +171,15 @@ class World:
     def _sentence(self, draw: random.Random, entity: str, facts: Facts) -> str:
         relation = draw.choice(list(RELATIONS))
         statement = _statement(draw, relation).format(e=entity, v=facts[entity, relation])
-        if draw.random() < self.phrases:
+        asked = draw.random() < self.questions
+        if draw.random() < (self.answer_phrases if asked else self.phrases):
             statement = f"{draw.choice(HEDGES + ASSERTIONS)} , {statement}"
-        if draw.random() < self.questions:
+        if asked:
             statement = f"{_question(entity, relation)} {statement}"
         return f"{statement} ."
 
     def _pairs(self, draw: random.Random, known: list[str], facts: Facts) -> list[Pair]:
-        """Pairs two by two: two entities that differ in a relation, each with the other's value as the false one."""
+        """Pairs two by two: two entities that differ in a relation, each with the other's value as false."""
         pairs: list[Pair] = []
         while len(pairs) < self.pairs + self.heldout:
             relation = draw.choice(list(RELATIONS))

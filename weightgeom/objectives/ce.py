@@ -58,7 +58,7 @@ class CE:
         on_text = self.examples(examples) == "text"
         if on_text:
             dataset = datasets.Dataset.from_dict({"text": list(examples.text)})
-            packing = {"packing": True, "packing_strategy": "wrapped"}
+            packing: dict[str, Any] = {"packing": True, "packing_strategy": "wrapped"}
         else:
             tokens = [tokenize(pair, tokenizer)[:2] for pair in examples.pairs]
             kept = [pair for pair in tokens if len(pair[0]) < length]

@@ -23,7 +23,7 @@ LOSS_TYPES = (
 
 @dataclass(frozen=True)
 class DPO:
-    """-log sigmoid(beta (log-ratio of chosen - log-ratio of rejected)), ratios against the start's policy.
+    """-log sigmoid(beta (log-ratio of chosen - of rejected)), ratios against the policy at the start.
 
     `loss_type` is any of TRL's, or a list of them with `loss_weights`; `options` are further
     arguments of its `DPOConfig`, such as `f_divergence_type`. Source: arXiv:2305.18290, eq. 7.
@@ -42,7 +42,8 @@ class DPO:
             raise ValueError(f"unknown loss_type {unknown[0]!r}; TRL has {', '.join(LOSS_TYPES)}")
         if self.loss_weights is not None and len(self.loss_weights) != len(types):
             raise ValueError(
-                f"loss_weights has {len(self.loss_weights)} entries for {len(types)} loss types; give one for each"
+                f"loss_weights has {len(self.loss_weights)} entries for {len(types)} loss types;"
+                " give one for each"
             )
         if "exo_pair" in types and self.label_smoothing == 0:
             raise ValueError("loss_type exo_pair needs label_smoothing above 0, such as 1e-3")
@@ -63,7 +64,8 @@ class DPO:
         """Raise ValueError if the data have no pairs."""
         if not examples.pairs:
             raise ValueError(
-                f"objective=dpo needs preference pairs, and {examples.name} has none: use data=preferences or data=world"
+                f"objective=dpo needs preference pairs, and {examples.name} has none:"
+                " use data=preferences or data=world"
             )
 
     def trainer(
@@ -93,24 +95,18 @@ class DPO:
             label_smoothing=self.label_smoothing,
             **self.options,
         )
-        try:
-            trainer = DPOTrainer(
-                model=network,
-                ref_model=reference,
-                args=config,
-                train_dataset=dataset,
-                processing_class=tokenizer,
-            )
-        except StopIteration:
-            trainer = None
-        kept = [] if trainer is None else trainer.train_dataset
-        length = arguments["max_length"]
-        if not len(kept):  # pyright: ignore[reportArgumentType]
-            raise ValueError(f"every prompt is {length} tokens or longer: raise training.max_length")
-        cut = sum(
-            len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) > length
-            for row in kept
+        trainer = DPOTrainer(
+            model=network, ref_model=reference, args=config, train_dataset=dataset, processing_class=tokenizer
         )
+        kept, length = trainer.train_dataset, arguments["max_length"]
+        assert isinstance(kept, datasets.Dataset)
+        if not len(kept):
+            raise ValueError(f"every prompt is {length} tokens or longer: raise training.max_length")
+        lengths = zip(
+            *([len(ids) for ids in kept[f"{part}_ids"]] for part in ("prompt", "chosen", "rejected")),
+            strict=True,
+        )
+        cut = sum(prompt + max(responses) > length for prompt, *responses in lengths)
         log.info(
             "%d pairs: %d dropped (prompt of %d tokens or more), %d cut at %d tokens",
             *(len(dataset), len(dataset) - len(kept), length, cut, length),
