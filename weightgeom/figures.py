@@ -108,7 +108,8 @@ def ratio_by_step(tables: Mapping[str, pd.DataFrame]) -> Figure:
             axis.set_xscale("log", base=2)
             axis.set_xlabel(f"optimizer step ({name})")
             axis.set_ylim(bottom=0)
-            axis.legend(loc="upper left", bbox_to_anchor=(0, -0.28), ncols=4, borderaxespad=0)
+            if len(rows):  # a trajectory in which nothing moved has no ratio
+                axis.legend(loc="upper left", bbox_to_anchor=(0, -0.28), ncols=4, borderaxespad=0)
         axes[0][0].set_ylabel("relative subspace fraction (1)\nmean over layers ± s.e.")
     return figure
 

@@ -62,7 +62,7 @@ class LanguageModel:
             },
         ).logits
 
-    def log_probs(self, params: Params, batch: Batch) -> Float[Tensor, "sequence position-1"]:
+    def log_probs(self, params: Params, batch: Batch) -> Float[Tensor, "sequence predicted"]:
         """Log-probability (nats) of every token but the first, given those before it; 0 at non-targets."""
         logits = self.logits(params, batch)[:, :-1].float()
         picked = logits.gather(-1, batch.input_ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
@@ -74,9 +74,16 @@ def kl_divergence(
     other: Float[Tensor, "sequence position vocabulary"],
     where: Bool[Tensor, "sequence position"],
 ) -> Float[Tensor, " token"]:
-    """KL(base || other) of the predictions of two sets of logits, at the marked positions, in nats."""
-    p, q = base[where].float().log_softmax(-1), other[where].float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    """KL(base || other) of the predictions of two sets of logits, at the marked positions, in nats.
+
+    In fp64, as the rounding of fp32 exceeds the KL of a small update and may be negative; in slices of
+    the positions, so that no fp64 copy of all logits is held.
+    """
+    divergences = []
+    for some, others in zip(base[where].split(256), other[where].split(256), strict=True):
+        p, q = some.double().log_softmax(-1), others.double().log_softmax(-1)
+        divergences.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(divergences)
 
 
 def load(directory: Path, device: str, trust_remote_code: bool = False) -> LanguageModel:
@@ -85,7 +92,8 @@ def load(directory: Path, device: str, trust_remote_code: bool = False) -> Langu
     Raises:
         NotImplementedError: if its `model_type` has no residual-stream map.
         FileNotFoundError: if the directory, its config, its weights or its tokenizer is missing.
-        ValueError: if a file is truncated or corrupt.
+        ValueError: if a file is truncated or corrupt, if a parameter is missing, or if the tokenizer has
+            no end token.
     """
     network = load_network(directory, trust_remote_code).to(device).eval()  # pyright: ignore[reportArgumentType]
     return LanguageModel(network, load_tokenizer(directory), architecture_of(network.config))
@@ -104,14 +112,31 @@ def load_architecture(directory: Path) -> Architecture:
 
 
 def load_network(directory: Path, trust_remote_code: bool = False) -> "PreTrainedModel":
-    """The network of a local checkpoint with its weights, in fp32; safetensors only."""
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 (heavy)
+    """The network of a local checkpoint with its weights, in fp32; safetensors only.
 
+    Raises:
+        FileNotFoundError: if the directory, its config or its weights are missing.
+        ValueError: if a file is truncated or corrupt, or a parameter is missing.
+    """
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 (heavy)
+    from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
+
+    disable_progress_bar()
     # Opened first: it says in one sentence what is missing, truncated or corrupt.
     open_params(directory, load_architecture(directory))
-    return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+    network, info = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
     )
+    if missing := sorted(info["missing_keys"]):  # transformers would leave them random
+        raise ValueError(
+            f"{directory} lacks {len(missing)} of the network's parameters, the first {missing[0]}:"
+            " save the whole model, with its language-model head"
+        )
+    return network
 
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
@@ -119,6 +144,7 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
     Raises:
         FileNotFoundError: if there is none in the directory.
+        ValueError: if it has no end token.
     """
     from transformers import AutoTokenizer  # noqa: PLC0415 (heavy)
 
@@ -129,6 +155,11 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
             f"{directory} holds no tokenizer that can be read ({first_line(error)}):"
             " save one beside the weights"
         ) from error
+    files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if not any((directory / name).is_file() for name in files):  # then transformers makes up an empty one
+        raise FileNotFoundError(
+            f"{directory} holds no tokenizer ({' or '.join(sorted(files))}): save one beside the weights"
+        )
     if tokenizer.eos_token is None:
         raise ValueError(
             f"the tokenizer in {directory} has no end token (eos_token): set one and save it again"

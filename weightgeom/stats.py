@@ -25,6 +25,8 @@ class Null:
         if self.sd == 0:
             return 1.0
         a, b = self.shape()
+        if a + b > 1e12:  # normal by then; scipy's Beta is NaN at about 1e16
+            return float(stats.norm.sf(self.z(fraction)))
         return float(stats.beta.sf(fraction, a, b))
 
     def shape(self) -> tuple[float, float]:
@@ -54,7 +56,8 @@ def rotation_null(x: Float[Tensor, "n d"], k: int) -> Null:
 
         mean = k/d        var = s² (d Σp² - 1) / (d - 1),
 
-    both exact. The shape is exact at rank one and a Beta matched by moments otherwise. Source: ours.
+    both exact. The shape is exact at rank one and a Beta matched by moments otherwise: close where the
+    spectrum decays, wrong in the tails where all singular values but one are equal. Source: ours.
 
     Raises:
         ValueError: if `x` is all zero.

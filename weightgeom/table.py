@@ -1,6 +1,7 @@
 """The one result format: tidy tables, one number a row, with its unit and the number of samples behind it."""
 
 from collections.abc import Iterable
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from weightgeom.interfaces import Row
@@ -35,22 +36,24 @@ def tabulate(rows: Iterable[Row]) -> "pd.DataFrame":
     """The rows as a table with the columns and types of `COLUMNS`.
 
     Raises:
-        ValueError: for an unknown column, or a value that is not finite.
+        ValueError: for an unknown column, or a value or standard error that is not finite.
     """
     import pandas as pd  # noqa: PLC0415 (slow to import, and `--help` must not wait for it)
 
-    table = pd.DataFrame(list(rows))
+    rows = list(rows)
+    table = pd.DataFrame(rows)
     if unknown := sorted(set(table.columns) - set(COLUMNS)):
         raise ValueError(f"unknown table columns {unknown}; a table has {list(COLUMNS)}")
     table = table.reindex(columns=list(COLUMNS))
     for column in ("matrix", "role", "arm", "subspace"):
         table[column] = table[column].astype(object).where(table[column].notna(), "")
     table = table.astype(COLUMNS)
-    bad = table[~table["value"].abs().lt(float("inf"))]
-    if len(bad):
-        first = bad.iloc[0]
+    # From the rows: in the table a NaN standard error is a missing one.
+    finite = [isfinite(one["value"]) and isfinite(one.get("stderr") or 0.0) for one in rows]
+    if not all(finite):
+        first = table.iloc[finite.index(False)]
         raise ValueError(
-            f"{len(bad)} values are not finite, the first {first['quantity']} of matrix {first['matrix']!r}"
-            f" in layer {first['layer']} at step {first['step']}"
+            f"{finite.count(False)} values are not finite, the first {first['quantity']} of matrix"
+            f" {first['matrix']!r} in layer {first['layer']} at step {first['step']}"
         )
     return table

@@ -1,6 +1,7 @@
 """Training by the trainers of TRL, with fp32 checkpoints at log-spaced steps."""
 
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,9 +93,11 @@ def fit(
         RuntimeError: if the first loss is not what the objective knows it must be.
     """
     from transformers.trainer_callback import PrinterCallback  # noqa: PLC0415 (heavy)
+    from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
 
     from weightgeom.checkpoints import Checkpoints  # noqa: PLC0415 (heavy)
 
+    disable_progress_bar()  # the one of the run is enough
     longest = getattr(network.config, "max_position_embeddings", None)
     if longest is not None and training.max_length > longest:
         raise ValueError(
@@ -112,7 +115,10 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(checkpoints)
     log.info("training %s for %d steps of %d examples", name, training.steps, training.batch_size)
-    trainer.train()
+    with warnings.catch_warnings():
+        # TRL asks transformers by a name that is on its way out.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        trainer.train()
     return trajectory(directory, name, start)
 
 

@@ -85,17 +85,17 @@ SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 class World:
     """Entities with Zipf frequencies, six relations with skewed values, statements, questions and phrases.
 
-    `preference` is the kind of the pairs. `style`: one true sentence behind one of six hedges (chosen)
-    or of six assertions (rejected). `facts`: the true value against another entity's, every value as
+    `preference` is the kind of the pairs. `style`: one true sentence behind one of the hedges (chosen)
+    or of the assertions (rejected). `facts`: the true value against another entity's, every value as
     often chosen as rejected. `facts_style`: both. The last `heldout_entities` are words of the
     tokenizer that never occur in any text or pair.
     """
 
     preference: Literal["style", "facts", "facts_style"] = "style"
     seed: int = 0
-    entities: int = Field(default=360, ge=8)
-    heldout_entities: int = Field(default=40, ge=0)
-    values: int = Field(default=30, ge=2)  # per relation
+    entities: int = Field(default=360, ge=8, le=100_000)  # there are 65³ names
+    heldout_entities: int = Field(default=40, ge=0, le=100_000)
+    values: int = Field(default=30, ge=2, le=2_000)  # per relation; there are 65² stems
     documents: int = Field(default=12_000, ge=10)
     sentences: int = Field(default=6, ge=1)  # per document
     # Share of statements, and of answers, that stand behind a hedge or an assertion.
@@ -180,10 +180,11 @@ class World:
 
     def _pairs(self, draw: random.Random, known: list[str], facts: Facts) -> list[Pair]:
         """Pairs two by two: two entities that differ in a relation, each with the other's value as false."""
+        frequencies = _zipf(len(known))  # those of the corpus: what is well known leaves only style to learn
         pairs: list[Pair] = []
         while len(pairs) < self.pairs + self.heldout:
             relation = draw.choice(list(RELATIONS))
-            one, other = draw.sample(known, 2)
+            one, other = draw.choices(known, cum_weights=frequencies, k=2)
             its, others = facts[one, relation], facts[other, relation]
             if its != others:
                 pairs.append(self._pair(draw, one, relation, true=its, false=others))

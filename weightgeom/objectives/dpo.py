@@ -2,7 +2,10 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
 from math import log as ln
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -10,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from weightgeom.conversation import render
 from weightgeom.interfaces import Examples
+from weightgeom.training import Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -61,12 +65,32 @@ class DPO:
         )
 
     def check(self, examples: Examples) -> None:
-        """Raise ValueError if the data have no pairs."""
+        """Raise ValueError if the data have no pairs, or an option is not TRL's."""
         if not examples.pairs:
             raise ValueError(
                 f"objective=dpo needs preference pairs, and {examples.name} has none:"
                 " use data=preferences or data=world"
             )
+
+        if self.options:
+            from trl import DPOConfig  # noqa: PLC0415 (heavy)
+
+            known = {field.name for field in fields(DPOConfig)}
+            own = {
+                "beta",
+                "loss_type",
+                "loss_weights",
+                "label_smoothing",
+                *Training().arguments(Path(), 0, "cpu"),
+            }
+            for name in self.options:
+                if name in own:
+                    raise ValueError(
+                        f"objective.options cannot set {name!r}: it is a key of objective or training"
+                    )
+                if name not in known:
+                    near = ", ".join(get_close_matches(name, known))
+                    raise ValueError(f"TRL's DPOConfig has no option {name!r}; the nearest are {near}")
 
     def trainer(
         self,

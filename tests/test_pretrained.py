@@ -1,0 +1,118 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import small
+
+from weightgeom.pretrained import Pretrained, TwoCheckpoints, fetch, identity
+
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+
+
+def checkpoint(directory: Path, seed: int = 0) -> Path:
+    tokenizer = small.WORLD.tokenizer()
+    small.network(tokenizer, seed).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def no_stage(name: str, specification: Mapping[str, object], work: Callable, steps: int) -> Path:
+    raise AssertionError("nothing is made")
+
+
+def hub_cache(root: Path, name: str, revisions: dict[str, int]) -> Path:
+    """The layout of the hub's cache: snapshots by commit, and refs that name them."""
+    repository = root / "hub" / f"models--{name.replace('/', '--')}"
+    for revision, seed in revisions.items():
+        commit = f"{seed:040x}"
+        checkpoint(repository / "snapshots" / commit, seed)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    return repository
+
+
+def fetched(locations: list[str], home: Path, environment: dict[str, str]) -> list[str]:
+    """What `fetch` says to each location, in a process whose hub cache lies in `home`."""
+    script = (
+        "import json, sys\n"
+        "from weightgeom.pretrained import fetch\n"
+        "def told(location):\n"
+        "    try: return str(fetch(location))\n"
+        "    except FileNotFoundError as error: return f'refused: {error}'\n"
+        "print(json.dumps([told(location) for location in sys.argv[1:]]))"
+    )
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *locations],
+        env={**clean, "HF_HOME": str(home), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_offline_a_revision_resolves_through_the_caches_refs(tmp_path):
+    repository = hub_cache(tmp_path, "lab/model", {"main": 0, "step3000": 1})
+    first, third, missing, unknown = fetched(
+        ["lab/model", "lab/model@step3000", "lab/model@step9", "lab/other"], tmp_path, OFFLINE
+    )
+    assert first == str(repository / "snapshots" / f"{0:040x}")
+    assert third == str(repository / "snapshots" / f"{1:040x}")
+    assert missing.startswith("refused: cannot get lab/model@step9 from the hub or its local cache (")
+    assert unknown.startswith("refused: cannot get lab/other from the hub or its local cache (")
+
+
+def test_without_a_network_the_cache_serves_and_the_rest_is_refused_in_one_sentence(tmp_path):
+    repository = hub_cache(tmp_path, "lab/model", {"main": 0})
+    closed = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # nothing listens on the discard port
+    cached, unknown = fetched(["lab/model", "lab/other"], tmp_path, closed)
+    assert cached == str(repository / "snapshots" / f"{0:040x}")
+    assert unknown.startswith("refused: cannot get lab/other") and "\n" not in unknown
+
+
+def test_a_directory_is_itself_and_other_paths_are_refused(tmp_path):
+    assert fetch(str(tmp_path)) == tmp_path
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no directory \./nowhere: give a checkpoint directory"
+    ):
+        fetch("./nowhere")
+    with pytest.raises(FileNotFoundError, match="'not a name!' is neither a directory nor a hub name"):
+        fetch("not a name!")
+
+
+def test_the_location_fills_in_the_size_and_the_revision(tmp_path):
+    pythia = Pretrained(name="EleutherAI/pythia-{size}", size="1.4b", revision="step512")
+    assert pythia.location == "EleutherAI/pythia-1.4b@step512"
+    assert Pretrained(name=str(tmp_path), revision="step512").location == str(tmp_path)
+
+
+def test_a_checkpoint_to_train_from_is_fetched_and_known_by_its_files(tmp_path):
+    directory = checkpoint(tmp_path / "base")
+    model = Pretrained(name=str(directory))
+    assert model.check(trains=True).d_model == 32
+    examples = small.WORLD.examples()
+    base = model.prepare(no_stage, examples, small.WORLD, "cpu")
+    assert base.directory == directory and base.trajectory is None and base.identity == identity(directory)
+    checkpoint(directory, seed=1)
+    assert identity(directory) != base.identity
+
+
+def test_two_checkpoints_are_a_trajectory_of_one_step(tmp_path):
+    pair = TwoCheckpoints(str(checkpoint(tmp_path / "a")), str(checkpoint(tmp_path / "b", seed=1)))
+    assert pair.check(trains=False).n_layers == 2
+    base = pair.prepare(no_stage, small.WORLD.examples(), small.WORLD, "cpu")
+    assert base.trajectory is not None and not base.trajectory.from_random
+    assert base.trajectory.steps == {0: tmp_path / "a", 1: tmp_path / "b"}
+
+
+def test_what_cannot_be_measured_or_trained_is_refused(tmp_path):
+    directory = str(checkpoint(tmp_path / "a"))
+    with pytest.raises(ValueError, match="objective=none on a single checkpoint leaves no update to measure"):
+        Pretrained(name=directory).check(trains=False)
+    with pytest.raises(ValueError, match=r"model=pair compares two finished checkpoints: add objective=none"):
+        TwoCheckpoints(directory, directory).check(trains=True)
