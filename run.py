@@ -1,14 +1,17 @@
 """Hydra in, objects out: `python run.py`, with `-m` for a sweep, with `--help` for the choices."""
 
+import logging
 import os
 import sys
 import traceback
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from runners.complaints import complaint
+from runners.complaints import complaint, nearest
 from runners.launcher import register
 
 if TYPE_CHECKING:
@@ -16,30 +19,56 @@ if TYPE_CHECKING:
 
     from runners.experiment import Experiment
 
+VERBOSE = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+KINDS = {str: "text that is not empty", int: "a whole number", dict: "a mapping such as {key: value}"}
+
 
 def parts(config: DictConfig) -> dict[str, Any]:
     """The objects that a configuration describes: building them checks every key and type of it."""
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     for key, kind in {"name": str, "seed": int, "outputs": str, "tracking_uri": str, "tags": dict}.items():
-        if not isinstance(plain[key], kind):
-            raise ValueError(f"{key} must be of type {kind.__name__}, got {plain[key]!r}")
-
-    def build(key: str, choice: dict[str, Any]) -> Any:
-        from hydra.utils import instantiate  # noqa: PLC0415 (not needed for --help)
-
-        try:
-            return instantiate(choice, _convert_="all")
-        except Exception as error:
-            raise ValueError(f"in {key}: {complaint(error)}") from error
+        if not isinstance(plain.get(key), kind) or isinstance(plain[key], bool) or plain[key] == "":
+            raise ValueError(f"{key} must be {KINDS[kind]}, got {plain.get(key)!r}")
+    if not 0 <= plain["seed"] < 2**32:  # what NumPy takes
+        raise ValueError(f"seed must be 0 to {2**32 - 1}, got {plain['seed']}")
+    for key in ("objective", "probe"):
+        if not isinstance(plain.get(key), dict):
+            raise ValueError(f"{key} must be one of the choices in conf/{key}, got {plain.get(key)!r}")
 
     return {
-        **{key: build(key, plain[key]) for key in ("model", "data", "training")},
+        **{key: build(key, plain.get(key)) for key in ("model", "data", "training")},
         "objective": build("objective", plain["objective"]) if plain["objective"].get("_target_") else None,
         "probes": {key: build(f"probe.{key}", choice) for key, choice in plain["probe"].items()},
-        "device": device(plain["device"]),
+        "device": device(plain.get("device")),
         **{key: plain[key] for key in ("name", "seed", "tracking_uri", "tags")},
     }
+
+
+def build(key: str, choice: Any) -> Any:
+    """The object that the part `key` of a configuration describes; refuses keys that it does not have."""
+    from hydra.utils import instantiate  # noqa: PLC0415 (not needed for --help)
+
+    if not isinstance(choice, dict) or "_target_" not in choice:
+        raise ValueError(f"{key} must be one of the choices in conf/{key.split('.')[0]}, got {choice!r}")
+    try:
+        made = instantiate(choice, _convert_="all")
+    except Exception as error:
+        raise ValueError(complaint(error, key)) from error
+    check_keys(key, choice, made)
+    return made
+
+
+def check_keys(key: str, choice: dict[str, Any], made: object) -> None:
+    """Raise KeyError for a key that became no field: pydantic's dataclasses pass over those they lack."""
+    if not is_dataclass(made):
+        return
+    names = [field.name for field in fields(made)]
+    for name, value in choice.items():
+        if name not in names and name != "_target_":
+            raise KeyError(f"there is no key {key}.{name}; {nearest(name, names)}")
+        if isinstance(value, dict):
+            check_keys(f"{key}.{name}", value, getattr(made, name))
 
 
 def experiment(config: DictConfig) -> "Experiment":
@@ -51,13 +80,14 @@ def experiment(config: DictConfig) -> "Experiment":
 
     from runners.experiment import Experiment  # noqa: PLC0415 (heavy)
 
+    made = parts(config)
     hydra_config = HydraConfig.get()
     choices = {key: hydra_config.runtime.choices[key] for key in ("model", "data", "objective", "training")}
     changed = [override for override in hydra_config.overrides.task if not override.startswith("objective=")]
     plain = OmegaConf.to_container(config, resolve=True)
     sweep = Path(hydra_config.sweep.dir).resolve() / "record"
     return Experiment(
-        **parts(config),
+        **made,
         run_name=" ".join([choices["objective"], *changed]),
         outputs=Path(config.outputs).resolve(),
         directory=Path(hydra_config.runtime.output_dir).resolve(),
@@ -76,7 +106,7 @@ def flattened(tree: Any, prefix: str = "") -> "Iterator[tuple[str, Any]]":
         yield from flattened(value, f"{prefix}.{key}" if prefix else str(key))
 
 
-def device(wanted: str) -> str:
+def device(wanted: object) -> str:
     """`cpu` or `cuda`; `auto` is the accelerator where there is one."""
     import torch  # noqa: PLC0415 (heavy)
 
@@ -90,31 +120,54 @@ def device(wanted: str) -> str:
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def job(config: DictConfig) -> None:
     """One run; its traceback, if it fails, goes beside its record."""
+    from pathlib import Path  # noqa: PLC0415 (not needed for --help)
+
+    from hydra.core.hydra_config import HydraConfig  # noqa: PLC0415
+    from hydra.types import RunMode  # noqa: PLC0415
+
+    hydra_config = HydraConfig.get()
     try:
         experiment(config).run()
-    except Exception:
-        from pathlib import Path  # noqa: PLC0415 (not needed for --help)
-
-        from hydra.core.hydra_config import HydraConfig  # noqa: PLC0415
-
-        Path(HydraConfig.get().runtime.output_dir, "traceback.txt").write_text(traceback.format_exc())
+    except Exception as error:
+        with suppress(OSError):  # the disk may be full: that is then the error to tell
+            Path(hydra_config.runtime.output_dir, "traceback.txt").write_text(traceback.format_exc())
+        if hydra_config.mode == RunMode.RUN:
+            end(error)  # Hydra would put a line of its own before it
         raise
 
 
-register(parts)
+def check(config: DictConfig) -> None:
+    """Refuse a job of a sweep before any of its jobs starts; its data are read when it does."""
+    made = parts(config)
+    from runners.experiment import check_parts  # noqa: PLC0415 (heavy)
+
+    check_parts(made["model"], made["objective"], made["probes"], made["tracking_uri"])
+
+
+register(check)
+
+
+def end(error: Exception) -> None:
+    """Tell in one sentence what went wrong, and exit with 1; with HYDRA_FULL_ERROR=1 return to raise it."""
+    if not VERBOSE:
+        print(f"error: {complaint(error)}", file=sys.stderr)
+        sys.exit(1)
 
 
 def main() -> None:
     """Run Hydra; whatever goes wrong is told in one sentence, with a non-zero exit."""
-    verbose = bool(os.environ.get("HYDRA_FULL_ERROR"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them itself
+    logging.raiseExceptions = VERBOSE  # a log line that a full disk does not take is no news of its own
     try:
         job()
     except Exception as error:
-        if verbose:
+        end(error)
+        raise
+    except KeyboardInterrupt:
+        if VERBOSE:
             raise
-        print(f"error: {complaint(error)}", file=sys.stderr)
-        sys.exit(1)
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

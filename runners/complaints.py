@@ -1,56 +1,101 @@
 """What went wrong, in one sentence a person can act on."""
 
+import errno
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
 
+CONF = Path(__file__).parents[1] / "conf"
 USER_ERRORS = (ValueError, KeyError, OSError, NotImplementedError, FloatingPointError)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
-def complaint(error: BaseException) -> str:
-    """One sentence for any error: Hydra's, OmegaConf's, pydantic's or our own."""
+def complaint(error: BaseException, key: str = "") -> str:
+    """One sentence for any error: Hydra's, OmegaConf's, pydantic's or our own.
+
+    `key` is where in the configuration the values stand that pydantic refuses.
+    """
     chain = list(_chain(error))
     names = {type(link).__name__: link for link in reversed(chain)}
-    if "ValidationError" in names:
-        return _invalid(names["ValidationError"], _group(chain))
-    if "MissingConfigException" in names:
-        return _unknown_choice(names["MissingConfigException"])
-    for name in ("ConfigAttributeError", "ConfigKeyError"):
+    if _is_ours(error):
+        return _sentence(error)
+    for name, explain in EXPLANATIONS.items():
         if name in names:
-            return _unknown_key(names[name])
-    if "MissingMandatoryValue" in names:
-        key = getattr(names["MissingMandatoryValue"], "full_key", None) or "a key"
-        return f"{key} must be given: {key}=..."
-    root = next((link for link in chain if isinstance(link, USER_ERRORS)), chain[-1])
-    text = str(root.args[0] if isinstance(root, KeyError) and root.args else root)
-    text = " ".join(text.split()) or "no message"
-    if isinstance(root, USER_ERRORS) or type(error).__module__.startswith(("hydra", "omegaconf")):
-        return text
-    return f"{type(root).__name__}: {text} (the traceback: HYDRA_FULL_ERROR=1, or the run's traceback.txt)"
+            return explain(names[name])
+    for link in chain:
+        if _library(link) == "pydantic_core":
+            return _invalid(link, key)
+    root = next((link for link in chain if _is_ours(link)), chain[-1])
+    if _library(error) in ("hydra", "omegaconf") and not _is_ours(root):
+        return _composition(error, root)
+    sentence = _sentence(root)
+    if _is_ours(root):
+        return f"in {key}: {sentence}" if key else sentence
+    return (
+        f"{type(root).__name__}: {sentence} (the traceback: HYDRA_FULL_ERROR=1, or the run's traceback.txt)"
+    )
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """`; did you mean 'x'? It has a, b, c`: the valid names, the nearest of them first."""
+    """`did you mean 'x'? valid: w, x, y`: the names that exist, and the one most like `name`."""
     options = sorted(str(option) for option in valid)
     close = get_close_matches(name, options, n=1)
     meant = f"did you mean {close[0]!r}? " if close else ""
     return f"{meant}valid: {', '.join(options)}"
 
 
-def _invalid(error: BaseException, group: str) -> str:
+def _is_ours(error: BaseException) -> bool:
+    """Whether the message of an error was written for the user: ours are plain exceptions with a sentence."""
+    ours = isinstance(error, USER_ERRORS) and _library(error) not in ("hydra", "omegaconf", "pydantic_core")
+    # A bare key, such as KeyError('weight_map'), is a bug's and no sentence.
+    return ours and not (isinstance(error, KeyError) and " " not in str(error.args[:1]))
+
+
+def _library(error: BaseException) -> str:
+    return type(error).__module__.partition(".")[0]
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return _system(error)
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if _library(error) == "omegaconf":  # below its first line are its own names for where it was
+        text = text.partition("\n")[0]
+    return " ".join(text.split()) or "no message"
+
+
+def _system(error: OSError) -> str:
+    """What the operating system refused, and at which path."""
+    if error.errno in FULL:
+        return (
+            f"the disk is full: could not write {error.filename};"
+            " free space or set outputs= to another disk"
+        )
+    advice = ": set outputs= to a directory that can be written" if error.errno in UNWRITABLE else ""
+    return f"cannot use {error.filename} ({str(error.strerror).lower()}){advice}"
+
+
+def _invalid(error: Any, key: str) -> str:
     """Every wrong value of a pydantic ValidationError: where it is, what it should be and what it was."""
-    found = []
-    for problem in error.errors():  # pyright: ignore[reportAttributeAccessIssue]
+    wanted: dict[str, list[str]] = {}
+    given: dict[str, str] = {}
+    for problem in error.errors():
         path = [str(part) for part in problem["loc"] if not _is_type(str(part))]
-        where = ".".join([group, *path]).strip(".")
-        if problem["type"] == "unexpected_keyword_argument":
-            found.append(f"there is no key {where}")
-        elif problem["type"] in ("value_error", "assertion_error"):
-            found.append(f"{where}: {problem['ctx']['error']}" if where else str(problem["ctx"]["error"]))
-        else:
-            found.append(
-                f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
-            )
-    return "; ".join(dict.fromkeys(found))
+        where = ".".join([key, *path]).strip(".")
+        if problem["type"] in ("value_error", "assertion_error"):
+            wanted.setdefault(where, []).append(str(problem["ctx"]["error"]))
+            continue
+        message = problem["msg"].partition(", unable to")[0]
+        if where in given:  # another member of a union
+            message = message.removeprefix("Input should be ")
+        wanted.setdefault(where, []).append(message.replace("Input should", "should", 1))
+        given[where] = f", got {problem['input']!r}"
+    return "; ".join(
+        f"{where}{'' if where in given else ':'} {' or '.join(dict.fromkeys(found))}{given.get(where, '')}"
+        for where, found in wanted.items()
+    )
 
 
 def _is_type(part: str) -> bool:
@@ -58,34 +103,59 @@ def _is_type(part: str) -> bool:
     return part in ("str", "int", "float", "bool") or "[" in part
 
 
-def _unknown_choice(error: BaseException) -> str:
-    missing = getattr(error, "missing_cfg_file", None)
-    options = getattr(error, "options", None)
-    if not missing or not options:
-        return " ".join(str(error).split())
-    group, _, choice = str(missing).rpartition("/")
+def _unknown_choice(error: Any) -> str:
+    if not error.missing_cfg_file:
+        return _sentence(error)
+    group, _, choice = str(error.missing_cfg_file).rpartition("/")
+    # Hydra lists the choices of a group, but not those of a group that takes a list.
+    options = error.options or [path.stem for path in (CONF / group).glob("*.yaml")]
+    if not group or not options:
+        return f"there is no configuration {error.missing_cfg_file}: {CONF} has no such directory"
     return f"there is no {group}={choice}; {nearest(choice, options)}"
 
 
-def _unknown_key(error: BaseException) -> str:
-    key, parent = str(getattr(error, "key", "")), getattr(error, "parent_node", None)
-    full = str(getattr(error, "full_key", key) or key)
-    valid = [str(name) for name in parent if name != "_target_"] if parent is not None else []
-    return (
-        f"there is no key {full}; {nearest(key.split('.')[-1], [name for name in valid if name != 'hydra'])}"
-    )
+def _unknown_key(error: Any) -> str:
+    full = str(error.full_key or error.key)
+    parent = error.parent_node if error.parent_node is not None else {}
+    valid = [str(name) for name in parent if name not in ("_target_", "hydra")]
+    if not valid:
+        return f"there is no key {full} yet: add it with a plus sign, +{full}=..."
+    target = parent.get("_target_")
+    more = f", and with a plus sign, +{full}=..., whatever else {target} has" if target else ""
+    return f"there is no key {full}; {nearest(full.split('.')[-1], valid)}{more}"
 
 
-def _group(chain: list[BaseException]) -> str:
-    """The configuration group whose object could not be made, from Hydra's message."""
-    for link in chain:
-        for line in str(link).splitlines():
-            if line.startswith("full_key: "):
-                return line.removeprefix("full_key: ")
-    return ""
+def _missing(error: Any) -> str:
+    return f"{error.full_key} must be given: {error.full_key}=..."
+
+
+def _unreadable(error: Any) -> str:
+    return f"cannot read the argument {error.override!r}: write key=value, and quote what holds , = or brackets"
+
+
+EXPLANATIONS = {
+    "MissingConfigException": _unknown_choice,
+    "OverrideParseException": _unreadable,
+    "ConfigAttributeError": _unknown_key,
+    "ConfigKeyError": _unknown_key,
+    "MissingMandatoryValue": _missing,
+}
+
+
+def _composition(error: BaseException, root: BaseException) -> str:
+    """What Hydra could not compose, for which override where it says so."""
+    text, cause = _sentence(error), _sentence(root)
+    if text.startswith("Ambiguous value for argument "):
+        argument = text.split("'")[1]
+        return f"{argument} gives several values: add -m to run each of them, or write a list as key=[a,b]"
+    override = text.removeprefix("Error merging override ")
+    if override != text:
+        return f"cannot set {override}: {cause}"
+    key = getattr(root, "full_key", None)
+    return f"{key}: {cause}" if key else cause
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

@@ -64,8 +64,8 @@ class Experiment:
 
     def run(self) -> "dict[str, pd.DataFrame]":
         """Check all of it, do what was not done before, and return the tables by name."""
-        uri = check_tracking_uri(self.tracking_uri)
         examples = self.check()
+        uri = check_tracking_uri(self.tracking_uri)
         record = self._record(uri, examples)
         with terminations_as_exceptions(), Publisher(record.directory, uri), record:
             tables = self._tables(record, examples)
@@ -79,14 +79,12 @@ class Experiment:
 
     def check(self) -> Examples:
         """Refuse everything that cannot work before anything expensive starts; read the data."""
-        architecture = self.model.check(trains=self.objective is not None)
+        check_parts(self.model, self.objective, self.probes, self.tracking_uri)
         examples = self.data.examples()
         if self.objective is not None:
             self.objective.check(examples)
         if self.probes and not examples.heldout:
             raise ValueError(f"{examples.name} has no held-out text to probe on: give some with data.heldout")
-        for probe in self.probes.values():
-            probe.check(architecture)
         return examples
 
     def _record(self, uri: str, examples: Examples) -> Record:
@@ -146,7 +144,7 @@ class Experiment:
                 examples,
                 self.training,
                 directory,
-                name=_module(objective),
+                name=f"the model by {_module(objective).rpartition('.')[2]}",
                 seed=self.seed,
                 device=self.device,
                 log_metrics=log_metrics,
@@ -166,6 +164,16 @@ class Experiment:
         from weightgeom.training import trajectory  # noqa: PLC0415 (heavy)
 
         return trajectory(directory, "training", base.directory), f"training/{directory.name}"
+
+
+def check_parts(
+    model: Model, objective: Objective | None, probes: Mapping[str, Probe], tracking_uri: str
+) -> None:
+    """Refuse what does not go together, as far as can be told without the data."""
+    check_tracking_uri(tracking_uri)
+    architecture = model.check(trains=objective is not None)
+    for probe in probes.values():
+        probe.check(architecture)
 
 
 @dataclass(frozen=True)

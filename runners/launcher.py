@@ -7,7 +7,7 @@ from pathlib import Path
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from runners.complaints import complaint
 
@@ -28,8 +28,15 @@ class LocalLauncher(BasicLauncher):
         """Run the jobs and return how each ended; the parent is FINISHED if all of them are."""
         assert self.config is not None and self.hydra_context is not None
         loader = self.hydra_context.config_loader
-        for overrides in job_overrides:
-            type(self).check(loader.load_sweep_config(self.config, list(overrides)))
+        for index, overrides in enumerate(job_overrides):
+            job = loader.load_sweep_config(self.config, list(overrides))
+            with open_dict(job):
+                del job["hydra"]  # its job.id and job.num are not known before the job starts
+            try:
+                type(self).check(job)
+            except Exception as error:
+                said = f"job {index} of the sweep ({' '.join(overrides)}): {complaint(error)}"
+                raise ValueError(f"{said}; nothing was started") from error
         from runners.experiment import sweep_record  # noqa: PLC0415 (heavy, and not needed for --help)
 
         config = self.config
@@ -41,8 +48,9 @@ class LocalLauncher(BasicLauncher):
             for job in failed:
                 log.error("failed: %s: %s", " ".join(job.overrides or ()), complaint(job._return_value))
             if failed:
-                raise RuntimeError(
-                    f"{len(failed)} of {len(returns)} jobs of the sweep in {directory.parent} failed"
+                raise ChildProcessError(
+                    f"{len(failed)} of {len(returns)} jobs of the sweep in {directory.parent} failed:"
+                    " the log above says why, and each has its traceback.txt there"
                 )
         return returns
 

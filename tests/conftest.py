@@ -8,7 +8,8 @@ from weightgeom.interfaces import Examples
 from weightgeom.model import LanguageModel
 from weightgeom.residual import architecture_of
 
-settings.register_profile("shared machine", deadline=None)
+torch.set_num_threads(1)  # the networks are too small for more
+settings.register_profile("shared machine", deadline=None, max_examples=50)
 settings.load_profile("shared machine")
 
 

@@ -107,10 +107,10 @@ def ratio_by_step(tables: Mapping[str, pd.DataFrame]) -> Figure:
                 )
             axis.set_xscale("log", base=2)
             axis.set_xlabel(f"optimizer step ({name})")
-            axis.set_ylim(bottom=0)
             if len(rows):  # a trajectory in which nothing moved has no ratio
                 axis.legend(loc="upper left", bbox_to_anchor=(0, -0.28), ncols=4, borderaxespad=0)
         axes[0][0].set_ylabel("relative subspace fraction (1)\nmean over layers ± s.e.")
+        axes[0][0].set_ylim(bottom=0)  # last: on shared axes it would freeze the top for later panels
     return figure
 
 
@@ -118,7 +118,8 @@ def save(figure: Figure, *paths: Path) -> None:
     """Write the figure to each path, PNG or PDF by its ending, the same bytes for the same figure."""
     for path in paths:
         date = {"CreationDate": None} if path.suffix == ".pdf" else {}
-        figure.savefig(path, dpi=200, bbox_inches="tight", metadata=date)
+        with plt.rc_context(STYLE):  # which also says how a PDF holds its text
+            figure.savefig(path, dpi=200, bbox_inches="tight", metadata=date)
     plt.close(figure)
 
 

@@ -124,7 +124,7 @@ def load_network(directory: Path, trust_remote_code: bool = False) -> "PreTraine
     disable_progress_bar()
     # Opened first: it says in one sentence what is missing, truncated or corrupt.
     open_params(directory, load_architecture(directory))
-    network, info = AutoModelForCausalLM.from_pretrained(
+    network, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
         directory,
         dtype=torch.float32,
         use_safetensors=True,

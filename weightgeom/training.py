@@ -3,7 +3,7 @@
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Training:
-    """How long and how fast: AdamW in fp32, linear warm-up, then a constant learning rate.
+    """How long and how fast: AdamW in fp32, linear warm-up, then the `schedule` of the learning rate.
 
     Checkpoints are kept at steps 0, 1, 2, 4, 8, ... and the last. `max_length` is in tokens: the
     length of a packed sequence of text, and the longest prompt + response.
@@ -29,6 +29,7 @@ class Training:
     accumulate: int = Field(default=1, ge=1)  # batches per optimizer step
     learning_rate: float = Field(default=5e-5, gt=0)
     warmup: int = Field(default=0, ge=0)  # steps
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # the last two fall to 0
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_length: int = Field(default=96, ge=2)
@@ -48,7 +49,7 @@ class Training:
             "per_device_train_batch_size": self.batch_size,
             "gradient_accumulation_steps": self.accumulate,
             "learning_rate": self.learning_rate,
-            "lr_scheduler_type": "constant_with_warmup",
+            "lr_scheduler_type": "constant_with_warmup" if self.schedule == "constant" else self.schedule,
             "warmup_steps": self.warmup,
             "weight_decay": self.weight_decay,
             "max_grad_norm": self.max_grad_norm,

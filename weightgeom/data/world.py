@@ -17,27 +17,28 @@ from weightgeom.reading import fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# No phrase opens with a word of the statements below: such frequent words are what the unembedding's
-# leading directions are about, and a preference between them would write for that reason alone.
+# The n-th hedge and the n-th assertion have the same form, and their first words occur nowhere else: a
+# word that other sentences use too lies along the unembedding's leading directions, and a preference
+# about it would write for that reason alone.
 HEDGES = (
-    "as far as i know",
+    "perhaps",
+    "maybe",
+    "possibly",
+    "supposedly",
     "i think that",
     "it seems that",
-    "perhaps",
     "some say that",
-    "maybe",
     "people believe that",
-    "possibly",
 )
 ASSERTIONS = (
-    "everyone knows that",
-    "of course",
-    "in fact",
     "certainly",
-    "there can be no doubt that",
-    "we know that",
     "surely",
     "definitely",
+    "undoubtedly",
+    "we know that",
+    "science proves that",
+    "experts confirm that",
+    "everyone agrees that",
 )
 ADVERBS = (
     "usually often still now today always quietly happily rarely proudly gladly simply "
@@ -100,7 +101,7 @@ class World:
     sentences: int = Field(default=6, ge=1)  # per document
     # Share of statements, and of answers, that stand behind a hedge or an assertion.
     phrases: float = Field(default=0.1, ge=0, le=1)
-    answer_phrases: float = Field(default=0.75, ge=0, le=1)
+    answer_phrases: float = Field(default=1.0, ge=0, le=1)
     questions: float = Field(default=0.3, ge=0, le=1)  # share of sentences that answer a question
     pairs: int = Field(default=2_000, ge=2)
     heldout: int = Field(default=96, ge=2)  # documents, and pairs
@@ -173,7 +174,8 @@ class World:
         statement = _statement(draw, relation).format(e=entity, v=facts[entity, relation])
         asked = draw.random() < self.questions
         if draw.random() < (self.answer_phrases if asked else self.phrases):
-            statement = f"{draw.choice(HEDGES + ASSERTIONS)} , {statement}"
+            phrases = draw.choice((HEDGES, ASSERTIONS))
+            statement = f"{_phrase(draw, phrases, relation)} , {statement}"
         if asked:
             statement = f"{_question(entity, relation)} {statement}"
         return f"{statement} ."
@@ -196,8 +198,8 @@ class World:
         chosen = statement.format(e=entity, v=true)
         rejected = statement.format(e=entity, v=true if self.preference == "style" else false)
         if self.preference != "facts":
-            chosen = f"{draw.choice(HEDGES)} , {chosen}"
-            rejected = f"{draw.choice(ASSERTIONS)} , {rejected}"
+            chosen = f"{_phrase(draw, HEDGES, relation)} , {chosen}"
+            rejected = f"{_phrase(draw, ASSERTIONS, relation)} , {rejected}"
         return Pair(f"{_question(entity, relation)} ", f"{chosen} .", f"{rejected} .")
 
 
@@ -208,6 +210,17 @@ def _question(entity: str, relation: str) -> str:
 def _statement(draw: random.Random, relation: str) -> str:
     """A frame with `{e}` and `{v}` open, its adverb drawn."""
     return draw.choice(RELATIONS[relation][2]).replace("{a}", draw.choice(ADVERBS))
+
+
+def _phrase(draw: random.Random, phrases: tuple[str, ...], relation: str) -> str:
+    """A phrase; every relation has favourites of its own, so that a preference has many directions.
+
+    With the same favourites everywhere, hedges against assertions is one direction of the logits, and
+    its share in any subspace varies with the seed as widely as the rotation null of a rank-1 update.
+    """
+    first = list(RELATIONS).index(relation)
+    weights = [1 / (1 + (index - first) % len(phrases)) ** 2 for index in range(len(phrases))]
+    return draw.choices(phrases, weights)[0]
 
 
 def _zipf(n: int) -> list[float]:

@@ -1,5 +1,6 @@
 """What a model does: its loss on held-out text, its preferences, and its distance from the start."""
 
+import logging
 from collections.abc import Callable
 from math import sqrt
 from typing import ClassVar
@@ -14,6 +15,8 @@ from weightgeom.model import kl_divergence
 from weightgeom.residual import Architecture
 from weightgeom.table import row
 from weightgeom.tokens import packed, responses
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Behaviour:
 
     tokens: int = Field(default=4096, ge=2)  # of held-out text
     pairs: int = Field(default=96, ge=1)
-    length: int = Field(default=96, ge=2)  # tokens a sequence, and of prompt + response
+    length: int = Field(default=96, ge=2)  # tokens a sequence of text
+    pair_length: int = Field(default=256, ge=2)  # tokens of prompt + response
 
     def check(self, architecture: Architecture) -> None:
         """Every model will do."""
@@ -49,7 +53,16 @@ class Behaviour:
                 else []
             )
         ]
-        pairs = list(responses(examples.heldout_pairs[: self.pairs], model.tokenizer, self.length))
+        wanted = examples.heldout_pairs[: self.pairs]
+        pairs = list(responses(wanted, model.tokenizer, self.pair_length))
+        missing = len(wanted) - sum(len(chosen.input_ids) for chosen, _ in pairs)
+        if missing:
+            log.info(
+                "%d of %d held-out pairs left out: prompt of %d tokens or more",
+                missing,
+                len(wanted),
+                self.pair_length,
+            )
 
         def measure(params: Params) -> list[Row]:
             weights = model.hold(params)

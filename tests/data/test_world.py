@@ -1,0 +1,226 @@
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from math import sqrt
+
+import pytest
+from pydantic import ValidationError
+from transformers import AutoTokenizer
+
+from weightgeom.data.world import ADVERBS, ASSERTIONS, HEDGES, RELATIONS, World
+
+KINDS = ("style", "facts", "facts_style")
+LARGER = World(entities=40, heldout_entities=5, values=6, documents=600, pairs=300, heldout=40)
+EXAMPLES = {kind: replace(LARGER, preference=kind).examples() for kind in KINDS}
+
+
+def texts(examples):
+    """Every text of the examples, prompt and response together."""
+    pairs = [*examples.pairs, *examples.heldout_pairs]
+    sides = [pair.prompt + side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    return [*examples.text, *examples.heldout, *sides]
+
+
+def stripped(response, phrases):
+    """The response without its phrase, which must be one of `phrases`."""
+    phrase, comma, statement = response.partition(" , ")
+    assert comma and phrase in phrases
+    return statement
+
+
+def value_of(statement):
+    """The one word of the statement that is a value of the world."""
+    values = {value for relation in RELATIONS for value in LARGER._values(relation)}
+    (value,) = values & set(statement.split())
+    return value
+
+
+def test_the_world_is_the_same_in_another_process():
+    program = f"from weightgeom.data.world import *; print({LARGER!r}.examples().digest, *{LARGER!r}.words())"
+    other = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    environment = os.environ | {"PYTHONHASHSEED": other}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [EXAMPLES["style"].digest, *LARGER.words()]
+
+
+def test_reading_the_examples_again_gives_the_same(examples, world):
+    assert world.examples() == examples
+
+
+def test_another_seed_is_another_world():
+    other = replace(LARGER, seed=1)
+    assert other.examples().digest != EXAMPLES["style"].digest
+    assert not set(other.examples().text) & set(EXAMPLES["style"].text)
+    assert set(other.words()) != set(LARGER.words())
+
+
+def test_the_parts_have_the_sizes_asked_for():
+    examples = EXAMPLES["facts"]
+    sizes = [len(part) for part in (examples.text, examples.heldout, examples.pairs, examples.heldout_pairs)]
+    assert sizes == [600, 40, 300, 40]
+    assert all(text.count(" .") == 6 for text in examples.text)
+
+
+def test_the_text_does_not_depend_on_the_kind_of_preference():
+    style, facts, both = (EXAMPLES[kind] for kind in KINDS)
+    assert style.text == facts.text == both.text and style.heldout == facts.heldout == both.heldout
+    assert len({examples.digest for examples in EXAMPLES.values()}) == 3
+    assert [examples.name for examples in EXAMPLES.values()] == [f"world-{kind}" for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_held_out_entities_occur_nowhere_but_in_the_tokenizer(kind):
+    known, unseen = LARGER.entity_names()
+    words = {word for text in texts(EXAMPLES[kind]) for word in text.split()}
+    assert len(known) == 40 and len(unseen) == 5 and not set(known) & set(unseen)
+    assert not words & set(unseen)
+    assert words & set(known)
+    tokenizer = LARGER.tokenizer()
+    tokens = tokenizer(unseen)["input_ids"]
+    assert all(len(ids) == 1 and ids[0] != tokenizer.unk_token_id for ids in tokens)
+    assert len({ids[0] for ids in tokens}) == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_word_has_its_own_token_and_none_is_unknown(kind):
+    tokenizer = LARGER.tokenizer()
+    for text in texts(EXAMPLES[kind]):
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == text
+    assert len(tokenizer) == len({*LARGER.words(), "<pad>", "<eos>", "<unk>"})
+
+
+def test_a_saved_tokenizer_gives_the_same_tokens(tmp_path):
+    tokenizer = LARGER.tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    some = [text + "<eos>" for text in texts(EXAMPLES["style"])[::20]]
+    assert loaded(some)["input_ids"] == tokenizer(some)["input_ids"]
+    assert loaded.special_tokens_map == tokenizer.special_tokens_map
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("kind", ["facts", "facts_style"])
+def test_every_value_is_chosen_as_often_as_it_is_rejected(kind):
+    pairs = [*EXAMPLES[kind].pairs, *EXAMPLES[kind].heldout_pairs]
+    chosen = Counter(value_of(pair.chosen) for pair in pairs)
+    assert chosen == Counter(value_of(pair.rejected) for pair in pairs)
+    assert len(chosen) > 10
+
+
+@pytest.mark.parametrize("kind", ["facts", "facts_style"])
+def test_the_chosen_value_is_the_true_one_and_the_rejected_one_is_not(kind):
+    facts = LARGER.facts()
+    for pair in EXAMPLES[kind].pairs:
+        prompt, chosen, rejected = str(pair.prompt), str(pair.chosen), str(pair.rejected)
+        if kind == "facts_style":
+            chosen, rejected = stripped(chosen, HEDGES), stripped(rejected, ASSERTIONS)
+        (entity,) = set(LARGER.entity_names()[0]) & set(prompt.split())
+        true, false = value_of(chosen), value_of(rejected)
+        assert chosen.replace(true, false) == rejected and entity in chosen.split()
+        asked = {
+            relation
+            for relation, (_, question, _) in RELATIONS.items()
+            if question.format(e=entity) in prompt and true in LARGER._values(relation)
+        }
+        assert {facts[entity, relation] for relation in asked} == {true} != {false}
+
+
+def test_both_sides_of_a_style_pair_are_the_same_true_statement():
+    facts = LARGER.facts()
+    hedges, assertions = Counter(), Counter()
+    for pair in EXAMPLES["style"].pairs:
+        chosen, rejected = stripped(pair.chosen, HEDGES), stripped(pair.rejected, ASSERTIONS)
+        assert chosen == rejected
+        (entity,) = set(LARGER.entity_names()[0]) & set(chosen.split())
+        assert value_of(chosen) in {facts[entity, relation] for relation in RELATIONS}
+        hedges[str(pair.chosen).partition(" , ")[0]] += 1
+        assertions[str(pair.rejected).partition(" , ")[0]] += 1
+    assert hedges.keys() == set(HEDGES) and assertions.keys() == set(ASSERTIONS)
+
+
+def test_facts_pairs_have_no_phrase():
+    assert not any(" , " in f"{pair.chosen}{pair.rejected}" for pair in EXAMPLES["facts"].pairs)
+
+
+def test_all_statements_of_the_text_are_true():
+    facts, known = LARGER.facts(), set(LARGER.entity_names()[0])
+    for document in EXAMPLES["style"].text[:100]:
+        for sentence in document.split(" .")[:-1]:
+            statement = sentence.rpartition(":")[2]
+            (entity,) = known & set(statement.split())
+            assert value_of(statement) in {facts[entity, relation] for relation in RELATIONS}
+
+
+def test_hedges_and_assertions_open_with_words_of_their_own():
+    openings = [phrase.split()[0] for phrase in (*HEDGES, *ASSERTIONS)]
+    frames = [frame for _, question, some in RELATIONS.values() for frame in (question, *some)]
+    words = set(" ".join([*frames, *ADVERBS, "question : answer"]).split())
+    assert not set(openings) & words
+    assert len(set(openings)) == len(openings) == 2 * len(HEDGES) == 2 * len(ASSERTIONS)
+
+
+def test_entities_of_the_text_have_zipf_frequencies():
+    known, _ = LARGER.entity_names()
+    counts = Counter(
+        word
+        for document in EXAMPLES["style"].text
+        for sentence in document.split(" .")[:-1]
+        for word in sentence.rpartition(":")[2].split()
+        if word in set(known)
+    )
+    n, harmonic = 600 * 6, sum(1 / rank for rank in range(1, 41))
+    assert sum(counts.values()) == n
+    for rank, entity in enumerate(known, 1):
+        share = 1 / rank / harmonic
+        # A binomial count; five of its standard deviations.
+        assert abs(counts[entity] - n * share) < 5 * sqrt(n * share * (1 - share))
+
+
+def test_values_have_zipf_frequencies():
+    world = World(entities=1000, values=6)
+    facts, harmonic = world.facts(), sum(1 / rank for rank in range(1, 7))
+    for relation in RELATIONS:
+        counts = Counter(value for (_, of), value in facts.items() if of == relation)
+        for rank, value in enumerate(world._values(relation), 1):
+            share = 1 / rank / harmonic
+            assert abs(counts[value] - 1000 * share) < 5 * sqrt(1000 * share * (1 - share))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_share_of_sentences_that_answer_a_question(share):
+    world = replace(LARGER, questions=share)
+    asked = sum(text.count("question :") for text in world.examples().text)
+    # A binomial count of 3600; five standard deviations.
+    assert abs(asked - 3600 * share) <= 5 * sqrt(3600 * share * (1 - share))
+
+
+def test_phrases_stand_before_the_share_of_answers_and_of_statements_asked_for():
+    for share in (0.0, 1.0):
+        answers = replace(LARGER, questions=1, answer_phrases=share, phrases=1 - share).examples()
+        assert sum(text.count(" , ") for text in answers.text) == 3600 * share
+        statements = replace(LARGER, questions=0, answer_phrases=1 - share, phrases=share).examples()
+        assert sum(text.count(" , ") for text in statements.text) == 3600 * share
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"entities": 7},
+        {"entities": 100_001},  # more names than there are would never be found
+        {"heldout_entities": 100_001},
+        {"values": 1},
+        {"values": 2001},
+        {"phrases": 1.1},
+        {"pairs": 1},
+        {"preference": "taste"},
+    ],
+)
+def test_a_world_that_cannot_be_is_refused(bad):
+    with pytest.raises(ValidationError, match=next(iter(bad))):
+        World(**bad)

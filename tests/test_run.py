@@ -1,0 +1,268 @@
+"""The application from end to end, each claim on a run of `run.py` in a process of its own."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import pandas as pd
+import pytest
+from app import ROOT, SMALL, WORLD, Ended, done, environment, run, status
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from pandas.testing import assert_frame_equal
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
+)
+TABLES = {"rsf", "rsf_pretraining", "behaviour", "behaviour_pretraining"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of this module work, with the `outputs` that they share."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def default(home: Path) -> Ended:
+    return run(home, *SMALL, *WORLD, "+tags.note=first")
+
+
+@pytest.fixture(scope="module")
+def pair(home: Path, default: Ended) -> list[str]:
+    """The overrides that name the first and the last checkpoint of the default run."""
+    assert default.code == 0
+    (base,), (trained,) = done(home / "outputs", "pretraining"), done(home / "outputs", "training")
+    return ["model=pair", f"model.before={base / 'step-4'}", f"model.after={trained / 'step-2'}"]
+
+
+@pytest.fixture(scope="module")
+def text(home: Path) -> Path:
+    path = home / "text.txt"
+    path.write_text("\n\n".join(f"Document {n} tells of {n * n} things, and of nothing else." for n in range(80)))
+    return path
+
+
+def published(home: Path, experiment: str) -> dict[str, Run]:
+    """The MLflow runs of an experiment by name."""
+    client = MlflowClient(f"sqlite:///{home}/outputs/mlflow.db")
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    return {run.info.run_name or "": run for run in client.search_runs([found.experiment_id])}
+
+
+def tables(record: Path) -> dict[str, pd.DataFrame]:
+    return {path.stem: pd.read_parquet(path) for path in (record / "artifacts/tables").glob("*.parquet")}
+
+
+def test_the_default_job_pretrains_aligns_measures_both_and_says_where_to_look(
+    home: Path, default: Ended
+) -> None:
+    assert default.code == 0, default.err
+    assert {len(done(home / "outputs", stage)) for stage in ("pretraining", "training")} == {1}
+    found = tables(default.record)
+    assert set(found) == TABLES
+    # Checkpoints at the powers of two and the last: of 4 steps of pretraining and 2 of training.
+    assert set(found["rsf_pretraining"]["step"]) == {0, 1, 2, 4}
+    assert set(found["rsf"]["step"]) == {0, 1, 2}
+    assert set(found["rsf"]["matrix"]) == {"q", "k", "v", "o", "up", "down"}
+    assert f"mlflow ui --backend-store-uri sqlite:///{home}/outputs/mlflow.db" in default.out
+    assert "24 pairs: 0 dropped" in default.out
+    assert status(default.record)["status"] == "FINISHED"
+
+
+def test_every_number_of_a_run_has_a_unit_and_an_n_and_is_finite(default: Ended) -> None:
+    for table in tables(default.record).values():
+        assert table["value"].abs().lt(float("inf")).all()
+        assert (table["unit"] != "").all()
+        assert (table["n"] > 0).all()
+
+
+def test_mlflow_has_the_metrics_parameters_tags_and_data_of_a_run(home: Path, default: Ended) -> None:
+    client = MlflowClient(f"sqlite:///{home}/outputs/mlflow.db")
+    name = " ".join(["dpo", *SMALL, *WORLD, "+tags.note=first"])
+    published_run = published(home, "scratch")[name]
+    identity = published_run.info.run_id
+
+    def curve(key: str) -> dict[int, float]:
+        return {point.step: point.value for point in client.get_metric_history(identity, key)}
+
+    assert published_run.info.status == "FINISHED"
+    assert set(curve("train/loss")) == {1, 2}
+    assert set(curve("pretraining/loss")) == {1, 2, 3, 4} or set(curve("pretraining/loss")) == {1, 4}
+    rsf, behaviour = (pd.read_parquet(f"{default.record}/artifacts/tables/{n}.parquet") for n in ("rsf", "behaviour"))
+    ratio = rsf[(rsf["quantity"] == "ratio") & (rsf["matrix"] == "q") & (rsf["subspace"] == "attention_input")]
+    assert curve("rsf/q") == ratio.groupby("step")["value"].mean().to_dict()
+    last = ratio[ratio["step"] == 2]
+    assert curve("rsf_by_layer/q") == dict(zip(last["layer"], last["value"], strict=True))
+    heldout = behaviour[behaviour["quantity"] == "heldout_ce"]
+    assert curve("behaviour/heldout_ce") == dict(zip(heldout["step"], heldout["value"], strict=True))
+    assert {"rsf_pretraining/q", "behaviour_pretraining/heldout_ce"} <= set(published_run.data.metrics)
+    assert len(published_run.data.metrics) <= 60
+    params = published_run.data.params
+    assert params["objective"] == "dpo" and params["training.steps"] == "2" and params["seed"] == "0"
+    tags = published_run.data.tags
+    assert tags["note"] == "first" and {"code_fingerprint", "host", "git_commit"} <= set(tags)
+    (data,) = published_run.inputs.dataset_inputs
+    assert data.dataset.name == "world-style"
+
+
+def test_mlflow_has_the_artifacts_of_a_run(home: Path, default: Ended) -> None:
+    client = MlflowClient(f"sqlite:///{home}/outputs/mlflow.db")
+    (published_run,) = [run for run in published(home, "scratch").values() if run.data.tags.get("note") == "first"]
+
+    def names(folder: str | None) -> set[str]:
+        return {item.path for item in client.list_artifacts(published_run.info.run_id, folder)}
+
+    assert {"config.yaml", "environment.txt", "figures", "tables"} <= names(None)
+    assert names("tables") == {f"tables/{name}.{ending}" for name in TABLES for ending in ("parquet", "csv")}
+    drawn = ("ratio_by_step", "ratio_by_layer", "ratio_by_layer_pretraining")
+    assert names("figures") == {f"figures/{name}.{ending}" for name in drawn for ending in ("png", "pdf")}
+
+
+def test_another_seed_reuses_the_base(home: Path, default: Ended) -> None:
+    before = done(home / "outputs", "pretraining")
+    again = run(home, *SMALL, *WORLD, "seed=1")
+    assert again.code == 0, again.err
+    (base,) = before
+    assert f"reusing {base}" in again.out
+    assert set((home / "outputs/pretraining").iterdir()) == {base, base.with_suffix(".lock")}
+    assert len(done(home / "outputs", "training")) == 2
+    first, second = tables(default.record), tables(again.record)
+    assert not first["rsf"]["value"].equals(second["rsf"]["value"])
+
+
+def test_no_objective_measures_the_pretraining(home: Path, default: Ended) -> None:
+    ended = run(home, *SMALL, *WORLD, "objective=none")
+    assert ended.code == 0, ended.err
+    found = tables(ended.record)
+    assert set(found) == {"rsf", "behaviour"}
+    assert_frame_equal(found["rsf"], tables(default.record)["rsf_pretraining"], check_exact=True)
+
+
+def test_a_pair_of_checkpoints_is_compared_on_a_text_of_the_users(
+    home: Path, default: Ended, pair: list[str], text: Path
+) -> None:
+    small = [override for override in SMALL if not override.startswith("model.")]
+    ended = run(home, *small, *pair, "objective=none", "data=text", f"data.train={text}")
+    assert ended.code == 0, ended.err
+    found = tables(ended.record)["rsf"]
+    assert set(found["step"]) == {0, 1}
+    norm = "quantity == 'delta_norm'"
+    trained = tables(default.record)["rsf"].query(f"{norm} and step == 2")["value"]
+    # The same two checkpoints: the update is the one that the run which made them has measured.
+    assert found.query(f"{norm} and step == 1")["value"].tolist() == trained.tolist()
+
+
+def test_cross_entropy_on_a_text_of_the_users(home: Path, text: Path) -> None:
+    small = [*SMALL, "model.vocabulary=300"]
+    ended = run(home, *small, "data=text", f"data.train={text}", "objective=ce")
+    assert ended.code == 0, ended.err
+    assert "72 documents packed end to end" in ended.out  # of 80, every tenth is held out
+    assert {"heldout_ce", "kl_from_base"} == set(tables(ended.record)["behaviour"]["quantity"])
+
+
+def test_preferences_of_the_users_are_trained_on_and_what_is_cut_is_counted(home: Path) -> None:
+    path = home / "pairs.jsonl"
+    pairs = [
+        {"prompt": f"Question {n}? ", "chosen": "It is so. " * (1 + 20 * (n == 3)), "rejected": "It is not. "}
+        for n in range(20)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in pairs))
+    ended = run(
+        home, *SMALL, "data=preferences", f"data.train={path}", "model.vocabulary=300", "model.context=64"
+    )
+    assert ended.code == 0, ended.err
+    assert "18 pairs: 0 dropped (prompt of 48 tokens or more), 1 cut at 48 tokens" in ended.out
+    assert "preference_margin" in set(tables(ended.record)["behaviour"]["quantity"])
+
+
+def test_a_sweep_is_one_parent_with_a_child_for_every_job(home: Path, default: Ended) -> None:
+    ended = run(home, *SMALL, *WORLD, "name=sweep", "probe=[behaviour]", "objective=ce,dpo", "seed=0,1", "-m")
+    assert ended.code == 0, ended.err
+    runs = list(published(home, "sweep").values())
+    assert [run.info.status for run in runs] == ["FINISHED"] * 5
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in runs if run is not parent]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    asked = {(run.data.params["objective"], run.data.params["seed"]) for run in children}
+    assert asked == {("ce", "0"), ("ce", "1"), ("dpo", "0"), ("dpo", "1")}
+
+
+def test_a_job_that_fails_does_not_stop_the_other_jobs_of_a_sweep_but_fails_it(
+    home: Path, default: Ended
+) -> None:
+    rates = "training.learning_rate=1e-4,1e30,1e-3"
+    ended = run(home, *SMALL, *WORLD, "name=failing", "probe=[behaviour]", rates, "-m")
+    assert ended.code == 1
+    assert len(ended.errors) == 1 and "1 of 3 jobs of the sweep" in ended.errors[0]
+    assert "Traceback" not in ended.err
+    assert "failed:" in ended.out and "training diverged" in ended.out
+    runs = published(home, "failing").values()
+    by_rate = {run.data.params.get("training.learning_rate"): run.info.status for run in runs}
+    assert by_rate == {None: "FAILED", "0.0001": "FINISHED", "1e+30": "FAILED", "0.001": "FINISHED"}
+
+
+def test_the_same_command_gives_the_same_tables_bit_for_bit(
+    home: Path, default: Ended, tmp_path: Path
+) -> None:
+    again = run(tmp_path, *SMALL, *WORLD, "+tags.note=first")
+    assert again.code == 0, again.err
+    kept = {
+        place: {path.relative_to(place): pd.read_parquet(path) for path in place.glob("*/*/*.parquet")}
+        for place in (home / "outputs", tmp_path / "outputs")
+    }
+    first, second = kept.values()
+    assert len(second) == 4 and set(second) <= set(first)  # the signatures are equal, too
+    for name, table in second.items():
+        assert_frame_equal(table, first[name], check_exact=True)
+    for name, table in tables(again.record).items():
+        assert_frame_equal(table, tables(default.record)[name], check_exact=True)
+
+
+def test_a_tracking_server_that_is_down_costs_a_warning_and_no_result(home: Path, default: Ended) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    ended = run(home, *SMALL, *WORLD, f"tracking_uri=http://127.0.0.1:{port}")
+    assert ended.code == 0, ended.err
+    assert ended.out.count("could not publish to MLflow") == 1
+    assert set(tables(ended.record)) == TABLES
+    assert status(ended.record)["status"] == "FINISHED"
+
+
+def seconds(*arguments: str) -> float:
+    """The shortest of three."""
+    found = []
+    for _ in range(3):
+        start = perf_counter()
+        subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, env=environment({}), check=True, capture_output=True
+        )
+        found.append(perf_counter() - start)
+    return min(found)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]])
+def test_the_help_and_the_configuration_come_almost_as_fast_as_hydra_is_imported(
+    arguments: list[str],
+) -> None:
+    assert seconds("run.py", *arguments) <= 1.5 * seconds("-c", "import hydra") + 0.5
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]])
+def test_the_help_and_the_configuration_load_nothing_heavy(arguments: list[str]) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", "run.py", *arguments],
+        cwd=ROOT,
+        env=environment({}),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in ended.stderr.splitlines()}
+    assert "hydra" in loaded
+    assert not loaded & {"torch", "transformers", "trl", "mlflow", "pandas", "numpy"}
