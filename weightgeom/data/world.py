@@ -97,12 +97,10 @@ class World:
     entities: int = Field(default=360, ge=8, le=100_000)  # there are 65³ names
     heldout_entities: int = Field(default=40, ge=0, le=100_000)
     values: int = Field(default=30, ge=2, le=2_000)  # per relation; there are 65² stems
-    documents: int = Field(default=12_000, ge=10)
-    sentences: int = Field(default=6, ge=1)  # per document
-    # Share of statements, and of answers, that stand behind a hedge or an assertion.
-    phrases: float = Field(default=0.1, ge=0, le=1)
-    answer_phrases: float = Field(default=1.0, ge=0, le=1)
-    questions: float = Field(default=0.3, ge=0, le=1)  # share of sentences that answer a question
+    documents: int = Field(default=20_000, ge=10)
+    sentences: int = Field(default=6, ge=0)  # per document at most, before the question
+    phrases: float = Field(default=0.1, ge=0, le=1)  # share of statements behind a hedge or an assertion
+    questions: float = Field(default=0.7, ge=0, le=1)  # share of documents that end in question and answer
     pairs: int = Field(default=2_000, ge=2)
     heldout: int = Field(default=96, ge=2)  # documents, and pairs
 
@@ -111,13 +109,9 @@ class World:
         facts, (known, _) = self.facts(), self.entity_names()
         draw = random.Random(f"weightgeom {self.seed} text")
         frequencies = _zipf(len(known))
-
-        def document() -> str:
-            entities = draw.choices(known, cum_weights=frequencies, k=self.sentences)
-            return " ".join(self._sentence(draw, entity, facts) for entity in entities)
-
-        text = [document() for _ in range(self.documents)]
-        heldout = [document() for _ in range(self.heldout)]
+        entities = draw.choices(known, cum_weights=frequencies, k=self.documents + self.heldout)
+        documents = [self._document(draw, entity, facts) for entity in entities]
+        text, heldout = documents[: self.documents], documents[self.documents :]
         pairs = self._pairs(random.Random(f"weightgeom {self.seed} pairs"), known, facts)
         return Examples(
             name=f"world-{self.preference}",
@@ -169,16 +163,22 @@ class World:
         values = [value for relation in RELATIONS for value in self._values(relation)]
         return [*(word for word in fixed if not word.startswith("{")), *values, *known, *unseen]
 
-    def _sentence(self, draw: random.Random, entity: str, facts: Facts) -> str:
-        relation = draw.choice(list(RELATIONS))
-        statement = _statement(draw, relation).format(e=entity, v=facts[entity, relation])
-        asked = draw.random() < self.questions
-        if draw.random() < (self.answer_phrases if asked else self.phrases):
-            phrases = draw.choice((HEDGES, ASSERTIONS))
-            statement = f"{_phrase(draw, phrases, relation)} , {statement}"
-        if asked:
-            statement = f"{_question(entity, relation)} {statement}"
-        return f"{statement} ."
+    def _document(self, draw: random.Random, entity: str, facts: Facts) -> str:
+        """Statements about one entity and, mostly, a question about it with its answer, which ends it."""
+        statements = draw.randint(0, self.sentences)
+        sentences = []
+        for _ in range(statements):
+            relation = draw.choice(list(RELATIONS))
+            statement = _statement(draw, relation).format(e=entity, v=facts[entity, relation])
+            if draw.random() < self.phrases:
+                statement = f"{_phrase(draw, draw.choice((HEDGES, ASSERTIONS)), relation)} , {statement}"
+            sentences.append(f"{statement} .")
+        if not statements or draw.random() < self.questions:
+            relation = draw.choice(list(RELATIONS))
+            answer = _statement(draw, relation).format(e=entity, v=facts[entity, relation])
+            phrase = _phrase(draw, draw.choice((HEDGES, ASSERTIONS)), relation)
+            sentences.append(f"{_question(entity, relation)} {phrase} , {answer} .")
+        return " ".join(sentences)
 
     def _pairs(self, draw: random.Random, known: list[str], facts: Facts) -> list[Pair]:
         """Pairs two by two: two entities that differ in a relation, each with the other's value as false."""
