@@ -111,6 +111,12 @@ def test_the_implicit_prompt_is_the_one_that_trl_extracts():
     assert implicit(**longer) == trl_pair(longer) == PAIR
 
 
+def test_the_implicit_prompt_of_a_plain_dialogue_ends_at_the_last_header_and_not_within_the_response():
+    start = "\n\nHuman: hi\n\nAssistant: Hello.\n\nHuman: why?\n\nAssistant:"
+    pair = implicit(f"{start} Well, one", f"{start} Well, other")
+    assert pair == Pair(start, " Well, one", " Well, other")
+
+
 def test_there_is_no_implicit_prompt_where_nothing_is_shared():
     # TRL's function gives "Yes" as the prompt of the first and fails on the second
     assert implicit("Yes ", "No") == Pair("", "Yes ", "No")

@@ -47,7 +47,9 @@ def plain(text: Text) -> str:
 def implicit(chosen: Text, rejected: Text) -> Pair:
     """The pair whose prompt is what both texts share at the start, as TRL takes it.
 
-    It is empty if they share nothing, or if one ends where its response should begin.
+    Where two dialogues written plainly also share the first words of the last response, the prompt
+    ends before them, at the assistant's header (ours: TRL's would end within a word). It is empty if
+    they share nothing, or if one ends where its response should begin.
     """
     shared, sides = 0, (chosen, rejected)
     unwritten = any(isinstance(side, str) and side.rstrip().endswith(HEADER) for side in sides)
@@ -55,7 +57,9 @@ def implicit(chosen: Text, rejected: Text) -> Pair:
     if chosen and chosen[:1] == rejected[:1] and not unwritten:
         from trl.data_utils import extract_prompt  # noqa: PLC0415 (takes seconds)
 
-        shared = len(extract_prompt({"chosen": chosen, "rejected": rejected})["prompt"])
+        prompt = extract_prompt({"chosen": chosen, "rejected": rejected})["prompt"]
+        header = prompt.rfind(HEADER) if isinstance(prompt, str) else -1
+        shared = len(prompt) if header < 0 else header + len(HEADER)
     return Pair(chosen[:shared], chosen[shared:], rejected[shared:])
 
 
