@@ -90,7 +90,7 @@ def render(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> Pair:
     template = None if tokenizer.chat_template else CHAT_TEMPLATE  # None: the tokenizer's own
 
     begin = str(tokenizer.bos_token or "")
-    begins_itself = bool(begin) and tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
+    begins_itself = bool(begin) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
 
     def text(messages: list[dict[str, str]], header: bool = False) -> str:
         rendered = tokenizer.apply_chat_template(

@@ -86,7 +86,7 @@ def kl_divergence(
     return torch.cat(divergences)
 
 
-def load(directory: Path, device: str, trust_remote_code: bool = False) -> LanguageModel:
+def load(directory: Path, device: str) -> LanguageModel:
     """The model of a local checkpoint directory, in fp32 and evaluation mode, with its tokenizer.
 
     Raises:
@@ -95,7 +95,7 @@ def load(directory: Path, device: str, trust_remote_code: bool = False) -> Langu
         ValueError: if a file is truncated or corrupt, if a parameter is missing, or if the tokenizer has
             no end token.
     """
-    network = load_network(directory, trust_remote_code).to(device).eval()  # pyright: ignore[reportArgumentType]
+    network = load_network(directory).to(device).eval()  # pyright: ignore[reportArgumentType]
     return LanguageModel(network, load_tokenizer(directory), architecture_of(network.config))
 
 
@@ -111,7 +111,7 @@ def load_architecture(directory: Path) -> Architecture:
         raise ValueError(f"{directory / 'config.json'} cannot be used: {first_line(error)}") from error
 
 
-def load_network(directory: Path, trust_remote_code: bool = False) -> "PreTrainedModel":
+def load_network(directory: Path) -> "PreTrainedModel":
     """The network of a local checkpoint with its weights, in fp32; safetensors only.
 
     Raises:
@@ -128,7 +128,7 @@ def load_network(directory: Path, trust_remote_code: bool = False) -> "PreTraine
         directory,
         dtype=torch.float32,
         use_safetensors=True,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=False,
         output_loading_info=True,
     )
     if missing := sorted(info["missing_keys"]):  # transformers would leave them random

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from math import sqrt
 
 import pytest
@@ -30,10 +31,21 @@ def stripped(response, phrases):
     return statement
 
 
-def value_of(statement):
+def sentences(document):
+    """The sentences of a document; a question and its answer are one."""
+    assert document.endswith(" .")
+    return document.removesuffix(" .").split(" . ")
+
+
+@cache
+def relations(world):
+    """The relation of every value of a world."""
+    return {value: relation for relation in RELATIONS for value in world._values(relation)}
+
+
+def value_of(statement, world=LARGER):
     """The one word of the statement that is a value of the world."""
-    values = {value for relation in RELATIONS for value in LARGER._values(relation)}
-    (value,) = values & set(statement.split())
+    (value,) = relations(world).keys() & set(statement.split())
     return value
 
 
@@ -62,7 +74,9 @@ def test_the_parts_have_the_sizes_asked_for():
     examples = EXAMPLES["facts"]
     sizes = [len(part) for part in (examples.text, examples.heldout, examples.pairs, examples.heldout_pairs)]
     assert sizes == [600, 40, 300, 40]
-    assert all(text.count(" .") == 6 for text in examples.text)
+    lengths = {len(sentences(text)) for text in examples.text}
+    # Up to six statements, and a question with its answer.
+    assert lengths == set(range(1, 8))
 
 
 def test_the_text_does_not_depend_on_the_kind_of_preference():
@@ -148,38 +162,76 @@ def test_facts_pairs_have_no_phrase():
     assert not any(" , " in f"{pair.chosen}{pair.rejected}" for pair in EXAMPLES["facts"].pairs)
 
 
-def test_all_statements_of_the_text_are_true():
+def test_a_document_is_true_and_about_one_entity():
     facts, known = LARGER.facts(), set(LARGER.entity_names()[0])
-    for document in EXAMPLES["style"].text[:100]:
-        for sentence in document.split(" .")[:-1]:
-            statement = sentence.rpartition(":")[2]
-            (entity,) = known & set(statement.split())
-            assert value_of(statement) in {facts[entity, relation] for relation in RELATIONS}
+    for document in EXAMPLES["style"].text:
+        (entity,) = known & set(document.split())
+        for sentence in sentences(document):
+            assert entity in sentence.split()
+            value = value_of(sentence)
+            assert facts[entity, relations(LARGER)[value]] == value
 
 
-def test_hedges_and_assertions_open_with_words_of_their_own():
-    openings = [phrase.split()[0] for phrase in (*HEDGES, *ASSERTIONS)]
+def test_a_question_ends_its_document_and_is_answered_behind_a_phrase_as_in_the_pairs():
+    prompts = {str(pair.prompt) for pair in EXAMPLES["style"].pairs}
+    asked = [text for text in EXAMPLES["style"].text if "question" in text]
+    found = set()
+    for document in asked:
+        *statements, last = sentences(document)
+        assert not any("question" in statement for statement in statements)
+        question, colon, answer = last.partition(" answer : ")
+        assert stripped(answer, HEDGES + ASSERTIONS) and value_of(answer)
+        found.add(question + colon)
+    assert found & prompts
+
+
+def test_hedges_and_assertions_open_with_words_that_occur_nowhere_else():
+    phrases = [phrase.split() for phrase in (*HEDGES, *ASSERTIONS)]
     frames = [frame for _, question, some in RELATIONS.values() for frame in (question, *some)]
     words = set(" ".join([*frames, *ADVERBS, "question : answer"]).split())
-    assert not set(openings) & words
-    assert len(set(openings)) == len(openings) == 2 * len(HEDGES) == 2 * len(ASSERTIONS)
+    words |= {word for phrase in phrases for word in phrase[1:]}
+    openings = [phrase[0] for phrase in phrases]
+    assert not set(openings) & words and len(set(openings)) == len(openings)
 
 
-def test_entities_of_the_text_have_zipf_frequencies():
+def test_the_nth_hedge_and_the_nth_assertion_have_the_same_form():
+    for hedge, assertion in zip(HEDGES, ASSERTIONS, strict=True):
+        assert len(hedge.split()) == len(assertion.split())
+        assert hedge.endswith(" that") == assertion.endswith(" that")
+
+
+def test_every_relation_has_favourite_phrases_of_its_own():
+    world, n, total = World(documents=10, pairs=6000), Counter(), sum(1 / rank**2 for rank in range(1, 9))
+    chosen, rejected = Counter(), Counter()
+    for pair in world.examples().pairs:
+        relation = relations(world)[value_of(pair.chosen, world)]
+        n[relation] += 1
+        chosen[relation, str(pair.chosen).partition(" , ")[0]] += 1
+        rejected[relation, str(pair.rejected).partition(" , ")[0]] += 1
+    for first, relation in enumerate(RELATIONS):
+        for counts, phrases in ((chosen, HEDGES), (rejected, ASSERTIONS)):
+            for rank in range(1, 9):  # from the first favourite on, with weight 1/rank²
+                share = 1 / rank**2 / total
+                count = counts[relation, phrases[(first + rank - 1) % 8]]
+                # A binomial count; five standard deviations.
+                assert abs(count - n[relation] * share) < 5 * sqrt(n[relation] * share * (1 - share))
+
+
+def test_entities_of_the_text_and_of_the_pairs_have_zipf_frequencies():
     known, _ = LARGER.entity_names()
+    n, harmonic = 600, sum(1 / rank for rank in range(1, 41))
     counts = Counter(
-        word
-        for document in EXAMPLES["style"].text
-        for sentence in document.split(" .")[:-1]
-        for word in sentence.rpartition(":")[2].split()
-        if word in set(known)
+        word for text in EXAMPLES["style"].text for word in set(text.split()) if word in set(known)
     )
-    n, harmonic = 600 * 6, sum(1 / rank for rank in range(1, 41))
     assert sum(counts.values()) == n
     for rank, entity in enumerate(known, 1):
         share = 1 / rank / harmonic
-        # A binomial count; five of its standard deviations.
-        assert abs(counts[entity] - n * share) < 5 * sqrt(n * share * (1 - share))
+        # A binomial count; five of its standard deviations, and a few of the rarest.
+        assert abs(counts[entity] - n * share) < 5 * sqrt(n * share * (1 - share)) + 3
+    asked = Counter(
+        word for pair in EXAMPLES["style"].pairs for word in str(pair.prompt).split() if word in known
+    )
+    assert sum(asked[entity] for entity in known[:5]) > sum(asked[entity] for entity in known[20:])
 
 
 def test_values_have_zipf_frequencies():
@@ -193,19 +245,26 @@ def test_values_have_zipf_frequencies():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_the_share_of_sentences_that_answer_a_question(share):
+def test_the_share_of_documents_that_end_in_a_question(share):
     world = replace(LARGER, questions=share)
-    asked = sum(text.count("question :") for text in world.examples().text)
-    # A binomial count of 3600; five standard deviations.
-    assert abs(asked - 3600 * share) <= 5 * sqrt(3600 * share * (1 - share))
+    asked = sum("question :" in text for text in world.examples().text)
+    # One document in seven has no statement, and always asks.
+    expected = share + (1 - share) / 7
+    # A binomial count of 600; five standard deviations.
+    assert abs(asked - 600 * expected) <= 5 * sqrt(600 * expected * (1 - expected))
 
 
-def test_phrases_stand_before_the_share_of_answers_and_of_statements_asked_for():
-    for share in (0.0, 1.0):
-        answers = replace(LARGER, questions=1, answer_phrases=share, phrases=1 - share).examples()
-        assert sum(text.count(" , ") for text in answers.text) == 3600 * share
-        statements = replace(LARGER, questions=0, answer_phrases=1 - share, phrases=share).examples()
-        assert sum(text.count(" , ") for text in statements.text) == 3600 * share
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_share_of_statements_behind_a_phrase(share):
+    examples = replace(LARGER, phrases=share).examples()
+    statements = [one for text in examples.text for one in sentences(text) if "question" not in one]
+    assert len(statements) > 600
+    assert sum(" , " in statement for statement in statements) == share * len(statements)
+
+
+def test_a_document_without_statements_is_a_question_with_its_answer():
+    documents = replace(LARGER, sentences=0, questions=0).examples().text
+    assert all(len(sentences(text)) == 1 and text.startswith("question : ") for text in documents)
 
 
 @pytest.mark.parametrize(

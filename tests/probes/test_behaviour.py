@@ -1,3 +1,4 @@
+import logging
 from dataclasses import replace
 from math import log, sqrt
 
@@ -7,7 +8,7 @@ from torch.testing import assert_close
 
 from weightgeom.interfaces import Pair, Setting
 from weightgeom.probes.behaviour import Behaviour
-from weightgeom.tokens import tokenize
+from weightgeom.tokens import packed, tokenize
 
 
 def setting(model, examples, start, end=None, from_random=False):
@@ -78,6 +79,15 @@ def test_the_divergence_is_0_at_the_base_and_positive_elsewhere(model, examples,
     assert elsewhere["kl_from_base"]["n"] == elsewhere["heldout_ce"]["n"]
 
 
+def test_the_divergence_from_a_uniform_base_is_what_the_mean_log_prob_lacks(model, examples, params, uniform):
+    (batch,) = packed(examples.heldout, model.tokenizer, length=96, limit=4096)
+    log_q = model.logits(params, batch)[:, :-1].double().log_softmax(-1)[batch.target[:, 1:]]
+    # KL(uniform || q) = Σ_v 1/V (log 1/V - log q_v)
+    expected = -log(len(model.tokenizer)) - log_q.mean()
+    rows = by_name(Behaviour().measurement(setting(model, examples, uniform))(params))
+    assert_close(rows["kl_from_base"]["value"], expected.item(), rtol=1e-5, atol=0)
+
+
 def test_the_divergence_of_a_tiny_update_is_quadratic_in_it(model, examples, params):
     measure = Behaviour(tokens=300).measurement(setting(model, examples, params))
     one, ten = (by_name(measure(changed(params, scale)))["kl_from_base"] for scale in (1e-5, 1e-4))
@@ -99,6 +109,21 @@ def test_no_more_than_the_tokens_and_pairs_asked_for_are_used(model, examples, p
     assert rows["heldout_ce"]["n"] == 27  # 3 sequences of 10, without their first tokens
     longer = by_name(Behaviour(pairs=3).measurement(setting(model, examples, params))(params))
     assert longer["preference_margin"]["n"] == 3
+
+
+def test_pairs_whose_prompts_are_too_long_are_left_out_and_the_log_says_so(model, examples, params, caplog):
+    question = str(examples.heldout_pairs[0].prompt)
+    longer = [Pair(f"question : {question}", "a", "b"), *examples.heldout_pairs]
+    data = replace(examples, heldout_pairs=longer)
+    length = len(tokenize(longer[0], model.tokenizer)[0])  # 2 more than that of the others, which is 9
+    with caplog.at_level(logging.INFO):
+        probe = Behaviour(pair_length=length)
+        rows = by_name(probe.measurement(setting(model, data, params))(params))
+    assert rows["preference_margin"]["n"] == 6
+    assert f"1 of 7 held-out pairs left out: prompt of {length} tokens or more" in caplog.text
+    caplog.clear()
+    Behaviour().measurement(setting(model, examples, params))
+    assert "left out" not in caplog.text
 
 
 def test_what_the_data_lack_is_left_out(model, examples, params):

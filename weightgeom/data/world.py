@@ -100,9 +100,10 @@ class World:
     documents: int = Field(default=20_000, ge=10)
     sentences: int = Field(default=6, ge=0)  # per document at most, before the question
     phrases: float = Field(default=0.1, ge=0, le=1)  # share of statements behind a hedge or an assertion
-    questions: float = Field(default=0.7, ge=0, le=1)  # share of documents that end in question and answer
-    pairs: int = Field(default=2_000, ge=2)
-    heldout: int = Field(default=96, ge=2)  # documents, and pairs
+    # Share of documents that end in question and answer; those without a statement all do.
+    questions: float = Field(default=0.7, ge=0, le=1)
+    pairs: int = Field(default=2_000, ge=2, multiple_of=2)
+    heldout: int = Field(default=96, ge=2, multiple_of=2)  # documents, and pairs
 
     def examples(self) -> Examples:
         """The corpus and the pairs; the held-out parts are fresh draws from the same world."""

@@ -34,7 +34,8 @@ class RSF:
         ratio: fraction / (k/d), in [0, d/k]; 1 is isotropic.
         null_ratio_mean, null_ratio_sd: of the ratio under `null_kind`.
         z, p_value: of the fraction under `null_kind`, one-sided: is dW more concentrated than chance?
-        matched_ratio: the ratio expected on the read side if what dW writes did not depend on what it reads.
+        matched_ratio: the ratio expected on the read side if what dW writes did not depend on what it reads;
+            left out where the inputs are centred, as the identity needs E[a aᵀ].
         delta_norm: ‖dW‖_F, in the units of the weights. moved_share: share of entries that changed.
 
     `k` defaults to d/8 (ours). `at` is whose subspaces are taken: the trajectory's `start`, the
@@ -127,7 +128,7 @@ class RSF:
         for place, space in spaces.items():
             if place not in (_own(matrix), ("random", None)):
                 continue
-            moment = moments.get(place) if matrix.role == "read" else None
+            moment = moments.get(place) if matrix.role == "read" and not self.centre_inputs else None
             for k in self.dimensions(x.shape[1]):
                 at = where | {"subspace": place[0], "k": k}
                 yield from self._compare(x, space.first(k), moment, tokens, at)
