@@ -20,8 +20,8 @@ def network(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> GPTNeoXForCaus
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=128,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.get_vocab()["<eos>"],
+        eos_token_id=tokenizer.get_vocab()["<eos>"],
     )
     return GPTNeoXForCausalLM(config)
 

@@ -50,6 +50,7 @@ def test_on_chosen_responses_the_loss_is_the_mean_of_our_log_probs(tmp_path, mod
 
 def test_on_text_the_packed_sequences_are_those_that_the_probes_score(tmp_path, model, examples):
     trainer = trainer_for(CE("text"), model, examples, tmp_path)
+    assert trainer.train_dataset is not None
     tokens = [token for row in trainer.train_dataset["input_ids"] for token in row]
     ours = packed(examples.text, model.tokenizer, 48, limit=10**9)
     stream = [batch.input_ids[batch.attention_mask.bool()] for batch in ours]
@@ -62,6 +63,7 @@ def test_the_log_says_how_many_prompts_were_dropped_and_responses_cut(tmp_path, 
     short = replace(ARGUMENTS, max_length=16)
     with caplog.at_level(logging.INFO):
         trainer = trainer_for(CE("chosen"), model, examples, tmp_path, short)
+    assert trainer.train_dataset is not None
     lengths = [len(row) for row in trainer.train_dataset["input_ids"]]
     assert max(lengths) == 16
     assert f"{len(examples.pairs)} chosen responses: 0 dropped (prompt of 16 tokens or more)" in caplog.text
