@@ -58,7 +58,7 @@ def _library(error: BaseException) -> str:
 
 
 def _sentence(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.filename and error.strerror:
+    if isinstance(error, OSError) and error.strerror:
         return _system(error)
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if _library(error) == "omegaconf":  # below its first line are its own names for where it was
@@ -69,12 +69,11 @@ def _sentence(error: BaseException) -> str:
 def _system(error: OSError) -> str:
     """What the operating system refused, and at which path."""
     if error.errno in FULL:
-        return (
-            f"the disk is full: could not write {error.filename};"
-            " free space or set outputs= to another disk"
-        )
+        where = f"could not write {error.filename}; " if error.filename else ""
+        return f"the disk is full: {where}free space or set outputs= to another disk"
     advice = ": set outputs= to a directory that can be written" if error.errno in UNWRITABLE else ""
-    return f"cannot use {error.filename} ({str(error.strerror).lower()}){advice}"
+    refused = str(error.strerror).lower()
+    return f"cannot use {error.filename} ({refused}){advice}" if error.filename else f"{refused}{advice}"
 
 
 def _invalid(error: Any, key: str) -> str:
@@ -130,7 +129,9 @@ def _missing(error: Any) -> str:
 
 
 def _unreadable(error: Any) -> str:
-    return f"cannot read the argument {error.override!r}: write key=value, and quote what holds , = or brackets"
+    return (
+        f"cannot read the argument {error.override!r}: write key=value, and quote what holds , = or brackets"
+    )
 
 
 EXPLANATIONS = {

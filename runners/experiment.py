@@ -66,7 +66,8 @@ class Experiment:
         """Check all of it, do what was not done before, and return the tables by name."""
         examples = self.check()
         uri = check_tracking_uri(self.tracking_uri)
-        record = self._record(uri, examples)
+        with full_disk_explained(self.directory):
+            record = self._record(uri, examples)
         with terminations_as_exceptions(), Publisher(record.directory, uri), record:
             tables = self._tables(record, examples)
             with full_disk_explained(record.directory):
@@ -111,7 +112,7 @@ class Experiment:
         return record
 
     def _tables(self, record: Record, examples: Examples) -> "dict[str, pd.DataFrame]":
-        make = Stages(self.outputs, record, "pretraining", _module(self.model))
+        make = Stages(self.outputs, record, "pretraining", code_behind(_module(self.model)))
         base = self.model.prepare(make, examples, self.data, self.device)
         tables = {}
         for trajectory, identity in self._trajectories(record, base, examples):
@@ -151,7 +152,8 @@ class Experiment:
                 start=base.directory,
             )
 
-        make = Stages(self.outputs, record, "train", _module(objective))
+        code = code_behind(_module(objective), "weightgeom.training")
+        make = Stages(self.outputs, record, "train", code)
         specification = {
             "base": base.identity,
             "data": examples.digest,
@@ -183,7 +185,7 @@ class Stages:
     outputs: Path
     record: Record
     prefix: str  # of the metrics' names
-    module: str  # whose code the result depends on
+    code: str  # fingerprint of what the result depends on
 
     def __call__(
         self, name: str, specification: Mapping[str, object], work: Callable[[Path, Log], None], steps: int
@@ -206,7 +208,7 @@ class Stages:
 
                 work(directory, log_metrics)
 
-        code = {"code": code_behind(self.module), "libraries": libraries()}
+        code = {"code": self.code, "libraries": libraries()}
         directory = stage(self.outputs, name, {**specification, **code}, logged)
         if not fresh:
             for line in (directory / "metrics.jsonl").read_text().splitlines():
@@ -251,7 +253,7 @@ class Measured:
             "seed": self.experiment.seed,
             "device": self.experiment.device,
         }
-        make = Stages(self.experiment.outputs, self.record, name, "weightgeom")
+        make = Stages(self.experiment.outputs, self.record, name, package())
         directory = make(name, specification, work, len(self.trajectory.steps))
         return pd.read_parquet(directory / f"{name}.parquet")
 

@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,14 +15,14 @@ def libraries() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("torch", "transformers", "trl")}
 
 
-def code_behind(module: str) -> str:
-    """Fingerprint of a module of ours and of all of ours that it imports, directly or not.
+def code_behind(*modules: str) -> str:
+    """Fingerprint of modules of ours and of all of ours that they import, directly or not.
 
     Comments, docstrings and layout do not count, so that only a change of what the code does makes
     a stage be done again.
     """
     found: dict[str, str] = {}
-    waiting = [module]
+    waiting = list(modules)
     while waiting:
         name = waiting.pop()
         if name not in found:
@@ -48,9 +49,22 @@ def _source(module: str) -> Path:
     return Path(spec.origin)
 
 
-def _imports(tree: ast.Module) -> list[str]:
-    imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 0]
-    return [node.module for node in imported if node.module is not None]
+def _imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
+            yield node.module
+            if node.module.split(".")[0] == PACKAGE:
+                names = (f"{node.module}.{alias.name}" for alias in node.names)
+                yield from (name for name in names if _is_module(name))
+
+
+def _is_module(name: str) -> bool:
+    """Whether what is imported from a package is a module of it, and not a name in one."""
+    package, _, last = name.rpartition(".")
+    source = _source(package)
+    return source.name == "__init__.py" and source.with_name(f"{last}.py").is_file()
 
 
 def _stripped(path: Path) -> ast.Module:

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ ROOT = Path(__file__).parents[1]
 SMALL = (
     "model.d_model=32 model.d_mlp=64 model.layers=2 model.heads=2"
     " model.pretraining.steps=4 model.pretraining.batch_size=4 model.pretraining.max_length=32"
+    " +model.pretraining.log_every=2"
     " training.steps=2 training.batch_size=4 training.max_length=48 training.log_every=1"
     " probe.rsf.tokens=256 probe.behaviour.tokens=256 device=cpu"
 ).split()
 WORLD = "+data.documents=60 +data.pairs=24 +data.heldout=8".split()
+BEHAVIOUR = [*(override for override in SMALL if "rsf" not in override), "probe=[behaviour]"]  # that alone
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,15 @@ class Ended:
         return next(Path(line[8:]) for line in self.out.splitlines() if line.startswith("record: "))
 
 
-def run(directory: Path, *arguments: str, **variables: str) -> Ended:
-    """Run `run.py` in `directory`."""
+def run(directory: Path, *arguments: str, before: Sequence[str] = (), **variables: str) -> Ended:
+    """Run `run.py` in `directory`; `before` is a command that runs the command behind it."""
     ended = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *arguments],
+        [*before, sys.executable, str(ROOT / "run.py"), *arguments],
         cwd=directory,
         env=environment(variables),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1500,
     )
     return Ended(ended.returncode, ended.stdout, ended.stderr)
 
@@ -53,7 +55,7 @@ def run(directory: Path, *arguments: str, **variables: str) -> Ended:
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
     """This process's environment without what changes where a run looks and publishes."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "HYDRA_"))}
-    return kept | {"COLUMNS": "300", "HF_HUB_OFFLINE": "1"} | variables
+    return kept | {"COLUMNS": "300", "HF_HUB_OFFLINE": "1", **variables}
 
 
 def done(outputs: Path, stage: str) -> set[Path]:

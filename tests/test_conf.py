@@ -1,0 +1,131 @@
+"""Every YAML file composes, builds and agrees with the dataclass that it configures."""
+
+import re
+import runpy
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from app import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from pydantic.fields import FieldInfo
+
+CONF = ROOT / "conf"
+FILES = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name not in ("local", "experiment"))
+EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
+LISTS = ("probe", "intervention")  # groups of which several are chosen; they nest under their own name
+MANDATORY = {
+    "data.train": ["data.train=[a.jsonl]"],
+    "model.before": ["model.before=a"],
+    "model.after": ["model.after=b"],
+}
+parts = runpy.run_path(str(ROOT / "run.py"))["parts"]
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The whole configuration, what must be given filled in."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", list(overrides))
+        more = [value for key in OmegaConf.missing_keys(config) for value in MANDATORY[key]]
+        return compose("config", [*overrides, *more])
+
+
+def override(path: Path) -> str:
+    group = path.parent.name
+    return f"{group}=[{path.stem}]" if group in LISTS else f"{group}={path.stem}"
+
+
+def named(path: Path) -> str:
+    return f"{path.parent.name}={path.stem}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_every_choice_composes_and_builds(path: Path) -> None:
+    config = composed(override(path))
+    made = parts(config)
+    group = path.parent.name
+    if group in LISTS:
+        assert list(config[group]) == [path.stem]  # so that group.choice.key=value reaches it
+        assert is_dataclass(made[f"{group}s"][path.stem])
+    else:
+        assert is_dataclass(made[group]) or path.stem == "none"
+
+
+def test_every_experiment_composes_and_builds() -> None:
+    for path in EXPERIMENTS:
+        assert parts(composed(f"experiment={path.stem}")), path
+
+
+@pytest.mark.parametrize("launcher", sorted(path.stem for path in (CONF / "hydra/launcher").glob("*.yaml")))
+def test_every_launcher_composes(launcher: str) -> None:
+    assert composed(f"hydra/launcher={launcher}").seed == 0
+
+
+def default_of(default: Any) -> Any:
+    """The default of a field, also of one that pydantic describes; MISSING if it has none."""
+    if not isinstance(default, FieldInfo):
+        return default
+    return MISSING if default.is_required() else default.get_default(call_default_factory=True)
+
+
+def differing(made: type, choice: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys whose value is not the dataclass's default; raises for a key that it does not have."""
+    by_name = {field.name: field for field in fields(made)}
+    for key, value in choice.items():
+        if key == "_target_":
+            continue
+        field = by_name[key]
+        default = default_of(field.default)
+        if isinstance(value, dict) and is_dataclass(default):
+            yield from differing(type(default), value, f"{prefix}{key}.")
+        elif value != "???" and default is not MISSING and value != default:
+            yield f"{prefix}{key}"
+
+
+def commented(text: str, key: str) -> bool:
+    """Whether the file, the key's own line or that of its parent says why."""
+    return text.startswith("#") or any(
+        re.search(rf"^\s*\"?{part}\"?:[^#\n]*#", text, re.MULTILINE) for part in key.split(".")
+    )
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_a_value_that_is_not_pythons_default_says_why(path: Path) -> None:
+    text = path.read_text()
+    choice = yaml.safe_load(text)
+    choice = choice[path.stem] if path.parent.name in LISTS else choice
+    if choice["_target_"] is None:
+        return
+    silent = [key for key in differing(get_class(choice["_target_"]), choice) if not commented(text, key)]
+    assert not silent, f"{path}: {silent}"
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "model").glob("*.yaml")), ids=named)
+def test_a_model_of_the_hub_is_pinned(path: Path) -> None:
+    choice = yaml.safe_load(path.read_text())
+    if "name" in choice:
+        assert choice["revision"] not in (None, "", "main", "master", "HEAD")
+
+
+def test_every_choice_starts_with_its_target() -> None:
+    for path in FILES:
+        lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+        first = lines[1] if path.parent.name in LISTS else lines[0]
+        assert first.strip().startswith("_target_: "), path
+
+
+def test_yaml_makes_no_key_a_truth_value() -> None:
+    # YAML reads a bare `on`, `off`, `yes` or `no` as true or false, also as a key.
+    def keys(tree: object) -> Iterator[object]:
+        if isinstance(tree, dict):
+            for key, value in tree.items():
+                yield key
+                yield from keys(value)
+
+    for path in CONF.rglob("*.yaml"):
+        assert all(isinstance(key, str) for key in keys(yaml.safe_load(path.read_text()))), path
