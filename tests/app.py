@@ -47,7 +47,7 @@ def run(directory: Path, *arguments: str, before: Sequence[str] = (), **variable
         env=environment(variables),
         capture_output=True,
         text=True,
-        timeout=1500,
+        timeout=600,
     )
     return Ended(ended.returncode, ended.stdout, ended.stderr)
 

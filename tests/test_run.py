@@ -187,6 +187,9 @@ def test_cross_entropy_on_a_text_of_the_users(home: Path, text: Path) -> None:
     ended = run(home, *small, "data=text", f"data.train={text}", "objective=ce")
     assert ended.code == 0, ended.err
     assert "72 documents packed end to end" in ended.out  # of 80, every tenth is held out
+    code = code_behind("weightgeom.objectives.ce", "weightgeom.training")
+    specifications = [(path / "spec.json").read_text() for path in done(home / "outputs", "training")]
+    assert code in {json.loads(specification)["code"] for specification in specifications}
     assert {"heldout_ce", "kl_from_base"} == set(tables(ended.record)["behaviour"]["quantity"])
 
 

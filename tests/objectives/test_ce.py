@@ -5,26 +5,11 @@ import pytest
 import small
 import torch
 
-from weightgeom.interfaces import Examples
-from weightgeom.model import LanguageModel
 from weightgeom.objectives.ce import CE
-from weightgeom.residual import architecture_of
 from weightgeom.tokens import packed, responses
 from weightgeom.training import Training
 
 ARGUMENTS = Training(steps=1, batch_size=4, max_length=48)
-
-
-@pytest.fixture(scope="module")
-def examples() -> Examples:
-    return small.WORLD.examples()
-
-
-@pytest.fixture(scope="module")
-def model() -> LanguageModel:
-    tokenizer = small.WORLD.tokenizer()
-    network = small.network(tokenizer)
-    return LanguageModel(network, tokenizer, architecture_of(network.config))
 
 
 def trainer_for(objective, model, examples, tmp_path, training=ARGUMENTS):

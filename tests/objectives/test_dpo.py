@@ -9,26 +9,11 @@ import small
 import torch
 from trl import DPOTrainer
 
-from weightgeom.interfaces import Examples
-from weightgeom.model import LanguageModel
 from weightgeom.objectives.dpo import DPO, LOSS_TYPES
-from weightgeom.residual import architecture_of
 from weightgeom.tokens import responses
 from weightgeom.training import Training, fit
 
 TRAINING = Training(steps=2, batch_size=8, learning_rate=1e-3, max_length=48, log_every=1)
-
-
-@pytest.fixture(scope="module")
-def examples() -> Examples:
-    return small.WORLD.examples()
-
-
-@pytest.fixture(scope="module")
-def model() -> LanguageModel:
-    tokenizer = small.WORLD.tokenizer()
-    network = small.network(tokenizer)
-    return LanguageModel(network, tokenizer, architecture_of(network.config))
 
 
 def curves(objective, model, examples, directory, training=TRAINING):
