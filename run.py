@@ -141,7 +141,7 @@ def check(config: DictConfig) -> None:
     made = parts(config)
     from runners.experiment import check_parts  # noqa: PLC0415 (heavy)
 
-    check_parts(made["model"], made["objective"], made["probes"], made["tracking_uri"])
+    check_parts(*(made[key] for key in ("model", "objective", "training", "probes", "tracking_uri")))
 
 
 register(check)

@@ -80,7 +80,7 @@ class Experiment:
 
     def check(self) -> Examples:
         """Refuse everything that cannot work before anything expensive starts; read the data."""
-        check_parts(self.model, self.objective, self.probes, self.tracking_uri)
+        check_parts(self.model, self.objective, self.training, self.probes, self.tracking_uri)
         examples = self.data.examples()
         if self.objective is not None:
             self.objective.check(examples)
@@ -169,11 +169,15 @@ class Experiment:
 
 
 def check_parts(
-    model: Model, objective: Objective | None, probes: Mapping[str, Probe], tracking_uri: str
+    model: Model,
+    objective: Objective | None,
+    training: Training,
+    probes: Mapping[str, Probe],
+    tracking_uri: str,
 ) -> None:
     """Refuse what does not go together, as far as can be told without the data."""
     check_tracking_uri(tracking_uri)
-    architecture = model.check(trains=objective is not None)
+    architecture = model.check(None if objective is None else training.max_length)
     for probe in probes.values():
         probe.check(architecture)
 

@@ -94,7 +94,7 @@ def test_the_location_fills_in_the_size_and_the_revision(tmp_path):
 def test_a_checkpoint_to_train_from_is_fetched_and_known_by_its_files(tmp_path):
     directory = checkpoint(tmp_path / "base")
     model = Pretrained(name=str(directory))
-    assert model.check(trains=True).d_model == 32
+    assert model.check(longest=128).d_model == 32
     examples = small.WORLD.examples()
     base = model.prepare(no_stage, examples, small.WORLD, "cpu")
     assert base.directory == directory and base.trajectory is None and base.identity == identity(directory)
@@ -104,7 +104,7 @@ def test_a_checkpoint_to_train_from_is_fetched_and_known_by_its_files(tmp_path):
 
 def test_two_checkpoints_are_a_trajectory_of_one_step(tmp_path):
     pair = TwoCheckpoints(str(checkpoint(tmp_path / "a")), str(checkpoint(tmp_path / "b", seed=1)))
-    assert pair.check(trains=False).n_layers == 2
+    assert pair.check(longest=None).n_layers == 2
     base = pair.prepare(no_stage, small.WORLD.examples(), small.WORLD, "cpu")
     assert base.trajectory is not None and not base.trajectory.from_random
     assert base.trajectory.steps == {0: tmp_path / "a", 1: tmp_path / "b"}
@@ -113,6 +113,8 @@ def test_two_checkpoints_are_a_trajectory_of_one_step(tmp_path):
 def test_what_cannot_be_measured_or_trained_is_refused(tmp_path):
     directory = str(checkpoint(tmp_path / "a"))
     with pytest.raises(ValueError, match="objective=none on a single checkpoint leaves no update to measure"):
-        Pretrained(name=directory).check(trains=False)
+        Pretrained(name=directory).check(longest=None)
     with pytest.raises(ValueError, match=r"model=pair compares two finished checkpoints: add objective=none"):
-        TwoCheckpoints(directory, directory).check(trains=True)
+        TwoCheckpoints(directory, directory).check(longest=8)
+    with pytest.raises(ValueError, match="max_length is 129 tokens and the model takes 128"):
+        Pretrained(name=directory).check(longest=129)

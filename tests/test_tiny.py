@@ -56,7 +56,7 @@ def test_on_the_world_it_is_a_gpt_neox_with_the_worlds_tokenizer_and_its_checkpo
     assert network.config.model_type == "gpt_neox" and network.config.hidden_size == 32
     words = AutoTokenizer.from_pretrained(base.directory).get_vocab()
     assert words == small.WORLD.tokenizer().get_vocab() and network.config.vocab_size == len(words)
-    assert TINY.check(trains=True).d_model == 32
+    assert TINY.check(longest=64).d_model == 32
 
 
 def test_on_other_text_it_has_a_bpe_tokenizer_that_loses_nothing(tmp_path):
@@ -100,3 +100,9 @@ def test_data_without_text_and_sizes_that_do_not_go_together_are_refused(tmp_pat
         replace(TINY, heads=5)
     with pytest.raises(ValueError, match=r"pretraining\.max_length 32 exceeds context 16"):
         replace(TINY, context=16)
+    with pytest.raises(ValueError, match="max_length is 65 tokens and the model takes 64"):
+        TINY.check(longest=65)
+    with pytest.raises(FileNotFoundError, match=r"no file nothere\.txt"):
+        replace(TINY, corpus=str(tmp_path / "nothere.txt")).check(longest=None)
+    with pytest.raises(ValueError, match="seed"):
+        replace(TINY, seed=-1)

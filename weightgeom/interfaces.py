@@ -113,8 +113,11 @@ class Data(Protocol):
 class Model(Protocol):
     """Where the weights come from."""
 
-    def check(self, trains: bool) -> "Architecture":
-        """Refuse what cannot work before anything expensive starts; `trains` if an objective follows."""
+    def check(self, longest: int | None) -> "Architecture":
+        """Refuse what cannot work before anything expensive starts.
+
+        `longest` is the length, in tokens, of what an objective will train on; None if none follows.
+        """
         ...
 
     def prepare(self, stage: Stage, examples: Examples, data: Data, device: str) -> Base:

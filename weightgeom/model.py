@@ -99,6 +99,19 @@ def load(directory: Path, device: str) -> LanguageModel:
     return LanguageModel(network, load_tokenizer(directory), architecture_of(network.config))
 
 
+def check_length(longest: int, context: int | None) -> None:
+    """Raise ValueError if sequences of `longest` tokens exceed the context that a model was made for."""
+    if context is not None and longest > context:
+        raise ValueError(f"max_length is {longest} tokens and the model takes {context}: lower it to that")
+
+
+def load_context(directory: Path) -> int | None:
+    """The longest sequence, in tokens, that a checkpoint's config names; None if it names none."""
+    from transformers import AutoConfig  # noqa: PLC0415 (heavy)
+
+    return getattr(AutoConfig.from_pretrained(directory), "max_position_embeddings", None)
+
+
 def load_architecture(directory: Path) -> Architecture:
     """The residual-stream map that a checkpoint's config asks for; reads no weights."""
     from transformers import AutoConfig  # noqa: PLC0415 (heavy)

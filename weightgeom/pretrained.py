@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from weightgeom.interfaces import Base, Data, Examples, Stage, Trajectory
-from weightgeom.model import first_line, load_architecture
+from weightgeom.model import check_length, first_line, load_architecture, load_context
 from weightgeom.residual import Architecture
 from weightgeom.weights import difference, open_params
 
@@ -30,14 +30,17 @@ class Pretrained:
     size: str = ""
     dtype: Literal["float32"] = "float32"
 
-    def check(self, trains: bool) -> Architecture:
-        """Fetch the config alone; raises if it cannot be had, or nothing could be measured."""
-        if not trains:
+    def check(self, longest: int | None) -> Architecture:
+        """Fetch the config alone; raises if it cannot be had, or nothing could be measured or trained."""
+        if longest is None:
             raise ValueError(
                 "objective=none on a single checkpoint leaves no update to measure:"
                 " choose an objective, or model=pair model.before=... model.after=..."
             )
-        return load_architecture(fetch(self.location, weights=False))
+        directory = fetch(self.location, weights=False)
+        architecture = load_architecture(directory)
+        check_length(longest, load_context(directory))
+        return architecture
 
     @property
     def location(self) -> str:
@@ -61,9 +64,9 @@ class TwoCheckpoints:
     before: str
     after: str
 
-    def check(self, trains: bool) -> Architecture:
+    def check(self, longest: int | None) -> Architecture:
         """Refuse an objective, and two checkpoints whose parameters differ in name or shape."""
-        if trains:
+        if longest is not None:
             raise ValueError("model=pair compares two finished checkpoints: add objective=none")
         before, after = fetch(self.before), fetch(self.after)
         architecture = load_architecture(before)

@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from weightgeom.data.text import TextFiles
 from weightgeom.data.world import World
 from weightgeom.interfaces import Base, Data, Examples, Log, Stage
+from weightgeom.model import check_length
 from weightgeom.objectives.ce import CE
 from weightgeom.reading import fingerprint
 from weightgeom.residual import Architecture, architecture_of
@@ -34,7 +35,7 @@ class Tiny:
     """
 
     corpus: str | list[str] | None = None
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     d_model: int = Field(default=128, ge=8)
     layers: int = Field(default=4, ge=1)
     heads: int = Field(default=4, ge=1)
@@ -52,8 +53,11 @@ class Tiny:
                 f"pretraining.max_length {self.pretraining.max_length} exceeds context {self.context}"
             )
 
-    def check(self, trains: bool) -> Architecture:
-        """The map of the network that will be made."""
+    def check(self, longest: int | None) -> Architecture:
+        """The map of the network that will be made; raises if a sequence is too long or a file missing."""
+        check_length(longest or 0, self.context)
+        if self.corpus not in (None, "world"):
+            TextFiles(train=self.corpus).files()
         return architecture_of(self._config(self.vocabulary, 0))
 
     def prepare(self, stage: Stage, examples: Examples, data: Data, device: str) -> Base:

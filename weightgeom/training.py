@@ -9,6 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from weightgeom.interfaces import Examples, Log, Objective, Trajectory
+from weightgeom.model import check_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +28,7 @@ class Training:
     steps: int = Field(default=64, ge=1)
     batch_size: int = Field(default=24, ge=1)
     accumulate: int = Field(default=1, ge=1)  # batches per optimizer step
-    learning_rate: float = Field(default=5e-5, gt=0)
+    learning_rate: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
     warmup: int = Field(default=0, ge=0)  # steps
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # the last two fall to 0
     weight_decay: float = Field(default=0.0, ge=0)
@@ -99,11 +100,7 @@ def fit(
     from weightgeom.checkpoints import Checkpoints  # noqa: PLC0415 (heavy)
 
     disable_progress_bar()  # the one of the run is enough
-    longest = getattr(network.config, "max_position_embeddings", None)
-    if longest is not None and training.max_length > longest:
-        raise ValueError(
-            f"max_length is {training.max_length} tokens and the model takes {longest}: lower it to that"
-        )
+    check_length(training.max_length, getattr(network.config, "max_position_embeddings", None))
     trainer = objective.trainer(network, tokenizer, examples, training.arguments(directory, seed, device))
     checkpoints = Checkpoints(
         directory,

@@ -93,7 +93,7 @@ class World:
     """
 
     preference: Literal["style", "facts", "facts_style"] = "style"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     entities: int = Field(default=360, ge=8, le=100_000)  # there are 65³ names
     heldout_entities: int = Field(default=40, ge=0, le=100_000)
     values: int = Field(default=30, ge=2, le=2_000)  # per relation; there are 65² stems

@@ -89,7 +89,7 @@ class DPO:
                         f"objective.options cannot set {name!r}: it is a key of objective or training"
                     )
                 if name not in known:
-                    near = ", ".join(get_close_matches(name, known))
+                    near = ", ".join(get_close_matches(name, known - own)) or ", ".join(sorted(known - own))
                     raise ValueError(f"TRL's DPOConfig has no option {name!r}; the nearest are {near}")
 
     def trainer(
