@@ -1,0 +1,229 @@
+"""The update of one residual matrix between two models, streamed: no block larger than 4 MiB is copied."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import isfinite, sqrt
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from weightgeom.interfaces import Params
+from weightgeom.residual import ResidualMatrix
+
+BLOCK = 2**20  # entries of a block, 4 MiB in fp32; each adds to the whole Gram matrix, so not smaller
+STRIP = 2**19  # entries of a block that is only projected, 2 MiB, so that it stays in a cache
+PANEL = 512  # rows of a Gram matrix that are computed at once, right of its diagonal only
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """The update dW of one residual matrix, by its Gram matrix on the residual stream's side.
+
+    The Gram matrix M is dWᵀ dW where the matrix reads and dW dWᵀ where it writes, in fp32 or better.
+    All that a subspace U is asked about follows from it: ‖dW‖² = tr M, the fraction inside U is
+    tr(Uᵀ M U) / tr M (`Subspace.explained`), the squared singular values are the eigenvalues of M.
+    `moved_share` is the share of dW's entries that are not zero, in [0, 1]; `shape` is dW's.
+    """
+
+    gram: Float[Tensor, "d d"]
+    moved_share: float
+    shape: tuple[int, int]
+
+    @property
+    def norm(self) -> float:
+        """‖dW‖_F, in the units of the weights."""
+        return sqrt(max(0.0, self.gram.diagonal().double().sum().item()))
+
+
+@dataclass(frozen=True)
+class Projection:
+    """‖dW‖_F, in the units of the weights, and the shares of ‖dW‖²_F inside a subspace of either side."""
+
+    norm: float
+    right: float | None  # ‖dW R‖² / ‖dW‖²; None without R, or where dW is zero
+    left: float | None  # ‖Lᵀ dW‖² / ‖dW‖²
+
+
+def update_of(matrix: ResidualMatrix, after: Params, before: Params, *, written: bool = True) -> Update:
+    """The update of `matrix` from `before` to `after`, subtracted in fp32 or better whatever the dtypes.
+
+    `written` takes what reaches the residual stream, as `ResidualMatrix.written` does for each model.
+    Blocks and Gram matrix are fp32 (fp64 for fp64 weights); besides them only views are held.
+
+    Raises:
+        ValueError: if the two shapes differ, or the update has an entry that is not finite.
+    """
+    return _measured(matrix, _pair(matrix, after, before, written))
+
+
+def head_updates(
+    matrix: ResidualMatrix, after: Params, before: Params, *, written: bool = True
+) -> Iterator[Update]:
+    """The update of each head of q, k, v (its rows) or o (its columns), in order; one Gram at a time.
+
+    The Gram matrices add up to that of `update_of`. Heads are those of `matrix.heads`: key-value
+    groups for k and v.
+
+    Raises:
+        ValueError: as `update_of` does.
+    """
+    pair = _pair(matrix, after, before, written)
+    for head in range(matrix.heads):
+        yield _measured(matrix, pair.head(head, matrix))
+
+
+def projected(
+    matrix: ResidualMatrix,
+    after: Params,
+    before: Params,
+    *,
+    right: Float[Tensor, "d_in k_right"] | None = None,
+    left: Float[Tensor, "d_out k_left"] | None = None,
+    written: bool = True,
+) -> Projection:
+    """Norm of the update of `matrix` and its shares inside orthonormal bases, without its Gram matrix.
+
+    Raises:
+        ValueError: as `update_of` does.
+    """
+    pair = _pair(matrix, after, before, written)
+    across = None if right is None else right.T.to(pair.dtype).contiguous()
+    along = None if left is None else left.T.to(pair.dtype).contiguous()
+    inside = None  # Lᵀ dW, whose terms come in blocks of rows
+    total = kept = 0.0
+    row = 0
+    for block in pair.row_blocks(STRIP):
+        total += _energy(block)
+        if across is not None:
+            kept += _energy(_product(block, across))
+        if along is not None:
+            part = _product(along[:, row : row + len(block)], block.T)
+            inside = part if inside is None else inside.add_(part)
+        row += len(block)
+    _refuse_infinite(matrix, total)
+    return Projection(
+        sqrt(total),
+        None if across is None or total == 0 else kept / total,
+        None if inside is None or total == 0 else _energy(inside) / total,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """One matrix of two models as views in blocks of rows, with the gains that are folded into them."""
+
+    after: Float[Tensor, "groups size d_in"]
+    before: Float[Tensor, "groups size d_in"]
+    gains: tuple[Float[Tensor, "groups size 1"], Float[Tensor, "groups size 1"]] | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the two are subtracted."""
+        both = torch.promote_types(self.after.dtype, self.before.dtype)
+        return torch.promote_types(both, torch.float32)
+
+    def part(self, groups: slice, rows: slice, columns: slice) -> "_Pair":
+        """The same of a part of the matrix, still as views."""
+        gains = self.gains and (self.gains[0][groups, rows], self.gains[1][groups, rows])
+        return replace(
+            self,
+            after=self.after[groups, rows, columns],
+            before=self.before[groups, rows, columns],
+            gains=gains,
+        )
+
+    def head(self, head: int, matrix: ResidualMatrix) -> "_Pair":
+        """The same of one head."""
+        groups, size, d_in = self.after.shape
+        if matrix.kind == "o":
+            width = d_in // matrix.heads
+            return self.part(slice(None), slice(None), slice(head * width, (head + 1) * width))
+        in_group = matrix.heads // groups
+        group, place = divmod(head, in_group)
+        width = size // in_group
+        return self.part(slice(group, group + 1), slice(place * width, (place + 1) * width), slice(None))
+
+    def delta(self) -> Float[Tensor, "rows d_in"]:
+        """The difference, in memory."""
+        after, before = self.after.to(self.dtype), self.before.to(self.dtype)
+        if self.gains is not None:
+            # Rounded product by product: with a fused multiply-add equal weights would differ.
+            after, before = after * self.gains[0], before * self.gains[1]
+        return torch.sub(after, before).flatten(0, 1)
+
+    def row_blocks(self, entries: int) -> Iterator[Float[Tensor, "rows d_in"]]:
+        """The difference by blocks of rows, in order."""
+        groups, size, d_in = self.after.shape
+        rows = max(1, entries // d_in)
+        together = max(1, rows // size)
+        for group in range(0, groups, together):
+            for row in range(0, size, rows):
+                yield self.part(slice(group, group + together), slice(row, row + rows), slice(None)).delta()
+
+    def column_blocks(self, entries: int) -> Iterator[Float[Tensor, "d_out columns"]]:
+        """The difference by blocks of columns, in order."""
+        groups, size, d_in = self.after.shape
+        columns = max(1, entries // (groups * size))
+        for column in range(0, d_in, columns):
+            yield self.part(slice(None), slice(None), slice(column, column + columns)).delta()
+
+
+def _pair(matrix: ResidualMatrix, after: Params, before: Params, written: bool) -> _Pair:
+    new, old = _view(matrix, after), _view(matrix, before)
+    if new.shape != old.shape:
+        raise ValueError(
+            f"{matrix.name} is of shape {tuple(new.flatten(0, 1).shape)} after and of shape "
+            f"{tuple(old.flatten(0, 1).shape)} before: take two checkpoints of one architecture"
+        )
+    if not written or matrix.norm is None:
+        return _Pair(new, old, None)
+    shape = (*new.shape[:2], 1)
+    return _Pair(new, old, (matrix.norm.gain(after).view(shape), matrix.norm.gain(before).view(shape)))
+
+
+def _view(matrix: ResidualMatrix, params: Params) -> Float[Tensor, "groups size d_in"]:
+    stored = params[matrix.parameter]
+    oriented = stored.T if matrix.transposed else stored
+    return oriented[None] if matrix.rows is None else matrix.rows.blocks(oriented)
+
+
+def _measured(matrix: ResidualMatrix, pair: _Pair) -> Update:
+    groups, size, d_in = pair.after.shape
+    read = matrix.role == "read"
+    d = d_in if read else groups * size
+    gram = torch.zeros(d, d, dtype=pair.dtype, device=pair.after.device)
+    moved = 0
+    for block in pair.row_blocks(BLOCK) if read else pair.column_blocks(BLOCK):
+        moved += int(block.count_nonzero())
+        x = block.T.contiguous() if read else block
+        for start in range(0, d, PANEL):
+            rows = slice(start, start + PANEL)
+            gram[rows, start:].add_(_product(x[rows], x[start:]))
+    _refuse_infinite(matrix, gram.diagonal().sum().item())
+    for start in range(0, d, PANEL):
+        stop = start + PANEL
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+    return Update(gram, moved / (groups * size * d_in), (groups * size, d_in))
+
+
+def _product(a: Float[Tensor, "n k"], b: Float[Tensor, "m k"]) -> Float[Tensor, "n m"]:
+    """The product a bᵀ; `b` is contiguous, or its transpose is.
+
+    In fp32 on a CPU it is oneDNN's, which uses AVX-512 wherever it is: MKL, behind `@`, not on AMD's.
+    """
+    if a.dtype != torch.float32 or a.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return a @ b.T
+    return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b, None, "none", [], "")
+
+
+def _energy(x: Float[Tensor, "rows columns"]) -> float:
+    return torch.linalg.vector_norm(x).item() ** 2
+
+
+def _refuse_infinite(matrix: ResidualMatrix, energy: float) -> None:
+    if not isfinite(energy):
+        raise ValueError(
+            f"the update of {matrix.name} has entries that are not finite: one of the two "
+            "checkpoints is corrupt or diverged"
+        )
