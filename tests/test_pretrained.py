@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import small
+import torch
+from safetensors.torch import save_file
 
 from weightgeom.pretrained import Pretrained, TwoCheckpoints, fetch, identity
 
@@ -118,3 +120,34 @@ def test_what_cannot_be_measured_or_trained_is_refused(tmp_path):
         TwoCheckpoints(directory, directory).check(longest=8)
     with pytest.raises(ValueError, match="max_length is 129 tokens and the model takes 128"):
         Pretrained(name=directory).check(longest=129)
+
+
+def adapter(directory: Path, module: str, d_in: int = 32, d_out: int = 96) -> Path:
+    """A LoRA adapter of rank 2 of one module of `checkpoint`'s."""
+    directory.mkdir()
+    name = f"base_model.model.gpt_neox.layers.0.{module}"
+    factors = {f"{name}.lora_A.weight": torch.ones(2, d_in), f"{name}.lora_B.weight": torch.ones(d_out, 2)}
+    save_file(factors, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    return directory
+
+
+def test_an_adapter_is_compared_with_its_base(tmp_path):
+    base = checkpoint(tmp_path / "base")
+    after = adapter(tmp_path / "adapter", "attention.query_key_value")
+    pair = TwoCheckpoints(str(base), str(after))
+    assert pair.check(longest=None).d_model == 32
+    prepared = pair.prepare(no_stage, small.WORLD.examples(), small.WORLD, "cpu")
+    assert prepared.trajectory is not None and prepared.trajectory.steps == {0: base, 1: after}
+
+
+def test_an_adapter_that_does_not_fit_its_base_or_stands_before_it_is_refused(tmp_path):
+    base = str(checkpoint(tmp_path / "base"))
+    wide = str(adapter(tmp_path / "wide", "attention.query_key_value", d_in=64))
+    foreign = str(adapter(tmp_path / "foreign", "self_attn.q_proj"))
+    with pytest.raises(ValueError, match=r"this adapter belongs to another base model"):
+        TwoCheckpoints(base, wide).check(longest=None)
+    with pytest.raises(ValueError, match=r"self_attn\.q_proj\.lora_A\.weight, which is no LoRA factor"):
+        TwoCheckpoints(base, foreign).check(longest=None)
+    with pytest.raises(ValueError, match=r"model\.before=.*wide is an adapter: give its base model there"):
+        TwoCheckpoints(wide, base).check(longest=None)

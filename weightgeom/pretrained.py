@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
+from weightgeom.adapters import is_adapter, open_adapter
 from weightgeom.interfaces import Base, Data, Examples, Stage, Trajectory
 from weightgeom.model import check_length, first_line, load_architecture, load_context
 from weightgeom.residual import Architecture
@@ -58,19 +59,26 @@ class Pretrained:
 class TwoCheckpoints:
     """Two checkpoints of one architecture, directories or hub names with `@revision`, to be compared.
 
-    A pair has no optimizer steps: `before` stands at step 0 and `after` at step 1.
+    `after` may be a LoRA adapter of `before`, as PEFT saves it. A pair has no optimizer steps:
+    `before` stands at step 0 and `after` at step 1.
     """
 
     before: str
     after: str
 
     def check(self, longest: int | None) -> Architecture:
-        """Refuse an objective, and two checkpoints whose parameters differ in name or shape."""
+        """Refuse an objective, two checkpoints that differ in a name or shape, and a foreign adapter."""
         if longest is not None:
             raise ValueError("model=pair compares two finished checkpoints: add objective=none")
         before, after = fetch(self.before), fetch(self.after)
+        if is_adapter(before):
+            raise ValueError(f"model.before={self.before} is an adapter: give its base model there instead")
         architecture = load_architecture(before)
-        difference(open_params(after, load_architecture(after)), open_params(before, architecture))
+        start = open_params(before, architecture)
+        if is_adapter(after):
+            open_adapter(after, architecture, start)
+        else:
+            difference(open_params(after, load_architecture(after)), start)
         return architecture
 
     def prepare(self, stage: Stage, examples: Examples, data: Data, device: str) -> Base:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from weightgeom.adapters import Adapted, LowRank
 from weightgeom.interfaces import Params
 from weightgeom.residual import ResidualMatrix
 
@@ -49,11 +50,16 @@ def update_of(matrix: ResidualMatrix, after: Params, before: Params, *, written:
     """The update of `matrix` from `before` to `after`, subtracted in fp32 or better whatever the dtypes.
 
     `written` takes what reaches the residual stream, as `ResidualMatrix.written` does for each model.
-    Blocks and Gram matrix are fp32 (fp64 for fp64 weights); besides them only views are held.
+    Blocks and Gram matrix are fp32 (fp64 for fp64 weights); besides them only views are held. The
+    update of an adapter from its own base on is never multiplied out: its Gram matrix comes from the
+    factors, and its moved share from the rows and columns in which they are not zero.
 
     Raises:
         ValueError: if the two shapes differ, or the update has an entry that is not finite.
     """
+    factors = _factors(matrix, after, before, written)
+    if factors is not None:
+        return _multiplied(matrix, factors)
     return _measured(matrix, _pair(matrix, after, before, written))
 
 
@@ -68,6 +74,11 @@ def head_updates(
     Raises:
         ValueError: as `update_of` does.
     """
+    factors = _factors(matrix, after, before, written)
+    if factors is not None:
+        for head in range(matrix.heads):
+            yield _multiplied(matrix, factors.head(head, matrix))
+        return
     pair = _pair(matrix, after, before, written)
     for head in range(matrix.heads):
         yield _measured(matrix, pair.head(head, matrix))
@@ -205,6 +216,20 @@ def _measured(matrix: ResidualMatrix, pair: _Pair) -> Update:
         stop = start + PANEL
         gram[stop:, start:stop] = gram[start:stop, stop:].T
     return Update(gram, moved / (groups * size * d_in), (groups * size, d_in))
+
+
+def _factors(matrix: ResidualMatrix, after: Params, before: Params, written: bool) -> LowRank | None:
+    if isinstance(after, Adapted) and after.base is before:
+        return after.update_of(matrix, written)
+    return None
+
+
+def _multiplied(matrix: ResidualMatrix, factors: LowRank) -> Update:
+    gram = factors.gram(matrix.role == "read")
+    _refuse_infinite(matrix, gram.diagonal().sum().item())
+    rows, columns = factors.b.any(1), factors.a.any(0)
+    moved = rows.double().mean() * columns.double().mean()
+    return Update(gram, moved.item(), (len(rows), len(columns)))
 
 
 def _product(a: Float[Tensor, "n k"], b: Float[Tensor, "m k"]) -> Float[Tensor, "n m"]:

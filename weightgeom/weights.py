@@ -75,7 +75,7 @@ def open_params(directory: Path, architecture: Architecture) -> Params:
         FileNotFoundError: if the directory, its safetensors or one of its shards is missing.
         ValueError: if a file is truncated or corrupt.
     """
-    files = [_opened(path) for path in _paths(directory)]
+    files = [opened(path) for path in _paths(directory)]
     stored = {key: file for file in files for key in file.keys() if not BUFFER.search(key)}
     prefix = architecture.embed.partition(".")[0] + "."
     bare = not any(key.startswith(prefix) for key in stored)
@@ -137,7 +137,12 @@ def _paths(directory: Path) -> list[Path]:
     return [directory / shard for shard in shards]
 
 
-def _opened(path: Path) -> safe_open:
+def opened(path: Path) -> safe_open:
+    """A safetensors file, mapped into memory: its tensors are views of file pages, not copies.
+
+    Raises:
+        ValueError: if it is truncated or corrupt.
+    """
     try:
         return safe_open(path, "pt")
     except SafetensorError as error:
