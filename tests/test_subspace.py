@@ -122,6 +122,107 @@ def test_the_first_k_of_a_top_subspace_are_the_smaller_top_subspace(generator):
     assert_close(larger.first(4).basis, smaller.basis)
 
 
+STEP = torch.cat([torch.linspace(1, 0.9, 12), torch.linspace(0.82, 0, 288)])
+SPECTRA = {
+    "power law": torch.arange(1.0, 301).pow(-1),
+    "outlier": torch.cat([torch.tensor([1e4]), torch.arange(2.0, 301).pow(-1)]),
+    "low rank": torch.cat([torch.arange(20.0, 0, -1), torch.zeros(280)]),
+    "one step": STEP,
+    "one step, minute": 1e-20 * STEP,  # second moments of gradients
+}
+
+
+def symmetric(eigenvalues, generator, dtype=torch.float64):
+    """A matrix with these eigenvalues and random axes."""
+    axes = Subspace.random(len(eigenvalues), len(eigenvalues), generator).basis
+    product = (axes * eigenvalues.double()) @ axes.T
+    return ((product + product.T) / 2).to(dtype)
+
+
+def without_eigh(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("eigh was called")
+
+    monkeypatch.setattr(torch.linalg, "eigh", refuse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_solvers_agree_where_the_spectrum_has_a_gap(name, dtype, generator, monkeypatch):
+    moment, k = symmetric(SPECTRA[name], generator, dtype), 12
+    full = Subspace.top(moment, k, solver="full").basis
+    without_eigh(monkeypatch)
+    iterative = Subspace.top(moment, k, solver="iterative").basis
+    # Residuals of 1e-7 λ_12 over a gap of at least λ_12 - λ_13 = λ_12/13 make angles below 1.3e-6.
+    assert float(torch.linalg.matrix_norm(full @ full.T - iterative @ iterative.T, 2)) < 1e-5
+    # Strongest first, each vector its own, up to its sign.
+    assert_close((full.T @ iterative).abs(), torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [
+        torch.linspace(1, 0.5, 200),
+        torch.ones(200),
+        torch.cat([torch.full((40,), 3.0), torch.linspace(2.9, 0.1, 160)]),  # more than k equal ones on top
+        torch.cat([torch.linspace(9, 3, 10), torch.full((90,), 2.0), torch.ones(100)]),
+        torch.cat([torch.ones(5), torch.zeros(195)]),  # rank below k
+    ],
+    ids=["flat", "identity", "equal at the top", "equal at k", "rank below k"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_solvers_explain_as_much_where_the_spectrum_has_no_gap(eigenvalues, dtype, generator):
+    moment = symmetric(eigenvalues, generator, dtype)
+    full, iterative = (Subspace.top(moment, 20, solver=solver) for solver in ("full", "iterative"))
+    # What the check lets through is below 1e-6 of the largest eigenvalue, of 20 in at least 20.
+    assert_close(iterative.explained(moment), full.explained(moment), rtol=1e-6, atol=0)
+    eye = torch.eye(20, dtype=torch.float64)
+    assert_close(iterative.basis.T @ iterative.basis, eye, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("eigenvalues", "k"),
+    [
+        (1 - torch.linspace(0, 1, 300) ** 4, 3),  # does not converge
+        (torch.cat([torch.full((40,), 3.0), torch.linspace(2.9, 0.1, 160)]), 20),  # misses directions
+        (torch.zeros(30), 2),
+        (torch.arange(30.0), 30),
+    ],
+    ids=["no convergence", "missed", "zero", "k = d"],
+)
+def test_the_iterative_solver_falls_back_to_the_full_one(eigenvalues, k, generator):
+    moment = symmetric(eigenvalues, generator)
+    full, iterative = (Subspace.top(moment, k, solver=solver) for solver in ("full", "iterative"))
+    assert torch.equal(iterative.basis, full.basis)
+
+
+def test_the_iterative_solver_gives_the_same_basis_every_time(generator):
+    moment = symmetric(SPECTRA["power law"], generator)
+    first, second = (Subspace.top(moment, 12, solver="iterative").basis for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("solver", ["full", "iterative"])
+def test_only_the_lower_triangle_of_a_moment_is_read(solver, generator):
+    moment = symmetric(SPECTRA["power law"], generator)
+    whole, lower = (Subspace.top(one, 12, solver=solver).basis for one in (moment, moment.tril()))
+    assert torch.equal(whole, lower)
+
+
+@pytest.mark.parametrize(("d", "k", "iterative"), [(1024, 64, True), (1024, 65, False), (1023, 16, False)])
+def test_the_iterative_solver_is_taken_where_it_is_faster_and_not_for_small_models(
+    d, k, iterative, generator, monkeypatch
+):
+    # Axes of a product of reflections I - 2 v vᵀ, cheaper than a QR of this size.
+    v = torch.nn.functional.normalize(torch.randn(d, generator=generator, dtype=torch.float64), dim=0)
+    mirror = torch.eye(d, dtype=torch.float64) - 2 * torch.outer(v, v)
+    moment = mirror @ torch.arange(1.0, d + 1, dtype=torch.float64).pow(-1).diag() @ mirror
+    expected = Subspace.top(moment, k, solver="iterative" if iterative else "full").basis
+    if iterative:
+        without_eigh(monkeypatch)
+    assert torch.equal(Subspace.top(moment, k).basis, expected)
+
+
 @pytest.mark.parametrize("fold_gain", [False, True])
 @pytest.mark.parametrize("centre", [False, True])
 def test_the_prediction_subspace_is_that_of_an_svd_of_the_unembedding(generator, fold_gain, centre):

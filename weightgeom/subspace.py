@@ -1,7 +1,9 @@
 """Subspaces of the residual stream, and the share of an update that lies in one."""
 
 from dataclasses import dataclass
+from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,17 +16,33 @@ class Subspace:
     basis: Float[Tensor, "d k"]
 
     @classmethod
-    def top(cls, moment: Float[Tensor, "d d"], k: int) -> "Subspace":
-        """Span of the k eigenvectors of a symmetric matrix with the largest eigenvalues (fp64 `eigh`).
+    def top(
+        cls,
+        moment: Float[Tensor, "d d"],
+        k: int,
+        *,
+        solver: Literal["auto", "full", "iterative"] = "auto",
+    ) -> "Subspace":
+        """Span of the k eigenvectors of a symmetric matrix with the largest eigenvalues, in fp64.
+
+        `full` is `eigh`. `iterative` is Lanczos with restarts (ARPACK), to residuals ‖C u - λ u‖ below
+        1e-7 λ, which leaves a projector within 1e-7 λ_k / (λ_k - λ_{k+1}); where it does not converge or
+        has missed a direction, `full` answers after all. `auto` is iterative for d ≥ 1024 and k ≤ d/16,
+        where it is many times faster (`benchmarks/top_subspace.py`). Only the lower triangle is read.
 
         Raises:
             ValueError: if k is not between 1 and d, or the matrix has an entry that is not finite.
         """
-        _check_k(k, moment.shape[0])
+        d = moment.shape[0]
+        _check_k(k, d)
         if not bool(moment.isfinite().all()):
             raise ValueError("no subspace of a second moment with entries that are not finite")
-        _, vectors = torch.linalg.eigh(moment.double())
-        return cls(vectors[:, -k:].flip(1))
+        iterative = solver == "iterative" or (solver == "auto" and d >= 1024 and 16 * k <= d)
+        basis = _lanczos(moment, k) if iterative else None
+        if basis is None:
+            _, vectors = torch.linalg.eigh(moment.double())
+            basis = vectors[:, -k:].flip(1)
+        return cls(basis)
 
     @classmethod
     def random(cls, d: int, k: int, generator: torch.Generator) -> "Subspace":
@@ -70,6 +88,21 @@ class Subspace:
         d, k = self.basis.shape
         return self.fraction(x) * d / k
 
+    def shares(self, moment: Float[Tensor, "d d"]) -> Float[Tensor, " k"]:
+        """Shares u_iᵀ C u_i / tr(C) of a second moment or Gram matrix along each basis vector; in fp64.
+
+        Their cumulative sum is the explained share of `first(k)` for every k.
+
+        Raises:
+            ValueError: if the trace is zero.
+        """
+        moment = moment.double()
+        total = moment.trace()
+        if total == 0:
+            raise ValueError("the explained share of a second moment with zero trace is undefined")
+        basis = self.basis.to(moment)
+        return (basis * (moment @ basis)).sum(0) / total
+
     def explained(self, moment: Float[Tensor, "d d"]) -> float:
         """Explained share tr(Uᵀ C U) / tr(C) of a second moment; dimensionless, in [0, 1].
 
@@ -78,17 +111,56 @@ class Subspace:
         Raises:
             ValueError: if the moment's trace is zero.
         """
-        moment = moment.double()
-        total = moment.trace()
-        if total == 0:
-            raise ValueError("the explained share of a second moment with zero trace is undefined")
-        basis = self.basis.to(moment)
-        return float(torch.trace(basis.T @ moment @ basis) / total)
+        return float(self.shares(moment).sum())
 
 
 def _check_k(k: int, d: int) -> None:
     if not 1 <= k <= d:
         raise ValueError(f"a subspace of {d} dimensions has no {k}-dimensional part: k must be 1 to {d}")
+
+
+def _lanczos(moment: Float[Tensor, "d d"], k: int) -> Float[Tensor, "d k"] | None:
+    """Top k eigenvectors by ARPACK, strongest first; None where it fails, or fails the check behind it.
+
+    A Krylov space from one vector holds one direction of every eigenspace, and rounding alone brings in the
+    others. So the matrix without what was found must have no eigenvalue above the k-th.
+    """
+    from scipy.linalg import get_blas_funcs  # noqa: PLC0415 (slow to import)
+    from scipy.sparse import linalg as sparse  # noqa: PLC0415
+
+    d = moment.shape[0]
+    scale = max(abs(float(extreme)) for extreme in moment.aminmax())
+    if k == d or scale == 0:
+        return None
+    # One fp64 copy, if any. symv copies what is not in Fortran's order at every call, and reads one
+    # triangle, which halves the traffic that bounds its speed.
+    stored = np.asfortranarray(moment.detach().double().cpu().numpy().T)
+    # SciPy has no types for these.
+    symv = cast(Any, get_blas_funcs("symv", (stored,)))
+    eigsh, operator = cast(Any, sparse.eigsh), cast(Any, sparse.LinearOperator)
+
+    def product(x: np.ndarray) -> np.ndarray:
+        # Scaled, as ARPACK's tolerance is absolute for eigenvalues below 4e-11.
+        return symv(1 / scale, stored, x)
+
+    def remainder(x: np.ndarray) -> np.ndarray:
+        y = product(x - vectors @ (vectors.T @ x))
+        return y - vectors @ (vectors.T @ y)
+
+    # The check has its own start: of an eigenspace, the first one has only the direction that is found.
+    start, other = np.random.default_rng(0).standard_normal((2, d))
+    size = min(d, 2 * k + 20)  # of the Krylov space
+    restarts = max(2, d // (size - k))  # about d products, at most the time that `eigh` takes
+    try:
+        whole = operator((d, d), matvec=product, dtype=np.float64)
+        values, vectors = eigsh(whole, k, which="LA", v0=start, ncv=size, maxiter=restarts, tol=1e-7)
+        rest = operator((d, d), matvec=remainder, dtype=np.float64)
+        missed = eigsh(rest, 1, which="LA", v0=other, tol=1e-2, return_eigenvectors=False)
+    except sparse.ArpackNoConvergence:
+        return None
+    if missed[0] > values.min() + 1e-6 * values.max():
+        return None
+    return torch.from_numpy(vectors[:, np.argsort(-values)]).to(moment.device)
 
 
 def prediction_moment(
