@@ -1,0 +1,197 @@
+"""Spectra of activations, gradients, updates and weights: how few directions hold how much of each."""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from math import cos, pi, sin, sqrt
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from weightgeom.gradients import Gathering, gradient_moments
+from weightgeom.interfaces import Params, Row, Setting
+from weightgeom.moments import activation_moments
+from weightgeom.residual import Architecture, ResidualMatrix
+from weightgeom.table import row
+from weightgeom.tokens import packed
+from weightgeom.update import update_of
+
+Thing = Literal["activation", "upstream", "gradient", "delta", "weight"]
+READER = {"attention_input": "q", "mlp_input": "up"}  # the matrix under which an input's rows are filed
+ROUNDING = 10  # times the precision and the largest eigenvalue: smaller eigenvalues of a Gram are rounding
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues of second moments, and squared singular values of matrices, of every checkpoint.
+
+    The things are `activation`, the inputs a with E[a aᵀ] on held-out text; `upstream`, the gradients δ
+    at the outputs of o and down with E[δ δᵀ]; `gradient`, the mean gradient G = E[δ aᵀ]; `delta`, the
+    update since the start; `weight`. The gradients are those of training examples, where the objective
+    is known, as if it began at the checkpoint: a reference policy is the checkpoint itself. Matrices are
+    taken as what reaches the residual stream, gains of post-norms folded in; gradients are those at the
+    matrix itself. λ are the eigenvalues of the moment, or of the matrix's Gram, no more than its smaller
+    side or the number of tokens has; p = λ / Σλ. A thing that is zero has no rows.
+
+    Quantities, each with the thing before it (`delta_spikes`), all of unit 1:
+        eigenvalue: p of index `k`, from 1, for the `top` largest; in [0, 1].
+        participation_ratio: 1 / Σp² = (Σλ)² / Σλ², in [1, d].
+        effective_rank: exp(-Σ p ln p), in [1, d]. Roy & Vetterli (2007), EUSIPCO, for the moment or
+            Gram: shares of energy also for matrices, for which theirs are of singular values.
+        top_share: p of the largest, in [0, 1].
+        spikes: eigenvalues above the Marchenko-Pastur edge of `spikes`, a count.
+
+    But for eigenvalues, the column `k` is d, the dimension of the space, and `subspace` is `residual`,
+    or the name of the input: its rows are those of the matrix that reads there, q or up.
+    """
+
+    headline: ClassVar[str] = "delta_participation_ratio"
+
+    of: list[Thing] = Field(default=["activation", "upstream", "gradient", "delta", "weight"], min_length=1)
+    top: int = Field(default=16, ge=1)  # eigenvalues that have rows
+    tokens: int = Field(default=8192, ge=2)  # of held-out text, for activations
+    length: int = Field(default=96, ge=2)  # tokens a sequence
+    prompts: int = Field(default=256, ge=1)  # of the training examples, for gradients
+    budget_gb: float | None = Field(default=None, gt=0)  # GiB for weights and sums; null: no limit
+
+    def check(self, architecture: Architecture) -> None:
+        """Every model will do."""
+
+    def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
+        """The measurement of one checkpoint."""
+
+        def measure(params: Params) -> list[Row]:
+            rows = [*self._activations(setting, params), *self._gradients(setting, params)]
+            for matrix in setting.model.architecture.matrices:
+                if "delta" in self.of:
+                    rows += self._matrix("delta", matrix, params, setting.start)
+                if "weight" in self.of:
+                    rows += self._matrix("weight", matrix, params, _zeros(matrix, params))
+            return rows
+
+        return measure
+
+    def _activations(self, setting: Setting, params: Params) -> Iterator[Row]:
+        if "activation" not in self.of:
+            return
+        model = setting.model
+        batches = packed(setting.examples.heldout, model.tokenizer, self.length, self.tokens)
+        sites = model.architecture.sites
+        for site, moment in activation_moments(model, params, batches, sites, budget_gb=self.budget_gb):
+            place = {"layer": site.layer, "matrix": READER[site.name], "role": "read", "subspace": site.name}
+            yield from self._moment("activation", moment.value, moment.tokens, place)
+
+    def _gradients(self, setting: Setting, params: Params) -> Iterator[Row]:
+        upstream, gradients = "upstream" in self.of, "gradient" in self.of
+        objective, training = setting.objective, setting.training
+        if objective is None or training is None or not (upstream or gradients):
+            return
+        model = setting.model
+        gathering = Gathering(
+            self.prompts, inputs=False, upstream=upstream, gradients=gradients, budget_gb=self.budget_gb
+        )
+        for found in gradient_moments(
+            model, params, objective, training, setting.examples, gathering, setting.seed
+        ):
+            means = {name: mean.value for name, mean in found.gradients.items()}
+            for matrix in model.architecture.matrices:
+                if (moment := found.upstream.get(matrix.name)) is not None:
+                    yield from self._moment("upstream", moment.value, moment.tokens, _place(matrix))
+                if matrix.parameter in means:
+                    zeros = _zeros(matrix, means)
+                    yield from self._matrix("gradient", matrix, means, zeros, n=found.prompts)
+
+    def _matrix(
+        self, thing: Thing, matrix: ResidualMatrix, after: Params, before: Params, n: int | None = None
+    ) -> Iterator[Row]:
+        update = update_of(matrix, after, before, written=thing != "gradient")
+        d_out, d_in = update.shape
+        return self._rows(thing, update.gram, update.shape, n or d_out * d_in, _place(matrix))
+
+    def _moment(
+        self, thing: Thing, moment: Float[Tensor, "d d"], tokens: int, place: dict[str, Any]
+    ) -> Iterator[Row]:
+        return self._rows(thing, moment, (tokens, len(moment)), tokens, place)
+
+    def _rows(
+        self,
+        thing: Thing,
+        moment: Float[Tensor, "d d"],
+        shape: tuple[int, int],
+        n: int,
+        place: dict[str, Any],
+    ) -> Iterator[Row]:
+        """The rows of a moment that is, up to a factor, the Gram of a matrix of `shape`."""
+        values = _eigenvalues(moment, min(shape))
+        if not values.any():
+            return
+        shares = values / values.sum()
+        summary = {
+            "participation_ratio": 1 / shares.square().sum().item(),
+            "effective_rank": torch.special.entr(shares).sum().exp().item(),
+            "top_share": shares[0].item(),
+            "spikes": float(spikes(values, shape)),
+        }
+        whole: dict[str, Any] = {"subspace": "residual", **place, "k": len(moment)}
+        for name, value in summary.items():
+            yield row(f"{thing}_{name}", value, n=n, **whole)
+        for index, share in enumerate(shares[: self.top].tolist(), 1):
+            yield row(f"{thing}_eigenvalue", share, n=n, **{**whole, "k": index})
+
+
+def spikes(squares: Float[Tensor, " index"], shape: tuple[int, int]) -> int:
+    """How many squared singular values, in descending order, exceed the edge that noise alone would have.
+
+    Entries that are iid of variance σ² have singular values up to σ (√rows + √columns); σ is estimated
+    from the median s of those given, zeros included, as s / √(n μ), n the larger side and μ the median
+    of the Marchenko-Pastur law, so that a common factor does not matter. For the second moment over n
+    tokens of dimension d it is the edge σ² (1 + √(d/n))² of its eigenvalues; as neighbouring tokens are
+    alike, the n that counts is smaller and the edge is too low. The edge is that of large matrices: the
+    largest singular value of pure Gaussian noise exceeds it, barely, with probability 0.17 (Tracy-Widom).
+    Source: Gavish & Donoho (2014), IEEE Trans. Inf. Theory 60:5040 (the estimate of σ);
+    Marchenko & Pastur (1967), Math. USSR Sb. 1:457 (the edge).
+    """
+    small, large = sorted(shape)
+    median = squares.double().quantile(0.5).item()
+    edge = median / (large * marchenko_pastur_median(small / large)) * (sqrt(small) + sqrt(large)) ** 2
+    return int((squares > edge).sum())
+
+
+@lru_cache
+def marchenko_pastur_median(ratio: float) -> float:
+    """Median of the Marchenko-Pastur law of unit variance, for a ratio of dimensions in (0, 1].
+
+    The density √((b - x)(x - a)) / (2π ratio x), with a and b = (1 ∓ √ratio)², is integrated over the angle
+    in x = 1 + ratio + 2 √ratio cos φ, in which it has no singularity at its ends.
+    """
+    from scipy.integrate import quad  # noqa: PLC0415 (slow to import)
+    from scipy.optimize import brentq  # noqa: PLC0415
+
+    def x(angle: float) -> float:
+        return 1 + ratio + 2 * sqrt(ratio) * cos(angle)
+
+    def above(angle: float) -> float:
+        return quad(lambda t: 2 * sin(t) ** 2 / (pi * x(t)), 0, angle)[0]
+
+    return x(float(brentq(lambda angle: above(angle) - 0.5, 0, pi)))  # pyright: ignore[reportArgumentType]
+
+
+def _eigenvalues(moment: Float[Tensor, "d d"], most: int) -> Float[Tensor, " index"]:
+    """The `most` largest eigenvalues in descending order, in fp64; those that are rounding are 0."""
+    values = torch.linalg.eigvalsh(moment.cpu().double()).flip(0)[:most]
+    noise = ROUNDING * torch.finfo(moment.dtype).eps * values[0]
+    return torch.where(values > noise, values, 0.0)
+
+
+def _place(matrix: ResidualMatrix) -> dict[str, Any]:
+    return {"layer": matrix.layer, "matrix": matrix.kind, "role": matrix.role}
+
+
+def _zeros(matrix: ResidualMatrix, params: Params) -> Params:
+    """What to subtract for the matrix itself: zeros that take no memory."""
+    names = [matrix.parameter, *([matrix.norm.parameter] if matrix.norm else [])]
+    found = {name: params[name] for name in names if name in params}
+    return {name: one.new_zeros(()).expand(one.shape) for name, one in found.items()}
