@@ -266,8 +266,16 @@ class Measured:
         """What every probe of this trajectory is given."""
         steps = self.trajectory.steps
         start, end = self._model.params(steps[0]), self._model.params(steps[self.trajectory.last])
+        trained = self.trajectory is not self.base.trajectory
         return Setting(
-            self._model, start, end, self.trajectory.from_random, self.examples, self.experiment.seed
+            self._model,
+            start,
+            end,
+            self.trajectory.from_random,
+            self.examples,
+            self.experiment.seed,
+            self.experiment.objective if trained else None,
+            self.experiment.training,
         )
 
     @cached_property

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 log = logging.getLogger(__name__)
+MAIN, SECONDARY = ("rsf", "behaviour"), ("spectrum", "overlap")
 PRETRAINING = "_pretraining"  # of the base that is then trained: the suffix of its tables and metrics
 
 
@@ -40,7 +41,14 @@ def progress_bar(name: str, steps: int) -> Iterator[Callable[[int, Mapping[str, 
 def log_table(record: Record, probe: str, suffix: str, table: "pd.DataFrame", quantity: str) -> None:
     """Curves of a table: every matrix's headline `quantity`, the mean over layers at each step, and by
     layer at the last step; what belongs to no matrix, as it is.
+
+    MLflow's pages slow down past some 50 keys, so the pretraining has curves of the main probes alone,
+    and the secondary ones have no profiles over layers: their tables have it all.
     """
+    if suffix and probe not in MAIN:
+        return
+    if not len(table):  # such as a probe of the objective on a trajectory that has none
+        return
     for (step, name), value in (
         table[table["matrix"] == ""].groupby(["step", "quantity"])["value"].mean().items()
     ):
@@ -48,20 +56,29 @@ def log_table(record: Record, probe: str, suffix: str, table: "pd.DataFrame", qu
     rows = own(table, quantity)
     for (step, matrix), value in rows.groupby(["step", "matrix"])["value"].mean().items():
         record.log({f"{probe}{suffix}/{matrix}": value}, step)
-    if not suffix:
+    if not suffix and probe not in SECONDARY:
         for _, row in rows[rows["step"] == table["step"].max()].iterrows():
             record.log({f"{probe}_by_layer/{row['matrix']}": row["value"]}, int(row["layer"]))
 
 
 def own(table: "pd.DataFrame", quantity: str) -> "pd.DataFrame":
-    """Rows of one quantity at the matrices' own subspaces, at the smallest k."""
-    rows = table[(table["quantity"] == quantity) & ~table["subspace"].isin(["", "random"])]
+    """Rows of one quantity at the matrices' own subspaces, at the smallest k; those of heads are left out."""
+    whole = ~table["subspace"].isin(["", "random"]) & ~table["matrix"].str.contains(".", regex=False)
+    rows = table[(table["quantity"] == quantity) & whole]
     return rows[rows["k"] == rows["k"].min()]
 
 
 def draw(tables: "Mapping[str, pd.DataFrame]", record: Record) -> None:
-    """The figures of the probe `rsf`, as PNG and PDF, into the record."""
+    """The figures of the probes `rsf` and `moments`, as PNG and PDF, into the record."""
     from weightgeom import figures  # noqa: PLC0415 (heavy)
+
+    def save(name: str, figure: object) -> None:
+        with full_disk_explained(record.directory):
+            paths = [record.artifact(f"figures/{name}.{ending}") for ending in ("png", "pdf")]
+            figures.save(figure, *paths)  # pyright: ignore[reportArgumentType]
+
+    if "moments" in tables and len(own(tables["moments"], "measured_ratio")):
+        save("mechanism", figures.expected_and_measured(tables["moments"]))
 
     found = {
         "pretraining" if name.endswith(PRETRAINING) else "training": table
@@ -70,11 +87,6 @@ def draw(tables: "Mapping[str, pd.DataFrame]", record: Record) -> None:
     }
     if not found:
         return
-
-    def save(name: str, figure: object) -> None:
-        with full_disk_explained(record.directory):
-            paths = [record.artifact(f"figures/{name}.{ending}") for ending in ("png", "pdf")]
-            figures.save(figure, *paths)  # pyright: ignore[reportArgumentType]
 
     save("ratio_by_step", figures.ratio_by_step(found))
     for name, table in found.items():
@@ -89,11 +101,13 @@ def print_summary(tables: "Mapping[str, pd.DataFrame]", record: Path, tracking_u
 
     console = get_console()
     for name, table in tables.items():
-        if name.startswith("rsf"):
+        if name.startswith("rsf") and len(own(table, "ratio")):
             console.print(_ratios(name, table, Table))
     for name, table in tables.items():
         if name.startswith("behaviour"):
             console.print(_behaviour(name, table, Table))
+        if name.startswith("moments") and len(table):
+            console.print(_mechanism(name, table, Table))
     console.print(f"record: {record}", soft_wrap=True)
     where = (
         tracking_uri if tracking_uri.startswith("http") else f"mlflow ui --backend-store-uri {tracking_uri}"
@@ -119,6 +133,27 @@ def _ratios(name: str, table: "pd.DataFrame", make: type) -> object:
         z = f"{(mean - 1) / spread:.1f}" if spread > 0 else "-"
         start = part[part["step"] == first]["value"].mean()
         shown.add_row(str(role), str(matrix), f"{start:.2f}", f"{mean:.2f}", f"1 ± {spread:.2f}", z)
+    return shown
+
+
+def _mechanism(name: str, table: "pd.DataFrame", make: type) -> object:
+    """Matrix by pathway: predicted, forecast and measured ratio, and the correlations, at the last step."""
+    last = table[table["step"] == table["step"].max()]
+    quantities = ("predicted_ratio", "forecast_ratio", "measured_ratio")
+    shown = make("pathway", "matrix", *(one.removesuffix("_ratio") for one in quantities), title=name)
+    means = {
+        quantity: own(last, quantity).groupby(["role", "matrix"], sort=False)["value"].mean()
+        for quantity in quantities
+    }
+    for place in means["measured_ratio"].index:
+        shown.add_row(*place, *(f"{means[quantity][place]:.2f}" for quantity in quantities))
+    for role in ("read", "write"):
+        found = {
+            one: last[last["quantity"] == f"{role}_{one}_correlation"]["value"]
+            for one in ("predicted", "forecast")
+        }
+        values = [f"{value.iloc[0]:.2f}" if len(value) else "-" for value in found.values()]
+        shown.add_row(role, "correlation", *values, "1")
     return shown
 
 

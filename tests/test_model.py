@@ -145,10 +145,36 @@ def test_a_saved_model_is_loaded_as_it_was(model, params, batch, directory):
     assert loaded.architecture == model.architecture and not loaded.network.training
     assert loaded.device == torch.device("cpu")
     assert_close(loaded.hold(loaded.params(directory)), params, rtol=0, atol=0)
-    assert_close(dict(loaded.network.named_parameters()), params, rtol=0, atol=0)
+    assert all(parameter.is_meta for parameter in loaded.network.parameters())  # no weights of its own
+    assert loaded.size == 4 * sum(weight.numel() for weight in params.values())
     text = "question : a sentence ."
     assert loaded.tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]
     assert_close(loaded.log_probs(params, batch), model.log_probs(params, batch), rtol=0, atol=0)
+
+
+def test_a_network_with_given_weights_shares_them_and_not_the_models_network(model, params, batch):
+    network = model.with_weights(params)
+    assert all(
+        parameter.data_ptr() == params[name].data_ptr() for name, parameter in network.named_parameters()
+    )
+    given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    assert_close(network(**given).logits, model.logits(params, batch), rtol=0, atol=0)
+    network.forward = None  # as a trainer patches it
+    assert model.network.forward is not None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_streaming_model_predicts_as_one_that_holds_its_weights(model, tokenizer, batch, tied):
+    config = deepcopy(model.network.config)
+    config.tie_word_embeddings = tied
+    network = type(model.network)(config).eval()
+    weights = {name: weight.detach().clone() for name, weight in network.named_parameters()}
+    assert ("lm_head.weight" in weights) != tied
+    whole = LanguageModel(network, tokenizer, architecture_of(config))
+    streaming = whole.streaming(weights)
+    assert_close(streaming.logits({}, batch), whole.logits(weights, batch), rtol=0, atol=0)
+    assert all(parameter.is_meta for parameter in streaming.network.parameters())  # dropped again
+    assert not any(parameter.is_meta for parameter in whole.network.parameters())
 
 
 def test_a_model_saved_in_half_precision_is_loaded_in_fp32(model, directory):

@@ -1,11 +1,15 @@
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from weightgeom.moments import activation_moments
-from weightgeom.tokens import packed, responses
+from weightgeom.model import LanguageModel
+from weightgeom.moments import activation_moments, add_gram, mirror, passes
+from weightgeom.residual import architecture_of
+from weightgeom.tokens import Batch, packed, responses
 
 
 @pytest.fixture
@@ -37,53 +41,160 @@ def close(actual, expected):
 
 def test_moments_are_those_of_the_cached_activations(model, params, batches):
     expected = cached(model, batches)
-    moments, tokens = activation_moments(model, params, batches, model.architecture.sites)
-    assert tokens == sum(int(batch.attention_mask.sum()) for batch in batches)
+    moments = dict(activation_moments(model, params, batches, model.architecture.sites))
+    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
     assert moments.keys() == expected.keys() == set(model.architecture.sites)
     for site, a in expected.items():
-        assert len(a) == tokens
-        close(moments[site].double(), a.T @ a / tokens)
+        assert len(a) == tokens == moments[site].samples
+        close(moments[site].value.double(), a.T @ a / tokens)
 
 
 def test_centred_moments_are_the_covariance(model, params, batches):
-    moments, _ = activation_moments(model, params, batches, model.architecture.sites, centre=True)
+    moments = dict(activation_moments(model, params, batches, model.architecture.sites, centre=True))
     for site, a in cached(model, batches).items():
-        close(moments[site].double(), torch.cov(a.T, correction=0))
+        close(moments[site].value.double(), torch.cov(a.T, correction=0))
         assert a.mean(0).abs().max() > 0.1  # otherwise centring would show nothing
 
 
-@pytest.mark.parametrize("centre", [False, True])
-def test_moments_do_not_depend_on_the_batch_size(model, params, examples, centre):
-    sites = model.architecture.sites
+OPTIONS = {
+    "plain": {},
+    "centred": {"centre": True},
+    "in groups": {"groups": 5},
+    "by prompt, centred, in groups": {"unit": "prompt", "centre": True, "groups": 5},
+    "fp64": {"dtype": torch.float64},
+}
+
+
+def values(model, params, batches, **options):
+    moments = activation_moments(model, params, batches, model.architecture.sites, **options)
+    return {site: moment.value for site, moment in moments}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_moments_do_not_depend_on_the_batch_size(model, params, examples, options):
     one, other = (
-        activation_moments(
-            model, params, packed(examples.heldout, model.tokenizer, 24, 300, size), sites, centre=centre
-        )
+        values(model, params, packed(examples.heldout, model.tokenizer, 24, 300, size), **options)
         for size in (1, 16)
     )
-    assert one[1] == other[1]
-    for site in sites:
-        close(one[0][site], other[0][site])
+    for site in model.architecture.sites:
+        close(one[site], other[site])
 
 
-def test_moments_do_not_depend_on_the_padding(model, params, examples):
-    sites = model.architecture.sites
+def left_padded(batch: Batch) -> Batch:
+    """The same sequences with the padding in front."""
+    ids, mask, target = batch.input_ids.clone(), batch.attention_mask.clone(), batch.target.clone()
+    for row, length in enumerate(batch.attention_mask.sum(1).tolist()):
+        for tensor in (ids, mask, target):
+            tensor[row] = tensor[row].roll(tensor.shape[1] - length)
+    return Batch(ids, mask, target)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("network", ["gpt_neox", "gpt2"])  # rotary and learned positions
+def test_moments_depend_neither_on_the_padding_nor_on_its_side(network, networks, examples, options):
+    model, params = networks[network]
     (batch,) = (chosen for chosen, _ in responses(examples.heldout_pairs, model.tokenizer, 64))
     assert (batch.attention_mask == 0).any()
-    moments, tokens = activation_moments(model, params, [batch], sites)
-    junk = torch.where(batch.attention_mask.bool(), batch.input_ids, 7)
-    other, same = activation_moments(model, params, [replace(batch, input_ids=junk)], sites)
-    assert tokens == same == int(batch.attention_mask.sum())
-    for site in sites:
-        close(moments[site], other[site])
+    right, left = (values(model, params, [side], **options) for side in (batch, left_padded(batch)))
+    junk = replace(batch, input_ids=torch.where(batch.attention_mask.bool(), batch.input_ids, 7))
+    for site, value in values(model, params, [junk], **options).items():
+        close(value, right[site])
+        close(left[site], right[site])
+
+
+@pytest.fixture(scope="module")
+def networks(model, tokenizer):
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1
+    )
+    other = LanguageModel(GPT2LMHeadModel(config).eval(), tokenizer, architecture_of(config))
+    return {
+        "gpt_neox": (model, dict(model.network.named_parameters())),
+        "gpt2": (other, {name: weight.detach() for name, weight in other.network.named_parameters()}),
+    }
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_budget_gives_identical_moments_in_more_passes(model, params, batches, options, monkeypatch):
+    whole = values(model, params, batches, **options)
+    runs = []
+    logits = LanguageModel.logits
+    monkeypatch.setattr(
+        LanguageModel, "logits", lambda *given, **named: runs.append(1) or logits(*given, **named)
+    )
+    split = values(model, params, batches, budget_gb=1e-9, **options)
+    assert len(runs) == len(model.architecture.sites) * len(batches)
+    for site, value in whole.items():
+        assert_close(split[site], value, rtol=0, atol=0)
+
+
+def test_weights_beyond_the_budget_are_read_when_their_module_runs(model, params, batches):
+    read = []
+
+    class Lazy(dict):
+        def __getitem__(self, name):
+            read.append(name)
+            return super().__getitem__(name)
+
+    moments = values(model, Lazy(params), batches, budget_gb=1e-9)
+    first, last = (
+        "gpt_neox.layers.0.attention.query_key_value.weight",
+        "gpt_neox.layers.1.mlp.dense_h_to_4h.weight",
+    )
+    # Four sites, a pass each: those of layer 1 and the mlp input of layer 0 need the first matrix.
+    assert read.count(first) == 3 * len(batches) and last not in read
+    whole = values(model, params, batches)
+    for site, value in whole.items():
+        assert_close(moments[site], value, rtol=0, atol=0)
+
+
+def test_a_pass_ends_at_its_last_site(model, params, batches):
+    ran = []
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, output, name=name: ran.append(name))
+        for name, module in model.network.named_modules()
+    ]
+    list(activation_moments(model, params, batches[:1], model.architecture.sites[:2]))
+    for hook in hooks:
+        hook.remove()
+    # The sites are what q and up of layer 0 read, up's being the last in a parallel block.
+    assert "gpt_neox.layers.0.attention.query_key_value" in ran
+    assert not {"gpt_neox.layers.0.mlp.dense_h_to_4h", "gpt_neox.layers.1", "lm_head"} & set(ran)
+
+
+def test_the_moment_of_a_drawn_sample_is_that_of_the_tokens_it_holds(model, params, batches):
+    expected = cached(model, batches)
+    lengths = torch.cat([batch.attention_mask.sum(1) for batch in batches])
+    groups = torch.arange(len(lengths)) * 3 // len(lengths)
+    of_tokens = groups.repeat_interleave(lengths)
+    for centre in (False, True):
+        moments = activation_moments(
+            model, params, batches, model.architecture.sites, groups=3, centre=centre
+        )
+        for site, moment in moments:
+            a = torch.cat([expected[site][of_tokens == 0]] * 2 + [expected[site][of_tokens == 2]])
+            times = torch.tensor([2.0, 0.0, 1.0])
+            close(moment.drawn(times).double(), torch.cov(a.T, correction=0) if centre else a.T @ a / len(a))
+
+
+@pytest.mark.parametrize("d", [3, 128, 256, 515])
+def test_the_blocks_of_a_gram_matrix_make_up_the_whole(d, generator):
+    a = torch.randn(40, d, generator=generator)
+    total = torch.zeros(d, d)
+    add_gram(total, a)
+    mirror(total)
+    assert_close(total, total.T, rtol=0, atol=0)
+    assert_close(total, a.T @ a, rtol=1e-5, atol=1e-4)
+
+
+def test_passes_take_neighbours_as_long_as_they_fit():
+    assert list(passes([3, 3, 3, 9, 1, 1], float, 6.0)) == [[3, 3], [3], [9], [1, 1]]
 
 
 def test_measuring_leaves_no_hook_behind(model, params, batches):
-    for weights in (params, params | {"lm_head.weight": torch.zeros(1, 1)}):  # the second one fails
-        try:
-            activation_moments(model, weights, batches, model.architecture.sites)
-        except RuntimeError:
-            pass
+    for weights in (params, params | {"gpt_neox.embed_in.weight": torch.zeros(1, 1)}):  # the second one fails
+        with suppress(IndexError):
+            list(activation_moments(model, weights, batches, model.architecture.sites))
         assert not any(module._forward_pre_hooks for module in model.network.modules())
 
 
@@ -92,4 +203,4 @@ def test_diverged_weights_are_refused(model, params, batches):
     params[norm] = params[norm] * float("nan")
     message = "the mlp_input of layer 1 is not finite: the weights have diverged"
     with pytest.raises(ValueError, match=message):
-        activation_moments(model, params, batches, model.architecture.sites)
+        list(activation_moments(model, params, batches, model.architecture.sites))

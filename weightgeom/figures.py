@@ -114,6 +114,42 @@ def ratio_by_step(tables: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
+def expected_and_measured(table: pd.DataFrame) -> Figure:
+    """Ratio that the base's moments lead to expect against the trained one: predicted left, forecast right.
+
+    A point is a matrix of a layer at the last step, its bar the bootstrap's standard error over
+    prompts; reads are circles, writes squares. The dashed line is the identity. `table` holds rows of
+    the probe `moments`; where it has a column `run`, points of all runs are drawn.
+    """
+    rows = _own(table[table["step"] == table["step"].max()])
+    by = [*(["run"] if "run" in rows else []), "layer", "matrix", "role"]
+    measured = rows[rows["quantity"] == "measured_ratio"].set_index(by)["value"]
+    top = measured.max()
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.2), sharey=True, layout="constrained")
+        for axis, name in zip(axes, ("predicted", "forecast"), strict=True):
+            expected = rows[rows["quantity"] == f"{name}_ratio"].set_index(by)
+            top = max(top, expected["value"].max())
+            for (matrix, role), part in expected.groupby(["matrix", "role"], sort=False):
+                axis.errorbar(
+                    part["value"],
+                    measured[part.index],
+                    xerr=part["stderr"].astype(float).fillna(0),
+                    fmt="o" if role == "read" else "s",
+                    ms=3.5,
+                    elinewidth=0.7,
+                    color=COLOURS[str(matrix)],
+                    label=str(matrix),
+                )
+            axis.set_xlabel(f"{name} relative subspace fraction (1)")
+            axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=4, borderaxespad=0)
+        for axis in axes:
+            axis.plot([0, 1.05 * top], [0, 1.05 * top], color="0.5", ls="--", lw=0.8)
+            axis.set_aspect("equal")
+        axes[0].set_ylabel("measured (1)")
+    return figure
+
+
 def save(figure: Figure, *paths: Path) -> None:
     """Write the figure to each path, PNG or PDF by its ending, the same bytes for the same figure."""
     for path in paths:
@@ -124,8 +160,9 @@ def save(figure: Figure, *paths: Path) -> None:
 
 
 def _own(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows at the matrices' own subspaces, at the smallest k."""
-    rows = table[~table["subspace"].isin(["", "random"])]
+    """Rows at the matrices' own subspaces, at the smallest k; those of heads are left out."""
+    whole = ~table["subspace"].isin(["", "random"]) & ~table["matrix"].str.contains(".", regex=False)
+    rows = table[whole]
     return rows[rows["k"] == rows["k"].min()]
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
+from jaxtyping import Bool
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
     from weightgeom.model import LanguageModel
     from weightgeom.residual import Architecture
+    from weightgeom.training import Training
 
 Params = Mapping[str, Tensor]
 """Weights, updates, gradients or moments by parameter name, in memory or read lazily from disk."""
@@ -75,7 +77,10 @@ class Base:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a probe is given once per trajectory: where it starts and ends, and held-out examples."""
+    """What a probe is given once per trajectory: where it starts and ends, the examples, and the objective.
+
+    `objective` is that of the trajectory, None where it is not known, and `training` how it trains.
+    """
 
     model: "LanguageModel"
     start: Params
@@ -83,6 +88,21 @@ class Setting:
     from_random: bool
     examples: Examples
     seed: int
+    objective: "Objective | None" = None
+    training: "Training | None" = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the loss of one batch of an objective's trainer is about.
+
+    `targets` marks the tokens whose prediction it scores; `prompt` says which of the batch's prompts
+    each sequence belongs to; `terms` counts, for each prompt, the terms that the loss is a mean of.
+    """
+
+    targets: Bool[Tensor, "sequence position"]
+    prompt: list[int]
+    terms: list[int]
 
 
 Log = Callable[[Mapping[str, float], int], None]
@@ -146,6 +166,14 @@ class Objective(Protocol):
         arguments: Mapping[str, Any],
     ) -> "Trainer":
         """A trainer for `network`, which its `train` mutates; `arguments` are those of TrainingArguments."""
+        ...
+
+    def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
+        """What the loss of a batch of the trainer is about."""
+        ...
+
+    def total_loss(self, trainer: "Trainer", inputs: dict[str, Any]) -> Tensor:
+        """The trainer's own loss of a batch, as a sum over its terms instead of their mean, in nats."""
         ...
 
 

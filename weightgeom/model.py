@@ -1,6 +1,8 @@
 """Language models whose weights are data: a base, a checkpoint and an edit are three values of `params`."""
 
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,19 +18,20 @@ from weightgeom.weights import open_params
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """A network of one architecture with its tokenizer; its weights are given at every call."""
+    """A network of one architecture with its tokenizer; its weights are given at every call.
+
+    The network's own weights do not matter, and from `load` it has none. It computes on `device`.
+    """
 
     network: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     architecture: Architecture
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return self.network.device
+    device: torch.device = CPU
 
     def params(self, directory: Path) -> Params:
         """The weights of a checkpoint, read lazily.
@@ -42,9 +45,34 @@ class LanguageModel:
     def hold(self, params: Params) -> dict[str, Tensor]:
         """The weights in memory, in fp32 on the model's device, as `logits` wants them for many batches."""
         names = {name for name, _ in self.network.named_parameters()}
-        return {
-            name: tensor.to(self.device, torch.float32) for name, tensor in params.items() if name in names
-        }
+        return {name: params[name].to(self.device, torch.float32) for name in params if name in names}
+
+    @property
+    def size(self) -> int:
+        """The bytes of its weights in fp32."""
+        return 4 * sum(parameter.numel() for parameter in self.network.parameters())
+
+    def with_weights(self, params: Params) -> "PreTrainedModel":
+        """A network of its own that has `params` for weights, for what patches or trains a network.
+
+        Weights that are in memory, in fp32 and on the device, are shared and not copied.
+        """
+        network = deepcopy(self.network)
+        network.load_state_dict(self.hold(params), strict=False, assign=True)
+        network.tie_weights()
+        return network
+
+    def streaming(self, params: Params) -> "LanguageModel":
+        """This model, to be called without weights: each module takes its own from `params` when it runs.
+
+        They are dropped when it has run, so that no more than one module's are held, in fp32.
+        """
+        from accelerate.hooks import attach_align_device_hook  # noqa: PLC0415 (heavy)
+
+        network = deepcopy(self.network)
+        weights = _Untied(params, self.architecture)
+        attach_align_device_hook(network, self.device, offload=True, weights_map=weights)
+        return replace(self, network=network)
 
     @torch.no_grad()
     def logits(
@@ -57,6 +85,7 @@ class LanguageModel:
             kwargs={
                 "input_ids": batch.input_ids,
                 "attention_mask": batch.attention_mask,
+                "position_ids": batch.positions(),
                 "use_cache": False,
                 "logits_to_keep": keep,
             },
@@ -67,6 +96,27 @@ class LanguageModel:
         logits = self.logits(params, batch)[:, :-1].float()
         picked = logits.gather(-1, batch.input_ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
         return torch.where(batch.target[:, 1:], picked, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Untied(Mapping[str, Tensor]):
+    """Weights by every name that the network has for them, the unembedding included where it is tied."""
+
+    params: Params
+    architecture: Architecture
+
+    def __getitem__(self, name: str) -> Tensor:
+        return (
+            self.architecture.unembedding(self.params)
+            if name == self.architecture.unembed
+            else self.params[name]
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.params)
+
+    def __len__(self) -> int:
+        return len(self.params)
 
 
 def kl_divergence(
@@ -87,7 +137,7 @@ def kl_divergence(
 
 
 def load(directory: Path, device: str) -> LanguageModel:
-    """The model of a local checkpoint directory, in fp32 and evaluation mode, with its tokenizer.
+    """The model of a local checkpoint directory in evaluation mode, with its tokenizer; reads no weights.
 
     Raises:
         NotImplementedError: if its `model_type` has no residual-stream map.
@@ -95,8 +145,30 @@ def load(directory: Path, device: str) -> LanguageModel:
         ValueError: if a file is truncated or corrupt, if a parameter is missing, or if the tokenizer has
             no end token.
     """
-    network = load_network(directory).to(device).eval()  # pyright: ignore[reportArgumentType]
-    return LanguageModel(network, load_tokenizer(directory), architecture_of(network.config))
+    from accelerate import init_empty_weights  # noqa: PLC0415 (heavy)
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 (heavy)
+
+    architecture = load_architecture(directory)
+    stored = open_params(directory, architecture)
+    config = AutoConfig.from_pretrained(directory)
+    with init_empty_weights(include_buffers=False):
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    network.tie_weights()
+    check_complete(directory, {name for name, _ in network.named_parameters()} - set(stored))
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    network.requires_grad_(False).eval()
+    return LanguageModel(network, load_tokenizer(directory), architecture, torch.device(device))
+
+
+def check_complete(directory: Path, missing: Collection[str]) -> None:
+    """Raise ValueError if a checkpoint lacks parameters of the network: they would stay random."""
+    if missing:
+        raise ValueError(
+            f"{directory} lacks {len(missing)} of the network's parameters, the first {min(missing)}:"
+            " save the whole model, with its language-model head"
+        )
 
 
 def check_length(longest: int, context: int | None) -> None:
@@ -144,11 +216,7 @@ def load_network(directory: Path) -> "PreTrainedModel":
         trust_remote_code=False,
         output_loading_info=True,
     )
-    if missing := sorted(info["missing_keys"]):  # transformers would leave them random
-        raise ValueError(
-            f"{directory} lacks {len(missing)} of the network's parameters, the first {missing[0]}:"
-            " save the whole model, with its language-model head"
-        )
+    check_complete(directory, info["missing_keys"])
     return network
 
 

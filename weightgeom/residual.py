@@ -133,7 +133,8 @@ class Architecture:
     """The residual-stream map of one network; all parameter names are those in memory.
 
     `aliases` translates names on disk that differ. `tied` says that unembedding with the embedding
-    is the model's own choice, so that a missing `unembed` is no mistake.
+    is the model's own choice, so that a missing `unembed` is no mistake. `parallel` says that attention
+    and MLP are added to the stream in one sum, so that o and down of a layer share their upstream gradient.
     """
 
     d_model: int
@@ -148,6 +149,7 @@ class Architecture:
     final_norm: Norm
     aliases: Mapping[str, str]
     tied: bool = False
+    parallel: bool = False
 
     def unembedding(self, params: Params) -> Float[Tensor, "vocab d_model"]:
         """The unembedding as stored; the embedding where the two are tied and stored once.

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 COLUMNS = {
     "step": "int64",  # optimizer step; 0 is before training
     "layer": "Int64",  # missing for what belongs to no layer
-    "matrix": "str",  # q k v o gate up down unembed embed, or "" for the whole model
+    "matrix": "str",  # q k v o gate up down unembed embed, `q.0` for a head, or "" for the whole model
     "role": "str",  # read, write or ""
     "arm": "str",  # of an intervention, or ""
-    "subspace": "str",  # attention_input, mlp_input, prediction, random or ""
-    "k": "Int64",  # dimension of the subspace, or missing
+    "subspace": "str",  # attention_input, mlp_input, prediction, random, residual, a pair `one:other`, or ""
+    "k": "Int64",  # dimension of the subspace, or index of an eigenvalue, or missing
     "quantity": "str",
     "unit": "str",  # "1" if none
     "value": "float64",

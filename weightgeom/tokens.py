@@ -19,11 +19,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Token sequences, padded on the right; `target` marks the tokens whose prediction is scored."""
+    """Token sequences, padded on either side; `target` marks the tokens whose prediction is scored."""
 
     input_ids: Int[Tensor, "sequence position"]
     attention_mask: Int[Tensor, "sequence position"]
     target: Bool[Tensor, "sequence position"]
+
+    def positions(self) -> Int[Tensor, "sequence position"]:
+        """The place of each token in its sequence, padding in front not counted."""
+        leading = (self.attention_mask.cumsum(1) == 0).sum(1, keepdim=True)
+        places = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        return (places - leading).clamp(min=0)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""

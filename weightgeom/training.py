@@ -2,6 +2,8 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -113,11 +115,17 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(checkpoints)
     log.info("training %s for %d steps of %d examples", name, training.steps, training.batch_size)
-    with warnings.catch_warnings():
-        # TRL asks transformers by a name that is on its way out.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    with outdated_name_allowed():
         trainer.train()
     return trajectory(directory, name, start)
+
+
+@contextmanager
+def outdated_name_allowed() -> Iterator[None]:
+    """Within it there is no warning that TRL asks transformers by a name that is on its way out."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def trajectory(directory: Path, name: str, start: Path | None = None) -> Trajectory:

@@ -1,24 +1,11 @@
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
+from networks import CONFIGS
 from torch.func import functional_call
 from torch.testing import assert_close
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -26,32 +13,6 @@ from transformers.masking_utils import sdpa_mask
 from weightgeom.residual import ResidualMatrix, architecture_of
 from weightgeom.weights import open_params
 
-NEOX: dict[str, Any] = dict(
-    vocab_size=50,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=40,
-    max_position_embeddings=16,
-    bos_token_id=0,
-    eos_token_id=1,
-    pad_token_id=2,
-)
-# heads of 6 where 32 / 4 = 8 would be the default, and two query heads to a key-value group
-GROUPED: dict[str, Any] = NEOX | dict(num_key_value_heads=2, head_dim=6)
-CONFIGS = {
-    "gpt_neox": lambda: GPTNeoXConfig(**NEOX),
-    "gpt_neox_sequential": lambda: GPTNeoXConfig(**NEOX, use_parallel_residual=False),
-    "gpt2": lambda: GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_inner=40, n_positions=16),
-    "llama": lambda: LlamaConfig(**GROUPED),
-    "llama_tied": lambda: LlamaConfig(**GROUPED, tie_word_embeddings=True, attention_bias=True),
-    "mistral": lambda: MistralConfig(**GROUPED),
-    "qwen2": lambda: Qwen2Config(**GROUPED),
-    "qwen3": lambda: Qwen3Config(**GROUPED),
-    "olmo2": lambda: Olmo2Config(**GROUPED),
-    "gemma2": lambda: Gemma2Config(**GROUPED),
-    "phi3": lambda: Phi3Config(**GROUPED),
-}
 TOKENS = torch.tensor([[3, 14, 15, 9, 26, 5]])
 
 received = []  # what attention was given, call by call: query, key, value
@@ -124,7 +85,7 @@ class Network:
 
 @cache
 def built(name):
-    return Network(CONFIGS[name]())
+    return Network(CONFIGS[name](50, 16))
 
 
 @pytest.fixture(params=CONFIGS)

@@ -244,7 +244,7 @@ def test_gradients_have_the_spectrum_of_their_moments(model, examples, params, a
     for name in ("L0.o", "L1.down"):
         upstream = found.upstream[name]
         squares = torch.linalg.eigvalsh(upstream.value.double()).flip(0).clamp(min=0)
-        agree(rows, name, "upstream", squares.sqrt().numpy(), upstream.tokens)
+        agree(rows, name, "upstream", squares.sqrt().numpy(), upstream.samples)
     for name in ("L1.k", "L0.up", "L0.down"):
         one = matrix(model, name)
         gradient = one.of({one.parameter: found.gradients[one.parameter].value})

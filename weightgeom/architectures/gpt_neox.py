@@ -28,6 +28,7 @@ def architecture(config: "GPTNeoXConfig") -> Architecture:
         final_norm=Norm("gpt_neox.final_layer_norm.weight"),
         aliases={"embed_out.weight": "lm_head.weight"},
         tied=config.tie_word_embeddings,
+        parallel=config.use_parallel_residual,
     )
 
 

@@ -4,9 +4,11 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
-from weightgeom.interfaces import Examples
+from weightgeom.interfaces import Examples, Scored
 from weightgeom.tokens import tokenize
 
 if TYPE_CHECKING:
@@ -88,3 +90,16 @@ class CE:
                 *(len(examples.text), len(trainer.train_dataset), length),  # pyright: ignore[reportArgumentType]
             )
         return trainer
+
+    def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
+        """The tokens with a label, each a term; every sequence is a prompt of its own."""
+        targets = inputs["labels"] != -100
+        terms = targets[:, 1:].sum(1).tolist()
+        return Scored(targets, list(range(len(targets))), terms)
+
+    def total_loss(self, trainer: "Trainer", inputs: dict[str, Any]) -> Tensor:
+        """-log p summed over the tokens of a batch, in nats."""
+        assert trainer.model is not None
+        loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(1))
+        assert isinstance(loss, Tensor)
+        return loss

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from weightgeom.conversation import render
-from weightgeom.interfaces import Examples
+from weightgeom.interfaces import Examples, Scored
 from weightgeom.training import Training
 
 if TYPE_CHECKING:
@@ -136,3 +137,15 @@ class DPO:
             *(len(dataset), len(dataset) - len(kept), length, cut, length),
         )
         return trainer
+
+    def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
+        """The tokens of the responses; a pair is one term, its chosen response in the first half."""
+        pairs = len(inputs["completion_mask"]) // 2
+        return Scored(inputs["completion_mask"].bool(), [*range(pairs), *range(pairs)], [1] * pairs)
+
+    def total_loss(self, trainer: "Trainer", inputs: dict[str, Any]) -> Tensor:
+        """The loss summed over the pairs of a batch, in nats."""
+        assert trainer.model is not None
+        loss = trainer.compute_loss(trainer.model, inputs)
+        assert isinstance(loss, Tensor)
+        return loss * (len(inputs["completion_mask"]) // 2)

@@ -1,6 +1,6 @@
 """Relative subspace fraction: how much of an update lies in what the model reads and predicts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -9,15 +9,24 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from weightgeom.bootstrap import bootstrap_interval
+from weightgeom.frames import (
+    Frame,
+    Inputs,
+    check_dimensions,
+    dimensions,
+    input_frames,
+    place_of,
+    prediction_frame,
+    random_frame,
+)
+from weightgeom.gradients import Gathering, folded, gradient_moments
 from weightgeom.interfaces import Params, Row, Setting
-from weightgeom.moments import activation_moments
+from weightgeom.moments import Moment
 from weightgeom.residual import Architecture, ResidualMatrix
-from weightgeom.stats import Null, isotropic_null, rotation_null
-from weightgeom.subspace import Subspace, prediction_moment
+from weightgeom.stats import isotropic_null, matched_null, rotation_null, spectrum_shares
 from weightgeom.table import row
-from weightgeom.tokens import packed
-
-Place = tuple[str, int | None]  # the subspace's name and layer
+from weightgeom.update import Update, head_updates, update_of
 
 
 @dataclass(frozen=True)
@@ -31,15 +40,24 @@ class RSF:
 
     Quantities:
         fraction: ‖dW U‖²_F / ‖dW‖²_F (read) or ‖Uᵀ dW‖²_F / ‖dW‖²_F (write), in [0, 1].
-        ratio: fraction / (k/d), in [0, d/k]; 1 is isotropic.
+        ratio: fraction / (k/d), in [0, d/k]; 1 is isotropic. Where U is estimated from text, fraction
+            and ratio have the bootstrap's standard error over prompts.
+        ratio_low, ratio_high: ends of the ratio's 95 % interval over prompts (`bootstrap_interval`).
         null_ratio_mean, null_ratio_sd: of the ratio under `null_kind`.
-        z, p_value: of the fraction under `null_kind`, one-sided: is dW more concentrated than chance?
-        matched_ratio: the ratio expected on the read side if what dW writes did not depend on what it reads;
-            left out where the inputs are centred, as the identity needs E[a aᵀ].
+        z, p_value, q_value: of the fraction under `null_kind`, one-sided: is dW more concentrated than
+            chance? p has its Monte Carlo standard error where it is sampled; q is Benjamini and
+            Hochberg's, over the layers and matrices that have the same k.
+        matched_ratio: the ratio expected if what dW reads did not depend on what is sent back to it:
+            from the inputs on the read side, from the objective's upstream gradients at the start on
+            the write side. Left out where moments are centred, as the identity needs E[a aᵀ], and on
+            the write side where the objective is not known. matched_ratio_low, matched_ratio_high.
+        matched_z, matched_p_value, matched_q_value: of the fraction against that level.
         delta_norm: ‖dW‖_F, in the units of the weights. moved_share: share of entries that changed.
 
     `k` defaults to d/8 (ours). `at` is whose subspaces are taken: the trajectory's `start`, the
     measured `step` itself or the `end`; `auto` is the start, or the step where the start is random.
+    With `per_head` the heads of q, k, v and o have rows of their own, as matrix `q.0`, `q.1`, ...;
+    those of k and v are the key-value groups.
     """
 
     headline: ClassVar[str] = "ratio"
@@ -47,110 +65,202 @@ class RSF:
     k: int | list[int] | None = None
     at: Literal["auto", "start", "step", "end"] = "auto"
     null_kind: Literal["rotation", "isotropic"] = "rotation"
+    per_head: bool = False
     tokens: int = Field(default=8192, ge=2)  # of held-out text, for the inputs' second moments
     length: int = Field(default=96, ge=2)  # tokens a sequence
+    prompts: int = Field(default=128, ge=0)  # of training examples, for upstream gradients; 0: none
+    resamples: int = Field(default=40, ge=0)  # of the bootstrap over prompts; 0: no intervals
+    groups: int = Field(default=16, ge=2)  # of prompts, which the bootstrap draws
     centre_inputs: bool = False
     centre_unembedding: bool = True
     fold_gain: bool = True  # the final norm's gain, into the unembedding
     fold_post_norm: bool = True  # the gain of a norm behind o and down (OLMo-2, Gemma-2), into them
-
-    def dimensions(self, d: int) -> list[int]:
-        """The subspace dimensions asked for, in ascending order."""
-        return sorted(
-            {max(1, d // 8)} if self.k is None else {self.k} if isinstance(self.k, int) else set(self.k)
-        )
+    budget_gb: float | None = Field(default=None, gt=0)  # GiB for weights and moments; None: no limit
 
     def check(self, architecture: Architecture) -> None:
         """Refuse a k that does not fit."""
-        d = architecture.d_model
-        wanted = self.dimensions(d)
-        if not wanted or wanted[0] < 1 or wanted[-1] > d:
-            raise ValueError(f"probe.rsf.k must be 1 to {d}, the width of the residual stream, got {self.k}")
+        check_dimensions(self.k, architecture.d_model, "probe.rsf.k")
 
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement of one checkpoint's update since the trajectory's start."""
         at = ("step" if setting.from_random else "start") if self.at == "auto" else self.at
-        frame = (
-            None if at == "step" else self._frame(setting, setting.start if at == "start" else setting.end)
-        )
+        kept: list[Frame] = []
+        upstream: dict[str, Moment] = {}
+        matrices = setting.model.architecture.matrices
+
+        def frames(params: Params) -> Iterable[Frame]:
+            whose = {"start": setting.start, "step": params, "end": setting.end}[at]
+            if at == "step" or self.budget_gb is not None:  # a budget is kept by holding one pass at a time
+                return self._frames(setting, whose)
+            kept.extend([] if kept else self._frames(setting, whose))
+            return kept
 
         def measure(params: Params) -> list[Row]:
-            spaces, moments, tokens = frame or self._frame(setting, params)
-            rows: list[Row] = []
-            for matrix in setting.model.architecture.matrices:
-                rows += self._matrix(
-                    matrix, self._of(matrix, params), self._of(matrix, setting.start), spaces, moments, tokens
-                )
-            return rows
+            if all(_unmoved(matrix, params, setting.start) for matrix in matrices):
+                return [
+                    one for matrix in matrices for one in _size(matrix, self._update(matrix, params, setting))
+                ]
+            if not upstream:
+                upstream.update(self._upstream(setting))
+            chance = random_frame(setting, self._largest(setting))
+            rows: dict[str, list[Row]] = {}
+            for frame in frames(params):
+                for matrix in matrices:
+                    if place_of(matrix) == frame.place:
+                        moment = frame.moment if matrix.role == "read" else upstream.get(matrix.name)
+                        rows[matrix.name] = list(self._rows(matrix, params, setting, frame, chance, moment))
+            in_order = [one for matrix in matrices for one in rows[matrix.name]]
+            return [*in_order, *_q_values(in_order)]
 
         return measure
 
-    def _of(self, matrix: ResidualMatrix, params: Params) -> Float[Tensor, "d_out d_in"]:
-        return (matrix.written if self.fold_post_norm else matrix.of)(params).float()
+    def _largest(self, setting: Setting) -> int:
+        return dimensions(self.k, setting.model.architecture.d_model)[-1]
 
-    def _frame(
-        self, setting: Setting, params: Params
-    ) -> tuple[dict[Place, Subspace], dict[Place, Tensor], int]:
-        """The subspaces at one model, the second moments behind them and the tokens behind those."""
-        model, architecture = setting.model, setting.model.architecture
-        weights = model.hold(params)
-        batches = packed(setting.examples.heldout, model.tokenizer, self.length, self.tokens)
-        found, tokens = activation_moments(
-            model, weights, batches, architecture.sites, centre=self.centre_inputs
-        )
-        moments: dict[Place, Tensor] = {(site.name, site.layer): moment for site, moment in found.items()}
-        gain = architecture.final_norm.gain(weights)
-        moments["prediction", None] = prediction_moment(
-            architecture.unembedding(weights), gain, fold_gain=self.fold_gain, centre=self.centre_unembedding
-        )
-        largest = self.dimensions(architecture.d_model)[-1]
-        spaces = {place: Subspace.top(moment.cpu(), largest) for place, moment in moments.items()}
-        generator = torch.Generator().manual_seed(setting.seed)
-        spaces["random", None] = Subspace.random(architecture.d_model, largest, generator)
-        return spaces, moments, tokens
+    def _update(self, matrix: ResidualMatrix, params: Params, setting: Setting) -> Update:
+        return update_of(matrix, params, setting.start, written=self.fold_post_norm)
 
-    def _matrix(
+    def _frames(self, setting: Setting, params: Params) -> Iterator[Frame]:
+        inputs = Inputs(
+            tokens=self.tokens,
+            length=self.length,
+            centre=self.centre_inputs,
+            groups=self.groups,
+            resamples=self.resamples,
+            budget_gb=self.budget_gb,
+        )
+        k = self._largest(setting)
+        yield from input_frames(setting, params, k, inputs)
+        yield prediction_frame(setting, params, k, fold_gain=self.fold_gain, centre=self.centre_unembedding)
+
+    def _upstream(self, setting: Setting) -> dict[str, Moment]:
+        """Second moments of the upstream gradients at the start, by matrix, where the objective is known."""
+        if setting.objective is None or setting.training is None or not self.prompts:
+            return {}
+        gathering = Gathering(
+            prompts=self.prompts,
+            inputs=False,
+            gradients=False,
+            groups=self.groups if self.resamples else 1,
+            budget_gb=self.budget_gb,
+        )
+        passes = gradient_moments(
+            *(setting.model, setting.start, setting.objective, setting.training, setting.examples),
+            *(gathering, setting.seed),
+        )
+        moments = {name: moment for some in passes for name, moment in some.upstream.items()}
+        matrices = {matrix.name: matrix for matrix in setting.model.architecture.matrices}
+        if not self.fold_post_norm:
+            return moments
+        return {name: folded(moment, matrices[name], setting.start) for name, moment in moments.items()}
+
+    def _rows(
         self,
         matrix: ResidualMatrix,
-        after: Float[Tensor, "d_out d_in"],
-        before: Float[Tensor, "d_out d_in"],
-        spaces: dict[Place, Subspace],
-        moments: dict[Place, Tensor],
-        tokens: int,
+        params: Params,
+        setting: Setting,
+        own: Frame,
+        chance: Frame,
+        moment: Moment | None,
     ) -> Iterator[Row]:
-        delta = (after - before).cpu()
+        update = self._update(matrix, params, setting)
+        yield from _size(matrix, update)
         where = {"layer": matrix.layer, "matrix": matrix.kind, "role": matrix.role}
-        yield row("delta_norm", delta.norm().item(), n=delta.numel(), **where)
-        yield row("moved_share", (delta != 0).double().mean().item(), n=delta.numel(), **where)
-        if not delta.any():  # nothing moved: no share of it lies anywhere
-            return
-        x = delta if matrix.role == "read" else delta.T
-        for place, space in spaces.items():
-            if place not in (_own(matrix), ("random", None)):
-                continue
-            moment = moments.get(place) if matrix.role == "read" and not self.centre_inputs else None
-            for k in self.dimensions(x.shape[1]):
-                at = where | {"subspace": place[0], "k": k}
-                yield from self._compare(x, space.first(k), moment, tokens, at)
+        yield from self._compare(update, own, moment, setting.seed, where)
+        yield from self._compare(update, chance, None, setting.seed, where)
+        if self.per_head and matrix.kind in ("q", "k", "v", "o"):
+            heads = head_updates(matrix, params, setting.start, written=self.fold_post_norm)
+            for head, part in enumerate(heads):
+                yield from self._compare(
+                    part, own, moment, setting.seed, where | {"matrix": f"{matrix.kind}.{head}"}
+                )
 
     def _compare(
-        self, x: Float[Tensor, "n d"], space: Subspace, moment: Tensor | None, tokens: int, at: dict
+        self, update: Update, frame: Frame, moment: Moment | None, seed: int, where: dict
     ) -> Iterator[Row]:
-        d, k = space.basis.shape
-        fraction = space.fraction(x)
-        null: Null = rotation_null(x, k) if self.null_kind == "rotation" else isotropic_null(d, k, x.shape[0])
-        n = x.numel()
-        yield row("fraction", fraction, n=n, **at)
-        yield row("ratio", fraction * d / k, n=n, **at)
-        yield row("null_ratio_mean", null.mean * d / k, n=n, **at)
-        yield row("null_ratio_sd", null.sd * d / k, n=n, **at)
-        yield row("z", null.z(fraction), n=n, **at)
-        yield row("p_value", null.p_value(fraction), n=n, **at)
-        if moment is not None:
-            yield row("matched_ratio", space.explained(moment.cpu()) * d / k, n=tokens, **at)
+        gram = update.gram.cpu().double()
+        if not float(gram.trace()) > 0:  # nothing moved: no share of it lies anywhere
+            return
+        d, entries = len(gram), update.shape[0] * update.shape[1]
+        inside = frame.space.shares(gram).cumsum(0)
+        drawn = [space.shares(gram).cumsum(0) for space in frame.resampled]
+        spectrum = spectrum_shares(gram)
+        for k in dimensions(self.k, d):
+            at = where | {"subspace": frame.place[0], "k": k}
+            fraction, scale = float(inside[k - 1]), d / k
+            if self.null_kind == "rotation":
+                null = rotation_null(spectrum, k, seed)
+            else:
+                null = isotropic_null(d, k, entries // d)
+            groups = 0 if frame.moment is None else len(frame.moment.sums)
+            interval = bootstrap_interval(fraction, [float(one[k - 1]) for one in drawn], groups)
+            stderr = None if interval is None else interval.stderr
+            yield row("fraction", fraction, n=entries, stderr=stderr, **at)
+            yield row(
+                "ratio", fraction * scale, n=entries, stderr=None if stderr is None else stderr * scale, **at
+            )
+            if interval is not None:
+                yield row("ratio_low", max(0.0, interval.low) * scale, n=entries, **at)
+                yield row("ratio_high", min(1.0, interval.high) * scale, n=entries, **at)
+            yield row("null_ratio_mean", null.mean * scale, n=entries, **at)
+            yield row("null_ratio_sd", null.sd * scale, n=entries, **at)
+            yield row("z", null.z(fraction), n=entries, **at)
+            p, error = null.p_value(fraction)
+            yield row("p_value", p, n=entries, stderr=error, **at)
+            if moment is not None and not moment.centred:
+                yield from _matched(gram, fraction, frame, k, moment, self.resamples, seed, at)
 
 
-def _own(matrix: ResidualMatrix) -> Place:
-    if matrix.role == "write":
-        return "prediction", None
-    return "attention_input" if matrix.kind in ("q", "k", "v") else "mlp_input", matrix.layer
+def _matched(
+    gram: Float[Tensor, "d d"],
+    fraction: float,
+    frame: Frame,
+    k: int,
+    moment: Moment,
+    resamples: int,
+    seed: int,
+    at: dict,
+) -> Iterator[Row]:
+    """The level that independence of what is read and what is sent back predicts, and p against it."""
+    null = matched_null(gram, moment.root, frame.space.first(k), seed)
+    scale, n = len(gram) / k, moment.samples
+    spaces = frame.resampled or (frame.space,) * resamples  # the unembedding's is not estimated from data
+    samples = zip(moment.resampled(len(spaces), seed), spaces, strict=False)
+    drawn = [space.first(k).explained(one.cpu()) for one, space in samples]
+    interval = bootstrap_interval(null.mean, drawn, len(moment.sums))
+    stderr = None if interval is None else interval.stderr * scale
+    yield row("matched_ratio", null.mean * scale, n=n, stderr=stderr, **at)
+    if interval is not None:
+        yield row("matched_ratio_low", max(0.0, interval.low) * scale, n=n, **at)
+        yield row("matched_ratio_high", min(1.0, interval.high) * scale, n=n, **at)
+    yield row("matched_z", null.z(fraction), n=n, **at)
+    p, error = null.p_value(fraction)
+    yield row("matched_p_value", p, n=n, stderr=error, **at)
+
+
+def _size(matrix: ResidualMatrix, update: Update) -> Iterator[Row]:
+    where = {"layer": matrix.layer, "matrix": matrix.kind, "role": matrix.role}
+    entries = update.shape[0] * update.shape[1]
+    yield row("delta_norm", update.norm, n=entries, **where)
+    yield row("moved_share", update.moved_share, n=entries, **where)
+
+
+def _unmoved(matrix: ResidualMatrix, params: Params, start: Params) -> bool:
+    names = [matrix.parameter, *([matrix.norm.parameter] if matrix.norm is not None else [])]
+    return all(torch.equal(params[name], start[name]) for name in names)
+
+
+def _q_values(rows: Iterable[Row]) -> Iterator[Row]:
+    """Benjamini and Hochberg's q beside every p: over all layers and matrices at the same kind of place."""
+    from scipy.stats import false_discovery_control  # noqa: PLC0415 (slow to import)
+
+    families: dict[tuple, list[Row]] = {}
+    for one in rows:
+        if one["quantity"] in ("p_value", "matched_p_value"):
+            chance, head = one["subspace"] == "random", "." in one["matrix"]
+            families.setdefault((one["quantity"], one["k"], chance, head), []).append(one)
+    for (quantity, *_), family in families.items():
+        q_values = false_discovery_control([one["value"] for one in family])
+        name = quantity.replace("p_value", "q_value")
+        for one, q in zip(family, q_values, strict=True):
+            yield one | {"quantity": name, "value": float(q), "stderr": None, "n": len(family)}

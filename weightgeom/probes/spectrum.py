@@ -82,7 +82,7 @@ class Spectrum:
         sites = model.architecture.sites
         for site, moment in activation_moments(model, params, batches, sites, budget_gb=self.budget_gb):
             place = {"layer": site.layer, "matrix": READER[site.name], "role": "read", "subspace": site.name}
-            yield from self._moment("activation", moment.value, moment.tokens, place)
+            yield from self._moment("activation", moment.value, moment.samples, place)
 
     def _gradients(self, setting: Setting, params: Params) -> Iterator[Row]:
         upstream, gradients = "upstream" in self.of, "gradient" in self.of
@@ -99,7 +99,7 @@ class Spectrum:
             means = {name: mean.value for name, mean in found.gradients.items()}
             for matrix in model.architecture.matrices:
                 if (moment := found.upstream.get(matrix.name)) is not None:
-                    yield from self._moment("upstream", moment.value, moment.tokens, _place(matrix))
+                    yield from self._moment("upstream", moment.value, moment.samples, _place(matrix))
                 if matrix.parameter in means:
                     zeros = _zeros(matrix, means)
                     yield from self._matrix("gradient", matrix, means, zeros, n=found.prompts)
