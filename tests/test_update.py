@@ -64,8 +64,7 @@ def case(request):
 @pytest.fixture(params=[4, 100, 2**21])
 def block(request, monkeypatch):
     """Blocks of one row, of several and of all rows, and Gram panels that do not divide d."""
-    for name in ("BLOCK", "STRIP"):
-        monkeypatch.setattr(update, name, request.param)
+    monkeypatch.setattr(update, "BLOCK", request.param)
     monkeypatch.setattr(update, "PANEL", 7 if request.param < 1000 else 1024)
 
 

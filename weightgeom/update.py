@@ -13,7 +13,6 @@ from weightgeom.interfaces import Params
 from weightgeom.residual import ResidualMatrix
 
 BLOCK = 2**20  # entries of a block, 4 MiB in fp32; each adds to the whole Gram matrix, so not smaller
-STRIP = 2**19  # entries of a block that is only projected, 2 MiB, so that it stays in a cache
 PANEL = 512  # rows of a Gram matrix that are computed at once, right of its diagonal only
 
 
@@ -104,7 +103,7 @@ def projected(
     inside = None  # Lᵀ dW, whose terms come in blocks of rows
     total = kept = 0.0
     row = 0
-    for block in pair.row_blocks(STRIP):
+    for block in pair.row_blocks():
         total += _energy(block)
         if across is not None:
             kept += _energy(_product(block, across))
@@ -163,19 +162,19 @@ class _Pair:
             after, before = after * self.gains[0], before * self.gains[1]
         return torch.sub(after, before).flatten(0, 1)
 
-    def row_blocks(self, entries: int) -> Iterator[Float[Tensor, "rows d_in"]]:
+    def row_blocks(self) -> Iterator[Float[Tensor, "rows d_in"]]:
         """The difference by blocks of rows, in order."""
         groups, size, d_in = self.after.shape
-        rows = max(1, entries // d_in)
+        rows = max(1, BLOCK // d_in)
         together = max(1, rows // size)
         for group in range(0, groups, together):
             for row in range(0, size, rows):
                 yield self.part(slice(group, group + together), slice(row, row + rows), slice(None)).delta()
 
-    def column_blocks(self, entries: int) -> Iterator[Float[Tensor, "d_out columns"]]:
+    def column_blocks(self) -> Iterator[Float[Tensor, "d_out columns"]]:
         """The difference by blocks of columns, in order."""
         groups, size, d_in = self.after.shape
-        columns = max(1, entries // (groups * size))
+        columns = max(1, BLOCK // (groups * size))
         for column in range(0, d_in, columns):
             yield self.part(slice(None), slice(None), slice(column, column + columns)).delta()
 
@@ -205,7 +204,7 @@ def _measured(matrix: ResidualMatrix, pair: _Pair) -> Update:
     d = d_in if read else groups * size
     gram = torch.zeros(d, d, dtype=pair.dtype, device=pair.after.device)
     moved = 0
-    for block in pair.row_blocks(BLOCK) if read else pair.column_blocks(BLOCK):
+    for block in pair.row_blocks() if read else pair.column_blocks():
         moved += int(block.count_nonzero())
         x = block.T.contiguous() if read else block
         for start in range(0, d, PANEL):
