@@ -59,7 +59,8 @@ def main() -> None:
         "shares on both sides of every update as weightgeom streams them; the same after loading both models "
         f"with from_pretrained; and an SVD of every update, timed on {DECOMPOSED} of {matrices} matrices and "
         "scaled up. Time is the best of five, `cpu` its processor seconds, which other processes on the "
-        "machine disturb less, and `/ reading` the ratio of these. Memory is the peak above start-up; `files` is page cache."
+        "machine disturb less, and `/ reading` the ratio of these. Memory is "
+        "the peak above start-up; `files` is page cache."
     )
 
 
