@@ -208,23 +208,18 @@ from transformers import LlamaConfig
 from weightgeom.residual import ResidualMatrix
 from weightgeom import update
 from weightgeom.update import projected, update_of
-from safetensors import safe_open
 from weightgeom.weights import Stored
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
-def stored(path):
-    file = safe_open(path, "pt")
-    return Stored({key: (file, key) for key in file.keys()})
-
 directory = Path(sys.argv[1])
-after, before = stored(directory / "after"), stored(directory / "before")
+after, before = (Stored({"m.weight": (directory / name, "m.weight")}) for name in ("after", "before"))
 matrix = ResidualMatrix(0, sys.argv[2], "m")
 left, right = (torch.ones(size, 8) for size in matrix.of(after).shape)
 update._product(torch.ones(512, 512), torch.ones(512, 512))
-start, peak = anonymous(), 0
+start, peak = anonymous(), 0.0
 product = update._product
 def sampled(a, b):
     global peak

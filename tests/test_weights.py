@@ -1,4 +1,6 @@
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,3 +186,19 @@ def test_a_corrupt_index_is_refused(tmp_path, text):
     message = r"index\.json is truncated or corrupt; copy or download it again"
     with pytest.raises(ValueError, match=message):
         open_params(tmp_path, LLAMA)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_pages_of_a_tensor_leave_the_memory_with_it(tmp_path):
+    def mapped():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile")) / 1024
+
+    save_file({Q: torch.ones(4096, 4096)}, tmp_path / "model.safetensors")  # 64 MiB
+    stored = open_params(tmp_path, LLAMA)
+    start = mapped()
+    tensor = stored[Q]
+    tensor.sum()
+    assert mapped() - start > 60
+    del tensor
+    assert mapped() - start < 4

@@ -19,16 +19,17 @@ BUFFER = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_
 
 @dataclass(frozen=True, eq=False)
 class Stored(Mapping[str, Tensor]):
-    """Tensors in safetensors files, each read when it is asked for.
+    """Tensors in safetensors files, each a view of file pages that is mapped when it is asked for.
 
-    `entries` gives for each name in memory the open file and the tensor's name in it.
+    `entries` gives for each name in memory the file and the tensor's name in it. A file is opened anew
+    for every tensor, so that its pages leave the process's memory with the tensor.
     """
 
-    entries: Mapping[str, tuple[safe_open, str]]
+    entries: Mapping[str, tuple[Path, str]]
 
     def __getitem__(self, name: str) -> Float[Tensor, "..."]:
-        file, key = self.entries[name]
-        return file.get_tensor(key)
+        path, key = self.entries[name]
+        return opened(path).get_tensor(key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -41,8 +42,8 @@ class Stored(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor, from the file's header alone."""
-        file, key = self.entries[name]
-        return tuple(file.get_slice(key).get_shape())
+        path, key = self.entries[name]
+        return tuple(opened(path).get_slice(key).get_shape())
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +76,9 @@ def open_params(directory: Path, architecture: Architecture) -> Params:
         FileNotFoundError: if the directory, its safetensors or one of its shards is missing.
         ValueError: if a file is truncated or corrupt.
     """
-    files = [opened(path) for path in _paths(directory)]
-    stored = {key: file for file in files for key in file.keys() if not BUFFER.search(key)}
+    stored = {
+        key: path for path in _paths(directory) for key in opened(path).keys() if not BUFFER.search(key)
+    }
     prefix = architecture.embed.partition(".")[0] + "."
     bare = not any(key.startswith(prefix) for key in stored)
 
@@ -84,7 +86,7 @@ def open_params(directory: Path, architecture: Architecture) -> Params:
         name = architecture.aliases.get(key, key)
         return prefix + name if bare and name != architecture.unembed else name
 
-    return Stored({in_memory(key): (file, key) for key, file in stored.items()})
+    return Stored({in_memory(key): (path, key) for key, path in stored.items()})
 
 
 def difference(after: Params, before: Params) -> Params:
