@@ -209,7 +209,9 @@ def _correlations(rows: list[Row], k: int) -> Iterator[Row]:
         measured = by_quantity.get("measured_ratio", {})
         for name in ("predicted", "mean", "forecast"):
             expected = by_quantity.get(f"{name}_ratio", {})
-            pairs = torch.tensor([[expected[place], measured[place]] for place in measured]).double()
+            pairs = torch.tensor(
+                [[expected[place], measured[place]] for place in measured], dtype=torch.float64
+            )
             if len(pairs) > 2 and bool((pairs.std(0) > 0).all()):
                 correlation = float(torch.corrcoef(pairs.T)[0, 1])
                 yield row(f"{role}_{name}_correlation", correlation, n=len(pairs), role=role, k=k)

@@ -1,0 +1,445 @@
+"""What the moments of a start lead to expect, against their definitions and updates made to order."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from networks import language_model
+from scipy import stats
+from torch.testing import assert_close
+
+from weightgeom.bootstrap import bootstrap_interval, bootstrap_times
+from weightgeom.frames import Inputs, input_frames, place_of, prediction_frame
+from weightgeom.gradients import Gathering, gradient_moments, sampled
+from weightgeom.interfaces import Setting
+from weightgeom.objectives.ce import CE
+from weightgeom.objectives.dpo import DPO
+from weightgeom.probes.moments import Moments
+from weightgeom.probes.rsf import RSF
+from weightgeom.stats import matched_null, moment_root
+from weightgeom.table import tabulate
+from weightgeom.training import Training, outdated_name_allowed
+
+D, K, SEED = 32, 4, 3
+TRAINING = Training(max_length=48)
+OBJECTIVES = {"ce on text": CE("text"), "ce on chosen": CE("chosen"), "dpo": DPO()}
+ARCHITECTURES = ["gpt_neox", "gpt2", "llama", "olmo2", "gemma2"]  # two fused, one plain, two with post-norms
+objectives = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+architectures = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+@pytest.fixture
+def at(tokenizer, examples):
+    """A setting at a network of an architecture, under an objective."""
+
+    def setting(name, objective=None, seed=SEED) -> Setting:
+        model, params = language_model(name, tokenizer)
+        objective = objective or DPO()
+        return Setting(model, params, params, False, examples, seed, objective, TRAINING)
+
+    return setting
+
+
+def measured(probe, setting, after):
+    return probe.measurement(setting)(after)
+
+
+def moved(setting, scale=0.05):
+    """The weights of the start with Gaussian noise on every matrix and on the gains behind them."""
+    generator = torch.Generator().manual_seed(1)
+    after = dict(setting.start)
+    for matrix in setting.model.architecture.matrices:
+        for name in {matrix.parameter, *([matrix.norm.parameter] if matrix.norm else [])}:
+            after[name] = after[name] + scale * torch.randn(after[name].shape, generator=generator)
+    return after
+
+
+def values(rows, quantity, k=K, column="value"):
+    """One quantity by the matrix's name."""
+    found = [row for row in rows if row["quantity"] == quantity and row["k"] == k]
+    by_name = {f"L{row['layer']}.{row['matrix']}": row[column] for row in found}
+    assert len(by_name) == len(found)
+    return by_name
+
+
+def spaces(setting, k=K):
+    """The subspace that each matrix is compared with, by the matrix's name."""
+    frames = [
+        *input_frames(setting, setting.start, k, Inputs()),
+        prediction_frame(setting, setting.start, k),
+    ]
+    by_place = {frame.place: frame.space for frame in frames}
+    return {matrix.name: by_place[place_of(matrix)] for matrix in setting.model.architecture.matrices}
+
+
+def gathered(setting, **options):
+    gathering = Gathering(**{"prompts": 2048, "groups": 16, "batch_size": 16, **options})
+    (some,) = gradient_moments(
+        *(setting.model, setting.start, setting.objective, TRAINING, setting.examples),
+        *(gathering, setting.seed),
+    )
+    return some
+
+
+def moment_of(matrix, some, params):
+    """C and the mean of what a matrix reads, or of what reaches the stream behind what it writes, in fp64."""
+    if matrix.role == "read":
+        site = "mlp_input" if matrix.kind in ("gate", "up") else "attention_input"
+        (moment,) = (
+            one for where, one in some.inputs.items() if (where.layer, where.name) == (matrix.layer, site)
+        )
+        return moment.value.double(), moment.mean.double()
+    moment = some.upstream[matrix.name]
+    gain = torch.ones(D) if matrix.norm is None else matrix.norm.gain(params)
+    fold = torch.diag(gain.double())
+    return fold @ moment.value.double() @ fold, fold @ moment.mean.double()
+
+
+def ratio(basis, second):
+    return float(torch.trace(basis.T @ second @ basis) / second.trace()) * len(second) / basis.shape[1]
+
+
+def by_autograd(setting, directory):
+    """The gradient of the trainer's own mean loss over all training examples in one batch, by parameter."""
+    model, objective = setting.model, setting.objective
+    network = model.with_weights(setting.start).eval()
+    arguments = TRAINING.arguments(directory, SEED, "cpu") | {"per_device_eval_batch_size": 1000}
+    some = sampled(setting.examples, 2048, TRAINING.max_length, setting.seed)
+    trainer = objective.trainer(network, model.tokenizer, some, arguments)
+    (inputs,) = list(trainer.get_eval_dataloader(trainer.train_dataset))
+    network.requires_grad_(True)
+    with outdated_name_allowed():
+        trainer.compute_loss(network, inputs).backward()
+    return {
+        name: network.get_parameter(name).grad
+        for name in {matrix.parameter for matrix in model.architecture.matrices}
+    }
+
+
+@objectives
+@architectures
+def test_predicted_and_mean_ratio_are_those_of_the_second_and_first_moment(name, objective, at):
+    setting = at(name, objective)
+    rows = measured(Moments(resamples=0), setting, moved(setting))
+    some, subspaces = gathered(setting, groups=1), spaces(setting)
+    predicted, mean = values(rows, "predicted_ratio"), values(rows, "mean_ratio")
+    assert list(predicted) == list(mean) == [one.name for one in setting.model.architecture.matrices]
+    for matrix in setting.model.architecture.matrices:
+        second, first = moment_of(matrix, some, setting.start)
+        basis = subspaces[matrix.name].basis
+        rtol = 1e-10 if matrix.norm is None else 1e-6  # a gain is folded in fp32
+        assert_close(predicted[matrix.name], ratio(basis, second), rtol=rtol, atol=0)
+        assert_close(mean[matrix.name], ratio(basis, torch.outer(first, first)), rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("name", ["olmo2", "gemma2"])
+def test_the_gain_behind_a_write_changes_what_is_expected_of_it(name, at):
+    setting = at(name)
+    some, subspaces = gathered(setting), spaces(setting)
+    predicted = values(measured(Moments(), setting, moved(setting)), "predicted_ratio")
+    for one, moment in some.upstream.items():  # the fold of the test above is no identity
+        assert abs(ratio(subspaces[one].basis, moment.value.double()) / predicted[one] - 1) > 1e-3
+
+
+@objectives
+@architectures
+def test_a_step_of_plain_descent_is_what_the_forecast_says(name, objective, at, tmp_path):
+    setting = at(name, objective)
+    gradient = by_autograd(setting, tmp_path)
+    # A rate so large that the difference of fp32 weights has the digits of the step.
+    after = {**setting.start, **{key: setting.start[key] - 1e4 * one for key, one in gradient.items()}}
+    rows = measured(Moments(), setting, after)
+    forecast, found = values(rows, "forecast_ratio"), values(rows, "measured_ratio")
+    # G is summed in fp32, batch by batch; under DPO it is what is left of chosen minus rejected.
+    assert_close(forecast, found, rtol=1e-3, atol=1e-4)
+    for role in ("read", "write"):
+        (correlation,) = [row for row in rows if row["quantity"] == f"{role}_forecast_correlation"]
+        assert_close(correlation["value"], 1.0, rtol=0, atol=1e-5)
+
+
+@architectures
+def test_the_forecast_is_the_fraction_of_the_gradient_of_the_mean_loss(name, at, tmp_path):
+    setting = at(name)
+    gradient = by_autograd(setting, tmp_path)
+    forecast = values(measured(Moments(), setting, moved(setting)), "forecast_ratio")
+    subspaces = spaces(setting)
+    for matrix in setting.model.architecture.matrices:
+        of = matrix.of(gradient)
+        if matrix.norm is not None:
+            of = matrix.norm.gain(setting.start)[:, None] * of
+        expected = subspaces[matrix.name].relative_fraction(of if matrix.role == "read" else of.T)
+        assert_close(forecast[matrix.name], expected, rtol=1e-3, atol=1e-4)  # fp32, as above
+
+
+@architectures
+def test_the_measured_ratio_is_that_of_the_probe_rsf(name, at):
+    setting = at(name)
+    after = moved(setting)
+    rows = measured(Moments(resamples=0, k=[2, K]), setting, after)
+    others = measured(RSF(resamples=0, k=[2, K]), replace(setting, objective=None), after)
+    ratios = [row for row in others if row["quantity"] == "ratio" and row["subspace"] != "random"]
+    for k in (2, K):
+        found = values(rows, "measured_ratio", k)
+        assert_close(found, values(ratios, "ratio", k), rtol=1e-12, atol=0)
+        assert values(rows, "measured_ratio", k, "subspace") == values(ratios, "ratio", k, "subspace")
+        assert values(rows, "measured_ratio", k, "n") == values(ratios, "ratio", k, "n")
+
+
+def planted(setting, roots, mixture):
+    """The weights plus, for every root R with R Rᵀ = C, an update whose vectors on the stream are R z."""
+    after = setting.start
+    for matrix in setting.model.architecture.matrices:
+        shape = matrix.of(after).shape
+        if matrix.name in roots:
+            x = mixture(shape[0 if matrix.role == "read" else 1]) @ roots[matrix.name].T
+            delta = x / x.norm() if matrix.role == "read" else x.T / x.norm()
+            if matrix.norm is not None:  # what reaches the stream has the gain behind it
+                delta = delta / matrix.norm.gain(setting.start)[:, None]
+            after = matrix.replaced(after, matrix.of(after) + delta.float())
+    return after
+
+
+@pytest.mark.parametrize("objective", [CE("chosen"), DPO()], ids=["ce", "dpo"])
+@pytest.mark.parametrize("name", ["gpt_neox", "olmo2"])
+def test_what_is_sent_back_independently_of_what_is_read_has_the_predicted_ratio(
+    name, objective, at, generator
+):
+    setting = at(name, objective)
+    some = gathered(setting)
+    roots = {}
+    for matrix in setting.model.architecture.matrices:
+        if matrix.of(setting.start).shape[0 if matrix.role == "read" else 1] >= D:
+            roots[matrix.name] = moment_root(moment_of(matrix, some, setting.start)[0])
+
+    def mixture(other):  # orthonormal, so that x = Q Rᵀ has xᵀ x = R Rᵀ = C: the mean over all mixtures
+        return torch.linalg.qr(torch.randn(other, D, generator=generator, dtype=torch.float64)).Q
+
+    rows = measured(Moments(), setting, planted(setting, roots, mixture))
+    predicted, found = values(rows, "predicted_ratio"), values(rows, "measured_ratio")
+    assert found.keys() == roots.keys() and {one[3:] for one in found} >= {"up", "down"}
+    # The weights are rounded to fp32: 6e-8 of about 8 in norm, beside an update of norm 1.
+    assert_close(found, {one: predicted[one] for one in found}, rtol=1e-5, atol=1e-6)
+
+
+def test_gaussian_mixtures_of_what_is_read_scatter_about_the_predicted_ratio(at, generator):
+    setting = at("llama")
+    some, subspaces = gathered(setting), spaces(setting)
+    matrices = setting.model.architecture.matrices
+    roots = {one.name: moment_root(moment_of(one, some, setting.start)[0]) for one in matrices}
+
+    def mixture(other):
+        return torch.randn(other, D, generator=generator, dtype=torch.float64)
+
+    after = planted(setting, roots, mixture)
+    rows = measured(Moments(), setting, after)
+    predicted, found = values(rows, "predicted_ratio"), values(rows, "measured_ratio")
+    zs = []
+    for one in matrices:
+        delta = (one.of(after) - one.of(setting.start)).double()
+        x = delta if one.role == "read" else delta.T
+        null = matched_null(x.T @ x, roots[one.name], subspaces[one.name], SEED)
+        zs.append((found[one.name] - predicted[one.name]) * K / D / null.sd)
+    # 14 draws from the null: one |z| beyond 4 has probability 6e-5, and their rms about 1, ± 0.19.
+    assert len(zs) == 14 and max(map(abs, zs)) < 4
+    assert 0.4 < torch.tensor(zs).square().mean().sqrt() < 1.8
+    assert max(abs(one - 1) for one in predicted.values()) > 0.3  # the level is not the isotropic one
+
+
+CHOICES = {"positions": "all", "centre": True, "unit": "prompt", "precision": "float64"}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_each_choice_of_moments_reaches_them_and_leaves_the_mean_gradient_alone(choice, at):
+    setting = at("llama")
+    after = moved(setting)
+    rows = measured(Moments(**{choice: CHOICES[choice]}), setting, after)
+    plain = measured(Moments(), setting, after)
+    option = {"dtype": torch.float64} if choice == "precision" else {choice: CHOICES[choice]}
+    some, subspaces = gathered(setting, **option), spaces(setting)
+    predicted, mean, default = (
+        values(rows, "predicted_ratio"),
+        values(rows, "mean_ratio"),
+        values(plain, "predicted_ratio"),
+    )
+    for matrix in setting.model.architecture.matrices:
+        second, first = moment_of(matrix, some, setting.start)
+        basis = subspaces[matrix.name].basis
+        # fp64 from the sums on: sums in fp32 instead of fp64 differ by 1e-8 and more.
+        assert_close(predicted[matrix.name], ratio(basis, second), rtol=1e-12, atol=0)
+        assert_close(mean[matrix.name], ratio(basis, torch.outer(first, first)), rtol=1e-10, atol=0)
+        assert predicted[matrix.name] != default[matrix.name]
+    forecasts = values(rows, "forecast_ratio"), values(plain, "forecast_ratio")
+    if choice == "precision":
+        assert forecasts[0] != forecasts[1]
+        assert_close(forecasts[0], forecasts[1], rtol=1e-3, atol=1e-4)
+    else:
+        assert forecasts[0] == forecasts[1]
+
+
+def test_n_counts_the_samples_behind_each_number(at):
+    setting = at("llama")
+    pairs = len(setting.examples.pairs)
+    after = moved(setting)
+    scored, all_, prompts, few = (
+        measured(probe, setting, after)
+        for probe in (Moments(), Moments(positions="all"), Moments(unit="prompt"), Moments(prompts=5))
+    )
+    for rows in (scored, all_, prompts):
+        assert set(values(rows, "forecast_ratio", column="n").values()) == {pairs}
+    assert set(values(few, "forecast_ratio", column="n").values()) == {5}
+    for quantity in ("predicted_ratio", "mean_ratio"):
+        assert set(values(prompts, quantity, column="n").values()) == {pairs}
+        (some,), (every,) = (set(values(rows, quantity, column="n").values()) for rows in (scored, all_))
+        assert pairs < some < every
+
+
+def test_a_budget_changes_no_number(at):
+    setting = at("llama")
+    whole, split = (measured(Moments(budget_gb=budget), setting, moved(setting)) for budget in (None, 1e-9))
+    assert whole == split
+
+
+def test_a_list_of_k_gives_the_numbers_of_each_k(at):
+    setting = at("llama")
+    after = moved(setting)
+    curve = measured(Moments(k=[8, 2, D]), setting, after)
+    assert [row["k"] for row in curve if row["quantity"] == "predicted_ratio"][:3] == [2, 8, D]
+    for k in (2, 8):
+        single = measured(Moments(k=k), setting, after)
+        for quantity in ("predicted_ratio", "mean_ratio", "forecast_ratio", "measured_ratio"):
+            assert_close(values(curve, quantity, k), values(single, quantity, k), rtol=1e-9, atol=0)
+    for quantity in ("predicted_ratio", "mean_ratio", "forecast_ratio", "measured_ratio"):
+        ones = values(curve, quantity, D)
+        assert_close(ones, dict.fromkeys(ones, 1.0))  # k = d holds everything
+    assert {row["k"] for row in curve if "correlation" in row["quantity"]} == {2}
+
+
+@pytest.mark.parametrize("groups", [2, 5])
+def test_intervals_are_those_of_a_bootstrap_over_groups_of_prompts(groups, at):
+    setting = at("llama")
+    rows = measured(Moments(groups=groups, resamples=30), setting, moved(setting))
+    some, subspaces = gathered(setting, groups=groups), spaces(setting)
+    draws = bootstrap_times(groups, 30, SEED).double()
+    beyond = 0  # intervals that reach further than a ratio can
+    for matrix in setting.model.architecture.matrices:
+        basis = subspaces[matrix.name].basis
+
+        def of_gradient(stored, matrix=matrix, basis=basis):
+            x = matrix.of({matrix.parameter: stored})
+            x = x if matrix.role == "read" else x.T
+            return ratio(basis, x.T @ x)
+
+        gradient = some.gradients[matrix.parameter].sums.double()
+        if matrix.role == "write":
+            moments = some.upstream[matrix.name].sums.double()
+        else:
+            (moments,) = (
+                one.sums.double()
+                for site, one in some.inputs.items()
+                if (site.name, site.layer) == place_of(matrix)
+            )
+        drawn = {
+            # A ratio does not depend on what the sums are divided by.
+            "forecast_ratio": [of_gradient(torch.einsum("g,gij->ij", one, gradient)) for one in draws],
+            "predicted_ratio": [ratio(basis, torch.einsum("g,gij->ij", one, moments)) for one in draws],
+        }
+        for quantity, samples in drawn.items():
+            expected = bootstrap_interval(values(rows, quantity)[matrix.name], samples, groups)
+            assert expected is not None
+            found = [
+                values(rows, quantity, column="stderr")[matrix.name],
+                values(rows, f"{quantity}_low")[matrix.name],
+                values(rows, f"{quantity}_high")[matrix.name],
+            ]
+            ends = [max(0.0, expected.low), min(D / K, expected.high)]
+            # Student's t of one degree is 12.7, and what is resampled is summed in fp32: 1e-6 of it.
+            assert_close(found, [expected.stderr, *ends], rtol=1e-4, atol=1e-4)
+            beyond += expected.low < 0 or expected.high > D / K
+    assert (beyond > 0) == (groups == 2)
+
+
+def test_without_resamples_there_are_no_intervals(at):
+    setting = at("llama")
+    for resamples in (40, 0):
+        rows = measured(Moments(resamples=resamples), setting, moved(setting))
+        ends = {row["quantity"] for row in rows if row["quantity"].endswith(("_low", "_high"))}
+        expected = {f"{one}_ratio_{end}" for one in ("predicted", "forecast") for end in ("low", "high")}
+        assert ends == (expected if resamples else set())
+        for row in rows:
+            estimated = row["quantity"] in ("predicted_ratio", "forecast_ratio")
+            assert (row["stderr"] is not None) == (estimated and resamples > 0)
+
+
+def test_the_correlations_are_pearsons_over_the_layers_and_matrices_of_a_role(at):
+    setting = at("llama")
+    rows = measured(Moments(k=[K, 8]), setting, moved(setting))
+    roles = {one.name: one.role for one in setting.model.architecture.matrices}
+    found = {row["quantity"]: row for row in rows if row["quantity"].endswith("correlation")}
+    expected = {f"{role}_{one}" for role in ("read", "write") for one in ("predicted", "mean", "forecast")}
+    assert set(found) == {f"{one}_correlation" for one in expected}
+    for key, row in found.items():
+        role, one, _ = key.split("_")
+        names = [name for name, of in roles.items() if of == role]
+        x, y = ([values(rows, f"{which}_ratio")[name] for name in names] for which in (one, "measured"))
+        assert_close(row["value"], stats.pearsonr(x, y)[0], rtol=1e-9, atol=1e-12)
+        assert row["role"] == role and row["k"] == K and row["n"] == len(names) == (10, 4)[role == "write"]
+
+
+@pytest.mark.parametrize("change", [{"objective": None}, {"from_random": True}])
+def test_without_an_objective_or_with_a_random_start_nothing_is_measured(change, at, examples):
+    setting = at("llama")
+    after = moved(setting)
+    without_text = replace(setting, examples=replace(examples, heldout=()))
+    with pytest.raises(ValueError, match="the held-out text has fewer than 2 tokens"):
+        measured(Moments(), without_text, after)
+    assert measured(Moments(), replace(without_text, **change), after) == []
+
+
+def test_an_unmoved_model_has_no_rows(at):
+    setting = at("llama")
+    measure = Moments().measurement(setting)
+    assert measure(dict(setting.start)) == []
+    assert measure(moved(setting)) != []
+
+
+def test_a_matrix_that_did_not_move_has_an_expectation_and_nothing_measured(at):
+    setting = at("llama")
+    (q,) = [one for one in setting.model.architecture.matrices if one.name == "L1.q"]
+    rows = measured(Moments(), setting, q.replaced(setting.start, q.of(setting.start) + 1))
+    assert set(values(rows, "measured_ratio")) == {"L1.q"}
+    assert len(values(rows, "predicted_ratio")) == len(setting.model.architecture.matrices)
+    assert not [row for row in rows if "correlation" in row["quantity"]]  # of one point there is none
+
+
+def test_what_is_expected_is_that_of_the_start_at_every_checkpoint(at):
+    setting = at("llama")
+    measure = Moments().measurement(setting)
+    one, other = measure(moved(setting)), measure(moved(setting, scale=0.5))
+    for quantity in ("predicted_ratio", "mean_ratio", "forecast_ratio"):
+        assert values(one, quantity) == values(other, quantity)
+
+
+@architectures
+def test_every_row_has_its_place_its_unit_and_its_number_of_samples(name, at):
+    setting = at(name)
+    rows = measured(Moments(), setting, moved(setting))
+    tabulate([row | {"step": 1} for row in rows])  # refuses what a table cannot hold
+    assert {row["unit"] for row in rows} == {"1"} and {row["k"] for row in rows} == {K}
+    assert all(row["n"] > 0 for row in rows)
+    for matrix in setting.model.architecture.matrices:
+        mine = [row for row in rows if (row.get("layer"), row.get("matrix")) == (matrix.layer, matrix.kind)]
+        assert len(mine) == len({row["quantity"] for row in mine}) == 8  # four ratios, two with two ends
+        assert {row["subspace"] for row in mine} == {place_of(matrix)[0]}
+        assert {row["role"] for row in mine} == {matrix.role}
+
+
+@pytest.mark.parametrize("k", [None, 1, D, [1, D]])
+def test_a_k_that_fits_is_let_through(k, model):
+    Moments(k=k).check(model.architecture)
+
+
+@pytest.mark.parametrize("k", [0, -1, D + 1, [4, D + 1], []])
+def test_a_k_that_does_not_fit_is_refused_by_the_name_of_its_key(k, model):
+    message = r"probe\.moments\.k must be 1 to 32, the width of the residual stream, got "
+    with pytest.raises(ValueError, match=message):
+        Moments(k=k).check(model.architecture)
