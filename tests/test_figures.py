@@ -1,7 +1,9 @@
 from itertools import product
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -9,7 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.container import ErrorbarContainer
 from matplotlib.lines import Line2D
 
-from weightgeom.figures import COLOURS, ratio_by_layer, ratio_by_step, save
+from weightgeom.figures import COLOURS, expected_and_measured, ratio_by_layer, ratio_by_step, save
 from weightgeom.table import row, tabulate
 
 READ, WRITE, LAYERS, STEPS = ("q", "up"), ("o", "down"), (0, 1, 2), (2, 8)
@@ -144,7 +146,12 @@ def test_where_nothing_moved_there_is_chance_alone(draw, tmp_path):
 
 def test_a_figure_is_saved_as_png_and_pdf_with_the_same_bytes_twice(tmp_path):
     table = made()
-    for draw in (lambda: ratio_by_layer(table, 8), lambda: ratio_by_step({"one": table})):
+    draws = (
+        lambda: ratio_by_layer(table, 8),
+        lambda: ratio_by_step({"one": table}),
+        lambda: expected_and_measured(mechanism()),
+    )
+    for draw in draws:
         paths = [[tmp_path / f"{run}.{kind}" for kind in ("png", "pdf")] for run in range(2)]
         for png, pdf in paths:
             save(draw(), png, pdf)
@@ -159,3 +166,88 @@ def test_saving_closes_the_figure_and_drawing_leaves_the_style_of_others_alone(t
     before = mpl.rcParams["font.size"]
     save(ratio_by_layer(made(), 8), tmp_path / "a.png")
     assert plt.get_fignums() == [] and mpl.rcParams["font.size"] == before
+
+
+EXPECTED = ("predicted", "forecast")
+
+
+def place(layer: int, matrix: str, shift: float = 0.0) -> dict[str, float]:
+    """Where the point of a matrix lies: what is predicted, forecast and measured."""
+    at = layer + len(READ + WRITE) * (READ + WRITE).index(matrix) / 8 + shift
+    return {"predicted": 1 + at, "forecast": 2 + at / 2, "measured": 1.5 + at / 4}
+
+
+def mechanism(last: int = 8, k: int = 4, shift: float = 0.0, stderr: float | None = 0.25):
+    """A table such as the probe `moments` gives, with an earlier step and a larger k beside."""
+    rows = []
+    for step, layer, matrix in product((2, last), LAYERS, READ + WRITE):
+        role, own = ("read", "mlp_input") if matrix in READ else ("write", "prediction")
+        for dimension in (k, 2 * k):
+            at: dict[str, Any] = {"step": step, "layer": layer, "matrix": matrix, "role": role}
+            at |= {"subspace": own, "k": dimension}
+            other = 100.0 if dimension != k or step != last else 0.0  # must not be drawn
+            for name, value in place(layer, matrix, shift).items():
+                error = None if name == "measured" else stderr
+                rows.append(row(f"{name}_ratio", value + other, n=9, stderr=error, **at))
+                rows.append(row(f"{name}_ratio_low", value + 50, n=9, **at))
+        rows.append(row("read_predicted_correlation", 0.5, n=9, step=step, role="read", k=k))
+    return tabulate(rows)
+
+
+def drawn(bar: ErrorbarContainer) -> tuple[list[float], list[float], list[float]]:
+    """Coordinates of the points of a bar container, and the lengths of their horizontal bars."""
+    line, _, (segments,) = bar.lines
+    assert isinstance(line, Line2D)
+    return *points(line), [float(np.ptp(one[:, 0])) for one in segments.get_segments()]
+
+
+@pytest.mark.parametrize("stderr", [0.25, None])
+def test_expected_and_measured_has_a_point_for_every_matrix_where_the_table_says(stderr: float | None):
+    axes = expected_and_measured(mechanism(stderr=stderr)).axes
+    for axis, name in zip(axes, EXPECTED, strict=True):
+        assert set(bars(axis)) == {*READ, *WRITE}
+        for matrix, bar in bars(axis).items():
+            expected = [place(layer, matrix) for layer in LAYERS]
+            x, y, lengths = drawn(bar)
+            assert x == [one[name] for one in expected] and y == [one["measured"] for one in expected]
+            np.testing.assert_allclose(lengths, 2 * (stderr or 0.0))  # ± a standard error; none is 0
+            line = bar.lines[0]
+            assert isinstance(line, Line2D)
+            assert line.get_marker() == ("o" if matrix in READ else "s") and line.get_linestyle() == "None"
+            assert line.get_color() == COLOURS[matrix]
+
+
+def test_the_identity_of_expected_and_measured_is_dashed_grey_and_as_long_as_the_points_reach():
+    axes = expected_and_measured(mechanism()).axes
+    top = max(max(place(layer, matrix).values()) for layer in LAYERS for matrix in READ + WRITE)
+    for axis in axes:
+        (line,) = [one for one in axis.get_lines() if one.get_linestyle() == "--"]
+        x, y = points(line)
+        assert x == y and x[0] == 0 and x[1] >= top
+        assert to_hex(line.get_color()) == "#808080"
+        assert axis.get_aspect() == 1
+
+
+def test_expected_and_measured_names_quantity_and_unit():
+    left, right = expected_and_measured(mechanism()).axes
+    assert left.get_xlabel() == "predicted relative subspace fraction (1)"
+    assert right.get_xlabel() == "forecast relative subspace fraction (1)"
+    assert left.get_ylabel() == "measured (1)"
+    assert all(axis.get_legend() is not None for axis in (left, right))
+
+
+def test_points_of_all_runs_are_drawn_each_at_its_own_last_step_and_smallest_k():
+    runs = {"a": mechanism(), "b": mechanism(last=16, k=6, shift=0.5)}
+    table = pd.concat([part.assign(run=name) for name, part in runs.items()], ignore_index=True)
+    for axis, name in zip(expected_and_measured(table).axes, EXPECTED, strict=True):
+        for matrix, bar in bars(axis).items():
+            expected = [place(layer, matrix, shift) for shift in (0.0, 0.5) for layer in LAYERS]
+            x, y, _ = drawn(bar)
+            assert x == [one[name] for one in expected] and y == [one["measured"] for one in expected]
+
+
+def test_a_matrix_that_did_not_move_has_no_point():
+    still = "quantity == 'measured_ratio' and (matrix == 'q' or matrix == 'up' and layer > 0)"
+    for axis in expected_and_measured(mechanism().query(f"not ({still})")).axes:
+        assert set(bars(axis)) == {"up", *WRITE}
+        assert drawn(bars(axis)["up"])[1] == [place(0, "up")["measured"]]

@@ -119,9 +119,11 @@ def expected_and_measured(table: pd.DataFrame) -> Figure:
 
     A point is a matrix of a layer at the last step, its bar the bootstrap's standard error over
     prompts; reads are circles, writes squares. The dashed line is the identity. `table` holds rows of
-    the probe `moments`; where it has a column `run`, points of all runs are drawn.
+    the probe `moments`; where it has a column `run`, points of all runs are drawn, each at its own
+    last step and smallest k.
     """
-    rows = _own(table[table["step"] == table["step"].max()])
+    runs = [part for _, part in table.groupby("run")] if "run" in table else [table]
+    rows = pd.concat([_own(part[part["step"] == part["step"].max()]) for part in runs])
     by = [*(["run"] if "run" in rows else []), "layer", "matrix", "role"]
     measured = rows[rows["quantity"] == "measured_ratio"].set_index(by)["value"]
     top = measured.max()
@@ -129,6 +131,7 @@ def expected_and_measured(table: pd.DataFrame) -> Figure:
         figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.2), sharey=True, layout="constrained")
         for axis, name in zip(axes, ("predicted", "forecast"), strict=True):
             expected = rows[rows["quantity"] == f"{name}_ratio"].set_index(by)
+            expected = expected[expected.index.isin(measured.index)]  # a matrix that did not move has none
             top = max(top, expected["value"].max())
             for (matrix, role), part in expected.groupby(["matrix", "role"], sort=False):
                 axis.errorbar(
