@@ -13,6 +13,7 @@ import pytest
 from app import BEHAVIOUR, ROOT, SMALL, WORLD, Ended, done, environment, run, status
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from numpy.testing import assert_allclose
 from pandas.testing import assert_frame_equal
 
 from runners.fingerprint import code_behind, package
@@ -146,6 +147,42 @@ def test_mlflow_has_the_artifacts_of_a_run(home: Path, default: Ended) -> None:
     assert names("tables") == {f"tables/{name}.{ending}" for name in TABLES for ending in ("parquet", "csv")}
     drawn = ("ratio_by_step", "ratio_by_layer", "ratio_by_layer_pretraining")
     assert names("figures") == {f"figures/{name}.{ending}" for name in drawn for ending in ("png", "pdf")}
+
+
+def test_all_probes_together_show_the_mechanism_and_stay_within_what_mlflow_shows(
+    home: Path, default: Ended
+) -> None:
+    assert default.code == 0
+    probes = ["rsf", "behaviour", "moments", "spectrum", "overlap"]
+    ended = run(home, *SMALL, *WORLD, f"probe=[{','.join(probes)}]", "probe.moments.tokens=256", "name=all")
+    assert ended.code == 0, ended.err
+    found = tables(ended.record)
+    assert set(found) == {name + suffix for name in probes for suffix in ("", "_pretraining")}
+    assert not len(found["moments_pretraining"])  # whose objective is not known, and whose start is random
+    mechanism = found["moments"]
+    assert (
+        set(mechanism["step"]) == {1, 2} and len(mechanism[mechanism["quantity"] == "measured_ratio"]) == 24
+    )
+    # One update and one text; the probes sum it in groups of their own, in fp32.
+    ratios = [
+        table.query(f"quantity == '{quantity}' and subspace != 'random'")["value"].to_numpy()
+        for table, quantity in ((found["rsf"], "ratio"), (mechanism, "measured_ratio"))
+    ]
+    assert_allclose(*ratios, rtol=1e-4)
+    figures = {path.name for path in (ended.record / "artifacts/figures").iterdir()}
+    assert {"mechanism.png", "mechanism.pdf"} <= figures
+    for title in ("rsf", "behaviour", "moments"):
+        assert [line for line in ended.out.splitlines() if line.strip() == title]
+    lines = [line.strip("│").split("│") for line in ended.out.splitlines() if "correlation" in line]
+    shown = {role.strip(): [cell.strip() for cell in cells] for role, _, *cells in lines}
+    (published_run,) = published(home, "all").values()
+    metrics = published_run.data.metrics
+    for role in ("read", "write"):
+        values = [metrics[f"moments/{role}_{name}_correlation"] for name in ("predicted", "forecast")]
+        assert shown[role] == [*(f"{value:.2f}" for value in values), "1"]
+    of_last = mechanism.query("quantity == 'write_forecast_correlation' and step == 2")["value"]
+    assert metrics["moments/write_forecast_correlation"] == of_last.item()
+    assert len(metrics) <= 70  # MLflow's pages slow down beyond some 50
 
 
 def test_another_seed_reuses_the_base(home: Path, default: Ended) -> None:

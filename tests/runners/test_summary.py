@@ -47,6 +47,32 @@ def rsf() -> pd.DataFrame:
     return tabulate(rows)
 
 
+def head(step: int, matrix: str, ratio: float) -> dict:
+    where = {"layer": 0, "matrix": matrix, "role": "read", "subspace": "attention_input", "k": 4}
+    return {"step": step, **row("ratio", ratio, n=8, **where)}
+
+
+@pytest.fixture
+def moments() -> pd.DataFrame:
+    """Of two layers and one, at two steps, the first with other numbers that are not to be shown."""
+    rows: list[dict] = []
+    for step, far in ((1, 50.0), (2, 0.0)):
+        for layer, matrix, ratios in (
+            (0, "q", (2.0, 3.0, 4.0)),
+            (1, "q", (3.0, 4.0, 6.0)),
+            (0, "down", (0.5, 0.75, 1.25)),
+        ):
+            role, space = ("read", "attention_input") if matrix == "q" else ("write", "prediction")
+            for k in (4, 8):
+                where = {"layer": layer, "matrix": matrix, "role": role, "subspace": space, "k": k}
+                for name, ratio in zip(("predicted", "forecast", "measured"), ratios, strict=True):
+                    value = ratio + far + (0 if k == 4 else 100)
+                    rows.append({"step": step, **row(f"{name}_ratio", value, n=64, **where)})
+        for name, value in (("predicted", 0.5), ("forecast", 0.875)):
+            rows.append({"step": step, **row(f"read_{name}_correlation", value, n=3, role="read", k=4)})
+    return tabulate(rows)
+
+
 def logged(record: Record) -> dict[tuple[str, int], float]:
     points = [point for found, _ in record.batches(0, 100) for point in found]
     assert len({(point.key, point.step) for point in points}) == len(points)
@@ -56,6 +82,13 @@ def logged(record: Record) -> dict[tuple[str, int], float]:
 def test_own_rows_are_at_the_matrices_subspaces_and_the_smallest_k(rsf: pd.DataFrame) -> None:
     rows = own(rsf, "ratio")
     assert sorted(rows["value"]) == [0.5, 0.75, 1.0, 2.0, 3.0, 5.0]
+
+
+def test_own_rows_leave_heads_out(rsf: pd.DataFrame) -> None:
+    heads = tabulate([head(1, "q.0", 70.0), head(2, "q.1", 80.0)])
+    both = pd.concat([rsf, heads], ignore_index=True)
+    assert sorted(own(both, "ratio")["value"]) == sorted(own(rsf, "ratio")["value"])
+    assert not len(own(heads, "ratio"))
 
 
 def test_the_curves_are_the_mean_over_layers_by_step_and_the_layers_at_the_last_step(
@@ -78,6 +111,42 @@ def test_the_curves_of_the_pretraining_have_their_own_name_and_no_layers(
 ) -> None:
     log_table(record, "rsf", "_pretraining", rsf, "ratio")
     assert {key for key, _ in logged(record)} == {"rsf_pretraining/q", "rsf_pretraining/down"}
+
+
+@pytest.mark.parametrize(
+    ("probe", "suffix", "expected"),
+    [
+        ("rsf", "", {"rsf/q", "rsf/down", "rsf_by_layer/q", "rsf_by_layer/down"}),
+        ("rsf", "_pretraining", {"rsf_pretraining/q", "rsf_pretraining/down"}),
+        ("spectrum", "", {"spectrum/q", "spectrum/down"}),
+        ("overlap", "", {"overlap/q", "overlap/down"}),
+        ("spectrum", "_pretraining", set()),
+        ("overlap", "_pretraining", set()),
+        ("moments", "_pretraining", set()),
+    ],
+)
+def test_secondary_probes_have_no_layers_and_the_pretraining_has_curves_of_the_main_ones_alone(
+    probe: str, suffix: str, expected: set[str], record: Record, rsf: pd.DataFrame
+) -> None:
+    log_table(record, probe, suffix, rsf, "ratio")
+    assert {key for key, _ in logged(record)} == expected
+
+
+def test_the_mechanism_has_curves_layers_and_correlations(record: Record, moments: pd.DataFrame) -> None:
+    log_table(record, "moments", "", moments, "measured_ratio")
+    assert logged(record) == {
+        ("moments/q", 1): 55.0,  # (54 + 56) / 2
+        ("moments/q", 2): 5.0,  # (4 + 6) / 2
+        ("moments/down", 1): 51.25,
+        ("moments/down", 2): 1.25,
+        ("moments_by_layer/q", 0): 4.0,
+        ("moments_by_layer/q", 1): 6.0,
+        ("moments_by_layer/down", 0): 1.25,
+        ("moments/read_predicted_correlation", 1): 0.5,
+        ("moments/read_predicted_correlation", 2): 0.5,
+        ("moments/read_forecast_correlation", 1): 0.875,
+        ("moments/read_forecast_correlation", 2): 0.875,
+    }
 
 
 def test_what_belongs_to_no_matrix_is_logged_as_it_is(record: Record) -> None:
@@ -123,6 +192,31 @@ def test_the_terminal_shows_the_behaviour_at_the_start_and_the_end_with_its_erro
     assert cells(lines, "heldout_ce") == ["heldout_ce", "6.5 ± 0.015", "5.25 ± 0.015", "nats/token"]
 
 
+def test_the_terminal_shows_what_was_predicted_forecast_and_measured_at_the_last_step(
+    moments: pd.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = shown({"moments": moments}, capsys)
+    pathways = [cells([line], line.split()[1]) for line in lines if line.startswith(("│ read", "│ write"))]
+    assert pathways == [
+        ["read", "q", "2.50", "3.50", "5.00"],  # means of two layers
+        ["write", "down", "0.50", "0.75", "1.25"],
+        ["read", "correlation", "0.50", "0.88", "1"],
+        ["write", "correlation", "-", "-", "1"],  # of one matrix there is none
+    ]
+
+
+@pytest.mark.parametrize("name", ["rsf", "moments", "behaviour", "spectrum", "overlap"])
+def test_a_table_without_rows_is_accepted_and_shows_nothing(
+    name: str, record: Record, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = {name + suffix: tabulate([]) for suffix in ("", "_pretraining")}
+    for suffix in ("", "_pretraining"):
+        log_table(record, name, suffix, tables[name + suffix], "ratio")
+    draw(tables, record)
+    assert logged(record) == {} and not (record.directory / "artifacts/figures").exists()
+    assert not [line for line in shown(tables, capsys) if line.startswith("│")]
+
+
 def test_a_server_is_shown_by_its_address(capsys: pytest.CaptureFixture[str]) -> None:
     print_summary({}, Path("/out/record"), "https://mlflow.example")
     assert "MLflow: https://mlflow.example" in capsys.readouterr().out
@@ -136,6 +230,17 @@ def test_the_figures_are_drawn_as_png_and_pdf_and_named_after_what_they_show(
     drawn = {path.name for path in (record.directory / "artifacts/figures").iterdir()}
     names = ("ratio_by_step", "ratio_by_layer", "ratio_by_layer_pretraining")
     assert drawn == {f"{name}.{ending}" for name in names for ending in ("png", "pdf")}
+
+
+def test_the_mechanism_is_drawn_with_and_without_the_ratios(
+    record: Record, rsf: pd.DataFrame, moments: pd.DataFrame
+) -> None:
+    draw({"moments": moments, "moments_pretraining": tabulate([])}, record)
+    folder = record.directory / "artifacts/figures"
+    assert {path.name for path in folder.iterdir()} == {"mechanism.png", "mechanism.pdf"}
+    draw({"rsf": rsf, "moments": moments}, record)
+    names = ("mechanism", "ratio_by_step", "ratio_by_layer")
+    assert {path.name for path in folder.iterdir()} == {f"{n}.{end}" for n in names for end in ("png", "pdf")}
 
 
 def test_without_a_table_of_rsf_nothing_is_drawn(record: Record) -> None:
