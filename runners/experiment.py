@@ -245,7 +245,8 @@ class Measured:
             measure = probe.measurement(self.setting)
             rows: list[Row] = []
             for index, (step, checkpoint) in enumerate(self.trajectory.steps.items()):
-                rows += [{"step": step, **row} for row in measure(self._model.params(checkpoint))]
+                params = self._model.params(checkpoint, self.setting.start)
+                rows += [{"step": step, **row} for row in measure(params)]
                 log_metrics({}, index + 1)
             tabulate(rows).to_parquet(directory / f"{name}.parquet")
 
@@ -265,7 +266,8 @@ class Measured:
     def setting(self) -> Setting:
         """What every probe of this trajectory is given."""
         steps = self.trajectory.steps
-        start, end = self._model.params(steps[0]), self._model.params(steps[self.trajectory.last])
+        start = self._model.params(steps[0])
+        end = self._model.params(steps[self.trajectory.last], start)
         trained = self.trajectory is not self.base.trajectory
         return Setting(
             self._model,

@@ -146,7 +146,8 @@ def _mechanism(name: str, table: "pd.DataFrame", make: type) -> object:
         for quantity in quantities
     }
     for place in means["measured_ratio"].index:
-        shown.add_row(*place, *(f"{means[quantity][place]:.2f}" for quantity in quantities))
+        values = (means[quantity].get(place) for quantity in quantities)
+        shown.add_row(*place, *("-" if value is None else f"{value:.2f}" for value in values))
     for role in ("read", "write"):
         found = {
             one: last[last["quantity"] == f"{role}_{one}_correlation"]["value"]

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from weightgeom.model import LanguageModel
-from weightgeom.moments import activation_moments, add_gram, mirror, passes
+from weightgeom.moments import activation_moments, passes
 from weightgeom.residual import architecture_of
 from weightgeom.tokens import Batch, packed, responses
 
@@ -175,16 +175,6 @@ def test_the_moment_of_a_drawn_sample_is_that_of_the_tokens_it_holds(model, para
             a = torch.cat([expected[site][of_tokens == 0]] * 2 + [expected[site][of_tokens == 2]])
             times = torch.tensor([2.0, 0.0, 1.0])
             close(moment.drawn(times).double(), torch.cov(a.T, correction=0) if centre else a.T @ a / len(a))
-
-
-@pytest.mark.parametrize("d", [3, 128, 256, 515])
-def test_the_blocks_of_a_gram_matrix_make_up_the_whole(d, generator):
-    a = torch.randn(40, d, generator=generator)
-    total = torch.zeros(d, d)
-    add_gram(total, a)
-    mirror(total)
-    assert_close(total, total.T, rtol=0, atol=0)
-    assert_close(total, a.T @ a, rtol=1e-5, atol=1e-4)
 
 
 def test_passes_take_neighbours_as_long_as_they_fit():

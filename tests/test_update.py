@@ -63,9 +63,8 @@ def case(request):
 
 @pytest.fixture(params=[4, 100, 2**21])
 def block(request, monkeypatch):
-    """Blocks of one row, of several and of all rows, and Gram panels that do not divide d."""
+    """Blocks of one row, of several and of all rows."""
     monkeypatch.setattr(update, "BLOCK", request.param)
-    monkeypatch.setattr(update, "PANEL", 7 if request.param < 1000 else 1024)
 
 
 def stream_side(matrix, delta):
@@ -206,7 +205,7 @@ import torch
 torch.set_num_threads(1)
 from transformers import LlamaConfig
 from weightgeom.residual import ResidualMatrix
-from weightgeom import update
+from weightgeom import gram, update
 from weightgeom.update import projected, update_of
 from weightgeom.weights import Stored
 
@@ -218,15 +217,15 @@ directory = Path(sys.argv[1])
 after, before = (Stored({"m.weight": (directory / name, "m.weight")}) for name in ("after", "before"))
 matrix = ResidualMatrix(0, sys.argv[2], "m")
 left, right = (torch.ones(size, 8) for size in matrix.of(after).shape)
-update._product(torch.ones(512, 512), torch.ones(512, 512))
+gram.product(torch.ones(512, 512), torch.ones(512, 512))
 start, peak = anonymous(), 0.0
-product = update._product
+product = gram.product
 def sampled(a, b):
     global peak
     result = product(a, b)
     peak = max(peak, anonymous())
     return result
-update._product = sampled
+gram.product = update.product = sampled
 update_of(matrix, after, before)
 projected(matrix, after, before, right=right, left=left)
 print(peak - start)

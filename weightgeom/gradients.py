@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from weightgeom.bootstrap import bootstrap_times
+from weightgeom.head import slice_head
 from weightgeom.interfaces import Examples, Objective, Params, Scored
 from weightgeom.model import LanguageModel
 from weightgeom.moments import (
@@ -128,6 +129,7 @@ def gradient_moments(
         arguments["per_device_eval_batch_size"] = gathering.batch_size
         some = sampled(examples, gathering.prompts, training.max_length, seed)
         trainer = objective.trainer(network, model.tokenizer, some, arguments)
+        slice_head(trainer, network)
         assert isinstance(trainer.train_dataset, Dataset)
         data = trainer.train_dataset.shuffle(seed=seed)
         data = data.select(range(min(gathering.prompts, len(data))))
@@ -215,16 +217,16 @@ class _Sums:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():  # not the policy's own pass
                 return None
-            a = inputs[0].detach()
             if site is not None:
-                self._add(matrix.module + " input", a, mean=True)
+                self._add(matrix.module + " input", inputs[0].detach(), mean=True)
             if not (upstream or self.gathering.gradients):
                 return None
+            a = inputs[0].detach() if self.gathering.gradients else None  # held until the backward pass
 
             def send_back(delta: Tensor) -> None:
                 if upstream:
                     self._add(matrix.name, delta)
-                if self.gathering.gradients:
+                if a is not None:
                     self._add_gradient(matrix, delta, a)
 
             # The weights are frozen: the graph starts at the first output whose gradient is wanted.

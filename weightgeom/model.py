@@ -1,7 +1,6 @@
 """Language models whose weights are data: a base, a checkpoint and an edit are three values of `params`."""
 
 from collections.abc import Collection, Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,13 +9,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from weightgeom.adapters import open_checkpoint
 from weightgeom.interfaces import Params
 from weightgeom.residual import Architecture, architecture_of
 from weightgeom.tokens import Batch
 from weightgeom.weights import open_params
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 CPU = torch.device("cpu")
 
@@ -33,14 +33,14 @@ class LanguageModel:
     architecture: Architecture
     device: torch.device = CPU
 
-    def params(self, directory: Path) -> Params:
-        """The weights of a checkpoint, read lazily.
+    def params(self, directory: Path, base: Params | None = None) -> Params:
+        """The weights of a checkpoint, read lazily; those of an adapter are `base` and its low-rank update.
 
         Raises:
             FileNotFoundError: if there is no safetensors checkpoint in `directory`.
-            ValueError: if a file of it is truncated or corrupt.
+            ValueError: if a file of it is truncated or corrupt, or an adapter does not fit `base`.
         """
-        return open_params(directory, self.architecture)
+        return open_checkpoint(directory, self.architecture, base)
 
     def hold(self, params: Params) -> dict[str, Tensor]:
         """The weights in memory, in fp32 on the model's device, as `logits` wants them for many batches."""
@@ -57,7 +57,7 @@ class LanguageModel:
 
         Weights that are in memory, in fp32 and on the device, are shared and not copied.
         """
-        network = deepcopy(self.network)
+        network = _without_weights(self.network.config, self.device)
         network.load_state_dict(self.hold(params), strict=False, assign=True)
         network.tie_weights()
         return network
@@ -69,7 +69,7 @@ class LanguageModel:
         """
         from accelerate.hooks import attach_align_device_hook  # noqa: PLC0415 (heavy)
 
-        network = deepcopy(self.network)
+        network = _without_weights(self.network.config, self.device)
         weights = _Untied(params, self.architecture)
         attach_align_device_hook(network, self.device, offload=True, weights_map=weights)
         return replace(self, network=network)
@@ -145,21 +145,28 @@ def load(directory: Path, device: str) -> LanguageModel:
         ValueError: if a file is truncated or corrupt, if a parameter is missing, or if the tokenizer has
             no end token.
     """
-    from accelerate import init_empty_weights  # noqa: PLC0415 (heavy)
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 (heavy)
+    from transformers import AutoConfig  # noqa: PLC0415 (heavy)
 
     architecture = load_architecture(directory)
     stored = open_params(directory, architecture)
     config = AutoConfig.from_pretrained(directory)
+    network = _without_weights(config, torch.device(device))
+    check_complete(directory, {name for name, _ in network.named_parameters()} - set(stored))
+    return LanguageModel(network, load_tokenizer(directory), architecture, torch.device(device))
+
+
+def _without_weights(config: "PreTrainedConfig", device: torch.device) -> "PreTrainedModel":
+    """The network of a config in evaluation mode, its buffers on `device` and its parameters nowhere."""
+    from accelerate import init_empty_weights  # noqa: PLC0415 (heavy)
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 (heavy)
+
     with init_empty_weights(include_buffers=False):
         network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     network.tie_weights()
-    check_complete(directory, {name for name, _ in network.named_parameters()} - set(stored))
     for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-    network.requires_grad_(False).eval()
-    return LanguageModel(network, load_tokenizer(directory), architecture, torch.device(device))
+    return network.requires_grad_(False).eval()
 
 
 def check_complete(directory: Path, missing: Collection[str]) -> None:

@@ -11,10 +11,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from weightgeom.bootstrap import bootstrap_times
+from weightgeom.gram import add_gram, mirror
 from weightgeom.interfaces import Params
 from weightgeom.model import LanguageModel
 from weightgeom.residual import Site
 from weightgeom.stats import moment_root
+from weightgeom.subspace import Subspace, iterative_is_faster
 from weightgeom.tokens import Batch
 
 Item = TypeVar("Item")
@@ -55,6 +57,15 @@ class Moment:
         """R with R Rᵀ = the moment (`moment_root`), in fp64 and in memory once it was asked for."""
         return moment_root(self.value.cpu())
 
+    def top(self, k: int) -> Subspace:
+        """Its top-k principal directions, of one decomposition with `root` where that is no detour."""
+        d = self.sums.shape[1]
+        columns = None if iterative_is_faster(d, k) else self.root[:, d - k :].flip(1)
+        lengths = torch.zeros(1) if columns is None else columns.norm(dim=0)
+        if columns is None or float(lengths.min()) < 1e-6 * float(lengths.max()):  # no direction to speak of
+            return Subspace.top(self.value.cpu(), k)
+        return Subspace(columns / lengths)
+
     def drawn(self, times: Float[Tensor, " group"]) -> Float[Tensor, "d d"]:
         """The moment of a sample in which each group occurs this many times."""
         times = times.to(self.sums)
@@ -87,7 +98,7 @@ class Accumulator:
         if self.sums is None or self.firsts is None:
             self.sums = torch.zeros(self.groups, d, d, dtype=self.dtype, device=a.device)
             self.firsts = torch.zeros(self.groups, d, dtype=self.dtype, device=a.device)
-        add_gram(self.sums[group], a)
+        add_gram(self.sums[group], a.T)
         self.firsts[group] += a.sum(0)
 
     def moment(self, counts: Float[Tensor, " group"], centred: bool) -> Moment:
@@ -96,25 +107,6 @@ class Accumulator:
         for total in self.sums:
             mirror(total)
         return Moment(self.sums, self.firsts, counts, centred)
-
-
-def add_gram(total: Float[Tensor, "d d"], a: Float[Tensor, "row d"]) -> None:
-    """Add aᵀ a to the upper block triangle of `total`, which `mirror` completes: 5/8 of the full product."""
-    d = a.shape[1]
-    bounds = [d * part // 4 for part in range(5)] if d >= 256 else [0, d]  # blocks too small cost more
-    for start, end in pairwise(bounds):
-        total[start:end, start:].addmm_(a[:, start:end].T, a[:, start:])
-
-
-def mirror(total: Float[Tensor, "d d"]) -> None:
-    """Copy the upper triangle of a symmetric matrix onto the lower one, in slices."""
-    for start in range(0, len(total), 512):
-        rows = total[start : start + 512]
-        rows[:, : start + 512] = torch.where(
-            torch.ones_like(rows[:, : start + 512], dtype=torch.bool).tril(start - 1),
-            total[: start + 512, start : start + 512].T,
-            rows[:, : start + 512],
-        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from weightgeom.gram import add_gram, mirror
+
 
 @dataclass(frozen=True, eq=False)
 class Subspace:
@@ -37,7 +39,7 @@ class Subspace:
         _check_k(k, d)
         if not bool(moment.isfinite().all()):
             raise ValueError("no subspace of a second moment with entries that are not finite")
-        iterative = solver == "iterative" or (solver == "auto" and d >= 1024 and 16 * k <= d)
+        iterative = solver == "iterative" or (solver == "auto" and iterative_is_faster(d, k))
         basis = _lanczos(moment, k) if iterative else None
         if basis is None:
             _, vectors = torch.linalg.eigh(moment.double())
@@ -119,6 +121,11 @@ def _check_k(k: int, d: int) -> None:
         raise ValueError(f"a subspace of {d} dimensions has no {k}-dimensional part: k must be 1 to {d}")
 
 
+def iterative_is_faster(d: int, k: int) -> bool:
+    """Whether `Subspace.top` iterates of its own accord: where that is many times faster."""
+    return d >= 1024 and 16 * k <= d
+
+
 def _lanczos(moment: Float[Tensor, "d d"], k: int) -> Float[Tensor, "d k"] | None:
     """Top k eigenvectors by ARPACK, strongest first; None where it fails, or fails the check behind it.
 
@@ -182,8 +189,9 @@ def prediction_moment(
     total = torch.zeros(d, dtype=torch.float64, device=unembedding.device)
     for rows in unembedding.split(8192):
         scaled = rows.double() * scale
-        gram += scaled.T @ scaled
+        add_gram(gram, scaled.T)
         total += scaled.sum(0)
+    mirror(gram)
     if centre:
         gram -= torch.outer(total, total) / unembedding.shape[0]
     return gram

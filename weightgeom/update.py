@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from weightgeom.adapters import Adapted, LowRank
+from weightgeom.gram import add_gram, mirror, product
 from weightgeom.interfaces import Params
 from weightgeom.residual import ResidualMatrix
 
 BLOCK = 2**20  # entries of a block, 4 MiB in fp32; each adds to the whole Gram matrix, so not smaller
-PANEL = 512  # rows of a Gram matrix that are computed at once, right of its diagonal only
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +106,9 @@ def projected(
     for block in pair.row_blocks():
         total += _energy(block)
         if across is not None:
-            kept += _energy(_product(block, across))
+            kept += _energy(product(block, across))
         if along is not None:
-            part = _product(along[:, row : row + len(block)], block.T)
+            part = product(along[:, row : row + len(block)], block.T)
             inside = part if inside is None else inside.add_(part)
         row += len(block)
     _refuse_infinite(matrix, total)
@@ -206,14 +206,9 @@ def _measured(matrix: ResidualMatrix, pair: _Pair) -> Update:
     moved = 0
     for block in pair.row_blocks() if read else pair.column_blocks():
         moved += int(block.count_nonzero())
-        x = block.T.contiguous() if read else block
-        for start in range(0, d, PANEL):
-            rows = slice(start, start + PANEL)
-            gram[rows, start:].add_(_product(x[rows], x[start:]))
+        add_gram(gram, block.T if read else block)
     _refuse_infinite(matrix, gram.diagonal().sum().item())
-    for start in range(0, d, PANEL):
-        stop = start + PANEL
-        gram[stop:, start:stop] = gram[start:stop, stop:].T
+    mirror(gram)
     return Update(gram, moved / (groups * size * d_in), (groups * size, d_in))
 
 
@@ -229,16 +224,6 @@ def _multiplied(matrix: ResidualMatrix, factors: LowRank) -> Update:
     rows, columns = factors.b.any(1), factors.a.any(0)
     moved = rows.double().mean() * columns.double().mean()
     return Update(gram, moved.item(), (len(rows), len(columns)))
-
-
-def _product(a: Float[Tensor, "n k"], b: Float[Tensor, "m k"]) -> Float[Tensor, "n m"]:
-    """The product a bᵀ; `b` is contiguous, or its transpose is.
-
-    In fp32 on a CPU it is oneDNN's, which uses AVX-512 wherever it is: MKL, behind `@`, not on AMD's.
-    """
-    if a.dtype != torch.float32 or a.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return a @ b.T
-    return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b, None, "none", [], "")
 
 
 def _energy(x: Float[Tensor, "rows columns"]) -> float:

@@ -443,3 +443,14 @@ def test_a_k_that_does_not_fit_is_refused_by_the_name_of_its_key(k, model):
     message = r"probe\.moments\.k must be 1 to 32, the width of the residual stream, got "
     with pytest.raises(ValueError, match=message):
         Moments(k=k).check(model.architecture)
+
+
+def test_a_matrix_that_no_gradient_reaches_has_only_what_is_measured(examples, tokenizer):
+    model, start = language_model("llama", tokenizer)
+    o = next(matrix for matrix in model.architecture.matrices if matrix.name == "L0.o")
+    start = dict(o.replaced(start, torch.zeros_like(o.of(start))))  # what q, k and v of the layer lead to
+    after = {name: weight + 0.01 * torch.ones_like(weight) for name, weight in start.items()}
+    setting = Setting(model, start, after, False, examples, 0, DPO(), Training(max_length=48))
+    rows = Moments(prompts=6, tokens=256).measurement(setting)(after)
+    of_q = {row["quantity"] for row in rows if row.get("layer") == 0 and row["matrix"] == "q"}
+    assert "measured_ratio" in of_q and "forecast_ratio" not in of_q

@@ -126,7 +126,10 @@ class Moments:
                     moment = _moment(matrix, some, setting.start)
                     yield from self._ratios("predicted_ratio", matrix, moment, moment.samples, space, setting)
                     for k in dimensions(self.k, len(space.basis)):
-                        ratio = space.first(k).relative_fraction(moment.mean.cpu()[None])
+                        mean = moment.mean.cpu()[None]
+                        if not mean.any():
+                            continue
+                        ratio = space.first(k).relative_fraction(mean)
                         yield row("mean_ratio", ratio, n=moment.samples, **_at(matrix, k))
                     grams = _Grams(matrix, some.gradients[matrix.parameter], setting.start)
                     yield from self._ratios("forecast_ratio", matrix, grams, some.prompts, space, setting)
@@ -140,9 +143,15 @@ class Moments:
         space: Subspace,
         setting: Setting,
     ) -> Iterator[Row]:
-        d = space.basis.shape[0]
-        inside = space.shares(source.value.cpu()).cumsum(0)
-        drawn = [space.shares(one.cpu()).cumsum(0) for one in source.resampled(self.resamples, setting.seed)]
+        d, second = space.basis.shape[0], source.value.cpu()
+        if not float(second.trace()) > 0:  # no gradient reaches the matrix: no share of it lies anywhere
+            return
+        inside = space.shares(second).cumsum(0)
+        drawn = [
+            space.shares(one).cumsum(0)
+            for one in (one.cpu() for one in source.resampled(self.resamples, setting.seed))
+            if float(one.trace()) > 0
+        ]
         for k in dimensions(self.k, d):
             scale = d / k
             value = float(inside[k - 1])
@@ -210,7 +219,8 @@ def _correlations(rows: list[Row], k: int) -> Iterator[Row]:
         for name in ("predicted", "mean", "forecast"):
             expected = by_quantity.get(f"{name}_ratio", {})
             pairs = torch.tensor(
-                [[expected[place], measured[place]] for place in measured], dtype=torch.float64
+                [[expected[place], measured[place]] for place in measured if place in expected],
+                dtype=torch.float64,
             )
             if len(pairs) > 2 and bool((pairs.std(0) > 0).all()):
                 correlation = float(torch.corrcoef(pairs.T)[0, 1])

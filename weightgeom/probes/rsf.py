@@ -166,25 +166,34 @@ class RSF:
         update = self._update(matrix, params, setting)
         yield from _size(matrix, update)
         where = {"layer": matrix.layer, "matrix": matrix.kind, "role": matrix.role}
-        yield from self._compare(update, own, moment, setting.seed, where)
-        yield from self._compare(update, chance, None, setting.seed, where)
+        spectrum = self._spectrum(update)
+        yield from self._compare(update, spectrum, own, moment, setting.seed, where)
+        yield from self._compare(update, spectrum, chance, None, setting.seed, where)
         if self.per_head and matrix.kind in ("q", "k", "v", "o"):
             heads = head_updates(matrix, params, setting.start, written=self.fold_post_norm)
             for head, part in enumerate(heads):
-                yield from self._compare(
-                    part, own, moment, setting.seed, where | {"matrix": f"{matrix.kind}.{head}"}
-                )
+                place = where | {"matrix": f"{matrix.kind}.{head}"}
+                yield from self._compare(part, self._spectrum(part), own, moment, setting.seed, place)
+
+    def _spectrum(self, update: Update) -> Float[Tensor, " d"] | None:
+        """What the rotation null needs of an update; None where nothing moved."""
+        return spectrum_shares(update.gram.cpu()) if update.norm > 0 else None
 
     def _compare(
-        self, update: Update, frame: Frame, moment: Moment | None, seed: int, where: dict
+        self,
+        update: Update,
+        spectrum: Float[Tensor, " d"] | None,
+        frame: Frame,
+        moment: Moment | None,
+        seed: int,
+        where: dict,
     ) -> Iterator[Row]:
-        gram = update.gram.cpu().double()
-        if not float(gram.trace()) > 0:  # nothing moved: no share of it lies anywhere
+        if spectrum is None:  # no share of nothing lies anywhere
             return
+        gram = update.gram.cpu().double()
         d, entries = len(gram), update.shape[0] * update.shape[1]
         inside = frame.space.shares(gram).cumsum(0)
         drawn = [space.shares(gram).cumsum(0) for space in frame.resampled]
-        spectrum = spectrum_shares(gram)
         for k in dimensions(self.k, d):
             at = where | {"subspace": frame.place[0], "k": k}
             fraction, scale = float(inside[k - 1]), d / k
