@@ -3,19 +3,19 @@
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from time import time_ns
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from runners.fingerprint import code_behind, libraries, package
 from runners.processes import terminations_as_exceptions
 from runners.provenance import environment, provenance, uncommitted_diff
 from runners.record import Record
 from runners.redaction import redacted_text
-from runners.store import full_disk_explained, stage
+from runners.store import full_disk_explained, stage, write_atomically
 from runners.summary import draw, log_table, print_summary, progress_bar
 from runners.tracking import Publisher, check_tracking_uri
 from weightgeom.interfaces import (
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).parents[1]
+METRICS = "metrics.jsonl"  # of a stage: what was logged while it was made
+RESUMABLE = "checkpoint-*"  # what the work of a stage goes on from: the states of transformers' trainers
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Experiment:
         examples = self.data.examples()
         if self.objective is not None:
             self.objective.check(examples)
+            self.training.check(examples)
         if self.probes and not examples.heldout:
             raise ValueError(f"{examples.name} has no held-out text to probe on: give some with data.heldout")
         return examples
@@ -194,15 +197,20 @@ class Stages:
     def __call__(
         self, name: str, specification: Mapping[str, object], work: Callable[[Path, Log], None], steps: int
     ) -> Path:
-        """The finished directory of a stage of `steps` steps."""
+        """The finished directory of a stage of `steps` steps; work that was cut goes on if it can."""
         fresh = False
 
         def logged(directory: Path) -> None:
             nonlocal fresh
             fresh = True
-            with (directory / "metrics.jsonl").open("a") as file, progress_bar(name, steps) as advance:
+            file: TextIO | None = None
+            with ExitStack() as stack:
+                advance = stack.enter_context(progress_bar(name, steps))
 
                 def log_metrics(metrics: Mapping[str, float], step: int) -> None:
+                    nonlocal file
+                    if file is None:
+                        file = stack.enter_context(self._resumed(directory, step))
                     advance(step, metrics)
                     if metrics:
                         row = {"metrics": dict(metrics), "step": step, "time": time_ns() // 1_000_000}
@@ -213,15 +221,34 @@ class Stages:
                 work(directory, log_metrics)
 
         code = {"code": self.code, "libraries": libraries()}
-        directory = stage(self.outputs, name, {**specification, **code}, logged)
+        directory = stage(self.outputs, name, {**specification, **code}, logged, RESUMABLE)
         if not fresh:
-            for line in (directory / "metrics.jsonl").read_text().splitlines():
-                self._log(json.loads(line))
+            for row in _metrics(directory):
+                self._log(row)
         return directory
+
+    def _resumed(self, directory: Path, step: int) -> TextIO:
+        """The log of a stage's metrics from `step` on, open behind the rows that were before it.
+
+        These go into the record, too; rows of steps that are now done again are dropped.
+        """
+        rows = [row for row in _metrics(directory) if row["step"] < step]
+        path = directory / METRICS
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows:
+            self._log(row)
+        return path.open("a")
 
     def _log(self, row: dict[str, Any]) -> None:
         metrics = {f"{self.prefix}/{name}": value for name, value in row["metrics"].items()}
         self.record.log(metrics, row["step"], row["time"])
+
+
+def _metrics(directory: Path) -> list[dict[str, Any]]:
+    """The rows of a stage's metrics; a last one that a kill has cut is left out."""
+    path = directory / METRICS
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 @dataclass(frozen=True)

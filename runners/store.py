@@ -59,11 +59,18 @@ def _check_json(value: object, where: str) -> None:
         )
 
 
-def stage(outputs: Path, name: str, spec: Mapping[str, object], work: Callable[[Path], None]) -> Path:
+def stage(
+    outputs: Path,
+    name: str,
+    spec: Mapping[str, object],
+    work: Callable[[Path], None],
+    resumable: str | None = None,
+) -> Path:
     """Directory of the stage `name` for `spec`, made by `work(directory)` unless it is complete.
 
     Of several processes that want the same stage one works and the others wait for it. If `work`
-    raises, what it wrote stays, with the error in FAILED, until the next call starts afresh.
+    raises or is killed, what it wrote stays, with the error in FAILED, until the next call: that starts
+    afresh, or where it finds what the pattern `resumable` matches, lets `work` go on with all there is.
 
     Raises:
         ValueError: if JSON cannot hold `spec`.
@@ -79,7 +86,7 @@ def stage(outputs: Path, name: str, spec: Mapping[str, object], work: Callable[[
             if (directory / "DONE").exists():
                 log.info("reusing %s", directory)
             else:
-                _make(directory, spec, work)
+                _make(directory, spec, work, resumable)
     return directory
 
 
@@ -110,11 +117,16 @@ def _acquired(lock: FileLock) -> bool:
     return True
 
 
-def _make(directory: Path, spec: Mapping[str, object], work: Callable[[Path], None]) -> None:
-    if directory.exists():
+def _make(
+    directory: Path, spec: Mapping[str, object], work: Callable[[Path], None], resumable: str | None
+) -> None:
+    if resumable is not None and any(directory.glob(resumable)):
+        log.info("going on with %s: it was left without DONE", directory)
+        (directory / "FAILED").unlink(missing_ok=True)
+    elif directory.exists():
         log.info("starting %s afresh: it was left without DONE", directory)
         shutil.rmtree(directory)
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     write_atomically(directory / "WORKER", f"process {os.getpid()} on {socket.gethostname()}")
     write_atomically(directory / "spec.json", json.dumps(redacted(spec), indent=2, sort_keys=True))
     try:

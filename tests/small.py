@@ -10,7 +10,7 @@ from weightgeom.data.world import World
 WORLD = World(entities=20, heldout_entities=4, values=5, documents=40, pairs=24, heldout=6)
 
 
-def network(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> GPTNeoXForCausalLM:
+def network(tokenizer: PreTrainedTokenizerBase, seed: int = 0, dropout: float = 0.0) -> GPTNeoXForCausalLM:
     """A random GPT-NeoX of two layers, width 32, for the tokenizer's vocabulary."""
     torch.manual_seed(seed)
     config = GPTNeoXConfig(
@@ -20,6 +20,7 @@ def network(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> GPTNeoXForCaus
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=128,
+        hidden_dropout=dropout,
         bos_token_id=tokenizer.get_vocab()["<eos>"],
         eos_token_id=tokenizer.get_vocab()["<eos>"],
     )

@@ -1,5 +1,4 @@
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +74,7 @@ def test_every_checkpoint_is_a_transformers_directory_in_fp32_and_step_0_is_the_
 
 
 def test_a_given_start_is_not_saved_again(tmp_path, examples, tokenizer):
+    small.network(tokenizer).save_pretrained(tmp_path / "base")
     trained = run(tmp_path / "training", examples, tokenizer, start=tmp_path / "base")
     assert trained.steps[0] == tmp_path / "base" and not trained.from_random
     assert not (tmp_path / "training" / "step-0").exists()
@@ -139,16 +139,13 @@ def test_a_checkpoint_that_cannot_be_finished_leaves_nothing_behind(tmp_path, ex
 
 
 def test_a_first_loss_that_the_objective_does_not_expect_is_refused(tmp_path, examples, tokenizer):
-    class Mistaken:
-        first_loss = 0.5
-
-        def check(self, examples: Examples) -> None: ...
-
-        def trainer(self, network, tokenizer, examples, arguments: Mapping[str, Any]):
-            return CE("text").trainer(network, tokenizer, examples, arguments)
+    class Mistaken(CE):
+        @property
+        def first_loss(self) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return 0.5
 
     with pytest.raises(RuntimeError, match=r"the first loss is 5\.\d+ instead of 0\.5000"):
-        run(tmp_path, examples, tokenizer, objective=Mistaken())
+        run(tmp_path, examples, tokenizer, objective=Mistaken("text"))
 
 
 def test_sequences_longer_than_the_model_takes_are_refused(tmp_path, examples, tokenizer):

@@ -1,9 +1,16 @@
-"""What happens between the steps of a training: checkpoints, live metrics, and a stop when it diverges."""
+"""What happens between the steps of a training: checkpoints, live metrics, and a stop when it diverges.
 
+Checkpoints (`step-N`) are for measuring and stay; states (`checkpoint-N`) are the library's own, to resume
+from, and go when the training is complete. A state counts when it holds SEAL, which is written last.
+"""
+
+import json
+import logging
 import math
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +18,8 @@ import torch
 from transformers import TrainerCallback
 
 from weightgeom.interfaces import Log
+from weightgeom.residual import Architecture, ResidualMatrix
+from weightgeom.weights import open_params, opened
 
 if TYPE_CHECKING:
     from transformers import (
@@ -21,6 +30,8 @@ if TYPE_CHECKING:
         TrainingArguments,
     )
 
+log = logging.getLogger(__name__)
+STATE, SEAL = "checkpoint-", "sealed.json"
 # What TRL logs that is worth a curve; the rest is derived from these or constant.
 CURVES = (
     "loss",
@@ -32,6 +43,8 @@ CURVES = (
     "rewards/margins",
     "logps/chosen",
     "logps/rejected",
+    "participation_ratio",
+    "target_energy",
 )
 
 
@@ -46,6 +59,7 @@ class Checkpoints(TrainerCallback):
         log_metrics: Log,
         first_loss: float | None,
         keep_start: bool,
+        keep: int = 1,
     ) -> None:
         self.directory = directory
         self.steps = steps
@@ -53,6 +67,7 @@ class Checkpoints(TrainerCallback):
         self.log_metrics = log_metrics
         self.first_loss = first_loss
         self.keep_start = keep_start
+        self.keep = keep
         self.last: Path | None = None
 
     def on_train_begin(
@@ -73,10 +88,24 @@ class Checkpoints(TrainerCallback):
         control: "TrainerControl",
         **kwargs: Any,
     ) -> None:
-        """Save, if this is one of the steps; tell how far the training is."""
+        """Save, if this is one of the steps or the last; tell how far the training is."""
         self.log_metrics({}, state.global_step)
-        if state.global_step in self.steps:
+        if state.global_step in self.steps or control.should_training_stop:
             self._save(kwargs["model"], state.global_step)
+        if control.should_training_stop:
+            control.should_save = False  # there is nothing left to resume
+
+    def on_save(
+        self,
+        args: "TrainingArguments",
+        state: "TrainerState",
+        control: "TrainerControl",
+        **kwargs: Any,
+    ) -> None:
+        """Seal the state that the library has written, then delete those that are too old."""
+        seal(self.directory / f"{STATE}{state.global_step}")
+        for old in states(self.directory)[self.keep :]:
+            shutil.rmtree(old)
 
     def on_log(
         self,
@@ -112,12 +141,151 @@ class Checkpoints(TrainerCallback):
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        for path in temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        _synchronize(temporary)
         temporary.rename(final)  # atomic: a checkpoint is whole or not there
         self.last = final
 
     def _diverged(self, what: str, step: int) -> str:
         kept = f"the last good checkpoint is {self.last}" if self.last else "no checkpoint was good"
         return f"training diverged: {what} at step {step}; {kept}; lower the learning rate"
+
+
+class GradientNorms(TrainerCallback):
+    """Logs the norm of the gradient of each kind of matrix, before it is clipped, when TRL logs."""
+
+    def __init__(self, matrices: Sequence[ResidualMatrix], log_metrics: Log) -> None:
+        self.matrices = matrices
+        self.log_metrics = log_metrics
+        self.norms: dict[str, float] = {}
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(
+        self,
+        args: "TrainingArguments",
+        state: "TrainerState",
+        control: "TrainerControl",
+        **kwargs: Any,
+    ) -> None:
+        """Take the norms, clipped as the gradient is by now, if the step that follows is logged."""
+        step = state.global_step + 1
+        if step > 1 and step % int(args.logging_steps):
+            return
+        gradients = {
+            name: weight.grad
+            for name, weight in kwargs["model"].named_parameters()
+            if weight.grad is not None
+        }
+        squares: dict[str, torch.Tensor] = {}
+        for matrix in self.matrices:
+            if matrix.parameter in gradients:
+                square = torch.linalg.vector_norm(matrix.of(gradients)).square()
+                squares[matrix.kind] = squares.get(matrix.kind, torch.zeros_like(square)) + square
+        self.norms = {kind: math.sqrt(float(square)) for kind, square in squares.items()}
+
+    def on_log(
+        self,
+        args: "TrainingArguments",
+        state: "TrainerState",
+        control: "TrainerControl",
+        **kwargs: Any,
+    ) -> None:
+        """Log them, with the clipping undone by the norm of the whole gradient that TRL logs."""
+        logs: dict[str, float] = kwargs["logs"]
+        if "grad_norm" in logs and self.norms:
+            shrunk = max(1.0, (logs["grad_norm"] + 1e-6) / args.max_grad_norm)  # as torch clips
+            metrics = {f"grad_norm/{kind}": shrunk * norm for kind, norm in self.norms.items()}
+            self.log_metrics(metrics, state.global_step)
+
+
+def states(directory: Path) -> list[Path]:
+    """The states in `directory`, whole or not, the newest first."""
+    return sorted(directory.glob(f"{STATE}*"), key=_step, reverse=True)
+
+
+def seal(state: Path) -> None:
+    """Write the state's files through to the disk, then SEAL with their sizes; mutates the directory."""
+    _synchronize(state)
+    sizes = {path.name: path.stat().st_size for path in sorted(state.iterdir())}
+    temporary = state / f".{SEAL}.tmp"
+    temporary.write_text(json.dumps(sizes))
+    _synchronize(state)
+    temporary.rename(state / SEAL)
+
+
+def resumable(directory: Path, saved: Collection[int]) -> Path | None:
+    """The newest whole state whose training has left all checkpoints at the steps `saved` until then."""
+    for state in states(directory):
+        flaw = _flaw(state)
+        missing = [
+            step for step in saved if step <= _step(state) and not (directory / f"step-{step}").is_dir()
+        ]
+        if not flaw and not missing:
+            log.info("resuming from step %d", _step(state))
+            return state
+        log.warning(
+            "%s is of no use: %s; trying an older one", state, flaw or f"step-{missing[0]} is missing"
+        )
+    return None
+
+
+@contextmanager
+def restored(network: "PreTrainedModel", state: Path | None, architecture: Architecture) -> Iterator[None]:
+    """Give `network`, which is mutated, the weights of a state, in whose presence the rest can be resumed.
+
+    The library leaves out the weights that have another name on disk (GPT-NeoX: the unembedding), and
+    warns of it; within the context it does not.
+    """
+    if state is None:
+        yield
+        return
+    weights = open_params(state, architecture)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            weight.copy_(weights[name])
+    logger = logging.getLogger("transformers.trainer")
+    logger.addFilter(_other_names)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_other_names)
+
+
+def _other_names(record: logging.LogRecord) -> bool:
+    return "keys in the checkpoint model loaded" not in record.getMessage()
+
+
+def discard(directory: Path, state: Path | None, only_states: bool = False) -> None:
+    """Delete what a training left in `directory` beyond `state`: all of it, if that is None."""
+    last = -1 if state is None else _step(state)
+    patterns = [f"{STATE}*"] if only_states else [f"{STATE}*", "step-*", ".step-*.tmp"]
+    for path in (path for pattern in patterns for path in directory.glob(pattern)):
+        if path.name.startswith(".") or _step(path) > last:
+            shutil.rmtree(path)
+
+
+def _flaw(state: Path) -> str:
+    """What is wrong with a state; empty if nothing is."""
+    try:
+        for name, size in json.loads((state / SEAL).read_text()).items():
+            found = (state / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes instead of {size}"
+        step = json.loads((state / "trainer_state.json").read_text())["global_step"]
+        for path in state.glob("*.safetensors"):
+            opened(path)
+    except FileNotFoundError as error:
+        return f"it lacks {Path(str(error.filename)).name}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return str(error)
+    return "" if step == _step(state) else f"trainer_state.json is of step {step}"
+
+
+def _step(path: Path) -> int:
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def _synchronize(directory: Path) -> None:
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Training by the trainers of TRL, with fp32 checkpoints at log-spaced steps."""
+"""Training by the trainers of TRL, with fp32 checkpoints at log-spaced steps; it goes on where it was cut."""
 
 import logging
 import warnings
@@ -25,6 +25,12 @@ class Training:
 
     Checkpoints are kept at steps 0, 1, 2, 4, 8, ... and the last. `max_length` is in tokens: the
     length of a packed sequence of text, and the longest prompt + response.
+
+    `match` is what trainings are to have in common: `steps`, or the `tokens` that went through the model
+    (padding left out), the `delta_norm` ‖θ_t − θ_0‖_F over all weights, or the `accuracy` of preference on
+    held-out pairs. The training stops when that reaches `target`, after `steps` at the latest; a `schedule`
+    falls as if there were no target. With `save_every` a training that was interrupted goes on from the
+    last of its `keep` newest states, bit for bit on the CPU.
     """
 
     steps: int = Field(default=64, ge=1)
@@ -37,7 +43,31 @@ class Training:
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_length: int = Field(default=96, ge=2)
     log_every: int = Field(default=5, ge=1)  # steps
+    log_gradients: bool = False  # norms of the gradient by kind of matrix: seven curves more
     tf32: bool = False  # on a GPU: faster and less exact matrix products
+    workers: int = Field(default=0, ge=0)  # processes that load the batches
+    save_every: int | None = Field(default=None, ge=1)  # steps between states to resume from
+    keep: int = Field(default=2, ge=1)  # how many of these states are kept
+    match: Literal["steps", "tokens", "delta_norm", "accuracy"] = "steps"
+    target: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # of `match`, but for steps
+    match_every: int = Field(default=5, ge=1)  # steps between two measurements of the accuracy
+
+    def __post_init__(self) -> None:
+        """Refuse what does not go together."""
+        if self.match != "steps" and self.target is None:
+            raise ValueError(f"match={self.match} needs a target: give training.target")
+        if self.match == "accuracy" and self.target is not None and self.target > 1:
+            raise ValueError(f"target is an accuracy of {self.target:g}, and 1 is the highest")
+        if self.save_every is not None and self.save_every % self.log_every:
+            raise ValueError(
+                f"save_every {self.save_every} is not a multiple of log_every {self.log_every}: a resumed"
+                " training would log means over fewer steps"
+            )
+
+    def check(self, examples: Examples) -> None:
+        """Raise ValueError if the data lack what the match needs."""
+        if self.match == "accuracy" and not examples.heldout_pairs:
+            raise ValueError(f"match=accuracy needs held-out preference pairs, and {examples.name} has none")
 
     def save_steps(self) -> list[int]:
         """The steps of the checkpoints."""
@@ -45,7 +75,7 @@ class Training:
         return [0, *powers, self.steps]
 
     def arguments(self, directory: Path, seed: int, device: str) -> dict[str, Any]:
-        """The arguments of a TRL trainer: fp32, no tracking and no checkpoints of its own."""
+        """The arguments of a TRL trainer: fp32, no tracking, checkpoints of its own only to resume."""
         return {
             "output_dir": str(directory),
             "max_steps": self.steps,
@@ -62,13 +92,16 @@ class Training:
             "bf16": False,
             "tf32": self.tf32 if device != "cpu" else None,
             "activation_checkpointing": False,
-            "save_strategy": "no",
+            "save_strategy": "no" if self.save_every is None else "steps",
+            "save_steps": self.save_every or 500,  # the default, unused
+            "include_num_input_tokens_seen": "non_padding",
             "logging_steps": self.log_every,
             "logging_first_step": True,
             "logging_nan_inf_filter": False,
             "report_to": [],
             "disable_tqdm": True,
             "dataloader_pin_memory": device != "cpu",
+            "dataloader_num_workers": self.workers,
         }
 
 
@@ -89,34 +122,62 @@ def fit(
     """Train `network`, which is mutated, and leave its checkpoints in `directory`.
 
     `start` is a checkpoint that already holds step 0; without one the random start is saved too.
-    Every checkpoint is an ordinary transformers directory with its tokenizer.
+    Every checkpoint is an ordinary transformers directory with its tokenizer; `matching.json` says what
+    the training came to. An interrupted training is resumed by the same call, `network` being the start
+    as before; what `directory` holds beyond the step that it resumes from is deleted.
 
     Raises:
         FloatingPointError: when the loss or a weight is no longer finite; the good checkpoints stay.
-        ValueError: if sequences of `max_length` do not fit the model, or nothing is left to train on.
+        ValueError: if sequences of `max_length` do not fit the model, nothing is left to train on, the
+            data lack what the match needs, or the objective cannot be resumed.
         RuntimeError: if the first loss is not what the objective knows it must be.
     """
     from transformers.trainer_callback import PrinterCallback  # noqa: PLC0415 (heavy)
     from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
 
-    from weightgeom.checkpoints import Checkpoints  # noqa: PLC0415 (heavy)
+    from weightgeom.checkpoints import Checkpoints, GradientNorms, discard, restored, resumable  # noqa: PLC0415 (heavy)
+    from weightgeom.matching import Matching, Measure  # noqa: PLC0415 (heavy)
+    from weightgeom.residual import architecture_of  # noqa: PLC0415
 
     disable_progress_bar()  # the one of the run is enough
+    training.check(examples)
     check_length(training.max_length, getattr(network.config, "max_position_embeddings", None))
+    saved = [step for step in training.save_steps() if step or start is None]
+    state = None if training.save_every is None else resumable(directory, saved)
+    discard(directory, state)
     trainer = objective.trainer(network, tokenizer, examples, training.arguments(directory, seed, device))
-    checkpoints = Checkpoints(
-        directory,
-        training.save_steps(),
+    if training.save_every is not None and getattr(trainer.args, "sync_ref_model", False):
+        raise ValueError("save_every cannot restore a reference that moves (sync_ref_model): leave one out")
+    architecture = architecture_of(network.config)
+    measure = Measure(
+        network,
         tokenizer,
-        log_metrics,
-        objective.first_loss,
-        keep_start=start is None,
+        architecture,
+        examples,
+        start=directory / "step-0" if start is None else start,
+        hold=training.match == "delta_norm",
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(checkpoints)
+    trainer.add_callback(
+        Matching(training, measure, directory, log_metrics)
+    )  # first: it may end the training
+    trainer.add_callback(
+        Checkpoints(
+            directory,
+            saved,
+            tokenizer,
+            log_metrics,
+            objective.first_loss,
+            keep_start=start is None and state is None,
+            keep=training.keep,
+        )
+    )
+    if training.log_gradients:
+        trainer.add_callback(GradientNorms(architecture.matrices, log_metrics))
     log.info("training %s for %d steps of %d examples", name, training.steps, training.batch_size)
-    with outdated_name_allowed():
-        trainer.train()
+    with outdated_name_allowed(), restored(network, state, architecture):
+        trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    discard(directory, None, only_states=True)
     return trajectory(directory, name, start)
 
 
