@@ -100,6 +100,8 @@ def upstream(model: LanguageModel, examples: Examples, tokens: int) -> None:
 
 def kronfluence(model: LanguageModel, examples: Examples, tokens: int) -> None:
     """Covariance factors with true labels."""
+    from tempfile import TemporaryDirectory
+
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments
     from kronfluence.task import Task

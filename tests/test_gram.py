@@ -3,7 +3,7 @@ import torch
 from torch.testing import assert_close
 
 from weightgeom import gram
-from weightgeom.gram import add_gram, mirror, product
+from weightgeom.gram import Products, add_gram, mirror, product
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -32,6 +32,22 @@ def test_the_blocks_of_a_gram_matrix_make_up_the_whole(d, generator):
     mirror(total)
     assert_close(total, total.T, rtol=0, atol=0)
     assert_close(total, a.T @ a, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_network_computes_the_same_with_these_products(bias, generator):
+    layer = torch.nn.Linear(300, 40, bias=bias)
+    a = torch.randn(2, 3, 300, generator=generator)
+    with torch.no_grad(), Products():
+        found = layer(a)
+    assert_close(found, layer(a).detach(), rtol=1e-5, atol=1e-5)  # the sum of 300 products in another order
+
+
+def test_where_gradients_are_kept_a_network_is_left_alone():
+    layer = torch.nn.Linear(3, 2)
+    with Products():
+        layer(torch.ones(1, 3)).sum().backward()
+    assert layer.weight.grad is not None
 
 
 def test_a_gram_matrix_is_added_to_what_is_there(generator):

@@ -226,7 +226,7 @@ def test_the_iterative_solver_is_taken_where_it_is_faster_and_not_for_small_mode
 @pytest.mark.parametrize("fold_gain", [False, True])
 @pytest.mark.parametrize("centre", [False, True])
 def test_the_prediction_subspace_is_that_of_an_svd_of_the_unembedding(generator, fold_gain, centre):
-    # More rows than the 8192 that are taken at a time, and a mean that matters.
+    # More rows than the 2048 that are taken at a time, and a mean that matters.
     unembedding = torch.randn(8300, D, generator=generator) + torch.randn(D, generator=generator)
     gain = 1 + torch.rand(D, generator=generator)
     moment = prediction_moment(unembedding, gain, fold_gain=fold_gain, centre=centre)
@@ -234,10 +234,11 @@ def test_the_prediction_subspace_is_that_of_an_svd_of_the_unembedding(generator,
     rows = unembedding.double().numpy() * (gain.double().numpy() if fold_gain else 1)
     rows = rows - rows.mean(0) if centre else rows
     _, singular, right = np.linalg.svd(rows, full_matrices=False)
-    assert_close(moment.numpy(), rows.T @ rows, rtol=1e-9, atol=1e-7)
+    # Products of 2048 rows in fp32: 1e-6 of the diagonal.
+    assert_close(moment.numpy(), rows.T @ rows, rtol=1e-5, atol=1e-6 * float(np.trace(rows.T @ rows)) / D)
     # Every right singular vector, strongest first, up to its sign.
     overlap = np.abs(right @ Subspace.top(moment, D).basis.numpy())
-    assert_close(overlap, np.eye(D), rtol=0, atol=1e-6)
+    assert_close(overlap, np.eye(D), rtol=0, atol=1e-3)  # neighbouring singular values are 1 % apart
     assert np.all(np.diff(singular) < 0)
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from weightgeom.interfaces import Params, Setting
 from weightgeom.moments import Moment, Unit, activation_moments
@@ -19,13 +21,14 @@ Place = tuple[str, int | None]  # the subspace's name and layer
 class Frame:
     """The top-k principal directions of one place, strongest first, with the second moment behind them.
 
-    `resampled` are those of bootstrap samples of the prompts; none where nothing is estimated from data.
+    `resampled` are those of bootstrap samples of the prompts, each with its shares of the sample's trace;
+    none where nothing is estimated from data.
     """
 
     place: Place
     space: Subspace
     moment: Moment | None = None
-    resampled: tuple[Subspace, ...] = ()
+    resampled: tuple[tuple[Subspace, Float[Tensor, " k"]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,12 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
         budget_gb=inputs.budget_gb,
     )
     for site, moment in moments:
-        drawn = moment.resampled(inputs.resamples, setting.seed)
+        drawn = moment.resampled_tops(k, inputs.resamples, setting.seed) if inputs.resamples else ()
         yield Frame(
             (site.name, site.layer),
             moment.top(k),
             moment,
-            tuple(Subspace.top(one.cpu(), k) for one in drawn),
+            tuple(drawn),
         )
 
 

@@ -1,22 +1,39 @@
-"""Gram matrices in blocks of their upper triangle, and the matrix product behind them."""
+"""Gram matrices in blocks of their upper triangle, and the matrix product behind them and a forward pass."""
 
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 
 
-def product(a: Float[Tensor, "n k"], b: Float[Tensor, "m k"]) -> Float[Tensor, "n m"]:
-    """The product a bᵀ; `b` is contiguous, or its transpose is.
+def product(
+    a: Float[Tensor, "n k"], b: Float[Tensor, "m k"], bias: Float[Tensor, " m"] | None = None
+) -> Float[Tensor, "n m"]:
+    """The product a bᵀ, plus `bias` in each row; `b` is contiguous, or its transpose is.
 
     In fp32 on a CPU it is oneDNN's where torch has it, which uses AVX-512 on every processor: MKL, behind
     `@`, does not on AMD's, where this is twice as fast. No gradient flows through it.
     """
     if a.dtype != torch.float32 or a.device.type != "cpu" or not _onednn():
-        return a @ b.T
-    return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b, None, "none", [], "")
+        return linear(a, b, bias)
+    return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b, bias, "none", [], "")
+
+
+class Products(TorchFunctionMode):
+    """Within it, the linear layers of a network that keeps no gradients compute by `product`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace `linear`, and leave all else as it is."""
+        if func is linear and not kwargs and not torch.is_grad_enabled():
+            a, b, *bias = args
+            if a.dtype == b.dtype and a.dim() > 1:
+                return product(a.flatten(0, -2), b, *bias).unflatten(0, a.shape[:-1])
+        return func(*args, **(kwargs or {}))
 
 
 @cache

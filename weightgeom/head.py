@@ -32,9 +32,7 @@ class TokenLogProbs(torch.autograd.Function):
         log_probs, gradients = [], []
         size = max(1, LOGITS // len(weight))
         for some, ids in zip(hidden.split(size), targets.split(size), strict=True):
-            logits, slope = product(some, weight).float(), None
-            if bias is not None:
-                logits += bias
+            logits, slope = product(some, weight, bias).float(), None
             if cap is not None:
                 logits = logits.div_(cap).tanh_()
                 slope = 1 - logits.square()

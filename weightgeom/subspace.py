@@ -181,17 +181,17 @@ def prediction_moment(
 
     Its top eigenvectors are the top right singular vectors of the unembedding, without a V x d SVD.
     Both knobs are ours; `fold_gain=False, centre=False` is the raw `W_U` of the authors' notebook.
-    Accumulated in slices of the vocabulary, so that no fp64 copy of W_U is held.
+    Sums in fp64 of products of 2048 rows in fp32 (in fp64 where W_U is), so that no copy of W_U is held.
     """
     d = unembedding.shape[1]
-    scale = gain.double() if fold_gain else torch.ones(d, dtype=torch.float64, device=unembedding.device)
+    dtype = torch.promote_types(unembedding.dtype, torch.float32)
+    scale = gain.to(dtype) if fold_gain else torch.ones(d, dtype=dtype, device=unembedding.device)
     gram = torch.zeros(d, d, dtype=torch.float64, device=unembedding.device)
-    total = torch.zeros(d, dtype=torch.float64, device=unembedding.device)
-    for rows in unembedding.split(8192):
-        scaled = rows.double() * scale
-        add_gram(gram, scaled.T)
-        total += scaled.sum(0)
+    slices = unembedding.split(2048)
+    mean = torch.zeros(d, dtype=torch.float64, device=unembedding.device)
+    if centre:  # beforehand: to take a large mean off the sums would cost them their digits
+        mean += sum(rows.sum(0, dtype=torch.float64) for rows in slices) / len(unembedding)
+    for rows in slices:
+        add_gram(gram, ((rows.to(dtype) - mean.to(dtype)) * scale).T)
     mirror(gram)
-    if centre:
-        gram -= torch.outer(total, total) / unembedding.shape[0]
     return gram

@@ -193,7 +193,7 @@ class RSF:
         gram = update.gram.cpu().double()
         d, entries = len(gram), update.shape[0] * update.shape[1]
         inside = frame.space.shares(gram).cumsum(0)
-        drawn = [space.shares(gram).cumsum(0) for space in frame.resampled]
+        drawn = [space.shares(gram).cumsum(0) for space, _ in frame.resampled]
         for k in dimensions(self.k, d):
             at = where | {"subspace": frame.place[0], "k": k}
             fraction, scale = float(inside[k - 1]), d / k
@@ -233,10 +233,10 @@ def _matched(
     """The level that independence of what is read and what is sent back predicts, and p against it."""
     null = matched_null(gram, moment.root, frame.space.first(k), seed)
     scale, n = len(gram) / k, moment.samples
-    spaces = frame.resampled or (frame.space,) * resamples  # the unembedding's is not estimated from data
-    samples = zip(moment.resampled(len(spaces), seed), spaces, strict=False)
-    drawn = [space.first(k).explained(one.cpu()) for one, space in samples]
-    interval = bootstrap_interval(null.mean, drawn, len(moment.sums))
+    drawn = [shares for _, shares in frame.resampled]
+    if not drawn:  # the unembedding's subspace is not estimated from data, the moment is
+        drawn = [frame.space.shares(one.cpu()) for one in moment.resampled(resamples, seed)]
+    interval = bootstrap_interval(null.mean, [float(one[:k].sum()) for one in drawn], len(moment.sums))
     stderr = None if interval is None else interval.stderr * scale
     yield row("matched_ratio", null.mean * scale, n=n, stderr=stderr, **at)
     if interval is not None:
