@@ -198,9 +198,9 @@ def test_resampled_subspaces_are_the_top_ones_of_each_sample(k, centred, at):
             whole = Subspace.top(sample, k)
             apart = float((space.basis @ space.basis.T - whole.basis @ whole.basis.T).norm())
             moved = float((space.basis @ space.basis.T - frame.space.basis @ frame.space.basis.T).norm())
-            # Sought in all 32 dimensions where 4k reaches them; in the top 16 for k = 4, whose spectrum is
+            # Sought in all 32 dimensions where 4k reaches them; in 16 of them for k = 4, whose spectrum is
             # flat in a random network, so that some of the way is missed. The moments are sums in fp32.
-            assert apart < (1e-4 if k == 8 else 0.5 * moved)
+            assert apart < (1e-4 if k == 8 else 0.2 * moved)
             found, expected = shares.cumsum(0), whole.shares(sample).cumsum(0)
             assert_close(found[-1], expected[-1], rtol=1e-2 if k == 4 else 1e-5, atol=1e-6)
 
