@@ -18,8 +18,10 @@ import small
 import torch
 from safetensors.torch import load_file
 
+from runners.experiment import Stages
+from runners.record import Record
 from weightgeom.checkpoints import SEAL, states
-from weightgeom.interfaces import Examples, Objective
+from weightgeom.interfaces import Examples, Log, Objective
 from weightgeom.objectives.ce import CE
 from weightgeom.objectives.dpo import DPO
 from weightgeom.training import Training, fit
@@ -229,3 +231,47 @@ def test_what_cannot_be_resumed_exactly_is_refused(tmp_path):
         ValueError, match=r"save_every cannot restore a reference that moves \(sync_ref_model\)"
     ):
         train(tmp_path / "cut", moving)
+
+
+def rows(directory: Path) -> list[dict[str, Any]]:
+    """What a stage has logged, without the time."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "time"} for line in lines]
+
+
+def test_a_stage_that_was_cut_goes_on_and_its_metrics_have_no_gap_and_no_step_twice(tmp_path):
+    def record_in(outputs: Path) -> Record:
+        asked: dict[str, Any] = {"params": {}, "tags": {}, "inputs": [], "tracking_uri": "sqlite:///none"}
+        return Record.create(outputs / "record", experiment="e", name="n", **asked)
+
+    def made(outputs: Path, at: int | None) -> Path:
+        def work(directory: Path, log_metrics: Log) -> None:
+            class Passed(Curves):
+                def __call__(self, metrics: Mapping[str, float], step: int) -> None:
+                    log_metrics(metrics, step)
+                    super().__call__(metrics, step)
+
+            train(directory, DPO(), Passed(at))
+
+        # A job that is requeued continues its own record.
+        make = Stages(outputs, record_in(outputs), "train", "code")
+        return make("training", {"seed": 0}, work, TRAINING.steps)
+
+    whole = made(tmp_path / "whole", None)
+    with pytest.raises(Interrupted):
+        made(tmp_path / "cut", 9)
+    (failed,) = (tmp_path / "cut" / "training").glob("*/FAILED")
+    with (failed.parent / "metrics.jsonl").open("a") as file:
+        file.write('{"metrics": {"loss"')  # as a kill leaves it
+    truncate(failed.parent / "checkpoint-8" / "optimizer.pt")  # so that steps 7 and 8 are done again
+    cut = made(tmp_path / "cut", None)
+    assert rows(cut) == rows(whole) and [row["step"] for row in rows(cut)] == [1, 2, 4, 6, 8, 10, 11]
+    assert_equal_trajectories(whole, cut)
+    assert not (cut / "FAILED").exists() and (cut / "DONE").exists()
+    reused = made(tmp_path / "cut", 1)
+    assert reused == cut
+    first, second = (
+        [point[:3] for batch, _ in record_in(tmp_path / name).batches(0, 10**6) for point in batch]
+        for name in ("whole", "cut")
+    )
+    assert len(first) == len(second) and set(first) == set(second)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from weightgeom.interfaces import Examples
 from weightgeom.objectives.ce import CE
+from weightgeom.residual import architecture_of
 from weightgeom.training import Training, fit, trajectory
 
 FAST = Training(steps=5, batch_size=4, learning_rate=1e-3, max_length=32, log_every=2)
@@ -157,3 +158,24 @@ def test_sequences_longer_than_the_model_takes_are_refused(tmp_path, examples, t
 def test_values_out_of_range_are_refused_when_the_training_is_described(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Training(**wrong)
+
+
+def test_norms_of_gradients_by_kind_are_those_of_the_first_loss_before_clipping(
+    tmp_path, examples, tokenizer
+):
+    curves = small.Curves()
+    training = replace(FAST, steps=3, log_gradients=True, max_grad_norm=0.01)
+    run(tmp_path, examples, tokenizer, training, log=curves)
+    network = small.network(tokenizer)
+    trainer = CE("text").trainer(network, tokenizer, examples, FAST.arguments(tmp_path / "x", 0, "cpu"))
+    trainer.compute_loss(network, next(iter(trainer.get_train_dataloader()))).backward()  # pyright: ignore[reportCallIssue, reportArgumentType, reportAttributeAccessIssue]
+    gradients = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
+    squares: dict[str, float] = {}
+    for matrix in architecture_of(network.config).matrices:
+        squares[matrix.kind] = squares.get(matrix.kind, 0.0) + float(matrix.of(gradients).square().sum())
+    logged = {key: value for key, value in curves.by_step[1].items() if key.startswith("grad_norm/")}
+    assert logged == {
+        f"grad_norm/{kind}": pytest.approx(square**0.5, rel=1e-4) for kind, square in squares.items()
+    }
+    assert curves.by_step[1]["grad_norm"] > 0.1  # so that it was clipped
+    assert "grad_norm/q" in curves.by_step[2] and "grad_norm/q" not in curves.by_step[3]

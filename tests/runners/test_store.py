@@ -99,6 +99,23 @@ def test_a_failed_stage_keeps_its_files_but_the_next_call_starts_afresh(tmp_path
     assert {path.name for path in directory.iterdir()} == {"DONE", "result", "spec.json"}
 
 
+def test_a_stage_that_can_be_resumed_keeps_its_files_and_one_that_cannot_starts_afresh(tmp_path):
+    def fail(directory: Path) -> None:
+        (directory / "checkpoint-2").mkdir()
+        (directory / "metrics").write_text("1")
+        raise RuntimeError
+
+    def go_on(directory: Path) -> None:
+        assert (directory / "metrics").read_text() == "1" and not (directory / "FAILED").exists()
+
+    for pattern, work in (("state-*", write_result), ("checkpoint-*", go_on)):
+        with pytest.raises(RuntimeError):
+            stage(tmp_path, pattern[:5], SPEC, fail, pattern)
+        stage(tmp_path, pattern[:5], SPEC, work, pattern)
+    assert not (tmp_path / "state" / signature(SPEC) / "metrics").exists()
+    assert (tmp_path / "check" / signature(SPEC) / "checkpoint-2").exists()
+
+
 def test_two_processes_that_want_one_stage_make_it_once_and_one_says_it_waits(tmp_path):
     context = multiprocessing.get_context("spawn")
     logs = [tmp_path / "first.log", tmp_path / "second.log"]
