@@ -1,10 +1,11 @@
 """The ends of the graded family against the libraries' own losses in fp64, and how it trains."""
 
+import json
 import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -371,8 +372,10 @@ def test_the_gathered_gradient_is_that_of_the_trainers_mean_loss(objective, mode
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"tau": -0.1}, "tau"),
-        ({"tau": math.nan}, "tau"),
+        ({"tau": -0.1}, r"tau must be a number of at least 0, or inf, got -0\.1"),
+        ({"tau": math.nan}, "tau must be a number of at least 0, or inf, got nan"),
+        ({"tau": -math.inf}, "tau must be a number of at least 0, or inf, got -inf"),
+        ({"tau": "sharp"}, "tau must be a number of at least 0, or inf, got sharp"),
         ({"beta": 0.0}, "beta"),
         ({"beta": math.inf}, "beta"),
         ({"negatives": 0}, "negatives"),
@@ -390,6 +393,11 @@ def test_the_gathered_gradient_is_that_of_the_trainers_mean_loss(objective, mode
 def test_what_does_not_go_together_is_refused_when_it_is_described(wrong, message):
     with pytest.raises(ValueError, match=message):
         GradedContrastive(**wrong)
+
+
+def test_an_infinite_tau_is_one_that_a_signature_can_hold():
+    for tau in (math.inf, "inf"):
+        assert json.loads(json.dumps(asdict(GradedContrastive(tau=tau)), allow_nan=False))["tau"] == "inf"
 
 
 def test_data_without_what_is_contrasted_are_refused(examples):

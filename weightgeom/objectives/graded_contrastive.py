@@ -1,11 +1,12 @@
 """A graded family of contrastive losses that contains cross-entropy and DPO."""
 
 from collections.abc import Mapping
+from math import inf
 from math import log as ln
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from weightgeom.trainers import part, preference, supervised
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+# JSON, and with it the signature of a training, cannot hold infinity: it is kept as text.
+Tau = Annotated[float | str, BeforeValidator(lambda tau: "inf" if tau == inf else tau)]
 SOURCES = {"token": ("uniform", "unigram", "model"), "sequence": ("rejected", "in_batch")}
 
 
@@ -42,7 +45,7 @@ class GradedContrastive:
 
     level: Literal["token", "sequence"] = "sequence"
     negatives: int | None = Field(default=None, ge=1)
-    tau: float = Field(default=1.0, ge=0)
+    tau: Tau = 1.0
     reference: bool | None = None
     beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     source: Literal["auto", "uniform", "unigram", "model", "rejected", "in_batch"] = "auto"
@@ -50,6 +53,8 @@ class GradedContrastive:
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
+        if self.tau != "inf" and not (isinstance(self.tau, float) and self.tau >= 0):
+            raise ValueError(f"tau must be a number of at least 0, or inf, got {self.tau}")
         if self.source != "auto" and self.source not in SOURCES[self.level]:
             raise ValueError(
                 f"source={self.source} has no meaning at level={self.level}:"
@@ -132,7 +137,7 @@ class GradedContrastive:
                 f" {size - 1} of other prompts; raise training.batch_size"
             )
         trainer = preference(SequenceTrainer, network, tokenizer, examples, {**arguments, "beta": self.beta})
-        trainer.tau, trainer.reference = self.tau, self.with_reference
+        trainer.tau, trainer.reference = float(self.tau), self.with_reference
         trainer.data_collator = Candidates(trainer.data_collator, negatives)
         trainer.precompute_ref_logps = True  # TRL's own pass over a batch is told the reference's values
         if not self.with_reference:
@@ -166,7 +171,7 @@ class GradedContrastive:
                 labels = torch.tensor(row[1:])
                 counts += torch.bincount(labels[labels != -100], minlength=vocabulary)
             log_unigram = counts.log()
-        trainer.contrast = TokenContrast(self.tau, negatives, source, arguments["seed"], log_unigram)
+        trainer.contrast = TokenContrast(float(self.tau), negatives, source, arguments["seed"], log_unigram)
         return trainer
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
