@@ -21,6 +21,7 @@ from weightgeom import figures
 ROOT = Path(__file__).parents[1]
 OBJECTIVES = {"ce": ["objective=ce", "objective.on=chosen"], "dpo": ["objective=dpo"]}
 PREFERENCES = ("style", "facts", "facts_style")
+NAMES = ("predicted", "mean", "forecast", "measured")
 
 
 def measured(objective: str, preference: str, options: list[str]) -> pd.DataFrame:
@@ -44,9 +45,9 @@ def main() -> None:
         for objective in OBJECTIVES
     ]
     table = pd.concat(tables, ignore_index=True)
-    rows = table[table["quantity"].isin(["predicted_ratio", "forecast_ratio", "measured_ratio"])]
+    rows = table[table["quantity"].isin([f"{one}_ratio" for one in NAMES])]
     wide = rows.pivot(index=["run", "role", "matrix", "layer"], columns="quantity", values="value")
-    shown = Table("run", "matrix", "predicted", "forecast", "measured", title="means over layers")
+    shown = Table("run", "matrix", *NAMES, title="means over layers")
     for (name, matrix), part in wide.groupby(["run", "matrix"], sort=False):
         shown.add_row(
             name,
@@ -54,12 +55,11 @@ def main() -> None:
             *(f"{part[f'{one}_ratio'].mean():.2f}" for one in ("predicted", "forecast", "measured")),
         )
     Console().print(shown)
-    correlations = Table("pathway", "points", "predicted", "forecast", title="correlation with measured")
+    correlations = Table("pathway", "points", *NAMES[:-1], title="correlation with measured")
     for role, part in wide.groupby("role"):
         matrix = part.corr()["measured_ratio"]
-        correlations.add_row(
-            str(role), str(len(part)), f"{matrix['predicted_ratio']:.3f}", f"{matrix['forecast_ratio']:.3f}"
-        )
+        values = (f"{matrix[f'{one}_ratio']:.3f}" for one in NAMES[:-1])
+        correlations.add_row(str(role), str(len(part)), *values)
     Console().print(correlations)
     directory = Path("outputs/mechanism")
     figures.save(

@@ -1,4 +1,4 @@
-"""Memory of measuring a pair of Llama-2-7B's shape: every update's Gram matrix, and the unembedding's.
+"""Memory of the probe `rsf`, whole, on a pair of Llama-2-7B's shape: activations, updates, nulls.
 
 python benchmarks/pair_7b.py [--layers 4]
 """
@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 import torch
 from material import llama, measured, ready, write_pair
 
-from weightgeom.model import load_architecture
-from weightgeom.subspace import prediction_moment
-from weightgeom.update import update_of
-from weightgeom.weights import open_params
+from weightgeom.data.world import World
+from weightgeom.interfaces import Setting
+from weightgeom.model import load
+from weightgeom.probes.rsf import RSF
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     anonymous = memory.peak["RssAnon"]
     print(
         f"{result['matrices']:.0f} updates of a pair of Llama-2-7B's shape with {options.layers} layers "
-        f"({size / 1e9:.1f} GB each, bfloat16, sharded) and the unembedding, by their Gram matrices on one "
+        f"({size / 1e9:.1f} GB each, bfloat16, sharded), by the probe rsf on one "
         f"thread: {result['seconds']:.0f} s; peak anonymous memory {anonymous:.0f} MiB, of which "
         f"{memory.anonymous:.0f} MiB above start-up; mapped file pages, which the kernel takes back at "
         f"will, {memory.files:.0f} MiB"
@@ -53,14 +53,15 @@ def generate(directory: Path, layers: int) -> tuple[Path, Path]:
 
 
 def measure(directory: Path) -> dict[str, float]:
-    """All that the subspace fractions need from the weights, one matrix after another."""
+    """The probe `rsf`, whole, under a budget: weights and text module by module, moments in passes."""
     start = time.perf_counter()
-    architecture = load_architecture(directory / "before")
-    before, after = (open_params(directory / name, architecture) for name in ("before", "after"))
-    prediction_moment(architecture.unembedding(before), architecture.final_norm.gain(before))
-    for matrix in architecture.matrices:
-        update_of(matrix, after, before)
-    return {"seconds": time.perf_counter() - start, "matrices": len(architecture.matrices)}
+    model = load(directory / "before", "cpu")
+    before, after = (model.params(directory / name) for name in ("before", "after"))
+    examples = World(documents=10, heldout=100).examples()
+    probe = RSF(tokens=512, resamples=0, budget_gb=0.5)
+    rows = probe.measurement(Setting(model, before, after, False, examples, 0))(after)
+    ratios = [row["value"] for row in rows if row["quantity"] == "ratio" and row["subspace"] != "random"]
+    return {"seconds": time.perf_counter() - start, "matrices": len(ratios)}
 
 
 if __name__ == "__main__":
