@@ -49,11 +49,7 @@ def main() -> None:
     wide = rows.pivot(index=["run", "role", "matrix", "layer"], columns="quantity", values="value")
     shown = Table("run", "matrix", *NAMES, title="means over layers")
     for (name, matrix), part in wide.groupby(["run", "matrix"], sort=False):
-        shown.add_row(
-            name,
-            matrix,
-            *(f"{part[f'{one}_ratio'].mean():.2f}" for one in ("predicted", "forecast", "measured")),
-        )
+        shown.add_row(name, matrix, *(f"{part[f'{one}_ratio'].mean():.2f}" for one in NAMES))
     Console().print(shown)
     correlations = Table("pathway", "points", *NAMES[:-1], title="correlation with measured")
     for role, part in wide.groupby("role"):

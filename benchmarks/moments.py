@@ -1,6 +1,10 @@
 """Second moments of activations and upstream gradients, beside the bare forward pass and kronfluence.
 
-    .venv/bin/pip install -c constraints.txt -e '.[bench]' && .venv/bin/python benchmarks/moments.py
+    .venv/bin/pip install --no-deps kronfluence==1.0.1 einops==0.8.2 einconv==0.1.0 opt_einsum==3.4.0
+    .venv/bin/python benchmarks/moments.py
+
+Without the first line, whose packages would bring another torch if they were asked for theirs, the last
+row is left out.
 
 On a random model of Pythia-70m's shape, on one thread, the same tokens for all. `forward` is the body of
 the network alone, without its head. `activation moments` are C_a at the inputs of q, k, v and of up in
@@ -12,6 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from material import measured, ready
@@ -47,13 +52,14 @@ def main() -> None:
         return
     shown = Table("way", "tokens/s", "anonymous MiB", "time over forward", "tokens/s over kronfluence")
     rates = {}
-    for way in WAYS:
+    ways = [way for way in WAYS if way != "kronfluence" or find_spec("kronfluence")]
+    for way in ways:
         arguments = way, "--tokens", str(options.tokens), "--threads", str(options.threads)
         result, memory = measured(__file__, *arguments)
         rates[way] = options.tokens / result["seconds"], memory.peak["RssAnon"]
     for way, (rate, peak) in rates.items():
-        forward, other = rates["forward"][0], rates["kronfluence"][0]
-        shown.add_row(way, f"{rate:.0f}", f"{peak:.0f}", f"{forward / rate:.2f}", f"{rate / other:.2f}")
+        over = f"{rate / rates['kronfluence'][0]:.2f}" if "kronfluence" in rates else "-"
+        shown.add_row(way, f"{rate:.0f}", f"{peak:.0f}", f"{rates['forward'][0] / rate:.2f}", over)
     Console().print(shown)
 
 
