@@ -89,8 +89,8 @@ def test_a_directory_is_itself_and_other_paths_are_refused(tmp_path):
 
 def test_the_location_fills_in_the_size_and_the_revision(tmp_path):
     pythia = Pretrained(name="EleutherAI/pythia-{size}", size="1.4b", revision="step512")
-    assert pythia.location == "EleutherAI/pythia-1.4b@step512"
-    assert Pretrained(name=str(tmp_path), revision="step512").location == str(tmp_path)
+    assert pythia.locations() == {0: "EleutherAI/pythia-1.4b@step512"}
+    assert Pretrained(name=str(tmp_path), revision="step512").locations() == {0: str(tmp_path)}
 
 
 def test_a_checkpoint_to_train_from_is_fetched_and_known_by_its_files(tmp_path):
@@ -151,3 +151,46 @@ def test_an_adapter_that_does_not_fit_its_base_or_stands_before_it_is_refused(tm
         TwoCheckpoints(base, foreign).check(longest=None)
     with pytest.raises(ValueError, match=r"model\.before=.*wide is an adapter: give its base model there"):
         TwoCheckpoints(wide, base).check(longest=None)
+
+
+def test_revisions_are_a_trajectory_in_the_order_of_their_steps(tmp_path):
+    hub_cache(tmp_path, "lab/model", {"step0": 0, "step512": 1, "step64": 2})
+    program = """
+from weightgeom.pretrained import Pretrained
+model = Pretrained("lab/model", revisions=["step512", "step0", "step64"])
+model.check(None)
+base = model.prepare(None, None, None, "cpu")
+steps = base.trajectory.steps
+print(list(steps), base.trajectory.from_random, base.directory == steps[512], len(set(steps.values())))
+"""
+    environment = {**os.environ, **OFFLINE, "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[0, 64, 512] True True 3"
+
+
+def test_the_checkpoints_that_a_trainer_left_are_a_trajectory(tmp_path):
+    for seed, step in enumerate((100, 20, 3)):
+        checkpoint(tmp_path / f"checkpoint-{step}", seed)
+    model = Pretrained(str(tmp_path))
+    assert model.check(None) == model.check(16)
+    base = model.prepare(no_stage, small.WORLD.examples(), small.WORLD, "cpu")
+    assert base.trajectory is not None and not base.trajectory.from_random
+    assert [path.name for path in base.trajectory.steps.values()] == [
+        "checkpoint-3",
+        "checkpoint-20",
+        "checkpoint-100",
+    ]
+    assert base.directory.name == "checkpoint-100"
+    other = Pretrained(str(tmp_path), from_random=True).prepare(
+        no_stage, small.WORLD.examples(), small.WORLD, "cpu"
+    )
+    assert other.trajectory is not None and other.trajectory.from_random
+
+
+@pytest.mark.parametrize("revisions", [["step1"], ["main", "step2"], ["step1", "other1"], []])
+def test_revisions_that_make_no_trajectory_are_refused(revisions):
+    with pytest.raises(
+        ValueError, match=r"model\.revisions must be two or more names with different numbers"
+    ):
+        Pretrained("org/model", revisions=revisions)

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -20,39 +21,71 @@ FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 @dataclass(frozen=True)
 class Pretrained:
-    """One checkpoint: a hub name, whose `{size}` is filled in from `size`, or a directory.
+    """One checkpoint, or a trajectory of them: a hub name with its `{size}` filled in, or a directory.
 
-    `revision` is a branch, tag or commit of the hub. Weights are trained and measured in `dtype`;
-    only float32 keeps a small update from being rounded away.
+    `revision` is a branch, tag or commit of the hub. Several `revisions`, or a directory in which a
+    trainer left `checkpoint-100`, `checkpoint-200`, ..., make a trajectory in the order of the numbers
+    in their names; its last one is what an objective starts from. `from_random` says that its first is
+    a random initialisation; by default that is so of a `step0`. Weights are trained and measured in
+    `dtype`; only float32 keeps a small update from being rounded away.
     """
 
     name: str
     revision: str | None = None
     size: str = ""
     dtype: Literal["float32"] = "float32"
+    revisions: list[str] | None = None
+    from_random: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse revisions that make no trajectory."""
+        if self.revisions is None:
+            return
+        steps = [_step(revision) for revision in self.revisions]
+        if None in steps or len(set(steps)) < max(2, len(steps)):
+            raise ValueError(
+                f"model.revisions must be two or more names with different numbers at their end, such as"
+                f" step512, got {self.revisions}"
+            )
 
     def check(self, longest: int | None) -> Architecture:
-        """Fetch the config alone; raises if it cannot be had, or nothing could be measured or trained."""
-        if longest is None:
+        """Fetch the configs alone; raises if they cannot be had, or nothing could be measured or trained."""
+        locations = self.locations()
+        if longest is None and len(locations) == 1:
             raise ValueError(
-                "objective=none on a single checkpoint leaves no update to measure:"
-                " choose an objective, or model=pair model.before=... model.after=..."
+                "objective=none on a single checkpoint leaves no update to measure: choose an objective,"
+                " model.revisions=[...], or model=pair model.before=... model.after=..."
             )
-        directory = fetch(self.location, weights=False)
-        architecture = load_architecture(directory)
-        check_length(longest, load_context(directory))
-        return architecture
+        found = [fetch(location, weights=False) for location in locations.values()]
+        architectures = [load_architecture(directory) for directory in found]
+        if any(other != architectures[-1] for other in architectures):
+            raise ValueError(f"the checkpoints of {self.name} are not all of one architecture")
+        check_length(longest or 0, load_context(found[-1]))
+        return architectures[-1]
 
-    @property
-    def location(self) -> str:
-        """The name with its size and `@revision`."""
+    def locations(self) -> dict[int, str]:
+        """What to fetch, by step and in order; a single checkpoint stands at step 0."""
         name = self.name.format(size=self.size)
-        return f"{name}@{self.revision}" if self.revision and not Path(name).expanduser().is_dir() else name
+        path = Path(name).expanduser()
+        if path.is_dir():
+            inside = {_step(one.name): str(one) for one in path.glob("checkpoint-*") if one.is_dir()}
+            steps = {step: one for step, one in inside.items() if step is not None}
+            whole = (path / "config.json").is_file() or len(steps) < 2
+            return {0: name} if whole else dict(sorted(steps.items()))
+        if self.revisions is None:
+            return {0: f"{name}@{self.revision}" if self.revision else name}
+        steps = {_step(revision): f"{name}@{revision}" for revision in self.revisions}
+        return dict(sorted((step, one) for step, one in steps.items() if step is not None))
 
     def prepare(self, stage: Stage, examples: Examples, data: Data, device: str) -> Base:
-        """Fetch it."""
-        directory = fetch(self.location)
-        return Base(directory, identity(directory))
+        """Fetch it, or all of them."""
+        steps = {step: fetch(location) for step, location in self.locations().items()}
+        last = steps[max(steps)]
+        if len(steps) == 1:
+            return Base(last, identity(last))
+        random = 0 in steps if self.from_random is None else self.from_random
+        every = hashlib.sha256(" ".join(map(identity, steps.values())).encode()).hexdigest()[:16]
+        return Base(last, f"trajectory/{every}", Trajectory("revisions", steps, from_random=random))
 
 
 @dataclass(frozen=True)
@@ -86,6 +119,12 @@ class TwoCheckpoints:
         before, after = fetch(self.before), fetch(self.after)
         both = hashlib.sha256(f"{identity(before)} {identity(after)}".encode()).hexdigest()[:16]
         return Base(before, f"pair/{both}", Trajectory("pair", {0: before, 1: after}))
+
+
+def _step(name: str) -> int | None:
+    """The number at the end of a revision's or checkpoint's name."""
+    digits = re.search(r"(\d+)$", name)
+    return None if digits is None else int(digits[1])
 
 
 def fetch(location: str, weights: bool = True) -> Path:
