@@ -236,3 +236,23 @@ def test_an_unmoved_model_needs_neither_text_nor_gradients(examples, tokenizer, 
     monkeypatch.setattr(type(model), "logits", None)
     rows = RSF().measurement(setting(model, params, examples, objective=DPO()))(dict(params))
     assert {row["quantity"] for row in rows} == {"delta_norm", "moved_share"}
+
+
+def test_increments_are_what_lies_between_neighbouring_checkpoints(examples, tokenizer):
+    model, params = language_model("llama", tokenizer)
+    one, two = moved(model, params, seed=1), moved(model, params, seed=2)
+    at = setting(model, params, examples, end=two)
+    measure = RSF(increments=True, resamples=0).measurement(at)
+    plain = RSF(resamples=0).measurement(at)
+    for step, (previous, now) in enumerate([(params, params), (params, one), (one, two)]):
+        rows = measure(now)
+        cumulative = [row for row in rows if not row["quantity"].startswith("increment_")]
+        assert cumulative == plain(now)
+        if step == 0:
+            assert len(rows) == len(cumulative)
+            continue
+        # Measured from the checkpoint before in the subspaces of the start.
+        other = RSF(resamples=0, at="end").measurement(replace(at, start=previous, end=at.start))(now)
+        assert values(rows, "increment_ratio") == values(other, "ratio")
+        assert values(rows, "increment_norm") == values(other, "delta_norm")
+        assert (values(rows, "increment_ratio") == values(rows, "ratio")) == (step == 1)

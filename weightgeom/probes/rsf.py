@@ -53,6 +53,8 @@ class RSF:
             the write side where the objective is not known. matched_ratio_low, matched_ratio_high.
         matched_z, matched_p_value, matched_q_value: of the fraction against that level.
         delta_norm: ‖dW‖_F, in the units of the weights. moved_share: share of entries that changed.
+        increment_ratio, increment_...: the same of the change since the checkpoint before, with `increments`,
+            in the same subspaces; increment_norm is its size.
 
     `k` defaults to d/8 (ours). `at` is whose subspaces are taken: the trajectory's `start`, the
     measured `step` itself or the `end`; `auto` is the start, or the step where the start is random.
@@ -66,6 +68,7 @@ class RSF:
     at: Literal["auto", "start", "step", "end"] = "auto"
     null_kind: Literal["rotation", "isotropic"] = "rotation"
     per_head: bool = False
+    increments: bool = False  # what lies between neighbouring checkpoints, beside what lies behind the start
     tokens: int = Field(default=8192, ge=2)  # of held-out text, for the inputs' second moments
     length: int = Field(default=96, ge=2)  # tokens a sequence
     prompts: int = Field(default=128, ge=0)  # of training examples, for upstream gradients; 0: none
@@ -87,6 +90,7 @@ class RSF:
         kept: list[Frame] = []
         upstream: dict[str, Moment] = {}
         matrices = setting.model.architecture.matrices
+        before: list[Params] = [setting.start]
 
         def frames(params: Params) -> Iterable[Frame]:
             whose = {"start": setting.start, "step": params, "end": setting.end}[at]
@@ -96,6 +100,8 @@ class RSF:
             return kept
 
         def measure(params: Params) -> list[Row]:
+            previous = before.pop()
+            before.append(params)
             if all(_unmoved(matrix, params, setting.start) for matrix in matrices):
                 return [
                     one for matrix in matrices for one in _size(matrix, self._update(matrix, params, setting))
@@ -109,6 +115,10 @@ class RSF:
                     if place_of(matrix) == frame.place:
                         moment = frame.moment if matrix.role == "read" else upstream.get(matrix.name)
                         rows[matrix.name] = list(self._rows(matrix, params, setting, frame, chance, moment))
+                        if self.increments:
+                            rows[matrix.name] += self._increment(
+                                matrix, params, previous, frame, setting.seed
+                            )
             in_order = [one for matrix in matrices for one in rows[matrix.name]]
             return [*in_order, *_q_values(in_order)]
 
@@ -174,6 +184,17 @@ class RSF:
             for head, part in enumerate(heads):
                 place = where | {"matrix": f"{matrix.kind}.{head}"}
                 yield from self._compare(part, self._spectrum(part), own, moment, setting.seed, place)
+
+    def _increment(
+        self, matrix: ResidualMatrix, params: Params, previous: Params, own: Frame, seed: int
+    ) -> Iterator[Row]:
+        """What changed since the checkpoint before."""
+        update = update_of(matrix, params, previous, written=self.fold_post_norm)
+        where = {"layer": matrix.layer, "matrix": matrix.kind, "role": matrix.role}
+        n = update.shape[0] * update.shape[1]
+        yield row("increment_norm", update.norm, n=n, **where)
+        for one in self._compare(update, self._spectrum(update), own, None, seed, where):
+            yield one | {"quantity": f"increment_{one['quantity']}"}
 
     def _spectrum(self, update: Update) -> Float[Tensor, " d"] | None:
         """What the rotation null needs of an update; None where nothing moved."""
