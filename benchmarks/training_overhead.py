@@ -57,9 +57,15 @@ class Timed:
         self.first_loss = objective.first_loss
         self.check, self.scored, self.total_loss = objective.check, objective.scored, objective.total_loss
 
-    def trainer(self, *arguments: Any) -> transformers.Trainer:
+    def trainer(
+        self,
+        network: transformers.PreTrainedModel,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        examples: Examples,
+        arguments: Mapping[str, Any],
+    ) -> transformers.Trainer:
         """The objective's trainer with the clock."""
-        trainer = self.objective.trainer(*arguments)
+        trainer = self.objective.trainer(network, tokenizer, examples, arguments)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self.clock)
         return trainer
