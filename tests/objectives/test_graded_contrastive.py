@@ -199,6 +199,27 @@ def test_a_response_that_is_the_chosen_one_once_more_is_no_negative(model, examp
     assert grades.tolist() == [[1, 0, 0, 1], [1, 0, 0, 0], [1, 0, 0, 1], [1, 0, 0, 0]]
 
 
+def test_the_responses_to_a_prompt_are_told_apart_from_those_to_others(model, examples, tmp_path):
+    objective = GradedContrastive(negatives=3)
+    trainer = trainer_for(objective, model, examples, tmp_path)
+    inputs = batch(trainer, [4, 2, 7])
+    scored = objective.scored(inputs)
+    assert scored.prompt == [0, 1, 2] * 4 and scored.terms == [1, 1, 1]
+    for row, prompt in enumerate(scored.prompt):
+        ids = trainer.train_dataset[[4, 2, 7][prompt]]["prompt_ids"]
+        assert inputs["input_ids"][row, ~scored.targets[row]][: len(ids)].tolist() == ids
+
+
+def test_the_unigram_frequencies_are_those_of_the_responses_plus_one(model, examples, tmp_path):
+    trainer = trainer_for(token(negatives=5, source="unigram"), model, examples, tmp_path)
+    counts = torch.ones(len(model.tokenizer))
+    for ids, labels in zip(*(trainer.train_dataset[name] for name in ("input_ids", "labels")), strict=True):
+        for token_id, label in zip(ids, labels, strict=True):
+            counts[token_id] += label != -100
+    assert counts.max() > 20
+    assert_close(trainer.contrast.log_unigram.exp(), counts)
+
+
 def test_an_epochs_last_batch_may_have_fewer_candidates(model, examples, tmp_path):
     trainer = trainer_for(GradedContrastive(negatives=4), model, examples, tmp_path)
     assert [batch(trainer, range(size))["grades"].shape for size in (1, 2, 8)] == [(1, 2), (2, 3), (8, 5)]
