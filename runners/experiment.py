@@ -317,7 +317,7 @@ class Measured:
 @contextmanager
 def sweep_record(
     directory: Path, *, name: str, tracking_uri: str, overrides: Sequence[str]
-) -> Iterator[None]:
+) -> Iterator[Record]:
     """The parent record of a sweep, open while its jobs run."""
     uri = check_tracking_uri(tracking_uri)
     record = Record.create(
@@ -331,7 +331,7 @@ def sweep_record(
         kind="sweep",
     )
     with terminations_as_exceptions(), Publisher(record.directory, uri), record:
-        yield
+        yield record
 
 
 def _plain(thing: object) -> dict[str, Any]:

@@ -38,12 +38,17 @@ class LocalLauncher(BasicLauncher):
                 said = f"job {index} of the sweep ({' '.join(overrides)}): {complaint(error)}"
                 raise ValueError(f"{said}; nothing was started") from error
         from runners.experiment import sweep_record  # noqa: PLC0415 (heavy, and not needed for --help)
+        from runners.sweep import summarise  # noqa: PLC0415
 
         config = self.config
         directory = Path(str(config.hydra.sweep.dir)).resolve() / "record"
         swept = list(config.hydra.overrides.task)
-        with sweep_record(directory, name=config.name, tracking_uri=config.tracking_uri, overrides=swept):
+        with sweep_record(
+            directory, name=config.name, tracking_uri=config.tracking_uri, overrides=swept
+        ) as record:
             returns = super().launch(job_overrides, initial_job_idx)
+            numbers = range(initial_job_idx, initial_job_idx + len(returns))
+            summarise(record, [directory.parent / str(number) / "record" for number in numbers])
             failed = [job for job in returns if job.status == JobStatus.FAILED]
             for job in failed:
                 log.error("failed: %s: %s", " ".join(job.overrides or ()), complaint(job._return_value))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 log = logging.getLogger(__name__)
-MAIN, SECONDARY = ("rsf", "behaviour"), ("spectrum", "overlap")
+MAIN, SECONDARY = ("rsf", "behaviour"), ("moments", "spectrum", "overlap")
 PRETRAINING = "_pretraining"  # of the base that is then trained: the suffix of its tables and metrics
 
 

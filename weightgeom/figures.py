@@ -34,6 +34,7 @@ COLOURS = {
     "o": "#c1272d",
     "down": "#e58a2b",
 }
+ENDS = ("graded/dpo", "graded/ce")  # of the graded family
 PATHWAYS = {"read": "read pathway", "write": "write pathway"}
 
 
@@ -150,6 +151,50 @@ def expected_and_measured(table: pd.DataFrame) -> Figure:
             axis.plot([0, 1.05 * top], [0, 1.05 * top], color="0.5", ls="--", lw=0.8)
             axis.set_aspect("equal")
         axes[0].set_ylabel("measured (1)")
+    return figure
+
+
+def ratio_by_sharpness(rows: pd.DataFrame, correlations: Mapping[str, tuple[float, float]]) -> Figure:
+    """Ratio of the read and the write side against the sharpness that a training really had.
+
+    A point is one objective, the mean over its seeds, with bars of ± 2 standard errors over them where
+    there are several; the grey points are the single runs. `rows` has the columns `run`, `role`,
+    `sharpness` (participation ratio of the logit gradient, tokens) and `ratio`; `correlations` Spearman's
+    by role with its p-value. The exact ends of the family are squares.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.0), sharey=True, layout="constrained")
+        for axis, (role, title) in zip(axes, PATHWAYS.items(), strict=True):
+            part = rows[rows["role"] == role]
+            axis.plot(part["sharpness"], part["ratio"], "o", color="0.75", ms=2.5)
+            by_run = part.groupby("run", sort=False)[["sharpness", "ratio"]]
+            means, errors = by_run.mean(), 2 * by_run.sem().fillna(0)
+            for run in means.index:
+                end = any(name in str(run) for name in ENDS)
+                axis.errorbar(
+                    *means.loc[run, ["sharpness", "ratio"]],
+                    xerr=errors.loc[run, "sharpness"],
+                    yerr=errors.loc[run, "ratio"],
+                    fmt="s" if end else "o",
+                    ms=4,
+                    elinewidth=0.7,
+                    color=COLOURS["q" if role == "read" else "o"],
+                )
+                axis.annotate(
+                    str(run).removeprefix("graded/"),
+                    means.loc[run, ["sharpness", "ratio"]],
+                    xytext=(3, 3),
+                    textcoords="offset points",
+                    fontsize=5.5,
+                )
+            _chance(axis)
+            axis.set_xscale("log")
+            rank, p = correlations[role]
+            axis.set_xlabel(
+                f"participation ratio of the logit gradient (tokens)\n{title}: rank {rank:.2f}, p {p:.2g}"
+            )
+        axes[0].set_ylabel("relative subspace fraction (1)\nmean over matrices ± 2 s.e. over seeds")
+        axes[0].set_ylim(bottom=0)
     return figure
 
 

@@ -98,6 +98,7 @@ def test_the_log_says_how_many_pairs_were_dropped_and_cut(tmp_path, model, examp
             "loss_weights has 1 entries for 2 loss types",
         ),
         ({"loss_type": "exo_pair"}, "exo_pair needs label_smoothing above 0"),
+        ({"label_smoothing": 0.1}, "loss_type sigmoid does not read label_smoothing: use one of aot"),
     ],
 )
 def test_what_trl_would_refuse_late_is_refused_when_the_objective_is_described(wrong, message):

@@ -132,16 +132,13 @@ def test_secondary_probes_have_no_layers_and_the_pretraining_has_curves_of_the_m
     assert {key for key, _ in logged(record)} == expected
 
 
-def test_the_mechanism_has_curves_layers_and_correlations(record: Record, moments: pd.DataFrame) -> None:
+def test_the_mechanism_has_curves_and_correlations(record: Record, moments: pd.DataFrame) -> None:
     log_table(record, "moments", "", moments, "measured_ratio")
     assert logged(record) == {
         ("moments/q", 1): 55.0,  # (54 + 56) / 2
         ("moments/q", 2): 5.0,  # (4 + 6) / 2
         ("moments/down", 1): 51.25,
         ("moments/down", 2): 1.25,
-        ("moments_by_layer/q", 0): 4.0,
-        ("moments_by_layer/q", 1): 6.0,
-        ("moments_by_layer/down", 0): 1.25,
         ("moments/read_predicted_correlation", 1): 0.5,
         ("moments/read_predicted_correlation", 2): 0.5,
         ("moments/read_forecast_correlation", 1): 0.875,

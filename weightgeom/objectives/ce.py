@@ -1,6 +1,5 @@
 """Cross-entropy: next-token prediction on documents, or on the chosen responses of preference pairs."""
 
-import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,12 +8,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from weightgeom.interfaces import Examples, Scored
-from weightgeom.tokens import tokenize
+from weightgeom.trainers import Part, part, supervised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,11 +35,9 @@ class CE:
             needed = "preference pairs" if self.on == "chosen" else "text"
             raise ValueError(f"objective=ce on {self.on} needs {needed}, and {examples.name} has none")
 
-    def examples(self, examples: Examples) -> Literal["text", "chosen"]:
+    def examples(self, examples: Examples) -> Part:
         """Which part of the data it is trained on."""
-        if self.on != "auto":
-            return self.on
-        return "chosen" if examples.pairs and not examples.text else "text"
+        return part(self.on, examples)
 
     def trainer(
         self,
@@ -52,43 +47,12 @@ class CE:
         arguments: Mapping[str, Any],
     ) -> "Trainer":
         """An `SFTTrainer` on the examples; says in the log what was packed or cut."""
-        import datasets  # noqa: PLC0415 (heavy)
-        from trl import SFTConfig, SFTTrainer  # noqa: PLC0415 (heavy)
+        from trl import SFTTrainer  # noqa: PLC0415 (heavy)
 
-        datasets.disable_progress_bars()
-        length = arguments["max_length"]
-        on_text = self.examples(examples) == "text"
-        if on_text:
-            dataset = datasets.Dataset.from_dict({"text": list(examples.text)})
-            packing: dict[str, Any] = {"packing": True, "packing_strategy": "wrapped"}
-        else:
-            tokens = [tokenize(pair, tokenizer)[:2] for pair in examples.pairs]
-            kept = [pair for pair in tokens if len(pair[0]) < length]
-            if not kept:
-                raise ValueError(f"every prompt is {length} tokens or longer: raise training.max_length")
-            cut = sum(len(prompt) + len(response) > length for prompt, response in kept)
-            log.info(
-                "%d chosen responses: %d dropped (prompt of %d tokens or more), %d cut at %d tokens",
-                *(len(tokens), len(tokens) - len(kept), length, cut, length),
-            )
-            dataset = datasets.Dataset.from_dict(
-                {
-                    "input_ids": [prompt + response for prompt, response in kept],
-                    "completion_mask": [[0] * len(prompt) + [1] * len(response) for prompt, response in kept],
-                }
-            )
-            packing = {"completion_only_loss": True}
-        trainer = SFTTrainer(
-            model=network,
-            args=SFTConfig(**arguments, **packing),
-            train_dataset=dataset,
-            processing_class=tokenizer,
-        )
-        if on_text:
-            log.info(
-                "%d documents packed end to end into %d sequences of %d tokens, none cut",
-                *(len(examples.text), len(trainer.train_dataset), length),  # pyright: ignore[reportArgumentType]
-            )
+        from weightgeom.sharpness import Sharpness  # noqa: PLC0415 (heavy)
+
+        trainer = supervised(SFTTrainer, self.examples(examples), network, tokenizer, examples, arguments)
+        trainer.add_callback(Sharpness(trainer, self.scored))
         return trainer
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:

@@ -1,6 +1,5 @@
 """Direct preference optimization and its relatives, by TRL's `DPOTrainer`."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -12,14 +11,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.conversation import render
 from weightgeom.interfaces import Examples, Scored
+from weightgeom.trainers import preference
 from weightgeom.training import Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-log = logging.getLogger(__name__)
+SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}  # the others of TRL pass over label_smoothing
 LOSS_TYPES = (
     "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down"
     " discopop sft sigmoid_norm"
@@ -49,6 +48,11 @@ class DPO:
             raise ValueError(
                 f"loss_weights has {len(self.loss_weights)} entries for {len(types)} loss types;"
                 " give one for each"
+            )
+        if self.label_smoothing and not SMOOTHED & set(types):
+            raise ValueError(
+                f"loss_type {self.loss_type} does not read label_smoothing: use one of"
+                f" {', '.join(sorted(SMOOTHED))}, or objective=graded_contrastive with tau above 0"
             )
         if "exo_pair" in types and self.label_smoothing == 0:
             raise ValueError("loss_type exo_pair needs label_smoothing above 0, such as 1e-3")
@@ -101,41 +105,18 @@ class DPO:
         arguments: Mapping[str, Any],
     ) -> "Trainer":
         """A `DPOTrainer` whose reference is a copy of `network` as it is; says in the log what was cut."""
-        import datasets  # noqa: PLC0415 (heavy)
-        from trl import DPOConfig, DPOTrainer  # noqa: PLC0415 (heavy)
+        from trl import DPOTrainer  # noqa: PLC0415 (heavy)
 
-        datasets.disable_progress_bars()
-        # Rebuilt, not left to TRL: without a reference it loads one again by name and without revision.
-        reference = type(network)(network.config).to(network.device, network.dtype)  # pyright: ignore[reportArgumentType]
-        reference.load_state_dict(network.state_dict())
-        rendered = [render(pair, tokenizer) for pair in examples.pairs]
-        dataset = datasets.Dataset.from_dict(
-            {name: [getattr(pair, name) for pair in rendered] for name in ("prompt", "chosen", "rejected")}
-        )
-        config = DPOConfig(
-            **arguments,
-            beta=self.beta,
-            loss_type=self.loss_types,
-            loss_weights=self.loss_weights,
-            label_smoothing=self.label_smoothing,
-            **self.options,
-        )
-        trainer = DPOTrainer(
-            model=network, ref_model=reference, args=config, train_dataset=dataset, processing_class=tokenizer
-        )
-        kept, length = trainer.train_dataset, arguments["max_length"]
-        assert isinstance(kept, datasets.Dataset)
-        if not len(kept):
-            raise ValueError(f"every prompt is {length} tokens or longer: raise training.max_length")
-        lengths = zip(
-            *([len(ids) for ids in kept[f"{part}_ids"]] for part in ("prompt", "chosen", "rejected")),
-            strict=True,
-        )
-        cut = sum(prompt + max(responses) > length for prompt, *responses in lengths)
-        log.info(
-            "%d pairs: %d dropped (prompt of %d tokens or more), %d cut at %d tokens",
-            *(len(dataset), len(dataset) - len(kept), length, cut, length),
-        )
+        from weightgeom.sharpness import Sharpness  # noqa: PLC0415 (heavy)
+
+        own = {
+            "beta": self.beta,
+            "loss_type": self.loss_types,
+            "loss_weights": self.loss_weights,
+            "label_smoothing": self.label_smoothing,
+        }
+        trainer = preference(DPOTrainer, network, tokenizer, examples, {**arguments, **own, **self.options})
+        trainer.add_callback(Sharpness(trainer, self.scored))
         return trainer
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
