@@ -24,6 +24,7 @@ from weightgeom.checkpoints import SEAL, states
 from weightgeom.interfaces import Examples, Log, Objective
 from weightgeom.objectives.ce import CE
 from weightgeom.objectives.dpo import DPO
+from weightgeom.objectives.graded_contrastive import GradedContrastive
 from weightgeom.training import Training, fit
 
 # 24 pairs in batches of 4, two to a step: three steps an epoch, so that 11 steps are almost four epochs.
@@ -37,7 +38,13 @@ TRAINING = Training(
     save_every=2,
     workers=1,
 )
-OBJECTIVES = {"text": CE("text"), "chosen": CE("chosen"), "dpo": DPO()}
+OBJECTIVES = {
+    "text": CE("text"),
+    "chosen": CE("chosen"),
+    "dpo": DPO(),
+    "graded tokens": GradedContrastive(level="token", negatives=7, tau=0.1, source="unigram"),
+    "graded sequences": GradedContrastive(negatives=2),
+}
 
 
 class Interrupted(Exception):

@@ -1,3 +1,7 @@
+"""The sweep's own table and figure, from the records of its runs."""
+
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportIndexIssue=false
+
 import json
 from pathlib import Path
 
