@@ -123,6 +123,9 @@ class Experiment:
             suffix = "_pretraining" if self.objective is not None and trajectory is base.trajectory else ""
             for name, probe in self.probes.items():
                 tables[name + suffix] = measured.table(name, probe)
+                at = str(self.params.get(f"probe.{name}.at"))  # whose subspaces: the figures say so
+                automatic = "step" if trajectory.from_random else "start"
+                tables[name + suffix].attrs["at"] = automatic if at == "auto" else at
                 log_table(record, name, suffix, tables[name + suffix], probe.headline)
         return tables
 

@@ -89,6 +89,9 @@ def draw(tables: "Mapping[str, pd.DataFrame]", record: Record) -> None:
         return
 
     save("ratio_by_step", figures.ratio_by_step(found))
+    increments = {name: table for name, table in found.items() if len(own(table, "increment_ratio"))}
+    if increments:
+        save("increment_by_step", figures.ratio_by_step(increments, "increment_ratio"))
     for name, table in found.items():
         suffix = PRETRAINING if name == "pretraining" and len(found) > 1 else ""
         save(f"ratio_by_layer{suffix}", figures.ratio_by_layer(table, int(table["step"].max())))

@@ -251,3 +251,23 @@ def test_a_matrix_that_did_not_move_has_no_point():
     for axis in expected_and_measured(mechanism().query(f"not ({still})")).axes:
         assert set(bars(axis)) == {"up", *WRITE}
         assert drawn(bars(axis)["up"])[1] == [place(0, "up")["measured"]]
+
+
+def test_the_figure_over_steps_says_whose_subspaces_were_taken():
+    table = made()
+    start, each = table.copy(), table.copy()
+    start.attrs["at"], each.attrs["at"] = "start", "step"
+    figure = ratio_by_step({"training": start, "pretraining": each, "other": table})
+    assert [axis.get_xlabel() for axis in figure.axes] == [
+        "optimizer step (training; subspaces of the start)",
+        "optimizer step (pretraining; subspaces of each step)",
+        "optimizer step (other)",
+    ]
+
+
+def test_increments_are_drawn_as_such():
+    table = made()
+    increments = table.replace({"quantity": {"ratio": "increment_ratio"}})
+    figure = ratio_by_step({"training": increments}, "increment_ratio")
+    assert figure.axes[0].get_ylabel().startswith("relative subspace fraction of increments (1)")
+    assert len(figure.axes[0].containers) == len(ratio_by_step({"training": table}).axes[0].containers) > 0

@@ -73,11 +73,12 @@ def ratio_by_layer(table: pd.DataFrame, step: int) -> Figure:
     return figure
 
 
-def ratio_by_step(tables: Mapping[str, pd.DataFrame]) -> Figure:
+def ratio_by_step(tables: Mapping[str, pd.DataFrame], quantity: str = "ratio") -> Figure:
     """Ratio by optimizer step, mean over layers with the standard error over layers, a panel a trajectory.
 
     Read matrices are solid, write matrices dashed. `tables` holds rows of the probe `rsf` by the
-    trajectory's name.
+    trajectory's name, and in its attribute `at` whose subspaces were taken. `quantity` is `ratio`, of what lies
+    behind the start, or `increment_ratio`, of what lies between neighbouring checkpoints.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
@@ -90,7 +91,7 @@ def ratio_by_step(tables: Mapping[str, pd.DataFrame]) -> Figure:
         )
         for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
             rows = _own(table)
-            rows = rows[rows["quantity"] == "ratio"]
+            rows = rows[rows["quantity"] == quantity]
             _chance(axis)
             for (matrix, role), part in rows.groupby(["matrix", "role"], sort=False):
                 by_step = part.groupby("step")["value"]
@@ -107,10 +108,13 @@ def ratio_by_step(tables: Mapping[str, pd.DataFrame]) -> Figure:
                     label=str(matrix),
                 )
             axis.set_xscale("log", base=2)
-            axis.set_xlabel(f"optimizer step ({name})")
+            at = table.attrs.get("at")
+            whose = f"; subspaces of {'each' if at == 'step' else 'the'} {at}" if at else ""
+            axis.set_xlabel(f"optimizer step ({name}{whose})")
             if len(rows):  # a trajectory in which nothing moved has no ratio
                 axis.legend(loc="upper left", bbox_to_anchor=(0, -0.28), ncols=4, borderaxespad=0)
-        axes[0][0].set_ylabel("relative subspace fraction (1)\nmean over layers ± s.e.")
+        what = "relative subspace fraction" + (" of increments" if quantity == "increment_ratio" else "")
+        axes[0][0].set_ylabel(f"{what} (1)\nmean over layers ± s.e.")
         axes[0][0].set_ylim(bottom=0)  # last: on shared axes it would freeze the top for later panels
     return figure
 
