@@ -1,24 +1,13 @@
 import subprocess
 import sys
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
+from networks import CONFIGS
 from safetensors.torch import save_file
 from torch.testing import assert_close
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM
 
 from weightgeom import update
 from weightgeom.residual import ResidualMatrix, architecture_of
@@ -26,21 +15,6 @@ from weightgeom.subspace import Subspace
 from weightgeom.update import head_updates, projected, update_of
 from weightgeom.weights import open_params
 
-NEOX: dict[str, Any] = dict(
-    vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40
-)
-GROUPED: dict[str, Any] = NEOX | dict(num_key_value_heads=2, head_dim=6, pad_token_id=2)
-CONFIGS = {
-    "gpt_neox": lambda: GPTNeoXConfig(**NEOX),
-    "gpt2": lambda: GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_inner=40, n_positions=16),
-    "llama": lambda: LlamaConfig(**GROUPED),
-    "mistral": lambda: MistralConfig(**GROUPED),
-    "qwen2": lambda: Qwen2Config(**GROUPED),
-    "qwen3": lambda: Qwen3Config(**GROUPED),
-    "olmo2": lambda: Olmo2Config(**GROUPED),
-    "gemma2": lambda: Gemma2Config(**GROUPED),
-    "phi3": lambda: Phi3Config(**GROUPED),
-}
 SINGLE = ResidualMatrix(0, "q", "q", heads=2)
 WRITE = ResidualMatrix(0, "o", "o", heads=2)
 
@@ -48,7 +22,7 @@ WRITE = ResidualMatrix(0, "o", "o", heads=2)
 @cache
 def pair(name):
     """An architecture and the weights of two random models of it, norms included."""
-    config = CONFIGS[name]()
+    config = CONFIGS[name](50, 16)
     names = AutoModelForCausalLM.from_config(config).named_parameters()
     shapes = {name: parameter.shape for name, parameter in names}
     generator = torch.Generator().manual_seed(0)

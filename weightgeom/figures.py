@@ -77,8 +77,8 @@ def ratio_by_step(tables: Mapping[str, pd.DataFrame], quantity: str = "ratio") -
     """Ratio by optimizer step, mean over layers with the standard error over layers, a panel a trajectory.
 
     Read matrices are solid, write matrices dashed. `tables` holds rows of the probe `rsf` by the
-    trajectory's name, and in its attribute `at` whose subspaces were taken. `quantity` is `ratio`, of what lies
-    behind the start, or `increment_ratio`, of what lies between neighbouring checkpoints.
+    trajectory's name, and in its attribute `at` whose subspaces were taken. `quantity` is `ratio`, of
+    what lies behind the start, or `increment_ratio`, of what lies between neighbouring checkpoints.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(

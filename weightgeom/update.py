@@ -62,6 +62,13 @@ def update_of(matrix: ResidualMatrix, after: Params, before: Params, *, written:
     return _measured(matrix, _pair(matrix, after, before, written))
 
 
+def zeros(matrix: ResidualMatrix, params: Params) -> Params:
+    """What to subtract for the matrix itself: zeros that take no memory."""
+    names = [matrix.parameter, *([matrix.norm.parameter] if matrix.norm else [])]
+    found = {name: params[name] for name in names if name in params}
+    return {name: one.new_zeros(()).expand(one.shape) for name, one in found.items()}
+
+
 def head_updates(
     matrix: ResidualMatrix, after: Params, before: Params, *, written: bool = True
 ) -> Iterator[Update]:

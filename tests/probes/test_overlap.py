@@ -3,6 +3,7 @@ from math import cos, radians, sin, sqrt
 import numpy as np
 import pytest
 import torch
+from moving import matrix, moved
 from safetensors.torch import save_file
 from scipy.linalg import subspace_angles
 from torch.testing import assert_close
@@ -29,29 +30,6 @@ GRADIENTS = {
     "upstream_before:prediction",
 }
 TRAINING = Training(max_length=48)
-
-
-@pytest.fixture
-def at(model, examples):
-    """A setting between two models."""
-
-    def setting(start, end=None, of=model, objective=None):
-        training = None if objective is None else TRAINING
-        return Setting(of, start, end or start, False, examples, 3, objective, training)
-
-    return setting
-
-
-def matrix(model, name):
-    return next(matrix for matrix in model.architecture.matrices if matrix.name == name)
-
-
-def moved(model, params, deltas):
-    """New weights: every named matrix plus its delta."""
-    for name, delta in deltas.items():
-        one = matrix(model, name)
-        params = dict(one.replaced(params, one.of(params) + delta.float()))
-    return params
 
 
 def jittered(params, generator, scale=0.05):

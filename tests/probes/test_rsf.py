@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from moving import matrix, moved
 from torch.testing import assert_close
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
@@ -28,18 +29,6 @@ def at(model, examples):
         return Setting(of, start, end or start, from_random, examples, seed=3)
 
     return setting
-
-
-def matrix(model, name):
-    return next(matrix for matrix in model.architecture.matrices if matrix.name == name)
-
-
-def moved(model, params, deltas):
-    """New weights: every named matrix plus its delta."""
-    for name, delta in deltas.items():
-        one = matrix(model, name)
-        params = dict(one.replaced(params, one.of(params) + delta.float()))
-    return params
 
 
 def noise(model, params, generator, scale=0.1):

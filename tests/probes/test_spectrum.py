@@ -9,7 +9,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCau
 
 from runners.summary import own
 from weightgeom.gradients import Gathering, gradient_moments
-from weightgeom.interfaces import Setting
 from weightgeom.model import LanguageModel
 from weightgeom.objectives.dpo import DPO
 from weightgeom.probes.spectrum import Spectrum, marchenko_pastur_median, spikes
@@ -20,17 +19,6 @@ from weightgeom.training import Training
 D = 32  # d_model
 KINDS = ("participation_ratio", "effective_rank", "top_share", "spikes", "eigenvalue")
 TRAINING = Training(max_length=48)
-
-
-@pytest.fixture
-def at(model, examples):
-    """A setting between two models."""
-
-    def setting(start, end=None, of=model, objective=None):
-        training = None if objective is None else TRAINING
-        return Setting(of, start, end or start, False, examples, 3, objective, training)
-
-    return setting
 
 
 def built(network_class, config, tokenizer, generator):

@@ -19,7 +19,7 @@ from weightgeom.interfaces import Params, Row, Setting
 from weightgeom.residual import Architecture, ResidualMatrix
 from weightgeom.subspace import Subspace
 from weightgeom.table import row
-from weightgeom.update import update_of
+from weightgeom.update import update_of, zeros
 
 THINGS = ("attention_input", "mlp_input", "prediction", "upstream", "gradient", "delta", "weight")
 OF_INPUTS = {
@@ -202,7 +202,7 @@ class Spaces:
         matrix = self._by_name.get(name)
         if matrix is None:
             return None
-        before = self.start if thing == "delta" else _zeros(matrix, self.params)
+        before = self.start if thing == "delta" else zeros(matrix, self.params)
         return _top(update_of(matrix, self.params, before).gram, self.k)
 
     @cached_property
@@ -252,7 +252,7 @@ class Spaces:
             means = {name: mean.value.cpu() for name, mean in some.gradients.items()}
             for name, matrix in self._by_name.items():
                 if matrix.parameter in means:
-                    gram = update_of(matrix, means, _zeros(matrix, means), written=False).gram
+                    gram = update_of(matrix, means, zeros(matrix, means), written=False).gram
                     found["gradient", name] = _top(gram, self.k)
         return found
 
@@ -321,10 +321,3 @@ def _above_rounding(basis: Float[Tensor, "d k"], gram: Float[Tensor, "d d"]) -> 
     values = (basis * (gram.double() @ basis)).sum(0)
     rank = int((values > ROUNDING * torch.finfo(gram.dtype).eps * values[0]).sum())
     return basis[:, :rank]
-
-
-def _zeros(matrix: ResidualMatrix, params: Params) -> Params:
-    """What to subtract for the matrix itself: zeros that take no memory."""
-    names = [matrix.parameter, *([matrix.norm.parameter] if matrix.norm else [])]
-    found = {name: params[name] for name in names if name in params}
-    return {name: one.new_zeros(()).expand(one.shape) for name, one in found.items()}

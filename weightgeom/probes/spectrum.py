@@ -17,7 +17,7 @@ from weightgeom.moments import activation_moments
 from weightgeom.residual import Architecture, ResidualMatrix
 from weightgeom.table import row
 from weightgeom.tokens import packed
-from weightgeom.update import update_of
+from weightgeom.update import update_of, zeros
 
 Thing = Literal["activation", "upstream", "gradient", "delta", "weight"]
 READER = {"attention_input": "q", "mlp_input": "up"}  # the matrix under which an input's rows are filed
@@ -69,7 +69,7 @@ class Spectrum:
                 if "delta" in self.of:
                     rows += self._matrix("delta", matrix, params, setting.start)
                 if "weight" in self.of:
-                    rows += self._matrix("weight", matrix, params, _zeros(matrix, params))
+                    rows += self._matrix("weight", matrix, params, zeros(matrix, params))
             return rows
 
         return measure
@@ -101,8 +101,8 @@ class Spectrum:
                 if (moment := found.upstream.get(matrix.name)) is not None:
                     yield from self._moment("upstream", moment.value, moment.samples, _place(matrix))
                 if matrix.parameter in means:
-                    zeros = _zeros(matrix, means)
-                    yield from self._matrix("gradient", matrix, means, zeros, n=found.prompts)
+                    nothing = zeros(matrix, means)
+                    yield from self._matrix("gradient", matrix, means, nothing, n=found.prompts)
 
     def _matrix(
         self, thing: Thing, matrix: ResidualMatrix, after: Params, before: Params, n: int | None = None
@@ -188,10 +188,3 @@ def _eigenvalues(moment: Float[Tensor, "d d"], most: int) -> Float[Tensor, " ind
 
 def _place(matrix: ResidualMatrix) -> dict[str, Any]:
     return {"layer": matrix.layer, "matrix": matrix.kind, "role": matrix.role}
-
-
-def _zeros(matrix: ResidualMatrix, params: Params) -> Params:
-    """What to subtract for the matrix itself: zeros that take no memory."""
-    names = [matrix.parameter, *([matrix.norm.parameter] if matrix.norm else [])]
-    found = {name: params[name] for name in names if name in params}
-    return {name: one.new_zeros(()).expand(one.shape) for name, one in found.items()}

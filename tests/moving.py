@@ -1,0 +1,21 @@
+"""New weights from old ones, matrix by matrix."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from weightgeom.interfaces import Params
+from weightgeom.model import LanguageModel
+from weightgeom.residual import ResidualMatrix
+
+
+def matrix(model: LanguageModel, name: str) -> ResidualMatrix:
+    return next(matrix for matrix in model.architecture.matrices if matrix.name == name)
+
+
+def moved(model: LanguageModel, params: Params, deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every named matrix plus its delta."""
+    for name, delta in deltas.items():
+        one = matrix(model, name)
+        params = dict(one.replaced(params, one.of(params) + delta.float()))
+    return dict(params)
