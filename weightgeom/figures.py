@@ -173,7 +173,7 @@ def ratio_by_sharpness(rows: pd.DataFrame, correlations: Mapping[str, tuple[floa
             axis.plot(part["sharpness"], part["ratio"], "o", color="0.75", ms=2.5)
             by_run = part.groupby("run", sort=False)[["sharpness", "ratio"]]
             means, errors = by_run.mean(), 2 * by_run.sem().fillna(0)
-            for run in means.index:
+            for number, run in enumerate(means.index):
                 end = any(name in str(run) for name in ENDS)
                 axis.errorbar(
                     *means.loc[run, ["sharpness", "ratio"]],
@@ -187,12 +187,13 @@ def ratio_by_sharpness(rows: pd.DataFrame, correlations: Mapping[str, tuple[floa
                 axis.annotate(
                     str(run).removeprefix("graded/"),
                     means.loc[run, ["sharpness", "ratio"]],
-                    xytext=(3, 3),
+                    xytext=(3, 3 + 5 * (number % 3)),  # points may coincide
                     textcoords="offset points",
                     fontsize=5.5,
                 )
             _chance(axis)
-            axis.set_xscale("log")
+            if len(part) and part["sharpness"].max() > 10 * part["sharpness"].min():
+                axis.set_xscale("log")
             rank, p = correlations[role]
             axis.set_xlabel(
                 f"participation ratio of the logit gradient (tokens)\n{title}: rank {rank:.2f}, p {p:.2g}"
