@@ -184,6 +184,8 @@ def check_parts(
     """Refuse what does not go together, as far as can be told without the data."""
     check_tracking_uri(tracking_uri)
     architecture = model.check(None if objective is None else training.max_length)
+    if objective is not None:
+        training.lora.check(architecture)
     for probe in probes.values():
         probe.check(architecture)
 

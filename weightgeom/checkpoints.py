@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from weightgeom.adapters import is_adapter
 from weightgeom.interfaces import Log
 from weightgeom.residual import Architecture, ResidualMatrix
 from weightgeom.weights import open_params, opened
@@ -233,9 +234,9 @@ def restored(network: "PreTrainedModel", state: Path | None, architecture: Archi
     """Give `network`, which is mutated, the weights of a state, in whose presence the rest can be resumed.
 
     The library leaves out the weights that have another name on disk (GPT-NeoX: the unembedding), and
-    warns of it; within the context it does not.
+    warns of it; within the context it does not. The library restores all of an adapter by itself.
     """
-    if state is None:
+    if state is None or is_adapter(state):
         yield
         return
     weights = open_params(state, architecture)

@@ -91,7 +91,8 @@ class SequenceTrainer(DPOTrainer):
         log_probs = outputs.log_probs.sum(1)
         reference = torch.zeros_like(log_probs)
         if self.reference:
-            reference = torch.cat(self.compute_ref_log_probs(self.ref_model, rows))
+            # Without a model of its own the reference is the policy, whose adapter TRL switches off here.
+            reference = torch.cat(self.compute_ref_log_probs(self.ref_model or self.model, rows))
         scores = self.beta * (log_probs - reference) if self.reference else log_probs
         scores = scores.unflatten(0, (-1, prompts)).T
         loss = graded_loss(scores, grades.to(scores), self.tau).mean()

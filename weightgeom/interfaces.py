@@ -165,7 +165,10 @@ class Objective(Protocol):
         examples: Examples,
         arguments: Mapping[str, Any],
     ) -> "Trainer":
-        """A trainer for `network`, which its `train` mutates; `arguments` are those of TrainingArguments."""
+        """A trainer for `network`, which its `train` mutates; `arguments` are those of TrainingArguments.
+
+        With a `peft_config` among them an adapter is trained, whose layers `network` then has.
+        """
         ...
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:

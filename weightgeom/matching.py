@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from weightgeom.interfaces import Examples, Log, Params
+from weightgeom.lora import current_weights
 from weightgeom.model import LanguageModel
 from weightgeom.residual import Architecture
 from weightgeom.tokens import responses
@@ -60,7 +61,7 @@ class Measure:
     @torch.no_grad()
     def delta_norm(self) -> float:
         """‖θ − θ_start‖_F over all weights."""
-        weights, device = dict(self.network.named_parameters()), self.network.device
+        weights, device = current_weights(self.network, self.architecture), self.network.device
         start = self._held or open_params(self.start, self.architecture)
         if self.hold and self._held is None:
             start = self._held = {name: start[name].to(device, torch.float32) for name in weights}
@@ -74,7 +75,7 @@ class Measure:
         """Share of held-out pairs whose chosen response is the likelier one; None without pairs."""
         if not self.pairs:
             return None
-        weights = dict(self.network.named_parameters())
+        weights = dict(current_weights(self.network, self.architecture))
         margins = [
             self.model.log_probs(weights, chosen).sum(1) - self.model.log_probs(weights, rejected).sum(1)
             for chosen, rejected in self.pairs

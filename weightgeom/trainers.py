@@ -30,12 +30,16 @@ def supervised(
     examples: Examples,
     arguments: Mapping[str, Any],
 ) -> Any:
-    """An `SFTTrainer` or a kind of it, on documents, packed, or on chosen responses; logs what was cut."""
+    """An `SFTTrainer` or a kind of it, on documents, packed, or on chosen responses; logs what was cut.
+
+    `arguments` are those of `SFTConfig`, and a `peft_config` where an adapter is trained.
+    """
     import datasets  # noqa: PLC0415 (heavy)
     from trl import SFTConfig  # noqa: PLC0415 (heavy)
 
     datasets.disable_progress_bars()
-    length = arguments["max_length"]
+    settings = dict(arguments)
+    adapter, length = settings.pop("peft_config", None), settings["max_length"]
     if on == "text":
         dataset = datasets.Dataset.from_dict({"text": list(examples.text)})
         packing: dict[str, Any] = {"packing": True, "packing_strategy": "wrapped"}
@@ -58,9 +62,10 @@ def supervised(
         packing = {"completion_only_loss": True}
     trainer = kind(
         model=network,
-        args=SFTConfig(**arguments, **packing),
+        args=SFTConfig(**settings, **packing),
         train_dataset=dataset,
         processing_class=tokenizer,
+        peft_config=adapter,
     )
     if on == "text":
         log.info(
@@ -79,15 +84,25 @@ def preference(
 ) -> Any:
     """A `DPOTrainer` or a kind of it, whose reference is a copy of `network` as it is; logs what was cut.
 
-    `arguments` are those of `DPOConfig`.
+    `arguments` are those of `DPOConfig`, and a `peft_config` where an adapter is trained: the reference is
+    then `network` with the adapter off, and nothing is copied.
     """
     import datasets  # noqa: PLC0415 (heavy)
     from trl import DPOConfig  # noqa: PLC0415 (heavy)
 
     datasets.disable_progress_bars()
-    # Rebuilt, not left to TRL: without a reference it loads one again by name and without revision.
-    reference = type(network)(network.config).to(network.device, network.dtype)  # pyright: ignore[reportArgumentType]
-    reference.load_state_dict(network.state_dict())
+    settings = dict(arguments)
+    adapter = settings.pop("peft_config", None)
+    if adapter is not None and adapter.lora_dropout and settings.get("disable_dropout", True):
+        raise ValueError(
+            f"training.lora.dropout is {adapter.lora_dropout:g}, and TRL trains on preferences without"
+            " dropout: set it to 0"
+        )
+    reference = None
+    if adapter is None:
+        # Rebuilt, not left to TRL: without a reference it loads one again by name and without revision.
+        reference = type(network)(network.config).to(network.device, network.dtype)  # pyright: ignore[reportArgumentType]
+        reference.load_state_dict(network.state_dict())
     rendered = [render(pair, tokenizer) for pair in examples.pairs]
     dataset = datasets.Dataset.from_dict(
         {name: [getattr(pair, name) for pair in rendered] for name in ("prompt", "chosen", "rejected")}
@@ -95,9 +110,10 @@ def preference(
     trainer = kind(
         model=network,
         ref_model=reference,
-        args=DPOConfig(**arguments),
+        args=DPOConfig(**settings),
         train_dataset=dataset,
         processing_class=tokenizer,
+        peft_config=adapter,
     )
     kept, length = trainer.train_dataset, arguments["max_length"]
     assert isinstance(kept, datasets.Dataset)

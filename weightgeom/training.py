@@ -11,6 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from weightgeom.interfaces import Examples, Log, Objective, Trajectory
+from weightgeom.lora import Lora
 from weightgeom.model import check_length
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class Training:
     (padding left out), the `delta_norm` ‖θ_t − θ_0‖_F over all weights, or the `accuracy` of preference on
     held-out pairs. The training stops when that reaches `target`, after `steps` at the latest; a `schedule`
     falls as if there were no target. With `save_every` a training that was interrupted goes on from the
-    last of its `keep` newest states, bit for bit on the CPU.
+    last of its `keep` newest states, bit for bit on the CPU. With a rank in `lora` the weights are frozen,
+    an adapter is trained on them, and checkpoints are adapters as PEFT saves them.
     """
 
     steps: int = Field(default=64, ge=1)
@@ -51,6 +53,7 @@ class Training:
     match: Literal["steps", "tokens", "delta_norm", "accuracy"] = "steps"
     target: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # of `match`, but for steps
     match_every: int = Field(default=5, ge=1)  # steps between two measurements of the accuracy
+    lora: Lora = Field(default_factory=Lora)
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
@@ -62,6 +65,10 @@ class Training:
             raise ValueError(
                 f"save_every {self.save_every} is not a multiple of log_every {self.log_every}: a resumed"
                 " training would log means over fewer steps"
+            )
+        if self.lora.r is not None and self.log_gradients:
+            raise ValueError(
+                "log_gradients takes the gradients of whole matrices, which lora.r freezes: leave one out"
             )
 
     def check(self, examples: Examples) -> None:
@@ -122,14 +129,15 @@ def fit(
     """Train `network`, which is mutated, and leave its checkpoints in `directory`.
 
     `start` is a checkpoint that already holds step 0; without one the random start is saved too.
-    Every checkpoint is an ordinary transformers directory with its tokenizer; `matching.json` says what
-    the training came to. An interrupted training is resumed by the same call, `network` being the start
-    as before; what `directory` holds beyond the step that it resumes from is deleted.
+    Every checkpoint is an ordinary transformers directory with its tokenizer, or an adapter of `start`;
+    `matching.json` says what the training came to. An interrupted training is resumed by the same call,
+    `network` being the start as before; what `directory` holds beyond the step that it resumes from is
+    deleted.
 
     Raises:
         FloatingPointError: when the loss or a weight is no longer finite; the good checkpoints stay.
         ValueError: if sequences of `max_length` do not fit the model, nothing is left to train on, the
-            data lack what the match needs, or the objective cannot be resumed.
+            data lack what the match needs, the objective cannot be resumed, or an adapter has no start.
         RuntimeError: if the first loss is not what the objective knows it must be.
     """
     from transformers.trainer_callback import PrinterCallback  # noqa: PLC0415 (heavy)
@@ -141,14 +149,20 @@ def fit(
 
     disable_progress_bar()  # the one of the run is enough
     training.check(examples)
+    if training.lora.r is not None and start is None:
+        raise ValueError("lora.r trains an adapter of a base, and a random start is none: leave lora.r out")
     check_length(training.max_length, getattr(network.config, "max_position_embeddings", None))
     saved = [step for step in training.save_steps() if step or start is None]
     state = None if training.save_every is None else resumable(directory, saved)
     discard(directory, state)
-    trainer = objective.trainer(network, tokenizer, examples, training.arguments(directory, seed, device))
+    architecture = architecture_of(network.config)
+    arguments = training.arguments(directory, seed, device)
+    if training.lora.r is not None:
+        arguments["peft_config"] = training.lora.config(architecture)
+    with outdated_name_allowed():
+        trainer = objective.trainer(network, tokenizer, examples, arguments)
     if training.save_every is not None and getattr(trainer.args, "sync_ref_model", False):
         raise ValueError("save_every cannot restore a reference that moves (sync_ref_model): leave one out")
-    architecture = architecture_of(network.config)
     measure = Measure(
         network,
         tokenizer,
@@ -183,7 +197,7 @@ def fit(
 
 @contextmanager
 def outdated_name_allowed() -> Iterator[None]:
-    """Within it there is no warning that TRL asks transformers by a name that is on its way out."""
+    """Within it there is no warning that TRL and PEFT ask transformers by a name on its way out."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
