@@ -67,8 +67,8 @@ def test_it_is_logged_with_the_loss_and_changes_no_training(objective, tmp_path)
         network.config.hidden_dropout = network.config.attention_dropout = 0.1
         trainer = objective.trainer(type(network)(network.config), tokenizer, examples, arguments)
         trainer.model.load_state_dict(network.state_dict())
-        if measured:
-            trainer.add_callback(Sharpness(trainer, objective.scored))
+        if not measured:
+            assert trainer.pop_callback(Sharpness) is not None
         with outdated_name_allowed():
             trainer.train()
         assert trainer.model.training
