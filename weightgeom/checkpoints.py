@@ -44,6 +44,7 @@ CURVES = (
     "rewards/margins",
     "logps/chosen",
     "logps/rejected",
+    "kl",
     "participation_ratio",
     "target_energy",
 )

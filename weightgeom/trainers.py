@@ -93,16 +93,7 @@ def preference(
     datasets.disable_progress_bars()
     settings = dict(arguments)
     adapter = settings.pop("peft_config", None)
-    if adapter is not None and adapter.lora_dropout and settings.get("disable_dropout", True):
-        raise ValueError(
-            f"training.lora.dropout is {adapter.lora_dropout:g}, and TRL trains on preferences without"
-            " dropout: set it to 0"
-        )
-    reference = None
-    if adapter is None:
-        # Rebuilt, not left to TRL: without a reference it loads one again by name and without revision.
-        reference = type(network)(network.config).to(network.device, network.dtype)  # pyright: ignore[reportArgumentType]
-        reference.load_state_dict(network.state_dict())
+    reference = _reference(network, adapter, settings)
     rendered = [render(pair, tokenizer) for pair in examples.pairs]
     dataset = datasets.Dataset.from_dict(
         {name: [getattr(pair, name) for pair in rendered] for name in ("prompt", "chosen", "rejected")}
@@ -129,3 +120,75 @@ def preference(
         *(len(dataset), len(dataset) - len(kept), length, cut, length),
     )
     return trainer
+
+
+def unpaired(
+    kind: Callable[..., Any],
+    network: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: Examples,
+    arguments: Mapping[str, Any],
+) -> Any:
+    """A `KTOTrainer` on the responses of the pairs one by one, the chosen desirable; logs what was cut.
+
+    `arguments` are those of `KTOConfig`, and a `peft_config`, as for `preference`, as is the reference.
+    """
+    import datasets  # noqa: PLC0415 (heavy)
+    from trl import KTOConfig  # noqa: PLC0415 (heavy)
+
+    datasets.disable_progress_bars()
+    settings = dict(arguments)
+    adapter, length = settings.pop("peft_config", None), settings["max_length"]
+    size = settings["per_device_train_batch_size"]
+    if size < 2:
+        raise ValueError(
+            "objective=kto estimates a KL divergence by the other responses of a batch: training.batch_size"
+            f" must be 2 or more, got {size}"
+        )
+    reference = _reference(network, adapter, settings)
+    rendered = [render(pair, tokenizer) for pair in examples.pairs]
+    dataset = datasets.Dataset.from_dict(
+        {
+            "prompt": [pair.prompt for pair in rendered] * 2,
+            "completion": [pair.chosen for pair in rendered] + [pair.rejected for pair in rendered],
+            "label": [True] * len(rendered) + [False] * len(rendered),
+        }
+    )
+    trainer = kind(
+        model=network,
+        ref_model=reference,
+        args=KTOConfig(**settings),
+        # TRL takes the examples in this order, and of a batch each with the response before it.
+        train_dataset=dataset.shuffle(seed=settings["seed"]),
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+    kept = trainer.train_dataset
+    if not len(kept):
+        raise ValueError(f"every prompt is {length} tokens or longer: raise training.max_length")
+    cut = sum(
+        len(prompt) + len(response) > length
+        for prompt, response in zip(kept["prompt_ids"], kept["completion_ids"], strict=True)
+    )
+    log.info(
+        "%d responses: %d dropped (prompt of %d tokens or more), %d cut at %d tokens",
+        *(len(dataset), len(dataset) - len(kept), length, cut, length),
+    )
+    return trainer
+
+
+def _reference(
+    network: "PreTrainedModel", adapter: Any, settings: Mapping[str, Any]
+) -> "PreTrainedModel | None":
+    """A copy of `network`; None with an adapter, which TRL turns off to have the reference."""
+    if adapter is None:
+        # Rebuilt, not left to TRL: without a reference it loads one again by name and without revision.
+        reference = type(network)(network.config).to(network.device, network.dtype)  # pyright: ignore[reportArgumentType]
+        reference.load_state_dict(network.state_dict())
+        return reference
+    if adapter.lora_dropout and settings.get("disable_dropout", True):
+        raise ValueError(
+            f"training.lora.dropout is {adapter.lora_dropout:g}, and TRL trains on preferences without"
+            " dropout: set it to 0"
+        )
+    return None

@@ -1,0 +1,78 @@
+"""Kahneman-Tversky optimization, on responses that are good or bad each by itself, by TRL's `KTOTrainer`."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from weightgeom.interfaces import Examples, Scored
+from weightgeom.trainers import unpaired
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+
+@dataclass(frozen=True)
+class KTO:
+    """The weight of a response times 1 - sigmoid(±beta (its log-ratio - z)), + if it is desirable, - if not.
+
+    The chosen response of a pair is desirable, the rejected one is not, and nothing links the two. Ratios
+    are against the policy at the start; z ≥ 0 estimates the KL divergence from it, by the responses of
+    the batch behind one another's prompts, without a gradient. The loss is dimensionless.
+    Source: arXiv:2402.01306, eq. 7 and 8.
+    """
+
+    beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    desirable_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    undesirable_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+
+    @property
+    def first_loss(self) -> float | None:
+        """Half the weight, where there is one for both kinds: all ratios and z are still 0."""
+        return self.desirable_weight / 2 if self.desirable_weight == self.undesirable_weight else None
+
+    def check(self, examples: Examples) -> None:
+        """Raise ValueError if the data have no pairs."""
+        if not examples.pairs:
+            raise ValueError(
+                f"objective=kto needs preference pairs, and {examples.name} has none:"
+                " use data=preferences or data=world"
+            )
+
+    def trainer(
+        self,
+        network: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        examples: Examples,
+        arguments: Mapping[str, Any],
+    ) -> "Trainer":
+        """A `KTOTrainer` whose reference is a copy of `network` as it is; says in the log what was cut."""
+        from trl import KTOTrainer  # noqa: PLC0415 (heavy)
+
+        from weightgeom.sharpness import Sharpness  # noqa: PLC0415 (heavy)
+
+        own = {
+            "beta": self.beta,
+            "desirable_weight": self.desirable_weight,
+            "undesirable_weight": self.undesirable_weight,
+        }
+        trainer = unpaired(KTOTrainer, network, tokenizer, examples, {**arguments, **own})
+        trainer.add_callback(Sharpness(trainer, self.scored))
+        return trainer
+
+    def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
+        """The tokens of the responses, each a term with a prompt of its own."""
+        responses = len(inputs["label"])
+        return Scored(inputs["completion_mask"].bool(), list(range(responses)), [1] * responses)
+
+    def total_loss(self, trainer: "Trainer", inputs: dict[str, Any]) -> Tensor:
+        """The loss summed over the responses of a batch, whose z it depends on besides.
+
+        It adds up over batches where z is 0, as at the start.
+        """
+        assert trainer.model is not None
+        loss = trainer.compute_loss(trainer.model, inputs)
+        assert isinstance(loss, Tensor)
+        return loss * len(inputs["label"])
