@@ -64,6 +64,23 @@ def token_log_probs(
     return TokenLogProbs.apply(hidden, head.weight, head.bias, targets, cap)  # pyright: ignore
 
 
+def logits_of(
+    network: "PreTrainedModel", hidden: Float[Tensor, "token d"]
+) -> Float[Tensor, "token vocabulary"]:
+    """The logits that the final hidden states lead to, as the network's own forward pass makes them.
+
+    Raises:
+        NotImplementedError: if the network scales its logits, which no architecture with a map does.
+    """
+    if scaled := [name for name in SCALES if getattr(network.config, name, None) not in (None, 1, 1.0)]:
+        raise NotImplementedError(f"the network scales its logits by {scaled[0]}: add that to logits_of")
+    head = network.get_output_embeddings()
+    assert head is not None
+    logits = head(hidden)
+    cap = getattr(network.config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
 def slice_head(trainer: "Trainer", network: "PreTrainedModel") -> None:
     """Let a TRL trainer take the log-probabilities of its frozen `network` from here; mutates `network`.
 

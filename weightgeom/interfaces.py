@@ -35,10 +35,19 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A prompt with the one answer that is right."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
 class Examples:
     """What a data set holds, read and checked: documents and preference pairs, each with a held-out part.
 
-    A part that the data set does not have is empty. `digest` is a SHA-256 over all the contents.
+    `questions` ask for what the documents tell. A part that the data set does not have is empty. `digest`
+    is a SHA-256 over documents and pairs.
     """
 
     name: str
@@ -47,6 +56,7 @@ class Examples:
     pairs: Sequence[Pair]
     heldout_pairs: Sequence[Pair]
     digest: str
+    questions: Sequence[Question] = ()
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,8 @@ class Base:
 class Setting:
     """What a probe is given once per trajectory: where it starts and ends, the examples, and the objective.
 
-    `objective` is that of the trajectory, None where it is not known, and `training` how it trains.
+    `objective` is that of the trajectory, None where it is not known, and `training` how it trains; `last`
+    is the step of its end.
     """
 
     model: "LanguageModel"
@@ -90,6 +101,7 @@ class Setting:
     seed: int
     objective: "Objective | None" = None
     training: "Training | None" = None
+    last: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,4 +205,24 @@ class Probe(Protocol):
 
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement, with all that is common to the checkpoints of a trajectory done once."""
+        ...
+
+
+@runtime_checkable
+class Intervention(Protocol):
+    """Edits of one model's weights, each tried against its matched controls."""
+
+    headline: ClassVar[str]
+    """The effect that stands for a matrix in curves and summaries."""
+
+    def check(self, architecture: "Architecture") -> None:
+        """Raise ValueError if the model does not allow what is asked for, or the controls are too few."""
+        ...
+
+    def arms(self, architecture: "Architecture") -> int:
+        """How many edited models are measured."""
+        ...
+
+    def rows(self, setting: Setting, log: Log) -> list[Row]:
+        """What every arm did; `log` is told how many are done."""
         ...

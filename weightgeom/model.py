@@ -42,23 +42,23 @@ class LanguageModel:
         """
         return open_checkpoint(directory, self.architecture, base)
 
-    def hold(self, params: Params) -> dict[str, Tensor]:
-        """The weights in memory, in fp32 on the model's device, as `logits` wants them for many batches."""
+    def hold(self, params: Params, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """The weights in memory, on the model's device, as `logits` wants them for many batches."""
         names = {name for name, _ in self.network.named_parameters()}
-        return {name: params[name].to(self.device, torch.float32) for name in params if name in names}
+        return {name: params[name].to(self.device, dtype) for name in params if name in names}
 
     @property
     def size(self) -> int:
         """The bytes of its weights in fp32."""
         return 4 * sum(parameter.numel() for parameter in self.network.parameters())
 
-    def with_weights(self, params: Params) -> "PreTrainedModel":
+    def with_weights(self, params: Params, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
         """A network of its own that has `params` for weights, for what patches or trains a network.
 
-        Weights that are in memory, in fp32 and on the device, are shared and not copied.
+        Weights that are in memory, in this `dtype` and on the device, are shared and not copied.
         """
         network = _without_weights(self.network.config, self.device)
-        network.load_state_dict(self.hold(params), strict=False, assign=True)
+        network.load_state_dict(self.hold(params, dtype), strict=False, assign=True)
         network.tie_weights()
         return network
 

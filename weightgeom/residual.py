@@ -120,11 +120,12 @@ class ResidualMatrix:
 class Site:
     """A place where activations are taken: the input of `module`, a dotted path in the network.
 
-    At `attention_input` it is what q, k and v read, at `mlp_input` what gate and up read.
+    At `attention_input` it is what q, k and v read, at `mlp_input` what gate and up read; `attention_output`
+    and `mlp_hidden`, which are no places of the residual stream, are what o and down take in.
     """
 
     layer: int
-    name: Literal["attention_input", "mlp_input"]
+    name: Literal["attention_input", "mlp_input", "attention_output", "mlp_hidden"]
     module: str
 
 

@@ -116,6 +116,15 @@ def _row_norm_deviations(d: int, k: int, draws: int, seed: int) -> Float[Tensor,
     return deviations
 
 
+def rank_p_value(treatment: Float[Tensor, ""], controls: Float[Tensor, " n"]) -> float:
+    """One-sided p-value of `treatment` exceeding exchangeable `controls`.
+
+    p = (1 + #{controls ≥ treatment}) / (1 + n), valid for every n and never 0.
+    Source: Phipson & Smyth (2010), Stat. Appl. Genet. Mol. Biol. 9:39.
+    """
+    return _sampled_p_value(int((controls >= treatment).sum()), len(controls))[0]
+
+
 def _sampled_p_value(exceeding: int, draws: int) -> tuple[float, float]:
     p = (1 + exceeding) / (1 + draws)
     return p, sqrt(p * (1 - p) / draws)

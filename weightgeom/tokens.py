@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from weightgeom.conversation import render
-from weightgeom.interfaces import Pair
+from weightgeom.interfaces import Pair, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,6 +76,21 @@ def responses(
         chosen = [((prompt + one)[:length], len(prompt)) for prompt, one, _ in part]
         rejected = [((prompt + other)[:length], len(prompt)) for prompt, _, other in part]
         yield _batch(chosen, tokenizer), _batch(rejected, tokenizer)
+
+
+def answers(
+    questions: Sequence[Question], tokenizer: "PreTrainedTokenizerBase", size: int = 64
+) -> Iterator[Batch]:
+    """Questions, each with its answer behind it, whose tokens are the targets; `size` at a time."""
+    for part in _parts(questions, size):
+        sequences = []
+        for question in part:
+            prompt, whole = (
+                list(tokenizer(text)["input_ids"])
+                for text in (question.prompt, question.prompt + question.answer)
+            )
+            sequences.append((whole, _common(prompt, whole)))
+        yield _batch(sequences, tokenizer)
 
 
 def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int], list[int]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from weightgeom.interfaces import Examples, Pair
+from weightgeom.interfaces import Examples, Pair, Question
 from weightgeom.reading import fingerprint
 
 if TYPE_CHECKING:
@@ -121,7 +121,16 @@ class World:
             pairs=pairs[self.heldout :],
             heldout_pairs=pairs[: self.heldout],
             digest=fingerprint(text, heldout, pairs),
+            questions=self._questions(facts),
         )
+
+    def _questions(self, facts: Facts) -> list[Question]:
+        """Every fact as a statement to complete, those of the most frequent entities first."""
+        frames = {relation: RELATIONS[relation][2][1].removesuffix("{v}").strip() for relation in RELATIONS}
+        return [
+            Question(frames[relation].format(e=entity), f" {value}")
+            for (entity, relation), value in facts.items()
+        ]
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """The world's word-level tokenizer: one token a word, held-out entities included."""

@@ -1,0 +1,296 @@
+"""Closed-form rank-1 edits along a named direction, against directions that differ in nothing else."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass as plain_dataclass
+from math import sqrt
+from typing import ClassVar, Literal
+
+from jaxtyping import Float
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from weightgeom.directions import Control, Directions, check_direction, haar, signed, unit
+from weightgeom.edits import RankOne, change_norm
+from weightgeom.effects import Effects, Evaluation
+from weightgeom.frames import Place, check_dimensions, dimensions, place_of
+from weightgeom.interfaces import Log, Params, Row, Setting
+from weightgeom.moments import Moment, activation_moments
+from weightgeom.residual import Architecture, Kind, ResidualMatrix, Site
+from weightgeom.subspace import Subspace, prediction_moment
+from weightgeom.tokens import packed
+from weightgeom.trials import Arm, Trial, check_controls, measured, with_q_values
+from weightgeom.weights import difference
+
+OWN_INPUTS: dict[Kind, Literal["attention_output", "mlp_hidden"]] = {
+    "o": "attention_output",
+    "down": "mlp_hidden",
+}
+
+
+@dataclass(frozen=True)
+class Rank1:
+    """W' = W + α u vᵀ: one side along a direction of the residual stream, the other shared by all arms.
+
+    The residual side is v for a matrix that reads and u for one that writes. The other side is, by `shared`,
+    Haar-random or the partner of the direction in the top singular pair of G or of the update; for a
+    matrix that writes, `input` is the top direction of its own input. `auto` is random for reads, input for
+    writes. A direction that is one side of a singular pair brings its other side with it. `match` says what a
+    control shares with the treatment: `frobenius` ‖dW‖_F, and so α; `output` E‖dW a‖² = α² vᵀ C v on
+    held-out text. Where a norm follows the matrix, the direction is that of what reaches the stream.
+
+    Quantities: those of `weightgeom.trials.measured`. Source: arXiv:2605.16600; the choice of the shared
+    side, of the controls and of their numbers is ours.
+    """
+
+    headline: ClassVar[str] = "kl_from_unedited"
+
+    matrices: list[Kind] = Field(default_factory=lambda: ["k", "o"], min_length=1)
+    layers: list[int] | None = None
+    at: Literal["auto", "start", "end"] = "auto"
+    direction: str = "auto"
+    shared: Literal["auto", "random", "input", "gradient", "delta"] = "auto"
+    behaviour: Literal["heldout_ce", "preference_margin"] = "heldout_ce"
+    strengths: list[float] = Field(default_factory=lambda: [0.03, 0.1, 0.3], min_length=1)
+    relative: bool = True
+    match: Literal["frobenius", "output"] = "frobenius"
+    controls: dict[Control, int] = Field(
+        default_factory=lambda: {"random": 39, "bottom": 1, "orthogonal": 9, "within": 9, "layer": 1}
+    )
+    level: float = Field(default=0.05, gt=0, lt=1)
+    k: int | None = None
+    tokens: int = Field(default=8192, ge=2)
+    length: int = Field(default=96, ge=2)
+    effects: Effects = Field(default_factory=Effects)
+
+    def __post_init__(self) -> None:
+        """Refuse strengths and numbers that mean nothing."""
+        if bad := [one for one in self.strengths if not (one > 0 and one < float("inf"))]:
+            raise ValueError(f"strengths must be positive and finite, got {bad[0]}")
+        if negative := [kind for kind, number in self.controls.items() if number < 0]:
+            raise ValueError(f"controls.{negative[0]} must be 0 or more, got {self.controls[negative[0]]}")
+
+    def check(self, architecture: Architecture) -> None:
+        """Refuse what the model does not have, and controls that are too few for `level`."""
+        check_controls(self.controls.get("random", 0), self.level)
+        check_dimensions(self.k, architecture.d_model, "intervention.rank1.k")
+        for matrix in chosen(architecture, self.matrices, self.layers):
+            name = self._direction(matrix)
+            check_direction(name, matrix, architecture.d_model)
+            if self.shared == "input" and matrix.role == "read":
+                raise ValueError(
+                    f"shared=input is the input's side, which for {matrix.name} is what is varied"
+                )
+        others = architecture.n_layers - 1
+        if self.controls.get("layer", 0) > others:
+            raise ValueError(
+                f"controls.layer is {self.controls['layer']}, and there are {others} other layers"
+            )
+        if self.controls.get("bottom", 0) > architecture.d_model:
+            raise ValueError(f"controls.bottom is at most {architecture.d_model}, the width of the stream")
+        k = dimensions(self.k, architecture.d_model)[0]
+        if k == architecture.d_model and self.controls.get("orthogonal"):
+            raise ValueError(f"nothing is orthogonal to a subspace of k={k}, the whole stream: lower k")
+        if self.match == "output" and self.tokens < architecture.d_model:
+            raise ValueError(
+                f"match=output needs the inputs' covariance, which is singular on {self.tokens} tokens for a"
+                f" stream {architecture.d_model} wide: raise intervention.rank1.tokens"
+            )
+
+    def arms(self, architecture: Architecture) -> int:
+        """Treatments and controls, over matrices and strengths."""
+        each = [
+            1 + sum(self.controls.values()) - (0 if self._varies(matrix) else self.controls.get("layer", 0))
+            for matrix in chosen(architecture, self.matrices, self.layers)
+        ]
+        return len(self.strengths) * sum(each)
+
+    def rows(self, setting: Setting, log: Log) -> list[Row]:
+        """What every arm does to the model `at` the start or the end of the trajectory."""
+        at_end = self.at == "end" or (self.at == "auto" and setting.from_random)
+        evaluation = Evaluation(
+            setting.model, setting.end if at_end else setting.start, setting.examples, self.effects
+        )
+        rows = list(measured(self.trials(setting, evaluation), evaluation, setting.seed, log))
+        return [{"step": setting.last if at_end else 0, **one} for one in with_q_values(rows)]
+
+    def trials(self, setting: Setting, evaluation: Evaluation) -> Iterator[Trial]:
+        """Every matrix and strength, with the treatment and all of its controls; layer by layer."""
+        architecture = setting.model.architecture
+        matrices = chosen(architecture, self.matrices, self.layers)
+        gradients = evaluation.gradients({matrix.parameter for matrix in matrices})
+        k = dimensions(self.k, architecture.d_model)[0]
+        moments = self._moments(setting, evaluation.params, matrices)
+        axes: dict[Place, Subspace] = {
+            (site.name, site.layer): _axes(moment.value)
+            for site, moment in moments.items()
+            if site.name in ("attention_input", "mlp_input")
+        }
+        gain = architecture.final_norm.gain(evaluation.params)
+        axes["prediction", None] = _axes(prediction_moment(architecture.unembedding(evaluation.params), gain))
+        directions = Directions(axes, k, setting.seed)
+        inputs = {(site.name, site.layer): moment.value.double().cpu() for site, moment in moments.items()}
+        sides = _Sides(self, setting, evaluation.params, gradients, directions, inputs)
+        for matrix in matrices:
+            for strength in self.strengths:
+                yield sides.trial(matrix, strength)
+
+    def _direction(self, matrix: ResidualMatrix) -> str:
+        if self.direction != "auto":
+            return self.direction
+        return "activation" if matrix.role == "read" else "prediction"
+
+    def _varies(self, matrix: ResidualMatrix) -> bool:
+        """Whether the direction is another one in every layer."""
+        return self._direction(matrix) in ("activation", "gradient", "delta")
+
+    def _moments(
+        self, setting: Setting, params: Params, matrices: list[ResidualMatrix]
+    ) -> dict[Site, Moment]:
+        """Second moments of every block's input, and of the own inputs of the matrices that write."""
+        model = setting.model
+        own = [Site(one.layer, OWN_INPUTS[one.kind], one.module) for one in matrices if one.role == "write"]
+        batches = packed(setting.examples.heldout, model.tokenizer, self.length, self.tokens)
+        sites = (*model.architecture.sites, *own)
+        return dict(activation_moments(model, params, batches, sites))
+
+
+@plain_dataclass(frozen=True, eq=False)
+class _Sides:
+    """What an edit's two sides are made of."""
+
+    asked: Rank1
+    setting: Setting
+    params: Params
+    gradients: Mapping[str, Params]
+    directions: Directions
+    inputs: Mapping[tuple[str, int], Float[Tensor, "d_in d_in"]]
+
+    def trial(self, matrix: ResidualMatrix, strength: float) -> Trial:
+        """The treatment at one strength and all its controls."""
+        name = self.asked._direction(matrix)
+        residual, partner = self._named(name, matrix)
+        other = self._shared(matrix) if partner is None else partner
+        alpha = strength * (float(matrix.of(self.params).double().norm()) if self.asked.relative else 1.0)
+        treatment = self._arm(name if name in _KINDS else "file", matrix, residual, other, alpha)
+        controls = [
+            self._arm(kind, matrix, vector, other, alpha, draw, treatment)
+            for kind, number in self.asked.controls.items()
+            for draw, vector in enumerate(self._controls(kind, number, matrix, name))
+        ]
+        subspace, _ = place_of(matrix)
+        place = {
+            "layer": matrix.layer,
+            "matrix": matrix.kind,
+            "role": matrix.role,
+            "subspace": subspace,
+            "k": self.directions.k,
+        }
+        return Trial(place, f"{strength:g}", treatment, controls)
+
+    def _controls(
+        self, kind: Control, number: int, matrix: ResidualMatrix, name: str
+    ) -> Iterator[Float[Tensor, " d_model"]]:
+        if kind != "layer":
+            yield from (self.directions.control(kind, matrix, draw) for draw in range(number))
+        elif self.asked._varies(matrix):
+            others = [
+                one
+                for one in self.setting.model.architecture.matrices
+                if one.kind == matrix.kind and one.layer != matrix.layer
+            ]
+            nearest = sorted(others, key=lambda one: abs(one.layer - matrix.layer))[:number]
+            yield from (self._named(name, one)[0] for one in nearest)
+
+    def _named(self, name: str, matrix: ResidualMatrix) -> tuple[Float[Tensor, " d_model"], Tensor | None]:
+        return self.directions.named(
+            name,
+            matrix,
+            self.gradients.get(self.asked.behaviour, {}),
+            difference(self.setting.end, self.setting.start),
+        )
+
+    def _shared(self, matrix: ResidualMatrix) -> Tensor:
+        """The side that is no residual stream: what is read goes out along it, or what is written came in."""
+        wanted = self.asked.shared
+        if wanted == "auto":
+            wanted = "random" if matrix.role == "read" else "input"
+        if wanted == "input":
+            return _axes(self.inputs[OWN_INPUTS[matrix.kind], matrix.layer], 1).basis[:, 0]
+        if wanted == "random":
+            shape = matrix.of(self.params).shape
+            return haar(shape[0 if matrix.role == "read" else 1], f"{self.setting.seed} {matrix.name} shared")
+        partner = self._named(wanted, matrix)[1]
+        assert partner is not None
+        return partner
+
+    def _arm(
+        self,
+        kind: str,
+        matrix: ResidualMatrix,
+        residual: Float[Tensor, " d_model"],
+        other: Tensor,
+        alpha: float,
+        draw: int = 0,
+        treatment: Arm | None = None,
+    ) -> Arm:
+        if matrix.role == "read":
+            u, v = other, residual
+        else:
+            gain = 1.0 if matrix.norm is None else matrix.norm.gain(self.params).double().cpu()
+            u, v = unit(residual / gain, f"the direction {kind} before the norm behind {matrix.name}"), other
+        energy = self._energy(matrix, v)
+        if treatment is not None and self.asked.match == "output":
+            alpha = sqrt(treatment.sizes["output energy"] / energy)
+        edit = RankOne(matrix, alpha, u, v)
+        return Arm(
+            kind,
+            edit,
+            {
+                "frobenius norm": change_norm(edit, self.params, [matrix]),
+                "output energy": alpha**2 * energy,
+            },
+            "frobenius norm" if self.asked.match == "frobenius" else "output energy",
+            draw,
+            {effect: edit.first_order(one) for effect, one in self.gradients.items()},
+        )
+
+    def _energy(self, matrix: ResidualMatrix, v: Float[Tensor, " d_in"]) -> float:
+        """vᵀ C v, what an edit of α = 1 puts out on held-out text."""
+        place = place_of(matrix) if matrix.role == "read" else (OWN_INPUTS[matrix.kind], matrix.layer)
+        moment = self.inputs[place]  # pyright: ignore[reportArgumentType]
+        energy = float(v @ moment @ v)
+        if self.asked.match == "output" and not energy > 1e-6 * float(moment.diagonal().max()):
+            raise ValueError(
+                f"match=output: the covariance of what {matrix.name} takes in is singular along a direction"
+                f" of the trial (energy {energy:.3g}), which no strength makes up for: leave that control"
+                " out, raise intervention.rank1.tokens, or take match=frobenius"
+            )
+        return energy
+
+
+_KINDS = ("activation", "prediction", "gradient", "delta", "random")
+
+
+def chosen(architecture: Architecture, kinds: list[Kind], layers: list[int] | None) -> list[ResidualMatrix]:
+    """The matrices of these kinds in these layers, layer by layer.
+
+    Raises:
+        ValueError: for a layer or a kind that the model does not have.
+    """
+    if bad := [layer for layer in layers or () if not 0 <= layer < architecture.n_layers]:
+        raise ValueError(f"there is no layer {bad[0]}: the model has layers 0 to {architecture.n_layers - 1}")
+    known = {matrix.kind for matrix in architecture.matrices}
+    if absent := [kind for kind in kinds if kind not in known]:
+        raise ValueError(f"the model has no matrix {absent[0]}; it has {', '.join(sorted(known))}")
+    found = [
+        matrix
+        for matrix in architecture.matrices
+        if matrix.kind in kinds and (layers is None or matrix.layer in layers)
+    ]
+    return sorted(found, key=lambda matrix: matrix.layer)
+
+
+def _axes(moment: Float[Tensor, "d d"], k: int | None = None) -> Subspace:
+    """The principal directions of a second moment, the first `k` or all, with their signs made definite."""
+    return Subspace(signed(Subspace.top(moment.cpu(), len(moment) if k is None else k).basis))
