@@ -32,14 +32,17 @@ def parts(config: DictConfig) -> dict[str, Any]:
             raise ValueError(f"{key} must be {KINDS[kind]}, got {plain.get(key)!r}")
     if not 0 <= plain["seed"] < 2**32:  # what NumPy takes
         raise ValueError(f"seed must be 0 to {2**32 - 1}, got {plain['seed']}")
-    for key in ("objective", "probe"):
+    for key in ("objective", "probe", "intervention"):
         if not isinstance(plain.get(key), dict):
             raise ValueError(f"{key} must be one of the choices in conf/{key}, got {plain.get(key)!r}")
 
     return {
         **{key: build(key, plain.get(key)) for key in ("model", "data", "training")},
         "objective": build("objective", plain["objective"]) if plain["objective"].get("_target_") else None,
-        "probes": {key: build(f"probe.{key}", choice) for key, choice in plain["probe"].items()},
+        **{
+            f"{group}s": {key: build(f"{group}.{key}", choice) for key, choice in plain[group].items()}
+            for group in ("probe", "intervention")
+        },
         "device": device(plain.get("device")),
         **{key: plain[key] for key in ("name", "seed", "tracking_uri", "tags")},
     }
@@ -141,7 +144,8 @@ def check(config: DictConfig) -> None:
     made = parts(config)
     from runners.experiment import check_parts  # noqa: PLC0415 (heavy)
 
-    check_parts(*(made[key] for key in ("model", "objective", "training", "probes", "tracking_uri")))
+    keys = ("model", "objective", "training", "probes", "interventions", "tracking_uri")
+    check_parts(*(made[key] for key in keys))
 
 
 register(check)

@@ -10,6 +10,7 @@ from pathlib import Path
 from time import time_ns
 from typing import TYPE_CHECKING, Any, TextIO
 
+from runners.comparisons import log_effects
 from runners.fingerprint import code_behind, libraries, package
 from runners.processes import terminations_as_exceptions
 from runners.provenance import environment, provenance, uncommitted_diff
@@ -22,6 +23,7 @@ from weightgeom.interfaces import (
     Base,
     Data,
     Examples,
+    Intervention,
     Log,
     Model,
     Objective,
@@ -59,6 +61,7 @@ class Experiment:
     objective: Objective | None
     training: Training
     probes: Mapping[str, Probe]
+    interventions: Mapping[str, Intervention]
     params: Mapping[str, object]
     tags: Mapping[str, object]
     config: str  # the resolved configuration, in YAML
@@ -77,17 +80,20 @@ class Experiment:
                     table.to_parquet(record.artifact(f"tables/{name}.parquet"))
                     table.to_csv(record.artifact(f"tables/{name}.csv"), index=False)
                 draw(tables, record)
-        print_summary(tables, record.directory, uri)
+        effects = {name: intervention.headline for name, intervention in self.interventions.items()}
+        print_summary(tables, effects, record.directory, uri)
         return tables
 
     def check(self) -> Examples:
         """Refuse everything that cannot work before anything expensive starts; read the data."""
-        check_parts(self.model, self.objective, self.training, self.probes, self.tracking_uri)
+        check_parts(
+            self.model, self.objective, self.training, self.probes, self.interventions, self.tracking_uri
+        )
         examples = self.data.examples()
         if self.objective is not None:
             self.objective.check(examples)
             self.training.check(examples)
-        if self.probes and not examples.heldout:
+        if (self.probes or self.interventions) and not examples.heldout:
             raise ValueError(f"{examples.name} has no held-out text to probe on: give some with data.heldout")
         return examples
 
@@ -117,7 +123,7 @@ class Experiment:
     def _tables(self, record: Record, examples: Examples) -> "dict[str, pd.DataFrame]":
         make = Stages(self.outputs, record, "pretraining", code_behind(_module(self.model)))
         base = self.model.prepare(make, examples, self.data, self.device)
-        tables = {}
+        tables, measured = {}, None
         for trajectory, identity in self._trajectories(record, base, examples):
             measured = Measured(self, record, base, trajectory, identity, examples)
             suffix = "_pretraining" if self.objective is not None and trajectory is base.trajectory else ""
@@ -127,6 +133,10 @@ class Experiment:
                 automatic = "step" if trajectory.from_random else "start"
                 tables[name + suffix].attrs["at"] = automatic if at == "auto" else at
                 log_table(record, name, suffix, tables[name + suffix], probe.headline)
+        for name, intervention in self.interventions.items():
+            assert measured is not None  # some trajectory there is: a model without one is refused
+            tables[name] = measured.effects(name, intervention)  # of the last one
+            log_effects(record, name, tables[name], intervention.headline)
         return tables
 
     def _trajectories(
@@ -179,6 +189,7 @@ def check_parts(
     objective: Objective | None,
     training: Training,
     probes: Mapping[str, Probe],
+    interventions: Mapping[str, Intervention],
     tracking_uri: str,
 ) -> None:
     """Refuse what does not go together, as far as can be told without the data."""
@@ -186,8 +197,8 @@ def check_parts(
     architecture = model.check(None if objective is None else training.max_length)
     if objective is not None:
         training.lora.check(architecture)
-    for probe in probes.values():
-        probe.check(architecture)
+    for measurement in (*probes.values(), *interventions.values()):
+        measurement.check(architecture)
 
 
 @dataclass(frozen=True)
@@ -269,29 +280,49 @@ class Measured:
 
     def table(self, name: str, probe: Probe) -> "pd.DataFrame":
         """The table of one probe over all checkpoints."""
+
+        def rows(log_metrics: Log) -> list[Row]:
+            measure = probe.measurement(self.setting)
+            found: list[Row] = []
+            for index, (step, checkpoint) in enumerate(self.trajectory.steps.items()):
+                params = self._model.params(checkpoint, self.setting.start)
+                found += [{"step": step, **row} for row in measure(params)]
+                log_metrics({}, index + 1)
+            return found
+
+        return self._made(name, {"probe": _plain(probe)}, rows, len(self.trajectory.steps))
+
+    def effects(self, name: str, intervention: Intervention) -> "pd.DataFrame":
+        """The table of one intervention."""
+
+        def rows(log_metrics: Log) -> list[Row]:
+            return intervention.rows(self.setting, log_metrics)
+
+        from weightgeom.model import load_architecture  # noqa: PLC0415 (heavy)
+
+        arms = intervention.arms(load_architecture(self.base.directory))
+        return self._made(name, {"intervention": _plain(intervention)}, rows, arms)
+
+    def _made(
+        self, name: str, what: Mapping[str, object], rows: Callable[[Log], list[Row]], steps: int
+    ) -> "pd.DataFrame":
         import pandas as pd  # noqa: PLC0415 (heavy)
 
         def work(directory: Path, log_metrics: Log) -> None:
             from weightgeom.table import tabulate  # noqa: PLC0415 (heavy)
 
-            measure = probe.measurement(self.setting)
-            rows: list[Row] = []
-            for index, (step, checkpoint) in enumerate(self.trajectory.steps.items()):
-                params = self._model.params(checkpoint, self.setting.start)
-                rows += [{"step": step, **row} for row in measure(params)]
-                log_metrics({}, index + 1)
-            tabulate(rows).to_parquet(directory / f"{name}.parquet")
+            tabulate(rows(log_metrics)).to_parquet(directory / f"{name}.parquet")
 
         specification = {
             "trajectory": self.identity,
             "base": self.base.identity,
-            "probe": _plain(probe),
+            **what,
             "data": self.examples.digest,
             "seed": self.experiment.seed,
             "device": self.experiment.device,
         }
         make = Stages(self.experiment.outputs, self.record, name, package())
-        directory = make(name, specification, work, len(self.trajectory.steps))
+        directory = make(name, specification, work, steps)
         return pd.read_parquet(directory / f"{name}.parquet")
 
     @cached_property
@@ -310,6 +341,7 @@ class Measured:
             self.experiment.seed,
             self.experiment.objective if trained else None,
             self.experiment.training,
+            self.trajectory.last,
         )
 
     @cached_property

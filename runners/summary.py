@@ -11,6 +11,7 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runners.comparisons import draw_effects, effects_shown
 from runners.record import Record
 from runners.store import full_disk_explained
 
@@ -69,7 +70,7 @@ def own(table: "pd.DataFrame", quantity: str) -> "pd.DataFrame":
 
 
 def draw(tables: "Mapping[str, pd.DataFrame]", record: Record) -> None:
-    """The figures of the probes `rsf` and `moments`, as PNG and PDF, into the record."""
+    """The figures of the probes `rsf` and `moments` and of interventions, as PNG and PDF, into the record."""
     from weightgeom import figures  # noqa: PLC0415 (heavy)
 
     def save(name: str, figure: object) -> None:
@@ -77,6 +78,7 @@ def draw(tables: "Mapping[str, pd.DataFrame]", record: Record) -> None:
             paths = [record.artifact(f"figures/{name}.{ending}") for ending in ("png", "pdf")]
             figures.save(figure, *paths)  # pyright: ignore[reportArgumentType]
 
+    draw_effects(tables, save)
     if "moments" in tables and len(own(tables["moments"], "measured_ratio")):
         save("mechanism", figures.expected_and_measured(tables["moments"]))
 
@@ -97,8 +99,13 @@ def draw(tables: "Mapping[str, pd.DataFrame]", record: Record) -> None:
         save(f"ratio_by_layer{suffix}", figures.ratio_by_layer(table, int(table["step"].max())))
 
 
-def print_summary(tables: "Mapping[str, pd.DataFrame]", record: Path, tracking_uri: str) -> None:
-    """The tables in short, and one line each for where the record is and how to open MLflow on it."""
+def print_summary(
+    tables: "Mapping[str, pd.DataFrame]", effects: Mapping[str, str], record: Path, tracking_uri: str
+) -> None:
+    """The tables in short, and one line each for where the record is and how to open MLflow on it.
+
+    `effects` has the headline of every intervention by its table's name.
+    """
     from rich import get_console  # noqa: PLC0415 (slow)
     from rich.table import Table  # noqa: PLC0415
 
@@ -111,6 +118,8 @@ def print_summary(tables: "Mapping[str, pd.DataFrame]", record: Path, tracking_u
             console.print(_behaviour(name, table, Table))
         if name.startswith("moments") and len(table):
             console.print(_mechanism(name, table, Table))
+        if name in effects:
+            console.print(effects_shown(name, table, effects[name], Table))
     console.print(f"record: {record}", soft_wrap=True)
     where = (
         tracking_uri if tracking_uri.startswith("http") else f"mlflow ui --backend-store-uri {tracking_uri}"

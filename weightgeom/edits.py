@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from weightgeom.interfaces import Params
 from weightgeom.residual import ResidualMatrix
 
 
+@runtime_checkable
 class Edit(Protocol):
     """Something that may be done to weights."""
 

@@ -157,7 +157,7 @@ def test_what_belongs_to_no_matrix_is_logged_as_it_is(record: Record) -> None:
 
 def shown(tables: dict[str, pd.DataFrame], capsys: pytest.CaptureFixture[str]) -> list[str]:
     get_console().width = 120
-    print_summary(tables, Path("/out/record"), "sqlite:////out/mlflow.db")
+    print_summary(tables, {}, Path("/out/record"), "sqlite:////out/mlflow.db")
     return capsys.readouterr().out.splitlines()
 
 
@@ -215,7 +215,7 @@ def test_a_table_without_rows_is_accepted_and_shows_nothing(
 
 
 def test_a_server_is_shown_by_its_address(capsys: pytest.CaptureFixture[str]) -> None:
-    print_summary({}, Path("/out/record"), "https://mlflow.example")
+    print_summary({}, {}, Path("/out/record"), "https://mlflow.example")
     assert "MLflow: https://mlflow.example" in capsys.readouterr().out
 
 
