@@ -7,7 +7,16 @@ from safetensors.torch import save_file
 from scipy import stats
 from torch.testing import assert_close
 
-from weightgeom.directions import Directions, check_direction, from_file, haar, signed, top_pair, unit
+from weightgeom.directions import (
+    Control,
+    Directions,
+    check_direction,
+    from_file,
+    haar,
+    signed,
+    top_pair,
+    unit,
+)
 from weightgeom.subspace import Subspace
 
 D, K = 32, 5
@@ -117,7 +126,7 @@ def test_controls_are_unit_vectors_that_lie_where_they_should(kind, name, model,
 
 
 def test_random_directions_are_made_by_seed_matrix_kind_and_draw(model, axes):
-    def drawn(seed=0, name="L0.k", kind="random", draw=0):
+    def drawn(seed=0, name="L0.k", kind: Control = "random", draw=0):
         return Directions(axes, K, seed).control(kind, matrix(model, name), draw)
 
     assert drawn().equal(drawn())

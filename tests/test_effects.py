@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from weightgeom.directions import haar, top_pair
 from weightgeom.divergences import divergences
 from weightgeom.edits import RankOne
-from weightgeom.effects import DIFFERENTIABLE, UNITS, Effects, Evaluation, module_path
+from weightgeom.effects import ATTENTION, DIFFERENTIABLE, MLP, UNITS, Effects, Evaluation, module_path
 from weightgeom.interfaces import Pair, Question
 from weightgeom.model import kl_divergence
 from weightgeom.tokens import packed, responses
@@ -329,7 +329,7 @@ def test_the_module_of_a_layer_is_what_its_matrices_have_in_common(tokenizer):
     }
     for name, paths in expected.items():
         architecture = language_model(name, tokenizer)[0].architecture
-        parts = ({"q", "k", "v", "o", "gate", "up", "down"}, {"q", "k", "v", "o"}, {"gate", "up", "down"})
+        parts = (ATTENTION | MLP, ATTENTION, MLP)
         assert tuple(module_path(architecture, 1, part) for part in parts) == paths
 
 

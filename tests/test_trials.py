@@ -1,4 +1,5 @@
 from math import sqrt
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_every_arm_and_every_comparison_has_its_rows(evaluation, arm):
         *("activation@0.1", "random.0@0.1", "random.1@0.1", "bottom.0@0.1"),
         "activation@0.1/random",  # one control of the kind bottom gives no comparison
     }
-    table = tabulate([{"step": 0, **one} for one in rows])
+    table: Any = tabulate([{"step": 0, **one} for one in rows])
     assert (table["matrix"] == "k").all() and (table["layer"] == 0).all() and (table["k"] == 4).all()
     effects = {named(name) for name in UNITS}
     assert {one["quantity"] for one in rows if "/" not in one["arm"]} == effects

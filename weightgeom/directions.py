@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -74,8 +73,8 @@ class Directions:
 
 def haar(d: int, what: str) -> Float[Tensor, " d"]:
     """A Haar-uniform unit vector that the text draws, in fp64."""
-    generator = torch.Generator().manual_seed(crc32(what.encode()))
-    return unit(torch.randn(d, generator=generator, dtype=torch.float64), "a random direction")
+    generator = np.random.default_rng([*what.encode()])  # whose seeds may be as alike as these texts are
+    return unit(torch.from_numpy(generator.standard_normal(d)), "a random direction")
 
 
 def unit(vector: Float[Tensor, " d"], what: str) -> Float[Tensor, " d"]:

@@ -108,9 +108,8 @@ class Evaluation:
         """Every quantity of the edited model, prompt by prompt; weights that are no others are shared."""
         changed = {name: one for name, one in edited.items() if one is not self.params[name]}
         found: dict[str, list[Tensor]] = {}
-        with self._passing_over(self._unchanged(changed)) as reach:
-            for index, part in enumerate(self.parts):
-                reach(index)
+        with self._passing_over(self._unchanged(changed)) as at:
+            for at[0], part in enumerate(self.parts):
                 with _replaced(self._places, changed):
                     hidden = self._hidden(part.batch)[part.batch.target[:, 1:]]
                     logits = logits_of(self.network, hidden)
@@ -170,25 +169,17 @@ class Evaluation:
         return unchanged
 
     @contextmanager
-    def _passing_over(self, unchanged: Mapping[str, str]) -> Iterator[Callable[[int], None]]:
-        """Within it these modules do not run; what it yields is told the number of the batch."""
+    def _passing_over(self, unchanged: Mapping[str, str]) -> Iterator[list[int]]:
+        """Within it these modules do not run; the one entry of what it yields is the batch's number."""
         sources = set(unchanged.values())
         if not sources <= self._kept.keys():
             self._kept = self._outputs(sources)
-        batch = 0
-
-        def kept(outputs: list[Any]) -> Callable[..., Any]:
-            return lambda *given, **named: outputs[batch]
-
-        def reach(number: int) -> None:
-            nonlocal batch
-            batch = number
-
+        at = [0]
         modules = {self.network.get_submodule(path): source for path, source in unchanged.items()}
         for module, source in modules.items():
-            module.forward = kept(self._kept[source])
+            module.forward = lambda *_, outputs=self._kept[source], **named: outputs[at[0]]
         try:
-            yield reach
+            yield at
         finally:
             for module in modules:
                 del module.forward  # which uncovers that of its class
