@@ -17,7 +17,7 @@ from weightgeom.effects import Effects, Evaluation
 from weightgeom.frames import Place, check_dimensions, dimensions, place_of
 from weightgeom.interfaces import Log, Params, Row, Setting
 from weightgeom.moments import Moment, activation_moments
-from weightgeom.residual import Architecture, Kind, ResidualMatrix, Site
+from weightgeom.residual import Architecture, Kind, ResidualMatrix, Site, chosen
 from weightgeom.subspace import Subspace, prediction_moment
 from weightgeom.tokens import packed
 from weightgeom.trials import Arm, Trial, check_controls, measured, with_q_values
@@ -284,25 +284,6 @@ class _Sides:
 
 
 _KINDS = ("activation", "prediction", "gradient", "delta", "random")
-
-
-def chosen(architecture: Architecture, kinds: list[Kind], layers: list[int] | None) -> list[ResidualMatrix]:
-    """The matrices of these kinds in these layers, layer by layer.
-
-    Raises:
-        ValueError: for a layer or a kind that the model does not have.
-    """
-    if bad := [layer for layer in layers or () if not 0 <= layer < architecture.n_layers]:
-        raise ValueError(f"there is no layer {bad[0]}: the model has layers 0 to {architecture.n_layers - 1}")
-    known = {matrix.kind for matrix in architecture.matrices}
-    if absent := [kind for kind in kinds if kind not in known]:
-        raise ValueError(f"the model has no matrix {absent[0]}; it has {', '.join(sorted(known))}")
-    found = [
-        matrix
-        for matrix in architecture.matrices
-        if matrix.kind in kinds and (layers is None or matrix.layer in layers)
-    ]
-    return sorted(found, key=lambda matrix: matrix.layer)
 
 
 def _axes(moment: Float[Tensor, "d d"], k: int | None = None) -> Subspace:
