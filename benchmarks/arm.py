@@ -4,12 +4,12 @@
 
 One matrix of one layer is edited, and all effects are measured by `Evaluation.change`; the forward pass is
 `LanguageModel.logits` of the same batches, without any effect. Random weights, on one thread, the two in
-turn: least times of `--repeats`. The GPT-NeoX is the embedded world's model, the Llama of twelve layers.
+turn: least processor times of `--repeats`. The GPT-NeoX is the embedded world's model, the Llama of twelve layers.
 """
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from material import llama
@@ -29,7 +29,7 @@ EFFECTS = Effects()
 def main() -> None:
     """Measure both models, print a table each and the highest ratio of the upper half of the layers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -43,12 +43,12 @@ def main() -> None:
         bos_token_id=1,
         eos_token_id=1,
     )
-    measure("GPT-NeoX", neox, tokenizer, options.repeats)
-    measure("Llama", llama(128, 352, 12, 4, len(tokenizer)), tokenizer, options.repeats)
+    measure("GPT-NeoX", neox, tokenizer, range(4), options.repeats)
+    measure("Llama", llama(64, 176, 12, 4, len(tokenizer)), tokenizer, (0, 3, 6, 9, 11), options.repeats)
 
 
-def measure(name: str, config: PreTrainedConfig, tokenizer, repeats: int) -> None:
-    """One model: the ratios by layer and kind."""
+def measure(name: str, config: PreTrainedConfig, tokenizer, some: Sequence[int], repeats: int) -> None:
+    """One model: the ratios by kind in some of its layers."""
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     model = LanguageModel(network, tokenizer, architecture_of(config))
@@ -63,7 +63,7 @@ def measure(name: str, config: PreTrainedConfig, tokenizer, repeats: int) -> Non
     tokens = sum(int(part.batch.attention_mask.sum()) for part in evaluation.parts)
     shown = Table("layer", *kinds, title=f"{name}, {layers} layers, {tokens} tokens: arm / forward pass")
     upper = 0.0
-    for layer in range(layers):
+    for layer in some:
         ratios = []
         for one in (one for one in model.architecture.matrices if one.layer == layer):
             arm, forward = in_turn(arm_of(evaluation, one), whole, repeats)
@@ -72,7 +72,9 @@ def measure(name: str, config: PreTrainedConfig, tokenizer, repeats: int) -> Non
         upper = max([upper, *values]) if 2 * layer >= layers else upper
         shown.add_row(str(layer), *(f"{value:.2f}" for value in values))
     Console().print(shown)
-    Console().print(f"{name}: at most {upper:.2f} of a forward pass from layer {(layers + 1) // 2} on")
+    Console().print(
+        f"{name}: at most {upper:.2f} of a forward pass in these layers from {(layers + 1) // 2} on"
+    )
 
 
 def arm_of(evaluation: Evaluation, matrix: ResidualMatrix) -> Callable[[], object]:
@@ -83,14 +85,14 @@ def arm_of(evaluation: Evaluation, matrix: ResidualMatrix) -> Callable[[], objec
 
 
 def in_turn(one: Callable[[], object], other: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Least seconds of each, after one call of each that warms up."""
+    """Least processor seconds of each, which others on the machine do not use, after one call of each that warms up."""
     least = [float("inf"), float("inf")]
     for repeat in range(repeats + 1):
         for place, call in enumerate((one, other)):
-            start = time.perf_counter()
+            start = time.process_time()
             call()
             if repeat:
-                least[place] = min(least[place], time.perf_counter() - start)
+                least[place] = min(least[place], time.process_time() - start)
     return least[0], least[1]
 
 
