@@ -4,7 +4,7 @@
 
 One matrix of one layer is edited, and all effects are measured by `Evaluation.change`; the forward pass is
 `LanguageModel.logits` of the same batches, without any effect. Random weights, on one thread, the two in
-turn: least processor times of `--repeats`. The GPT-NeoX is the embedded world's model, the Llama of twelve layers.
+turn: least processor times of `--repeats`. The GPT-NeoX is the embedded world's model.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def arm_of(evaluation: Evaluation, matrix: ResidualMatrix) -> Callable[[], objec
 
 
 def in_turn(one: Callable[[], object], other: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Least processor seconds of each, which others on the machine do not use, after one call of each that warms up."""
+    """Least processor seconds of each, after one call of each that warms up."""
     least = [float("inf"), float("inf")]
     for repeat in range(repeats + 1):
         for place, call in enumerate((one, other)):
