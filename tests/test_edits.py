@@ -116,6 +116,21 @@ def test_a_turned_update_keeps_its_singular_values_and_its_other_side(name, toke
         assert_close(other(turned), other(delta), rtol=0, atol=2e-6)
 
 
+def test_a_turned_update_reads_and_writes_the_axis_that_its_own_is_turned_to(model, params) -> None:
+    # R takes axis 0 to axis 1, 1 to 2 and 2 to 0.
+    rotation = torch.eye(32)
+    rotation[:3, :3] = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    k, o = matrix(model, "L0.k"), matrix(model, "L0.o")
+    delta = torch.zeros(32, 32)
+    delta[0, 5] = 1.0
+    end = moved(model, params, {"L0.k": delta.T, "L0.o": delta})
+    edited = Transplant(end, [k, o], lambda _: rotation).applied(params)
+    for one, place in ((k, (5, 1)), (o, (1, 5))):
+        change = one.of(edited) - one.of(params)
+        assert_close(change[place], torch.tensor(1.0))
+        assert int(change.count_nonzero()) == 1
+
+
 def test_a_transplant_of_all_weights_is_the_end(model, tokenizer, generator) -> None:
     matrices, start, end = pair("gpt2", tokenizer, generator)
     assert same(dict(Transplant(end, matrices, others=True).applied(start)), end)

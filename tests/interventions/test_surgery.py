@@ -11,6 +11,7 @@ from weightgeom.groups import group_of, kinds_of, reads_and_writes
 from weightgeom.groups import moved as moving_groups
 from weightgeom.interfaces import Setting
 from weightgeom.interventions.surgery import DeltaSurgery, filled, haar_basis
+from weightgeom.subspace import Subspace
 from weightgeom.table import tabulate
 
 SMALL = Effects(tokens=64, length=32, pairs=2, questions=2)
@@ -180,6 +181,17 @@ def test_the_effects_of_surgery_are_those_of_a_model_edited_by_hand(
         assert found["preference_margin_change"] == float(changes["preference_margin"].double().mean())
     for weights, copy in zip((params, end), copies, strict=True):
         assert all(torch.equal(weights[key], copy[key]) for key in copy)
+
+
+def test_the_subspaces_are_those_of_the_end_where_the_start_is_random(
+    model, params, examples, generator
+) -> None:
+    end = shaken(params, generator)
+    at = setting(model, examples, params, end, from_random=True)
+    (trial,), *_ = both(surgery(groups=[["k"]], k=4, operations=["keep"], transplants=[]), at)
+    k = matrix(model, "L1.k")
+    wanted = Subspace(inside_of(setting(model, examples, end, end), k, 4))
+    assert_close(wanted.fraction(cut(trial.treatment).space(k).T), 1.0)
 
 
 def test_scaling_is_between_removing_and_the_end(model, params, examples, generator) -> None:
