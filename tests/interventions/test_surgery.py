@@ -172,7 +172,7 @@ def test_the_effects_of_surgery_are_those_of_a_model_edited_by_hand(
     for arm, before, after in (
         ("top@remove", end, by_hand),
         ("delta@transplant", params, transplanted),
-        ("weights@transplant", params, end),
+        ("weights@replace", params, end),
     ):
         changes = Evaluation(model, before, examples, SMALL).change(after)
         found = table[table.arm == arm].set_index("quantity").value
@@ -214,6 +214,7 @@ def test_the_rows_say_where_and_what_and_are_as_many_arms_as_announced(
     table = tabulate(asked.rows(at, lambda _, step: done.append(step)))
     assert done == [*range(1, asked.arms(model.architecture) + 1)]
     assert set(table.step) == {7}
+    assert not table.duplicated(["matrix", "role", "subspace", "k", "arm", "quantity"]).any()
     arms = table[table.quantity == "kl_from_unedited"]
     assert {"random_k.1@remove", "random_energy.0@keep", "rotated.1@transplant"} <= set(arms.arm)
     places = arms.groupby("arm")[["matrix", "role", "subspace", "k"]]
@@ -224,7 +225,7 @@ def test_the_rows_say_where_and_what_and_are_as_many_arms_as_announced(
     assert places.get_group("top@keep").values.tolist() == [[*place] for place in kept]
     transplanted = places.get_group("delta@transplant")["matrix"].tolist()
     assert transplanted == ["", "", "", *kinds_of(model.architecture)]
-    assert len(places.get_group("weights@transplant")) == 1
+    assert len(places.get_group("weights@replace")) == 1
     compared = set(table[table.quantity == "preference_margin_change_p_value"].arm)
     assert {"top@remove/random_energy", "delta@transplant/rotated"} <= compared
 

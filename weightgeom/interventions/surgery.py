@@ -47,7 +47,7 @@ class DeltaSurgery:
     away and `keep` leaves, and counts what reaches the stream where a norm follows.
 
     `delta@transplant` edits the trajectory's start: W + dW for some matrices. With those that write it is
-    base reads and aligned writes, with those that read the reverse. `weights@transplant`, every parameter,
+    base reads and aligned writes, with those that read the reverse. `weights@replace`, every parameter,
     is the whole effect, which the others are shares of. The control `rotated` has the same dW, the residual
     stream's side of it turned by a Haar-random orthogonal matrix, one for each subspace above.
 
@@ -146,7 +146,8 @@ class DeltaSurgery:
         after = _held(setting.end, params, params)
         whole = group_of(architecture, kinds_of(architecture), None)
         for kind, group in [("weights", whole), *(("delta", group) for group in groups)]:
-            edit = Transplant(after, group.matrices, others=kind == "weights")
+            others = kind == "weights"
+            edit = Transplant(after, group.matrices, others=others)
             exact = _exact(params, group.matrices)
             arms = [Arm(kind, edit, {"frobenius norm": change_norm(edit, exact, group.matrices)})]
             for draw in range(self.controls["rotated"]):
@@ -154,7 +155,8 @@ class DeltaSurgery:
                 turned = replace(edit, rotation=partial(_haar_at, text, architecture.d_model, None))
                 norm = change_norm(turned, exact, group.matrices)
                 arms.append(Arm("rotated", turned, {"frobenius norm": norm}, "frobenius norm", draw))
-            yield Trial(group.place, "transplant", arms[0], arms[1:])
+            # Of another dose, as the controls of both have the same place and name.
+            yield Trial(group.place, "replace" if others else "transplant", arms[0], arms[1:])
 
     def _groups(self, architecture: Architecture) -> list[Group]:
         asked = reads_and_writes(architecture) if self.groups is None else self.groups
