@@ -377,12 +377,13 @@ def transplanted(p: bool = True) -> pd.DataFrame:
     for kind, matrix, role, value, found in PARTS:
         at: dict[str, Any] = {"step": 8, "role": role, "matrix": matrix, "n": 9}
         own = {"unit": "nats/pair", "stderr": 0.5, **at}
-        rows.append(row(MARGIN, value, arm=f"{kind}@transplant", **own))
+        dose = "replace" if kind == "weights" else "transplant"
+        rows.append(row(MARGIN, value, arm=f"{kind}@{dose}", **own))
         rows += [
-            row(MARGIN, (value + draw) / 10, arm=f"rotated.{draw}@transplant", **own) for draw in range(DRAWS)
+            row(MARGIN, (value + draw) / 10, arm=f"rotated.{draw}@{dose}", **own) for draw in range(DRAWS)
         ]
         if p:
-            rows.append(row(f"{MARGIN}_p_value", found, arm=f"{kind}@transplant/rotated", **at))
+            rows.append(row(f"{MARGIN}_p_value", found, arm=f"{kind}@{dose}/rotated", **at))
     return tabulate(rows)
 
 

@@ -216,3 +216,12 @@ def test_a_level_needs_as_many_controls_as_can_reach_it(level, needed):
     )
     with pytest.raises(ValueError, match=message):
         check_controls(needed - 1, level)
+
+
+def test_where_less_is_expected_the_controls_that_change_no_more_count(evaluation, arm, monkeypatch):
+    # Of the controls' 0.5, 2 and -3 only the first changes no more than 1: p = (1 + 1) / (1 + 3).
+    planted(evaluation, monkeypatch, *(torch.full((2,), one) for one in (1.0, 0.5, 2.0, -3.0)))
+    controls = [arm("random", draw) for draw in range(3)]
+    trial = Trial(PLACE, "keep", arm("top"), controls, "less")
+    found = values(measured([trial], evaluation, 0, told))
+    assert found["top@keep/random", "heldout_ce_change_p_value"] == 0.5

@@ -34,6 +34,7 @@ MATCHED = {
     "random_k": ("random, same k", "s", "0.35", 0.94),
     "random_energy": ("random, same energy", "^", "0.62", 1.06),
 }
+TRANSPLANTS = ("replace", "transplant")  # of all weights, and of some matrices
 DOSES = {"remove": "removed", "keep": "kept alone", "scale": "scaled"}
 ROLES = {"": "0.1", "read": COLOURS["q"], "write": COLOURS["o"]}
 MARGIN = "preference_margin_change"
@@ -216,28 +217,27 @@ def transplants(table: pd.DataFrame) -> Figure:
         ValueError: if the table has no such rows.
     """
     rows = split_arms(table[table["quantity"] == MARGIN])
-    rows = rows[rows["dose"] == "transplant"]
+    rows = rows[rows["dose"].isin(TRANSPLANTS)]
     if not len(rows):
         raise ValueError(f"no rows of {MARGIN} with the dose transplant in the table")
     p_values = split_arms(table[table["quantity"] == f"{MARGIN}_p_value"])
-    p_values = p_values[(p_values["dose"] == "transplant") & (p_values["against"] == "rotated")]
-    p = p_values.set_index(["matrix", "role", "kind"])["value"]
-    by = ["matrix", "role"]
-    # All weights and all matrices have one place, and controls of one name: those of the first come first.
-    rows = rows.assign(trial=rows.groupby([*by, rows["draw"].fillna("")]).cumcount())
+    p_values = p_values[p_values["dose"].isin(TRANSPLANTS) & (p_values["against"] == "rotated")]
+    by = ["matrix", "role", "dose"]
+    p = p_values.set_index(by)["value"]
     names: list[str] = []
     with plt.rc_context(STYLE):
         trials = [
-            rows[(rows["matrix"] == matrix) & (rows["role"] == role) & (rows["trial"] == trial)]
+            part
             for matrix, role in _groups(rows)
-            for trial in sorted(rows.set_index(by).loc[[(matrix, role)], "trial"].unique())
+            for dose in TRANSPLANTS
+            if len(part := rows[(rows[by] == [matrix, role, dose]).all(axis=1)])
         ]
         figure, axis = plt.subplots(figsize=(3.25, 1.2 + 0.25 * len(trials)), layout="constrained")
         axis.axvline(0, color="0.5", ls="--", lw=0.8, label="base")
         for place, part in enumerate(trials):
             controls, treatment = part[part["draw"].notna()], part[part["draw"].isna()]
-            matrix, role, kind = treatment[[*by, "kind"]].iloc[0]
-            whole = "all weights" if kind == "weights" else "all matrices"
+            matrix, role, dose = treatment[by].iloc[0]
+            whole = "all weights" if dose == "replace" else "all matrices"
             names.append(matrix or PATHWAYS.get(role, whole))
             if len(controls):
                 beside = place + 0.25 + _spread(len(controls), 0.08)
@@ -250,7 +250,7 @@ def transplants(table: pd.DataFrame) -> Figure:
                 ms=4,
                 elinewidth=0.7,
                 color=COLOURS.get(matrix, ROLES[role]),
-                mfc=None if p.get((matrix, role, kind), 1.0) <= LEVEL else "white",
+                mfc=None if p.get((matrix, role, dose), 1.0) <= LEVEL else "white",
             )
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(names) - 0.4, -0.6)  # the first on top

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, sqrt
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,8 @@ class Arm:
 class Trial:
     """A treatment and its controls at one place (`layer matrix role subspace k` of a table) and one dose.
 
+    `expected` is what its p-values test: that it changes more than the controls, or less.
+
     Raises:
         ValueError: if there is no control, or one is not matched to the treatment.
     """
@@ -48,6 +50,7 @@ class Trial:
     dose: str
     treatment: Arm
     controls: Sequence[Arm]
+    expected: Literal["more", "less"] = "more"
 
     def __post_init__(self) -> None:
         """Refuse what is no comparison."""
@@ -85,7 +88,8 @@ def measured(
     Quantities of an arm: `kl_from_unedited`, and the change of each other effect as `<effect>_change`, with
     the standard error over prompts of the paired difference; `predicted_<effect>_change` to first order.
     Of a comparison, whose arm is `treatment@dose/kind of control`, for each of these: `_p_value`, that the
-    treatment's absolute effect is one of the controls', by rank; `_effect_size`, (|effect| - mean of the
+    treatment's absolute effect is one of the controls', by rank on the side that is `expected`;
+    `_effect_size`, (|effect| - mean of the
     controls') / their standard deviation, and `_effect_size_low` and `_high`, its 95 % interval over
     prompts, by the bootstrap's percentiles. q-values come from `with_q_values`.
     """
@@ -157,7 +161,8 @@ def _comparison(
         samples = torch.stack([values, *(one[effect] for one in controls)]).double()
         absolute = samples.mean(1).abs()
         place = {"arm": f"{trial.name}/{kind}", "n": len(controls), **trial.place}
-        yield row(f"{named(effect)}_p_value", rank_p_value(absolute[0], absolute[1:]), **place)
+        ranked = absolute if trial.expected == "more" else -absolute
+        yield row(f"{named(effect)}_p_value", rank_p_value(ranked[0], ranked[1:]), **place)
         size = _effect_size(absolute[:, None])
         if not bool(size.isfinite().all()):
             continue  # controls that all do the same, such as nothing

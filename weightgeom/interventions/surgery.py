@@ -41,10 +41,12 @@ class DeltaSurgery:
 
     `top@<operation>` edits the trajectory's end. With P the projector on the top k directions of what a
     matrix reads, or of the unembedding if it writes, the part inside, dW P or P dW, is removed, kept as
-    the only one, or scaled by `factor`. Two controls, drawn once for all matrices that share a subspace:
-    `random_k`, a Haar-random subspace of equal k, and `random_energy`, as many Haar-random directions as
-    hold the same energy ‖dW P‖²_F, matrix by matrix, the last of them scaled. It is what `remove` takes
-    away and `keep` leaves, and counts what reaches the stream where a norm follows.
+    the only one, or scaled by `factor`. A part that carries the behaviour changes much when it is removed,
+    and little where it alone is kept: that is what the p-values of `keep` test. Two controls, drawn once
+    for all matrices that share a subspace: `random_k`, a Haar-random subspace of equal k, and
+    `random_energy`, as many Haar-random directions as hold the same energy ‖dW P‖²_F, matrix by matrix,
+    the last of them scaled. It is what `remove` takes away and `keep` leaves, and counts what reaches the
+    stream where a norm follows.
 
     `delta@transplant` edits the trajectory's start: W + dW for some matrices. With those that write it is
     base reads and aligned writes, with those that read the reverse. `weights@replace`, every parameter,
@@ -55,7 +57,7 @@ class DeltaSurgery:
     role and `q+k` for two kinds. Source: ours, on the subspaces of arXiv:2605.16600.
     """
 
-    headline: ClassVar[str] = "kl_from_unedited"
+    headline: ClassVar[str] = "preference_margin_change"
 
     groups: list[list[Kind]] | None = None
     layers: list[int] | None = None
@@ -214,6 +216,7 @@ class _Parts:
                         arm("random_energy", partial(self._filling, draw, one), draw)
                         for draw, one in enumerate(filling)
                     ],
+                    "less" if operation == "keep" else "more",
                 )
 
     def _arm(self, operation: Operation, k: int, kind: str, space: Space, draw: int = 0) -> Arm:
