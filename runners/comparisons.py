@@ -12,6 +12,7 @@ from runners.record import Record
 if TYPE_CHECKING:
     import pandas as pd
 
+MARGIN = "preference_margin_change"
 ARM = r"^(?P<treatment>[^@/]+)@(?P<dose>[^/]+)/(?P<against>.+)$"  # of a comparison, as `trials` names it
 
 
@@ -41,12 +42,17 @@ def comparisons(table: "pd.DataFrame", effect: str) -> "pd.DataFrame":
     return found[columns].reset_index(drop=True)
 
 
+def measured_effect(table: "pd.DataFrame", wanted: str) -> str:
+    """The effect that is wanted, or the KL where the data allow no other: they may have no pairs."""
+    return wanted if (table["quantity"] == wanted).any() else "kl_from_unedited"
+
+
 def log_effects(record: Record, name: str, table: "pd.DataFrame", effect: str) -> None:
     """Curves of an intervention: the treatment's effect and its p-value among the first kind of control.
 
     By layer where it has one, at the largest dose; otherwise by the dimension k, for every dose.
     """
-    found = comparisons(table, effect)
+    found = comparisons(table, measured_effect(table, effect))
     for _, row in _principal(found).iterrows():
         layered = row["layer"] >= 0
         curve = row["matrix"] or row["role"] or "all"
@@ -73,10 +79,9 @@ def draw_effects(tables: "Mapping[str, pd.DataFrame]", save: Callable[[str, obje
     if "rank1" in tables:
         save("rank1_by_layer", figures_causal.treatment_by_layer(tables["rank1"]))
         save("rank1_dose_response", figures_causal.dose_response(tables["rank1"]))
-        margin = "preference_margin_change"
-        if (tables["rank1"]["quantity"] == margin).any():
-            save("rank1_dose_response_margin", figures_causal.dose_response(tables["rank1"], margin))
-    if "surgery" in tables:
+        if (tables["rank1"]["quantity"] == MARGIN).any():
+            save("rank1_dose_response_margin", figures_causal.dose_response(tables["rank1"], MARGIN))
+    if "surgery" in tables and (tables["surgery"]["quantity"] == MARGIN).any():
         save("surgery", figures_causal.surgery_curve(tables["surgery"]))
         if tables["surgery"]["arm"].str.endswith("@transplant").any():
             save("transplants", figures_causal.transplants(tables["surgery"]))
@@ -84,6 +89,7 @@ def draw_effects(tables: "Mapping[str, pd.DataFrame]", save: Callable[[str, obje
 
 def effects_shown(name: str, table: "pd.DataFrame", effect: str, make: type) -> object:
     """The comparisons of an intervention with its principal controls, as a table for the terminal."""
+    effect = measured_effect(table, effect)
     found = _principal(comparisons(table, effect))
     unit = table[table["quantity"] == effect]["unit"].iloc[0]
     title = f"{name}: {effect} ({unit})"

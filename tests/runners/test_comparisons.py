@@ -103,3 +103,11 @@ def test_the_terminal_shows_an_effect_beside_its_controls(layered) -> None:
     assert [part.strip() for part in line.split("│")[1:-1]] == [
         *("k", "1", "4", "top @ 0.3", "60", "random", "2", "0.25", "0.5"),
     ]
+
+
+def test_data_without_pairs_are_told_of_by_the_divergence(over_k, record) -> None:
+    log_effects(record, "surgery", over_k, "preference_margin_change")
+    assert "surgery/write_remove" in logged(record)
+    assert "kl_from_unedited" in str(
+        effects_shown("surgery", over_k, "preference_margin_change", Table).title
+    )  # pyright: ignore
