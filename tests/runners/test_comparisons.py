@@ -110,4 +110,4 @@ def test_data_without_pairs_are_told_of_by_the_divergence(over_k, record) -> Non
     assert "surgery/write_remove" in logged(record)
     assert "kl_from_unedited" in str(
         effects_shown("surgery", over_k, "preference_margin_change", Table).title
-    )  # pyright: ignore
+    )  # pyright: ignore[reportAttributeAccessIssue]
