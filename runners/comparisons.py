@@ -92,17 +92,16 @@ def effects_shown(name: str, table: "pd.DataFrame", effect: str, make: type) -> 
     effect = measured_effect(table, effect)
     found = _principal(comparisons(table, effect))
     unit = table[table["quantity"] == effect]["unit"].iloc[0]
-    title = f"{name}: {effect} ({unit})"
-    shown = make("matrix", "layer", "k", "treatment", "effect", "controls", "median", "p", "q", title=title)
-    for column in (*shown.columns[4:5], *shown.columns[6:]):
+    against = " or ".join(found["against"].unique())
+    title = f"{name}: {effect} ({unit}) beside the median of {against} controls"
+    shown = make("matrix", "layer", "k", "treatment", "effect", "controls", "p", "q", title=title)
+    for column in shown.columns[4:]:
         column.justify = "right"
     for _, row in found.iterrows():
         shown.add_row(
             row["matrix"] or row["role"] or "all",
             *("-" if row[key] < 0 else str(int(row[key])) for key in ("layer", "k")),
-            f"{row['treatment']} @ {row['dose']}",
-            f"{row['effect']:.3g}",
-            row["against"],
-            *(f"{row[key]:.3g}" for key in ("controls", "p_value", "q_value")),
+            f"{row['treatment']}@{row['dose']}",
+            *(f"{row[key]:.3g}" for key in ("effect", "controls", "p_value", "q_value")),
         )
     return shown
