@@ -18,6 +18,7 @@ from runners.manifest import Sweep
 from runners.provenance import provenance
 from runners.record import Record
 from runners.snapshot import changed_since, take_snapshot
+from runners.tracking import check_tracking_uri
 from runners.watch import Row, Watcher, finish, names_of, settled
 
 log = logging.getLogger(__name__)
@@ -32,31 +33,37 @@ def launch(
     jobs: Mapping[int, dict[str, Any]],
     overrides: Sequence[str],
 ) -> Sweep:
-    """Start the jobs, described as JSON, and return the sweep; if that fails nothing is left of it.
+    """Start the jobs, described as JSON, and return the sweep.
 
     Raises:
         ValueError: if an option is wrong, or SLURM refuses the jobs.
         ConnectionError: if SLURM does not answer.
     """
-    sweep, before = Sweep(directory), _parent_of(directory)
+    sweep = Sweep(directory)
     if any((Path(job["directory"]) / "job.json").exists() for job in jobs.values()):
         raise ValueError(f"{directory} holds a sweep already: give another hydra.sweep.dir, or resubmit that")
-    fresh = not (directory / "sweep.json").exists()
     limits = _options(launcher, options).limits()
-    try:
-        sweep.create(launcher, options, overrides)
-        sweep.add_jobs({number: {**job, "limits": limits} for number, job in jobs.items()})
-        _open_record(sweep, overrides)
-        code = _snapshot(sweep)
-        submit(sweep, list(jobs), code)
-    except BaseException:
-        if fresh:
-            shutil.rmtree(directory, ignore_errors=True)
-            for empty in before:
-                with suppress(OSError):
-                    empty.rmdir()
-        raise
+    sweep.create(launcher, options, overrides)
+    for number, job in jobs.items():
+        uri = check_tracking_uri(job["config"]["tracking_uri"])  # absolute: a shell elsewhere comes back
+        sweep.add_job(number, {**job, "limits": limits, "tracking_uri": uri})
+    sweep.list_jobs({number: job["directory"] for number, job in jobs.items()})
+    _open_record(sweep, overrides)
+    submit(sweep, list(jobs), _snapshot(sweep))
     return sweep
+
+
+def discard(directory: Path) -> None:
+    """Delete what is there of a sweep that did not start, and the directories that hold nothing else."""
+    for place in (path.parent for path in directory.glob("*/job.json")):
+        shutil.rmtree(place)
+    for name in ("multirun.yaml", "sweep.json", "sweep.lock"):
+        (directory / name).unlink(missing_ok=True)
+    for name in ("code", "record", "slurm"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    with suppress(OSError):
+        directory.rmdir()
+        directory.parent.rmdir()
 
 
 def submit(sweep: Sweep, numbers: Sequence[int], code: Path) -> None:
@@ -183,15 +190,15 @@ def _options(launcher: str, options: Mapping[str, Any]) -> "slurm.SlurmOptions |
 
 def _open_record(sweep: Sweep, overrides: Sequence[str]) -> None:
     """Start the sweep's own record, the parent of its runs' records, or open it again."""
-    config = sweep.job(next(iter(sweep.jobs())))["config"]
+    job = sweep.job(next(iter(sweep.jobs())))
     Record.create(
         sweep.directory / "record",
-        experiment=config["name"],
+        experiment=job["config"]["name"],
         name=" ".join(["sweep", *overrides]),
         params={"overrides": " ".join(overrides)},
         tags={**provenance(REPOSITORY), "sweep": sweep.directory},
         inputs=[],
-        tracking_uri=config["tracking_uri"],
+        tracking_uri=job["tracking_uri"],
         kind="sweep",
     )
 
@@ -201,11 +208,6 @@ def _snapshot(sweep: Sweep) -> Path:
     code = sweep.directory / ("code" if not number else f"code-{number + 1}")
     take_snapshot(REPOSITORY, code)
     return code
-
-
-def _parent_of(directory: Path) -> list[Path]:
-    """The directory's parents that hold nothing else."""
-    return [parent for parent in directory.parents if parent.exists() and len(list(parent.iterdir())) < 2][:1]
 
 
 def speak() -> None:

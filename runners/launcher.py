@@ -43,17 +43,24 @@ class SweepLauncher(Launcher):
         """Start the jobs, and watch them to their end; raises if any failed."""
         assert self.config is not None
         setup_globals()
-        jobs = {
-            initial_job_idx + index: self._job(initial_job_idx + index, list(overrides))
-            for index, overrides in enumerate(job_overrides)
-        }
         from runners import commands  # noqa: PLC0415 (heavy, and not needed for --help)
 
         commands.speak()
         directory = Path(str(self.config.hydra.sweep.dir)).resolve()
-        overrides = list(self.config.hydra.overrides.task)
-        options = {str(key): value for key, value in self.options.items() if key not in ("detach", "poll_s")}
-        sweep = commands.launch(directory, self.kind, options, jobs, overrides)
+        fresh = not (directory / "sweep.json").exists()
+        try:
+            numbers = range(initial_job_idx, initial_job_idx + len(job_overrides))
+            jobs = {
+                number: self._job(number, list(overrides))
+                for number, overrides in zip(numbers, job_overrides, strict=True)
+            }
+            swept = list(self.config.hydra.overrides.task)
+            options = {str(key): one for key, one in self.options.items() if key not in ("detach", "poll_s")}
+            sweep = commands.launch(directory, self.kind, options, jobs, swept)
+        except BaseException:
+            if fresh:
+                commands.discard(directory)
+            raise
         if not self.options["detach"]:
             commands.watch(sweep, self.options["poll_s"])
         return [

@@ -48,12 +48,10 @@ class Sweep:
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(directory / "job.json", json.dumps(job, indent=2) + "\n", PRIVATE)
 
-    def add_jobs(self, jobs: Mapping[int, Mapping[str, Any]]) -> None:
-        """Write down what the jobs are to do; mutates the manifest."""
-        for number, job in jobs.items():
-            self.add_job(number, job)
+    def list_jobs(self, directories: Mapping[int, str]) -> None:
+        """Note which jobs there are, and where; mutates the manifest."""
         manifest = self.manifest()
-        known = {str(number): job["directory"] for number, job in jobs.items()}
+        known = {str(number): directory for number, directory in directories.items()}
         self._write(manifest | {"jobs": manifest["jobs"] | known})
 
     def add_submission(self, code: Path, ids: Mapping[int, str], **more: Any) -> None:

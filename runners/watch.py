@@ -148,7 +148,7 @@ def names_of(sweep: Sweep) -> dict[int, str]:
     asked = {number: sweep.job(number) for number in sweep.jobs()}
     common = set.intersection(*(set(job["overrides"]) for job in asked.values()))
     return {
-        number: " ".join(one for one in job["overrides"] if one not in common) or job["run_name"]
+        number: " ".join(one for one in job["overrides"] if one not in common) or job["run_name"].split()[0]
         for number, job in asked.items()
     }
 
@@ -194,7 +194,7 @@ def finish(sweep: Sweep, rows: Sequence[Row]) -> None:
         cancelled = all(row.state == "CANCELLED" for row in failed)
         error = f"{len(failed)} of {len(rows)} jobs did not complete" if failed else None
         record.end("FINISHED" if not failed else "KILLED" if cancelled else "FAILED", error)
-        publish([record, *ended], next(iter(jobs.values()))["config"]["tracking_uri"])
+        publish([record, *ended], next(iter(jobs.values()))["tracking_uri"])
 
 
 def _ended(row: Row, job: Mapping[str, Any]) -> Record:
@@ -208,7 +208,7 @@ def _ended(row: Row, job: Mapping[str, Any]) -> Record:
             params=job["params"],
             tags=job["config"]["tags"],
             inputs=[],
-            tracking_uri=job["config"]["tracking_uri"],
+            tracking_uri=job["tracking_uri"],
             parent=Path(job["parent"]),
         )
     if row.failed and record.status()["status"] in ("SCHEDULED", "RUNNING"):
