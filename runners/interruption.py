@@ -26,9 +26,11 @@ class Interruption:
         self.survive = survive
         self._asked: Literal["save", "stop"] | None = None
         self._polled = False
+        self._listening = False
 
     def listen(self) -> None:
         """Take over the signals of this process, the main one; forked workers no longer hear them."""
+        self._listening = True
         signal.signal(signal.SIGUSR2, self._stop)
         if self.survive:
             signal.signal(signal.SIGTERM, self._save)
@@ -60,6 +62,7 @@ class Interruption:
 
     def end(self) -> None:
         """Hear nothing any more, and end the workers that are left, deaf as they are."""
+        self._listening = False
         for number in self._signals:
             signal.signal(number, signal.SIG_IGN)
         for worker in multiprocessing.active_children():
@@ -80,4 +83,5 @@ class Interruption:
         return {signal.SIGUSR2, signal.SIGTERM} if self.survive else {signal.SIGUSR2}
 
     def _deafen(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
+        if self._listening:
+            signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)

@@ -205,3 +205,13 @@ def test_more_jobs_than_an_array_may_have_are_submitted_in_chunks_and_cancelled(
     assert f"afterany:{first}" in cluster.ask("scontrol", "show", "job", f"{second}_0")
     cluster.ask("scancel", first, second)
     until(lambda: not cluster.ask("squeue", "-h", "-j", f"{first},{second}"))
+
+
+def test_a_hundred_jobs_are_submitted_within_ten_seconds(cluster, place):
+    hold = "hydra.launcher.additional_parameters={hold: true}"
+    start = time.monotonic()
+    sweep = place.started(SLURM, hold, "name=hundred", "seed=range(100,200)")
+    seconds = time.monotonic() - start
+    assert seconds < 10 * slowness(), seconds
+    assert place.command("cancel", sweep).code == 0
+    until(lambda: not cluster.ask("squeue", "-h", "-r", "-t", "PD", "-o", "%i").strip())
