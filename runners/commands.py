@@ -75,7 +75,8 @@ def submit(sweep: Sweep, numbers: Sequence[int], code: Path) -> None:
         started = supervisor.start(sweep, numbers, options, code)
         sweep.add_submission(code, started)
     else:
-        jobs = {number: Job(str(sweep.jobs()[number]), slurm=True) for number in numbers}
+        places = sweep.jobs()
+        jobs = {number: Job(str(places[number]), slurm=True) for number in numbers}
         try:
             for ids in slurm.submit(jobs, options, sweep.directory / "slurm", code):
                 started |= ids

@@ -72,8 +72,9 @@ def start(sweep: Sweep, numbers: Sequence[int], options: LocalOptions, code: Pat
     """Start a supervisor for the jobs `numbers`; returns the id of each by number."""
     parallelism = options.parallelism(len(numbers))
     ids = {number: f"local.{time.time_ns() // 1_000_000}.{number}" for number in numbers}
+    places = sweep.jobs()
     for number in numbers:
-        (sweep.jobs()[number] / CANCEL).unlink(missing_ok=True)
+        (places[number] / CANCEL).unlink(missing_ok=True)
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     # Not OMP_NUM_THREADS of the user's, if given: jobs that share the cores must not each take them all.
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // parallelism))

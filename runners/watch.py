@@ -54,6 +54,7 @@ class Watcher:
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
+        self.names = names_of(sweep)
         self.gone: dict[int, float] = {}  # when a job was first not seen any more
 
     def look(self) -> list[Row]:
@@ -62,59 +63,46 @@ class Watcher:
         Raises:
             ConnectionError: if SLURM does not answer.
         """
-        manifest, ids, places = self.sweep.manifest(), self.sweep.ids(), self.sweep.jobs()
-        alone = [number for number in places if number not in ids]
-        seen = self._slurm(ids) if manifest["launcher"] == "slurm" else self._local(ids, places)
-        rows, names = [], names_of(self.sweep)
+        ids, places = self.sweep.ids(), self.sweep.jobs()
+        states = {number: State.load(place) for number, place in places.items()}
+        under_slurm = self.sweep.manifest()["launcher"] == "slurm"
+        seen = self._slurm(ids, states) if under_slurm else self._local(ids, states, places)
+        rows = []
         for number, place in sorted(places.items()):
-            state = State.load(place)
-            row = Row(number, names[number], ids.get(number, ""), "NEVER STARTED")
-            if number not in alone:
-                row = self._row(replace(row, log=self._log(number, place)), state, seen[number])
+            row = Row(number, self.names[number], ids.get(number, ""), "NEVER STARTED")
+            if number in ids:
+                folder = self.sweep.directory / "slurm"
+                log = slurm.log_of(folder, ids[number]) if under_slurm else place / "log.txt"
+                row = _row(replace(row, log=log), states[number], seen[number])
             rows.append(replace(row, progress=progress(place / "record") if row.state == "RUNNING" else ""))
         return rows
 
-    def _log(self, number: int, place: Path) -> Path:
-        if self.sweep.manifest()["launcher"] == "local":
-            return place / "log.txt"
-        return slurm.log_of(self.sweep.directory / "slurm", self.sweep.ids()[number])
-
-    def _row(self, row: Row, state: State | None, seen: slurm.Seen) -> Row:
-        own = state if state is not None and state.id == row.id else None
-        attempt = 0 if state is None else state.attempt
-        row = replace(row, state=seen.state, node=seen.node, error=seen.reason, attempt=attempt)
-        if row.active:
-            return replace(row, error="")
-        if own is not None and own.state in ("COMPLETED", "FAILED"):
-            row = replace(row, state=own.state)
-        if own is not None and row.failed:
-            row = replace(row, error=own.error or row.error, traceback=own.traceback or "")
-        return replace(row, node=seen.node or (own.node if own else ""))
-
-    def _local(self, ids: Mapping[int, str], places: Mapping[int, Path]) -> dict[int, slurm.Seen]:
+    def _local(
+        self, ids: Mapping[int, str], states: Mapping[int, State | None], places: Mapping[int, Path]
+    ) -> dict[int, slurm.Seen]:
         supervised = supervisor.supervised(self.sweep)
         found = {}
         for number, id in ids.items():
-            state = State.load(places[number])
+            state = states[number]
             if state is None or state.id != id:
-                waits = slurm.Seen("PENDING"), slurm.Seen("CANCELLED", "", "nobody is there to start it")
-                found[number] = waits[not supervised]
-            elif state.state in ("RUNNING", "INTERRUPTED"):
-                pending = state.state == "INTERRUPTED" and supervised
-                gone = slurm.Seen("KILLED", state.node, "its process is gone")
-                going = slurm.Seen("RUNNING", state.node)
-                # A supervisor notes within a moment how a process has ended that could not do it itself.
-                found[number] = (
-                    slurm.Seen("PENDING") if pending else going if state.alive() or supervised else gone
-                )
-            else:
+                there, nobody = slurm.Seen("PENDING"), "nobody is there to start it"
+                found[number] = there if supervised else slurm.Seen("CANCELLED", "", nobody)
+            elif state.state == "INTERRUPTED" and supervised:
+                found[number] = slurm.Seen("PENDING")
+            elif state.state == "KILLED" and supervised and (places[number] / supervisor.CANCEL).exists():
+                found[number] = slurm.Seen("RUNNING", state.node)  # until it is noted why
+            elif state.state not in ("RUNNING", "INTERRUPTED"):
                 found[number] = slurm.Seen(state.state, state.node)
+            elif state.alive() or supervised:  # who notes within a moment how a process has ended
+                found[number] = slurm.Seen("RUNNING", state.node)
+            else:
+                found[number] = slurm.Seen("KILLED", state.node, "its process is gone")
         return found
 
-    def _slurm(self, ids: Mapping[int, str]) -> dict[int, slurm.Seen]:
+    def _slurm(self, ids: Mapping[int, str], states: Mapping[int, State | None]) -> dict[int, slurm.Seen]:
         queued = slurm.queued(list(ids.values()))
         left = {number: id for number, id in ids.items() if id not in queued}
-        accounted = slurm.accounted(list(left.values())) if left else {}
+        accounted = slurm.accounted(list(left.values()))
         found, now = {}, time.monotonic()
         for number, id in ids.items():
             if number not in left:
@@ -124,8 +112,9 @@ class Watcher:
                 found[number] = seen._replace(state="RUNNING" if running else "PENDING")
                 continue
             seen = accounted.get(id, slurm.Seen(""))
-            since = now - self.gone.setdefault(number, now)
-            if since < self._patience(number, seen):
+            state = states[number]
+            own = state if state is not None and state.id == id else None
+            if now - self.gone.setdefault(number, now) < _patience(own, seen):
                 found[number] = slurm.Seen("RUNNING", seen.node)
             elif seen.state in ("", "PENDING"):  # part of an array, and taken out of it
                 found[number] = slurm.Seen("CANCELLED", "", "it left the queue before it started")
@@ -133,14 +122,26 @@ class Watcher:
                 found[number] = seen
         return found
 
-    def _patience(self, number: int, seen: slurm.Seen) -> float:
-        """How long a job must be out of the queue to have ended: SLURM restarts some that it calls failed."""
-        state = State.load(self.sweep.jobs()[number])
-        if state is None or state.id != self.sweep.ids()[number]:  # it never began
-            return PATIENCE
-        if state.state in ("COMPLETED", "FAILED"):
-            return 0.0
-        return LONGER if seen.state in AGAIN else PATIENCE
+
+def _row(row: Row, state: State | None, seen: slurm.Seen) -> Row:
+    """What is seen of a job, with what it says itself of its end."""
+    own = state if state is not None and state.id == row.id else None
+    attempt = 0 if state is None else state.attempt
+    row = replace(row, state=seen.state, node=seen.node, error=seen.reason, attempt=attempt)
+    if row.active:
+        return replace(row, error="")
+    if own is not None and own.state in ("COMPLETED", "FAILED"):
+        row = replace(row, state=own.state)
+    if own is not None and row.failed:
+        row = replace(row, error=own.error or row.error, traceback=own.traceback or "")
+    return replace(row, node=seen.node or (own.node if own else ""))
+
+
+def _patience(own: State | None, seen: slurm.Seen) -> float:
+    """How long a job must be out of the queue to have ended: SLURM restarts some that it calls failed."""
+    if own is not None and own.state in ("COMPLETED", "FAILED"):
+        return 0.0
+    return LONGER if own is not None and seen.state in AGAIN else PATIENCE
 
 
 def names_of(sweep: Sweep) -> dict[int, str]:
