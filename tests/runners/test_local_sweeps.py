@@ -96,7 +96,7 @@ def test_what_failed_is_collected_and_it_alone_is_started_again(place):
 
 def test_cancelled_jobs_end_and_are_killed_in_mlflow_and_go_on_when_they_are_started_again(place):
     one = "hydra.launcher.array_parallelism=1"
-    options = ["training.steps=150", "training.save_every=10"]
+    options = ["training.steps=400", "training.save_every=10"]
     sweep = place.started(one, "name=cancelled", *options, "seed=7,8")
     until(lambda: max(steps(sweep, 0), default=0) > 20)
     assert place.command("cancel", sweep).code == 0
@@ -107,7 +107,7 @@ def test_cancelled_jobs_end_and_are_killed_in_mlflow_and_go_on_when_they_are_sta
     assert not alive(sweep, 0)
     assert place.command("resubmit", sweep).code == 0
     assert place.command("wait", sweep).code == 0
-    assert steps(sweep, 0) == list(range(1, 151))
+    assert steps(sweep, 0) == list(range(1, 401))
     assert "resuming from step" in (sweep / "0/log.txt").read_text()
     assert place.statuses("cancelled") == ("FINISHED", {"7": "FINISHED", "8": "FINISHED"})
 

@@ -183,7 +183,8 @@ def test_a_job_that_is_requeued_or_loses_its_node_loses_one_save_interval_at_mos
     story = stories["node"].result()
     assert_whole(story, "node", undisturbed)
     assert cluster.restarts(story.sweep) == 2
-    assert all(
-        went_on > reached - 25 - 1
-        for went_on, reached in zip(resumed(story.sweep), story.disturbed_at, strict=True)
-    )
+    went_on = resumed(story.sweep)
+    if len(went_on) == 1:  # the first time there was no state yet
+        went_on = [0, *went_on]
+    for step, reached in zip(went_on, story.disturbed_at, strict=True):
+        assert step >= reached - 25
