@@ -6,7 +6,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ class SlurmOptions:
     setup: list[str] | None = None  # lines of shell before the job
     srun_args: list[str] | None = None
     stderr_to_stdout: bool = True  # one log a job
-    additional_parameters: dict[str, Any] = field(default_factory=dict)  # whatever else sbatch takes
+    additional_parameters: dict[str, Any] | None = None  # whatever else sbatch takes
 
     def __post_init__(self) -> None:
         """Refuse several processes for one run."""
@@ -79,7 +79,7 @@ class SlurmOptions:
         given = {name: value for name, value in plain.items() if value is not None}
         memory = {} if self.mem_gb is None else {"mem": f"{int(self.mem_gb * 1024)}MB"}
         # A job that is preempted or loses its node is to be started again, whatever the site's default is.
-        more = {"requeue": True, **self.additional_parameters}
+        more = {"requeue": True, **(self.additional_parameters or {})}
         own = {"job_name": self.name, "time": self.timeout_min, "additional_parameters": more}
         own["signal_delay_s"] = self.limits()["signal_delay_s"]
         return {**given, **memory, **own}
