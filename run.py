@@ -18,14 +18,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from runners.experiment import Experiment
+    from runners.interruption import Interruption
 
 VERBOSE = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 KINDS = {str: "text that is not empty", int: "a whole number", dict: "a mapping such as {key: value}"}
 
 
-def parts(config: DictConfig) -> dict[str, Any]:
-    """The objects that a configuration describes: building them checks every key and type of it."""
-    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+def parts(config: DictConfig | dict[str, Any], here: bool = True) -> dict[str, Any]:
+    """The objects that a configuration describes: building them checks every key and type of it.
+
+    `here` says that it is this machine that needs the device.
+    """
+    plain = config
+    if isinstance(config, DictConfig):
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     for key, kind in {"name": str, "seed": int, "outputs": str, "tracking_uri": str, "tags": dict}.items():
         if not isinstance(plain.get(key), kind) or isinstance(plain[key], bool) or plain[key] == "":
@@ -43,7 +49,7 @@ def parts(config: DictConfig) -> dict[str, Any]:
             f"{group}s": {key: build(f"{group}.{key}", choice) for key, choice in plain[group].items()}
             for group in ("probe", "intervention")
         },
-        "device": device(plain.get("device")),
+        "device": device(plain.get("device"), here),
         **{key: plain[key] for key in ("name", "seed", "tracking_uri", "tags")},
     }
 
@@ -74,29 +80,46 @@ def check_keys(key: str, choice: dict[str, Any], made: object) -> None:
             check_keys(f"{key}.{name}", value, getattr(made, name))
 
 
-def experiment(config: DictConfig) -> "Experiment":
-    """The experiment that a configuration describes, with the places that Hydra chose for it."""
+def described(config: DictConfig) -> dict[str, Any]:
+    """A run as plain data, JSON that any process can take up: its configuration and its places.
+
+    Hydra has chosen the places, and knows the choices and what was asked for on the command line.
+    """
     from pathlib import Path  # noqa: PLC0415 (not needed for --help)
 
     from hydra.core.hydra_config import HydraConfig  # noqa: PLC0415
     from hydra.types import RunMode  # noqa: PLC0415
 
-    from runners.experiment import Experiment  # noqa: PLC0415 (heavy)
-
-    made = parts(config)
     hydra_config = HydraConfig.get()
     choices = {key: hydra_config.runtime.choices[key] for key in ("model", "data", "objective", "training")}
     changed = [override for override in hydra_config.overrides.task if not override.startswith("objective=")]
-    plain = OmegaConf.to_container(config, resolve=True)
-    sweep = Path(hydra_config.sweep.dir).resolve() / "record"
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    swept = hydra_config.mode == RunMode.MULTIRUN
+    return {
+        "run_name": " ".join([choices["objective"], *changed]),
+        "config": plain,
+        "params": {**dict(flattened(plain)), **choices},
+        "outputs": str(Path(config.outputs).resolve()),
+        "directory": str(Path(hydra_config.runtime.output_dir).resolve()),
+        "parent": str(Path(hydra_config.sweep.dir).resolve() / "record") if swept else None,
+    }
+
+
+def experiment(run: dict[str, Any], interruption: "Interruption | None" = None) -> "Experiment":
+    """The experiment that `described` has described; the machine's signals reach it by `interruption`."""
+    from pathlib import Path  # noqa: PLC0415 (not needed for --help)
+
+    from runners.experiment import Experiment  # noqa: PLC0415 (heavy)
+
     return Experiment(
-        **made,
-        run_name=" ".join([choices["objective"], *changed]),
-        outputs=Path(config.outputs).resolve(),
-        directory=Path(hydra_config.runtime.output_dir).resolve(),
-        params={**dict(flattened(plain)), **choices},
-        config=OmegaConf.to_yaml(config, resolve=True),
-        parent=sweep if hydra_config.mode == RunMode.MULTIRUN else None,
+        **parts(run["config"]),
+        run_name=run["run_name"],
+        outputs=Path(run["outputs"]),
+        directory=Path(run["directory"]),
+        params=run["params"],
+        config=OmegaConf.to_yaml(OmegaConf.create(run["config"])),
+        parent=None if run["parent"] is None else Path(run["parent"]),
+        interruption=interruption,
     )
 
 
@@ -109,43 +132,44 @@ def flattened(tree: Any, prefix: str = "") -> "Iterator[tuple[str, Any]]":
         yield from flattened(value, f"{prefix}.{key}" if prefix else str(key))
 
 
-def device(wanted: object) -> str:
-    """`cpu` or `cuda`; `auto` is the accelerator where there is one."""
+def device(wanted: object, here: bool) -> str:
+    """`cpu` or `cuda`; `auto` is the accelerator where there is one. `here` says that it is needed here."""
     import torch  # noqa: PLC0415 (heavy)
 
     if wanted not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {wanted!r}")
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if wanted == "cuda" and here and not torch.cuda.is_available():
         raise ValueError("device=cuda, and torch sees no GPU here: use device=cpu or device=auto")
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def job(config: DictConfig) -> None:
-    """One run; its traceback, if it fails, goes beside its record."""
+    """One run; its traceback, if it fails, goes beside its record. Those of a sweep are launched instead."""
     from pathlib import Path  # noqa: PLC0415 (not needed for --help)
 
     from hydra.core.hydra_config import HydraConfig  # noqa: PLC0415
-    from hydra.types import RunMode  # noqa: PLC0415
 
-    hydra_config = HydraConfig.get()
     try:
-        experiment(config).run()
+        experiment(described(config)).run()
     except Exception as error:
         with suppress(OSError):  # the disk may be full: that is then the error to tell
-            Path(hydra_config.runtime.output_dir, "traceback.txt").write_text(traceback.format_exc())
-        if hydra_config.mode == RunMode.RUN:
-            end(error)  # Hydra would put a line of its own before it
+            Path(HydraConfig.get().runtime.output_dir, "traceback.txt").write_text(traceback.format_exc())
+        end(error)  # Hydra would put a line of its own before it
         raise
 
 
-def check(config: DictConfig) -> None:
-    """Refuse a job of a sweep before any of its jobs starts; its data are read when it does."""
-    made = parts(config)
+def check(config: DictConfig, here: bool) -> dict[str, Any]:
+    """Refuse a job of a sweep before any of its jobs starts, and describe it; its data are read when it does.
+
+    `here` says that it will run on this machine.
+    """
+    made = parts(config, here)
     from runners.experiment import check_parts  # noqa: PLC0415 (heavy)
 
     keys = ("model", "objective", "training", "probes", "interventions", "tracking_uri")
     check_parts(*(made[key] for key in keys))
+    return described(config)
 
 
 register(check)

@@ -2,8 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from runners.comparisons import log_effects
 from runners.fingerprint import code_behind, libraries, package
+from runners.interruption import Interruption
 from runners.processes import terminations_as_exceptions
 from runners.provenance import environment, provenance, uncommitted_diff
 from runners.record import Record
@@ -32,6 +33,7 @@ from weightgeom.interfaces import (
     Setting,
     Trajectory,
 )
+from weightgeom.interruption import Wanted, undisturbed
 from weightgeom.training import Training
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ class Experiment:
     tags: Mapping[str, object]
     config: str  # the resolved configuration, in YAML
     parent: Path | None = None  # the record of the sweep
+    interruption: Interruption | None = None  # of a job under a scheduler
 
     def run(self) -> "dict[str, pd.DataFrame]":
         """Check all of it, do what was not done before, and return the tables by name."""
@@ -73,7 +76,7 @@ class Experiment:
         uri = check_tracking_uri(self.tracking_uri)
         with full_disk_explained(self.directory):
             record = self._record(uri, examples)
-        with terminations_as_exceptions(), Publisher(record.directory, uri), record:
+        with self._terminations(), Publisher(record.directory, uri), record:
             tables = self._tables(record, examples)
             with full_disk_explained(record.directory):
                 for name, table in tables.items():
@@ -96,6 +99,10 @@ class Experiment:
         if (self.probes or self.interventions) and not examples.heldout:
             raise ValueError(f"{examples.name} has no held-out text to probe on: give some with data.heldout")
         return examples
+
+    def _terminations(self) -> AbstractContextManager[None]:
+        survives = self.interruption is not None and self.interruption.survive
+        return nullcontext() if survives else terminations_as_exceptions()
 
     def _record(self, uri: str, examples: Examples) -> Record:
         data = {
@@ -121,8 +128,8 @@ class Experiment:
         return record
 
     def _tables(self, record: Record, examples: Examples) -> "dict[str, pd.DataFrame]":
-        make = Stages(self.outputs, record, "pretraining", code_behind(_module(self.model)))
-        base = self.model.prepare(make, examples, self.data, self.device)
+        make = self.stages(record, "pretraining", code_behind(_module(self.model)))
+        base = self.model.prepare(make, examples, self.data, self.device, self._wanted)
         tables, measured = {}, None
         for trajectory, identity in self._trajectories(record, base, examples):
             measured = Measured(self, record, base, trajectory, identity, examples)
@@ -166,10 +173,11 @@ class Experiment:
                 device=self.device,
                 log_metrics=log_metrics,
                 start=base.directory,
+                wanted=self._wanted,
             )
 
         code = code_behind(_module(objective), "weightgeom.training")
-        make = Stages(self.outputs, record, "train", code)
+        make = self.stages(record, "train", code)
         specification = {
             "base": base.identity,
             "data": examples.digest,
@@ -182,6 +190,14 @@ class Experiment:
         from weightgeom.training import trajectory  # noqa: PLC0415 (heavy)
 
         return trajectory(directory, "training", base.directory), f"training/{directory.name}"
+
+    def stages(self, record: Record, prefix: str, code: str) -> "Stages":
+        """Makes stages whose metrics go into `record` under `prefix`."""
+        return Stages(self.outputs, record, prefix, code, self.interruption)
+
+    @property
+    def _wanted(self) -> Wanted:
+        return undisturbed if self.interruption is None else self.interruption.wanted
 
 
 def check_parts(
@@ -209,6 +225,7 @@ class Stages:
     record: Record
     prefix: str  # of the metrics' names
     code: str  # fingerprint of what the result depends on
+    interruption: Interruption | None = None
 
     def __call__(
         self, name: str, specification: Mapping[str, object], work: Callable[[Path, Log], None], steps: int
@@ -237,7 +254,8 @@ class Stages:
                 work(directory, log_metrics)
 
         code = {"code": self.code, "libraries": libraries()}
-        directory = stage(self.outputs, name, {**specification, **code}, logged, RESUMABLE)
+        with nullcontext() if self.interruption is None else self.interruption.stage():
+            directory = stage(self.outputs, name, {**specification, **code}, logged, RESUMABLE)
         if not fresh:
             for row in _metrics(directory):
                 self._log(row)
@@ -321,7 +339,7 @@ class Measured:
             "seed": self.experiment.seed,
             "device": self.experiment.device,
         }
-        make = Stages(self.experiment.outputs, self.record, name, package())
+        make = self.experiment.stages(self.record, name, package())
         directory = make(name, specification, work, steps)
         return pd.read_parquet(directory / f"{name}.parquet")
 
@@ -349,26 +367,6 @@ class Measured:
         from weightgeom.model import load  # noqa: PLC0415 (heavy)
 
         return load(self.base.directory, self.experiment.device)
-
-
-@contextmanager
-def sweep_record(
-    directory: Path, *, name: str, tracking_uri: str, overrides: Sequence[str]
-) -> Iterator[Record]:
-    """The parent record of a sweep, open while its jobs run."""
-    uri = check_tracking_uri(tracking_uri)
-    record = Record.create(
-        directory,
-        experiment=name,
-        name=" ".join(["sweep", *overrides]),
-        params={"overrides": " ".join(overrides)},
-        tags=provenance(REPOSITORY),
-        inputs=[],
-        tracking_uri=uri,
-        kind="sweep",
-    )
-    with terminations_as_exceptions(), Publisher(record.directory, uri), record:
-        yield record
 
 
 def _plain(thing: object) -> dict[str, Any]:

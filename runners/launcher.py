@@ -1,66 +1,120 @@
-"""The Hydra launcher behind `-m`: one parent record for the sweep, one child for each of its jobs."""
+"""Starts sweeps, here or under SLURM: the Hydra launchers behind `-m`, and `python -m runners.launcher`."""
 
-import logging
+import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import DictConfig, open_dict
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runners.complaints import complaint
 
-log = logging.getLogger(__name__)
-PLUGIN = "hydra_plugins.weightgeom.LocalLauncher"  # Hydra takes launchers from this namespace only
-Check = Callable[[DictConfig], object]
+NAMESPACE = "hydra_plugins.weightgeom"  # Hydra takes launchers from there only
+Check = Callable[[DictConfig, bool], dict[str, Any]]
 
 
-class LocalLauncher(BasicLauncher):
-    """Runs the jobs of a sweep here, one after the other; a job that fails does not stop the others.
+class SweepLauncher(Launcher):
+    """Starts the jobs of a sweep in processes of their own, and watches them unless it is told not to.
 
-    Every job's configuration is composed and checked before the first one starts.
+    Every job's configuration is composed and checked before the first one starts; one that fails does not
+    stop the others.
     """
 
     check: Check
+    kind = "local"
+
+    def __init__(self, **options: Any) -> None:  # the keys of conf/hydra/launcher/*.yaml
+        plain = OmegaConf.to_container(OmegaConf.create(options), resolve=True)
+        assert isinstance(plain, dict)
+        self.options = plain
+        self.config: DictConfig | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take what Hydra has composed so far."""
+        self.config, self.loader = config, hydra_context.config_loader
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs and return how each ended; the parent is FINISHED if all of them are."""
-        assert self.config is not None and self.hydra_context is not None
-        loader = self.hydra_context.config_loader
-        for index, overrides in enumerate(job_overrides):
-            job = loader.load_sweep_config(self.config, list(overrides))
-            with open_dict(job):
-                del job["hydra"]  # its job.id and job.num are not known before the job starts
-            try:
-                type(self).check(job)
-            except Exception as error:
-                said = f"job {index} of the sweep ({' '.join(overrides)}): {complaint(error)}"
-                raise ValueError(f"{said}; nothing was started") from error
-        from runners.experiment import sweep_record  # noqa: PLC0415 (heavy, and not needed for --help)
-        from runners.sweep import summarise  # noqa: PLC0415
+        """Start the jobs, and watch them to their end; raises if any failed."""
+        assert self.config is not None
+        setup_globals()
+        from runners import commands  # noqa: PLC0415 (heavy, and not needed for --help)
 
-        config = self.config
-        directory = Path(str(config.hydra.sweep.dir)).resolve() / "record"
-        swept = list(config.hydra.overrides.task)
-        with sweep_record(
-            directory, name=config.name, tracking_uri=config.tracking_uri, overrides=swept
-        ) as record:
-            returns = super().launch(job_overrides, initial_job_idx)
-            numbers = range(initial_job_idx, initial_job_idx + len(returns))
-            summarise(record, [directory.parent / str(number) / "record" for number in numbers])
-            failed = [job for job in returns if job.status == JobStatus.FAILED]
-            for job in failed:
-                log.error("failed: %s: %s", " ".join(job.overrides or ()), complaint(job._return_value))
-            if failed:
-                raise ChildProcessError(
-                    f"{len(failed)} of {len(returns)} jobs of the sweep in {directory.parent} failed:"
-                    " the log above says why, and each has its traceback.txt there"
-                )
-        return returns
+        commands.speak()
+        directory = Path(str(self.config.hydra.sweep.dir)).resolve()
+        fresh = not (directory / "sweep.json").exists()
+        try:
+            numbers = range(initial_job_idx, initial_job_idx + len(job_overrides))
+            jobs = {
+                number: self._job(number, list(overrides))
+                for number, overrides in zip(numbers, job_overrides, strict=True)
+            }
+            swept = list(self.config.hydra.overrides.task)
+            options = {str(key): one for key, one in self.options.items() if key not in ("detach", "poll_s")}
+            sweep = commands.launch(directory, self.kind, options, jobs, swept)
+        except BaseException:
+            if fresh:
+                commands.discard(directory)
+            raise
+        if not self.options["detach"]:
+            commands.watch(sweep, self.options["poll_s"])
+        return [
+            JobReturn(job["overrides"], status=JobStatus.COMPLETED, _return_value=job["directory"])
+            for job in jobs.values()
+        ]
+
+    def _job(self, number: int, overrides: list[str]) -> dict[str, Any]:
+        """What job `number` is to do, checked."""
+        assert self.config is not None
+        job = self.loader.load_sweep_config(self.config, overrides)
+        with open_dict(job):
+            job.hydra.job.id = job.hydra.job.num = number
+        HydraConfig.instance().set_config(job)
+        place = Path(str(job.hydra.sweep.dir), str(job.hydra.sweep.subdir)).resolve()
+        with read_write(job.hydra.runtime), open_dict(job.hydra.runtime):
+            job.hydra.runtime.output_dir = str(place)
+        HydraConfig.instance().set_config(job)
+        logging, environment = (
+            OmegaConf.to_container(part, resolve=True)
+            for part in (job.hydra.job_logging, job.hydra.job.env_set)
+        )
+        plain = job.copy()
+        with open_dict(plain):
+            del plain["hydra"]
+        try:
+            described = type(self).check(plain, self.kind == "local")
+        except Exception as error:
+            said = f"job {number} of the sweep ({' '.join(filter_overrides(overrides))}): {complaint(error)}"
+            raise ValueError(f"{said}; nothing was started") from error
+        return {
+            **described,
+            "overrides": filter_overrides(overrides),
+            "cwd": os.getcwd(),
+            "logging": logging,
+            "environment": environment,
+        }
+
+
+class SlurmLauncher(SweepLauncher):
+    """The same, as arrays under SLURM."""
+
+    kind = "slurm"
 
 
 def register(check: Check) -> None:
-    """Make the launcher known to Hydra; `check` refuses a job's configuration that cannot work."""
-    LocalLauncher.check = staticmethod(check)
-    Plugins.instance().class_name_to_class[PLUGIN] = LocalLauncher
+    """Make the launchers known to Hydra; `check` describes a job, or refuses what cannot work."""
+    SweepLauncher.check = staticmethod(check)
+    known = Plugins.instance().class_name_to_class
+    known[f"{NAMESPACE}.LocalLauncher"] = SweepLauncher
+    known[f"{NAMESPACE}.SlurmLauncher"] = SlurmLauncher
+
+
+if __name__ == "__main__":
+    from runners.commands import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+from weightgeom.interruption import Interrupted
+
+Status = Literal["SCHEDULED", "RUNNING", "FINISHED", "FAILED", "KILLED"]
 _SIGNAL_CODES = {128 + signal.SIGINT, 128 + signal.SIGTERM}
 
 
@@ -42,7 +44,12 @@ def terminations_as_exceptions() -> Iterator[None]:
 
 
 def status_after(error: BaseException) -> Status:
-    """How a run stands that `error` ended: KILLED by Ctrl-C or SIGTERM, FAILED by anything else."""
+    """How a run stands that `error` ended: KILLED by Ctrl-C or SIGTERM, FAILED by anything else.
+
+    One that was interrupted is SCHEDULED: it will go on.
+    """
+    if isinstance(error, Interrupted):
+        return "SCHEDULED"
     if isinstance(error, SystemExit) and error.code in (None, 0):
         return "FINISHED"
     if isinstance(error, SystemExit) and error.code in _SIGNAL_CODES:

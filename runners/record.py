@@ -47,7 +47,7 @@ class Record:
     """A run's record in `directory`; as a context manager it notes how the run ended.
 
     A normal end is FINISHED; Ctrl-C and SIGTERM (see `terminations_as_exceptions`) are KILLED;
-    any other exception is FAILED.
+    Interrupted is SCHEDULED, no end but a pause; any other exception is FAILED.
     """
 
     directory: Path
@@ -206,7 +206,11 @@ class Record:
         if error is None:
             return self.end("FINISHED")
         try:
-            self.end(status_after(error), one_line(error))
+            status = status_after(error)
+            if status == "SCHEDULED":
+                self._write_status(status, None, None)
+            else:
+                self.end(status, one_line(error))
         except OSError:  # not to hide `error`
             log.exception("could not note in %s how the run ended", self.directory)
 

@@ -146,8 +146,10 @@ def one_line(error: BaseException) -> str:
     return redacted_text(" ".join(f"{type(error).__name__}: {error}".split())).rstrip(": ")
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
     """Write `content` so that `path` holds all of it or is as before, even after a power cut.
+
+    `mode` is that of a new file, less the umask: 0o600 for what may hold secrets.
 
     Raises:
         OSError: if the disk is full.
@@ -156,7 +158,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with full_disk_explained(path.parent):
         try:
-            with temporary.open("xb") as file:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())

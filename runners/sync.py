@@ -1,6 +1,7 @@
 """Publishes what an outage or a kill left unpublished; run as `python -m runners.tracking sync`."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from runners.record import Record
 from runners.redaction import MASK
 from runners.store import one_line
 from runners.tracking import Publication, check_tracking_uri
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,19 @@ def sync(outputs: Path, tracking_uri: str | None = None) -> list[Outcome]:
     found = (path.parent for path in outputs.rglob("run.json"))
     records = [Record(path) for path in sorted(found) if (path / "status.json").exists()]
     return [_sync(record, uri) for record in records]
+
+
+def publish(records: Sequence[Record], tracking_uri: str) -> None:
+    """Publish all that is unpublished of `records`; trouble is told once, as a warning, and ends it."""
+    for record in records:
+        try:
+            Publication(record, check_tracking_uri(tracking_uri)).publish(artifacts=True)
+        except Exception as error:
+            log.warning(
+                "could not publish to MLflow (%s): `python -m runners.tracking sync %s` does what is missing",
+                *(one_line(error), records[0].directory.parent),
+            )
+            return
 
 
 def _sync(record: Record, uri: str | None) -> Outcome:

@@ -26,6 +26,7 @@ from filelock import FileLock
 from runners.record import Point, Record
 from runners.redaction import redacted_text
 from runners.store import one_line, write_atomically
+from weightgeom.interruption import Interrupted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -138,9 +139,11 @@ class Publisher:
         traceback: TracebackType | None,
     ) -> None:
         self._leaving.set()
-        self._thread.join(self.patience)
+        # A run that is interrupted goes on later, and has little time left to be put back into the queue.
+        patience = min(self.patience, 5.0) if kind is Interrupted else self.patience
+        self._thread.join(patience)
         if self._thread.is_alive():
-            self._warn(f"it took longer than {self.patience:g} s")
+            self._warn(f"it took longer than {patience:g} s")
 
     def _run(self) -> None:
         publication, failures, last_failures = None, 0, 0
@@ -193,7 +196,9 @@ class Publication:
         tags = {"record_id": description["id"], "mlflow.user": _user()}
         parent = record.parent()
         if parent is not None and (parent.directory / "run.json").exists():
-            tags["mlflow.parentRunId"] = Publication(parent, tracking_uri).run_id
+            above = Publication(parent, tracking_uri)
+            above.publish(artifacts=False)  # nobody else may be there to do it
+            tags["mlflow.parentRunId"] = above.run_id
         with self._lock():
             run = self._run(description, tags)
             self.run_id: str = run.info.run_id
@@ -269,8 +274,8 @@ class Publication:
         current = {name: status[name] for name in ("status", "end_time", "error")}
         if current == published.status:
             return published
-        if current["status"] == "RUNNING":
-            self.client.update_run(self.run_id, status="RUNNING")
+        if current["status"] in ("SCHEDULED", "RUNNING"):
+            self.client.update_run(self.run_id, status=current["status"])
         else:
             self.client.set_terminated(self.run_id, current["status"], current["end_time"])
         if current["error"]:

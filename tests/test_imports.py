@@ -34,6 +34,8 @@ def forbidden(path: str) -> Iterator[str]:
         yield from ("torch", "weightgeom") if figures else ("matplotlib",)
         if len(place) > 2:
             yield from (f"weightgeom.{room}" for room in ROOMS)
+    if place[0] == "runners" and place[1:] not in (["slurm"], ["jobs"]):
+        yield "submitit"
     if place[0] == "runners":
         yield from () if place[1:] == ["launcher"] else ("hydra", "omegaconf")
         yield from () if place[1:] in (["tracking"], ["report"]) else ("mlflow",)
@@ -77,6 +79,7 @@ def test_a_file_imports_only_what_it_may(path: Path) -> None:
         ("weightgeom/architectures/llama.py", "from weightgeom import architectures"),
         ("runners/experiment.py", "from hydra.utils import instantiate"),
         ("runners/sync.py", "import mlflow"),
+        ("runners/watch.py", "import submitit"),
     ],
 )
 def test_what_may_not_be_imported_is_seen(path: str, source: str) -> None:
@@ -89,10 +92,11 @@ def test_the_exceptions_are_allowed() -> None:
     assert not violations("weightgeom/figures_causal.py", "from weightgeom.figures import STYLE")
     assert not violations("runners/launcher.py", "import hydra")
     assert not violations("runners/tracking.py", "import mlflow")
+    assert not violations("runners/slurm.py", "from submitit import SlurmExecutor")
 
 
 def test_to_import_the_application_loads_nothing_heavy() -> None:
     code = "import runpy, sys; runpy.run_path('run.py'); print(*sys.modules, sep='\\n')"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(ended.stdout.splitlines())
-    assert "hydra" in loaded and not loaded & {"torch", "transformers", "trl", "mlflow"}
+    assert "hydra" in loaded and not loaded & {"torch", "transformers", "trl", "mlflow", "submitit"}

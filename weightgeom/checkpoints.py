@@ -19,7 +19,9 @@ from transformers import TrainerCallback
 
 from weightgeom.adapters import is_adapter
 from weightgeom.interfaces import Log
+from weightgeom.interruption import Interrupted, Wanted
 from weightgeom.residual import Architecture, ResidualMatrix
+from weightgeom.running_sums import restore_running_sums, save_running_sums
 from weightgeom.weights import open_params, opened
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ CURVES = (
 
 
 class Checkpoints(TrainerCallback):
-    """Saves checkpoints atomically at the given steps and hands on the metrics that TRL logs."""
+    """Saves checkpoints at the given steps and hands on the metrics that TRL logs."""
 
     def __init__(
         self,
@@ -61,7 +63,6 @@ class Checkpoints(TrainerCallback):
         log_metrics: Log,
         first_loss: float | None,
         keep_start: bool,
-        keep: int = 1,
     ) -> None:
         self.directory = directory
         self.steps = steps
@@ -69,7 +70,6 @@ class Checkpoints(TrainerCallback):
         self.log_metrics = log_metrics
         self.first_loss = first_loss
         self.keep_start = keep_start
-        self.keep = keep
         self.last: Path | None = None
 
     def on_train_begin(
@@ -94,20 +94,6 @@ class Checkpoints(TrainerCallback):
         self.log_metrics({}, state.global_step)
         if state.global_step in self.steps or control.should_training_stop:
             self._save(kwargs["model"], state.global_step)
-        if control.should_training_stop:
-            control.should_save = False  # there is nothing left to resume
-
-    def on_save(
-        self,
-        args: "TrainingArguments",
-        state: "TrainerState",
-        control: "TrainerControl",
-        **kwargs: Any,
-    ) -> None:
-        """Seal the state that the library has written, then delete those that are too old."""
-        seal(self.directory / f"{STATE}{state.global_step}")
-        for old in states(self.directory)[self.keep :]:
-            shutil.rmtree(old)
 
     def on_log(
         self,
@@ -150,6 +136,62 @@ class Checkpoints(TrainerCallback):
     def _diverged(self, what: str, step: int) -> str:
         kept = f"the last good checkpoint is {self.last}" if self.last else "no checkpoint was good"
         return f"training diverged: {what} at step {step}; {kept}; lower the learning rate"
+
+
+class States(TrainerCallback):
+    """Keeps the newest states to resume from: those that the library writes, and one whenever it is wanted.
+
+    Where a stop is wanted, it raises Interrupted once that state is sealed.
+    """
+
+    def __init__(self, trainer: Any, directory: Path, start: Path | None, keep: int, wanted: Wanted) -> None:
+        self.trainer = trainer
+        self.directory = directory
+        self.start = start
+        self.keep = keep
+        self.wanted = wanted
+        self.stop = False
+
+    def on_train_begin(
+        self,
+        args: "TrainingArguments",
+        state: "TrainerState",
+        control: "TrainerControl",
+        **kwargs: Any,
+    ) -> None:
+        """Go on with the sums of the state that is resumed from; the library has just set its own to 0."""
+        if self.start is not None:
+            restore_running_sums(self.trainer, self.start)
+
+    def on_step_end(
+        self,
+        args: "TrainingArguments",
+        state: "TrainerState",
+        control: "TrainerControl",
+        **kwargs: Any,
+    ) -> None:
+        """Look what is wanted; the library logs this step before it saves the state."""
+        wanted = self.wanted()
+        if wanted is not None:
+            control.should_save, self.stop = True, wanted == "stop"
+        if control.should_training_stop:
+            control.should_save = False  # there is nothing left to resume
+
+    def on_save(
+        self,
+        args: "TrainingArguments",
+        state: "TrainerState",
+        control: "TrainerControl",
+        **kwargs: Any,
+    ) -> None:
+        """Seal the state that the library has written, then delete those that are too old."""
+        written = self.directory / f"{STATE}{state.global_step}"
+        save_running_sums(self.trainer, written)
+        seal(written)
+        for old in states(self.directory)[self.keep :]:
+            shutil.rmtree(old)
+        if self.stop:
+            raise Interrupted(f"stopped after step {state.global_step}, whose state is saved")
 
 
 class GradientNorms(TrainerCallback):

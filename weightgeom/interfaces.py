@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 from jaxtyping import Bool
 from torch import Tensor
 
+from weightgeom.interruption import Wanted, undisturbed
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
@@ -152,8 +154,13 @@ class Model(Protocol):
         """
         ...
 
-    def prepare(self, stage: Stage, examples: Examples, data: Data, device: str) -> Base:
-        """Fetch or make the base; what is made is made inside a stage, so that it is made once."""
+    def prepare(
+        self, stage: Stage, examples: Examples, data: Data, device: str, wanted: Wanted = undisturbed
+    ) -> Base:
+        """Fetch or make the base; what is made is made inside a stage, so that it is made once.
+
+        A training in it does what is `wanted` between its steps.
+        """
         ...
 
 

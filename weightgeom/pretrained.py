@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from weightgeom.adapters import is_adapter, open_adapter
 from weightgeom.interfaces import Base, Data, Examples, Stage, Trajectory
+from weightgeom.interruption import Wanted, undisturbed
 from weightgeom.model import check_length, first_line, load_architecture, load_context
 from weightgeom.residual import Architecture
 from weightgeom.weights import difference, open_params
@@ -77,7 +78,9 @@ class Pretrained:
         steps = {_step(revision): f"{name}@{revision}" for revision in self.revisions}
         return dict(sorted((step, one) for step, one in steps.items() if step is not None))
 
-    def prepare(self, stage: Stage, examples: Examples, data: Data, device: str) -> Base:
+    def prepare(
+        self, stage: Stage, examples: Examples, data: Data, device: str, wanted: Wanted = undisturbed
+    ) -> Base:
         """Fetch it, or all of them."""
         steps = {step: fetch(location) for step, location in self.locations().items()}
         last = steps[max(steps)]
@@ -114,7 +117,9 @@ class TwoCheckpoints:
             difference(open_params(after, load_architecture(after)), start)
         return architecture
 
-    def prepare(self, stage: Stage, examples: Examples, data: Data, device: str) -> Base:
+    def prepare(
+        self, stage: Stage, examples: Examples, data: Data, device: str, wanted: Wanted = undisturbed
+    ) -> Base:
         """Fetch both."""
         before, after = fetch(self.before), fetch(self.after)
         both = hashlib.sha256(f"{identity(before)} {identity(after)}".encode()).hexdigest()[:16]

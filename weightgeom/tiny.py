@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from weightgeom.data.text import TextFiles
 from weightgeom.data.world import World
 from weightgeom.interfaces import Base, Data, Examples, Log, Stage
+from weightgeom.interruption import Wanted, undisturbed
 from weightgeom.model import check_length
 from weightgeom.objectives.ce import CE
 from weightgeom.reading import fingerprint
@@ -60,7 +61,9 @@ class Tiny:
             TextFiles(train=self.corpus).files()
         return architecture_of(self._config(self.vocabulary, 0))
 
-    def prepare(self, stage: Stage, examples: Examples, data: Data, device: str) -> Base:
+    def prepare(
+        self, stage: Stage, examples: Examples, data: Data, device: str, wanted: Wanted = undisturbed
+    ) -> Base:
         """Pretrain, or take the equal model that was pretrained before."""
         corpus, text = data, examples
         if self.corpus is not None:
@@ -90,6 +93,7 @@ class Tiny:
                 seed=self.seed,
                 device=device,
                 log_metrics=log_metrics,
+                wanted=wanted,
             )
 
         words = corpus.words() if isinstance(corpus, World) else []

@@ -11,6 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from weightgeom.interfaces import Examples, Log, Objective, Trajectory
+from weightgeom.interruption import Wanted, undisturbed
 from weightgeom.lora import Lora
 from weightgeom.model import check_length
 
@@ -30,9 +31,10 @@ class Training:
     `match` is what trainings are to have in common: `steps`, or the `tokens` that went through the model
     (padding left out), the `delta_norm` ‖θ_t − θ_0‖_F over all weights, or the `accuracy` of preference on
     held-out pairs. The training stops when that reaches `target`, after `steps` at the latest; a `schedule`
-    falls as if there were no target. With `save_every` a training that was interrupted goes on from the
-    last of its `keep` newest states, bit for bit on the CPU. With a rank in `lora` the weights are frozen,
-    an adapter is trained on them, and checkpoints are adapters as PEFT saves them.
+    falls as if there were no target. A training that was interrupted goes on from the last of its `keep`
+    newest states, bit for bit on the CPU: one every `save_every` steps, and the one of a stop. With a
+    rank in `lora` the weights are frozen, an adapter is trained on them, and checkpoints are adapters as
+    PEFT saves them.
     """
 
     steps: int = Field(default=64, ge=1)
@@ -61,11 +63,6 @@ class Training:
             raise ValueError(f"match={self.match} needs a target: give training.target")
         if self.match == "accuracy" and self.target is not None and self.target > 1:
             raise ValueError(f"target is an accuracy of {self.target:g}, and 1 is the highest")
-        if self.save_every is not None and self.save_every % self.log_every:
-            raise ValueError(
-                f"save_every {self.save_every} is not a multiple of log_every {self.log_every}: a resumed"
-                " training would log means over fewer steps"
-            )
         if self.lora.r is not None and self.log_gradients:
             raise ValueError(
                 "log_gradients takes the gradients of whole matrices, which lora.r freezes: leave one out"
@@ -125,6 +122,7 @@ def fit(
     device: str,
     log_metrics: Log,
     start: Path | None = None,
+    wanted: Wanted = undisturbed,
 ) -> Trajectory:
     """Train `network`, which is mutated, and leave its checkpoints in `directory`.
 
@@ -132,9 +130,10 @@ def fit(
     Every checkpoint is an ordinary transformers directory with its tokenizer, or an adapter of `start`;
     `matching.json` says what the training came to. An interrupted training is resumed by the same call,
     `network` being the start as before; what `directory` holds beyond the step that it resumes from is
-    deleted.
+    deleted. After each step it looks what is `wanted`: `save` a state to resume from, or `stop` with one.
 
     Raises:
+        Interrupted: when it has stopped because that was wanted.
         FloatingPointError: when the loss or a weight is no longer finite; the good checkpoints stay.
         ValueError: if sequences of `max_length` do not fit the model, nothing is left to train on, the
             data lack what the match needs, the objective cannot be resumed, or an adapter has no start.
@@ -143,7 +142,14 @@ def fit(
     from transformers.trainer_callback import PrinterCallback  # noqa: PLC0415 (heavy)
     from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
 
-    from weightgeom.checkpoints import Checkpoints, GradientNorms, discard, restored, resumable  # noqa: PLC0415 (heavy)
+    from weightgeom.checkpoints import (  # noqa: PLC0415 (heavy)
+        Checkpoints,
+        GradientNorms,
+        States,
+        discard,
+        restored,
+        resumable,
+    )
     from weightgeom.matching import Matching, Measure  # noqa: PLC0415 (heavy)
     from weightgeom.residual import architecture_of  # noqa: PLC0415
 
@@ -153,7 +159,7 @@ def fit(
         raise ValueError("lora.r trains an adapter of a base, and a random start is none: leave lora.r out")
     check_length(training.max_length, getattr(network.config, "max_position_embeddings", None))
     saved = [step for step in training.save_steps() if step or start is None]
-    state = None if training.save_every is None else resumable(directory, saved)
+    state = resumable(directory, saved)
     discard(directory, state)
     architecture = architecture_of(network.config)
     arguments = training.arguments(directory, seed, device)
@@ -161,7 +167,8 @@ def fit(
         arguments["peft_config"] = training.lora.config(architecture)
     with outdated_name_allowed():
         trainer = objective.trainer(network, tokenizer, examples, arguments)
-    if training.save_every is not None and getattr(trainer.args, "sync_ref_model", False):
+    moving = getattr(trainer.args, "sync_ref_model", False)
+    if training.save_every is not None and moving:
         raise ValueError("save_every cannot restore a reference that moves (sync_ref_model): leave one out")
     measure = Measure(
         network,
@@ -183,9 +190,11 @@ def fit(
             log_metrics,
             objective.first_loss,
             keep_start=start is None and state is None,
-            keep=training.keep,
         )
     )
+    trainer.add_callback(
+        States(trainer, directory, state, training.keep, undisturbed if moving else wanted)
+    )  # behind the checkpoint of the same step
     if training.log_gradients:
         trainer.add_callback(GradientNorms(architecture.matrices, log_metrics))
     log.info("training %s for %d steps of %d examples", name, training.steps, training.batch_size)

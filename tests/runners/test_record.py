@@ -13,6 +13,7 @@ from runners.processes import terminations_as_exceptions
 from runners.record import Point, Record
 from runners.redaction import announces_secret, redacted, redacted_text
 from runners.store import write_atomically
+from weightgeom.interruption import Interrupted
 
 DATA: Any = {"name": "world", "digest": "ab12", "source": "generated", "context": "training"}
 
@@ -67,6 +68,15 @@ def test_the_status_tells_how_the_run_ended(tmp_path, error, status, text):
         raise error
     assert record.status()["status"] == status
     assert record.status()["error"] == text
+
+
+def test_a_run_that_is_interrupted_is_scheduled_and_has_not_ended(tmp_path):
+    with pytest.raises(Interrupted), new(tmp_path) as record:
+        raise Interrupted("stopped after step 3")
+    assert record.status()["status"] == "SCHEDULED"
+    assert record.status()["end_time"] is None and record.status()["error"] is None
+    with new(tmp_path) as record:
+        assert record.status()["status"] == "RUNNING"
 
 
 def test_a_run_that_ends_normally_is_finished(tmp_path):

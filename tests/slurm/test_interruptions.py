@@ -1,0 +1,190 @@
+"""Runs that a real SLURM takes off their nodes end with the bits of one that nobody disturbed."""
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from app import Ended, run
+from cluster import Cluster, base
+from sweeps import TINY, Place, events, states, steps, until, weights
+
+STEPS = 400
+TRAINING = [f"training.steps={STEPS}", "seed=3"]
+PREEMPTIBLE = "hydra.launcher.timeout_min=30"
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
+)
+
+
+@dataclass(frozen=True)
+class Story:
+    """What became of a sweep of one run, and how far its record was at each disturbance."""
+
+    place: Place
+    sweep: Path
+    waited: Ended
+    disturbed_at: list[int]
+
+
+Disturbance = Callable[[Cluster, Path], None]
+
+
+def disturbed(
+    cluster: Cluster, home: Path, name: str, node: str, options: list[str], *disturbances: Disturbance
+) -> Story:
+    """Run a sweep of one run, disturbed once it has made some steps since the last time."""
+    place = cluster.at(home)
+    own = ["hydra/launcher=slurm", f"hydra.launcher.nodelist={node}", f"name={name}"]
+    sweep = place.started(*own, *TRAINING, *options)
+    at = []
+    with place.popen("wait", sweep, "--poll", "0.3") as waiting:
+        for number, disturb in enumerate(disturbances):
+            before = at[-1] if at else 0
+            until(lambda n=number, b=before: attempts(sweep) > n and last(sweep) > b + 15)
+            at.append(last(sweep))
+            disturb(cluster, sweep)
+        out, err = waiting.communicate(timeout=400)
+    return Story(place, sweep, Ended(waiting.returncode, out, err), at)
+
+
+def attempts(sweep: Path) -> int:
+    return states(sweep).count("RUNNING")
+
+
+def last(sweep: Path) -> int:
+    return max(steps(sweep), default=0)
+
+
+def preempt(cluster: Cluster, sweep: Path) -> None:
+    node = events(sweep)[-1]["node"]
+    wanted = ["-p", "urgent", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"]
+    cluster.ask("sbatch", *wanted, cwd=sweep)
+
+
+def preempt_without_user_signal(cluster: Cluster, sweep: Path) -> None:
+    configuration = cluster.directory / "etc/slurm.conf"
+    before = configuration.read_text()
+    configuration.write_text(before.replace("SlurmctldParameters=preempt_send_user_signal\n", ""))
+    cluster.ask("scontrol", "reconfigure")
+    preempt(cluster, sweep)
+    until(lambda: attempts(sweep) == 3)
+    configuration.write_text(before)
+    cluster.ask("scontrol", "reconfigure")
+
+
+def requeue(cluster: Cluster, sweep: Path) -> None:
+    cluster.ask("scontrol", "requeue", base(sweep))
+
+
+def lose_node(cluster: Cluster, sweep: Path) -> None:
+    node = events(sweep)[-1]["node"]
+    cluster.script("kill-node", node)
+    cluster.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    time.sleep(2)
+    cluster.script("start-node", node)
+
+
+@pytest.fixture(scope="module")
+def stories(
+    cluster: Cluster, outputs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, "Future[Story]"]]:
+    """All of them at the same time, each on a node and in outputs of its own."""
+
+    def home(name: str) -> Path:
+        place = tmp_path_factory.mktemp(name)
+        shutil.copytree(outputs, place / "outputs")
+        return place
+
+    limited = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=20"]
+    often = "hydra.launcher.max_num_timeout=30"  # a slow machine comes to few steps in an attempt
+    workers, saves = "training.workers=1", "training.save_every=25"
+    plans = {
+        "timeout": ("n1", [*limited, often], ()),
+        "once": ("n1", [*limited, "hydra.launcher.max_num_timeout=0"], ()),
+        "preemption": ("n2", [PREEMPTIBLE, workers], (preempt, preempt_without_user_signal)),
+        "node": ("n3", [PREEMPTIBLE, saves], (requeue, lose_node)),
+    }
+    with ThreadPoolExecutor() as pool:
+        found = {
+            name: pool.submit(disturbed, cluster, home(name), name, node, options, *disturbances)
+            for name, (node, options, disturbances) in plans.items()
+        }
+        yield found
+        for one in found.values():
+            one.exception()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stories, outputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights that the same run ends with in a process that nobody disturbs."""
+    home = tmp_path_factory.mktemp("undisturbed")
+    shutil.copytree(outputs, home / "outputs")
+    ended = run(home, *TINY, *TRAINING)
+    assert ended.code == 0, ended.err
+    return weights(home, STEPS)
+
+
+def assert_whole(story: Story, name: str, undisturbed: dict[str, torch.Tensor]) -> None:
+    """It is complete, in one record and one MLflow run, step by step, and with the same bits."""
+    assert story.waited.code == 0, story.waited.out + story.waited.err
+    assert "FAILED" not in story.waited.out and "CANCELLED" not in story.waited.out
+    assert steps(story.sweep) == list(range(1, STEPS + 1))
+    assert story.place.statuses(name) == ("FINISHED", {"3": "FINISHED"})
+    found = weights(story.place.home, STEPS)
+    assert found.keys() == undisturbed.keys()
+    assert all(torch.equal(found[key], weight) for key, weight in undisturbed.items())
+
+
+def resumed(sweep: Path) -> list[int]:
+    """From which steps its attempts went on."""
+    said = (sweep / f"slurm/{base(sweep)}_0_log.out").read_text()
+    return [int(step) for step in re.findall(r"resuming from step (\d+)", said)]
+
+
+def test_at_a_time_limit_no_step_is_lost(cluster, stories, undisturbed):
+    story = stories["timeout"].result()
+    assert_whole(story, "timeout", undisturbed)
+    paused = [event for event in events(story.sweep) if event["state"] == "INTERRUPTED"]
+    assert paused and [event["timeouts"] for event in paused] == list(range(1, len(paused) + 1))
+    stops = [int(event["error"].split()[3].strip(",")) for event in paused if "after step" in event["error"]]
+    # An attempt that ended before it had made a step of its own went on from where the one before it did.
+    assert stops and list(dict.fromkeys(resumed(story.sweep))) == stops
+    assert cluster.restarts(story.sweep) == len(paused)
+
+
+def test_a_job_that_may_not_run_out_of_time_fails_and_says_so(stories):
+    story = stories["once"].result()
+    assert story.waited.code == 1
+    assert "(FAILED on n1): TimeoutError: the time limit of 1 min was reached" in story.waited.out
+    assert story.place.statuses("once") == ("FAILED", {"3": "FAILED"})
+
+
+def test_a_preempted_job_with_workers_is_requeued_once_with_and_without_the_users_signal(
+    cluster, stories, undisturbed
+):
+    story = stories["preemption"].result()
+    assert_whole(story, "preemption", undisturbed)
+    assert states(story.sweep) == ["RUNNING", "INTERRUPTED", "RUNNING", "RUNNING", "COMPLETED"]
+    assert cluster.restarts(story.sweep) == 2
+    stopped, saved = resumed(story.sweep)
+    assert stopped >= story.disturbed_at[0] and saved >= story.disturbed_at[1]
+    assert events(story.sweep)[-1]["timeouts"] == 0
+
+
+def test_a_job_that_is_requeued_or_loses_its_node_loses_one_save_interval_at_most(
+    cluster, stories, undisturbed
+):
+    story = stories["node"].result()
+    assert_whole(story, "node", undisturbed)
+    assert cluster.restarts(story.sweep) == 2
+    went_on = resumed(story.sweep)
+    if len(went_on) == 1:  # the first time there was no state yet
+        went_on = [0, *went_on]
+    for step, reached in zip(went_on, story.disturbed_at, strict=True):
+        assert step >= reached - 25
