@@ -39,6 +39,8 @@ LOCK_PATIENCE = 60.0  # seconds; creating a fresh store takes about six
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; the default is 120
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the publisher tries again by itself
+    # A connection that is kept stays as it was opened: read-only, if the disk was that for a while.
+    "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
@@ -147,7 +149,7 @@ class Publisher:
         while True:
             last = self._leaving.is_set()  # before the pass, which then sees all there is
             try:
-                if publication is None:
+                if publication is None or (last and self._warned):  # after trouble look anew
                     publication = Publication(self.record, self.tracking_uri)
                 publication.publish(artifacts=last)
                 failures = 0
@@ -182,7 +184,8 @@ class Publication:
     """The MLflow run of one record, found or made; its parent's first.
 
     The run is found by the record's own id, not by `published.json`: neither a crash right after
-    making it nor a store that was deleted since can lead astray.
+    making it nor a store that was deleted since can lead astray. A server that did what was asked
+    after it was given up may have made a second one: that is deleted.
     """
 
     def __init__(self, record: Record, tracking_uri: str) -> None:
@@ -203,6 +206,8 @@ class Publication:
             known = Published.load(self.directory)
             if known is None or known.run_id != self.run_id:
                 self.nothing.save(self.directory)
+            elif known.status and known.status["status"] != run.info.status:
+                replace(known, status={}).save(self.directory)  # as late: an older one came last
 
     def publish(self, *, artifacts: bool) -> bool:
         """Bring MLflow up to the record, and return whether anything was missing there."""
@@ -230,12 +235,21 @@ class Publication:
             [self.experiment_id],
             f"tags.record_id = '{description['id']}'",
             run_view_type=ViewType.ALL,
-            max_results=1,
         )
-        if found:
-            return found[0]
-        name, start_time = description["name"], description["start_time"]
-        return self.client.create_run(self.experiment_id, start_time, tags, run_name=name)
+        if not found:
+            name, start_time = description["name"], description["start_time"]
+            return self.client.create_run(self.experiment_id, start_time, tags, run_name=name)
+        known = Published.load(self.directory)
+        first = "" if known is None else known.run_id
+
+        def order(run: Any) -> tuple[bool, bool, str]:
+            return run.info.run_id != first, run.info.lifecycle_stage == "deleted", run.info.run_id
+
+        kept, *others = sorted(found, key=order)
+        for other in others:
+            if other.info.lifecycle_stage != "deleted":
+                self.client.delete_run(other.info.run_id)
+        return kept
 
     def _description(self, published: Published) -> Published:
         from mlflow.entities import Param, RunTag  # noqa: PLC0415 - see open_store
@@ -305,7 +319,7 @@ def open_store(tracking_uri: str, experiment: str) -> "tuple[MlflowClient, str]"
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient  # noqa: PLC0415 - takes seconds; here it overlaps with the run
 
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it is the publisher that tells of trouble, once
     if not tracking_uri.startswith("sqlite:"):
         client = MlflowClient(tracking_uri)
         return client, _experiment(client, experiment, None)
