@@ -12,7 +12,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from runners.complaints import complaint, nearest
-from runners.launcher import register
+from runners.launcher import LocalLauncher, register
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,7 +86,10 @@ def experiment(config: DictConfig) -> "Experiment":
     made = parts(config)
     hydra_config = HydraConfig.get()
     choices = {key: hydra_config.runtime.choices[key] for key in ("model", "data", "objective", "training")}
-    changed = [override for override in hydra_config.overrides.task if not override.startswith("objective=")]
+    # A run of a sweep is named by what tells it from the others.
+    common = LocalLauncher.common if hydra_config.mode == RunMode.MULTIRUN else frozenset()
+    asked = [override for override in hydra_config.overrides.task if override not in common]
+    changed = [override for override in asked if not override.startswith("objective=")]
     plain = OmegaConf.to_container(config, resolve=True)
     sweep = Path(hydra_config.sweep.dir).resolve() / "record"
     return Experiment(

@@ -23,10 +23,12 @@ class LocalLauncher(BasicLauncher):
     """
 
     check: Check
+    common: frozenset[str] = frozenset()  # the overrides that all jobs of the sweep have
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs and return how each ended; the parent is FINISHED if all of them are."""
         assert self.config is not None and self.hydra_context is not None
+        type(self).common = frozenset.intersection(*map(frozenset, job_overrides))
         loader = self.hydra_context.config_loader
         for index, overrides in enumerate(job_overrides):
             job = loader.load_sweep_config(self.config, list(overrides))
@@ -42,6 +44,8 @@ class LocalLauncher(BasicLauncher):
 
         config = self.config
         directory = Path(str(config.hydra.sweep.dir)).resolve() / "record"
+        # Hydra's own note of the sweep would keep its secrets; each record has its configuration without.
+        directory.with_name("multirun.yaml").unlink(missing_ok=True)
         swept = list(config.hydra.overrides.task)
         with sweep_record(
             directory, name=config.name, tracking_uri=config.tracking_uri, overrides=swept

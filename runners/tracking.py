@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Limits of MLflow: it cuts longer values silently and refuses longer batches.
-PARAM_LENGTH, TAG_LENGTH, KEY_LENGTH, DIGEST_LENGTH = 6000, 5000, 250, 36
+# Limits of MLflow: it cuts longer values silently and refuses longer batches; PostgreSQL, longer names.
+PARAM_LENGTH, TAG_LENGTH, KEY_LENGTH, NAME_LENGTH, DIGEST_LENGTH = 6000, 5000, 250, 250, 36
 METRICS_A_BATCH, PARAMS_A_BATCH = 1000, 100
 LOCK_PATIENCE = 60.0  # seconds; creating a fresh store takes about six
 _ENVIRONMENT = {
@@ -174,7 +174,7 @@ class Publisher:
             "could not publish to MLflow at %s (%s); the run goes on, its record is safe at %s, "
             "and `python -m runners.tracking sync %s` publishes what is missing",
             redacted_text(self.tracking_uri),
-            trouble,
+            trouble if len(trouble) < 300 else f"{trouble[:300]} ...",  # a database quotes its whole query
             directory,
             directory.parent,
         )
@@ -237,7 +237,7 @@ class Publication:
             run_view_type=ViewType.ALL,
         )
         if not found:
-            name, start_time = description["name"], description["start_time"]
+            name, start_time = _cut(description["name"], NAME_LENGTH), description["start_time"]
             return self.client.create_run(self.experiment_id, start_time, tags, run_name=name)
         known = Published.load(self.directory)
         first = "" if known is None else known.run_id
@@ -358,6 +358,7 @@ def _key(name: str) -> str:
 
 
 def _cut(text: str, length: int) -> str:
+    text = text.replace("\0", "\\0")  # which PostgreSQL refuses
     mark = f" ... [cut: {len(text)} characters in run.json]"
     return text if len(text) <= length else text[: length - len(mark)] + mark
 
