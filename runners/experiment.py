@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -353,14 +353,14 @@ class Measured:
 
 @contextmanager
 def sweep_record(
-    directory: Path, *, name: str, tracking_uri: str, overrides: Sequence[str]
+    directory: Path, *, name: str, tracking_uri: str, overrides: Sequence[str], common: Collection[str] = ()
 ) -> Iterator[Record]:
-    """The parent record of a sweep, open while its jobs run."""
+    """The parent record of a sweep, open while its jobs run; `common` is what all of these have."""
     uri = check_tracking_uri(tracking_uri)
     record = Record.create(
         directory,
         experiment=name,
-        name=" ".join(["sweep", *overrides]),
+        name=" ".join(["sweep", *(override for override in overrides if override not in common)]),
         params={"overrides": " ".join(overrides)},
         tags=provenance(REPOSITORY),
         inputs=[],

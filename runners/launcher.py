@@ -48,7 +48,11 @@ class LocalLauncher(BasicLauncher):
         directory.with_name("multirun.yaml").unlink(missing_ok=True)
         swept = list(config.hydra.overrides.task)
         with sweep_record(
-            directory, name=config.name, tracking_uri=config.tracking_uri, overrides=swept
+            directory,
+            name=config.name,
+            tracking_uri=config.tracking_uri,
+            overrides=swept,
+            common=type(self).common,
         ) as record:
             returns = super().launch(job_overrides, initial_job_idx)
             numbers = range(initial_job_idx, initial_job_idx + len(returns))
