@@ -164,7 +164,7 @@ def test_a_finished_sweep_can_be_compared_in_the_browser(
     # The sweep is one line; opened, it shows its runs.
     browser.click(f"[row-id='{parent}'] button")
     for child in children:
-        browser.click(f"[row-id='{child}'] .ag-checkbox-input")
+        browser.click(f"[row-id='{child}'] .ag-checkbox-input-wrapper")
     names = {one.text for child in children for one in browser.all(f"[row-id='{child}'] a")}
     assert {"ce", "dpo"} <= names
     browser.seen("1 runs")
