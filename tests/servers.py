@@ -197,7 +197,7 @@ class Proxy:
         return Handler
 
 
-def _until(holds: Callable[[], bool], process: "subprocess.Popen[Any]", seconds: float = 120) -> None:
+def _until(holds: Callable[[], bool], process: "subprocess.Popen[Any]", seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert process.poll() is None, f"the server ended with {process.returncode}"

@@ -119,9 +119,21 @@ class Browser:
     def all(self, selector: str) -> list[WebElement]:
         return [one for one in self.driver.find_elements(By.CSS_SELECTOR, selector) if one.is_displayed()]
 
-    def click(self, selector: str, text: str = "") -> None:
+    def click(self, selector: str) -> None:
         def clicked() -> bool:
-            found = [one for one in self.all(selector) if text in one.text]
+            found = self.all(selector)
+            for one in found[:1]:
+                one.click()
+            return bool(found)
+
+        self.until(clicked)
+
+    def click_text(self, text: str) -> None:
+        """Click what says `text` and nothing else."""
+        path = f"//*[normalize-space(text())='{text}']"
+
+        def clicked() -> bool:
+            found = [one for one in self.driver.find_elements(By.XPATH, path) if one.is_displayed()]
             for one in found[:1]:
                 one.click()
             return bool(found)
@@ -182,14 +194,13 @@ def test_a_finished_sweep_can_be_compared_in_the_browser(
     assert sections[:4] == ["pretraining", "rsf", "rsf_by_layer", "rsf_pretraining"]
 
     browser.until(lambda: browser.all("input[placeholder*='metric charts']"))[0].send_keys("rsf_by_layer")
-    traces = ".js-plotly-plot .scatterlayer .trace"
-    # One line for each run in each of the six matrices' charts, with a point for each layer.
-    browser.until(lambda: len(browser.all(f"{traces} .lines path")) == 6 * 2)
-    points = browser.driver.execute_script(
+    # In the chart of each of the six matrices a line for each run, with a point for each layer.
+    drawn = (
         "return [...document.querySelectorAll('.js-plotly-plot')]"
         ".flatMap(plot => plot.data.map(line => line.x)).filter(x => x && x.length)"
     )
-    assert points == [list(range(LAYERS))] * 6 * 2
+    profiles = [list(range(LAYERS))] * 6 * 2
+    browser.until(lambda: browser.driver.execute_script(drawn) == profiles)
     time.sleep(1)  # what is drawn moves into place
     browser.seen("4 profiles over layers")
 
@@ -197,11 +208,10 @@ def test_a_finished_sweep_can_be_compared_in_the_browser(
         [(children[1], "ratio_by_layer.png"), (parent, "ratio_by_run.png")], 5
     ):
         browser.driver.get(f"{server.uri}/#/experiments/{experiment}/runs/{identity}/artifacts")
-        browser.click("*:not(:has(*))", "figures")
-        browser.click("*:not(:has(*))", figure)
-        browser.until(
-            lambda: [one for one in browser.all("img") if int(one.get_property("naturalWidth") or 0) > 500]  # pyright: ignore
-        )
+        for name in ("figures", figure):
+            browser.click_text(name)
+        wide = "return [...document.images].some(one => one.naturalWidth > 500)"
+        browser.until(lambda wide=wide: browser.driver.execute_script(wide))
         browser.seen(f"{number} {figure.removesuffix('.png')}")
 
     browser.driver.get(f"{server.uri}/#/experiments/{experiment}/runs/{parent}")
