@@ -15,7 +15,7 @@ from runners.complaints import complaint, nearest
 from runners.launcher import register
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from runners.experiment import Experiment
     from runners.interruption import Interruption
@@ -80,10 +80,11 @@ def check_keys(key: str, choice: dict[str, Any], made: object) -> None:
             check_keys(f"{key}.{name}", value, getattr(made, name))
 
 
-def described(config: DictConfig) -> dict[str, Any]:
+def described(config: DictConfig, common: "Collection[str]" = ()) -> dict[str, Any]:
     """A run as plain data, JSON that any process can take up: its configuration and its places.
 
-    Hydra has chosen the places, and knows the choices and what was asked for on the command line.
+    Hydra has chosen the places, and knows the choices and what was asked for on the command line. A run of
+    a sweep is named by what tells it from the others, which is not what is `common` to all of them.
     """
     from pathlib import Path  # noqa: PLC0415 (not needed for --help)
 
@@ -92,7 +93,8 @@ def described(config: DictConfig) -> dict[str, Any]:
 
     hydra_config = HydraConfig.get()
     choices = {key: hydra_config.runtime.choices[key] for key in ("model", "data", "objective", "training")}
-    changed = [override for override in hydra_config.overrides.task if not override.startswith("objective=")]
+    asked = [override for override in hydra_config.overrides.task if override not in common]
+    changed = [override for override in asked if not override.startswith("objective=")]
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     swept = hydra_config.mode == RunMode.MULTIRUN
     return {
@@ -159,17 +161,17 @@ def job(config: DictConfig) -> None:
         raise
 
 
-def check(config: DictConfig, here: bool) -> dict[str, Any]:
+def check(config: DictConfig, here: bool, common: "Collection[str]") -> dict[str, Any]:
     """Refuse a job of a sweep before any of its jobs starts, and describe it; its data are read when it does.
 
-    `here` says that it will run on this machine.
+    `here` says that it will run on this machine; `common` are the overrides that all jobs have.
     """
     made = parts(config, here)
     from runners.experiment import check_parts  # noqa: PLC0415 (heavy)
 
     keys = ("model", "objective", "training", "probes", "interventions", "tracking_uri")
     check_parts(*(made[key] for key in keys))
-    return described(config)
+    return described(config, common)
 
 
 register(check)

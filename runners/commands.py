@@ -192,10 +192,12 @@ def _options(launcher: str, options: Mapping[str, Any]) -> "slurm.SlurmOptions |
 def _open_record(sweep: Sweep, overrides: Sequence[str]) -> None:
     """Start the sweep's own record, the parent of its runs' records, or open it again."""
     job = sweep.job(next(iter(sweep.jobs())))
+    asked = [frozenset(sweep.job(number)["overrides"]) for number in sweep.jobs()]
+    common = frozenset.intersection(*asked)  # not what tells this sweep from others
     Record.create(
         sweep.directory / "record",
         experiment=job["config"]["name"],
-        name=" ".join(["sweep", *overrides]),
+        name=" ".join(["sweep", *(one for one in overrides if one not in common)]),
         params={"overrides": " ".join(overrides)},
         tags={**provenance(REPOSITORY), "sweep": sweep.directory},
         inputs=[],

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from runners.complaints import complaint
 
 NAMESPACE = "hydra_plugins.weightgeom"  # Hydra takes launchers from there only
-Check = Callable[[DictConfig, bool], dict[str, Any]]
+Check = Callable[[DictConfig, bool, Collection[str]], dict[str, Any]]
 
 
 class SweepLauncher(Launcher):
@@ -48,10 +48,13 @@ class SweepLauncher(Launcher):
         commands.speak()
         directory = Path(str(self.config.hydra.sweep.dir)).resolve()
         fresh = not (directory / "sweep.json").exists()
+        # Hydra's own note of the sweep would keep its secrets; each record has its configuration without.
+        (directory / "multirun.yaml").unlink(missing_ok=True)
+        common = frozenset.intersection(*map(frozenset, job_overrides))
         try:
             numbers = range(initial_job_idx, initial_job_idx + len(job_overrides))
             jobs = {
-                number: self._job(number, list(overrides))
+                number: self._job(number, list(overrides), common)
                 for number, overrides in zip(numbers, job_overrides, strict=True)
             }
             swept = list(self.config.hydra.overrides.task)
@@ -68,8 +71,8 @@ class SweepLauncher(Launcher):
             for job in jobs.values()
         ]
 
-    def _job(self, number: int, overrides: list[str]) -> dict[str, Any]:
-        """What job `number` is to do, checked."""
+    def _job(self, number: int, overrides: list[str], common: Collection[str]) -> dict[str, Any]:
+        """What job `number` is to do, checked; `common` are the overrides that all jobs have."""
         assert self.config is not None
         job = self.loader.load_sweep_config(self.config, overrides)
         with open_dict(job):
@@ -87,7 +90,7 @@ class SweepLauncher(Launcher):
         with open_dict(plain):
             del plain["hydra"]
         try:
-            described = type(self).check(plain, self.kind == "local")
+            described = type(self).check(plain, self.kind == "local", common)
         except Exception as error:
             said = f"job {number} of the sweep ({' '.join(filter_overrides(overrides))}): {complaint(error)}"
             raise ValueError(f"{said}; nothing was started") from error

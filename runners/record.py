@@ -171,6 +171,13 @@ class Record:
         paths = [self._metrics, self.directory / "status.json"]
         return max(path.stat().st_mtime_ns for path in paths if path.exists()) // 1_000_000
 
+    def last_point(self) -> Point | None:
+        """What was logged last, if anything was."""
+        last = None
+        for points, _ in self.batches(0, 1000):
+            last = points[-1] if points else last
+        return last
+
     def batches(self, offset: int, size: int) -> Iterator[tuple[list[Point], int]]:
         """Points from byte `offset` of metrics.jsonl on, `size` at a time, with the offset after.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from runners.comparisons import draw_effects, effects_shown
 from runners.record import Record
+from runners.redaction import redacted_text
 from runners.store import full_disk_explained
 
 if TYPE_CHECKING:
@@ -121,9 +122,8 @@ def print_summary(
         if name in effects:
             console.print(effects_shown(name, table, effects[name], Table))
     console.print(f"record: {record}", soft_wrap=True)
-    where = (
-        tracking_uri if tracking_uri.startswith("http") else f"mlflow ui --backend-store-uri {tracking_uri}"
-    )
+    shown = redacted_text(tracking_uri)
+    where = shown if shown.startswith("http") else f"mlflow ui --backend-store-uri {shown}"
     console.print(f"MLflow: {where}", soft_wrap=True)
 
 

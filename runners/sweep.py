@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runners.note import note
 from runners.record import Record
 from runners.store import full_disk_explained
 from runners.summary import own
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 SHARPNESS = "train/participation_ratio"
@@ -25,7 +27,7 @@ MEAN = (SHARPNESS, "train/target_energy")
 
 
 def summarise(record: Record, children: Sequence[Path]) -> None:
-    """Write the table `sweep`, one number of one run a row, and the figures that it allows, into `record`.
+    """Write the table `sweep`, one number of one run a row, its figures and a note in words into `record`.
 
     Columns: `run` (what tells it from the others but its seed), the parameters in which the runs differ,
     `matrix`, `role`, `quantity`, `value`. Runs that did not finish are left out, and counted in the log.
@@ -43,17 +45,25 @@ def summarise(record: Record, children: Sequence[Path]) -> None:
         for child in done
         for row in _rows(child)
     ]
-    if not rows:
-        return
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=None if rows else ["run", "quantity"])
+    correlations = _drawn(record, table) if rows else {}
+    record.tag("mlflow.note.content", note(record, list(map(Record, children)), table, correlations))
+
+
+def _drawn(record: Record, table: "pd.DataFrame") -> dict[str, tuple[float, float]]:
+    """Save the table and the figures; of the graded control, return the rank correlations."""
+    from weightgeom import figures  # noqa: PLC0415 (heavy)
+
     with full_disk_explained(record.directory):
         table.to_parquet(record.artifact("tables/sweep.parquet"))
         table.to_csv(record.artifact("tables/sweep.csv"), index=False)
-    if (table["quantity"] == SHARPNESS).any() and table["run"].nunique() > 2:
-        _graded(record, table)
+    if (table["quantity"] == "ratio").any():
+        save(record, "ratio_by_run", figures.ratio_by_run(table))
+    graded = (table["quantity"] == SHARPNESS).any() and table["run"].nunique() > 2
+    return _graded(record, table) if graded else {}
 
 
-def _graded(record: Record, table: "pd.DataFrame") -> None:
+def _graded(record: Record, table: "pd.DataFrame") -> dict[str, tuple[float, float]]:
     """The graded control: ratio against measured sharpness, and Spearman's correlation of the two."""
     from scipy.stats import spearmanr  # noqa: PLC0415 (slow)
 
@@ -70,10 +80,16 @@ def _graded(record: Record, table: "pd.DataFrame") -> None:
             f"graded_control/{role}_p_value": correlations[role][1],
         }, 0)  # fmt: skip
         log.info("%s ratio and sharpness: rank correlation %.2f (p = %.2g)", role, *correlations[role])
-    figure = figures.ratio_by_sharpness(wide, correlations)
+    save(record, "graded_control", figures.ratio_by_sharpness(wide, correlations))
+    return correlations
+
+
+def save(record: Record, name: str, figure: "Figure") -> None:
+    """Put a figure into the record, as PNG and PDF."""
+    from weightgeom import figures  # noqa: PLC0415 (heavy)
+
     with full_disk_explained(record.directory):
-        paths = [record.artifact(f"figures/graded_control.{ending}") for ending in ("png", "pdf")]
-        figures.save(figure, *paths)
+        figures.save(figure, *(record.artifact(f"figures/{name}.{ending}") for ending in ("png", "pdf")))
 
 
 def sharpness_and_ratios(table: "pd.DataFrame") -> "pd.DataFrame":

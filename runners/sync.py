@@ -62,8 +62,10 @@ def _sync(record: Record, uri: str | None) -> Outcome:
     name, status = record.directory.name, "?"
     try:
         if record.died():
-            end_time = record.last_sign_of_life()
-            record.end("KILLED", "the process was gone without noting its end", end_time)
+            error, last = "the process was gone without noting its end", record.last_point()
+            if last is not None:
+                error += f"; the last it logged is {last.key} of step {last.step}"
+            record.end("KILLED", error, record.last_sign_of_life())
         name, status = record.description()["name"], record.status()["status"]
         publication = Publication(record, uri or _own_uri(record))
         news = publication.publish(artifacts=True)

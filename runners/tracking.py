@@ -33,13 +33,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Limits of MLflow: it cuts longer values silently and refuses longer batches.
-PARAM_LENGTH, TAG_LENGTH, KEY_LENGTH, DIGEST_LENGTH = 6000, 5000, 250, 36
+# Limits of MLflow: it cuts longer values silently and refuses longer batches; PostgreSQL, longer names.
+PARAM_LENGTH, TAG_LENGTH, KEY_LENGTH, NAME_LENGTH, DIGEST_LENGTH = 6000, 5000, 250, 250, 36
 METRICS_A_BATCH, PARAMS_A_BATCH = 1000, 100
 LOCK_PATIENCE = 60.0  # seconds; creating a fresh store takes about six
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; the default is 120
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the publisher tries again by itself
+    # A connection that is kept stays as it was opened: read-only, if the disk was that for a while.
+    "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
@@ -150,7 +152,7 @@ class Publisher:
         while True:
             last = self._leaving.is_set()  # before the pass, which then sees all there is
             try:
-                if publication is None:
+                if publication is None or (last and self._warned):  # after trouble look anew
                     publication = Publication(self.record, self.tracking_uri)
                 publication.publish(artifacts=last)
                 failures = 0
@@ -175,7 +177,7 @@ class Publisher:
             "could not publish to MLflow at %s (%s); the run goes on, its record is safe at %s, "
             "and `python -m runners.tracking sync %s` publishes what is missing",
             redacted_text(self.tracking_uri),
-            trouble,
+            trouble if len(trouble) < 300 else f"{trouble[:300]} ...",  # a database quotes its whole query
             directory,
             directory.parent,
         )
@@ -185,7 +187,8 @@ class Publication:
     """The MLflow run of one record, found or made; its parent's first.
 
     The run is found by the record's own id, not by `published.json`: neither a crash right after
-    making it nor a store that was deleted since can lead astray.
+    making it nor a store that was deleted since can lead astray. A server that did what was asked
+    after it was given up may have made a second one: that is deleted.
     """
 
     def __init__(self, record: Record, tracking_uri: str) -> None:
@@ -208,6 +211,8 @@ class Publication:
             known = Published.load(self.directory)
             if known is None or known.run_id != self.run_id:
                 self.nothing.save(self.directory)
+            elif known.status and known.status["status"] != run.info.status:
+                replace(known, status={}).save(self.directory)  # as late: an older one came last
 
     def publish(self, *, artifacts: bool) -> bool:
         """Bring MLflow up to the record, and return whether anything was missing there."""
@@ -235,12 +240,21 @@ class Publication:
             [self.experiment_id],
             f"tags.record_id = '{description['id']}'",
             run_view_type=ViewType.ALL,
-            max_results=1,
         )
-        if found:
-            return found[0]
-        name, start_time = description["name"], description["start_time"]
-        return self.client.create_run(self.experiment_id, start_time, tags, run_name=name)
+        if not found:
+            name, start_time = _cut(description["name"], NAME_LENGTH), description["start_time"]
+            return self.client.create_run(self.experiment_id, start_time, tags, run_name=name)
+        known = Published.load(self.directory)
+        first = "" if known is None else known.run_id
+
+        def order(run: Any) -> tuple[bool, bool, str]:
+            return run.info.run_id != first, run.info.lifecycle_stage == "deleted", run.info.run_id
+
+        kept, *others = sorted(found, key=order)
+        for other in others:
+            if other.info.lifecycle_stage != "deleted":
+                self.client.delete_run(other.info.run_id)
+        return kept
 
     def _description(self, published: Published) -> Published:
         from mlflow.entities import Param, RunTag  # noqa: PLC0415 - see open_store
@@ -310,7 +324,7 @@ def open_store(tracking_uri: str, experiment: str) -> "tuple[MlflowClient, str]"
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient  # noqa: PLC0415 - takes seconds; here it overlaps with the run
 
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it is the publisher that tells of trouble, once
     if not tracking_uri.startswith("sqlite:"):
         client = MlflowClient(tracking_uri)
         return client, _experiment(client, experiment, None)
@@ -349,6 +363,7 @@ def _key(name: str) -> str:
 
 
 def _cut(text: str, length: int) -> str:
+    text = text.replace("\0", "\\0")  # which PostgreSQL refuses
     mark = f" ... [cut: {len(text)} characters in run.json]"
     return text if len(text) <= length else text[: length - len(mark)] + mark
 

@@ -203,6 +203,46 @@ def ratio_by_sharpness(rows: pd.DataFrame, correlations: Mapping[str, tuple[floa
     return figure
 
 
+def ratio_by_run(rows: pd.DataFrame) -> Figure:
+    """Ratio of every matrix after training, for each run of a sweep: read on the left, write on the right.
+
+    A point is the mean over layers and seeds, with bars of ± 2 standard errors over the seeds where there
+    are several. `rows` has the columns `run`, `matrix`, `role`, `quantity` and `value`.
+    """
+    ratios = rows[rows["quantity"] == "ratio"]
+    runs = list(dict.fromkeys(ratios["run"]))
+    with plt.rc_context(STYLE):
+        height = 1.2 + 0.28 * len(runs)
+        figure, axes = plt.subplots(
+            1, 2, figsize=(6.5, height), sharex=True, sharey=True, layout="constrained"
+        )
+        for axis, (role, title) in zip(axes, PATHWAYS.items(), strict=True):
+            part = ratios[ratios["role"] == role]
+            matrices = [matrix for matrix in COLOURS if matrix in set(part["matrix"])]
+            for number, matrix in enumerate(matrices):
+                of_runs = part[part["matrix"] == matrix].groupby("run")["value"]
+                means, errors = of_runs.mean(), 2 * of_runs.sem().fillna(0)
+                beside = 0.6 * ((number + 0.5) / len(matrices) - 0.5)  # so that bars do not cover each other
+                places = [runs.index(run) + beside for run in means.index]
+                axis.errorbar(
+                    means,
+                    places,
+                    xerr=errors,
+                    fmt="o",
+                    ms=3,
+                    elinewidth=0.7,
+                    color=COLOURS[matrix],
+                    label=matrix,
+                )
+            axis.axvline(1, color="0.5", ls="--", lw=0.8)
+            axis.set_xlabel(f"relative subspace fraction (1)\n{title}, mean over layers ± 2 s.e. over seeds")
+            axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0)
+        axes[0].set_yticks(range(len(runs)), runs)
+        axes[0].set_ylim(len(runs) - 0.5, -0.5)
+        axes[0].set_xlim(left=0)
+    return figure
+
+
 def save(figure: Figure, *paths: Path) -> None:
     """Write the figure to each path, PNG or PDF by its ending, the same bytes for the same figure."""
     for path in paths:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from servers import Server, postgresql
 
 ROOM = 64 * 1024  # bytes
 
@@ -24,3 +25,21 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
     resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, hard))
     yield directory
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture(scope="session")
+def database() -> Iterator[str]:
+    """The URI of a PostgreSQL database."""
+    with postgresql() as uri:
+        yield uri
+
+
+@pytest.fixture(scope="session")
+def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """An `mlflow server` on PostgreSQL that also serves artifacts; who stops it starts it again."""
+    server = Server(database, tmp_path_factory.mktemp("server"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
