@@ -62,8 +62,8 @@ def discard(directory: Path) -> None:
     for name in ("code", "record", "slurm"):
         shutil.rmtree(directory / name, ignore_errors=True)
     with suppress(OSError):
-        directory.rmdir()
-        directory.parent.rmdir()
+        for empty in (directory, *directory.parents[:2]):
+            empty.rmdir()
 
 
 def submit(sweep: Sweep, numbers: Sequence[int], code: Path) -> None:

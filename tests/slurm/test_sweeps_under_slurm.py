@@ -50,7 +50,7 @@ def test_a_detached_sweep_returns_at_once_and_is_found_again(cluster, place, no_
     job = base(sweep)
     assert all(f"#{number}  {job}_{number}  seed={number}" in ended.out for number in range(4))
     assert f"python -m runners.launcher wait {sweep}" in ended.out
-    assert seconds < 5
+    assert seconds < 5 * slowness()
     with place.popen("wait", sweep, "--poll", "0.3") as waiting:
         most = 0
         while waiting.poll() is None:
@@ -70,6 +70,14 @@ def processor_seconds() -> float:
     """What the processes started here have used: the time that they take where nobody else works."""
     times = os.times()
     return times.children_user + times.children_system
+
+
+def slowness() -> float:
+    """How much more processor time than on an idle machine, 1.4 s, the imports of a start take."""
+    start = processor_seconds()
+    code = "import runners.experiment, submitit"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment({"PYTHONPATH": str(ROOT)}))
+    return max(1.0, (processor_seconds() - start) / 1.4)
 
 
 def test_a_sweep_whose_watcher_is_killed_goes_on_and_what_failed_of_it_is_started_again(cluster, place):
@@ -210,6 +218,6 @@ def test_a_hundred_jobs_are_submitted_within_ten_seconds(cluster, place):
     seconds = processor_seconds() - start
     assert ended.code == 0, ended.err
     sweep = directory(ended)
-    assert seconds < 10
+    assert seconds < 10 * slowness()
     assert place.command("cancel", sweep).code == 0
     until(lambda: not cluster.ask("squeue", "-h", "-r", "-t", "PD", "-o", "%i").strip())
