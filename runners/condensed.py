@@ -4,6 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 
+from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,50 @@ SETTING = ["model", "data", "preference", "objective", "variant", "trajectory"]
 MATRIX = [*SETTING, "role", "matrix", "k"]
 LEVEL = 0.05  # of significance
 EXPECTED = ("predicted", "mean", "forecast")
+KIND = r"^(?P<kind>[^.@/]+)(?:\.\d+)?@(?P<dose>[^/]+)$"  # of an arm that is no comparison
 LONG = 40  # characters of a variant that a name still holds
+
+
+@dataclass(frozen=True)
+class Condensed:
+    """The tables of a report; see the function of each."""
+
+    rows: "pd.DataFrame"  # placed
+    ended: "pd.DataFrame"  # by_run, at the last step
+    asymmetry: "pd.DataFrame"  # over_seeds, at the last step
+    trajectory: "pd.DataFrame"  # over_seeds, at every step
+    graded: "pd.DataFrame"
+    mechanism: "pd.DataFrame"
+    correlations: "pd.DataFrame"
+    rank1: "pd.DataFrame"  # effects
+    surgery: "pd.DataFrame"
+    least: "pd.DataFrame"
+    behaviour: "pd.DataFrame"
+
+    @property
+    def tables(self) -> "dict[str, pd.DataFrame]":
+        """All of them by name, but the rows."""
+        return {name: table for name, table in vars(self).items() if name != "rows"}
+
+
+def condense(rows: "pd.DataFrame", runs: "pd.DataFrame") -> Condensed:
+    """All tables of the rows that `collect` gives and the runs they are of."""
+    rows = placed(rows, runs)
+    by_layer = ratios(rows)
+    ended, points = by_run(at_end(by_layer)), mechanism(rows)
+    return Condensed(
+        rows=rows,
+        ended=ended,
+        asymmetry=over_seeds(ended),
+        trajectory=over_seeds(by_run(by_layer), at_steps=True),
+        graded=graded(ended, runs),
+        mechanism=points,
+        correlations=correlations(points),
+        rank1=effects(rows, "rank1"),
+        surgery=effects(rows, "surgery"),
+        least=least(rows),
+        behaviour=behaviour(rows),
+    )
 
 
 def placed(rows: "pd.DataFrame", runs: "pd.DataFrame") -> "pd.DataFrame":
@@ -209,8 +253,28 @@ def effects(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
             effect = p_value.removesuffix("_p_value")
             columns = dict(zip(["setting", *SETTING, "replicate", "run_id"], key, strict=True))
             unit = one.loc[one["quantity"] == effect, "unit"].iloc[0]
-            found.append(comparisons(one, effect).assign(**columns, quantity=effect, unit=unit))
+            n = one.loc[one["quantity"] == p_value, "n"].to_numpy()  # in the order of the comparisons
+            found.append(comparisons(one, effect).assign(**columns, quantity=effect, unit=unit, n=n))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+def least(rows: "pd.DataFrame", effect: str = "kl_from_unedited") -> "pd.DataFrame":
+    """A row for every run, layer and matrix of `rank1`, at its largest dose: does `bottom` do least?
+
+    Which is when the median of its absolute effects lies below that of every other arm.
+    """
+    part = rows[(rows["table"] == "rank1") & (rows["quantity"] == effect)]
+    part = part.join(part["arm"].astype(object).str.extract(KIND))
+    part = part.assign(size=part["value"].abs(), strength=part["dose"].astype(float))
+    part = part[part["strength"] == part.groupby("run_id")["strength"].transform("max")]
+    keys = ["setting", *SETTING, "replicate", "run_id", "role", "matrix", "layer"]
+    sizes = part.groupby([*keys, "kind"])["size"].median().unstack()
+    if "bottom" not in sizes:
+        return sizes.iloc[:0].reset_index()
+    sizes = sizes[sizes["bottom"].notna()]
+    others = sizes.drop(columns="bottom").min(axis=1)
+    found = sizes[["bottom"]].assign(others=others, least=sizes["bottom"] < others)
+    return found.reset_index().rename_axis(columns=None)
 
 
 def behaviour(rows: "pd.DataFrame") -> "pd.DataFrame":
