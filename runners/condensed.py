@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from runners.comparisons import comparisons
+from runners.settings import SETTING, placed
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SETTING = ["model", "data", "preference", "objective", "variant", "trajectory"]
 MATRIX = [*SETTING, "role", "matrix", "k"]
 LEVEL = 0.05  # of significance
 EXPECTED = ("predicted", "mean", "forecast")
 KIND = r"^(?P<kind>[^.@/]+)(?:\.\d+)?@(?P<dose>[^/]+)$"  # of an arm that is no comparison
-LONG = 40  # characters of a variant that a name still holds
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,19 @@ class Condensed:
 
     @property
     def tables(self) -> "dict[str, pd.DataFrame]":
-        """All of them by name, but the rows."""
-        return {name: table for name, table in vars(self).items() if name != "rows"}
+        """All but the rows, by the names of their files."""
+        return {
+            "ratios_by_run": self.ended,
+            "asymmetry": self.asymmetry,
+            "trajectory": self.trajectory,
+            "graded_control": self.graded,
+            "mechanism": self.mechanism,
+            "mechanism_correlations": self.correlations,
+            "rank1": self.rank1,
+            "rank1_bottom": self.least,
+            "surgery": self.surgery,
+            "behaviour": self.behaviour,
+        }
 
 
 def condense(rows: "pd.DataFrame", runs: "pd.DataFrame") -> Condensed:
@@ -63,46 +73,6 @@ def condense(rows: "pd.DataFrame", runs: "pd.DataFrame") -> Condensed:
         least=least(rows),
         behaviour=behaviour(rows),
     )
-
-
-def placed(rows: "pd.DataFrame", runs: "pd.DataFrame") -> "pd.DataFrame":
-    """The rows with a column `replicate`, the seeds that tell it from others of its setting, and `setting`.
-
-    A pretraining belongs to all runs that start from it: it is one setting whatever they then did. Of
-    several runs that are the same in all of this, the newest that has a table counts.
-    """
-    about = runs.set_index("run_id")
-    before = rows["trajectory"] == "pretraining"
-    base = rows["model_seed"].astype("str") + "/" + rows["data_seed"].astype("str")
-    found = rows.assign(
-        objective=rows["objective"].where(~before, "pretraining"),
-        preference=rows["preference"].where(~before, ""),
-        variant=rows["variant"].where(~before, rows["run_id"].map(about["base_variant"])),
-        base=base,
-        replicate=base.where(before, rows["seed"].astype("str") + "/" + base),
-    )
-    newest = found.groupby([*SETTING, "replicate", "table"])["run_id"].transform("last")
-    found = found[found["run_id"] == newest].reset_index(drop=True)
-    return found.assign(setting=names(found))
-
-
-def names(frame: "pd.DataFrame") -> "pd.Series":
-    """The name of every row's setting, as short as tells them apart."""
-    import pandas as pd  # noqa: PLC0415 (slow)
-
-    name = frame["objective"].astype(object)
-    variants = [variant for variant in frame["variant"].unique() if variant]
-    short = {
-        variant: variant if len(variant) <= LONG else f"variant {number}"
-        for number, variant in enumerate(variants, 1)
-    }
-    for column, values in (("preference", frame["preference"]), ("variant", frame["variant"].map(short))):
-        told = values.notna() & (values != "")
-        name = name.where(~told, name + " · " + values.astype(object).fillna(""))
-    for column in ("data", "model"):
-        if frame[column].nunique() > 1:
-            name = frame[column].astype(object) + ": " + name
-    return pd.Series(name, index=frame.index)
 
 
 def ratios(rows: "pd.DataFrame") -> "pd.DataFrame":
@@ -182,7 +152,9 @@ def over_seeds(found: "pd.DataFrame", at_steps: bool = False) -> "pd.DataFrame":
             "unit": "1",
         })  # fmt: skip
     columns = (*("stderr", "low", "high", "z", "matched_ratio"),)
-    return pd.DataFrame(rows).astype(dict.fromkeys(columns, "Float64")) if rows else pd.DataFrame(columns=keys)
+    return (
+        pd.DataFrame(rows).astype(dict.fromkeys(columns, "Float64")) if rows else pd.DataFrame(columns=keys)
+    )
 
 
 def half_width(sd: float, n: int) -> float | None:
@@ -193,16 +165,22 @@ def half_width(sd: float, n: int) -> float | None:
 
 
 def graded(ended: "pd.DataFrame", runs: "pd.DataFrame") -> "pd.DataFrame":
-    """A row for every run and pathway whose sharpness was measured: `run` its setting, `sharpness`, `ratio`."""
+    """A row for every run and pathway whose sharpness was measured; `run` is its setting's name."""
     about = runs.set_index("run_id")
     part = ended[(ended["matrix"] == "") & (ended["trajectory"] == "training")]
     part = part.assign(
-        run=part["setting"],
+        run=_without(part["setting"], part["preference"]),
         sharpness=part["run_id"].map(about["participation_ratio"]).astype(float),
         target_energy=part["run_id"].map(about["target_energy"]).astype(float),
     )
     columns = ["run", *SETTING, "replicate", "run_id", "role", "sharpness", "target_energy", "ratio"]
     return part[part["sharpness"].notna()][columns].reset_index(drop=True)
+
+
+def _without(settings: "pd.Series", preferences: "pd.Series") -> "list[str]":
+    """The settings' names without their preference, which a figure names once."""
+    pairs = zip(settings, preferences, strict=True)
+    return [name.replace(f" · {preference}", "") for name, preference in pairs]
 
 
 def mechanism(rows: "pd.DataFrame") -> "pd.DataFrame":
@@ -244,7 +222,7 @@ def correlations(points: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def effects(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
-    """All comparisons of an intervention with its controls, over runs and effects; `quantity` names the effect."""
+    """All comparisons of an intervention with its controls, over runs; `quantity` names the effect."""
     import pandas as pd  # noqa: PLC0415 (slow)
 
     part, found = rows[rows["table"] == table], []

@@ -93,8 +93,8 @@ def _asymmetry(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]
         "trajectory",
         figures_report.ratio_along_training(_concatenated([table[first], table[~first]])),
         "The same ratio along each training, matrix by matrix: the mean over layers and runs; bars are one"
-        " standard error, over seeds where there are several, else over layers. Solid lines read, dashed lines"
-        " write; the grey line is the isotropic level.",
+        " standard error, over seeds where there are several, else over layers. Solid lines read, dashed"
+        " lines write; the grey line is the isotropic level.",
         False,
     )
     rsf = found.rows[found.rows["table"] == "rsf"]
@@ -135,10 +135,9 @@ def _graded(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
             f"graded_control_{number}",
             figures.ratio_by_sharpness(part, correlations),
             f"{where}: ratio against how sharp each training really was. The participation ratio of the logit"
-            " gradient is 1 where one token is set against one other or against all, and grows as the target"
-            " is softened. A point is an objective, with ± 2 standard errors over its seeds; grey points are"
-            " single runs, squares the exact ends of the family. Below: Spearman's rank correlation over"
-            " runs.",
+            " gradient is 1 where all of it is on one token, and grows the more tokens share it. A point is"
+            " an objective, with ± 2 standard errors over its seeds; grey points are single runs, squares the"
+            " exact ends of the family. Below: Spearman's rank correlation over runs.",
             False,
         )
 
@@ -156,9 +155,7 @@ def _interventions(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, b
             yield from draw(one, whose, number)
 
 
-def _rank1(
-    rows: "pd.DataFrame", whose: str, number: int
-) -> "Iterator[tuple[str, str, Figure, str, bool]]":
+def _rank1(rows: "pd.DataFrame", whose: str, number: int) -> "Iterator[tuple[str, str, Figure, str, bool]]":
     from weightgeom import figures_causal  # noqa: PLC0415 (heavy)
 
     yield (
@@ -182,18 +179,16 @@ def _rank1(
         )
 
 
-def _surgery(
-    rows: "pd.DataFrame", whose: str, number: int
-) -> "Iterator[tuple[str, str, Figure, str, bool]]":
+def _surgery(rows: "pd.DataFrame", whose: str, number: int) -> "Iterator[tuple[str, str, Figure, str, bool]]":
     from weightgeom import figures_causal  # noqa: PLC0415 (heavy)
 
     yield (
         "surgery",
         f"surgery_{number}",
         figures_causal.surgery_curve(rows),
-        f"{whose}: what becomes of the trained preference margin when the update's part in the top k directions"
-        " is taken out, or alone left in. In grey, random subspaces of the same dimension and of the same"
-        " removed energy (bars: the range of the draws). The dashed line is the trained model.",
+        f"{whose}: what becomes of the trained preference margin when the update's part in the top k"
+        " directions is taken out, or alone left in. In grey, random subspaces of the same dimension and of"
+        " the same removed energy (bars: the range of the draws). The dashed line is the trained model.",
         False,
     )
     if rows["arm"].str.endswith("@transplant").any():

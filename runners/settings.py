@@ -1,14 +1,27 @@
 """What tells the runs of a study apart: the name of each run's setting, from its parameters."""
 
-from collections.abc import Mapping, Sequence
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportReturnType=false
 
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SETTING = ["model", "data", "preference", "objective", "variant", "trajectory"]
+LONG = 40  # characters of a variant that a name still holds
 SEEDS = ("model.seed", "data.seed")
 NAMED = ("data.preference",)  # has a column of its own
 # What changes neither an update nor how its ratio is taken.
 HARMLESS = (
     *("training.log_every", "training.log_gradients", "training.workers", "training.keep"),
     *("training.save_every", "model.pretraining.log_every"),
-    *(f"probe.rsf.{key}" for key in ("increments", "per_head", "resamples", "groups", "budget_gb", "prompts")),
+    *(
+        f"probe.rsf.{key}"
+        for key in ("increments", "per_head", "resamples", "groups", "budget_gb", "prompts")
+    ),
 )
 Params = Mapping[str, str]
 
@@ -27,6 +40,46 @@ def settings(runs: Sequence[Params]) -> list[dict[str, object]]:
 def is_run(params: Params) -> bool:
     """Whether these are parameters of a run and not of a sweep's parent."""
     return {"model", "data", "objective"} <= params.keys()
+
+
+def placed(rows: "pd.DataFrame", runs: "pd.DataFrame") -> "pd.DataFrame":
+    """The rows with a column `replicate`, the seeds that tell it from others of its setting, and `setting`.
+
+    A pretraining belongs to all runs that start from it: it is one setting whatever they then did. Of
+    several runs that are the same in all of this, the newest that has a table counts.
+    """
+    about = runs.set_index("run_id")
+    before = rows["trajectory"] == "pretraining"
+    base = rows["model_seed"].astype("str") + "/" + rows["data_seed"].astype("str")
+    found = rows.assign(
+        objective=rows["objective"].where(~before, "pretraining"),
+        preference=rows["preference"].where(~before, ""),
+        variant=rows["variant"].where(~before, rows["run_id"].map(about["base_variant"])),
+        base=base,
+        replicate=base.where(before, rows["seed"].astype("str") + "/" + base),
+    )
+    newest = found.groupby([*SETTING, "replicate", "table"])["run_id"].transform("last")
+    found = found[found["run_id"] == newest].reset_index(drop=True)
+    return found.assign(setting=names(found))
+
+
+def names(frame: "pd.DataFrame") -> "pd.Series":
+    """The name of every row's setting, as short as tells them apart."""
+    import pandas as pd  # noqa: PLC0415 (slow)
+
+    name = frame["objective"].astype(object)
+    variants = [variant for variant in frame["variant"].unique() if variant]
+    short = {
+        variant: variant if len(variant) <= LONG else f"variant {number}"
+        for number, variant in enumerate(variants, 1)
+    }
+    for values in (frame["preference"], frame["variant"].map(short)):
+        told = values.notna() & (values != "")
+        name = name.where(~told, name + " · " + values.astype(object).fillna(""))
+    for column in ("data", "model"):
+        if frame[column].nunique() > 1:
+            name = frame[column].astype(object) + ": " + name
+    return pd.Series(name, index=frame.index)
 
 
 def _setting(run: Params, runs: Sequence[Params]) -> dict[str, object]:
