@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from runners.condensed import LEVEL, Condensed, half_width
+from runners.condensed import LEVEL, Condensed, half_width, rank_correlation
 from runners.paper import CLAIMS
 
 if TYPE_CHECKING:
@@ -158,8 +158,6 @@ def _pretraining_writes(ended: "pd.DataFrame") -> Iterator[Verdict]:
 
 
 def _graded(found: Condensed) -> Iterator[Verdict]:
-    from scipy.stats import spearmanr  # noqa: PLC0415 (slow)
-
     writes = found.graded[found.graded["role"] == "write"]
     for (model, data, preference), part in writes.groupby(["model", "data", "preference"]):
         objectives = part["run"].nunique()
@@ -170,16 +168,16 @@ def _graded(found: Condensed) -> Iterator[Verdict]:
             finding = f"{_many(objectives, 'objective')} in {_many(len(part), 'run')} are too few to rank"
             yield Verdict(4, setting, "write", UNTESTED, finding, n=len(part))
             continue
-        rank = spearmanr(part["sharpness"], part["ratio"])
+        rank, p = rank_correlation(part)
         means = part.groupby("run")[["sharpness", "ratio"]].mean()
-        over = spearmanr(means["sharpness"], means["ratio"])
+        over, _ = rank_correlation(means)
         finding = (
-            f"rank correlation of write ratio and participation ratio {rank.statistic:.2f}"
-            f" (p = {rank.pvalue:.2g}) over {len(part)} runs of {objectives} objectives;"
-            f" {over.statistic:.2f} over the objectives' means"
+            f"rank correlation of write ratio and participation ratio {rank:.2f}"
+            f" (p = {p:.2g}) over {len(part)} runs of {objectives} objectives;"
+            f" {over:.2f} over the objectives' means"
         )
-        passed = rank.statistic > 0 and rank.pvalue <= LEVEL
-        yield Verdict(4, setting, "write", _said(passed), finding, float(rank.statistic), n=len(part))
+        passed = rank > 0 and p <= LEVEL
+        yield Verdict(4, setting, "write", _said(passed), finding, rank, n=len(part))
 
 
 def _mechanism(found: Condensed) -> Iterator[Verdict]:

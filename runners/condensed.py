@@ -177,6 +177,16 @@ def graded(ended: "pd.DataFrame", runs: "pd.DataFrame") -> "pd.DataFrame":
     return part[part["sharpness"].notna()][columns].reset_index(drop=True)
 
 
+def rank_correlation(table: "pd.DataFrame") -> tuple[float, float]:
+    """Spearman's of `sharpness` and `ratio`, and its p-value; 0 and 1 where either is constant."""
+    from scipy.stats import spearmanr  # noqa: PLC0415 (slow)
+
+    if min(table["sharpness"].nunique(), table["ratio"].nunique()) < 2:
+        return 0.0, 1.0
+    found = spearmanr(table["sharpness"], table["ratio"])
+    return float(found.statistic), float(found.pvalue)
+
+
 def _without(settings: "pd.Series", preferences: "pd.Series") -> "list[str]":
     """The settings' names without their preference, which a figure names once."""
     pairs = zip(settings, preferences, strict=True)

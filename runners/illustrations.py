@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runners.condensed import Condensed
+from runners.condensed import Condensed, rank_correlation
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,19 +116,13 @@ def _asymmetry(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]
 
 
 def _graded(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
-    from scipy.stats import spearmanr  # noqa: PLC0415 (slow)
-
     places = list(found.graded.groupby(["model", "data", "preference"], sort=False))
     for number, ((model, data, preference), part) in enumerate(places):
         if part["run"].nunique() < 3 or not part["objective"].str.startswith("graded").any():
             continue
         from weightgeom import figures  # noqa: PLC0415 (heavy)
 
-        correlations = {}
-        for role in ("read", "write"):
-            one = part[part["role"] == role]
-            rank = spearmanr(one["sharpness"], one["ratio"])
-            correlations[role] = float(rank.statistic), float(rank.pvalue)
+        correlations = {role: rank_correlation(part[part["role"] == role]) for role in ("read", "write")}
         where = " · ".join(name for name in (model, data, preference) if name)
         yield (
             "graded",
