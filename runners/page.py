@@ -86,6 +86,7 @@ def rendered(
         claims=[_claim(claim, judged) for claim in CLAIMS],
         tables=shown,
         variants=_variants(found),
+        choices=_choices(study.runs),
         figures={section: [one for one in drawn if one.section == section] for section in there},
         missing=missing,
         files={name: csv(name) for name in tables},
@@ -126,6 +127,18 @@ def _variants(found: Condensed) -> Mapping[str, str]:
     """What a setting's name leaves out of its variant."""
     pairs = found.rows[["setting", "variant"]].drop_duplicates().itertuples(index=False)
     return {setting: variant for setting, variant in pairs if variant and variant not in setting}
+
+
+def _choices(runs: "pd.DataFrame") -> dict[str, list[str]]:
+    """What every choice of a model, data set or objective stood for, as often as it differs."""
+    told: dict[str, list[str]] = {}
+    for group in ("model", "data", "objective", "training"):
+        named = runs[group] if group in ("model", "data") else runs["objective"]
+        for choice, values in zip(named, runs[f"{group}_is"], strict=True):
+            key = "training" if group == "training" else f"{group} {choice}"
+            if values and values not in told.setdefault(key, []):
+                told[key].append(values)
+    return {key: values for key, values in told.items() if values}
 
 
 def _most_seeds(found: Condensed) -> int:

@@ -134,7 +134,7 @@ def _described(
         "probes": any(key.startswith(("probe.", "intervention.")) for key in params),
         "steps": params.get("training.steps", "") if setting["objective"] != "none" else "",
         "started": pd.Timestamp(info.start_time, unit="ms", tz="UTC"),
-        "minutes": (info.end_time - info.start_time) / 60_000,
+        "minutes": ((info.end_time or info.start_time) - info.start_time) / 60_000,
         "commit": tags.get("git_commit", ""),
         "uncommitted_changes": tags.get("git_dirty", "") == "true",
         "code": tags.get("code_fingerprint", ""),

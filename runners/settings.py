@@ -2,7 +2,7 @@
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
-# pyright: reportCallIssue=false, reportReturnType=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SETTING = ["model", "data", "preference", "objective", "variant", "trajectory"]
+GROUPS = ("model", "data", "objective", "training")
 LONG = 40  # characters of a variant that a name still holds
 SEEDS = ("model.seed", "data.seed")
 NAMED = ("data.preference",)  # has a column of its own
@@ -32,7 +33,7 @@ def settings(runs: Sequence[Params]) -> list[dict[str, object]]:
     `objective`, `model`, `data`, `preference` and their seeds; what else differs between runs of the same
     choice goes into the objective's name, or else into `variant`. `base_variant` is what of it matters to
     the pretraining too. `aligns`: it contrasts responses; `entropy`: it is cross-entropy; `pair`: two
-    finished checkpoints.
+    finished checkpoints. `model_is`, `data_is`, ... are all parameters of a choice.
     """
     return [_setting(run, runs) for run in runs]
 
@@ -102,7 +103,15 @@ def _setting(run: Params, runs: Sequence[Params]) -> dict[str, object]:
         "aligns": pair or _aligns(run),
         "entropy": _entropy(run),
         "pair": pair,
+        **{f"{group}_is": _told(run, group) for group in GROUPS},
     }
+
+
+def _told(run: Params, group: str) -> str:
+    """The parameters of a run's choice of a group, but those that were left open."""
+    keys = [key for key in run if key.startswith(f"{group}.") and not key.endswith("._target_")]
+    told = [f"{key.removeprefix(f'{group}.')}={run[key]}" for key in keys if run[key] not in ("None", "{}")]
+    return ", ".join(told)
 
 
 def _differing(run: Params, runs: Sequence[Params], group: str) -> list[str]:

@@ -88,9 +88,11 @@ def _commit(row: "pd.Series") -> str:
 def _pathways(found: Condensed) -> Shown:
     """A row for every setting: read and write side by side."""
     table = found.asymmetry[found.asymmetry["matrix"] == ""]
-    writes = table[table["role"] == "write"].set_index("setting")["ratio"]
+    writes = table[table["role"] == "write"].set_index("setting")["ratio"].to_dict()
     rows = []
-    for setting in sorted(dict.fromkeys(table["setting"]), key=lambda name: -writes.get(name, 0.0)):
+    for setting in sorted(
+        dict.fromkeys(table["setting"]), key=lambda name: writes.get(name, 0.0), reverse=True
+    ):
         sides = table[table["setting"] == setting].set_index("role")
         cells = [setting]
         for role in ("read", "write"):
@@ -188,7 +190,7 @@ def _percent(share: float) -> str:
 
 def _samples(row: "pd.Series") -> str:
     if row["interval_over"] == "layers":
-        return f"{row['layers']} layers of 1 run"
+        return f"{row['layers']} layers, 1 run"
     return f"{row['runs']} seeds" if row["interval_over"] else "1 run, 1 layer"
 
 

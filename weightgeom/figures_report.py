@@ -25,8 +25,8 @@ def ratios_by_setting(means: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     dashed line is the isotropic level. `means` has the columns `setting role ratio low high null_mean
     null_sd`, `runs` the columns `setting role ratio`.
     """
-    writes = means[means["role"] == "write"].set_index("setting")["ratio"]
-    settings = sorted(dict.fromkeys(means["setting"]), key=lambda name: -writes.get(name, 0.0))
+    writes = means[means["role"] == "write"].set_index("setting")["ratio"].to_dict()
+    settings = sorted(dict.fromkeys(means["setting"]), key=lambda name: writes.get(name, 0.0), reverse=True)
     places = {setting: number for number, setting in enumerate(settings)}
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
