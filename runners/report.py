@@ -212,18 +212,24 @@ def main(arguments: Sequence[str]) -> int:
     chosen = parser.parse_args(arguments)
     try:
         study = read(chosen.names, _store(chosen.tracking_uri, chosen.outputs))
-        from runners.page import write  # noqa: PLC0415 (heavy)
+    except (KeyError, ValueError, OSError) as error:
+        return _refused(error.args[0] if isinstance(error, KeyError) else error)
+    from runners.page import write  # noqa: PLC0415 (heavy)
 
-        directory = directory_of(chosen.outputs, chosen.names)
+    directory = directory_of(chosen.outputs, chosen.names)
+    try:
         with full_disk_explained(directory):
             page = write(study, directory)
-    except (KeyError, ValueError, OSError) as error:
-        sentence = error.args[0] if isinstance(error, KeyError) else error
-        print(f"error: {sentence}", file=sys.stderr)
-        return 1
+    except OSError as error:
+        return _refused(error)
     print(f"{len(study.runs)} finished runs, {len(study.rows)} rows")
     print(f"report: {page.absolute()}")
     return 0
+
+
+def _refused(sentence: object) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
