@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARGIN = "preference_margin_change"
+SCALE = 0.72  # of a page's pixels to those of an image at 200 dpi: two columns fill the page
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Illustration:
     def source(self) -> str:
         """The image itself, for the page to hold."""
         return "data:image/png;base64," + b64encode(self.path.read_bytes()).decode()
+
+    @property
+    def width(self) -> int:
+        """How wide the page shows it, in its pixels, so that text has one size in all figures."""
+        return round(int.from_bytes(self.path.read_bytes()[16:20], "big") * SCALE)  # of a PNG's header
 
 
 def illustrations(found: Condensed, directory: Path) -> list[Illustration]:
