@@ -44,6 +44,7 @@ _ENVIRONMENT = {
     "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 
@@ -320,20 +321,25 @@ def open_store(tracking_uri: str, experiment: str) -> "tuple[MlflowClient, str]"
     A fresh sqlite store fails most of several processes that open it at once, so it is made under
     a lock beside it. Its artifacts go beside it too, to `mlflow-artifacts`.
     """
+    if not tracking_uri.startswith("sqlite:"):
+        client = open_client(tracking_uri)
+        return client, _experiment(client, experiment, None)
+    database = Path(tracking_uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{database}.lock", timeout=LOCK_PATIENCE):
+        client = open_client(tracking_uri)
+        location = (database.parent / "mlflow-artifacts").as_uri()
+        return client, _experiment(client, experiment, location)
+
+
+def open_client(tracking_uri: str) -> "MlflowClient":
+    """Client of a store that answers soon or not at all, and quietly."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient  # noqa: PLC0415 - takes seconds; here it overlaps with the run
 
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it is the publisher that tells of trouble, once
-    if not tracking_uri.startswith("sqlite:"):
-        client = MlflowClient(tracking_uri)
-        return client, _experiment(client, experiment, None)
-    database = Path(tracking_uri.removeprefix("sqlite:///"))
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{database}.lock", timeout=LOCK_PATIENCE):
-        client = MlflowClient(tracking_uri)
-        location = (database.parent / "mlflow-artifacts").as_uri()
-        return client, _experiment(client, experiment, location)
+    return MlflowClient(tracking_uri)
 
 
 def _experiment(client: "MlflowClient", name: str, artifact_location: str | None) -> str:

@@ -1,0 +1,218 @@
+"""Studies with known answers: runs whose tables are planted, published to MLflow as real ones are."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runners.record import Record
+from runners.tracking import Publication
+from weightgeom.table import row, tabulate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ROLES = {"q": "read", "k": "read", "v": "read", "up": "read", "o": "write", "down": "write"}
+PLACES = {"q": "attention_input", "k": "attention_input", "v": "attention_input", "up": "mlp_input"}
+LAYERS, K, NULL_SD = (0, 1), 16, 0.1
+TARGETS = {
+    "dpo": {"_target_": "weightgeom.objectives.dpo.DPO", "beta": 0.1},
+    "ce": {"_target_": "weightgeom.objectives.ce.CE", "on": "auto"},
+    "none": {"_target_": None},
+}
+for name, level, negatives, tau in (
+    ("graded/dpo", "sequence", None, 0.0),
+    ("graded/ce", "token", None, 0.0),
+    ("graded/token_tau01", "token", None, 0.1),
+):
+    target = "weightgeom.objectives.graded_contrastive.GradedContrastive"
+    TARGETS[name] = {"_target_": target, "level": level, "negatives": negatives, "tau": tau}
+
+
+@dataclass(frozen=True)
+class Planted:
+    """One run: its objective, its seeds, and its tables by name."""
+
+    objective: str
+    tables: "Mapping[str, pd.DataFrame]"
+    seed: int = 0
+    base: int = 0  # seed of model and data
+    sharpness: float | None = None
+    params: Mapping[str, object] = field(default_factory=dict)
+    experiment: str = "study"
+    name: str = ""
+    status: Any = "FINISHED"
+
+    @property
+    def all_params(self) -> dict[str, object]:
+        """As `run.py` flattens them."""
+        made = {f"objective.{key}": value for key, value in TARGETS[self.objective].items()}
+        return {
+            **made,
+            "model._target_": "weightgeom.tiny.Tiny",
+            "model.seed": self.base,
+            "data.seed": self.base,
+            "data.preference": "style",
+            "training.steps": 64,
+            **{f"probe.{name.partition('_')[0]}.k": None for name in self.tables},
+            "seed": self.seed,
+            "model": "tiny",
+            "data": "world",
+            "objective": self.objective,
+            "training": "short",
+            **self.params,
+        }
+
+
+def publish(directory: Path, uri: str, runs: Sequence[Planted]) -> None:
+    """Records of the runs in `directory`, and what MLflow makes of them."""
+    for number, run in enumerate(runs):
+        data: Any = {"name": "world-style", "digest": "ab" * 16, "source": "world", "context": "all"}
+        record = Record.create(
+            directory / f"{run.experiment.replace('/', '_')}_{number}",
+            experiment=run.experiment,
+            name=run.name or run.objective,
+            params=run.all_params,
+            tags={"git_commit": "c0ffee" * 6, "git_dirty": "true", "code_fingerprint": "f00d"},
+            inputs=[data],
+            tracking_uri=uri,
+        )
+        if run.sharpness is not None:
+            for step, value in enumerate((run.sharpness - 0.1, run.sharpness + 0.1)):
+                record.log({"train/participation_ratio": value, "train/target_energy": 0.5}, step)
+        for name, table in run.tables.items():
+            table.to_parquet(record.artifact(f"tables/{name}.parquet"))
+            table.to_csv(record.artifact(f"tables/{name}.csv"), index=False)
+        record.end(run.status)
+        Publication(record, uri).publish(artifacts=True)
+
+
+def rsf(
+    read: float, write: float, steps: Sequence[int] = (1, 64), null_sd: float = NULL_SD
+) -> "pd.DataFrame":
+    """Ratios of `read` and `write` at the last step, the mean over two layers 0.2 apart; half before it."""
+    rows = []
+    for step, layer, (matrix, role) in product(steps, LAYERS, ROLES.items()):
+        at: dict[str, Any] = {"step": step, "layer": layer, "matrix": matrix, "role": role}
+        rows.append(row("delta_norm", 1.0, n=64, **at))
+        ratio = (read if role == "read" else write) * (1 if step == steps[-1] else 0.5) + 0.2 * layer - 0.1
+        for subspace, k in ((PLACES.get(matrix, "prediction"), K), ("random", K), ("prediction", 2 * K)):
+            other = 50.0 if subspace == "random" or k != K else 0.0  # must not be counted
+            p = 0.001 if ratio > 1 + 2 * null_sd else 0.6
+            for quantity, value in (
+                ("ratio", ratio + other),
+                ("null_ratio_mean", 1.0 + other),
+                ("null_ratio_sd", null_sd),
+                ("q_value", p),
+                ("matched_ratio", 5.0 + other),
+            ):
+                rows.append(row(quantity, value, n=64, **at, subspace=subspace, k=k))
+    return tabulate(rows)
+
+
+def behaviour() -> "pd.DataFrame":
+    rows = [
+        row(name, value + step / 64, n=96, unit=unit, step=step)
+        for step in (0, 64)
+        for name, unit, value in (("heldout_ce", "nats/token", 1.5), ("preference_accuracy", "1", 0.0))
+    ]
+    return tabulate(rows)
+
+
+def moments(correlation: int, seed: int = 0) -> "pd.DataFrame":
+    """Forecasts that rise (1) or fall (-1) with the measured ratio, and predictions at random."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for layer, (matrix, role) in product(range(4), ROLES.items()):
+        measured = 1 + generator.random()
+        at: dict[str, Any] = {"step": 64, "layer": layer, "matrix": matrix, "role": role, "k": K}
+        at["subspace"] = PLACES.get(matrix, "prediction")
+        for name, value in (
+            ("measured", measured),
+            ("forecast", 3 + correlation * measured + 0.01 * generator.random()),
+            ("predicted", 1 + generator.random()),
+            ("mean", 1 + generator.random()),
+        ):
+            rows.append(row(f"{name}_ratio", value, n=64, **at))
+    return tabulate(rows)
+
+
+def rank1(treated: float, controls: float, bottom: float) -> "pd.DataFrame":
+    """Edits of k and o in two layers at two strengths, against 19 random directions and a bottom one."""
+    return tabulate(_rank1(treated, controls, bottom))
+
+
+def _rank1(treated: float, controls: float, bottom: float) -> Iterator[dict[str, Any]]:
+    for layer, (matrix, kind), dose in product(
+        LAYERS, (("k", "activation"), ("o", "prediction")), ("0.1", "0.3")
+    ):
+        at: dict[str, Any] = {"step": 0, "layer": layer, "matrix": matrix, "role": ROLES[matrix], "k": K}
+        at["subspace"] = PLACES.get(matrix, "prediction")
+        size = float(dose)
+        arms = {f"{kind}@{dose}": treated} | {f"bottom.0@{dose}": bottom}
+        arms |= {f"random.{draw}@{dose}": controls * (1 + draw / 100) for draw in range(19)}
+        for arm, effect in arms.items():
+            yield row("kl_from_unedited", effect * size, n=22, unit="nats/token", stderr=0.01, arm=arm, **at)
+            yield row("heldout_ce_change", effect * size, n=22, unit="nats/token", stderr=0.01, arm=arm, **at)
+            if arm.startswith(kind):
+                yield row("predicted_heldout_ce_change", effect, n=22, unit="nats/token", arm=arm, **at)
+        p = (1 + sum(controls * (1 + draw / 100) >= treated for draw in range(19))) / 20
+        for effect in ("kl_from_unedited", "heldout_ce_change"):
+            yield row(f"{effect}_p_value", p, n=19, arm=f"{kind}@{dose}/random", **at)
+            yield row(f"{effect}_q_value", p, n=19, arm=f"{kind}@{dose}/random", **at)
+
+
+def surgery(top: float, random: float, draws: int = 19) -> "pd.DataFrame":
+    """Changes of the margin when top or random directions are removed, at two k, reads and writes."""
+    rows = []
+    for role, k in product(("read", "write"), (8, 16)):
+        at: dict[str, Any] = {"step": 64, "role": role, "k": k}
+        unit = "nats/pair"
+        change = "preference_margin_change"
+        rows.append(row(change, top, n=96, unit=unit, stderr=0.1, arm="top@remove", **at))
+        for kind in ("random_k", "random_energy"):
+            values = [random * (1 + draw / 100) for draw in range(draws)]
+            for draw, value in enumerate(values):
+                rows.append(
+                    row(change, value, n=96, unit=unit, stderr=0.1, arm=f"{kind}.{draw}@remove", **at)
+                )
+            p = (1 + sum(abs(value) >= abs(top) for value in values)) / (1 + draws)
+            rows.append(row(f"{change}_p_value", p, n=draws, arm=f"top@remove/{kind}", **at))
+    return tabulate(rows)
+
+
+def agreeing() -> list[Planted]:
+    """A study in which every claim of the paper holds: three objectives, two seeds each."""
+    runs = []
+    for seed in (0, 1):
+        before = rsf(5.0, 3.0)
+        for objective, write, sharpness in (
+            ("dpo", 1.05, 1.1), ("graded/dpo", 1.1, 1.2), ("graded/token_tau01", 2.5, 1.8), ("ce", 3.0, 2.5),
+        ):  # fmt: skip
+            tables = {
+                "rsf_pretraining": before,
+                "rsf": rsf(5.0, write + 0.02 * seed),
+                "behaviour": behaviour(),
+                "moments": moments(1, seed),
+            }
+            if objective == "dpo":
+                tables |= {"rank1": rank1(2.0, 0.5, 0.1), "surgery": surgery(-2.0, -0.5)}
+            runs.append(Planted(objective, tables, seed=seed, sharpness=sharpness + 0.01 * seed))
+    return runs
+
+
+def contrary() -> list[Planted]:
+    """A study in which none holds."""
+    runs = []
+    for seed in (0, 1):
+        for objective, write, sharpness in (
+            ("dpo", 4.0, 1.1), ("graded/dpo", 3.5, 1.2), ("graded/token_tau01", 2.5, 1.8), ("ce", 1.2, 2.5),
+        ):  # fmt: skip
+            tables = {"rsf_pretraining": rsf(5.0, 2.0), "rsf": rsf(1.0, write), "moments": moments(-1, seed)}
+            if objective == "dpo":
+                tables |= {"rank1": rank1(0.3, 0.5, 0.9), "surgery": surgery(-0.2, -0.5)}
+            runs.append(Planted(objective, tables, seed=seed, sharpness=sharpness + 0.01 * seed))
+    return [Planted(**{**vars(run), "experiment": "contrary"}) for run in runs]
