@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from runners.interruption import Interruption
 
 VERBOSE = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+FOUND_RIGHT: set[str] = set()  # configurations of this sweep, without their seeds
 KINDS = {str: "text that is not empty", int: "a whole number", dict: "a mapping such as {key: value}"}
 
 
@@ -29,7 +30,22 @@ def parts(config: DictConfig | dict[str, Any], here: bool = True) -> dict[str, A
 
     `here` says that it is this machine that needs the device.
     """
-    plain = config
+    plain = checked(config)
+    return {
+        **{key: build(key, plain.get(key)) for key in ("model", "data", "training")},
+        "objective": build("objective", plain["objective"]) if plain["objective"].get("_target_") else None,
+        **{
+            f"{group}s": {key: build(f"{group}.{key}", choice) for key, choice in plain[group].items()}
+            for group in ("probe", "intervention")
+        },
+        "device": device(plain.get("device"), here),
+        **{key: plain[key] for key in ("name", "seed", "tracking_uri", "tags")},
+    }
+
+
+def checked(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
+    """A configuration as plain data, what belongs to no part of it checked."""
+    plain: Any = config
     if isinstance(config, DictConfig):
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
@@ -41,17 +57,7 @@ def parts(config: DictConfig | dict[str, Any], here: bool = True) -> dict[str, A
     for key in ("objective", "probe", "intervention"):
         if not isinstance(plain.get(key), dict):
             raise ValueError(f"{key} must be one of the choices in conf/{key}, got {plain.get(key)!r}")
-
-    return {
-        **{key: build(key, plain.get(key)) for key in ("model", "data", "training")},
-        "objective": build("objective", plain["objective"]) if plain["objective"].get("_target_") else None,
-        **{
-            f"{group}s": {key: build(f"{group}.{key}", choice) for key, choice in plain[group].items()}
-            for group in ("probe", "intervention")
-        },
-        "device": device(plain.get("device"), here),
-        **{key: plain[key] for key in ("name", "seed", "tracking_uri", "tags")},
-    }
+    return plain
 
 
 def build(key: str, choice: Any) -> Any:
@@ -166,11 +172,15 @@ def check(config: DictConfig, here: bool, common: "Collection[str]") -> dict[str
 
     `here` says that it will run on this machine; `common` are the overrides that all jobs have.
     """
-    made = parts(config, here)
-    from runners.experiment import check_parts  # noqa: PLC0415 (heavy)
+    # Jobs that differ in nothing but the seed are all right if one of them is: that one takes the time.
+    plain = repr({**checked(config), "seed": None})
+    if plain not in FOUND_RIGHT:
+        made = parts(config, here)
+        from runners.experiment import check_parts  # noqa: PLC0415 (heavy)
 
-    keys = ("model", "objective", "training", "probes", "interventions", "tracking_uri")
-    check_parts(*(made[key] for key in keys))
+        keys = ("model", "objective", "training", "probes", "interventions", "tracking_uri")
+        check_parts(*(made[key] for key in keys))
+        FOUND_RIGHT.add(plain)
     return described(config, common)
 
 
