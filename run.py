@@ -93,10 +93,10 @@ def described(config: DictConfig) -> dict[str, Any]:
     from hydra.core.hydra_config import HydraConfig  # noqa: PLC0415
     from hydra.types import RunMode  # noqa: PLC0415
 
+    plain = checked(config)
     hydra_config = HydraConfig.get()
     choices = {key: hydra_config.runtime.choices[key] for key in ("model", "data", "objective", "training")}
     changed = [override for override in hydra_config.overrides.task if not override.startswith("objective=")]
-    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     swept = hydra_config.mode == RunMode.MULTIRUN
     return {
         "run_name": " ".join([choices["objective"], *changed]),
