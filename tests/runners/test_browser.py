@@ -196,11 +196,10 @@ def test_a_finished_sweep_can_be_compared_in_the_browser(
     browser.until(lambda: browser.all("input[placeholder*='metric charts']"))[0].send_keys("rsf_by_layer")
     # In the chart of each of the six matrices a line for each run, with a point for each layer.
     drawn = (
-        "return [...document.querySelectorAll('.js-plotly-plot')]"
-        ".flatMap(plot => plot.data.map(line => line.x)).filter(x => x && x.length)"
+        "return [...document.querySelectorAll('.js-plotly-plot .scatterlayer .trace')]"
+        ".map(line => line.querySelectorAll('.points path').length).filter(count => count)"
     )
-    profiles = [list(range(LAYERS))] * 6 * 2
-    browser.until(lambda: browser.driver.execute_script(drawn) == profiles)
+    browser.until(lambda: browser.driver.execute_script(drawn) == [LAYERS] * 6 * 2)
     time.sleep(1)  # what is drawn moves into place
     browser.seen("4 profiles over layers")
 
@@ -215,9 +214,13 @@ def test_a_finished_sweep_can_be_compared_in_the_browser(
         browser.seen(f"{number} {figure.removesuffix('.png')}")
 
     browser.driver.get(f"{server.uri}/#/experiments/{experiment}/runs/{parent}")
-    browser.until(lambda: "2 of 2 finished" in browser.driver.page_source)
-    browser.driver.execute_script(
-        "[...document.querySelectorAll('*')].filter(one => !one.children.length"
-        " && one.textContent.includes('2 of 2 finished'))[0].scrollIntoView()"
+    note = "//*[contains(text(), '2 of 2 finished')]"
+    # The page draws itself anew while it loads: what was found may be gone.
+    browser.until(
+        lambda: browser.driver.execute_script(
+            "const found = document.evaluate(arguments[0], document, null, 9).singleNodeValue;"
+            "if (found) found.scrollIntoView(); return Boolean(found)",
+            note,
+        )
     )
     browser.seen("7 note")
