@@ -27,10 +27,10 @@ def note(
     `table` is the sweep's own, of the runs that finished; `correlations` the rank correlation of the ratio
     with the measured sharpness and its p-value, by role.
     """
-    asked = sweep.description()["params"].get("overrides", "")
+    described = sweep.description()
     bad = list(_unfinished(children))
     lines = [
-        f"{_runs(len(children))}: `{asked}`",
+        f"**{described['name']}**: {_runs(len(children))}.",
         f"{len(children) - len(bad)} of {len(children)} finished." + (" The others:" if bad else ""),
         *bad,
     ]
@@ -40,6 +40,8 @@ def note(
         lines += [_result(str(run), part) for run, part in table.groupby("run", sort=False)]
         lines += [*_extremes(table), *_correlated(correlations)]
         lines += ["", "All numbers are in `tables/sweep.csv`, and the figures beside it in `figures/`."]
+    if asked := described["params"].get("overrides"):  # last: it may be long, and the page shows the start
+        lines += ["", f"Asked for: {asked}"]
     return "\n".join(lines)
 
 

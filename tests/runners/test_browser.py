@@ -65,7 +65,7 @@ def test_a_sweep_on_a_server_is_whole_and_its_runs_are_named_by_what_differs(
     assert {child.data.tags["mlflow.parentRunId"] for child in children} == {parent.info.run_id}
     assert all(len(child.data.metrics) <= 50 for child in children)
     note = parent.data.tags["mlflow.note.content"].splitlines()
-    assert note[0].startswith("2 runs: ") and note[1] == "2 of 2 finished."
+    assert note[0] == "**sweep objective=ce,dpo**: 2 runs." and note[1] == "2 of 2 finished."
     assert {line.split(":")[0] for line in note if line.startswith("- **")} == {
         "- **ce** (1 run)",
         "- **dpo** (1 run)",
@@ -193,14 +193,20 @@ def test_a_finished_sweep_can_be_compared_in_the_browser(
     sections = [one.text.splitlines()[0] for one in browser.all(header)]
     assert sections[:4] == ["pretraining", "rsf", "rsf_by_layer", "rsf_pretraining"]
 
-    browser.until(lambda: browser.all("input[placeholder*='metric charts']"))[0].send_keys("rsf_by_layer")
+    def searched() -> bool:
+        (box,) = browser.all("input[placeholder*='metric charts']")
+        if box.get_property("value") != "rsf_by_layer":  # the page may have been drawn anew since
+            box.clear()
+            box.send_keys("rsf_by_layer")
+        return [one.text.splitlines()[0] for one in browser.all(header)] == ["rsf_by_layer"]
+
+    browser.until(searched)
     # In the chart of each of the six matrices a line for each run, with a point for each layer.
     drawn = (
-        "return [...document.querySelectorAll('.js-plotly-plot')]"
-        ".flatMap(plot => plot.data.map(line => line.x)).filter(x => x && x.length)"
+        "return [...document.querySelectorAll('.js-plotly-plot .scatterlayer .trace')]"
+        ".map(line => line.querySelectorAll('.points path').length).filter(count => count)"
     )
-    profiles = [list(range(LAYERS))] * 6 * 2
-    browser.until(lambda: browser.driver.execute_script(drawn) == profiles)
+    browser.until(lambda: browser.driver.execute_script(drawn) == [LAYERS] * 6 * 2)
     time.sleep(1)  # what is drawn moves into place
     browser.seen("4 profiles over layers")
 
@@ -215,9 +221,6 @@ def test_a_finished_sweep_can_be_compared_in_the_browser(
         browser.seen(f"{number} {figure.removesuffix('.png')}")
 
     browser.driver.get(f"{server.uri}/#/experiments/{experiment}/runs/{parent}")
-    browser.until(lambda: "2 of 2 finished" in browser.driver.page_source)
-    browser.driver.execute_script(
-        "[...document.querySelectorAll('*')].filter(one => !one.children.length"
-        " && one.textContent.includes('2 of 2 finished'))[0].scrollIntoView()"
-    )
+    browser.click_text("Show more")
+    browser.until(lambda: any("side is lowest in" in one.text for one in browser.all("li")))
     browser.seen("7 note")

@@ -41,7 +41,7 @@ def test_the_note_tells_what_was_run_what_did_not_end_well_and_what_came_out(tmp
     table = pd.concat([table, pd.DataFrame(losses, columns=[*columns, "quantity"])])
     said = note(sweep, children, table, {"write": (0.62, 0.001)}).splitlines()
     assert said[:4] == [
-        "5 runs: `objective=ce,dpo seed=0,1`",
+        "**sweep**: 5 runs.",
         "3 of 5 finished. The others:",
         "- dpo seed=1: FAILED, ValueError: training diverged",
         "- 4: never started",
@@ -58,4 +58,7 @@ def test_a_sweep_of_which_nothing_finished_says_so_and_no_more(tmp_path):
     sweep, child = record(tmp_path, "sweep", overrides="seed=0"), record(tmp_path / "0", "dpo")
     child.end("KILLED", "SystemExit: 143")
     said = note(sweep, [child], pd.DataFrame(columns=["run", "quantity"]), {})
-    assert said == "1 run: `seed=0`\n0 of 1 finished. The others:\n- dpo: KILLED, SystemExit: 143"
+    assert (
+        said
+        == "**sweep**: 1 run.\n0 of 1 finished. The others:\n- dpo: KILLED, SystemExit: 143\n\nAsked for: seed=0"
+    )
