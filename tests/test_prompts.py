@@ -1,6 +1,7 @@
 import json
 import logging
 
+import datasets
 import pytest
 
 from weightgeom.data.preferences import Preferences
@@ -76,8 +77,6 @@ def test_text_and_preferences_take_groups_and_their_digest_is_another(file, tmp_
 
 
 def test_the_hubs_data_sets_become_groups_the_factual_one_first(monkeypatch):
-    import datasets
-
     popular = [
         {"question": "rare?", "s_pop": 5, "possible_answers": '["a"]'},
         {"question": "middle?", "s_pop": 1000, "possible_answers": '["b"]'},
@@ -101,8 +100,6 @@ def test_the_hubs_data_sets_become_groups_the_factual_one_first(monkeypatch):
 
 
 def test_a_data_set_that_cannot_be_read_is_told_in_one_sentence(monkeypatch):
-    import datasets
-
     def load(*given, **named):
         raise ConnectionError("no route\nto the hub")
 
