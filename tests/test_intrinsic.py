@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from weightgeom.intrinsic import dimension, distances
+from weightgeom.intrinsic import calibrated, dimension, distances
 
 WIDTH = 128  # of the embedded model's residual stream
 
@@ -25,7 +25,7 @@ def manifold(kind, d, n, generator):
 def test_the_calibrated_dimension_of_a_manifold_is_its_own_within_a_tenth(estimator, kind, d, generator):
     # The sd of TwoNN on n points is some d / √n, 5 % here; the mean of ten clouds has 1.6 %.
     clouds = [manifold(kind, d, 400, generator) for _ in range(10)]
-    found = [dimension(distances(cloud), estimator, calibrated=True) for cloud in clouds]
+    found = [calibrated(dimension(distances(cloud), estimator), 400, estimator) for cloud in clouds]
     assert abs(sum(found) / 10 - d) < 0.1 * d
 
 

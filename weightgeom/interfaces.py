@@ -214,6 +214,15 @@ class Probe(Protocol):
 
 
 @runtime_checkable
+class NeedsExamples(Protocol):
+    """A probe or an intervention that not every data set will do for."""
+
+    def check_examples(self, examples: Examples) -> None:
+        """Raise ValueError if the data lack what is measured on."""
+        ...
+
+
+@runtime_checkable
 class Intervention(Protocol):
     """Edits of one model's weights, each tried against its matched controls."""
 

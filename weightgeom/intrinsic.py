@@ -19,16 +19,13 @@ def distances(points: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def dimension(
-    between: Float[Tensor, "n n"], estimator: Estimator, neighbours: int = 30, *, calibrated: bool = False
-) -> float:
+def dimension(between: Float[Tensor, "n n"], estimator: Estimator, neighbours: int = 30) -> float:
     """Intrinsic dimension of the points with these distances, by scikit-dimension.
 
     `mle` is Levina & Bickel's from the `neighbours` nearest of every point, local estimates combined by
     their harmonic mean; `twonn` is Facco et al.'s from the nearest two, without the tenth of the points
     whose ratio is largest. Both fall short in high dimensions, where the nearest of few points are far
-    away: a Gaussian of 20 dimensions has 14 by `mle` on 500 points. `calibrated` gives the dimension of the
-    Gaussian of which as many points have this estimate (ours; indirect inference, Gouriéroux et al. 1993).
+    away: a Gaussian of 20 dimensions has 14 by `mle` on 500 points. So see `calibrated`.
 
     Raises:
         ValueError: if there are no more points than neighbours, or if two points are the same.
@@ -37,8 +34,7 @@ def dimension(
     nearest = between.topk(max(neighbours, 2) + 1, largest=False).values[:, 1:].numpy()
     if not bool((nearest[:, 0] > 0).all()):
         raise ValueError("two prompts have the same state: the distance to a nearest neighbour is zero")
-    value = _estimate(nearest, estimator, neighbours)
-    return _calibrated(value, len(between), estimator, neighbours) if calibrated else value
+    return _estimate(nearest, estimator, neighbours)
 
 
 def check_neighbours(points: int, neighbours: int) -> None:
@@ -62,7 +58,11 @@ def _estimate(nearest: np.ndarray, estimator: Estimator, neighbours: int) -> flo
     return float(made.dimension_)
 
 
-def _calibrated(value: float, points: int, estimator: Estimator, neighbours: int) -> float:
+def calibrated(value: float, points: int, estimator: Estimator, neighbours: int = 30) -> float:
+    """The dimension of the Gaussian of which so many points have this estimate, the mean over clouds.
+
+    Source: ours; indirect inference, Gouriéroux et al. (1993), J. Appl. Econometrics 8:S85.
+    """
     means = _reference(points, estimator, neighbours if estimator == "mle" else 2)
     return float(np.exp(np.interp(np.log(value), np.log(means), np.log(DIMENSIONS))))
 

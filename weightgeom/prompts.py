@@ -65,6 +65,8 @@ def _of_file(name: str) -> Iterator[tuple[str, Question]]:
             for key, value in values.items():
                 if not isinstance(value, str) or (key != "answer" and not value.strip()):
                     raise ValueError(f"{where} field {key!r} must be text, got {short(value)}")
+            if set(values["group"]) & set("/@"):  # which in tables stand between groups and thresholds
+                raise ValueError(f"{where} field 'group' must be without / and @, got {values['group']!r}")
             prompt, answer = values["prompt"], values["answer"]
             apart = answer and not prompt[-1].isspace() and not answer[0].isspace()
             yield values["group"], Question(prompt, f" {answer}" if apart else answer)
