@@ -2,12 +2,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import language_model
+from networks import CONFIGS, language_model
 from torch.testing import assert_close
 
 from weightgeom import head
 from weightgeom.gradients import sampled
-from weightgeom.head import slice_head, token_log_probs
+from weightgeom.head import logits_of, slice_head, token_log_probs
 from weightgeom.objectives.ce import CE
 from weightgeom.objectives.dpo import DPO
 from weightgeom.training import Training, outdated_name_allowed
@@ -49,6 +49,31 @@ def test_a_token_of_next_to_no_probability_has_a_finite_log_prob(network):
 def test_no_token_is_no_log_prob(network):
     hidden = torch.zeros(0, network.config.hidden_size, dtype=torch.float64)
     assert token_log_probs(network, hidden, torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_logits_of_hidden_states_are_those_of_the_whole_network(name, tokenizer, generator):
+    model, weights = language_model(name, tokenizer)
+    network = model.with_weights(weights)
+    tokens = {"input_ids": torch.randint(3, 100, (2, 9), generator=generator), "use_cache": False}
+    expected = network(**tokens).logits
+    hidden = network.base_model(**tokens).last_hidden_state
+    # The same sums in batches of another shape.
+    assert_close(logits_of(network, hidden.flatten(0, 1)), expected.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", head.SCALES)
+def test_a_network_that_scales_its_logits_is_refused(scale, tokenizer):
+    model, weights = language_model("gpt_neox", tokenizer)
+    network = model.with_weights(weights)
+    hidden = torch.zeros(1, 32)
+    for none in (None, 1, 1.0):
+        setattr(network.config, scale, none)
+        logits_of(network, hidden)
+    setattr(network.config, scale, 0.5)
+    message = f"the network scales its logits by {scale}: add that to logits_of"
+    with pytest.raises(NotImplementedError, match=message):
+        logits_of(network, hidden)
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "gemma2"])

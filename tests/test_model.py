@@ -90,6 +90,18 @@ def test_held_weights_are_the_parameters_in_fp32(model, params):
     assert_close(held["lm_head.weight"], stored["lm_head.weight"].float(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_are_held_and_given_in_the_dtype_that_is_asked_for(model, params, batch, dtype):
+    held = model.hold(params, dtype)
+    assert all(value.dtype == dtype for value in held.values())
+    network = model.with_weights(params, dtype)
+    assert {parameter.dtype for parameter in network.parameters()} == {dtype}
+    assert_close(dict(network.named_parameters()), held, rtol=0, atol=0)
+    logits = network(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    assert logits.dtype == dtype
+    close(logits.float(), model.logits(params, batch))
+
+
 def test_a_tied_network_unembeds_with_the_embedding_it_is_given(tokenizer, batch):
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -15,6 +15,7 @@ from weightgeom.stats import (
     left_concentration,
     matched_null,
     moment_root,
+    rank_p_value,
     rotation_null,
     spectrum_shares,
 )
@@ -360,3 +361,26 @@ def test_an_all_zero_matrix_is_refused():
 def test_a_second_moment_without_a_positive_trace_is_refused(bad):
     with pytest.raises(ValueError, match="a second moment has a positive trace, got "):
         moment_root(bad)
+
+
+@pytest.mark.parametrize(
+    ("treatment", "p"),
+    [
+        (5.0, 1 / 5),  # none of four is as large: (1 + 0)/(1 + 4)
+        (4.0, 2 / 5),  # one is equal, which counts
+        (2.5, 3 / 5),
+        (0.0, 1.0),
+    ],
+)
+def test_the_p_value_of_a_treatment_is_its_rank_among_the_controls(treatment, p):
+    controls = torch.tensor([1.0, 4.0, 2.0, 3.0])
+    assert rank_p_value(torch.tensor(treatment), controls) == p
+
+
+def test_the_p_value_of_a_treatment_among_its_like_is_valid_at_every_level(generator):
+    draws = torch.randn(2000, 20, generator=generator)
+    p = torch.tensor([rank_p_value(draw[0], draw[1:]) for draw in draws])
+    for level in (0.05, 0.1, 0.5):
+        # P(p ≤ level) is the level, as it is a multiple of 1/20; five standard deviations of the binomial.
+        share = float((p <= level + 1e-6).double().mean())
+        assert abs(share - level) < 5 * sqrt(level * (1 - level) / 2000)

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer
 
 from weightgeom.conversation import render
-from weightgeom.interfaces import Pair
-from weightgeom.tokens import Batch, packed, responses, tokenize
+from weightgeom.interfaces import Pair, Question
+from weightgeom.tokens import Batch, answers, packed, responses, tokenize
 
 # Writes the beginning itself, and closes every message.
 TEMPLATE = (
@@ -195,6 +195,33 @@ def test_targets_never_cover_a_prompt_the_padding_or_a_first_token(any_tokenizer
         assert prompts > 0
     (empty, _), *_ = responses([Pair("", "it seems", "of course")], any_tokenizer, length=30)
     assert empty.target[0, :1].tolist() == [False]
+
+
+def test_answers_stand_behind_their_questions_and_alone_are_targets():
+    questions = [Question("a b", " c"), Question("d", " e f g"), Question("h", " a")]
+    first, second = answers(questions, words(), size=2)
+    # No end token behind the answer, which need not end a text.
+    assert rows(first) == [([2, 3, 4], [2]), ([5, 6, 7, 8], [1, 2, 3])]
+    assert first.input_ids.tolist() == [[2, 3, 4, 0], [5, 6, 7, 8]]
+    assert rows(second) == [([9, 2], [1])]
+    assert list(answers([], words())) == []
+
+
+def test_an_answer_starts_where_its_tokens_leave_the_question():
+    # "x y" is one token where "y" follows: the question's last token is then the answer's.
+    backend = Tokenizer(models.BPE({"x": 0, "y": 1, "z": 2, "xy": 3, "<eos>": 4}, [("x", "y")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>")
+    (batch,) = answers([Question("zx", "y")], tokenizer)
+    assert rows(batch) == [([2, 3], [1])]
+
+
+def test_a_beginning_is_put_in_front_of_a_question_and_is_no_target(examples):
+    tokenizer = bpe(examples.text, begins=True)
+    (batch,) = answers([Question("a question", " answered")], tokenizer)
+    ((tokens, targets),) = rows(batch)
+    beginning = tokenizer.get_vocab()["<bos>"]
+    assert tokens[0] == beginning and tokens.count(beginning) == 1
+    assert tokenizer.decode([tokens[place] for place in targets]) == " answered"
 
 
 def test_a_batch_on_another_device_is_the_same_batch():

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -74,8 +73,8 @@ class Directions:
 
 def haar(d: int, what: str) -> Float[Tensor, " d"]:
     """A Haar-uniform unit vector that the text draws, in fp64."""
-    generator = torch.Generator().manual_seed(crc32(what.encode()))
-    return unit(torch.randn(d, generator=generator, dtype=torch.float64), "a random direction")
+    generator = np.random.default_rng([*what.encode()])  # whose seeds may be as alike as these texts are
+    return unit(torch.from_numpy(generator.standard_normal(d)), "a random direction")
 
 
 def unit(vector: Float[Tensor, " d"], what: str) -> Float[Tensor, " d"]:
@@ -118,11 +117,11 @@ def top_pair(params: Params, matrix: ResidualMatrix, what: str) -> tuple[Tensor,
     return left * sign, right * sign
 
 
-def from_file(path: Path, matrix: ResidualMatrix) -> Float[Tensor, " d_model"]:
-    """The vector of a `.npy` or `.safetensors` file: the tensor of the matrix's name, or the only one.
+def from_file(path: Path, matrix: ResidualMatrix) -> Tensor:
+    """What a `.npy` or `.safetensors` file holds: the tensor of the matrix's name, or the only one.
 
     Raises:
-        ValueError: if the file cannot be read, or holds no vector for this matrix.
+        ValueError: if the file cannot be read, or holds no tensor for this matrix.
     """
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415
 
@@ -135,10 +134,10 @@ def from_file(path: Path, matrix: ResidualMatrix) -> Float[Tensor, " d_model"]:
             return torch.from_numpy(np.load(path, allow_pickle=False))
         with safe_open(path, "pt") as file:
             names = list(file.keys())
-            if matrix.name not in names and len(names) > 1:
+            if matrix.name not in names and len(names) != 1:
                 raise ValueError(f"it holds {names}, and none is named {matrix.name}")
             return file.get_tensor(matrix.name if matrix.name in names else names[0])
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, TypeError, EOFError, OSError, SafetensorError) as error:
         raise ValueError(f"the direction in {path} cannot be used: {error}") from error
 
 

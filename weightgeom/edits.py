@@ -1,6 +1,6 @@
 """Edits of weights, as values: the weights that they are applied to are never mutated."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from weightgeom.interfaces import Params
 from weightgeom.residual import ResidualMatrix
+
+Space = Callable[[ResidualMatrix], Float[Tensor, "d k"]]
+"""A subspace for each of some matrices, drawn or looked up when it is asked for."""
 
 
 @runtime_checkable
@@ -63,26 +66,53 @@ class RankOne:
 class Surgery:
     """Scales what an update has inside and outside a subspace: W' = W₀ + i dW P + o dW (1 - P), by matrix.
 
-    `spaces` gives each matrix B with P = B Bᵀ on the residual stream's side: dW P where it reads, P dW
+    `space` gives for a matrix B with P = B Bᵀ on the residual stream's side: dW P where it reads, P dW
     where it writes. Columns of B are orthogonal and at most of unit length: a shorter one stands for a
-    direction that is scaled in part. Matrices that have no B are left alone. The residual side of a matrix
-    behind which a norm follows is that of what reaches the stream, P diag(g) dW with its gain g.
+    direction that is scaled in part. The residual side of a matrix behind which a norm follows is that of
+    what reaches the stream, P diag(g) dW with its gain g.
     """
 
     before: Params
-    spaces: Mapping[ResidualMatrix, Float[Tensor, "d k"]]
+    matrices: Sequence[ResidualMatrix]
+    space: Space
     inside: float
     outside: float
 
     def applied(self, params: Params) -> Params:
-        """The edited weights; `params` are those behind the update."""
-        for matrix, space in self.spaces.items():
-            weight = matrix.of(params)
-            start = matrix.of(self.before).to(weight)
-            delta = weight - start
-            part = inside(matrix, delta, space, params)
+        """The edited weights, in fp64 until they are stored; `params` are those behind the update."""
+        for matrix in self.matrices:
+            start = matrix.of(self.before).double()
+            delta = matrix.of(params).double() - start
+            part = inside(matrix, delta, self.space(matrix), params)
             params = matrix.replaced(params, start + self.inside * part + self.outside * (delta - part))
         return params
+
+
+@dataclass(frozen=True, eq=False)
+class Transplant:
+    """Gives some matrices the update that leads to other weights: W' = W + dW, or dW turned.
+
+    `rotation` gives for a matrix an orthogonal R for the residual stream's side: W + dW Rᵀ where it reads,
+    W + R dW where it writes, before any norm that follows, so that dW keeps its singular values. With
+    `others`, all other parameters are the other weights'.
+    """
+
+    after: Params
+    matrices: Sequence[ResidualMatrix]
+    rotation: Callable[[ResidualMatrix], Float[Tensor, "d d"]] | None = None
+    others: bool = False
+
+    def applied(self, params: Params) -> Params:
+        """The edited weights, in fp64 until they are stored."""
+        edited = {name: self.after[name].to(one) for name, one in params.items()} if self.others else params
+        for matrix in self.matrices:
+            weight = matrix.of(params).double()
+            delta = matrix.of(self.after).to(weight) - weight
+            if self.rotation is not None:
+                turn = self.rotation(matrix).to(delta)
+                delta = delta @ turn.T if matrix.role == "read" else turn @ delta
+            edited = matrix.replaced(edited, weight + delta)
+        return edited
 
 
 def inside(
@@ -107,6 +137,16 @@ def inside(
     if not bool(gain.all()):
         raise ValueError(f"the norm behind {matrix.name} has a gain of zero: no subspace of its output there")
     return (basis @ (basis.T @ (gain[:, None] * delta))) / gain[:, None]
+
+
+def residual_side(
+    matrix: ResidualMatrix, delta: Float[Tensor, "d_out d_in"], params: Params
+) -> Float[Tensor, "n d"]:
+    """An update with the residual stream along its rows, in fp64: dW, (dW)ᵀ or (diag(g) dW)ᵀ."""
+    delta = delta.double()
+    if matrix.role == "read":
+        return delta
+    return (delta if matrix.norm is None else matrix.norm.gain(params).to(delta)[:, None] * delta).T
 
 
 def change_norm(edit: Edit, params: Params, matrices: Iterable[ResidualMatrix]) -> float:

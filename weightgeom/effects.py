@@ -12,6 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from weightgeom.divergences import divergences
 from weightgeom.head import logits_of
 from weightgeom.interfaces import Examples, Params
 from weightgeom.model import LanguageModel
@@ -82,6 +83,7 @@ class Evaluation:
         self.network = model.with_weights(params, dtype).requires_grad_(False).eval()
         self.params: Params = {name: one.detach() for name, one in self.network.named_parameters()}
         self.device = model.device
+        self._places = _places(self.network)
         self._kept: dict[str, list[Any]] = {}  # by module, what it puts out for every batch
         self.parts = [self._scored(batch.to(model.device), kind) for batch, kind in _batches(
             model, examples, effects
@@ -106,10 +108,9 @@ class Evaluation:
         """Every quantity of the edited model, prompt by prompt; weights that are no others are shared."""
         changed = {name: one for name, one in edited.items() if one is not self.params[name]}
         found: dict[str, list[Tensor]] = {}
-        with self._passing_over(self._unchanged(changed)) as reach:
-            for index, part in enumerate(self.parts):
-                reach(index)
-                with _replaced(self.network, changed):
+        with self._passing_over(self._unchanged(changed)) as at:
+            for at[0], part in enumerate(self.parts):
+                with _replaced(self._places, changed):
                     hidden = self._hidden(part.batch)[part.batch.target[:, 1:]]
                     logits = logits_of(self.network, hidden)
                 for name, values in _measured(part, logits):
@@ -128,7 +129,7 @@ class Evaluation:
                 continue
             name = "heldout_ce" if part.kind == "text" else "preference_margin"
             sign = -1.0 if part.kind in ("text", "rejected") else 1.0
-            with _replaced(self.network, leaves):
+            with _replaced(self._places, leaves):
                 hidden = self._hidden(part.batch)[part.batch.target[:, 1:]]
                 logits = logits_of(self.network, hidden)
             log_probs = _picked(part, logits) - logits.logsumexp(-1)
@@ -168,25 +169,17 @@ class Evaluation:
         return unchanged
 
     @contextmanager
-    def _passing_over(self, unchanged: Mapping[str, str]) -> Iterator[Callable[[int], None]]:
-        """Within it these modules do not run; what it yields is told the number of the batch."""
+    def _passing_over(self, unchanged: Mapping[str, str]) -> Iterator[list[int]]:
+        """Within it these modules do not run; the one entry of what it yields is the batch's number."""
         sources = set(unchanged.values())
         if not sources <= self._kept.keys():
             self._kept = self._outputs(sources)
-        batch = 0
-
-        def kept(outputs: list[Any]) -> Callable[..., Any]:
-            return lambda *given, **named: outputs[batch]
-
-        def reach(number: int) -> None:
-            nonlocal batch
-            batch = number
-
+        at = [0]
         modules = {self.network.get_submodule(path): source for path, source in unchanged.items()}
         for module, source in modules.items():
-            module.forward = kept(self._kept[source])
+            module.forward = lambda *_, outputs=self._kept[source], **named: outputs[at[0]]
         try:
-            yield reach
+            yield at
         finally:
             for module in modules:
                 del module.forward  # which uncovers that of its class
@@ -220,19 +213,28 @@ def module_path(architecture: Architecture, layer: int, kinds: Collection[Kind] 
     return ".".join(parts[0] for parts in common)
 
 
+def _places(network: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """The modules that have each parameter, and its name there: two where the unembedding is tied."""
+    names = {one: name for name, one in network.named_parameters()}
+    places: dict[str, list[tuple[nn.Module, str]]] = {}
+    for module in network.modules():
+        for key, one in module.named_parameters(recurse=False):
+            places.setdefault(names[one], []).append((module, key))
+    return places
+
+
 @contextmanager
-def _replaced(network: nn.Module, changed: Params) -> Iterator[None]:
-    """Within it the network has these parameters; the ones that it had are put back untouched."""
-    places = [(*name.rpartition("."), one) for name, one in changed.items()]
-    modules = [(network.get_submodule(path), name, one) for path, _, name, one in places]
-    before = [module._parameters[name] for module, name, _ in modules]
-    for module, name, one in modules:
-        module._parameters[name] = one  # pyright: ignore[reportArgumentType]
+def _replaced(places: Mapping[str, list[tuple[nn.Module, str]]], changed: Params) -> Iterator[None]:
+    """Within it the modules have these parameters; the ones that they had are put back untouched."""
+    all_places = [(module, key, one) for name, one in changed.items() for module, key in places[name]]
+    before = [module._parameters[key] for module, key, _ in all_places]
+    for module, key, one in all_places:
+        module._parameters[key] = one  # pyright: ignore[reportArgumentType]
     try:
         yield
     finally:
-        for (module, name, _), one in zip(modules, before, strict=True):
-            module._parameters[name] = one
+        for (module, key, _), one in zip(all_places, before, strict=True):
+            module._parameters[key] = one
 
 
 def _batches(model: LanguageModel, examples: Examples, effects: Effects) -> Iterator[tuple[Batch, str]]:
@@ -273,28 +275,6 @@ def _quantities(found: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield "preference_accuracy", (margin > 0).to(margin)
     if "question" in found:
         yield "fact_accuracy", found["question"]
-
-
-def divergences(
-    base: Float[Tensor, "token vocabulary"],
-    normaliser: Float[Tensor, " token"],
-    other: Float[Tensor, "token vocabulary"],
-) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"]]:
-    """KL(base || other) of each token's prediction, in nats, and the log of the other's normaliser.
-
-    `normaliser` is that of the base. With c = other - base and d = c - E_p c, p being the base's
-    probabilities, KL = log E_p exp(d) = log(1 + E_p expm1(d)): what two nearly equal predictions have in
-    common is never added up, so that fp32 does where -Σ p log(q/p) needs fp64. Source: ours.
-    """
-    found, normalisers = [], []
-    for z, log_sum, others in zip(base.split(256), normaliser.split(256), other.split(256), strict=True):
-        p = (z - log_sum[:, None]).exp_()
-        c = others - z
-        mean = torch.linalg.vecdot(p, c)
-        divergence = torch.linalg.vecdot(p, (c - mean[:, None]).expm1_()).clamp(min=0).log1p()
-        found.append(divergence)
-        normalisers.append(log_sum + mean + divergence)
-    return torch.cat(found), torch.cat(normalisers)
 
 
 def _picked(part: _Scored, logits: Float[Tensor, "target vocabulary"]) -> Float[Tensor, " target"]:

@@ -177,6 +177,27 @@ def input_sites(matrices: Sequence[ResidualMatrix]) -> tuple[Site, ...]:
     )
 
 
+def chosen(architecture: Architecture, kinds: list[Kind], layers: list[int] | None) -> list[ResidualMatrix]:
+    """The matrices of these kinds in these layers, layer by layer.
+
+    Raises:
+        ValueError: for a layer or a kind that the model does not have, or if no layer is named.
+    """
+    if layers == []:
+        raise ValueError("layers is empty: name some, or leave it out for all")
+    if bad := [layer for layer in layers or () if not 0 <= layer < architecture.n_layers]:
+        raise ValueError(f"there is no layer {bad[0]}: the model has layers 0 to {architecture.n_layers - 1}")
+    known = {matrix.kind for matrix in architecture.matrices}
+    if absent := [kind for kind in kinds if kind not in known]:
+        raise ValueError(f"the model has no matrix {absent[0]}; it has {', '.join(sorted(known))}")
+    found = [
+        matrix
+        for matrix in architecture.matrices
+        if matrix.kind in kinds and (layers is None or matrix.layer in layers)
+    ]
+    return sorted(found, key=lambda matrix: matrix.layer)
+
+
 def architecture_of(config: "PreTrainedConfig") -> Architecture:
     """The residual-stream map of a model, from `weightgeom/architectures/<model_type>.py`.
 

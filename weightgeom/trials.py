@@ -116,7 +116,8 @@ def with_q_values(rows: Sequence[Row]) -> list[Row]:
     families: dict[tuple[Any, ...], list[Row]] = {}
     for one in rows:
         if one["quantity"].endswith("_p_value"):
-            families.setdefault((one["quantity"], one["arm"], one.get("k")), []).append(one)
+            dose_and_kind = one["arm"].partition("@")[2]
+            families.setdefault((one["quantity"], dose_and_kind, one.get("k")), []).append(one)
     found = list(rows)
     for family in families.values():
         for one, q in zip(family, false_discovery_control([one["value"] for one in family]), strict=True):

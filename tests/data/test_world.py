@@ -283,3 +283,27 @@ def test_a_document_without_statements_is_a_question_with_its_answer():
 def test_a_world_that_cannot_be_is_refused(bad):
     with pytest.raises(ValidationError, match=next(iter(bad))):
         World(**bad)
+
+
+def test_questions_ask_for_every_fact_in_the_words_of_the_text():
+    examples, facts = EXAMPLES["style"], LARGER.facts()
+    assert len(examples.questions) == len(facts) == 40 * len(RELATIONS)
+    told = " ".join(examples.text)
+    entities = []
+    for question, ((entity, relation), value) in zip(examples.questions, facts.items(), strict=True):
+        # The second frame of every relation ends in the value.
+        assert question.prompt + question.answer == RELATIONS[relation][2][1].format(e=entity, v=value)
+        assert question.answer == f" {value}" and value_of(question.answer) == value
+        entities.append(entity)
+    assert list(dict.fromkeys(entities)) == LARGER.entity_names()[0]
+    # What is asked of the most frequent entity is told; not so of all of the rare ones.
+    assert all(question.prompt + question.answer in told for question in examples.questions[:6])
+
+
+def test_every_answer_is_one_token_behind_its_prompt():
+    tokenizer = LARGER.tokenizer()
+    for question in EXAMPLES["facts"].questions:
+        prompt, whole = (
+            tokenizer(text)["input_ids"] for text in (question.prompt, question.prompt + question.answer)
+        )
+        assert whole[:-1] == prompt and tokenizer.unk_token_id not in whole

@@ -5,6 +5,7 @@ from dataclasses import dataclass as plain_dataclass
 from math import sqrt
 from typing import ClassVar, Literal
 
+import torch
 from jaxtyping import Float
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -16,7 +17,7 @@ from weightgeom.effects import Effects, Evaluation
 from weightgeom.frames import Place, check_dimensions, dimensions, place_of
 from weightgeom.interfaces import Log, Params, Row, Setting
 from weightgeom.moments import Moment, activation_moments
-from weightgeom.residual import Architecture, Kind, ResidualMatrix, Site
+from weightgeom.residual import Architecture, Kind, ResidualMatrix, Site, chosen
 from weightgeom.subspace import Subspace, prediction_moment
 from weightgeom.tokens import packed
 from weightgeom.trials import Arm, Trial, check_controls, measured, with_q_values
@@ -67,12 +68,13 @@ class Rank1:
         """Refuse strengths and numbers that mean nothing."""
         if bad := [one for one in self.strengths if not (one > 0 and one < float("inf"))]:
             raise ValueError(f"strengths must be positive and finite, got {bad[0]}")
-        if negative := [kind for kind, number in self.controls.items() if number < 0]:
-            raise ValueError(f"controls.{negative[0]} must be 0 or more, got {self.controls[negative[0]]}")
+        if negative := [one for one in self.controls.items() if one[1] < 0]:
+            raise ValueError("controls.{} must be 0 or more, got {}".format(*negative[0]))
 
     def check(self, architecture: Architecture) -> None:
         """Refuse what the model does not have, and controls that are too few for `level`."""
         check_controls(self.controls.get("random", 0), self.level)
+        self._check_pairs(self.effects.pairs, "raise intervention.rank1.effects.pairs")
         check_dimensions(self.k, architecture.d_model, "intervention.rank1.k")
         for matrix in chosen(architecture, self.matrices, self.layers):
             name = self._direction(matrix)
@@ -107,6 +109,8 @@ class Rank1:
 
     def rows(self, setting: Setting, log: Log) -> list[Row]:
         """What every arm does to the model `at` the start or the end of the trajectory."""
+        pairs = len(setting.examples.heldout_pairs)
+        self._check_pairs(pairs, "take another behaviour, as the data hold none")
         at_end = self.at == "end" or (self.at == "auto" and setting.from_random)
         evaluation = Evaluation(
             setting.model, setting.end if at_end else setting.start, setting.examples, self.effects
@@ -118,7 +122,8 @@ class Rank1:
         """Every matrix and strength, with the treatment and all of its controls; layer by layer."""
         architecture = setting.model.architecture
         matrices = chosen(architecture, self.matrices, self.layers)
-        gradients = evaluation.gradients({matrix.parameter for matrix in matrices})
+        others = chosen(architecture, self.matrices, None) if self.controls.get("layer") else matrices
+        gradients = evaluation.gradients({matrix.parameter for matrix in others})
         k = dimensions(self.k, architecture.d_model)[0]
         moments = self._moments(setting, evaluation.params, matrices)
         axes: dict[Place, Subspace] = {
@@ -134,6 +139,10 @@ class Rank1:
         for matrix in matrices:
             for strength in self.strengths:
                 yield sides.trial(matrix, strength)
+
+    def _check_pairs(self, pairs: int, advice: str) -> None:
+        if "gradient" in (self.direction, self.shared) and self.behaviour != "heldout_ce" and not pairs:
+            raise ValueError(f"the gradient of {self.behaviour} needs pairs: {advice}")
 
     def _direction(self, matrix: ResidualMatrix) -> str:
         if self.direction != "auto":
@@ -152,7 +161,7 @@ class Rank1:
         own = [Site(one.layer, OWN_INPUTS[one.kind], one.module) for one in matrices if one.role == "write"]
         batches = packed(setting.examples.heldout, model.tokenizer, self.length, self.tokens)
         sites = (*model.architecture.sites, *own)
-        return dict(activation_moments(model, params, batches, sites))
+        return dict(activation_moments(model, params, batches, sites, dtype=torch.float64))
 
 
 @plain_dataclass(frozen=True, eq=False)
@@ -203,12 +212,14 @@ class _Sides:
             yield from (self._named(name, one)[0] for one in nearest)
 
     def _named(self, name: str, matrix: ResidualMatrix) -> tuple[Float[Tensor, " d_model"], Tensor | None]:
-        return self.directions.named(
-            name,
-            matrix,
-            self.gradients.get(self.asked.behaviour, {}),
-            difference(self.setting.end, self.setting.start),
-        )
+        """A direction of the stream: what reaches it through a norm, where it is a side of W itself."""
+        gradients = self.gradients.get(self.asked.behaviour, {})
+        update = difference(self.setting.end, self.setting.start)
+        vector, partner = self.directions.named(name, matrix, gradients, update)
+        if partner is not None and matrix.role == "write" and matrix.norm is not None:
+            vector = vector * matrix.norm.gain(self.params).double().cpu()
+            return unit(vector, f"the {name} of {matrix.name} behind its norm"), partner
+        return vector, partner
 
     def _shared(self, matrix: ResidualMatrix) -> Tensor:
         """The side that is no residual stream: what is read goes out along it, or what is written came in."""
@@ -243,11 +254,14 @@ class _Sides:
         if treatment is not None and self.asked.match == "output":
             alpha = sqrt(treatment.sizes["output energy"] / energy)
         edit = RankOne(matrix, alpha, u, v)
+        exact = {
+            matrix.parameter: self.params[matrix.parameter].double()
+        }  # fp32 rounds what a weak edit adds
         return Arm(
             kind,
             edit,
             {
-                "frobenius norm": change_norm(edit, self.params, [matrix]),
+                "frobenius norm": change_norm(edit, exact, [matrix]),
                 "output energy": alpha**2 * energy,
             },
             "frobenius norm" if self.asked.match == "frobenius" else "output energy",
@@ -270,25 +284,6 @@ class _Sides:
 
 
 _KINDS = ("activation", "prediction", "gradient", "delta", "random")
-
-
-def chosen(architecture: Architecture, kinds: list[Kind], layers: list[int] | None) -> list[ResidualMatrix]:
-    """The matrices of these kinds in these layers, layer by layer.
-
-    Raises:
-        ValueError: for a layer or a kind that the model does not have.
-    """
-    if bad := [layer for layer in layers or () if not 0 <= layer < architecture.n_layers]:
-        raise ValueError(f"there is no layer {bad[0]}: the model has layers 0 to {architecture.n_layers - 1}")
-    known = {matrix.kind for matrix in architecture.matrices}
-    if absent := [kind for kind in kinds if kind not in known]:
-        raise ValueError(f"the model has no matrix {absent[0]}; it has {', '.join(sorted(known))}")
-    found = [
-        matrix
-        for matrix in architecture.matrices
-        if matrix.kind in kinds and (layers is None or matrix.layer in layers)
-    ]
-    return sorted(found, key=lambda matrix: matrix.layer)
 
 
 def _axes(moment: Float[Tensor, "d d"], k: int | None = None) -> Subspace:

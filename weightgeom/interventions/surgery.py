@@ -1,0 +1,295 @@
+"""Surgery on an update: what of it lies in a subspace is removed, kept or scaled; parts are transplanted."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
+from functools import lru_cache, partial
+from math import isfinite
+from typing import ClassVar, Literal
+from zlib import crc32
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from weightgeom.edits import Space, Surgery, Transplant, change_norm, residual_side
+from weightgeom.effects import Effects, Evaluation
+from weightgeom.frames import (
+    Inputs,
+    Place,
+    check_dimensions,
+    dimensions,
+    input_frames,
+    place_of,
+    prediction_frame,
+)
+from weightgeom.groups import Group, group_of, grouped, kinds_of, moved, reads_and_writes
+from weightgeom.interfaces import Log, Params, Row, Setting
+from weightgeom.residual import Architecture, Kind, ResidualMatrix
+from weightgeom.trials import Arm, Trial, check_controls, measured, with_q_values
+
+Operation = Literal["remove", "keep", "scale"]
+Control = Literal["random_k", "random_energy", "rotated"]
+RANDOM: tuple[Control, ...] = ("random_k", "random_energy")
+
+
+@dataclass(frozen=True)
+class DeltaSurgery:
+    """Takes an update apart, along a subspace and by matrices: which part of it carries the behaviour?
+
+    `top@<operation>` edits the trajectory's end. With P the projector on the top k directions of what a
+    matrix reads, or of the unembedding if it writes, the part inside, dW P or P dW, is removed, kept as
+    the only one, or scaled by `factor`. Two controls, drawn once for all matrices that share a subspace:
+    `random_k`, a Haar-random subspace of equal k, and `random_energy`, as many Haar-random directions as
+    hold the same energy ‖dW P‖²_F, matrix by matrix, the last of them scaled. It is what `remove` takes
+    away and `keep` leaves, and counts what reaches the stream where a norm follows.
+
+    `delta@transplant` edits the trajectory's start: W + dW for some matrices. With those that write it is
+    base reads and aligned writes, with those that read the reverse. `weights@transplant`, every parameter,
+    is the whole effect, which the others are shares of. The control `rotated` has the same dW, the residual
+    stream's side of it turned by a Haar-random orthogonal matrix, one for each subspace above.
+
+    Quantities: those of `weightgeom.trials.measured`. The column `matrix` is empty for all matrices of a
+    role and `q+k` for two kinds. Source: ours, on the subspaces of arXiv:2605.16600.
+    """
+
+    headline: ClassVar[str] = "kl_from_unedited"
+
+    groups: list[list[Kind]] | None = None
+    layers: list[int] | None = None
+    operations: list[Operation] = Field(default_factory=lambda: ["remove", "keep"])
+    factor: float | None = None
+    k: int | list[int] | None = None
+    transplants: list[list[Kind]] | None = None
+    controls: dict[Control, int] = Field(
+        default_factory=lambda: {"random_k": 19, "random_energy": 19, "rotated": 19}
+    )
+    level: float = Field(default=0.05, gt=0, lt=1)
+    tokens: int = Field(default=8192, ge=2)
+    length: int = Field(default=96, ge=2)
+    effects: Effects = Field(default_factory=Effects)
+
+    def __post_init__(self) -> None:
+        """Refuse what asks for nothing, or means nothing."""
+        if not self.operations:
+            raise ValueError("operations is empty: name remove, keep or scale, or give groups=[] for none")
+        if "scale" in self.operations and self.factor is None:
+            raise ValueError("the operation scale needs a factor for the part inside: give factor")
+        if self.factor is not None and (not isfinite(self.factor) or self.factor == 1):
+            raise ValueError(f"factor must be finite, and not the 1 that changes nothing, got {self.factor}")
+        if negative := [(kind, number) for kind, number in self.controls.items() if number < 0]:
+            raise ValueError(f"controls.{negative[0][0]} must be 0 or more, got {negative[0][1]}")
+        if self.groups == [] and self.transplants == []:
+            raise ValueError("groups and transplants are both empty: nothing is left to do")
+
+    def check(self, architecture: Architecture) -> None:
+        """Refuse what the model does not have, and controls that are too few for `level`."""
+        check_dimensions(self.k, architecture.d_model, "intervention.surgery.k")
+        groups = self._groups(architecture)
+        if mixed := [group.place["matrix"] or "of all" for group in groups if not group.place["role"]]:
+            raise ValueError(
+                f"the group {mixed[0]} reads and writes, in different subspaces: split it in two"
+            )
+        if groups:
+            numbers = [self.controls.get(one, 0) for one in RANDOM]
+            for number in [one for one in numbers if one] or [0]:
+                check_controls(number, self.level)
+        if self._transplants(architecture):
+            check_controls(self.controls.get("rotated", 0), self.level)
+
+    def arms(self, architecture: Architecture) -> int:
+        """Treatments and controls of all surgeries, and of all transplants and that of all weights."""
+        transplants = len(self._transplants(architecture))
+        rotated = (transplants + 1) * (1 + self.controls.get("rotated", 0)) if transplants else 0
+        return self._surgeries(architecture) + rotated
+
+    def rows(self, setting: Setting, log: Log) -> list[Row]:
+        """What every surgery does to the trajectory's end, and every transplant to its start.
+
+        Raises:
+            ValueError: if no matrix moved from the one to the other.
+        """
+        architecture, model = setting.model.architecture, setting.model
+        groups, transplants = moved(setting, self._groups(architecture), self._transplants(architecture))
+        rows: list[Row] = []
+        if groups:
+            evaluation = Evaluation(model, setting.end, setting.examples, self.effects)
+            trials = self.surgeries(setting, evaluation, groups)
+            rows += measured(trials, evaluation, setting.seed, log)
+            del evaluation, trials  # their weights and logits would lie beside the next one's
+        if transplants:
+            evaluation = Evaluation(model, setting.start, setting.examples, self.effects)
+            trials = self.transplanted(setting, evaluation, transplants)
+            rows += measured(trials, evaluation, setting.seed, log, self._surgeries(architecture))
+        return [{"step": setting.last, **one} for one in with_q_values(rows)]
+
+    def surgeries(self, setting: Setting, evaluation: Evaluation, groups: Sequence[Group]) -> Iterator[Trial]:
+        """Every group, k and operation, with the treatment and all of its controls."""
+        wanted = _dimensions(self.k, setting.model.architecture)
+        params = setting.end if setting.from_random else setting.start
+        inputs = Inputs(tokens=self.tokens, length=self.length)
+        bases = {one.place: one.space.basis for one in input_frames(setting, params, wanted[-1], inputs)}
+        prediction = prediction_frame(setting, params, wanted[-1])
+        bases[prediction.place] = prediction.space.basis
+        for group in groups:
+            names = {matrix.parameter for matrix in group.matrices}
+            before = _held(setting.start, evaluation.params, names)
+            yield from _Parts(self, setting.seed, group, bases, before, evaluation.params).trials(wanted)
+
+    def transplanted(
+        self, setting: Setting, evaluation: Evaluation, groups: Sequence[Group]
+    ) -> Iterator[Trial]:
+        """All weights, and every group, with the same updates turned."""
+        architecture, params = setting.model.architecture, evaluation.params
+        after = _held(setting.end, params, params)
+        whole = group_of(architecture, kinds_of(architecture), None)
+        for kind, group in [("weights", whole), *(("delta", group) for group in groups)]:
+            edit = Transplant(after, group.matrices, others=kind == "weights")
+            exact = _exact(params, group.matrices)
+            arms = [Arm(kind, edit, {"frobenius norm": change_norm(edit, exact, group.matrices)})]
+            for draw in range(self.controls["rotated"]):
+                text = f"{setting.seed} rotated {draw}"
+                turned = replace(edit, rotation=partial(_haar_at, text, architecture.d_model, None))
+                norm = change_norm(turned, exact, group.matrices)
+                arms.append(Arm("rotated", turned, {"frobenius norm": norm}, "frobenius norm", draw))
+            yield Trial(group.place, "transplant", arms[0], arms[1:])
+
+    def _groups(self, architecture: Architecture) -> list[Group]:
+        asked = reads_and_writes(architecture) if self.groups is None else self.groups
+        return grouped(architecture, asked, self.layers, "groups")
+
+    def _transplants(self, architecture: Architecture) -> list[Group]:
+        kinds = kinds_of(architecture)
+        every = [kinds, *reads_and_writes(architecture), *([one] for one in kinds)]
+        asked = every if self.transplants is None else self.transplants
+        return grouped(architecture, asked, self.layers, "transplants")
+
+    def _surgeries(self, architecture: Architecture) -> int:
+        places = len(self._groups(architecture)) * len(_dimensions(self.k, architecture))
+        return places * len(self.operations) * (1 + sum(self.controls.get(one, 0) for one in RANDOM))
+
+
+@plain_dataclass(frozen=True, eq=False)
+class _Parts:
+    """What of one group's update lies inside subspaces."""
+
+    asked: DeltaSurgery
+    seed: int
+    group: Group
+    bases: Mapping[Place, Float[Tensor, "d k"]]
+    before: Params
+    params: Params
+
+    def trials(self, wanted: Sequence[int]) -> Iterator[Trial]:
+        """Every k and operation."""
+        matrices, controls = self.group.matrices, self.asked.controls
+        held = {one: self._energies(one, self._top(wanted[-1], one)).cumsum(0) for one in matrices}
+        drawn = [
+            {
+                one: self._energies(one, self._haar("random_energy", draw, None, one)).cumsum(0)
+                for one in matrices
+            }
+            for draw in range(controls.get("random_energy", 0))
+        ]
+        names = dict.fromkeys(place_of(one)[0] for one in matrices)
+        for k in wanted:
+            filling = [
+                {one: filled(sums[one], float(held[one][k - 1])) for one in matrices} for sums in drawn
+            ]
+            for operation in self.asked.operations:
+                arm = partial(self._arm, operation, k)
+                yield Trial(
+                    {**self.group.place, "subspace": "+".join(names), "k": k},
+                    operation,
+                    arm("top", partial(self._top, k)),
+                    [
+                        arm("random_k", partial(self._haar, "random_k", draw, k), draw)
+                        for draw in range(controls.get("random_k", 0))
+                    ]
+                    + [
+                        arm("random_energy", partial(self._filling, draw, one), draw)
+                        for draw, one in enumerate(filling)
+                    ],
+                )
+
+    def _arm(self, operation: Operation, k: int, kind: str, space: Space, draw: int = 0) -> Arm:
+        factor = self.asked.factor if operation == "scale" else float(operation == "keep")
+        assert factor is not None
+        edit = Surgery(self.before, self.group.matrices, space, factor, float(operation != "keep"))
+        sizes: dict[str, float] = {} if kind == "random_energy" else {"dimension": float(k)}
+        if kind != "random_k":
+            sizes["removed energy"] = self._applied(edit)
+        return Arm(kind, edit, sizes, {"random_k": "dimension"}.get(kind, "removed energy"), draw)
+
+    def _applied(self, edit: Surgery) -> float:
+        """The energy inside, from the edited weights: the change that `keep` leaves, or that others make."""
+        exact = _exact(self.params, edit.matrices)
+        edited, other = edit.applied(exact), exact if edit.outside else self.before
+        changes = [(one, one.of(edited).double() - one.of(other).double()) for one in edit.matrices]
+        squares = [residual_side(one, change, self.params).square().sum() for one, change in changes]
+        return float(torch.stack(squares).sum())
+
+    def _energies(self, matrix: ResidualMatrix, basis: Float[Tensor, "d k"]) -> Float[Tensor, " k"]:
+        """‖dW b‖² of every direction, of what reads; ‖bᵀ dW‖² of what writes."""
+        delta = matrix.of(self.params).double() - matrix.of(self.before).double()
+        side = residual_side(matrix, delta, self.params)
+        return (side @ basis.to(side)).square().sum(0)
+
+    def _top(self, k: int, matrix: ResidualMatrix) -> Float[Tensor, "d k"]:
+        return self.bases[place_of(matrix)][:, :k]
+
+    def _haar(self, kind: str, draw: int, columns: int | None, matrix: ResidualMatrix) -> Tensor:
+        return _haar_at(f"{self.seed} {kind} {draw}", len(self._top(1, matrix)), columns, matrix)
+
+    def _filling(
+        self, draw: int, filling: Mapping[ResidualMatrix, tuple[int, float]], matrix: ResidualMatrix
+    ) -> Float[Tensor, "d k"]:
+        columns, length = filling[matrix]
+        basis = self._haar("random_energy", draw, columns, matrix)
+        return torch.cat([basis[:, :-1], length * basis[:, -1:]], 1)
+
+
+def filled(sums: Float[Tensor, " d"], energy: float) -> tuple[int, float]:
+    """How many directions hold this energy, and the length of the last of them; `sums` are cumulative.
+
+    A column b of length c adds the part c² b bᵀ, and so c⁴ times what its direction holds.
+    """
+    whole = min(int((sums < energy).sum()), len(sums) - 1)
+    before = float(sums[whole - 1]) if whole else 0.0
+    share = (energy - before) / (float(sums[whole]) - before)
+    return whole + 1, min(1.0, share) ** 0.25
+
+
+@lru_cache(maxsize=2)  # q, k and v ask for the same
+def haar_basis(text: str, d: int, columns: int | None) -> Float[Tensor, "d columns"]:
+    """The first columns (None: all) of a Haar-uniform orthogonal matrix that the text draws, in fp64.
+
+    Source: Mezzadri (2007), Notices of the AMS 54:592: the signs of R's diagonal make the Q of QR uniform.
+    """
+    generator = torch.Generator().manual_seed(crc32(text.encode()))
+    gaussian = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian[:, :columns])
+    return q * r.diagonal().sign()
+
+
+def _haar_at(text: str, d: int, columns: int | None, matrix: ResidualMatrix) -> Float[Tensor, "d columns"]:
+    """The same for all matrices with one subspace."""
+    return haar_basis(f"{text} {place_of(matrix)}", d, columns)
+
+
+def _dimensions(k: int | list[int] | None, architecture: Architecture) -> list[int]:
+    """Those asked for; of 128 dimensions 1, 4, 16 and 64 where none is, and as large shares of others."""
+    d = architecture.d_model
+    return dimensions([max(1, d // part) for part in (128, 32, 8, 2)] if k is None else k, d)
+
+
+def _held(params: Params, like: Params, names: Collection[str]) -> Params:
+    """Parameters in memory, with the dtype and on the device of others."""
+    return {name: params[name].to(like[name]) for name in names}
+
+
+def _exact(params: Params, matrices: Sequence[ResidualMatrix]) -> Params:
+    """These weights in fp64: fp32 rounds what a small update changes, and with it the size."""
+    return {**params, **{one.parameter: params[one.parameter].double() for one in matrices}}
