@@ -55,7 +55,11 @@ class Tail:
     @classmethod
     def of(cls, model: LanguageModel, network: "PreTrainedModel", texts: Sequence[str], layer: int) -> "Tail":
         """The tail of these prompts; runs the network once."""
-        batch = prompts(texts, model.tokenizer).to(model.device)
+        return cls.of_batch(model, network, prompts(texts, model.tokenizer).to(model.device), layer)
+
+    @classmethod
+    def of_batch(cls, model: LanguageModel, network: "PreTrainedModel", batch: Batch, layer: int) -> "Tail":
+        """The tail of a batch whose targets are the last tokens of its prompts; runs the network once."""
         with torch.no_grad():
             output = _outputs(model.architecture, network, batch, [layer])[layer]
         return cls(model.architecture, network, layer, batch, output)
@@ -67,12 +71,24 @@ class Tail:
 
     def __call__(self, states: Float[Tensor, "prompt d"]) -> Float[Tensor, "prompt vocabulary"]:
         """The logits behind the last token of every prompt, its state being replaced; in float32."""
+        return logits_of(self.network, self._hidden(states)[self.batch.target]).float()
+
+    def logits(
+        self, added: Float[Tensor, "prompt d"], last: Sequence[int], places: int
+    ) -> Float[Tensor, "prompt place vocabulary"]:
+        """The logits at so many places from each prompt's last on, its state being shifted; in float32."""
+        hidden = self._hidden(self.states + added.to(self.states))
+        first, end = torch.tensor(last, device=hidden.device), hidden.shape[1] - 1
+        where = (first[:, None] + torch.arange(places, device=hidden.device)).clamp(max=end)
+        wanted = hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[2]))
+        return logits_of(self.network, wanted.flatten(0, 1)).float().unflatten(0, where.shape)
+
+    def _hidden(self, states: Float[Tensor, "prompt d"]) -> Float[Tensor, "prompt position d"]:
         stream = _stream(self.output).clone()
         stream[self.batch.target] = states.to(stream)
         replaced = (stream, *self.output[1:]) if isinstance(self.output, tuple) else stream
         with _replaced(self.architecture, self.network, self.layer, replaced):
-            hidden = _hidden(self.network, self.batch)
-        return logits_of(self.network, hidden[self.batch.target]).float()
+            return _hidden(self.network, self.batch)
 
 
 def check_layers(layers: Sequence[int] | None, architecture: Architecture) -> None:
