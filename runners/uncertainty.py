@@ -1,5 +1,8 @@
 """What a run shows of the probe `uncertainty` and of edits of states: figures, claims, the bridge."""
 
+# pandas types the results of indexing as unions of everything they may ever be.
+# pyright: reportArgumentType=false
+
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 

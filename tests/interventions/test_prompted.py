@@ -15,7 +15,13 @@ from weightgeom.tokens import prompts
 
 WORLD = World(
     groups=("known", "heldout", "impossible"),
-    **dict(entities=40, heldout_entities=8, values=6, documents=20, pairs=20, heldout=6, group_size=24),
+    entities=40,
+    heldout_entities=8,
+    values=6,
+    documents=20,
+    pairs=20,
+    heldout=6,
+    group_size=24,
 )
 EXAMPLES = WORLD.examples()
 ASKED = Prompted(random=3, level=0.25, prompts=24)

@@ -12,7 +12,13 @@ from weightgeom.states import Tail, last_states
 
 WORLD = World(
     groups=("known", "heldout", "impossible"),
-    **dict(entities=40, heldout_entities=8, values=6, documents=20, pairs=20, heldout=6, group_size=24),
+    entities=40,
+    heldout_entities=8,
+    values=6,
+    documents=20,
+    pairs=20,
+    heldout=6,
+    group_size=24,
 )
 PROBE = Uncertainty(
     k=4, neighbours=5, points=10, thresholds=[0.1, 0.5], permutations=3, random=5, resamples=3, output=2,
