@@ -29,7 +29,8 @@ def lines(tables: "Mapping[str, pd.DataFrame]") -> list[Line]:
     """A line for every claim and uncertain group, at the step before alignment, or the last of a pretraining.
 
     A claim agrees where the 95 % interval lies on its side, and disagrees otherwise; the layer is that in
-    which the groups are told apart best, by the logistic probe; dimensions are over all layers. Where a table lacks, nothing is tested.
+    which the groups are told apart best, by the logistic probe; dimensions are over all layers. Where a
+    table lacks, nothing is tested.
     """
     table = tables.get("uncertainty")
     found = []
