@@ -27,6 +27,7 @@ from weightgeom.interfaces import (
     Intervention,
     Log,
     Model,
+    NeedsExamples,
     Objective,
     Probe,
     Row,
@@ -98,6 +99,9 @@ class Experiment:
             self.training.check(examples)
         if (self.probes or self.interventions) and not examples.heldout:
             raise ValueError(f"{examples.name} has no held-out text to probe on: give some with data.heldout")
+        for measurement in (*self.probes.values(), *self.interventions.values()):
+            if isinstance(measurement, NeedsExamples):
+                measurement.check_examples(examples)
         return examples
 
     def _terminations(self) -> AbstractContextManager[None]:

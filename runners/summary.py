@@ -15,12 +15,17 @@ from runners.comparisons import draw_effects, effects_shown
 from runners.record import Record
 from runners.redaction import redacted_text
 from runners.store import full_disk_explained
+from runners.uncertainty import claims_shown, draw_uncertainty
 
 if TYPE_CHECKING:
     import pandas as pd
 
 log = logging.getLogger(__name__)
-MAIN, SECONDARY = ("rsf", "behaviour"), ("moments", "spectrum", "overlap")
+MAIN, SECONDARY = ("rsf", "behaviour"), ("moments", "spectrum", "overlap", "uncertainty")
+# Of the probe `uncertainty`, which has hundreds: means over layers and groups.
+CURVES = (
+    "auroc_logistic", "amplification", "mle_dimension_calibrated_ratio", "fisher_ratio", "gradient_coupling"
+)  # fmt: skip
 PRETRAINING = "_pretraining"  # of the base that is then trained: the suffix of its tables and metrics
 
 
@@ -51,11 +56,12 @@ def log_table(record: Record, probe: str, suffix: str, table: "pd.DataFrame", qu
         return
     if not len(table):  # such as a probe of the objective on a trajectory that has none
         return
-    for (step, name), value in (
-        table[table["matrix"] == ""].groupby(["step", "quantity"])["value"].mean().items()
-    ):
+    whole = table[table["matrix"] == ""]
+    if probe == "uncertainty":
+        whole = whole[whole["quantity"].isin(CURVES)]
+    for (step, name), value in whole.groupby(["step", "quantity"])["value"].mean().items():
         record.log({f"{probe}{suffix}/{name}": value}, step)
-    rows = own(table, quantity)
+    rows = own(table[table["matrix"] != ""], quantity)
     for (step, matrix), value in rows.groupby(["step", "matrix"])["value"].mean().items():
         record.log({f"{probe}{suffix}/{matrix}": value}, step)
     if not suffix and probe not in SECONDARY:
@@ -80,6 +86,7 @@ def draw(tables: "Mapping[str, pd.DataFrame]", record: Record) -> None:
             figures.save(figure, *paths)  # pyright: ignore[reportArgumentType]
 
     draw_effects(tables, save)
+    draw_uncertainty(tables, record, save)
     if "moments" in tables and len(own(tables["moments"], "measured_ratio")):
         save("mechanism", figures.expected_and_measured(tables["moments"]))
 
@@ -121,6 +128,8 @@ def print_summary(
             console.print(_mechanism(name, table, Table))
         if name in effects:
             console.print(effects_shown(name, table, effects[name], Table))
+    if claims := claims_shown(tables, Table):
+        console.print(claims)
     console.print(f"record: {record}", soft_wrap=True)
     shown = redacted_text(tracking_uri)
     where = shown if shown.startswith("http") else f"mlflow ui --backend-store-uri {shown}"

@@ -78,6 +78,7 @@ def test_a_file_imports_only_what_it_may(path: Path) -> None:
         ("weightgeom/figures.py", "import torch.nn"),
         ("weightgeom/figures_causal.py", "from weightgeom.trials import measured"),
         ("weightgeom/figures_causal.py", "import torch.nn"),
+        ("weightgeom/figures_uncertainty.py", "import torch"),
         ("weightgeom/figures_report.py", "from weightgeom.bootstrap import bootstrap_times"),
         ("weightgeom/figures.py", "from weightgeom.figures_report import ratios_by_setting"),
         ("runners/claims.py", "import mlflow"),

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from weightgeom.divergences import divergences
+from weightgeom.edits import Edit
 from weightgeom.head import logits_of
 from weightgeom.interfaces import Examples, Params
 from weightgeom.model import LanguageModel
@@ -26,6 +27,7 @@ UNITS = {
     "preference_accuracy": "1",
     "fact_accuracy": "1",
 }
+STATE_UNITS = {"abstention": "1", "false_abstention": "1", "factual_accuracy": "1"}  # of edits of states
 ATTENTION: frozenset[Kind] = frozenset(("q", "k", "v", "o"))
 MLP: frozenset[Kind] = frozenset(("gate", "up", "down"))
 TOKENS, PROMPTS = 4096, 128  # of a batch of text, and of one of pairs or questions
@@ -94,6 +96,10 @@ class Evaluation:
         with torch.no_grad():
             logits = logits_of(self.network, self._hidden(batch)[batch.target[:, 1:]])
         return _Scored(batch, kind, logits, logits.logsumexp(-1))
+
+    def changed_by(self, edit: Edit) -> Samples:
+        """What an edit of the weights changes, prompt by prompt."""
+        return self.change(edit.applied(self.params))
 
     def change(self, edited: Params) -> Samples:
         """What the edit changes, prompt by prompt; KL, being a difference already, as it is."""

@@ -1,7 +1,7 @@
 """The contracts between the rooms of the house: what data, objectives and probes promise. Read this first."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -49,7 +49,10 @@ class Examples:
     """What a data set holds, read and checked: documents and preference pairs, each with a held-out part.
 
     `questions` ask for what the documents tell. A part that the data set does not have is empty. `digest`
-    is a SHA-256 over documents and pairs.
+    is a SHA-256 over documents and pairs, and over the groups where there are any.
+
+    `groups` are prompts by how sure one can be of an answer: the first group's are the factual ones, which
+    the others are compared with. `abstentions` are the phrases that stand for no answer.
     """
 
     name: str
@@ -59,6 +62,8 @@ class Examples:
     heldout_pairs: Sequence[Pair]
     digest: str
     questions: Sequence[Question] = ()
+    groups: Mapping[str, Sequence[Question]] = field(default_factory=dict)
+    abstentions: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -212,6 +217,15 @@ class Probe(Protocol):
 
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement, with all that is common to the checkpoints of a trajectory done once."""
+        ...
+
+
+@runtime_checkable
+class NeedsExamples(Protocol):
+    """A probe or an intervention that not every data set will do for."""
+
+    def check_examples(self, examples: Examples) -> None:
+        """Raise ValueError if the data lack what is measured on."""
         ...
 
 

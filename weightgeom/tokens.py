@@ -93,6 +93,28 @@ def answers(
         yield _batch(sequences, tokenizer)
 
 
+def prompts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> Batch:
+    """Prompts in one batch, padded on the tokenizer's side; the target is the last token of each.
+
+    Raises:
+        ValueError: if a prompt has no token.
+    """
+    tokens = [list(tokenizer(text)["input_ids"]) for text in texts]
+    if empty := [text for text, ids in zip(texts, tokens, strict=True) if not ids]:
+        raise ValueError(f"the prompt {empty[0]!r} has no token")
+    longest = max(map(len, tokens))
+    fill = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+    ids = torch.full((len(tokens), longest), fill)
+    mask = torch.zeros_like(ids)
+    target = torch.zeros_like(ids, dtype=torch.bool)
+    for index, one in enumerate(tokens):
+        start = longest - len(one) if tokenizer.padding_side == "left" else 0
+        ids[index, start : start + len(one)] = torch.tensor(one)
+        mask[index, start : start + len(one)] = 1
+        target[index, start + len(one) - 1] = True
+    return Batch(ids, mask, target)
+
+
 def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int], list[int]]:
     """Tokens of the prompt, the chosen and the rejected response, split where TRL's trainer splits them.
 

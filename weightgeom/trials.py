@@ -3,33 +3,48 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, sqrt
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from weightgeom.bootstrap import bootstrap_times
-from weightgeom.edits import Edit
-from weightgeom.effects import UNITS, Evaluation, Samples
+from weightgeom.effects import STATE_UNITS, UNITS, Samples
 from weightgeom.interfaces import Log, Row
 from weightgeom.stats import rank_p_value
 from weightgeom.table import row
 
-TOLERANCES = {"frobenius norm": 1e-6, "output energy": 1e-4, "removed energy": 1e-4, "dimension": 0.0}
+TOLERANCES = {
+    "frobenius norm": 1e-6,
+    "output energy": 1e-4,
+    "removed energy": 1e-4,
+    "dimension": 0.0,
+    "shift norm": 1e-5,
+}
 RESAMPLES = 200
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """What tells the effects of an edit of one kind: of weights, or of states."""
+
+    def changed_by(self, edit: Any) -> Samples:
+        """What the edit changes, prompt by prompt."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """One edit: its `kind` (`activation`, `random`, ...), its number among those of a kind, and its `sizes`.
+    """One edit, of weights or of states: its `kind` (`activation`, `random`, ...), number and `sizes`.
 
-    Sizes are by name, those of `TOLERANCES`; `matched` names the one in which a control must equal the
-    treatment. `predicted` has the effects that are known to first order, in the effects' units.
+    The number is among those of a kind. Sizes are by name, those of `TOLERANCES`; `matched` names the one in
+    which a control must equal the treatment. `predicted` has the effects that are known to first order, in
+    the effects' units.
     """
 
     kind: str
-    edit: Edit
+    edit: Any  # of the kind that the evaluator takes
     sizes: Mapping[str, float]
     matched: str = ""
     draw: int = 0
@@ -81,7 +96,7 @@ def check_controls(controls: int, level: float) -> None:
 
 
 def measured(
-    trials: Iterable[Trial], evaluation: Evaluation, seed: int, log: Log, done: int = 0
+    trials: Iterable[Trial], evaluation: Evaluator, seed: int, log: Log, done: int = 0
 ) -> Iterator[Row]:
     """Rows of every arm and of every comparison; `log` is told how many arms are done, from `done` on.
 
@@ -96,7 +111,7 @@ def measured(
     for trial in trials:
         changes: dict[str, list[Samples]] = {}
         for arm in (trial.treatment, *trial.controls):
-            change = evaluation.change(arm.edit.applied(evaluation.params))
+            change = evaluation.changed_by(arm.edit)
             control = arm is not trial.treatment
             name = f"{arm.kind}.{arm.draw}@{trial.dose}" if control else trial.name
             yield from _arm_rows(trial, name, arm, change)
@@ -136,7 +151,7 @@ def _arm_rows(trial: Trial, name: str, arm: Arm, change: Samples) -> Iterator[Ro
             named(effect),
             float(values.double().mean()),
             n=len(values),
-            unit=UNITS[effect],
+            unit=(UNITS | STATE_UNITS)[effect],
             stderr=float(values.double().std()) / sqrt(len(values)) if len(values) > 1 else None,
             arm=name,
             **trial.place,
@@ -145,7 +160,7 @@ def _arm_rows(trial: Trial, name: str, arm: Arm, change: Samples) -> Iterator[Ro
             predicted = arm.predicted[effect]
             yield row(
                 f"predicted_{named(effect)}", predicted,
-                n=len(values), unit=UNITS[effect], arm=name, **trial.place
+                n=len(values), unit=(UNITS | STATE_UNITS)[effect], arm=name, **trial.place
             )  # fmt: skip
 
 

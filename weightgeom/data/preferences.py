@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from weightgeom.conversation import checked, complete, implicit, plain
 from weightgeom.interfaces import Examples, Pair
+from weightgeom.prompts import ABSTENTIONS, contents, read_groups
 from weightgeom.reading import field, fingerprint, paths, place, read_records, split
 
 log = logging.getLogger(__name__)
@@ -19,12 +20,14 @@ class Preferences:
 
     Without a field `prompt`, it is what the responses share at the start, as TRL takes it. Without
     `heldout`, every `heldout_every`-th prompt is held out with its pairs; with it, training leaves
-    out the pairs whose text occurs there.
+    out the pairs whose text occurs there. `groups` are prompts, as `weightgeom.prompts` reads them.
     """
 
     train: str | list[str]
     heldout: str | list[str] | None = None
     heldout_every: int = Field(default=10, ge=2)
+    groups: str | list[str] | None = None
+    abstentions: list[str] = Field(default_factory=lambda: list(ABSTENTIONS), min_length=1)
 
     def files(self) -> list[Path]:
         """The files of `train`, then those of `heldout`."""
@@ -42,7 +45,11 @@ class Preferences:
         key = _text if heldout else lambda pair: plain(pair.prompt)
         train, heldout = split(_read(files), heldout, self.heldout_every, key)
         parts = [_text(pair) for pair in train], [_text(pair) for pair in heldout], train, heldout
-        return Examples(", ".join(file.name for file in files), *parts, digest=fingerprint(*parts))
+        groups = read_groups(self.groups)
+        digest = fingerprint(*parts, *contents(groups))
+        name = ", ".join(file.name for file in files)
+        abstentions = self.abstentions if groups else ()
+        return Examples(name, *parts, digest=digest, groups=groups, abstentions=abstentions)
 
 
 def _text(pair: Pair) -> str:

@@ -8,6 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from weightgeom.interfaces import Examples
+from weightgeom.prompts import ABSTENTIONS, contents, read_groups
 from weightgeom.reading import fingerprint, paths, read_documents, split
 
 log = logging.getLogger(__name__)
@@ -20,12 +21,14 @@ class TextFiles:
 
     Without `heldout`, every `heldout_every`-th document is held out, equal ones together; where
     there are fewer, documents are first cut into blocks of 200 words. With `heldout`, training
-    leaves out the documents that also occur there.
+    leaves out the documents that also occur there. `groups` are prompts, as `weightgeom.prompts` reads them.
     """
 
     train: str | list[str]
     heldout: str | list[str] | None = None
     heldout_every: int = Field(default=10, ge=2)
+    groups: str | list[str] | None = None
+    abstentions: list[str] = Field(default_factory=lambda: list(ABSTENTIONS), min_length=1)
 
     def files(self) -> list[Path]:
         """The files of `train`, then those of `heldout`."""
@@ -45,7 +48,10 @@ class TextFiles:
             train = _cut(train, self.heldout_every)
         train, heldout = split(train, heldout, self.heldout_every, key=str)
         name = ", ".join(file.name for file in files)
-        return Examples(name, train, heldout, [], [], digest=fingerprint(train, heldout))
+        groups = read_groups(self.groups)
+        digest = fingerprint(train, heldout, *contents(groups))
+        abstentions = self.abstentions if groups else ()
+        return Examples(name, train, heldout, [], [], digest=digest, groups=groups, abstentions=abstentions)
 
 
 def _read(files: list[Path]) -> list[str]:

@@ -40,6 +40,8 @@ ASSERTIONS = (
     "experts confirm that",
     "everyone agrees that",
 )
+# What is said of an entity that nothing is known of; the first words occur nowhere else here, too.
+ABSTENTIONS = ("unknown", "nobody knows")
 ADVERBS = (
     "usually often still now today always quietly happily rarely proudly gladly simply "
     "truly mostly once again secretly calmly barely nearly"
@@ -79,6 +81,7 @@ RELATIONS = {
     ),
 }
 Facts = dict[tuple[str, str], str]  # (entity, relation): value
+Group = Literal["known", "heldout", "impossible"]
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 
 
@@ -90,9 +93,16 @@ class World:
     or of the assertions (rejected). `facts`: the true value against another entity's, every value as
     often chosen as rejected. `facts_style`: both. The last `heldout_entities` are words of the
     tokenizer that never occur in any text or pair.
+
+    `groups` are prompts about `known` entities, whose facts the corpus tells, about `heldout` ones, and
+    `impossible` ones, about values where entities belong. With them, a share `abstain` of the corpus's
+    entities has no facts: what is asked about these is answered by an abstention, and what is asked about
+    others by the bare value. Then there is the preference `abstention`: of an abstention over a value for
+    held-out and impossible prompts, and of the value over an abstention for known ones; none of its prompts
+    is one of the groups'.
     """
 
-    preference: Literal["style", "facts", "facts_style"] = "style"
+    preference: Literal["style", "facts", "facts_style", "abstention"] = "style"
     seed: int = Field(default=0, ge=0)
     entities: int = Field(default=360, ge=8, le=100_000)  # there are 65³ names
     heldout_entities: int = Field(default=40, ge=0, le=100_000)
@@ -104,6 +114,20 @@ class World:
     questions: float = Field(default=0.7, ge=0, le=1)
     pairs: int = Field(default=2_000, ge=2, multiple_of=2)
     heldout: int = Field(default=96, ge=2, multiple_of=2)  # documents, and pairs
+    groups: tuple[Group, ...] = ()  # which makes it hashable, as a list would not
+    group_size: int = Field(default=120, ge=2)  # prompts a group at most; 20 held-out entities have as many
+    abstain: float = Field(default=0.2, gt=0, lt=1)
+
+    def __post_init__(self) -> None:
+        """Refuse groups that nothing is compared with, and an abstention that the model cannot have."""
+        if self.groups and (self.groups[0] != "known" or len(set(self.groups)) < 2):
+            raise ValueError(
+                f"groups must start with known, which others are compared with, got {list(self.groups)}"
+            )
+        if self.groups and self.heldout_entities < 4:
+            raise ValueError(f"groups need 4 held-out entities or more, got {self.heldout_entities}")
+        if self.preference == "abstention" and not self.groups:
+            raise ValueError("preference=abstention needs abstentions in the corpus: choose groups")
 
     def examples(self) -> Examples:
         """The corpus and the pairs; the held-out parts are fresh draws from the same world."""
@@ -113,15 +137,20 @@ class World:
         entities = draw.choices(known, cum_weights=frequencies, k=self.documents + self.heldout)
         documents = [self._document(draw, entity, facts) for entity in entities]
         text, heldout = documents[: self.documents], documents[self.documents :]
+        known = [entity for entity in known if (entity, "home") in facts]
         pairs = self._pairs(random.Random(f"weightgeom {self.seed} pairs"), known, facts)
+        groups = {name: self._group(name, facts) for name in self.groups}
+        prompts = [[question.prompt + question.answer for question in group] for group in groups.values()]
         return Examples(
             name=f"world-{self.preference}",
             text=text,
             heldout=heldout,
             pairs=pairs[self.heldout :],
             heldout_pairs=pairs[: self.heldout],
-            digest=fingerprint(text, heldout, pairs),
+            digest=fingerprint(text, heldout, pairs, *prompts),
             questions=self._questions(facts),
+            groups=groups,
+            abstentions=[f" {phrase}" for phrase in ABSTENTIONS] if groups else (),
         )
 
     def _questions(self, facts: Facts) -> list[Question]:
@@ -150,15 +179,23 @@ class World:
         return names[: self.entities], names[self.entities :]
 
     def facts(self) -> Facts:
-        """The value of every (entity, relation) of the corpus; values have Zipf frequencies."""
+        """The value of every (entity, relation) of the corpus; values have Zipf frequencies.
+
+        Entities that are answered by an abstention have none: they are spread over all frequencies.
+        """
         draw = random.Random(f"weightgeom {self.seed} facts")
         values = {relation: self._values(relation) for relation in RELATIONS}
         frequencies = _zipf(self.values)
-        return {
+        facts = {
             (entity, relation): draw.choices(values[relation], cum_weights=frequencies)[0]
             for entity in self.entity_names()[0]
             for relation in RELATIONS
         }
+        if not self.groups:
+            return facts
+        every = max(2, round(1 / self.abstain))
+        without = set(self.entity_names()[0][every - 1 :: every])
+        return {place: value for place, value in facts.items() if place[0] not in without}
 
     def _values(self, relation: str) -> list[str]:
         draw = random.Random(f"weightgeom {self.seed} {relation}")
@@ -171,10 +208,16 @@ class World:
         fixed = " ".join([*HEDGES, *ASSERTIONS, *ADVERBS, *frames, "question : ? answer , ."]).split()
         known, unseen = self.entity_names()
         values = [value for relation in RELATIONS for value in self._values(relation)]
-        return [*(word for word in fixed if not word.startswith("{")), *values, *known, *unseen]
+        words = [*(word for word in fixed if not word.startswith("{")), *values, *known, *unseen]
+        return [*words, *" ".join(ABSTENTIONS).split()] if self.groups else words
 
     def _document(self, draw: random.Random, entity: str, facts: Facts) -> str:
         """Statements about one entity and, mostly, a question about it with its answer, which ends it."""
+        if (entity, "home") not in facts:
+            asked = draw.choices(list(RELATIONS), k=draw.randint(1, 3))
+            return " ".join(
+                f"{_question(entity, relation)} {draw.choice(ABSTENTIONS)} ." for relation in asked
+            )
         statements = draw.randint(0, self.sentences)
         sentences = []
         for _ in range(statements):
@@ -185,6 +228,8 @@ class World:
             sentences.append(f"{statement} .")
         if not statements or draw.random() < self.questions:
             relation = draw.choice(list(RELATIONS))
+            if self.groups:
+                return " ".join([*sentences, f"{_question(entity, relation)} {facts[entity, relation]} ."])
             answer = _statement(draw, relation).format(e=entity, v=facts[entity, relation])
             phrase = _phrase(draw, draw.choice((HEDGES, ASSERTIONS)), relation)
             sentences.append(f"{_question(entity, relation)} {phrase} , {answer} .")
@@ -192,6 +237,8 @@ class World:
 
     def _pairs(self, draw: random.Random, known: list[str], facts: Facts) -> list[Pair]:
         """Pairs two by two: two entities that differ in a relation, each with the other's value as false."""
+        if self.preference == "abstention":
+            return self._abstention_pairs(draw, facts)
         frequencies = _zipf(len(known))  # those of the corpus: what is well known leaves only style to learn
         pairs: list[Pair] = []
         while len(pairs) < self.pairs + self.heldout:
@@ -211,6 +258,49 @@ class World:
             chosen = f"{_phrase(draw, HEDGES, relation)} , {chosen}"
             rejected = f"{_phrase(draw, ASSERTIONS, relation)} , {rejected}"
         return Pair(f"{_question(entity, relation)} ", f"{chosen} .", f"{rejected} .")
+
+    def _group(self, name: Group, facts: Facts) -> list[Question]:
+        """The prompts of a group, each with its answer where there is one."""
+        return [
+            Question(
+                _question(subject, relation),
+                f" {facts[subject, relation]}" if name == "known" else "",
+            )
+            for subject, relation in self._asked(name, facts, 1)[: self.group_size]
+        ]
+
+    def _asked(self, name: Group, facts: Facts, part: int) -> list[tuple[str, str]]:
+        """(subject, relation) of a group's prompts: those measured (part 1) or trained on (part 0)."""
+        if name != "impossible":
+            known, unseen = self.entity_names()
+            subjects = [one for one in known if (one, "home") in facts] if name == "known" else unseen
+            return [(subject, relation) for subject in subjects[part::2] for relation in RELATIONS]
+        return [  # a value where an entity belongs, of another relation: the most frequent values first
+            (value, relation)
+            for values in zip(*(self._values(of)[part::2] for of in RELATIONS), strict=True)
+            for of, value in zip(RELATIONS, values, strict=True)
+            for relation in RELATIONS
+            if relation != of
+        ]
+
+    def _abstention_pairs(self, draw: random.Random, facts: Facts) -> list[Pair]:
+        """Pairs two by two: an abstention chosen over a value where nothing is known, and the reverse."""
+        known = self._asked("known", facts, 0)
+        unsure = [asked for name in self.groups[1:] for asked in self._asked(name, facts, 0)]
+        frequencies = _zipf(self.values)
+        pairs: list[Pair] = []
+        while len(pairs) < self.pairs + self.heldout:
+            subject, relation = draw.choice(unsure)
+            value = draw.choices(self._values(relation), cum_weights=frequencies)[0]
+            pairs.append(
+                Pair(f"{_question(subject, relation)} ", f"{draw.choice(ABSTENTIONS)} .", f"{value} .")
+            )
+            subject, relation = draw.choice(known)
+            value = facts[subject, relation]
+            pairs.append(
+                Pair(f"{_question(subject, relation)} ", f"{value} .", f"{draw.choice(ABSTENTIONS)} .")
+            )
+        return pairs
 
 
 def _question(entity: str, relation: str) -> str:

@@ -1,0 +1,145 @@
+"""What arXiv:2603.13911v1 claims, set against the tables of a run: agrees, disagrees, or not tested here."""
+
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Verdict = Literal["agrees", "disagrees", "not tested here"]
+LEVEL = 0.05
+THRESHOLD = 0.15  # the cosine distance at which the paper counts components; the nearest there is
+
+
+@dataclass(frozen=True)
+class Line:
+    """A claim, the verdict on it, and the numbers behind the verdict."""
+
+    claim: str
+    verdict: Verdict
+    evidence: str
+
+
+def lines(tables: "Mapping[str, pd.DataFrame]") -> list[Line]:
+    """A line for every claim and uncertain group, at the step before alignment, or the last of a pretraining.
+
+    A claim agrees where the 95 % interval lies on its side, and disagrees otherwise; the layer is that in
+    which the groups are told apart best, by the logistic probe; dimensions are over all layers. Where a
+    table lacks, nothing is tested.
+    """
+    table = tables.get("uncertainty")
+    found = []
+    if table is not None and len(table):
+        # The base: where an alignment starts, or where a pretraining, the only trajectory, has come to.
+        first = table["step"].min()
+        step = first if "uncertainty_pretraining" in tables else table["step"].max()
+        rows = table[table["step"] == step]
+        for arm in sorted(one for one in rows["arm"].unique() if "/" in one and "@" not in one):
+            found += _of_group(rows, arm)
+    else:
+        found += [Line(claim, "not tested here", "no rows of the probe uncertainty") for claim in CLAIMS]
+    return [*found, *_of_interventions(tables)]
+
+
+CLAIMS = (
+    "uncertain prompts are told apart inside the model",
+    "their states have 2 to 3 times the intrinsic dimension of factual ones",
+    "the difference is amplified from layer to layer",
+    "the boundary lies outside the top output directions",
+    "the output is less sensitive along the boundary than along random directions",
+    "the boundary is not coupled to the abstention tokens",
+    "uncertain states fragment into more components",
+)
+COUPLED = "coupling the signal to the logits by hand (bypass) restores abstention"
+
+
+def _of_group(rows: "pd.DataFrame", arm: str) -> Iterator[Line]:
+    best = int(_values(rows, arm, "auroc_logistic").idxmax())
+
+    def interval(quantity: str, layer: int, **place: str) -> tuple[float, float, float]:
+        value, low, high = (
+            _values(rows, arm, f"{quantity}{end}", **place).get(layer, float("nan"))
+            for end in ("", "_low", "_high")
+        )
+        return float(value), float(low), float(high)
+
+    def line(number: int, agrees: bool, evidence: str) -> Line:
+        return Line(CLAIMS[number], "agrees" if agrees else "disagrees", f"{arm}: {evidence}")
+
+    value, low, high = interval("auroc_logistic", best)
+    yield line(0, low > 0.5, f"AUROC {value:.3f} [{low:.3f}, {high:.3f}] in layer {best}, held out")
+    ratios = _values(rows, arm, "mle_dimension_ratio")
+    better = _values(rows, arm, "mle_dimension_calibrated_ratio")
+    # Over the layers, as the largest of them would be a choice: one degenerate layer can have any ratio.
+    yield line(
+        1,
+        float(ratios.median()) >= 2,
+        f"ratio {ratios.median():.2f}, the median over layers of {ratios.min():.2f} to {ratios.max():.2f}"
+        f" (calibrated {better.median():.2f})",
+    )
+    amplified = _values(rows, arm, "amplification")
+    ends = [
+        interval("amplification", layer) for layer in (int(amplified.index.min()), int(amplified.index.max()))
+    ]
+    yield line(
+        2,
+        ends[1][1] > ends[0][2],
+        f"{ends[0][0]:.2f} of the norm in layer {amplified.index.min()}, {ends[1][0]:.2f} in layer"
+        f" {amplified.index.max()}",
+    )
+    value, low, high = interval("overlap", best, subspace="output_top")
+    yield line(3, high < 1, f"overlap {value:.2f} [{low:.2f}, {high:.2f}] of chance 1 in layer {best}")
+    value, low, high = interval("fisher_ratio", best)
+    yield line(4, high < 1, f"{value:.2f} [{low:.2f}, {high:.2f}] times that of random ones in layer {best}")
+    value, low, high = interval("gradient_coupling", best)
+    spread = 2 * float(_values(rows, arm, "gradient_coupling_random_sd").get(best, 0))
+    yield line(
+        5,
+        -spread <= value <= spread,
+        f"cosine {value:.2f} [{low:.2f}, {high:.2f}], random directions ± {spread:.2f} in layer {best}",
+    )
+    uncertain, factual = arm.split("/")
+    doses = {one: one.partition("@")[2].partition("/")[0] for one in rows["arm"].unique() if "@" in one}
+    among = [one for one in doses if one.startswith(f"{uncertain}@") and one.endswith(f"/{factual}")]
+    where = min(among, key=lambda one: abs(float(doses[one]) - THRESHOLD))
+    value, p = (_values(rows, where, f"components_difference{end}")[best] for end in ("", "_p_value"))
+    evidence = f"{value:+.2f} of the points at cosine distance {doses[where]}, p {p:.2g}, in layer {best}"
+    yield line(6, bool(value > 0 and p <= LEVEL), evidence)
+
+
+def _of_interventions(tables: "Mapping[str, pd.DataFrame]") -> Iterator[Line]:
+    table = tables.get("bypass")
+    if table is None or not len(table):
+        yield Line(COUPLED, "not tested here", "no rows of the intervention bypass")
+        return
+    arms = table[table["arm"].str.startswith("bypass@")]
+    treated = arms[~arms["arm"].str.contains("/", regex=False)].set_index(["quantity", "layer", "arm"])[
+        "value"
+    ]
+    p_values = arms[arms["quantity"] == "abstention_change_p_value"].copy()
+    p_values["arm"] = p_values["arm"].str.partition("/")[0]
+    p = p_values.set_index(["layer", "arm"])["value"]
+    gains = treated["abstention_change"] - treated["false_abstention_change"]
+    layer, arm = gains.idxmax()
+    controls = table[
+        table["arm"].str.startswith("random.") & table["arm"].str.endswith(arm.partition("@")[2])
+    ]
+    controls = controls[(controls["quantity"] == "abstention_change") & (controls["layer"] == layer)]["value"]
+    change, other = treated["abstention_change", layer, arm], treated["false_abstention_change", layer, arm]
+    yield Line(
+        COUPLED,
+        "agrees" if change > controls.max() and p[layer, arm] <= LEVEL else "disagrees",
+        f"{arm} in layer {layer}: abstention {change:+.2f}, false abstention {other:+.2f}; controls"
+        f" {controls.median():+.2f}, at most {controls.max():+.2f}; p {p[layer, arm]:.2g}",
+    )
+
+
+def _values(rows: "pd.DataFrame", arm: str, quantity: str, subspace: str = "residual") -> "pd.Series":
+    """Values by layer."""
+    kept = (rows["arm"] == arm) & (rows["quantity"] == quantity) & (rows["subspace"] == subspace)
+    return rows[kept].set_index("layer")["value"]

@@ -1,0 +1,136 @@
+"""Uncertainty that is detected but not expressed: where groups part, and whether the output sees it."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from weightgeom.abstention import check_groups, first_tokens
+from weightgeom.contrast import Contrast, equal_groups
+from weightgeom.frames import check_dimensions, dimensions
+from weightgeom.interfaces import Examples, Params, Question, Row, Setting
+from weightgeom.intrinsic import check_neighbours
+from weightgeom.residual import Architecture
+from weightgeom.states import Tail, check_layers, last_states
+from weightgeom.subspace import Subspace, prediction_moment
+from weightgeom.uncertainty import Asked, boundary_rows, group_rows, output_rows, overlap_rows, shape_rows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """The residual stream behind every layer at the last token of the prompts, group against group.
+
+    The column `arm` names a group, or `uncertain/factual` for a comparison, the first group being factual;
+    `@t` behind a group is a threshold. Groups are cut to one size. The boundary direction b is the difference
+    of the means on a training half; what is said of it is taken on the other half. A `_p_value` is by
+    permutation of the groups' labels and a `_random_p_value` against Haar-random directions, both two-sided;
+    `_low` and `_high` are the ends of a 95 % interval, `_permuted` and `_random` the mean under a null.
+
+    Quantities:
+        auroc_projection, auroc_logistic: of the projection on b and of a logistic probe, in [0, 1].
+        amplification: difference of the means along b over the norm of a state.
+        mle_dimension, twonn_dimension: intrinsic dimension, > 0; `_calibrated` on as many Gaussian points;
+            `_ratio`, of the uncertain group to the factual one.
+        overlap: squared fraction of b in the unembedding's top or bottom k directions over k/d, [0, d/k].
+        components@t, persistence_entropy, longest_loop: of the Rips filtration by cosine distance, components
+            as a share of the points; `_difference`, uncertain - factual.
+        fisher_sensitivity: symmetric KL of the predictions at h and h + ε b over ε², ε as a share of the norm
+            of h, nats, >= 0; `fisher_ratio` over that of random directions, `fisher_output_ratio` over
+            that of the top output directions; `fisher_quadratic_difference` is left between ε and ε/2.
+        gradient_coupling: cosine of b with the gradient of the abstentions' summed first logits, in [-1, 1].
+    Source: arXiv:2603.13911v1; held-out halves, equal sizes, calibration, nulls and intervals are ours.
+    """
+
+    headline: ClassVar[str] = "fisher_ratio"
+
+    layers: list[int] | None = None
+    k: int | None = None
+    prompts: int = Field(default=120, ge=8)
+    neighbours: int = Field(default=30, ge=2)
+    points: int = Field(default=48, ge=4)
+    thresholds: list[float] = Field(default_factory=lambda: [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5])
+    permutations: int = Field(default=39, ge=1)
+    random: int = Field(default=39, ge=2)
+    output: int = Field(default=4, ge=1)
+    sensitivity_prompts: int = Field(default=32, ge=4)
+    resamples: int = Field(default=40, ge=0)
+
+    def __post_init__(self) -> None:
+        """Refuse thresholds that no cosine distance has."""
+        if bad := [one for one in self.thresholds if not 0 <= one <= 2]:
+            raise ValueError(f"thresholds are cosine distances, 0 to 2, got {bad[0]}")
+
+    def check(self, architecture: Architecture) -> None:
+        """Refuse layers and dimensions that the model does not have."""
+        check_layers(self.layers, architecture)
+        check_dimensions(self.k, architecture.d_model, "probe.uncertainty.k")
+        if self.output > architecture.d_model:
+            raise ValueError(f"output is at most {architecture.d_model}, the width of the residual stream")
+
+    def check_examples(self, examples: Examples) -> None:
+        """Refuse data without groups, and groups that are too small."""
+        check_groups(examples)
+        size = min(self.prompts, *map(len, examples.groups.values()))
+        check_neighbours(size, self.neighbours)
+        if size < 8:
+            raise ValueError(f"the smallest group has {size} prompts: give 8 or more of each")
+
+    def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
+        """The measurement of one checkpoint."""
+        self.check_examples(setting.examples)
+        groups = equal_groups(setting.examples.groups, self.prompts, setting.seed)
+        tokens = first_tokens(setting.examples.abstentions, setting.model.tokenizer)
+        return lambda params: list(self._rows(setting, params, groups, tokens))
+
+    def _rows(
+        self, setting: Setting, params: Params, groups: dict[str, list[Question]], tokens: Sequence[int]
+    ) -> Iterator[Row]:
+        model, architecture = setting.model, setting.model.architecture
+        network = model.with_weights(params).requires_grad_(False).eval()
+        layers = list(range(architecture.n_layers)) if self.layers is None else sorted(set(self.layers))
+        texts = {name: [question.prompt for question in group] for name, group in groups.items()}
+        states = {name: last_states(model, network, some, layers) for name, some in texts.items()}
+        factual, *uncertain = texts
+        asked = Asked(
+            self.neighbours, self.points, self.thresholds, self.resamples, self.random, setting.seed
+        )
+        contrast = Contrast.of(len(texts[factual]), self.permutations, setting.seed)
+        held = contrast.test[0, 0, : self.sensitivity_prompts].tolist()  # of either group, as they are pooled
+        spaces, output = self._output(params, architecture)
+        for layer in layers:
+            place = {"layer": layer, "subspace": "residual"}
+            for name in texts:
+                for one in group_rows(states[name][layer], name, asked):
+                    yield {**place, **one}
+            for name in uncertain:
+                arm = f"{name}/{factual}"
+                pooled = torch.cat([states[factual][layer], states[name][layer]])
+                directions = contrast.boundaries(pooled)
+                tail = Tail.of(
+                    model, network, [texts[side][i] for side in (factual, name) for i in held], layer
+                )
+                # What runs the network is asked first, since it is what may fail.
+                outputs = output_rows(
+                    tail, tail.states, directions.to(model.device), output, tokens, arm, asked
+                )
+                for one in (
+                    *outputs,
+                    *boundary_rows(pooled, contrast, arm),
+                    *overlap_rows(pooled, contrast, spaces, arm, setting.seed),
+                    *shape_rows(pooled, contrast, arm, asked),
+                ):
+                    yield {**place, **one}
+
+    def _output(self, params: Params, architecture: Architecture) -> tuple[dict[str, Subspace], torch.Tensor]:
+        """Top and bottom right singular directions of the unembedding; and the first few of the top ones."""
+        gain = architecture.final_norm.gain(params)
+        moment = prediction_moment(architecture.unembedding(params), gain)
+        d, k = architecture.d_model, dimensions(self.k, architecture.d_model)[0]
+        axes = Subspace.top(moment.cpu(), d)
+        spaces = {"output_top": axes.first(k), "output_bottom": Subspace(axes.basis[:, d - k :])}
+        return spaces, axes.basis[:, : self.output].T.float()
