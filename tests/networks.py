@@ -1,8 +1,10 @@
 """Small random networks of every architecture that has a map."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import small
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -81,3 +83,13 @@ def language_model(
         parameter.copy_(noise + (1 if gain and key.endswith("weight") else 0))
     weights = {key: parameter.clone() for key, parameter in network.named_parameters()}
     return LanguageModel(network, tokenizer, architecture_of(config)), weights
+
+
+def save(name: str, directory: Path, seed: int = 0, dtype: str = "float32") -> Path:
+    """A checkpoint of a small random network of an architecture, with the world's tokenizer."""
+    tokenizer = small.WORLD.tokenizer()
+    torch.manual_seed(seed)
+    network = AutoModelForCausalLM.from_config(CONFIGS[name](len(tokenizer), 128))
+    network.to(getattr(torch, dtype)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from weightgeom.adapters import is_adapter, open_adapter
@@ -17,13 +18,18 @@ from weightgeom.weights import difference, open_params
 log = logging.getLogger(__name__)
 # Weights, config and tokenizer; never pickles, never code.
 FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+OTHERS = ["*/*", "consolidated*"]  # the same weights in other formats, in folders or Mistral's own
+MOVING = {"main", "master", "HEAD", "refs/heads/main"}
+PIN = "give model.revision=COMMIT, the newest of which https://huggingface.co/{name}/commits/main shows"
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """One checkpoint, or a trajectory of them: a hub name with its `{size}` filled in, or a directory.
+    """One checkpoint, or a trajectory of them: a hub name, `{size}` and `{stage}` filled in, or a directory.
 
-    `revision` is a branch, tag or commit of the hub. Several `revisions`, or a directory in which a
+    `revision` is a commit, or a tag or branch that does not move; without it, that of `pins`, which has
+    the commits of hub names. A name of the hub without either is refused, as `main` is another model
+    some day. Several `revisions`, or a directory in which a
     trainer left `checkpoint-100`, `checkpoint-200`, ..., make a trajectory in the order of the numbers
     in their names; its last one is what an objective starts from. `from_random` says that its first is
     a random initialisation; by default that is so of a `step0`. Weights are trained and measured in
@@ -33,12 +39,16 @@ class Pretrained:
     name: str
     revision: str | None = None
     size: str = ""
+    stage: str = ""
+    pins: dict[str, str] = Field(default_factory=dict)
     dtype: Literal["float32"] = "float32"
     revisions: list[str] | None = None
     from_random: bool | None = None
 
     def __post_init__(self) -> None:
-        """Refuse revisions that make no trajectory."""
+        """Refuse revisions that make no trajectory, and those that move."""
+        if moving := MOVING & {self.revision, *self.pins.values()}:
+            raise ValueError(f"model.revision={moving.pop()} moves: {PIN.format(name='NAME')}")
         if self.revisions is None:
             return
         steps = [_step(revision) for revision in self.revisions]
@@ -64,8 +74,12 @@ class Pretrained:
         return architectures[-1]
 
     def locations(self) -> dict[int, str]:
-        """What to fetch, by step and in order; a single checkpoint stands at step 0."""
-        name = self.name.format(size=self.size)
+        """What to fetch, by step and in order; a single checkpoint stands at step 0.
+
+        Raises:
+            ValueError: if a name of the hub has no revision.
+        """
+        name = self.name.format(size=self.size, stage=self.stage)
         path = Path(name).expanduser()
         if path.is_dir():
             inside = {_step(one.name): str(one) for one in path.glob("checkpoint-*") if one.is_dir()}
@@ -73,7 +87,13 @@ class Pretrained:
             whole = (path / "config.json").is_file() or len(steps) < 2
             return {0: name} if whole else dict(sorted(steps.items()))
         if self.revisions is None:
-            return {0: f"{name}@{self.revision}" if self.revision else name}
+            revision = self.revision or self.pins.get(name)
+            if revision is None and _is_path(name):  # fetch says that there is no such directory
+                return {0: name}
+            if revision is None:
+                pinned = f"; pinned here are {', '.join(self.pins)}" if self.pins else ""
+                raise ValueError(f"{name} is not pinned: {PIN.format(name=name)}{pinned}")
+            return {0: f"{name}@{revision}"}
         steps = {_step(revision): f"{name}@{revision}" for revision in self.revisions}
         return dict(sorted((step, one) for step, one in steps.items() if step is not None))
 
@@ -140,16 +160,22 @@ def fetch(location: str, weights: bool = True) -> Path:
     if path.is_dir():
         return path.resolve()
     name, _, revision = location.partition("@")
-    if location.startswith((".", "/", "~")) or name.count("/") > 1:
+    if _is_path(name):
         raise FileNotFoundError(
             f"there is no directory {location}: give a checkpoint directory or a hub name"
         )
     from huggingface_hub import snapshot_download  # noqa: PLC0415 (heavy)
-    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415 (heavy)
+    from huggingface_hub.errors import GatedRepoError, HFValidationError  # noqa: PLC0415 (heavy)
 
     patterns = FILES if weights else ["*.json"]
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+        found = snapshot_download(
+            name, revision=revision or None, allow_patterns=patterns, ignore_patterns=OTHERS
+        )
+    except GatedRepoError as error:
+        raise FileNotFoundError(
+            f"{name} is gated: accept its licence on https://huggingface.co/{name} and set HF_TOKEN"
+        ) from error
     except HFValidationError as error:
         raise FileNotFoundError(f"{location!r} is neither a directory nor a hub name") from error
     except Exception as error:  # the hub's, the network's and the cache's errors share no base class
@@ -157,6 +183,13 @@ def fetch(location: str, weights: bool = True) -> Path:
             f"cannot get {location} from the hub or its local cache ({first_line(error)}):"
             " check the name, the revision and the network, or give a directory"
         ) from error
+    if not revision or revision in MOVING:
+        log.warning("%s is not pinned: to get the same again, write %s@%s", name, name, Path(found).name)
+    return Path(found)
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def identity(directory: Path) -> str:
