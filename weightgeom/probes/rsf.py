@@ -24,6 +24,7 @@ from weightgeom.gradients import Gathering, folded, gradient_moments
 from weightgeom.interfaces import Params, Row, Setting
 from weightgeom.moments import Moment
 from weightgeom.residual import Architecture, ResidualMatrix
+from weightgeom.rounding import warn_of_rounding
 from weightgeom.stats import isotropic_null, matched_null, rotation_null, spectrum_shares
 from weightgeom.table import row
 from weightgeom.update import Update, head_updates, update_of
@@ -53,6 +54,7 @@ class RSF:
             the write side where the objective is not known. matched_ratio_low, matched_ratio_high.
         matched_z, matched_p_value, matched_q_value: of the fraction against that level.
         delta_norm: ‖dW‖_F, in the units of the weights. moved_share: share of entries that changed.
+        rounding_share: share of ‖dW‖² that rounding alone would give, for checkpoints in bf16 or fp16.
         increment_ratio, increment_...: the same of the change since the checkpoint before, with `increments`,
             in the same subspaces; increment_norm is its size.
 
@@ -120,6 +122,7 @@ class RSF:
                                 matrix, params, previous, frame, setting.seed
                             )
             in_order = [one for matrix in matrices for one in rows[matrix.name]]
+            warn_of_rounding(in_order)
             return [*in_order, *_q_values(in_order)]
 
         return measure
@@ -273,6 +276,8 @@ def _size(matrix: ResidualMatrix, update: Update) -> Iterator[Row]:
     entries = update.shape[0] * update.shape[1]
     yield row("delta_norm", update.norm, n=entries, **where)
     yield row("moved_share", update.moved_share, n=entries, **where)
+    if update.rounding_share is not None:
+        yield row("rounding_share", update.rounding_share, n=entries, **where)
 
 
 def _unmoved(matrix: ResidualMatrix, params: Params, start: Params) -> bool:
