@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import small
 import torch
-from networks import CONFIGS
+from networks import CONFIGS, MIXTURES
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is dep
 EXAMPLES = small.WORLD.examples()
 TOKENIZER = small.WORLD.tokenizer()
 K = 4
-NAMES = ("gpt_neox", "gpt2", "llama_tied", "olmo2")
+NAMES = ("gpt_neox", "gpt2", "llama_tied", "olmo2", "qwen3_moe")
 
 
 def saved(name: str, directory: Path, dtype: torch.dtype, moved: bool) -> Path:
     """A checkpoint in shards of a few kilobytes; `moved` by a tenth of what its weights are."""
     torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config(CONFIGS[name](len(TOKENIZER), 128))
+    network = AutoModelForCausalLM.from_config((CONFIGS | MIXTURES)[name](len(TOKENIZER), 128))
     for parameter in network.parameters():
         parameter.data += 0.1 * moved * parameter.std() * torch.randn(parameter.shape)
     network.to(dtype).save_pretrained(directory, max_shard_size="15KB")
@@ -69,7 +69,19 @@ def by_definition(directory: Path, before: Params, after: Params) -> dict[str, f
 def loaded(directory: Path) -> dict[str, torch.Tensor]:
     """The weights as transformers itself loads them, in fp32."""
     network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return {name: parameter.detach() for name, parameter in network.named_parameters()}
+    return unstacked({name: parameter.detach() for name, parameter in network.named_parameters()})
+
+
+def unstacked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights with the matrices of experts apart, as they are on disk."""
+    apart = {name: one for name, one in weights.items() if one.ndim < 3}
+    for name, stack in weights.items():
+        for expert, one in enumerate(stack if stack.ndim == 3 else ()):
+            experts, _, last = name.rpartition(".")
+            kinds = last.removesuffix("_proj").split("_")
+            for kind, part in zip(kinds, one.chunk(len(kinds)), strict=True):
+                apart[f"{experts}.{expert}.{kind}_proj.weight"] = part
+    return apart
 
 
 @pytest.mark.parametrize("name", NAMES)

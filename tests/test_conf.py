@@ -43,6 +43,7 @@ MODEL_TYPES = {
     "zephyr": "mistral",
     "qwen25": "qwen2",
     "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
     "olmo2": "olmo2",
 }
 parts = runpy.run_path(str(ROOT / "run.py"))["parts"]

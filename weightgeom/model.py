@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from weightgeom.adapters import open_checkpoint
+from weightgeom.experts import stacked
 from weightgeom.interfaces import Params
 from weightgeom.residual import Architecture, architecture_of
 from weightgeom.tokens import Batch
@@ -46,6 +47,7 @@ class LanguageModel:
     def hold(self, params: Params, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The weights in memory, on the model's device, as `logits` wants them for many batches."""
         names = {name for name, _ in self.network.named_parameters()}
+        params = stacked(params, self.architecture.stacks)
         return {name: params[name].to(self.device, dtype) for name in params if name in names}
 
     @property
@@ -71,7 +73,7 @@ class LanguageModel:
         from accelerate.hooks import attach_align_device_hook  # noqa: PLC0415 (heavy)
 
         network = _without_weights(self.network.config, self.device)
-        weights = _Untied(params, self.architecture)
+        weights = _Untied(stacked(params, self.architecture.stacks), self.architecture)
         attach_align_device_hook(network, self.device, offload=True, weights_map=weights)
         return replace(self, network=network)
 
@@ -149,7 +151,8 @@ def load(directory: Path, device: str) -> LanguageModel:
     architecture = load_architecture(directory)
     stored = open_params(directory, architecture)
     network = _without_weights(_config(directory), torch.device(device))
-    check_complete(directory, {name for name, _ in network.named_parameters()} - set(stored))
+    names = set(stacked(stored, architecture.stacks))
+    check_complete(directory, {name for name, _ in network.named_parameters()} - names)
     return LanguageModel(network, load_tokenizer(directory), architecture, torch.device(device))
 
 

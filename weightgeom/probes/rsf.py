@@ -178,7 +178,7 @@ class RSF:
     ) -> Iterator[Row]:
         update = self._update(matrix, params, setting)
         yield from _size(matrix, update)
-        where = {"layer": matrix.layer, "matrix": matrix.kind, "role": matrix.role}
+        where = {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}
         spectrum = self._spectrum(update)
         yield from self._compare(update, spectrum, own, moment, setting.seed, where)
         yield from self._compare(update, spectrum, chance, None, setting.seed, where)
@@ -193,7 +193,7 @@ class RSF:
     ) -> Iterator[Row]:
         """What changed since the checkpoint before."""
         update = update_of(matrix, params, previous, written=self.fold_post_norm)
-        where = {"layer": matrix.layer, "matrix": matrix.kind, "role": matrix.role}
+        where = {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}
         n = update.shape[0] * update.shape[1]
         yield row("increment_norm", update.norm, n=n, **where)
         for one in self._compare(update, self._spectrum(update), own, None, seed, where):
@@ -272,7 +272,7 @@ def _matched(
 
 
 def _size(matrix: ResidualMatrix, update: Update) -> Iterator[Row]:
-    where = {"layer": matrix.layer, "matrix": matrix.kind, "role": matrix.role}
+    where = {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}
     entries = update.shape[0] * update.shape[1]
     yield row("delta_norm", update.norm, n=entries, **where)
     yield row("moved_share", update.moved_share, n=entries, **where)
