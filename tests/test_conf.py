@@ -28,6 +28,7 @@ HUB = sorted(path for path in (CONF / "model").glob("*.yaml") if path.stem not i
 LISTS = ("probe", "intervention")  # groups of which several are chosen; they nest under their own name
 MANDATORY = {
     "data.train": ["data.train=[a.jsonl]"],
+    "data.name": ["data.name=lab/data"],
     "model.revision": [f"model.revision={'0' * 40}"],
     "model.before": ["model.before=a"],
     "model.after": ["model.after=b"],

@@ -127,11 +127,13 @@ class TwoCheckpoints:
 
     `after` may be a LoRA adapter of `before`, as PEFT saves it, and may have more or fewer rows of
     embeddings: the shared ones are compared. A pair has no optimizer steps: `before` stands at step 0 and
-    `after` at step 1. `allow_bin` and `trust_remote_code` as `Pretrained` has them.
+    `after` at step 1. Text is tokenized, and chats are written, as the one named by `tokenizer` does it.
+    `allow_bin` and `trust_remote_code` as `Pretrained` has them.
     """
 
     before: str
     after: str
+    tokenizer: Literal["before", "after"] = "before"
     allow_bin: bool = False
     trust_remote_code: bool = False
 
@@ -152,7 +154,8 @@ class TwoCheckpoints:
         before, after = (_converted(one, self.allow_bin, stage) for one in self._fetched())
         self._compare(before, after, load_architecture(before))
         both = hashlib.sha256(f"{identity(before)} {identity(after)}".encode()).hexdigest()[:16]
-        return Base(before, f"pair/{both}", Trajectory("pair", {0: before, 1: after}))
+        chosen, by = (after, ", after") if self.tokenizer == "after" else (before, "")
+        return Base(chosen, f"pair/{both}{by}", Trajectory("pair", {0: before, 1: after}))
 
     def _fetched(self) -> tuple[Path, Path]:
         before, after = (
@@ -164,9 +167,17 @@ class TwoCheckpoints:
         start = open_params(before, architecture)
         if is_adapter(after):
             open_adapter(after, architecture, start)
+            same = False
         else:
             other = open_params(after, load_architecture(after))
-            difference(aligned(other, start, architecture, after), start)
+            shared = aligned(other, start, architecture, after)
+            difference(shared, start)
+            same = shared is other
+        if self.tokenizer == "after" and not same:
+            raise ValueError(
+                f"model.tokenizer=after needs a whole model with the vocabulary of model.before, and {after}"
+                " is none"
+            )
 
 
 def _converted(directory: Path, allow_bin: bool, stage: Stage) -> Path:

@@ -73,6 +73,7 @@ class RSF:
     increments: bool = False  # what lies between neighbouring checkpoints, beside what lies behind the start
     tokens: int = Field(default=8192, ge=2)  # of held-out text, for the inputs' second moments
     length: int = Field(default=96, ge=2)  # tokens a sequence
+    text: Literal["raw", "chat"] = "raw"  # chat: held-out conversations, by the tokenizer's chat template
     prompts: int = Field(default=128, ge=0)  # of training examples, for upstream gradients; 0: none
     resamples: int = Field(default=40, ge=0)  # of the bootstrap over prompts; 0: no intervals
     groups: int = Field(default=16, ge=2)  # of prompts, which the bootstrap draws
@@ -141,6 +142,7 @@ class RSF:
             groups=self.groups,
             resamples=self.resamples,
             budget_gb=self.budget_gb,
+            text=self.text,
         )
         k = self._largest(setting)
         yield from input_frames(setting, params, k, inputs)
