@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import small
 from networks import save
+from test_pretrained import no_stage
 from test_vocabulary import resized
 from torch.testing import assert_close
 
@@ -66,7 +67,7 @@ def aligned_pair(home: Path) -> TwoCheckpoints:
 def test_the_activations_are_those_of_chats_by_the_tokenizer_of_the_aligned_model(tmp_path):
     pair = aligned_pair(tmp_path)
     pair.check(None)
-    base = pair.prepare(lambda *given: tmp_path, EXAMPLES, small.WORLD, "cpu")
+    base = pair.prepare(no_stage, EXAMPLES, small.WORLD, "cpu")
     assert base.directory == tmp_path / "after"
     model = load(base.directory, "cpu")
     start = model.params(tmp_path / "before")

@@ -69,7 +69,8 @@ class HubData:
             data = load_dataset(
                 self.name, self.subset, split=split, revision=revision, streaming=self.streaming
             )
-            full = (record for record in data if record.get("text") is None or record["text"].strip())
+            records = (dict(record) for record in data)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            full = (record for record in records if record.get("text") is None or record["text"].strip())
             found = list(islice(full, self.number))
         except Exception as error:  # the hub's, the network's and the reader's errors share no base class
             raise FileNotFoundError(
