@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from weightgeom.data.world import World
+from weightgeom.figures import COLOURS
 from weightgeom.interfaces import Params, Setting
 from weightgeom.model import LanguageModel, load
 from weightgeom.moments import activation_moments
@@ -128,3 +129,7 @@ def test_the_other_probes_leave_out_what_needs_gradients_and_say_so(model, param
     with_level = {row["matrix"] for row in rows if row["quantity"] == "matched_ratio"}
     assert every - with_level == {"o", "down", "down.0", "down.1", "down.2"}
     assert "gradients under an objective are not taken of a mixture of experts" in caplog.text
+
+
+def test_the_router_has_a_colour_in_the_figures(model):
+    assert {matrix.kind for matrix in model.architecture.matrices} <= set(COLOURS)
