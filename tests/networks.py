@@ -1,8 +1,10 @@
 """Small random networks of every architecture that has a map."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import small
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from weightgeom.model import LanguageModel
@@ -67,12 +70,23 @@ CONFIGS: dict[str, Callable[[int, int], PreTrainedConfig]] = {
     "phi3": lambda *sizes: Phi3Config(**_grouped(*sizes)),
 }
 
+# Their experts have no modules of their own: what they read and write is tested in test_qwen3_moe.py.
+MIXTURES: dict[str, Callable[[int, int], PreTrainedConfig]] = {
+    "qwen3_moe": lambda *sizes: Qwen3MoeConfig(
+        **_grouped(*sizes),
+        num_experts=3,
+        num_experts_per_tok=2,
+        moe_intermediate_size=12,
+        mlp_only_layers=[1],
+    )
+}
+
 
 def language_model(
     name: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[LanguageModel, dict[str, torch.Tensor]]:
     """A random model of an architecture, its norms with gains, and its weights."""
-    config = CONFIGS[name](len(tokenizer), 128)
+    config = (CONFIGS | MIXTURES)[name](len(tokenizer), 128)
     network = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for key, parameter in network.named_parameters():
@@ -81,3 +95,13 @@ def language_model(
         parameter.copy_(noise + (1 if gain and key.endswith("weight") else 0))
     weights = {key: parameter.clone() for key, parameter in network.named_parameters()}
     return LanguageModel(network, tokenizer, architecture_of(config)), weights
+
+
+def save(name: str, directory: Path, seed: int = 0, dtype: str = "float32") -> Path:
+    """A checkpoint of a small random network of an architecture, with the world's tokenizer."""
+    tokenizer = small.WORLD.tokenizer()
+    torch.manual_seed(seed)
+    network = AutoModelForCausalLM.from_config((CONFIGS | MIXTURES)[name](len(tokenizer), 128))
+    network.to(getattr(torch, dtype)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

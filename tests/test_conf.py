@@ -8,21 +8,44 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import yaml
 from app import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
+from networks import save
 from omegaconf import DictConfig, OmegaConf
 from pydantic.fields import FieldInfo
+
+from weightgeom.model import load
+from weightgeom.moments import activation_moments
+from weightgeom.tokens import packed
 
 CONF = ROOT / "conf"
 FILES = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name not in ("local", "experiment"))
 EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
+HUB = sorted(path for path in (CONF / "model").glob("*.yaml") if path.stem not in ("tiny", "pair"))
 LISTS = ("probe", "intervention")  # groups of which several are chosen; they nest under their own name
 MANDATORY = {
     "data.train": ["data.train=[a.jsonl]"],
+    "data.name": ["data.name=lab/data"],
+    "model.revision": [f"model.revision={'0' * 40}"],
     "model.before": ["model.before=a"],
     "model.after": ["model.after=b"],
+}
+# The small random network, of tests/networks.py, that has the config class of what a file names.
+MODEL_TYPES = {
+    "pythia": "gpt_neox",
+    "pythia_hh": "gpt_neox",
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "smollm2": "llama_tied",
+    "tulu3": "llama",
+    "zephyr": "mistral",
+    "qwen25": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
+    "olmo2": "olmo2",
 }
 parts = runpy.run_path(str(ROOT / "run.py"))["parts"]
 
@@ -105,11 +128,44 @@ def test_a_value_that_is_not_pythons_default_says_why(path: Path) -> None:
     assert not silent, f"{path}: {silent}"
 
 
-@pytest.mark.parametrize("path", sorted((CONF / "model").glob("*.yaml")), ids=named)
+@pytest.mark.parametrize("path", HUB, ids=named)
 def test_a_model_of_the_hub_is_pinned(path: Path) -> None:
+    # by a commit for each name, by a branch that its makers made a checkpoint, or else by the user alone
     choice = yaml.safe_load(path.read_text())
-    if "name" in choice:
-        assert choice["revision"] not in (None, "", "main", "master", "HEAD")
+    pins = choice.get("pins", {})
+    assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in pins.values())
+    assert choice["revision"] in ("???", "step143000") or (choice["revision"] is None and pins)
+    (location,) = parts(composed(override(path)))["model"].locations().values()
+    assert re.fullmatch(r"[\w.-]+/[\w.-]+@([0-9a-f]{40}|step143000)", location)
+
+
+@pytest.mark.parametrize("path", HUB, ids=named)
+def test_every_pin_is_one_of_a_name_that_the_file_can_make(path: Path) -> None:
+    choice = yaml.safe_load(path.read_text())
+    mentioned = path.read_text().partition("pins:")[0]
+    before, _, after = choice["name"].partition("{")
+    for name in choice.get("pins", {}):
+        assert name in mentioned or (after and name.startswith(before))
+
+
+@pytest.mark.parametrize("path", HUB, ids=named)
+def test_a_model_of_the_hub_loads_from_a_directory_and_its_map_fits(path: Path, tmp_path: Path) -> None:
+    # What the map says of the matrices is tested in tests/architectures, on the same networks.
+    assert path.read_text().startswith("# ")  # what it is
+    directory = save(MODEL_TYPES[path.stem], tmp_path)
+    model = parts(composed(override(path), f"model.name={directory}"))["model"]
+    architecture = model.check(longest=64)
+    assert model.locations() == {0: str(directory)}
+    loaded = load(directory, "cpu")
+    params = loaded.params(directory)
+    assert loaded.architecture == architecture
+    for matrix in architecture.matrices:
+        stream = matrix.of(params).shape[matrix.role == "read"]
+        assert stream == architecture.d_model
+    batches = packed(small.WORLD.examples().text, loaded.tokenizer, 8, 64)
+    moments = dict(activation_moments(loaded, params, batches, architecture.sites))
+    assert all(moment.value.trace() > 0 for moment in moments.values())
+    assert len(moments) == 2 * architecture.n_layers
 
 
 def test_every_choice_starts_with_its_target() -> None:

@@ -1,9 +1,11 @@
 import json
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small
@@ -194,3 +196,30 @@ def test_revisions_that_make_no_trajectory_are_refused(revisions):
         ValueError, match=r"model\.revisions must be two or more names with different numbers"
     ):
         Pretrained("org/model", revisions=revisions)
+
+
+def test_a_name_of_the_hub_needs_a_revision_that_does_not_move(tmp_path):
+    pins = {"lab/model-1b": "c" * 40}
+    assert Pretrained("lab/model-{size}{stage}", size="1b", pins=pins).locations() == {
+        0: f"lab/model-1b@{'c' * 40}"
+    }
+    assert Pretrained("lab/model-1b", revision="v1", pins=pins).locations() == {0: "lab/model-1b@v1"}
+    with pytest.raises(
+        ValueError, match=r"lab/model-1b-sft is not pinned: give model\.revision=COMMIT, the new"
+    ):
+        Pretrained("lab/model-{size}{stage}", size="1b", stage="-sft", pins=pins).locations()
+    moving_ones: list[dict[str, Any]] = [{"revision": "main"}, {"pins": {"lab/model": "master"}}]
+    for moving in moving_ones:
+        with pytest.raises(ValueError, match=r"model\.revision=\w+ moves: give model\.revision=COMMIT"):
+            Pretrained("lab/model", **moving)
+    with pytest.raises(FileNotFoundError, match=r"there is no directory \./nowhere"):
+        Pretrained("./nowhere").check(8)
+
+
+def test_a_hub_name_without_a_revision_is_told_with_the_commit_that_it_had(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *given, **named: str(tmp_path / "abc"))
+    with caplog.at_level(logging.WARNING):
+        fetch("lab/model@v1")
+        assert not caplog.text
+        fetch("lab/model")
+    assert "lab/model is not pinned: to get the same again, write lab/model@abc" in caplog.text

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from weightgeom.interfaces import Params
 from weightgeom.residual import Architecture, ResidualMatrix
+from weightgeom.vocabulary import aligned
 from weightgeom.weights import open_params, opened
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -112,13 +113,16 @@ def is_adapter(directory: Path) -> bool:
 def open_checkpoint(directory: Path, architecture: Architecture, base: Params | None = None) -> Params:
     """The parameters of a checkpoint, read lazily; those of a LoRA adapter on top of `base`.
 
+    Where there is a base, embeddings have its rows (`aligned`).
+
     Raises:
         FileNotFoundError: if the directory or a file of it is missing.
         ValueError: if a file is corrupt, the adapter is of another kind than LoRA or does not fit
             `base`, or there is no base for it.
     """
     if not is_adapter(directory):
-        return open_params(directory, architecture)
+        params = open_params(directory, architecture)
+        return params if base is None else aligned(params, base, architecture, directory)
     if base is None:
         raise ValueError(
             f"{directory} is an adapter, which has no weights of its own: compare it with its base"

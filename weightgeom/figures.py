@@ -30,6 +30,7 @@ COLOURS = {
     "k": "#4a90d9",
     "v": "#2a9d8f",
     "gate": "#8ab17d",
+    "router": "#b0a160",
     "up": "#5c7f3f",
     "o": "#c1272d",
     "down": "#e58a2b",

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from weightgeom.chat import chats
 from weightgeom.interfaces import Params, Setting
 from weightgeom.moments import Moment, Unit, activation_moments
 from weightgeom.residual import ResidualMatrix
@@ -43,6 +45,7 @@ class Inputs:
     groups: int = 16  # of sequences
     resamples: int = 0
     budget_gb: float | None = None
+    text: Literal["raw", "chat"] = "raw"  # chat: by the tokenizer's chat template
 
 
 def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> Iterator[Frame]:
@@ -52,7 +55,9 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
     """
     model = setting.model
     size = max(1, BATCH_TOKENS[model.device.type == "cpu"] // inputs.length)
-    batches = packed(setting.examples.heldout, model.tokenizer, inputs.length, inputs.tokens, size)
+    chat = inputs.text == "chat"
+    texts = chats(setting.examples, model.tokenizer) if chat else setting.examples.heldout
+    batches = packed(texts, model.tokenizer, inputs.length, inputs.tokens, size)
     moments = activation_moments(
         model,
         params,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from weightgeom.residual import Architecture, Norm, ResidualMatrix, input_sites
+from weightgeom.residual import Architecture, Kind, Norm, ResidualMatrix, Stack, input_sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -35,31 +35,60 @@ def gated_decoder(
     reads: Reads = separate_reads,
     post_norms: bool = False,
     norm_offset: float = 0.0,
+    sparse: Callable[[int], bool] = lambda layer: False,
 ) -> Architecture:
     """A Llama-like decoder; `post_norms` if attention and MLP outputs are normed before the stream.
 
-    Without post norms a layer's `post_attention_layernorm` is, despite its name, the norm in front
-    of the MLP.
+    Layers that are `sparse` have a router and experts for an MLP. Without post norms a layer's
+    `post_attention_layernorm` is, despite its name, the norm in front of the MLP.
     """
-    matrices = tuple(
-        matrix
-        for layer in range(config.num_hidden_layers)
-        for matrix in (*reads(config, layer), *_writes(config, layer, post_norms, norm_offset))
-    )
+    matrices: list[ResidualMatrix] = []
+    for layer in range(config.num_hidden_layers):
+        dense = (*reads(config, layer), *_writes(config, layer, post_norms, norm_offset))
+        attention = (matrix for matrix in dense if matrix.kind in ("q", "k", "v", "o"))
+        matrices += (*attention, *_mixture(config, layer)) if sparse(layer) else dense
+    stacks: dict[str, Stack] = {}
+    for layer in filter(sparse, range(config.num_hidden_layers)):
+        stacks |= _stacks(config, layer)
     return Architecture(
         d_model=config.hidden_size,
         n_layers=config.num_hidden_layers,
         n_heads=config.num_attention_heads,
         n_kv_heads=config.num_key_value_heads,
         d_head=head_size(config),
-        matrices=matrices,
+        matrices=tuple(matrices),
         sites=input_sites(matrices),
         embed="model.embed_tokens.weight",
         unembed="lm_head.weight",
         final_norm=Norm("model.norm.weight", norm_offset),
         aliases={},
         tied=config.tie_word_embeddings,
+        stacks=stacks,
     )
+
+
+def _mixture(config: "PreTrainedConfig", layer: int) -> tuple[ResidualMatrix, ...]:
+    mlp = f"model.layers.{layer}.mlp"
+    kinds: tuple[Kind, ...] = ("gate", "up", "down")
+    return (
+        ResidualMatrix(layer, "router", f"{mlp}.gate"),
+        *(
+            ResidualMatrix(layer, kind, f"{mlp}.experts.{expert}.{kind}_proj", expert=expert)
+            for expert in range(config.num_experts)
+            for kind in kinds
+        ),
+    )
+
+
+def _stacks(config: "PreTrainedConfig", layer: int) -> dict[str, Stack]:
+    experts = f"model.layers.{layer}.mlp.experts"
+    return {
+        f"{experts}.{name}": tuple(
+            tuple(f"{experts}.{expert}.{part}_proj.weight" for part in parts)
+            for expert in range(config.num_experts)
+        )
+        for name, parts in {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.items()
+    }
 
 
 def _writes(

@@ -1,5 +1,6 @@
 """Streaming moments under an objective: inputs, upstream gradients and the mean gradient, in one pass."""
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from weightgeom.training import Training, outdated_name_allowed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+log = logging.getLogger(__name__)
 CHARACTERS = 10  # of a text for each token that is wanted of it: more than the tokens of any tokenizer have
 
 
@@ -116,6 +118,8 @@ def gradient_moments(
     the next, and the backward pass ends at the first layer that is wanted. The layers are split over
     as many passes as the budget asks for, with identical results; take what is yielded before asking
     for more. Source: the mechanism offered by arXiv:2605.16600; these estimators are ours.
+    Nothing is yielded for a mixture of experts: TRL adds its routers' balance to the loss, which is then no
+    mean over terms.
 
     Raises:
         ValueError: if the data lack what the objective needs, or a sum is not finite.
@@ -123,6 +127,9 @@ def gradient_moments(
     from datasets import Dataset  # noqa: PLC0415 (heavy)
 
     architecture = model.architecture
+    if architecture.stacks:
+        log.warning("gradients under an objective are not taken of a mixture of experts")
+        return
     network = model.with_weights(params).requires_grad_(False).eval()
     with TemporaryDirectory() as directory:
         arguments = training.arguments(Path(directory), seed, model.device.type)

@@ -57,7 +57,7 @@ class Lora:
 
 
 def _names(architecture: Architecture) -> list[str]:
-    return sorted({matrix.module.rpartition(".")[2] for matrix in architecture.matrices})
+    return sorted({matrix.module.rpartition(".")[2] for matrix in architecture.matrices if matrix.is_layer})
 
 
 def current_weights(network: nn.Module, architecture: Architecture) -> Params:

@@ -10,9 +10,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from weightgeom.adapters import open_checkpoint
+from weightgeom.experts import stacked
 from weightgeom.interfaces import Params
 from weightgeom.residual import Architecture, architecture_of
 from weightgeom.tokens import Batch
+from weightgeom.trust import trusted
 from weightgeom.weights import open_params
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class LanguageModel:
     def hold(self, params: Params, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The weights in memory, on the model's device, as `logits` wants them for many batches."""
         names = {name for name, _ in self.network.named_parameters()}
+        params = stacked(params, self.architecture.stacks)
         return {name: params[name].to(self.device, dtype) for name in params if name in names}
 
     @property
@@ -70,7 +73,7 @@ class LanguageModel:
         from accelerate.hooks import attach_align_device_hook  # noqa: PLC0415 (heavy)
 
         network = _without_weights(self.network.config, self.device)
-        weights = _Untied(params, self.architecture)
+        weights = _Untied(stacked(params, self.architecture.stacks), self.architecture)
         attach_align_device_hook(network, self.device, offload=True, weights_map=weights)
         return replace(self, network=network)
 
@@ -145,13 +148,11 @@ def load(directory: Path, device: str) -> LanguageModel:
         ValueError: if a file is truncated or corrupt, if a parameter is missing, or if the tokenizer has
             no end token.
     """
-    from transformers import AutoConfig  # noqa: PLC0415 (heavy)
-
     architecture = load_architecture(directory)
     stored = open_params(directory, architecture)
-    config = AutoConfig.from_pretrained(directory)
-    network = _without_weights(config, torch.device(device))
-    check_complete(directory, {name for name, _ in network.named_parameters()} - set(stored))
+    network = _without_weights(_config(directory), torch.device(device))
+    names = set(stacked(stored, architecture.stacks))
+    check_complete(directory, {name for name, _ in network.named_parameters()} - names)
     return LanguageModel(network, load_tokenizer(directory), architecture, torch.device(device))
 
 
@@ -161,7 +162,9 @@ def _without_weights(config: "PreTrainedConfig", device: torch.device) -> "PreTr
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 (heavy)
 
     with init_empty_weights(include_buffers=False):
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        network = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=trusted(config.name_or_path or "")
+        )
     network.tie_weights()
     for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -186,21 +189,30 @@ def check_length(longest: int, context: int | None) -> None:
 
 def load_context(directory: Path) -> int | None:
     """The longest sequence, in tokens, that a checkpoint's config names; None if it names none."""
-    from transformers import AutoConfig  # noqa: PLC0415 (heavy)
-
-    return getattr(AutoConfig.from_pretrained(directory), "max_position_embeddings", None)
+    return getattr(_config(directory), "max_position_embeddings", None)
 
 
 def load_architecture(directory: Path) -> Architecture:
     """The residual-stream map that a checkpoint's config asks for; reads no weights."""
+    return architecture_of(_config(directory))
+
+
+def _config(directory: Path) -> "PreTrainedConfig":
+    """The config of a checkpoint; its own code runs only if it is trusted."""
     from transformers import AutoConfig  # noqa: PLC0415 (heavy)
 
-    if not (directory / "config.json").is_file():
+    path = directory / "config.json"
+    if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no config.json: give a transformers checkpoint")
+    trust = trusted(directory)
     try:
-        return architecture_of(AutoConfig.from_pretrained(directory))
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{directory / 'config.json'} cannot be used: {first_line(error)}") from error
+        if not trust and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{path} needs code of its own: read it, and add model.trust_remote_code=true to let it run"
+            ) from error
+        raise ValueError(f"{path} cannot be used: {first_line(error)}") from error
 
 
 def load_network(directory: Path) -> "PreTrainedModel":
@@ -220,7 +232,7 @@ def load_network(directory: Path) -> "PreTrainedModel":
         directory,
         dtype=torch.float32,
         use_safetensors=True,
-        trust_remote_code=False,
+        trust_remote_code=trusted(directory),
         output_loading_info=True,
     )
     check_complete(directory, info["missing_keys"])
@@ -237,7 +249,7 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer  # noqa: PLC0415 (heavy)
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted(directory))
     except (OSError, ValueError, KeyError) as error:
         raise FileNotFoundError(
             f"{directory} holds no tokenizer that can be read ({first_line(error)}):"

@@ -6,40 +6,58 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from weightgeom.adapters import is_adapter, open_adapter
 from weightgeom.interfaces import Base, Data, Examples, Stage, Trajectory
 from weightgeom.interruption import Wanted, undisturbed
 from weightgeom.model import check_length, first_line, load_architecture, load_context
+from weightgeom.pickled import PICKLES, convert, is_pickled
 from weightgeom.residual import Architecture
+from weightgeom.trust import trust
+from weightgeom.vocabulary import aligned
 from weightgeom.weights import difference, open_params
 
 log = logging.getLogger(__name__)
 # Weights, config and tokenizer; never pickles, never code.
 FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+OTHERS = ["*/*", "consolidated*"]  # the same weights in other formats, in folders or Mistral's own
+MOVING = {"main", "master", "HEAD", "refs/heads/main"}
+PIN = "give model.revision=COMMIT, the newest of which https://huggingface.co/{name}/commits/main shows"
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """One checkpoint, or a trajectory of them: a hub name with its `{size}` filled in, or a directory.
+    """One checkpoint, or a trajectory of them: a hub name, `{size}` and `{stage}` filled in, or a directory.
 
-    `revision` is a branch, tag or commit of the hub. Several `revisions`, or a directory in which a
+    `revision` is a commit, or a tag or branch that does not move; without it, that of `pins`, which has
+    the commits of hub names. A name of the hub without either is refused, as `main` is another model
+    some day. Several `revisions`, or a directory in which a
     trainer left `checkpoint-100`, `checkpoint-200`, ..., make a trajectory in the order of the numbers
     in their names; its last one is what an objective starts from. `from_random` says that its first is
     a random initialisation; by default that is so of a `step0`. Weights are trained and measured in
     `dtype`; only float32 keeps a small update from being rounded away.
+
+    `allow_bin` also takes pickled weights, which are converted once; `trust_remote_code` lets code that
+    lies in the repository run.
     """
 
     name: str
     revision: str | None = None
     size: str = ""
+    stage: str = ""
+    pins: dict[str, str] = Field(default_factory=dict)
     dtype: Literal["float32"] = "float32"
     revisions: list[str] | None = None
     from_random: bool | None = None
+    allow_bin: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse revisions that make no trajectory."""
+        """Refuse revisions that make no trajectory, and those that move."""
+        if moving := MOVING & {self.revision, *self.pins.values()}:
+            raise ValueError(f"model.revision={moving.pop()} moves: {PIN.format(name='NAME')}")
         if self.revisions is None:
             return
         steps = [_step(revision) for revision in self.revisions]
@@ -57,7 +75,9 @@ class Pretrained:
                 "objective=none on a single checkpoint leaves no update to measure: choose an objective,"
                 " model.revisions=[...], or model=pair model.before=... model.after=..."
             )
-        found = [fetch(location, weights=False) for location in locations.values()]
+        found = [
+            fetch(location, weights=False, code=self.trust_remote_code) for location in locations.values()
+        ]
         architectures = [load_architecture(directory) for directory in found]
         if any(other != architectures[-1] for other in architectures):
             raise ValueError(f"the checkpoints of {self.name} are not all of one architecture")
@@ -65,8 +85,12 @@ class Pretrained:
         return architectures[-1]
 
     def locations(self) -> dict[int, str]:
-        """What to fetch, by step and in order; a single checkpoint stands at step 0."""
-        name = self.name.format(size=self.size)
+        """What to fetch, by step and in order; a single checkpoint stands at step 0.
+
+        Raises:
+            ValueError: if a name of the hub has no revision.
+        """
+        name = self.name.format(size=self.size, stage=self.stage)
         path = Path(name).expanduser()
         if path.is_dir():
             inside = {_step(one.name): str(one) for one in path.glob("checkpoint-*") if one.is_dir()}
@@ -74,7 +98,13 @@ class Pretrained:
             whole = (path / "config.json").is_file() or len(steps) < 2
             return {0: name} if whole else dict(sorted(steps.items()))
         if self.revisions is None:
-            return {0: f"{name}@{self.revision}" if self.revision else name}
+            revision = self.revision or self.pins.get(name)
+            if revision is None and _is_path(name):  # fetch says that there is no such directory
+                return {0: name}
+            if revision is None:
+                pinned = f"; pinned here are {', '.join(self.pins)}" if self.pins else ""
+                raise ValueError(f"{name} is not pinned: {PIN.format(name=name)}{pinned}")
+            return {0: f"{name}@{revision}"}
         steps = {_step(revision): f"{name}@{revision}" for revision in self.revisions}
         return dict(sorted((step, one) for step, one in steps.items() if step is not None))
 
@@ -82,7 +112,10 @@ class Pretrained:
         self, stage: Stage, examples: Examples, data: Data, device: str, wanted: Wanted = undisturbed
     ) -> Base:
         """Fetch it, or all of them."""
-        steps = {step: fetch(location) for step, location in self.locations().items()}
+        steps = {
+            step: _converted(fetch(location, self.allow_bin, self.trust_remote_code), self.allow_bin, stage)
+            for step, location in self.locations().items()
+        }
         last = steps[max(steps)]
         if len(steps) == 1:
             return Base(last, identity(last))
@@ -95,35 +128,69 @@ class Pretrained:
 class TwoCheckpoints:
     """Two checkpoints of one architecture, directories or hub names with `@revision`, to be compared.
 
-    `after` may be a LoRA adapter of `before`, as PEFT saves it. A pair has no optimizer steps:
-    `before` stands at step 0 and `after` at step 1.
+    `after` may be a LoRA adapter of `before`, as PEFT saves it, and may have more or fewer rows of
+    embeddings: the shared ones are compared. A pair has no optimizer steps: `before` stands at step 0 and
+    `after` at step 1. Text is tokenized, and chats are written, as the one named by `tokenizer` does it.
+    `allow_bin` and `trust_remote_code` as `Pretrained` has them.
     """
 
     before: str
     after: str
+    tokenizer: Literal["before", "after"] = "before"
+    allow_bin: bool = False
+    trust_remote_code: bool = False
 
     def check(self, longest: int | None) -> Architecture:
         """Refuse an objective, two checkpoints that differ in a name or shape, and a foreign adapter."""
         if longest is not None:
             raise ValueError("model=pair compares two finished checkpoints: add objective=none")
-        before, after = fetch(self.before), fetch(self.after)
+        before, after = self._fetched()
         if is_adapter(before):
             raise ValueError(f"model.before={self.before} is an adapter: give its base model there instead")
         architecture = load_architecture(before)
-        start = open_params(before, architecture)
-        if is_adapter(after):
-            open_adapter(after, architecture, start)
-        else:
-            difference(open_params(after, load_architecture(after)), start)
+        if not self.allow_bin:  # else they are compared when they are converted
+            self._compare(before, after, architecture)
         return architecture
 
     def prepare(
         self, stage: Stage, examples: Examples, data: Data, device: str, wanted: Wanted = undisturbed
     ) -> Base:
         """Fetch both."""
-        before, after = fetch(self.before), fetch(self.after)
+        before, after = (_converted(one, self.allow_bin, stage) for one in self._fetched())
+        self._compare(before, after, load_architecture(before))
         both = hashlib.sha256(f"{identity(before)} {identity(after)}".encode()).hexdigest()[:16]
-        return Base(before, f"pair/{both}", Trajectory("pair", {0: before, 1: after}))
+        chosen, by = (after, ", after") if self.tokenizer == "after" else (before, "")
+        return Base(chosen, f"pair/{both}{by}", Trajectory("pair", {0: before, 1: after}))
+
+    def _fetched(self) -> tuple[Path, Path]:
+        before, after = (
+            fetch(location, self.allow_bin, self.trust_remote_code) for location in (self.before, self.after)
+        )
+        return before, after
+
+    def _compare(self, before: Path, after: Path, architecture: Architecture) -> None:
+        start = open_params(before, architecture)
+        if is_adapter(after):
+            open_adapter(after, architecture, start)
+            same = False
+        else:
+            other = open_params(after, load_architecture(after))
+            shared = aligned(other, start, architecture, after)
+            difference(shared, start)
+            same = shared is other
+        if self.tokenizer == "after" and not same:
+            raise ValueError(
+                f"model.tokenizer=after needs a whole model with the vocabulary of model.before, and {after}"
+                " is none"
+            )
+
+
+def _converted(directory: Path, allow_bin: bool, stage: Stage) -> Path:
+    """A checkpoint with safetensors: itself, or made once of its pickled weights."""
+    if not allow_bin or not is_pickled(directory):
+        return directory
+    specification = {"checkpoint": identity(directory)}
+    return stage("converted", specification, lambda target, log: convert(directory, target), 1)
 
 
 def _step(name: str) -> int | None:
@@ -132,29 +199,45 @@ def _step(name: str) -> int | None:
     return None if digits is None else int(digits[1])
 
 
-def fetch(location: str, weights: bool = True) -> Path:
+def fetch(location: str, bin: bool = False, code: bool = False, weights: bool = True) -> Path:
     """The directory of a checkpoint: itself, or downloaded from the hub, or taken from its cache.
 
     `location` is a directory, or a hub name with or without `@revision`. Without a network, or with
-    HF_HUB_OFFLINE=1, a revision resolves through the cache's refs.
+    HF_HUB_OFFLINE=1, a revision resolves through the cache's refs. Pickled weights come with `bin` where
+    there are no others, and the repository's code with `code`, which is then trusted in this process.
 
     Raises:
         FileNotFoundError: if there is no such directory and the hub does not give it either.
     """
+    patterns = [*(FILES if weights else ["*.json"]), *(["*.py"] if code else [])]
+    found = _found(location, patterns)
+    if bin and weights and not any(found.glob("*.safetensors")):
+        found = _found(location, [*patterns, PICKLES])
+    if code:
+        trust(found)
+    return found
+
+
+def _found(location: str, patterns: list[str]) -> Path:
     path = Path(location).expanduser()
     if path.is_dir():
         return path.resolve()
     name, _, revision = location.partition("@")
-    if location.startswith((".", "/", "~")) or name.count("/") > 1:
+    if _is_path(name):
         raise FileNotFoundError(
             f"there is no directory {location}: give a checkpoint directory or a hub name"
         )
     from huggingface_hub import snapshot_download  # noqa: PLC0415 (heavy)
-    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415 (heavy)
+    from huggingface_hub.errors import GatedRepoError, HFValidationError  # noqa: PLC0415 (heavy)
 
-    patterns = FILES if weights else ["*.json"]
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+        found = snapshot_download(
+            name, revision=revision or None, allow_patterns=patterns, ignore_patterns=OTHERS
+        )
+    except GatedRepoError as error:
+        raise FileNotFoundError(
+            f"{name} is gated: accept its licence on https://huggingface.co/{name} and set HF_TOKEN"
+        ) from error
     except HFValidationError as error:
         raise FileNotFoundError(f"{location!r} is neither a directory nor a hub name") from error
     except Exception as error:  # the hub's, the network's and the cache's errors share no base class
@@ -162,10 +245,18 @@ def fetch(location: str, weights: bool = True) -> Path:
             f"cannot get {location} from the hub or its local cache ({first_line(error)}):"
             " check the name, the revision and the network, or give a directory"
         ) from error
+    if not revision or revision in MOVING:
+        log.warning("%s is not pinned: to get the same again, write %s@%s", name, name, Path(found).name)
+    return Path(found)
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def identity(directory: Path) -> str:
     """A fingerprint of a checkpoint without reading its weights: path, sizes and times of its files."""
-    files = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".json"))
+    kinds = (".bin" if is_pickled(directory) else ".safetensors", ".json")
+    files = sorted(path for path in directory.iterdir() if path.suffix in kinds)
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return "checkpoint/" + hashlib.sha256(repr((str(directory), stats)).encode()).hexdigest()[:16]

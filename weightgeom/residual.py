@@ -1,7 +1,7 @@
 """Which matrices read and write the residual stream, and where each lies among the parameters."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal
 
@@ -14,7 +14,9 @@ from weightgeom.interfaces import Params
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-Kind = Literal["q", "k", "v", "o", "gate", "up", "down"]
+Kind = Literal["q", "k", "v", "o", "gate", "up", "down", "router"]
+Stack = tuple[tuple[str, ...], ...]
+"""The parameters of each expert whose rows, one below the other, are an entry of a stack in the network."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class ResidualMatrix:
     """One weight matrix that reads from or writes to the residual stream.
 
     `heads` counts query heads for q and o and key-value groups for k and v: the rows of `of` (for
-    o, its columns) are that many equal blocks. `norm` stands between the output and the stream.
+    o, its columns) are that many equal blocks. `norm` stands between the output and the stream. `expert`
+    numbers the matrices of a mixture of experts; the router's output chooses among them.
     """
 
     layer: int
@@ -64,6 +67,7 @@ class ResidualMatrix:
     rows: Rows | None = None
     transposed: bool = False
     norm: Norm | None = None
+    expert: int | None = None
 
     @property
     def parameter(self) -> str:
@@ -71,9 +75,22 @@ class ResidualMatrix:
         return f"{self.module}.weight"
 
     @property
+    def label(self) -> str:
+        """The matrix's name within its layer, such as `q`, or `up.5` of an expert."""
+        return self.kind if self.expert is None else f"{self.kind}.{self.expert}"
+
+    @property
     def name(self) -> str:
-        """The matrix's name in tables, such as `L3.q`."""
-        return f"L{self.layer}.{self.kind}"
+        """The matrix's name, such as `L3.q`."""
+        return f"L{self.layer}.{self.label}"
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether its module is a layer of the network's own, which maps what it reads to what it writes.
+
+        Experts share a module, and a router gives choices beside its output.
+        """
+        return self.expert is None and self.kind != "router"
 
     @property
     def role(self) -> Literal["read", "write"]:
@@ -136,6 +153,7 @@ class Architecture:
     `aliases` translates names on disk that differ. `tied` says that unembedding with the embedding
     is the model's own choice, so that a missing `unembed` is no mistake. `parallel` says that attention
     and MLP are added to the stream in one sum, so that o and down of a layer share their upstream gradient.
+    `stacks` has the parameters that the network, unlike the disk, holds in stacks.
     """
 
     d_model: int
@@ -151,6 +169,7 @@ class Architecture:
     aliases: Mapping[str, str]
     tied: bool = False
     parallel: bool = False
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
 
     def unembedding(self, params: Params) -> Float[Tensor, "vocab d_model"]:
         """The unembedding as stored; the embedding where the two are tied and stored once.
@@ -169,11 +188,18 @@ class Architecture:
 
 
 def input_sites(matrices: Sequence[ResidualMatrix]) -> tuple[Site, ...]:
-    """The input of every q as attention input and of every up as mlp input, in order."""
+    """The input of every q as attention input and of every up as mlp input, in order.
+
+    Experts read what the block of the router does, which, unlike the router, gets it sequence by sequence.
+    """
     return tuple(
-        Site(matrix.layer, "attention_input" if matrix.kind == "q" else "mlp_input", matrix.module)
+        Site(
+            matrix.layer,
+            "attention_input" if matrix.kind == "q" else "mlp_input",
+            matrix.module.rpartition(".")[0] if matrix.kind == "router" else matrix.module,
+        )
         for matrix in matrices
-        if matrix.kind in ("q", "up")
+        if matrix.kind in ("q", "router") or (matrix.kind == "up" and matrix.expert is None)
     )
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 COLUMNS = {
     "step": "int64",  # optimizer step; 0 is before training
     "layer": "Int64",  # missing for what belongs to no layer
-    "matrix": "str",  # q k v o gate up down unembed embed, `q.0` for a head, or "" for the whole model
+    "matrix": "str",  # q k v o gate up down router unembed embed, `q.0` (head), `up.0` (expert), or ""
     "role": "str",  # read, write or ""
     "arm": "str",  # of an intervention, or ""
     "subspace": "str",  # attention_input, mlp_input, prediction, random, residual, a pair `one:other`, or ""

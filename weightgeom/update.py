@@ -12,6 +12,7 @@ from weightgeom.adapters import Adapted, LowRank
 from weightgeom.gram import add_gram, mirror, product
 from weightgeom.interfaces import Params
 from weightgeom.residual import ResidualMatrix
+from weightgeom.rounding import is_rounded, rounding_energy
 
 BLOCK = 2**20  # entries of a block, 4 MiB in fp32; each adds to the whole Gram matrix, so not smaller
 
@@ -24,11 +25,14 @@ class Update:
     All that a subspace U is asked about follows from it: ‖dW‖² = tr M, the fraction inside U is
     tr(Uᵀ M U) / tr M (`Subspace.explained`), the squared singular values are the eigenvalues of M.
     `moved_share` is the share of dW's entries that are not zero, in [0, 1]; `shape` is dW's.
+    `rounding_share` is the share of ‖dW‖² that the rounding of both checkpoints would have by itself
+    (`rounding_energy`), at most 1; None where neither is stored in half precision.
     """
 
     gram: Float[Tensor, "d d"]
     moved_share: float
     shape: tuple[int, int]
+    rounding_share: float | None = None
 
     @property
     def norm(self) -> float:
@@ -110,7 +114,7 @@ def projected(
     inside = None  # Lᵀ dW, whose terms come in blocks of rows
     total = kept = 0.0
     row = 0
-    for block in pair.row_blocks():
+    for block in (part.delta() for part in pair.row_blocks()):
         total += _energy(block)
         if across is not None:
             kept += _energy(product(block, across))
@@ -169,21 +173,26 @@ class _Pair:
             after, before = after * self.gains[0], before * self.gains[1]
         return torch.sub(after, before).flatten(0, 1)
 
-    def row_blocks(self) -> Iterator[Float[Tensor, "rows d_in"]]:
-        """The difference by blocks of rows, in order."""
+    def rounding(self) -> float:
+        """The energy that rounding of the two is expected to add to the difference."""
+        gains = self.gains or (None, None)
+        return rounding_energy(self.after, gains[0]) + rounding_energy(self.before, gains[1])
+
+    def row_blocks(self) -> Iterator["_Pair"]:
+        """Blocks of rows, in order."""
         groups, size, d_in = self.after.shape
         rows = max(1, BLOCK // d_in)
         together = max(1, rows // size)
         for group in range(0, groups, together):
             for row in range(0, size, rows):
-                yield self.part(slice(group, group + together), slice(row, row + rows), slice(None)).delta()
+                yield self.part(slice(group, group + together), slice(row, row + rows), slice(None))
 
-    def column_blocks(self) -> Iterator[Float[Tensor, "d_out columns"]]:
-        """The difference by blocks of columns, in order."""
+    def column_blocks(self) -> Iterator["_Pair"]:
+        """Blocks of columns, in order."""
         groups, size, d_in = self.after.shape
         columns = max(1, BLOCK // (groups * size))
         for column in range(0, d_in, columns):
-            yield self.part(slice(None), slice(None), slice(column, column + columns)).delta()
+            yield self.part(slice(None), slice(None), slice(column, column + columns))
 
 
 def _pair(matrix: ResidualMatrix, after: Params, before: Params, written: bool) -> _Pair:
@@ -210,13 +219,18 @@ def _measured(matrix: ResidualMatrix, pair: _Pair) -> Update:
     read = matrix.role == "read"
     d = d_in if read else groups * size
     gram = torch.zeros(d, d, dtype=pair.dtype, device=pair.after.device)
-    moved = 0
-    for block in pair.row_blocks() if read else pair.column_blocks():
+    moved, noise = 0, 0.0
+    for part in pair.row_blocks() if read else pair.column_blocks():
+        block = part.delta()
+        noise += part.rounding()
         moved += int(block.count_nonzero())
         add_gram(gram, block.T if read else block)
-    _refuse_infinite(matrix, gram.diagonal().sum().item())
+    energy = gram.diagonal().double().sum().item()
+    _refuse_infinite(matrix, energy)
     mirror(gram)
-    return Update(gram, moved / (groups * size * d_in), (groups * size, d_in))
+    rounded = is_rounded(pair.after) or is_rounded(pair.before)
+    share = (min(1.0, noise / energy) if energy else 0.0) if rounded else None
+    return Update(gram, moved / (groups * size * d_in), (groups * size, d_in), share)
 
 
 def _factors(matrix: ResidualMatrix, after: Params, before: Params, written: bool) -> LowRank | None:

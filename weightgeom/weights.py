@@ -127,7 +127,8 @@ def _paths(directory: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         pickled = sorted(path.name for path in directory.glob("*.bin"))
-        hint = f", only {pickled[0]}: safetensors is required, so save it again" if pickled else ""
+        wanted = "safetensors is required, so save it again, or add model.allow_bin=true"
+        hint = f", only {pickled[0]}: {wanted}" if pickled else ""
         raise FileNotFoundError(f"no {single.name} or {index.name} in {directory}{hint}")
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))

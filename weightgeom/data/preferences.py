@@ -1,17 +1,15 @@
 """A user's own preference pairs: records with `chosen`, `rejected` and perhaps `prompt`."""
 
-import logging
 from pathlib import Path
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from weightgeom.conversation import checked, complete, implicit, plain
+from weightgeom.conversation import plain
 from weightgeom.interfaces import Examples, Pair
 from weightgeom.prompts import ABSTENTIONS, contents, read_groups
-from weightgeom.reading import field, fingerprint, paths, place, read_records, split
-
-log = logging.getLogger(__name__)
+from weightgeom.reading import fingerprint, paths, place, read_records, split
+from weightgeom.records import pair_of, text_of, usable
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,9 @@ class Preferences:
         """
         files = paths(self.train)
         heldout = None if self.heldout is None else _read(paths(self.heldout))
-        key = _text if heldout else lambda pair: plain(pair.prompt)
+        key = text_of if heldout else lambda pair: plain(pair.prompt)
         train, heldout = split(_read(files), heldout, self.heldout_every, key)
-        parts = [_text(pair) for pair in train], [_text(pair) for pair in heldout], train, heldout
+        parts = [text_of(pair) for pair in train], [text_of(pair) for pair in heldout], train, heldout
         groups = read_groups(self.groups)
         digest = fingerprint(*parts, *contents(groups))
         name = ", ".join(file.name for file in files)
@@ -52,34 +50,7 @@ class Preferences:
         return Examples(name, *parts, digest=digest, groups=groups, abstentions=abstentions)
 
 
-def _text(pair: Pair) -> str:
-    return plain(pair.prompt) + plain(pair.chosen)
-
-
 def _read(files: list[Path]) -> list[Pair]:
     records = ((place(file, n), record) for file in files for n, record in read_records(file))
-    found = [_pair(where, record) for where, record in records]
-    differing = [pair for pair in found if pair.chosen != pair.rejected]
-    kept = [pair for pair in differing if complete(pair)]
-    same, empty = len(found) - len(differing), len(differing) - len(kept)
-    counts = f"{same} with chosen equal to rejected, {empty} with an empty prompt or response"
-    names = ", ".join(map(str, files))
-    if not kept:
-        raise ValueError(f"no pair is left of {len(found)} in {names}: {counts}")
-    if same or empty:
-        log.warning("dropped %d of %d pairs in %s: %s", same + empty, len(found), names, counts)
-    return kept
-
-
-def _pair(where: str, record: dict) -> Pair:
-    chosen = checked(field(record, "chosen", where), f"{where} field 'chosen'")
-    rejected = checked(field(record, "rejected", where), f"{where} field 'rejected'")
-    prompt = record.get("prompt")  # null is none
-    prompt = None if prompt is None else checked(prompt, f"{where} field 'prompt'")
-    if isinstance(prompt, str) and isinstance(chosen, list) and isinstance(rejected, list):
-        # some data sets repeat the question as a string beside whole conversations
-        shared = [message["content"] for message in chosen if message in rejected]
-        prompt = None if prompt in shared else prompt
-    if len({type(side) for side in (prompt, chosen, rejected) if side is not None}) > 1:
-        raise ValueError(f"{where} mixes strings and conversations: make all its fields one kind")
-    return implicit(chosen, rejected) if prompt is None else Pair(prompt, chosen, rejected)
+    found = [pair_of(where, record) for where, record in records]
+    return usable(found, ", ".join(map(str, files)))

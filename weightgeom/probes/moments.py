@@ -201,7 +201,7 @@ def _moment(matrix: ResidualMatrix, some: Pass, start: Params) -> Moment:
 def _at(matrix: ResidualMatrix, k: int) -> dict:
     return {
         "layer": matrix.layer,
-        "matrix": matrix.kind,
+        "matrix": matrix.label,
         "role": matrix.role,
         "subspace": place_of(matrix)[0],
         "k": k,

@@ -185,7 +185,7 @@ class Spaces:
             return self._prediction
         assert matrix is not None
         layer = matrix.layer + (side.at == "next_layer")
-        place = (side.thing, f"L{layer}" if side.thing in OF_INPUTS else f"L{layer}.{matrix.kind}")
+        place = (side.thing, f"L{layer}" if side.thing in OF_INPUTS else f"L{layer}.{matrix.label}")
         if side.thing in OF_INPUTS:
             return self._inputs.get(place)
         if side.thing in ("upstream", "gradient"):
@@ -274,7 +274,8 @@ def _matrices(architecture: Architecture, sides: tuple[Side, Side]) -> Iterator[
     if not things:
         yield None
     elif all(thing in OF_INPUTS for thing in things):
-        yield from (matrix for matrix in architecture.matrices if matrix.kind == OF_INPUTS[things[0]])
+        readers = (OF_INPUTS[things[0]], "router") if things[0] == "mlp_input" else (OF_INPUTS[things[0]],)
+        yield from (one for one in architecture.matrices if one.kind in readers and one.expert is None)
     else:
         yield from architecture.matrices
 
@@ -293,7 +294,7 @@ def _compared(
     place: dict[str, Any] = (
         {"matrix": "unembed", "role": "read"}
         if matrix is None
-        else {"layer": matrix.layer, "matrix": matrix.kind, "role": matrix.role}
+        else {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}
     )
     values = {
         "overlap": (min(1.0, energy / n), "1"),

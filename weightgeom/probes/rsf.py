@@ -24,6 +24,7 @@ from weightgeom.gradients import Gathering, folded, gradient_moments
 from weightgeom.interfaces import Params, Row, Setting
 from weightgeom.moments import Moment
 from weightgeom.residual import Architecture, ResidualMatrix
+from weightgeom.rounding import warn_of_rounding
 from weightgeom.stats import isotropic_null, matched_null, rotation_null, spectrum_shares
 from weightgeom.table import row
 from weightgeom.update import Update, head_updates, update_of
@@ -53,6 +54,7 @@ class RSF:
             the write side where the objective is not known. matched_ratio_low, matched_ratio_high.
         matched_z, matched_p_value, matched_q_value: of the fraction against that level.
         delta_norm: ‖dW‖_F, in the units of the weights. moved_share: share of entries that changed.
+        rounding_share: share of ‖dW‖² that rounding alone would give, for checkpoints in bf16 or fp16.
         increment_ratio, increment_...: the same of the change since the checkpoint before, with `increments`,
             in the same subspaces; increment_norm is its size.
 
@@ -71,6 +73,7 @@ class RSF:
     increments: bool = False  # what lies between neighbouring checkpoints, beside what lies behind the start
     tokens: int = Field(default=8192, ge=2)  # of held-out text, for the inputs' second moments
     length: int = Field(default=96, ge=2)  # tokens a sequence
+    text: Literal["raw", "chat"] = "raw"  # chat: held-out conversations, by the tokenizer's chat template
     prompts: int = Field(default=128, ge=0)  # of training examples, for upstream gradients; 0: none
     resamples: int = Field(default=40, ge=0)  # of the bootstrap over prompts; 0: no intervals
     groups: int = Field(default=16, ge=2)  # of prompts, which the bootstrap draws
@@ -120,6 +123,7 @@ class RSF:
                                 matrix, params, previous, frame, setting.seed
                             )
             in_order = [one for matrix in matrices for one in rows[matrix.name]]
+            warn_of_rounding(in_order)
             return [*in_order, *_q_values(in_order)]
 
         return measure
@@ -138,6 +142,7 @@ class RSF:
             groups=self.groups,
             resamples=self.resamples,
             budget_gb=self.budget_gb,
+            text=self.text,
         )
         k = self._largest(setting)
         yield from input_frames(setting, params, k, inputs)
@@ -175,7 +180,7 @@ class RSF:
     ) -> Iterator[Row]:
         update = self._update(matrix, params, setting)
         yield from _size(matrix, update)
-        where = {"layer": matrix.layer, "matrix": matrix.kind, "role": matrix.role}
+        where = {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}
         spectrum = self._spectrum(update)
         yield from self._compare(update, spectrum, own, moment, setting.seed, where)
         yield from self._compare(update, spectrum, chance, None, setting.seed, where)
@@ -190,7 +195,7 @@ class RSF:
     ) -> Iterator[Row]:
         """What changed since the checkpoint before."""
         update = update_of(matrix, params, previous, written=self.fold_post_norm)
-        where = {"layer": matrix.layer, "matrix": matrix.kind, "role": matrix.role}
+        where = {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}
         n = update.shape[0] * update.shape[1]
         yield row("increment_norm", update.norm, n=n, **where)
         for one in self._compare(update, self._spectrum(update), own, None, seed, where):
@@ -269,10 +274,12 @@ def _matched(
 
 
 def _size(matrix: ResidualMatrix, update: Update) -> Iterator[Row]:
-    where = {"layer": matrix.layer, "matrix": matrix.kind, "role": matrix.role}
+    where = {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}
     entries = update.shape[0] * update.shape[1]
     yield row("delta_norm", update.norm, n=entries, **where)
     yield row("moved_share", update.moved_share, n=entries, **where)
+    if update.rounding_share is not None:
+        yield row("rounding_share", update.rounding_share, n=entries, **where)
 
 
 def _unmoved(matrix: ResidualMatrix, params: Params, start: Params) -> bool:

@@ -187,4 +187,4 @@ def _eigenvalues(moment: Float[Tensor, "d d"], most: int) -> Float[Tensor, " ind
 
 
 def _place(matrix: ResidualMatrix) -> dict[str, Any]:
-    return {"layer": matrix.layer, "matrix": matrix.kind, "role": matrix.role}
+    return {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}
