@@ -33,7 +33,7 @@ class Cluster:
             "LOCAL_SLURM_PORT": str(18200 + os.getpid() % 500 * 20),
             "LOCAL_SLURM_GPUS": "2",
             "LOCAL_SLURM_WAIT": "120",
-            "LOCAL_SLURM_GRACE": "10",
+            "LOCAL_SLURM_GRACE": "5",
         }
 
     def at(self, home: Path) -> Place:
