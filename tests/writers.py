@@ -48,7 +48,7 @@ def write(directory: Path, uri: str, steps: int, parent: Path | None, log: Path)
     """A whole run, with what it says in the file `log`."""
     logging.basicConfig(filename=log, level=logging.WARNING)
     record = new(directory, uri, parent=parent)
-    with terminations_as_exceptions(), Publisher(directory, uri, interval=0.1), record:
+    with terminations_as_exceptions(), Publisher(directory, uri, interval=0.1, patience=150), record:
         work(record, steps, pause=0.02)
 
 

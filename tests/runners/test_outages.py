@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
 )
 STEPS = 30
-FULL_SPEED = 0.5  # seconds that a step may take; a timeout is 10, and on a shared machine it may have to wait
+FULL_SPEED = 1.5  # seconds that a step may take: less than the shortest timeout, 2, also on a busy machine
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_a_server_that_fails_every_third_request_has_it_all_at_the_end_of_the_ru
 def test_a_server_that_hangs_does_not_hold_up_a_run_nor_do_twice_what_it_does_late(
     proxy: Proxy, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch, what: str
 ):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # second
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")  # seconds
     hung = threading.Semaphore(10_000 if what == "" else 1)  # all requests, or the first of that kind
 
     def fault(number: int, path: str) -> Fault:
@@ -141,10 +141,11 @@ def test_a_server_that_hangs_does_not_hold_up_a_run_nor_do_twice_what_it_does_la
     with Publisher(record.directory, proxy.uri, interval=0.05, patience=2.0), record:
         assert work(record, STEPS, pause=0.1) < FULL_SPEED
         left = time.monotonic()
-    assert time.monotonic() - left < 4
+    assert time.monotonic() - left < 8  # its patience is 2
     assert len(warnings(caplog)) == 1
     proxy.release.set()  # now the server does what it was asked, and nobody waits for it any more
     time.sleep(1)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     sync(tmp_path / "outputs")
     assert_mirrored(proxy.uri, record)
     assert [run.outcome for run in sync(tmp_path / "outputs")] == ["nothing new"]
@@ -159,7 +160,7 @@ def test_a_server_that_hangs_does_not_hold_up_a_run_nor_do_twice_what_it_does_la
 def test_a_server_that_is_stopped_gets_what_it_missed_when_it_goes_on(
     server: Server, tmp_path: Path, monkeypatch
 ):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     record = new(tmp_path / "outputs" / "run", server.uri)
     with Publisher(record.directory, server.uri, interval=0.05, patience=30), record:
         work(record, STEPS)
@@ -169,6 +170,7 @@ def test_a_server_that_is_stopped_gets_what_it_missed_when_it_goes_on(
             assert work(record, STEPS, pause=0.1) < FULL_SPEED
         finally:
             server.send(signal.SIGCONT)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     sync(tmp_path / "outputs")
     assert_mirrored(server.uri, record)
 
@@ -216,4 +218,4 @@ def test_the_uri_of_a_server_that_never_was_costs_no_more_than_a_moment(tmp_path
     began = time.monotonic()
     with Publisher(record.directory, uri, interval=0.05), record:
         work(record, STEPS)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
