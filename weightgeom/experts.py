@@ -19,7 +19,7 @@ class Stacked(Mapping[str, Tensor]):
     stacks: Mapping[str, Stack]
 
     def __getitem__(self, name: str) -> Float[Tensor, "..."]:
-        if name not in self.stacks:
+        if name not in self.stacks or name in self.params:  # a network's own are stacked already
             return self.params[name]
         return torch.stack([torch.cat([self.params[part] for part in one]) for one in self.stacks[name]])
 

@@ -204,10 +204,11 @@ def input_sites(matrices: Sequence[ResidualMatrix]) -> tuple[Site, ...]:
 
 
 def chosen(architecture: Architecture, kinds: list[Kind], layers: list[int] | None) -> list[ResidualMatrix]:
-    """The matrices of these kinds in these layers, layer by layer.
+    """The matrices of these kinds in these layers, layer by layer, for what edits them.
 
     Raises:
-        ValueError: for a layer or a kind that the model does not have, or if no layer is named.
+        ValueError: for a layer or a kind that the model does not have, if no layer is named, or if one of
+            the matrices is part of a mixture of experts, whose choices an edit would change.
     """
     if layers == []:
         raise ValueError("layers is empty: name some, or leave it out for all")
@@ -221,6 +222,11 @@ def chosen(architecture: Architecture, kinds: list[Kind], layers: list[int] | No
         for matrix in architecture.matrices
         if matrix.kind in kinds and (layers is None or matrix.layer in layers)
     ]
+    if mixed := [matrix for matrix in found if not matrix.is_layer]:
+        raise ValueError(
+            f"{mixed[0].name} is part of a mixture of experts, which cannot be edited: leave out the kind"
+            f" {mixed[0].kind}, or name layers that have no experts"
+        )
     return sorted(found, key=lambda matrix: matrix.layer)
 
 

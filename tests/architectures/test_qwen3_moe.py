@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from weightgeom.data.world import World
 from weightgeom.figures import COLOURS
 from weightgeom.interfaces import Params, Setting
+from weightgeom.interventions.rank1 import Rank1
 from weightgeom.model import LanguageModel, load
 from weightgeom.moments import activation_moments
 from weightgeom.objectives.ce import CE
@@ -17,7 +18,7 @@ from weightgeom.probes.moments import Moments
 from weightgeom.probes.overlap import Overlap
 from weightgeom.probes.rsf import RSF
 from weightgeom.probes.spectrum import Spectrum
-from weightgeom.residual import ResidualMatrix
+from weightgeom.residual import ResidualMatrix, chosen
 from weightgeom.tokens import Batch, packed
 from weightgeom.training import Training
 
@@ -133,3 +134,19 @@ def test_the_other_probes_leave_out_what_needs_gradients_and_say_so(model, param
 
 def test_the_router_has_a_colour_in_the_figures(model):
     assert {matrix.kind for matrix in model.architecture.matrices} <= set(COLOURS)
+
+
+def test_experts_are_not_edited_and_what_is_beside_them_is(model: LanguageModel) -> None:
+    with pytest.raises(ValueError, match=r"L0\.up\.0 is part of a mixture of experts, which cannot be"):
+        chosen(model.architecture, ["k", "up"], None)
+    # Layer 1 is dense.
+    assert [matrix.name for matrix in chosen(model.architecture, ["k", "up"], [1])] == ["L1.k", "L1.up"]
+    assert [matrix.name for matrix in chosen(model.architecture, ["k"], None)] == ["L0.k", "L1.k"]
+
+
+def test_attention_beside_experts_is_edited(model: LanguageModel, params: Params) -> None:
+    asked = Rank1(matrices=["k", "o"], strengths=[0.1], tokens=256, controls={"random": 19})
+    setting = Setting(model, params, params, False, EXAMPLES, 0)
+    rows = asked.rows(setting, lambda metrics, done: None)
+    kl = {row["arm"]: row["value"] for row in rows if row["quantity"] == "kl_from_unedited"}
+    assert len(kl) == 21 and min(kl.values()) > 0  # 19 draws and the treatments of both kinds
