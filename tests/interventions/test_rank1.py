@@ -436,3 +436,12 @@ def test_a_direction_in_which_nothing_comes_in_cannot_be_matched_by_output(model
         asked.rows(given, told)
     trials(replace(asked, controls={"random": 2}), given)
     trials(replace(asked, match="frobenius"), given)
+
+
+def test_what_the_last_layer_does_not_allow_is_refused_before_the_first_arm(model, params, examples):
+    params["gpt_neox.layers.1.input_layernorm.bias"].zero_()
+    asked = replace(SMALL, matrices=["k"], match="output", controls={"random": 2, "bottom": 1})
+    done = []
+    with pytest.raises(ValueError, match=r"what L1\.k takes in is singular"):
+        asked.rows(setting(model, params, examples), lambda metrics, arms: done.append(arms))
+    assert done == []

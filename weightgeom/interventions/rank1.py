@@ -115,7 +115,8 @@ class Rank1:
         evaluation = Evaluation(
             setting.model, setting.end if at_end else setting.start, setting.examples, self.effects
         )
-        rows = list(measured(self.trials(setting, evaluation), evaluation, setting.seed, log))
+        trials = list(self.trials(setting, evaluation))  # all, so that none is refused behind others' arms
+        rows = list(measured(trials, evaluation, setting.seed, log))
         return [{"step": setting.last if at_end else 0, **one} for one in with_q_values(rows)]
 
     def trials(self, setting: Setting, evaluation: Evaluation) -> Iterator[Trial]:
