@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from runners.complaints import complaint, nearest
+from runners.complaints import choices, complaint, nearest
 from runners.launcher import register
 
 if TYPE_CHECKING:
@@ -22,7 +22,16 @@ if TYPE_CHECKING:
 
 VERBOSE = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 FOUND_RIGHT: set[str] = set()  # configurations of this sweep, without their seeds
-KINDS = {str: "text that is not empty", int: "a whole number", dict: "a mapping such as {key: value}"}
+KINDS = {
+    bool: "true or false",
+    str: "text that is not empty",
+    int: "a whole number",
+    dict: "a mapping such as {key: value}",
+}
+CHECKED = {
+    **{"name": str, "seed": int, "outputs": str, "tracking_uri": str},
+    **{"tags": dict, "only": dict, "report": bool},
+}
 
 
 def parts(config: DictConfig | dict[str, Any], here: bool = True) -> dict[str, Any]:
@@ -49,8 +58,8 @@ def checked(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
     if isinstance(config, DictConfig):
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
-    for key, kind in {"name": str, "seed": int, "outputs": str, "tracking_uri": str, "tags": dict}.items():
-        if not isinstance(plain.get(key), kind) or isinstance(plain[key], bool) or plain[key] == "":
+    for key, kind in CHECKED.items():
+        if type(plain.get(key)) is not kind or plain[key] == "":
             raise ValueError(f"{key} must be {KINDS[kind]}, got {plain.get(key)!r}")
     if not 0 <= plain["seed"] < 2**32:  # what NumPy takes
         raise ValueError(f"seed must be 0 to {2**32 - 1}, got {plain['seed']}")
@@ -58,6 +67,27 @@ def checked(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
         if not isinstance(plain.get(key), dict):
             raise ValueError(f"{key} must be one of the choices in conf/{key}, got {plain.get(key)!r}")
     return plain
+
+
+def measured(plain: dict[str, Any], objective: str) -> dict[str, Any]:
+    """A configuration without the probes and interventions that are there `only` for other objectives."""
+    only, there, objectives = (
+        plain["only"],
+        [*choices("probe"), *choices("intervention")],
+        choices("objective"),
+    )
+    for key, wanted in only.items():
+        if key not in there:
+            raise KeyError(f"only.{key} is no probe or intervention; {nearest(key, there)}")
+        if not isinstance(wanted, list):
+            raise ValueError(f"only.{key} must be a list of objectives such as [dpo, sft], got {wanted!r}")
+        if unknown := [str(one) for one in wanted if one not in objectives]:
+            raise KeyError(f"only.{key} has no objective {unknown[0]!r}; {nearest(unknown[0], objectives)}")
+    kept = {
+        group: {key: one for key, one in plain[group].items() if objective in only.get(key, [objective])}
+        for group in ("probe", "intervention")
+    }
+    return {**plain, **kept}
 
 
 def build(key: str, choice: Any) -> Any:
@@ -97,16 +127,16 @@ def described(config: DictConfig, common: "Collection[str]" = ()) -> dict[str, A
     from hydra.core.hydra_config import HydraConfig  # noqa: PLC0415
     from hydra.types import RunMode  # noqa: PLC0415
 
-    plain = checked(config)
     hydra_config = HydraConfig.get()
-    choices = {key: hydra_config.runtime.choices[key] for key in ("model", "data", "objective", "training")}
+    chosen = {key: hydra_config.runtime.choices[key] for key in ("model", "data", "objective", "training")}
+    plain = measured(checked(config), chosen["objective"])
     asked = [override for override in hydra_config.overrides.task if override not in common]
     changed = [override for override in asked if not override.startswith("objective=")]
     swept = hydra_config.mode == RunMode.MULTIRUN
     return {
-        "run_name": " ".join([choices["objective"], *changed]),
+        "run_name": " ".join([chosen["objective"], *changed]),
         "config": plain,
-        "params": {**dict(flattened(plain)), **choices},
+        "params": {**dict(flattened(plain)), **chosen},
         "outputs": str(Path(config.outputs).resolve()),
         "directory": str(Path(hydra_config.runtime.output_dir).resolve()),
         "parent": str(Path(hydra_config.sweep.dir).resolve() / "record") if swept else None,
@@ -159,7 +189,13 @@ def job(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig  # noqa: PLC0415
 
     try:
-        experiment(described(config)).run()
+        run = described(config)
+        experiment(run).run()
+        if run["config"]["report"]:
+            from runners.report import make  # noqa: PLC0415 (heavy)
+
+            page = make([run["config"]["name"]], run["config"]["tracking_uri"], Path(run["outputs"]))
+            print(f"report: {page}")
     except Exception as error:
         with suppress(OSError):  # the disk may be full: that is then the error to tell
             Path(HydraConfig.get().runtime.output_dir, "traceback.txt").write_text(traceback.format_exc())
@@ -173,15 +209,16 @@ def check(config: DictConfig, here: bool, common: "Collection[str]") -> dict[str
     `here` says that it will run on this machine; `common` are the overrides that all jobs have.
     """
     # Jobs that differ in nothing but the seed are all right if one of them is: that one takes the time.
-    plain = repr({**checked(config), "seed": None})
+    run = described(config, common)
+    plain = repr({**run["config"], "seed": None})
     if plain not in FOUND_RIGHT:
-        made = parts(config, here)
+        made = parts(run["config"], here)
         from runners.experiment import check_parts  # noqa: PLC0415 (heavy)
 
         keys = ("model", "objective", "training", "probes", "interventions", "tracking_uri")
         check_parts(*(made[key] for key in keys))
         FOUND_RIGHT.add(plain)
-    return described(config, common)
+    return run
 
 
 register(check)

@@ -19,7 +19,7 @@ from runners.provenance import provenance
 from runners.record import Record
 from runners.snapshot import changed_since, take_snapshot
 from runners.tracking import check_tracking_uri
-from runners.watch import Row, Watcher, finish, names_of, settled
+from runners.watch import Row, Watcher, finish, names_of, report_of, settled
 
 log = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).parents[1]
@@ -129,7 +129,11 @@ def watch(sweep: Sweep, interval: float) -> None:
 
 
 def conclude(sweep: Sweep, rows: Sequence[Row]) -> None:
-    """Tell of every job that did not complete, why and where; raise ChildProcessError if there are any."""
+    """Tell of every job that did not complete, why and where, and at the end where the report is.
+
+    Raises:
+        ChildProcessError: if a job did not complete, or there is no report that was asked for.
+    """
     failed = [row for row in rows if row.failed]
     for row in failed:
         where = f" on {row.node}" if row.node else ""
@@ -138,10 +142,17 @@ def conclude(sweep: Sweep, rows: Sequence[Row]) -> None:
         if row.traceback:
             log.error("%s", row.traceback.rstrip())
         log.error("log: %s", row.log)
+    report = None if any(row.active for row in rows) else report_of(sweep)
+    if report is not None and report[0] is not None:
+        log.info("report: %s", report[0])
     if failed:
         raise ChildProcessError(
             f"{len(failed)} of {len(rows)} jobs of the sweep in {sweep.directory} failed, as told above;"
             f" python -m runners.launcher resubmit {sweep.directory} starts them again"
+        )
+    if report is not None and report[0] is None:
+        raise ChildProcessError(
+            f"the jobs completed, but no report was made: `{report[1]}` makes it or says why"
         )
 
 
@@ -216,6 +227,7 @@ def _snapshot(sweep: Sweep) -> Path:
 def speak() -> None:
     """Have log lines shown as they are, on standard output."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout, force=True)
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # tells of every table of every font in a PDF
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -46,6 +46,12 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"{meant}valid: {', '.join(options)}"
 
 
+def choices(group: str) -> list[str]:
+    """What a group of the configuration has to choose from, such as `graded/dpo` of the objectives."""
+    files = (CONF / group).rglob("*.yaml")
+    return [path.relative_to(CONF / group).with_suffix("").as_posix() for path in files]
+
+
 def _is_ours(error: BaseException) -> bool:
     """Whether the message of an error was written for the user: ours are plain exceptions with a sentence."""
     ours = isinstance(error, USER_ERRORS) and _library(error) not in ("hydra", "omegaconf", "pydantic_core")
@@ -107,7 +113,7 @@ def _unknown_choice(error: Any) -> str:
         return _sentence(error)
     group, _, choice = str(error.missing_cfg_file).rpartition("/")
     # Hydra lists the choices of a group, but not those of a group that takes a list.
-    options = error.options or [path.stem for path in (CONF / group).glob("*.yaml")]
+    options = error.options or choices(group)
     if not group or not options:
         return f"there is no configuration {error.missing_cfg_file}: {CONF} has no such directory"
     return f"there is no {group}={choice}; {nearest(choice, options)}"

@@ -211,25 +211,25 @@ def main(arguments: Sequence[str]) -> int:
     )
     chosen = parser.parse_args(arguments)
     try:
-        study = read(chosen.names, _store(chosen.tracking_uri, chosen.outputs))
+        page = make(chosen.names, _store(chosen.tracking_uri, chosen.outputs), chosen.outputs)
     except (KeyError, ValueError, OSError) as error:
-        return _refused(error.args[0] if isinstance(error, KeyError) else error)
-    from runners.page import write  # noqa: PLC0415 (heavy)
-
-    directory = directory_of(chosen.outputs, chosen.names)
-    try:
-        with full_disk_explained(directory):
-            page = write(study, directory)
-    except OSError as error:
-        return _refused(error)
-    print(f"{len(study.runs)} finished runs, {len(study.rows)} rows")
-    print(f"report: {page.absolute()}")
+        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        return 1
+    print(f"report: {page}")
     return 0
 
 
-def _refused(sentence: object) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
-    return 1
+def make(names: Sequence[str], tracking_uri: str, outputs: Path) -> Path:
+    """Write the report on the experiments, and return its page.
+
+    Raises as `collect` does, and OSError if the disk does not take it.
+    """
+    study = read(names, tracking_uri)
+    from runners.page import write  # noqa: PLC0415 (heavy)
+
+    directory = directory_of(outputs, names)
+    with full_disk_explained(directory):
+        return write(study, directory.absolute())
 
 
 if __name__ == "__main__":

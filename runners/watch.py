@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shlex
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -10,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from runners import slurm, supervisor
+from runners.complaints import complaint
 from runners.jobs import State
 from runners.manifest import Sweep
 from runners.record import Record
+from runners.redaction import redacted_text
 from runners.sweep import summarise
 from runners.sync import publish
 
 log = logging.getLogger(__name__)
 ACTIVE = {"PENDING", "RUNNING"}
 AGAIN = {"RUNNING", "PENDING", "NODE_FAIL", "PREEMPTED", "REQUEUED", "RESIZING", "SUSPENDED", ""}
+REPORT = "report.html"  # of a sweep: the artifact
 PATIENCE = 2.0  # seconds that a job must be out of the queue before that counts
 LONGER = 15.0  # ... if the accounting says that it may come back
 
@@ -190,12 +195,41 @@ def finish(sweep: Sweep, rows: Sequence[Row]) -> None:
             return
         jobs = {row.number: sweep.job(row.number) for row in rows}
         ended = [_ended(row, jobs[row.number]) for row in rows]
+        uri = next(iter(jobs.values()))["tracking_uri"]
         summarise(record, [one.directory for one in ended])
+        publish([record, *ended], uri)
+        if any(job["config"]["report"] for job in jobs.values()):
+            _report(record, next(iter(jobs.values())))
         failed = [row for row in rows if row.failed]
         cancelled = all(row.state == "CANCELLED" for row in failed)
         error = f"{len(failed)} of {len(rows)} jobs did not complete" if failed else None
         record.end("FINISHED" if not failed else "KILLED" if cancelled else "FAILED", error)
-        publish([record, *ended], next(iter(jobs.values()))["tracking_uri"])
+        publish([record], uri)
+
+
+def _report(record: Record, job: Mapping[str, Any]) -> None:
+    """Make the report on the experiment, of which the sweep's record gets the page; trouble is a warning."""
+    from runners.report import make  # noqa: PLC0415 (heavy)
+
+    record.artifact(REPORT).unlink(missing_ok=True)
+    try:
+        page = make([job["config"]["name"]], job["tracking_uri"], Path(job["outputs"]))
+        shutil.copyfile(page, record.artifact(REPORT))
+    except Exception as error:  # whatever it is, the runs are done
+        log.warning("no report was made: %s", complaint(error))
+
+
+def report_of(sweep: Sweep) -> tuple[Path | None, str] | None:
+    """The page on a sweep that has ended, if it was made, and what makes it; None if none was asked for."""
+    from runners.report import directory_of  # noqa: PLC0415 (heavy)
+
+    job = sweep.job(next(iter(sweep.jobs())))
+    if not job["config"]["report"]:
+        return None
+    name, outputs, store = job["config"]["name"], job["outputs"], redacted_text(job["tracking_uri"])
+    command = ["python", "-m", "runners.report", name, "--outputs", outputs, "--tracking-uri", store]
+    made = (sweep.directory / "record/artifacts" / REPORT).exists()
+    return directory_of(Path(outputs), [name]) / "index.html" if made else None, shlex.join(command)
 
 
 def _ended(row: Row, job: Mapping[str, Any]) -> Record:
