@@ -142,7 +142,10 @@ class Experiment:
                 tables[name + suffix] = measured.table(name, probe)
                 at = str(self.params.get(f"probe.{name}.at"))  # whose subspaces: the figures say so
                 automatic = "step" if trajectory.from_random else "start"
-                tables[name + suffix].attrs["at"] = automatic if at == "auto" else at
+                tables[name + suffix].attrs |= {
+                    "at": automatic if at == "auto" else at,
+                    "trained": trajectory is not base.trajectory or trajectory.name == "pair",
+                }
                 log_table(record, name, suffix, tables[name + suffix], probe.headline)
         for name, intervention in self.interventions.items():
             assert measured is not None  # some trajectory there is: a model without one is refused

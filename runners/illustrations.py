@@ -7,9 +7,11 @@
 from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runners.companion import Companion, illustrated
 from runners.condensed import Condensed, rank_correlation
 
 if TYPE_CHECKING:
@@ -40,13 +42,15 @@ class Illustration:
         return round(int.from_bytes(self.path.read_bytes()[16:20], "big") * SCALE)  # of a PNG's header
 
 
-def illustrations(found: Condensed, directory: Path) -> list[Illustration]:
+def illustrations(found: Condensed, beside: Companion | None, directory: Path) -> list[Illustration]:
     """Draw and save all figures that the tables allow, in the order of the page."""
     from weightgeom.figures import save  # noqa: PLC0415 (heavy)
 
     directory.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for section, name, figure, caption, folded in _figures(found):
+    for section, name, figure, caption, folded in chain(
+        _figures(found), () if beside is None else illustrated(beside)
+    ):
         paths = [directory / f"{name}.{ending}" for ending in ("png", "pdf")]
         save(figure, *paths)
         drawn.append(Illustration(section, caption, paths[0], folded))

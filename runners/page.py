@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runners.claims import AGREES, DISAGREES, UNTESTED, verdicts
+from runners.companion import Companion, companion
 from runners.condensed import Condensed, condense
 from runners.illustrations import Illustration, illustrations
 from runners.paper import CLAIMS
@@ -32,6 +33,7 @@ MISSING = {
     "mechanism": ("The mechanism", "python run.py 'probe=[rsf,behaviour,moments]'"),
     "rank1": ("The rank-1 edits", "python run.py experiment=causal"),
     "surgery": ("The surgery on the update", "python run.py experiment=causal"),
+    "uncertainty": ("Uncertainty, the companion paper", "python run.py experiment=uncertainty"),
 }
 
 
@@ -39,17 +41,20 @@ def write(study: "Study", directory: Path) -> Path:
     """Write tables, figures and the page in place of earlier ones in `directory`; returns the page."""
     found = condense(study.rows, study.runs)
     judged = verdicts(found, study.runs)
+    beside = companion(study.rows)
     for part in ("tables", "figures"):
         shutil.rmtree(directory / part, ignore_errors=True)
     tables = {"rows": study.rows, "runs": study.runs, "claims": judged, **found.tables}
+    if beside is not None:
+        tables |= {"claims_uncertainty": beside.claims, "bridge": beside.bridge}
     (directory / "tables").mkdir(parents=True)
     kept = {name: table for name, table in tables.items() if len(table)}
     for name, table in kept.items():
         table.to_parquet(directory / "tables" / f"{name}.parquet")
         table.to_csv(directory / "tables" / csv(name), index=False)
-    drawn = illustrations(found, directory / "figures")
+    drawn = illustrations(found, beside, directory / "figures")
     page = directory / "index.html"
-    write_atomically(page, rendered(study, found, judged, drawn, list(kept)))
+    write_atomically(page, rendered(study, found, judged, beside, drawn, list(kept)))
     return page
 
 
@@ -62,6 +67,7 @@ def rendered(
     study: "Study",
     found: Condensed,
     judged: "pd.DataFrame",
+    beside: Companion | None,
     drawn: Sequence[Illustration],
     tables: Sequence[str],
 ) -> str:
@@ -71,7 +77,7 @@ def rendered(
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    shown = shown_tables(study, found)
+    shown = shown_tables(study, found, beside)
     there = {one.section for one in drawn} | shown.keys()
     missing = {name: told for name, told in MISSING.items() if name not in there}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -84,6 +90,7 @@ def rendered(
         left_out=len(study.runs) - found.rows["run_id"].nunique(),
         seeds=_most_seeds(found),
         claims=[_claim(claim, judged) for claim in CLAIMS],
+        beside=[] if beside is None else _grouped(beside.claims),
         tables=shown,
         variants=_variants(found),
         choices=_choices(study.runs),
@@ -121,6 +128,15 @@ def _claim(claim: Any, judged: "pd.DataFrame") -> dict[str, Any]:
         "counts": {said: count for said, count in counts.items() if count},
         "lines": lines.to_dict("records"),
     }
+
+
+def _grouped(claims: "pd.DataFrame") -> list[dict[str, Any]]:
+    """The companion paper's claims, each with its lines."""
+    return [
+        {"statement": claim[:1].upper() + claim[1:], "counts": dict(part["verdict"].value_counts()),
+         "lines": part.to_dict("records")}
+        for claim, part in claims.groupby("claim", sort=False)
+    ]  # fmt: skip
 
 
 def _variants(found: Condensed) -> Mapping[str, str]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from runners.companion import COUPLINGS, Companion
 from runners.condensed import Condensed
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from runners.report import Study
 
 ORDER = ("q", "k", "v", "gate", "up", "o", "down")
+NUMBERS = ("before", "after", "change", "read", "write")
+BRIDGED = ("before (1)", "after (1)", "change (1)", "read ratio (1)", "write ratio (1)")
 NULL, BEYOND = "null ±\u00a02\u00a0sd", "q\u00a0≤\u00a00.05"
 
 
@@ -28,7 +31,7 @@ class Shown:
     rows: Sequence[Sequence[str]]
 
 
-def shown_tables(study: "Study", found: Condensed) -> dict[str, Shown]:
+def shown_tables(study: "Study", found: Condensed, beside: Companion | None) -> dict[str, Shown]:
     """The tables of the page by name; those that no run measured are left out."""
     shown = {"settings": _settings(study, found), "runs": _runs(study)}
     if len(found.asymmetry):
@@ -40,7 +43,29 @@ def shown_tables(study: "Study", found: Condensed) -> dict[str, Shown]:
     for name in ("rank1", "surgery"):
         if len(table := getattr(found, name)):
             shown[name] = _comparisons(table)
+    if beside is not None and len(beside.bridge):
+        shown["bridge"] = _bridge(beside.bridge)
     return shown
+
+
+def _bridge(rows: "pd.DataFrame") -> Shown:
+    """A row for every training, group and coupling: the means over layers, and over seeds."""
+    keys = ["run", "arm", "quantity"]
+    ratios = rows.groupby([*keys, "role"])["rsf"].mean().unstack()
+    changes = rows.groupby(keys, sort=False)[["before", "after", "change"]].mean().join(ratios)
+    seeds = rows.groupby(keys)["run_id"].nunique()
+    told = [
+        [
+            run,
+            arm,
+            COUPLINGS[quantity],
+            *(_number(row.get(one)) for one in NUMBERS),
+            str(seeds[run, arm, quantity]),
+        ]
+        for (run, arm, quantity), row in changes.iterrows()
+    ]
+    columns = ("trained by", "groups", "coupling of the boundary", *BRIDGED, "runs")
+    return Shown(columns, (False, False, False, *[True] * 6), told)
 
 
 def _settings(study: "Study", found: Condensed) -> Shown:

@@ -25,22 +25,26 @@ def draw_uncertainty(
 
     from weightgeom import figures_uncertainty  # noqa: PLC0415 (heavy)
     from weightgeom.bridge import bridge  # noqa: PLC0415
-    from weightgeom.claims_uncertainty import lines  # noqa: PLC0415
+    from weightgeom.claims_uncertainty import base_step, lines  # noqa: PLC0415
 
+    trained = _trained(tables)
     if edited:
         save("abstentions", figures_uncertainty.abstentions(edited))
     if "uncertainty" in tables:
         table = tables["uncertainty"]
-        step = int(table["step"].max())
+        step = base_step(table, trained)
         save("uncertainty_profiles", figures_uncertainty.profiles(table, step))
         save("uncertainty_topology", figures_uncertainty.topology(table, step))
         save("uncertainty_sensitivity", figures_uncertainty.sensitivity(table, step))
-        if "rsf" in tables and "uncertainty_pretraining" in tables:
+        if trained:
+            after = int(table["step"].max())
+            save("uncertainty_profiles_trained", figures_uncertainty.profiles(table, after))
+        if trained and "rsf" in tables:
             found = bridge(table, tables["rsf"])
             if len(found):
                 save("uncertainty_bridge", figures_uncertainty.bridge(found))
                 found.to_csv(record.artifact("tables/bridge.csv"), index=False)
-    claims = pd.DataFrame([vars(line) for line in lines(tables)])
+    claims = pd.DataFrame([vars(line) for line in lines(tables, trained)])
     claims.to_csv(record.artifact("tables/claims_uncertainty.csv"), index=False)
 
 
@@ -51,6 +55,11 @@ def claims_shown(tables: "Mapping[str, pd.DataFrame]", make: type) -> object | N
     from weightgeom.claims_uncertainty import lines  # noqa: PLC0415
 
     shown = make("claim", "verdict", "evidence", title="arXiv:2603.13911v1")
-    for line in lines(tables):
+    for line in lines(tables, _trained(tables)):
         shown.add_row(line.claim, line.verdict, line.evidence)
     return shown
+
+
+def _trained(tables: "Mapping[str, pd.DataFrame]") -> bool:
+    """Whether the run has trained what it probed; else it has measured what was there."""
+    return "uncertainty" in tables and bool(tables["uncertainty"].attrs.get("trained"))

@@ -47,6 +47,7 @@ MODEL_TYPES = {
     "qwen3_moe": "qwen3_moe",
     "olmo2": "olmo2",
 }
+STUDIES = ("paper", "graded_control")
 parts = runpy.run_path(str(ROOT / "run.py"))["parts"]
 
 
@@ -82,6 +83,17 @@ def test_every_choice_composes_and_builds(path: Path) -> None:
 def test_every_experiment_composes_and_builds() -> None:
     for path in EXPERIMENTS:
         assert parts(composed(f"experiment={path.stem}")), path
+
+
+def test_the_study_sweeps_over_every_point_of_the_graded_control() -> None:
+    study, graded = (yaml.safe_load((CONF / f"experiment/{name}.yaml").read_text()) for name in STUDIES)
+    objectives = set(study["hydra"]["sweeper"]["params"]["objective"].split(","))
+    ends = {"graded/dpo", "graded/ce"}  # which are dpo and sft themselves
+    assert (
+        objectives - {"dpo", "sft", "ce"}
+        == set(graded["hydra"]["sweeper"]["params"]["objective"].split(",")) - ends
+    )
+    assert set().union(*study["only"].values()) <= objectives
 
 
 @pytest.mark.parametrize("launcher", sorted(path.stem for path in (CONF / "hydra/launcher").glob("*.yaml")))

@@ -25,8 +25,8 @@ class Line:
     evidence: str
 
 
-def lines(tables: "Mapping[str, pd.DataFrame]") -> list[Line]:
-    """A line for every claim and uncertain group, at the step before alignment, or the last of a pretraining.
+def lines(tables: "Mapping[str, pd.DataFrame]", trained: bool) -> list[Line]:
+    """A line for every claim and uncertain group, of the model before it was `trained` on, if it was.
 
     A claim agrees where the 95 % interval lies on its side, and disagrees otherwise; the layer is that in
     which the groups are told apart best, by the logistic probe; dimensions are over all layers. Where a
@@ -35,15 +35,17 @@ def lines(tables: "Mapping[str, pd.DataFrame]") -> list[Line]:
     table = tables.get("uncertainty")
     found = []
     if table is not None and len(table):
-        # The base: where an alignment starts, or where a pretraining, the only trajectory, has come to.
-        first = table["step"].min()
-        step = first if "uncertainty_pretraining" in tables else table["step"].max()
-        rows = table[table["step"] == step]
+        rows = table[table["step"] == base_step(table, trained)]
         for arm in sorted(one for one in rows["arm"].unique() if "/" in one and "@" not in one):
             found += _of_group(rows, arm)
     else:
         found += [Line(claim, "not tested here", "no rows of the probe uncertainty") for claim in CLAIMS]
     return [*found, *_of_interventions(tables)]
+
+
+def base_step(table: "pd.DataFrame", trained: bool) -> int:
+    """The base's: where a training starts from it, or where its own has come to."""
+    return int(table["step"].min() if trained else table["step"].max())
 
 
 CLAIMS = (
@@ -117,26 +119,32 @@ def _of_interventions(tables: "Mapping[str, pd.DataFrame]") -> Iterator[Line]:
     if table is None or not len(table):
         yield Line(COUPLED, "not tested here", "no rows of the intervention bypass")
         return
-    arms = table[table["arm"].str.startswith("bypass@")]
-    treated = arms[~arms["arm"].str.contains("/", regex=False)].set_index(["quantity", "layer", "arm"])[
-        "value"
-    ]
-    p_values = arms[arms["quantity"] == "abstention_change_p_value"].copy()
-    p_values["arm"] = p_values["arm"].str.partition("/")[0]
-    p = p_values.set_index(["layer", "arm"])["value"]
-    gains = treated["abstention_change"] - treated["false_abstention_change"]
-    layer, arm = gains.idxmax()
-    controls = table[
-        table["arm"].str.startswith("random.") & table["arm"].str.endswith(arm.partition("@")[2])
-    ]
-    controls = controls[(controls["quantity"] == "abstention_change") & (controls["layer"] == layer)]["value"]
-    change, other = treated["abstention_change", layer, arm], treated["false_abstention_change", layer, arm]
+    # The best layer and strength is a choice: the controls are granted the same, each its own best.
+    treated, controls = (_gains(table, arm) for arm in (r"bypass()@(.+)", r"random\.(\d+)@(.+)"))
+    best = treated.loc[treated["gain"].idxmax()]
+    there = controls[(controls["layer"] == best["layer"]) & (controls["dose"] == best["dose"])]
+    others = controls.groupby("draw")["gain"].max()
+    p = (1 + int((others >= best["gain"]).sum())) / (1 + len(others))
+    more = best["gain"] > others.median() and p <= LEVEL
+    random = there["abstention_change"]
     yield Line(
         COUPLED,
-        "agrees" if change > controls.max() and p[layer, arm] <= LEVEL else "disagrees",
-        f"{arm} in layer {layer}: abstention {change:+.2f}, false abstention {other:+.2f}; controls"
-        f" {controls.median():+.2f}, at most {controls.max():+.2f}; p {p[layer, arm]:.2g}",
+        "agrees" if more else "disagrees",
+        f"bypass@{best['dose']} in layer {best['layer']}: abstention {best['abstention_change']:+.2f}, false"
+        f" abstention {best['false_abstention_change']:+.2f}; random projections there"
+        f" {random.median():+.2f}, at most {random.max():+.2f}; p {p:.2g} of the gain, each at its best layer"
+        " and strength",
     )
+
+
+def _gains(table: "pd.DataFrame", pattern: str) -> "pd.DataFrame":
+    """What every arm of a kind gained: abstention less false abstention, by `draw`, `layer` and `dose`."""
+    changes = table[table["quantity"].isin(["abstention_change", "false_abstention_change"])]
+    told = changes["arm"].astype("str").str.extract(f"^{pattern}$")
+    changes = changes.assign(draw=told[0], dose=told[1])
+    changes = changes[changes["dose"].notna() & ~changes["arm"].str.contains("/", regex=False)]
+    wide = changes.set_index(["draw", "layer", "dose", "quantity"])["value"].unstack()
+    return wide.assign(gain=wide["abstention_change"] - wide["false_abstention_change"]).reset_index()
 
 
 def _values(rows: "pd.DataFrame", arm: str, quantity: str, subspace: str = "residual") -> "pd.Series":

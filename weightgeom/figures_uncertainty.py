@@ -162,27 +162,30 @@ def abstentions(tables: Mapping[str, pd.DataFrame]) -> Figure:
 def bridge(rows: pd.DataFrame) -> Figure:
     """Change of the boundary's coupling while abstention is taught against the RSF of the same deltas.
 
-    A point is a training: fisher ratio left and gradient coupling right, reads circles, writes squares;
-    `rows` are those of `weightgeom.bridge`.
+    Fisher ratio left and gradient coupling right, reads circles, writes squares. `rows` are those of
+    `weightgeom.bridge`: a point is a layer, with one standard error; with a column `run`, of several
+    trainings, it is the mean over a training's layers, and colours tell trainings apart.
     """
+    several = "run" in rows
+    if several:
+        keys = ["quantity", "arm", "role", "run"]
+        rows = rows.groupby(keys, sort=False)[["rsf", "change", "stderr"]].mean().reset_index()
+    apart = list(rows["run"].unique()) if several else list(rows["arm"].unique())
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(6.5, 2.6), layout="constrained")
+        figure, axes = plt.subplots(1, 2, figsize=(6.5, 2.8), layout="constrained")
         for axis, quantity in zip(axes, ("fisher_ratio", "gradient_coupling"), strict=True):
             axis.axhline(0, color="0.5", ls="--", lw=0.8)
             axis.axvline(1, color="0.5", ls="--", lw=0.8)
             part = rows[rows["quantity"] == quantity]
-            for (arm, role), some in part.groupby(["arm", "role"], sort=False):
-                marker, colour = ("o", GROUPS[0]) if role == "read" else ("s", GROUPS[1])
+            for key, some in part.groupby(["role", "arm", *(["run"] if several else [])], sort=False):
+                role, arm = key[:2]
+                index = apart.index(key[2] if several else arm)
                 axis.errorbar(
-                    some["rsf"],
-                    some["change"],
-                    some["stderr"],
-                    fmt=marker,
-                    ms=3.5,
-                    elinewidth=0.7,
-                    color=colour,
-                    label=f"{role}, {arm}",
-                )
+                    some["rsf"], some["change"], some["stderr"], elinewidth=0.7, ms=4,
+                    fmt="o" if role == "read" else "s", color=GROUPS[index % len(GROUPS)],
+                    mfc="none" if several and arm != rows["arm"].iloc[0] else None,
+                    label=f"{role}s, {', '.join(key[:0:-1])}",
+                )  # fmt: skip
             axis.set_xlabel("relative subspace fraction of the update (1)")
             axis.set_ylabel(f"change of {quantity.replace('_', ' ')} (1)")
         _legend(figure, axes)

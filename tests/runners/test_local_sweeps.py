@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from app import ROOT, environment, run
+from mlflow import MlflowClient
 from sweeps import TINY, Place, directory, events, rows, states, steps, until, weights
 
 from runners.manifest import Sweep
@@ -92,6 +93,28 @@ def test_what_failed_is_collected_and_it_alone_is_started_again(place):
     assert place.command("wait", sweep).code == 1
     assert states(sweep, 0) == ["RUNNING", "FAILED"] * 2
     assert states(sweep, 1) == ["RUNNING", "COMPLETED"]
+
+
+def test_a_sweep_ends_in_its_report_and_measures_of_an_objective_what_it_is_asked_to(place):
+    probes = ["probe=[rsf,behaviour]", "probe.rsf.tokens=256", "probe.behaviour.tokens=256"]
+    asked = [*probes, "+only.behaviour=[dpo]", "report=true", "name=reported", "objective=dpo,ce"]
+    pages = place.home / "outputs/report"
+    pages.touch()  # where the directory should be
+    ended = place.sweep(*asked)
+    sweep = directory(ended)
+    assert ended.code == 1 and "all jobs completed, but no report was made" in ended.errors[0]
+    assert rows(place.command("status", sweep)) == {0: "COMPLETED", 1: "COMPLETED"}
+    found = [{path.stem for path in sweep.glob(f"{n}/record/artifacts/tables/rsf*.csv")} for n in (0, 1)]
+    behaviour = [(sweep / f"{n}/record/artifacts/tables/behaviour.csv").exists() for n in (0, 1)]
+    assert found == [{"rsf", "rsf_pretraining"}] * 2 and behaviour == [True, False]
+    pages.unlink()
+    ended = place.sweep(*asked, "seed=1")
+    assert ended.code == 0 and f"report: {pages}/reported/index.html" in ended.out
+    client = MlflowClient(f"sqlite:///{place.home}/outputs/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("reported").experiment_id])
+    parent = next(run for run in runs if f"{directory(ended)}" == run.data.tags.get("sweep"))
+    page = client.download_artifacts(parent.info.run_id, "report.html", str(place.home))
+    assert "4 finished runs" in Path(page).read_text()
 
 
 def test_cancelled_jobs_end_and_are_killed_in_mlflow_and_go_on_when_they_are_started_again(place):

@@ -18,11 +18,13 @@ import pandas as pd
 import pytest
 import study
 from app import ROOT, environment
+from asked import bypassed, probed
 from study import Planted, publish, rsf
 
 from runners.report import collect, directory_of, main
 from runners.tracking import open_store
-from weightgeom.table import COLUMNS
+from weightgeom.claims_uncertainty import CLAIMS, COUPLED
+from weightgeom.table import COLUMNS, tabulate
 
 # MLflow's own; it appears when its sqlite store is opened for the first time.
 pytestmark = pytest.mark.filterwarnings(
@@ -51,9 +53,22 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bare,
         Planted("dpo", {"rsf": rsf(5.0, 2.0)}, **hostile),
         Planted("dpo", {}, experiment="unfinished", status="KILLED"),
+        *unsure(),
     ]
     publish(directory / "records", f"sqlite:///{directory}/mlflow.db", runs)
     return directory
+
+
+def unsure() -> list[Planted]:
+    """A study of uncertainty: two trainings of one base, one of them with an intervention."""
+    after = {"fisher_ratio": (0.9, 0.8, 1.0)}  # the base has 0.3
+    tables = {
+        "uncertainty_pretraining": tabulate(probed()),
+        "uncertainty": tabulate([*probed(), *probed(after, step=64)]),
+        "rsf": rsf(5.0, 2.0),
+    }
+    runs = (("ce", tables | {"bypass": bypassed()}), ("dpo", tables | {"rsf": rsf(4.0, 1.0)}))
+    return [Planted(objective, tables, experiment="unsure") for objective, tables in runs]
 
 
 @pytest.fixture(scope="module")
@@ -161,11 +176,32 @@ def test_missing_parts_are_named_with_the_command_that_measures_them(outputs, ca
         "rank-1 edits",
         "surgery on the update",
         "What the trainings achieved",
+        "Uncertainty, the companion paper",
     ):
         assert f"{what}: no finished run" in text
     assert "python run.py experiment=graded_control -m name=bare" in text
     assert "Seeds: one a setting, so no interval over seeds." in text
     assert text.count("not tested here") >= 5 and "2 layers, 1 run" in text
+
+
+def test_uncertainty_has_its_claims_figures_and_bridge_where_it_was_measured(outputs):
+    assert main(["unsure", "--outputs", str(outputs)]) == 0
+    place = outputs / "report/unsure"
+    text = Page(place / "index.html").text
+    claims = pd.read_parquet(place / "tables/claims_uncertainty.parquet")
+    # One base, whatever was trained from it: a line for each claim.
+    assert list(claims["claim"]) == [*CLAIMS, COUPLED] and set(claims["verdict"]) == {"agrees"}
+    assert set(claims["setting"]) == {"tiny · world, seed 0"}
+    assert all(f"{claim[:1].upper()}{claim[1:]}." in text for claim in claims["claim"])
+    assert "abstention +0.60, false abstention +0.10" in text
+    bridge = pd.read_parquet(place / "tables/bridge.parquet")
+    change = bridge[bridge["quantity"] == "fisher_ratio"].groupby(["run", "role"])[["change", "rsf"]].mean()
+    # 0.3 to 0.9, a hundredth more in the second layer.
+    assert change.loc[("ce", "write")].round(6).tolist() == [0.603, 2.0]
+    assert change.loc[("dpo", "read")].round(6).tolist() == [0.603, 4.0]
+    for name in ("uncertainty_profiles", "uncertainty_sensitivity", "abstentions", "bridge"):
+        assert (place / f"figures/{name}.png").stat().st_size > 5000
+    assert "Uncertainty, the companion paper: no finished run" not in text
 
 
 def test_a_second_report_replaces_the_figures_of_the_first(outputs):
