@@ -165,9 +165,13 @@ def half_width(sd: float, n: int) -> float | None:
 
 
 def graded(ended: "pd.DataFrame", runs: "pd.DataFrame") -> "pd.DataFrame":
-    """A row for every run and pathway whose sharpness was measured; `run` is its setting's name."""
+    """A row for every run and pathway whose sharpness was measured; `run` is its setting's name.
+
+    Trainings on the corpus are left out: the family is compared on one data set, the responses.
+    """
     about = runs.set_index("run_id")
     part = ended[(ended["matrix"] == "") & (ended["trajectory"] == "training")]
+    part = part[~part["run_id"].map(about["of_text"]).astype(bool)]
     part = part.assign(
         run=_without(part["setting"], part["preference"]),
         sharpness=part["run_id"].map(about["participation_ratio"]).astype(float),

@@ -32,8 +32,8 @@ def settings(runs: Sequence[Params]) -> list[dict[str, object]]:
 
     `objective`, `model`, `data`, `preference` and their seeds; what else differs between runs of the same
     choice goes into the objective's name, or else into `variant`. `base_variant` is what of it matters to
-    the pretraining too. `aligns`: it contrasts responses; `entropy`: it is cross-entropy; `pair`: two
-    finished checkpoints. `model_is`, `data_is`, ... are all parameters of a choice.
+    the pretraining too. `aligns`: it contrasts responses; `entropy`: it is cross-entropy; `of_text`: on the
+    corpus, and not on responses; `pair`: two finished checkpoints. `model_is`, `data_is`, ... are all parameters of a choice.
     """
     return [_setting(run, runs) for run in runs]
 
@@ -102,6 +102,7 @@ def _setting(run: Params, runs: Sequence[Params]) -> dict[str, object]:
         "preference": run.get("data.preference", ""),
         "aligns": pair or _aligns(run),
         "entropy": _entropy(run),
+        "of_text": _of_text(run),
         "pair": pair,
         **{f"{group}_is": _told(run, group) for group in GROUPS},
     }
@@ -150,3 +151,9 @@ def _entropy(run: Params) -> bool:
     kind = run.get("objective._target_", "").rpartition(".")[2]
     graded_end = (run.get("objective.level"), run.get("objective.negatives"), run.get("objective.tau"))
     return kind == "CE" or (kind == "GradedContrastive" and graded_end == ("token", "None", "0.0"))
+
+
+def _of_text(run: Params) -> bool:
+    """Whether it is trained on text; `on=auto` is that where the data have any."""
+    on = run.get("objective.on")
+    return on == "text" or (on == "auto" and run["data"] in ("world", "text"))
