@@ -33,7 +33,8 @@ def settings(runs: Sequence[Params]) -> list[dict[str, object]]:
     `objective`, `model`, `data`, `preference` and their seeds; what else differs between runs of the same
     choice goes into the objective's name, or else into `variant`. `base_variant` is what of it matters to
     the pretraining too. `aligns`: it contrasts responses; `entropy`: it is cross-entropy; `of_text`: on the
-    corpus, and not on responses; `pair`: two finished checkpoints. `model_is`, `data_is`, ... are all parameters of a choice.
+    corpus, and not on responses; `pair`: two finished checkpoints. `model_is`, `data_is`, ... are all
+    parameters of a choice.
     """
     return [_setting(run, runs) for run in runs]
 

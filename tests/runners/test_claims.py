@@ -172,6 +172,17 @@ def test_a_rank_correlation_within_chance_does_not_agree():
     assert "over 6 runs of 3 objectives" in line["finding"]
 
 
+def test_a_training_on_the_corpus_is_no_point_of_the_graded_control():
+    sharp = (("graded/dpo", 1.0, 1.0), ("graded/ce", 1.5, 2.0), ("graded/token_tau01", 2.0, 3.0))
+    runs = [
+        Planted(objective, {"rsf": rsf(5.0, write)}, sharpness=sharpness, seed=seed)
+        for objective, sharpness, write in (*sharp, ("ce", 9.0, 0.5))
+        for seed in (0, 1)
+    ]
+    line = judged(runs).query("claim == 4").iloc[0]
+    assert line["verdict"] == AGREES and "over 6 runs of 3 objectives" in line["finding"]
+
+
 def test_the_correlation_of_the_forecast_has_its_interval(agreeing, contrary):
     for found, sign in ((agreeing, 1), (contrary, -1)):
         for _, line in found[found["claim"] == 5].iterrows():
