@@ -145,6 +145,8 @@ class Experiment:
                 tables[name + suffix] = self._about(name, trajectory, measured.table(name, probe))
                 log_table(record, name, suffix, tables[name + suffix], probe.headline)
         if base.trajectory is not None and base.pairs:
+            names = enumerate(base.trajectory.stages)  # for who sees a curve by step
+            record.tag(STAGES, ", ".join(f"{step} {stage}" for step, stage in names))
             for name, table in self._between_stages(record, base, examples):
                 tables[name + BETWEEN] = self._about(name, base.trajectory, table)
                 log_table(record, name, BETWEEN, table, self.probes[name].headline)

@@ -264,6 +264,7 @@ def test_a_chain_of_three_stages_is_one_comparison(home, compared):
     experiment = client.get_experiment_by_name("chain")
     assert experiment is not None
     (tracked,) = client.search_runs([experiment.experiment_id])
+    assert tracked.data.tags["stages"] == "0 base, 1 sft, 2 dpo"
     assert tracked.data.params["model.stages.dpo"] == f"lab/tiny-dpo@{COMMITS['dpo']}"
     last = table(compared, "rsf_stages").query("step == 2 and matrix == 'q' and quantity == 'ratio'")
     mean = last[last["subspace"] != "random"]["value"].mean()

@@ -34,7 +34,7 @@ class Chain:
     """
 
     stages: dict[str, str]
-    revisions: dict[str, str] = Field(default_factory=dict)
+    revisions: dict[str, str | None] = Field(default_factory=dict)
     size: str = ""
     tokenizer: str | None = None
     allow_bin: bool = False
@@ -112,7 +112,7 @@ class Chain:
         where, _, revision = location.partition("@")
         if Path(location).expanduser().is_dir() or is_path(where):
             return location  # fetch says if there is no such directory
-        revision = revision or self.revisions.get(name, "")
+        revision = revision or self.revisions.get(name)
         how = PIN.format(key=f"model.revisions.{name}", name=where)
         if not revision:
             raise ValueError(
