@@ -56,15 +56,15 @@ def side_by_side(tables: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame":
 
     Every ratio has a row for each layer and one without a layer, the mean over them: its `stderr` is over
     layers, `n` their number; `null_ratio_sd` and `z` are of that mean, layers being independent under the
-    null; `ratio_low` and `ratio_high` are the means of the layers' ends, which is wide, as prompts are
-    shared between layers. `delta_norm` is the norm over all layers.
+    null; `ratio_low` and `ratio_high` are the means of the layers' ends, as if all layers rose and fell with
+    the prompts together, which errs on the wide side. `delta_norm` is the norm over all layers.
     """
     import pandas as pd  # noqa: PLC0415 (slow)
 
     from runners.summary import own  # noqa: PLC0415 (which draws what is here)
     from weightgeom.table import COLUMNS  # noqa: PLC0415 (heavy)
 
-    wanted = (
+    wanted = [
         "ratio",
         "ratio_low",
         "ratio_high",
@@ -73,24 +73,24 @@ def side_by_side(tables: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame":
         "z",
         "p_value",
         "q_value",
-    )
+    ]
     rows: list[dict[str, Any]] = []
     for name in ("rsf", f"rsf{BETWEEN}"):
         table = tables[name]
         whole = pd.concat([own(table, quantity) for quantity in wanted])
         sizes = table[(table["quantity"] == "delta_norm") & ~table["matrix"].str.contains(".", regex=False)]
         kept = pd.concat([whole, sizes])
-        for against, stage, part in comparisons(name, kept, table.attrs[STAGES]):
+        for against, stage, both in comparisons(name, kept, table.attrs[STAGES]):
             place = {"stage": stage, "against": against}
-            mine = part[part["step"] != 0]
+            mine = both[both["step"] != 0]
             rows += [{**place, **row} for row in mine.to_dict("records")]
-            for _, part in mine.groupby(["matrix", "role"], sort=False):
-                rows += [{**place, **row} for row in _over_layers(part)]
+            for _, matrix in mine.groupby(["matrix", "role"], sort=False):
+                rows += [{**place, **row} for row in _over_layers(matrix)]
     return pd.DataFrame(rows, columns=["stage", "against", *COLUMNS]).astype(COLUMNS)
 
 
 def _over_layers(part: "pd.DataFrame") -> Iterator[dict[str, Any]]:
-    """The rows of one matrix as one layer's."""
+    """What the rows of one matrix in all layers come to."""
     by_name = dict(iter(part.groupby("quantity", sort=False)))
     first = part.iloc[0].to_dict() | {"layer": None, "stderr": None}
     sizes = by_name["delta_norm"]

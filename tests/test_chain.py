@@ -25,6 +25,9 @@ from weightgeom.model import load
 from weightgeom.pretrained import TwoCheckpoints
 from weightgeom.probes.rsf import RSF
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
+)
 EXAMPLES = small.WORLD.examples()
 COMMITS = {"base": "a" * 40, "sft": "b" * 40, "dpo": "c" * 40}
 
@@ -243,7 +246,6 @@ def table(ended: Ended, name: str) -> pd.DataFrame:
     return pd.read_parquet(ended.record / f"artifacts/tables/{name}.parquet")
 
 
-@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning")
 def test_a_chain_of_three_stages_is_one_comparison(home, compared):
     assert compared.code == 0, compared.err
     names = {path.name for path in (compared.record / "artifacts/tables").glob("*.parquet")}
