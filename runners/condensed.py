@@ -87,8 +87,8 @@ def ratios(rows: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def at_end(by_layer: "pd.DataFrame") -> "pd.DataFrame":
-    """The rows of the last step of every run's trajectory."""
-    last = by_layer.groupby(["run_id", "trajectory"])["step"].transform("max")
+    """The rows of the last step of every run's trajectory, or of each of its comparisons of stages."""
+    last = by_layer.groupby(["run_id", "trajectory", "setting"])["step"].transform("max")
     return by_layer[by_layer["step"] == last]
 
 
@@ -275,7 +275,7 @@ def behaviour(rows: "pd.DataFrame") -> "pd.DataFrame":
     keys = ["setting", *SETTING, "quantity", "unit"]
     ends = {}
     for name, pick in (("before", "min"), ("after", "max")):
-        step = part.groupby("run_id")["step"].transform(pick)
+        step = part.groupby(["run_id", "setting"])["step"].transform(pick)
         ends[name] = part[part["step"] == step].groupby(keys, sort=False)["value"].mean()
     n = part.groupby(keys, sort=False)["n"].max()
     runs = part.groupby(keys, sort=False)["run_id"].nunique()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from time import time_ns
 from typing import TYPE_CHECKING, Any, TextIO
@@ -17,9 +18,11 @@ from runners.processes import terminations_as_exceptions
 from runners.provenance import environment, provenance, uncommitted_diff
 from runners.record import Record
 from runners.redaction import redacted_text
+from runners.stages import BETWEEN, COMPARING, STAGES, between, check_chain, side_by_side
 from runners.store import full_disk_explained, stage, write_atomically
 from runners.summary import draw, log_table, print_summary, progress_bar
 from runners.tracking import Publisher, check_tracking_uri
+from weightgeom.chain import Chain
 from weightgeom.interfaces import (
     Base,
     Data,
@@ -139,19 +142,46 @@ class Experiment:
             measured = Measured(self, record, base, trajectory, identity, examples)
             suffix = "_pretraining" if self.objective is not None and trajectory is base.trajectory else ""
             for name, probe in self.probes.items():
-                tables[name + suffix] = measured.table(name, probe)
-                at = str(self.params.get(f"probe.{name}.at"))  # whose subspaces: the figures say so
-                automatic = "step" if trajectory.from_random else "start"
-                tables[name + suffix].attrs |= {
-                    "at": automatic if at == "auto" else at,
-                    "trained": trajectory is not base.trajectory or trajectory.name == "pair",
-                }
+                tables[name + suffix] = self._about(name, trajectory, measured.table(name, probe))
                 log_table(record, name, suffix, tables[name + suffix], probe.headline)
+        if base.trajectory is not None and base.pairs:
+            names = enumerate(base.trajectory.stages)  # for who sees a curve by step
+            record.tag(STAGES, ", ".join(f"{step} {stage}" for step, stage in names))
+            for name, table in self._between_stages(record, base, examples):
+                tables[name + BETWEEN] = self._about(name, base.trajectory, table)
+                log_table(record, name, BETWEEN, table, self.probes[name].headline)
+            if "rsf" in tables:
+                tables[STAGES] = side_by_side(tables)
         for name, intervention in self.interventions.items():
             assert measured is not None  # some trajectory there is: a model without one is refused
             tables[name] = measured.effects(name, intervention)  # of the last one
             log_effects(record, name, tables[name], intervention.headline)
         return tables
+
+    def _about(self, name: str, trajectory: Trajectory, table: "pd.DataFrame") -> "pd.DataFrame":
+        """The table, told what the figures say of it: whose subspaces it is in, and what its steps are."""
+        at = str(self.params.get(f"probe.{name}.at"))
+        automatic = "step" if trajectory.from_random else "start"
+        table.attrs["at"] = automatic if at == "auto" else at
+        table.attrs["trained"] = trajectory.name in ("training", "pair", "chain")  # from a base, its step 0
+        if trajectory.stages:
+            table.attrs[STAGES] = list(trajectory.stages)
+        return table
+
+    def _between_stages(
+        self, record: Record, base: Base, examples: Examples
+    ) -> "Iterator[tuple[str, pd.DataFrame]]":
+        """Of every probe that compares, what `model=pair` gives of each stage and the one before it."""
+        names = [name for name in self.probes if name in COMPARING]
+        found: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
+        assert base.trajectory is not None
+        for pair, (before, after) in zip(base.pairs, pairwise(base.trajectory.stages), strict=True):
+            assert pair.trajectory is not None
+            log.info("stage %s against %s, the one before it", after, before)
+            measured = Measured(self, record, pair, pair.trajectory, pair.identity, examples)
+            for name in names:
+                found[name].append(measured.table(name, self.probes[name]))
+        yield from ((name, between(pairs)) for name, pairs in found.items())
 
     def _trajectories(
         self, record: Record, base: Base, examples: Examples
@@ -217,6 +247,8 @@ def check_parts(
 ) -> None:
     """Refuse what does not go together, as far as can be told without the data."""
     check_tracking_uri(tracking_uri)
+    if isinstance(model, Chain):
+        check_chain([*probes], [*interventions])
     architecture = model.check(None if objective is None else training.max_length)
     if objective is not None:
         training.lora.check(architecture)

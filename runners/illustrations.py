@@ -97,16 +97,18 @@ def _asymmetry(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]
         False,
     )
     table = found.trajectory[found.trajectory["matrix"] != ""]
+    table = table[table.groupby("setting")["step"].transform("nunique") > 1]  # two checkpoints are no line
     first = table["trajectory"] == "pretraining"
-    yield (
-        "trajectory",
-        "trajectory",
-        figures_report.ratio_along_training(_concatenated([table[first], table[~first]])),
-        "The same ratio along each training, matrix by matrix: the mean over layers and runs; bars are one"
-        " standard error, over seeds where there are several, else over layers. Solid lines read, dashed"
-        " lines write; the grey line is the isotropic level.",
-        False,
-    )
+    if len(table):
+        yield (
+            "trajectory",
+            "trajectory",
+            figures_report.ratio_along_training(_concatenated([table[first], table[~first]])),
+            "The same ratio along each training, matrix by matrix: the mean over layers and runs; bars are"
+            " one standard error, over seeds where there are several, else over layers. Solid lines read,"
+            " dashed lines write; the grey line is the isotropic level.",
+            False,
+        )
     rsf = found.rows[found.rows["table"] == "rsf"]
     for number, (setting, part) in enumerate(rsf.groupby("setting", sort=False)):
         end = part[part["step"] == part.groupby("run_id")["step"].transform("max")].copy()

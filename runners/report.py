@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from runners.complaints import nearest
 from runners.redaction import redacted_text
-from runners.settings import is_run, settings
+from runners.settings import ARROW, is_run, settings
+from runners.stages import BETWEEN, STAGES, comparisons
 from runners.store import full_disk_explained, one_line
 from runners.tracking import check_tracking_uri, open_client
 
@@ -49,7 +50,8 @@ def collect(*names: str, tracking_uri: str | None = None) -> "pd.DataFrame":
 
     Columns: `experiment run_id run_name objective variant seed model model_seed data data_seed preference
     trajectory table`, where `trajectory` is training or pretraining and `table` the probe or intervention,
-    then those of every table, `step layer matrix ... stderr n`. The store is `tracking_uri`, else
+    then those of every table, `step layer matrix ... stderr n`. Of a chain of stages `objective` is what is
+    compared, `sft → dpo`, and each has the rows of step 0. The store is `tracking_uri`, else
     `MLFLOW_TRACKING_URI`, else `outputs/mlflow.db`.
 
     Raises:
@@ -177,12 +179,27 @@ def _tables(client: "MlflowClient", run: Any) -> "pd.DataFrame":
             if missing := [column for column in COLUMNS if column not in part]:
                 raise ValueError(f"{name} in {where} is no table of ours: it has no {', '.join(missing)}")
             table = Path(name).stem
+            if run.chain:
+                parts += [one[list(COLUMNS)].assign(**(place | told)) for told, one in _stages(table, part)]
+                continue
             before = table.endswith(PRETRAINING) or (run.objective == "none" and not run.pair)
             told = {"trajectory": "pretraining" if before else "training"}
             told["table"] = table.removesuffix(PRETRAINING)
             parts.append(part[list(COLUMNS)].assign(**place, **told))
     columns = [*place, "trajectory", "table", *COLUMNS]
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def _stages(name: str, table: "pd.DataFrame") -> "Iterator[tuple[dict[str, str], pd.DataFrame]]":
+    """The rows of a chain's table by what they compare, which stands for their objective.
+
+    All ratios become one table; other comparisons with the stage before keep the name of theirs.
+    """
+    if name == STAGES:  # is made of the others
+        return
+    told = {"trajectory": "training", "table": "rsf" if name == f"rsf{BETWEEN}" else name}
+    for before, after, rows in comparisons(name, table, table.attrs[STAGES]):
+        yield {**told, "objective": f"{before}{ARROW}{after}"}, rows
 
 
 def directory_of(outputs: Path, names: Sequence[str]) -> Path:

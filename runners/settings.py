@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 SETTING = ["model", "data", "preference", "objective", "variant", "trajectory"]
 GROUPS = ("model", "data", "objective", "training")
+ARROW = " → "  # between two checkpoints that are compared
 LONG = 40  # characters of a variant that a name still holds
 SEEDS = ("model.seed", "data.seed")
 NAMED = ("data.preference",)  # has a column of its own
@@ -33,8 +34,8 @@ def settings(runs: Sequence[Params]) -> list[dict[str, object]]:
     `objective`, `model`, `data`, `preference` and their seeds; what else differs between runs of the same
     choice goes into the objective's name, or else into `variant`. `base_variant` is what of it matters to
     the pretraining too. `aligns`: it contrasts responses; `entropy`: it is cross-entropy; `of_text`: on the
-    corpus, and not on responses; `pair`: two finished checkpoints. `model_is`, `data_is`, ... are all
-    parameters of a choice.
+    corpus, and not on responses; `pair`: two finished checkpoints; `chain`: several, of whose trainings
+    nothing is known. `model_is`, `data_is`, ... are all parameters of a choice.
     """
     return [_setting(run, runs) for run in runs]
 
@@ -52,7 +53,9 @@ def placed(rows: "pd.DataFrame", runs: "pd.DataFrame") -> "pd.DataFrame":
     """
     about = runs.set_index("run_id")
     before = rows["trajectory"] == "pretraining"
-    base = rows["model_seed"].astype("str") + "/" + rows["data_seed"].astype("str")
+    # Models of the hub and texts of a user have no seed, and a missing one would be no group.
+    model, data = (rows[key].astype("str").fillna("-") for key in ("model_seed", "data_seed"))
+    base = model + "/" + data
     found = rows.assign(
         objective=rows["objective"].where(~before, "pretraining"),
         preference=rows["preference"].where(~before, ""),
@@ -86,10 +89,13 @@ def names(frame: "pd.DataFrame") -> "pd.Series":
 
 def _setting(run: Params, runs: Sequence[Params]) -> dict[str, object]:
     pair = run.get("model._target_", "").endswith("TwoCheckpoints")
+    chain = run.get("model._target_", "").endswith(".Chain")
     trains = run["objective"] != "none"
     objective = " ".join([run["objective"], *_differing(run, runs, "objective")])
     if pair:
-        objective = f"{run['model.before']} → {run['model.after']}"
+        objective = f"{run['model.before']}{ARROW}{run['model.after']}"
+    if chain:  # each of its rows has the two stages that it compares
+        objective = "a chain of stages"
     base = [*_differing(run, runs, "model"), *_differing(run, runs, "data"), *_measured(run, runs)]
     return {
         "objective": objective,
@@ -105,6 +111,7 @@ def _setting(run: Params, runs: Sequence[Params]) -> dict[str, object]:
         "entropy": _entropy(run),
         "of_text": _of_text(run),
         "pair": pair,
+        "chain": chain,
         **{f"{group}_is": _told(run, group) for group in GROUPS},
     }
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from runners.comparisons import draw_effects, effects_shown
 from runners.record import Record
 from runners.redaction import redacted_text
+from runners.stages import BETWEEN, STAGES, draw_stages, stages_shown
 from runners.store import full_disk_explained
 from runners.uncertainty import claims_shown, draw_uncertainty
 
@@ -89,6 +90,9 @@ def draw(tables: "Mapping[str, pd.DataFrame]", record: Record) -> None:
     draw_uncertainty(tables, record, save)
     if "moments" in tables and len(own(tables["moments"], "measured_ratio")):
         save("mechanism", figures.expected_and_measured(tables["moments"]))
+    if STAGES in tables:
+        draw_stages(tables, save)
+        return
 
     found = {
         "pretraining" if name.endswith(PRETRAINING) else "training": table
@@ -118,8 +122,10 @@ def print_summary(
     from rich.table import Table  # noqa: PLC0415
 
     console = get_console()
+    if STAGES in tables:
+        console.print(stages_shown(tables[STAGES], Table))
     for name, table in tables.items():
-        if name.startswith("rsf") and len(own(table, "ratio")):
+        if name.startswith("rsf") and len(own(table, "ratio")) and STAGES not in tables:
             console.print(_ratios(name, table, Table))
     for name, table in tables.items():
         if name.startswith("behaviour"):
@@ -181,11 +187,15 @@ def _mechanism(name: str, table: "pd.DataFrame", make: type) -> object:
 
 def _behaviour(name: str, table: "pd.DataFrame", make: type) -> object:
     first, last = table["step"].min(), table["step"].max()
-    shown = make("quantity", f"step {first}", f"step {last}", "unit", title=name)
+    names = table.attrs.get(STAGES)  # of a chain all steps are shown, by their names
+    steps = (first, last) if names is None else sorted(table["step"].unique())
+    heads = [f"step {step}" if names is None else names[step] for step in steps]
+    title = name.replace(BETWEEN, ", each stage against the one before it")
+    shown = make("quantity", *heads, "unit", title=title)
     for quantity, part in table.groupby("quantity", sort=False):
         values = [
             " ± ".join(f"{number:.3g}" for number in row[["value", "stderr"]].dropna())
-            for step in (first, last)
+            for step in steps
             for _, row in part[part["step"] == step].iterrows()
         ]
         shown.add_row(str(quantity), *values, part["unit"].iloc[0])

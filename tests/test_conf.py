@@ -22,7 +22,11 @@ from weightgeom.moments import activation_moments
 from weightgeom.tokens import packed
 
 CONF = ROOT / "conf"
-FILES = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name not in ("local", "experiment"))
+CHAINS = sorted((CONF / "model/chain").glob("*.yaml"))
+FILES = [
+    *sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name not in ("local", "experiment")),
+    *CHAINS,
+]
 EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
 HUB = sorted(path for path in (CONF / "model").glob("*.yaml") if path.stem not in ("tiny", "pair"))
 LISTS = ("probe", "intervention")  # groups of which several are chosen; they nest under their own name
@@ -32,6 +36,11 @@ MANDATORY = {
     "model.revision": [f"model.revision={'0' * 40}"],
     "model.before": ["model.before=a"],
     "model.after": ["model.after=b"],
+    "model.stages": ["model.stages={a: lab/a@v1, b: lab/b@v1}"],
+    **{
+        f"model.revisions.{stage}": [f"model.revisions.{stage}={'0' * 40}"]
+        for stage in ("sft", "dpo", "rlvr")
+    },
 }
 # The small random network, of tests/networks.py, that has the config class of what a file names.
 MODEL_TYPES = {
@@ -46,6 +55,12 @@ MODEL_TYPES = {
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3_moe",
     "olmo2": "olmo2",
+    "chain/olmo2_1b": "olmo2",
+    "chain/olmo2_7b": "olmo2",
+    "chain/tulu3_8b": "llama",
+    "chain/zephyr_7b": "mistral",
+    "chain/pythia_hh": "gpt_neox",
+    "chain/own": "llama_tied",
 }
 STUDIES = ("paper", "graded_control")
 parts = runpy.run_path(str(ROOT / "run.py"))["parts"]
@@ -59,20 +74,26 @@ def composed(*overrides: str) -> DictConfig:
         return compose("config", [*overrides, *more])
 
 
+def choice_of(path: Path) -> tuple[str, str]:
+    """The group that a file is in, and what is written to choose it."""
+    group, _, choice = str(path.relative_to(CONF).with_suffix("")).partition("/")
+    return group, choice
+
+
 def override(path: Path) -> str:
-    group = path.parent.name
-    return f"{group}=[{path.stem}]" if group in LISTS else f"{group}={path.stem}"
+    group, choice = choice_of(path)
+    return f"{group}=[{choice}]" if group in LISTS else f"{group}={choice}"
 
 
 def named(path: Path) -> str:
-    return f"{path.parent.name}={path.stem}"
+    return "=".join(choice_of(path))
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
 def test_every_choice_composes_and_builds(path: Path) -> None:
     config = composed(override(path))
     made = parts(config)
-    group = path.parent.name
+    group, _ = choice_of(path)
     if group in LISTS:
         assert list(config[group]) == [path.stem]  # so that group.choice.key=value reaches it
         assert is_dataclass(made[f"{group}s"][path.stem])
@@ -178,6 +199,52 @@ def test_a_model_of_the_hub_loads_from_a_directory_and_its_map_fits(path: Path, 
     moments = dict(activation_moments(loaded, params, batches, architecture.sites))
     assert all(moment.value.trace() > 0 for moment in moments.values())
     assert len(moments) == 2 * architecture.n_layers
+
+
+@pytest.mark.parametrize("path", CHAINS, ids=named)
+def test_a_chain_of_the_hub_is_pinned_stage_by_stage_or_says_what_to_give(path: Path) -> None:
+    choice = yaml.safe_load(path.read_text())
+    model = parts(composed(override(path)))["model"]
+    if choice["stages"] == "???":  # of one's own
+        return
+    known = [yaml.safe_load(file.read_text()).get("pins", {}) for file in HUB]
+    pins = {name: commit for some in known for name, commit in some.items()}
+    assert list(choice["revisions"]) == list(choice["stages"])
+    for stage, revision in choice["revisions"].items():
+        if revision not in (None, "step143000"):
+            assert revision == pins[choice["stages"][stage]]  # the commit that the stage's own file has
+    unknown = [stage for stage, revision in choice["revisions"].items() if revision is None]
+    if unknown:
+        with pytest.raises(ValueError, match=rf"give model\.revisions\.{unknown[0]}=COMMIT, the newest"):
+            model.locations()
+    given = [f"model.revisions.{stage}={'0' * 40}" for stage in unknown]
+    locations = parts(composed(override(path), *given))["model"].locations()
+    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+@([0-9a-f]{40}|step143000)", one) for one in locations.values())
+    fewer = parts(
+        composed(override(path), *(f"~model.stages.{stage}" for stage in unknown if stage != "dpo"))
+    )
+    assert list(fewer["model"].stages) == [
+        one for one in choice["stages"] if one not in unknown or one == "dpo"
+    ]
+
+
+@pytest.mark.parametrize("path", CHAINS, ids=named)
+def test_a_chain_loads_from_directories_and_every_stage_fits_the_one_before(
+    path: Path, tmp_path: Path
+) -> None:
+    made = MODEL_TYPES[choice_of(path)[1]]
+    stages = list(parts(composed(override(path)))["model"].stages)
+    places = {stage: save(made, tmp_path / stage, seed) for seed, stage in enumerate(stages)}
+    told = ", ".join(f"{stage}: {place}" for stage, place in places.items())
+    model = parts(composed(override(path), f"model.stages={{{told}}}"))["model"]
+    assert model.check(None).n_layers == 2
+    base = model.prepare(lambda *given: tmp_path, small.WORLD.examples(), small.WORLD, "cpu")
+    assert base.trajectory.stages == tuple(stages)
+    assert list(base.trajectory.steps.values()) == list(places.values())
+    loaded = load(base.directory, "cpu")
+    start = loaded.params(places[stages[0]])
+    for place in places.values():
+        assert set(loaded.params(place, start)) == set(start)
 
 
 def test_every_choice_starts_with_its_target() -> None:

@@ -1,6 +1,8 @@
 """The real client of the hub, against a hub on loopback and then against its own cache alone."""
 
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +68,23 @@ def test_a_broken_download_goes_on_where_it_broke(asked: Asked) -> None:
     assert found.read_bytes() == (asked.served["large"] / "model.safetensors").read_bytes()
     (resumed,) = [given for _, path, given in asked.requests if "/resolve/" in path and given]
     assert resumed == f"bytes={10 * 2**20}-"
+
+
+def test_the_check_of_a_chain_downloads_configs_alone(tmp_path: Path) -> None:
+    stages = {f"models/lab/{name}": {"v1": save("llama", tmp_path / name)} for name in ("base", "sft")}
+    program = (
+        "from weightgeom.chain import Chain\n"
+        "chain = Chain({'base': 'lab/base@v1', 'sft': 'lab/sft'}, {'sft': 'v1'})\n"
+        "print(chain.check(None).n_layers)"
+    )
+    with hub.served(stages) as server:
+        home = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": server.url}
+        command = [sys.executable, "-c", program]
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        ended = subprocess.run(command, env={**clean, **home}, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "2"
+    files = {path.rpartition("/")[2] for _, path, _ in server.requests if "/resolve/" in path}
+    assert "config.json" in files and all(name.endswith(".json") for name in files)
 
 
 def test_what_the_hub_does_not_have_is_refused_with_its_name(asked: Asked) -> None:

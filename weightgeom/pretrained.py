@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 OTHERS = ["*/*", "consolidated*"]  # the same weights in other formats, in folders or Mistral's own
 MOVING = {"main", "master", "HEAD", "refs/heads/main"}
-PIN = "give model.revision=COMMIT, the newest of which https://huggingface.co/{name}/commits/main shows"
+PIN = "give {key}=COMMIT, the newest of which https://huggingface.co/{name}/commits/main shows"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ class Pretrained:
     def __post_init__(self) -> None:
         """Refuse revisions that make no trajectory, and those that move."""
         if moving := MOVING & {self.revision, *self.pins.values()}:
-            raise ValueError(f"model.revision={moving.pop()} moves: {PIN.format(name='NAME')}")
+            raise ValueError(
+                f"model.revision={moving.pop()} moves: {PIN.format(key='model.revision', name='NAME')}"
+            )
         if self.revisions is None:
             return
         steps = [_step(revision) for revision in self.revisions]
@@ -99,11 +101,12 @@ class Pretrained:
             return {0: name} if whole else dict(sorted(steps.items()))
         if self.revisions is None:
             revision = self.revision or self.pins.get(name)
-            if revision is None and _is_path(name):  # fetch says that there is no such directory
+            if revision is None and is_path(name):  # fetch says that there is no such directory
                 return {0: name}
             if revision is None:
                 pinned = f"; pinned here are {', '.join(self.pins)}" if self.pins else ""
-                raise ValueError(f"{name} is not pinned: {PIN.format(name=name)}{pinned}")
+                how = PIN.format(key="model.revision", name=name)
+                raise ValueError(f"{name} is not pinned: {how}{pinned}")
             return {0: f"{name}@{revision}"}
         steps = {_step(revision): f"{name}@{revision}" for revision in self.revisions}
         return dict(sorted((step, one) for step, one in steps.items() if step is not None))
@@ -113,7 +116,7 @@ class Pretrained:
     ) -> Base:
         """Fetch it, or all of them."""
         steps = {
-            step: _converted(fetch(location, self.allow_bin, self.trust_remote_code), self.allow_bin, stage)
+            step: converted(fetch(location, self.allow_bin, self.trust_remote_code), self.allow_bin, stage)
             for step, location in self.locations().items()
         }
         last = steps[max(steps)]
@@ -156,11 +159,9 @@ class TwoCheckpoints:
         self, stage: Stage, examples: Examples, data: Data, device: str, wanted: Wanted = undisturbed
     ) -> Base:
         """Fetch both."""
-        before, after = (_converted(one, self.allow_bin, stage) for one in self._fetched())
+        before, after = (converted(one, self.allow_bin, stage) for one in self._fetched())
         self._compare(before, after, load_architecture(before))
-        both = hashlib.sha256(f"{identity(before)} {identity(after)}".encode()).hexdigest()[:16]
-        chosen, by = (after, ", after") if self.tokenizer == "after" else (before, "")
-        return Base(chosen, f"pair/{both}{by}", Trajectory("pair", {0: before, 1: after}))
+        return pair(before, after, after if self.tokenizer == "after" else before)
 
     def _fetched(self) -> tuple[Path, Path]:
         before, after = (
@@ -169,15 +170,7 @@ class TwoCheckpoints:
         return before, after
 
     def _compare(self, before: Path, after: Path, architecture: Architecture) -> None:
-        start = open_params(before, architecture)
-        if is_adapter(after):
-            open_adapter(after, architecture, start)
-            same = False
-        else:
-            other = open_params(after, load_architecture(after))
-            shared = aligned(other, start, architecture, after)
-            difference(shared, start)
-            same = shared is other
+        same = one_network(before, after, architecture)
         if self.tokenizer == "after" and not same:
             raise ValueError(
                 f"model.tokenizer=after needs a whole model with the vocabulary of model.before, and {after}"
@@ -185,7 +178,31 @@ class TwoCheckpoints:
             )
 
 
-def _converted(directory: Path, allow_bin: bool, stage: Stage) -> Path:
+def pair(before: Path, after: Path, speaker: Path) -> Base:
+    """`after` compared with `before`, text being tokenized as the checkpoint in `speaker` does it."""
+    both = hashlib.sha256(f"{identity(before)} {identity(after)}".encode()).hexdigest()[:16]
+    by = {before: "", after: ", after"}.get(speaker, f", {identity(speaker)}")
+    return Base(speaker, f"pair/{both}{by}", Trajectory("pair", {0: before, 1: after}))
+
+
+def one_network(before: Path, after: Path, architecture: Architecture) -> bool:
+    """Whether `after` is a whole model with the vocabulary of `before`; reads no weights.
+
+    Raises:
+        ValueError: if the two differ in a name or a shape but that of the vocabulary, or `after` is an
+            adapter of another model.
+    """
+    start = open_params(before, architecture)
+    if is_adapter(after):
+        open_adapter(after, architecture, start)
+        return False
+    other = open_params(after, load_architecture(after))
+    shared = aligned(other, start, architecture, after)
+    difference(shared, start)
+    return shared is other
+
+
+def converted(directory: Path, allow_bin: bool, stage: Stage) -> Path:
     """A checkpoint with safetensors: itself, or made once of its pickled weights."""
     if not allow_bin or not is_pickled(directory):
         return directory
@@ -223,7 +240,7 @@ def _found(location: str, patterns: list[str]) -> Path:
     if path.is_dir():
         return path.resolve()
     name, _, revision = location.partition("@")
-    if _is_path(name):
+    if is_path(name):
         raise FileNotFoundError(
             f"there is no directory {location}: give a checkpoint directory or a hub name"
         )
@@ -250,7 +267,8 @@ def _found(location: str, patterns: list[str]) -> Path:
     return Path(found)
 
 
-def _is_path(name: str) -> bool:
+def is_path(name: str) -> bool:
+    """Whether this can be a directory alone, and no name of the hub."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 

@@ -150,6 +150,16 @@ def test_a_pair_of_checkpoints_is_an_alignment_by_its_own_name():
     assert said(found, 1) == {("org/base → org/instruct · style", "read"): AGREES}
 
 
+def test_models_and_texts_without_seeds_are_settings_too():
+    pair = {
+        "model._target_": "weightgeom.pretrained.TwoCheckpoints",
+        **{"model.before": "a", "model.after": "b", "model": "pair", "model.seed": "", "data.seed": ""},
+        **{"data.preference": "", "data": "text"},
+    }
+    found = judged([Planted("none", {"rsf": rsf(5.0, 1.0, steps=(1,))}, params=pair)])
+    assert said(found, 1) == {("a → b", "read"): AGREES}
+
+
 def test_too_few_objectives_or_runs_are_not_ranked():
     runs = [
         Planted(objective, {"rsf": rsf(5.0, 1.0 + n)}, sharpness=1.0 + n)
