@@ -23,8 +23,8 @@ from rich.table import Table
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from runners.experiment import Stages
 from runners.record import Record
+from runners.staging import Stages
 from weightgeom.data.world import World
 from weightgeom.interfaces import Examples, Log, Objective
 from weightgeom.objectives.ce import CE

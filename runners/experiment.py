@@ -1,26 +1,25 @@
 """One run: prepare the base, train, probe every checkpoint, draw, and keep a record of it all."""
 
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from time import time_ns
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING
 
 from runners.comparisons import log_effects
-from runners.fingerprint import code_behind, libraries, package
+from runners.fingerprint import code_behind, package
 from runners.interruption import Interruption
+from runners.measured import Measured, module, plain
 from runners.processes import terminations_as_exceptions
 from runners.provenance import environment, provenance, uncommitted_diff
 from runners.record import Record
 from runners.redaction import redacted_text
 from runners.stages import BETWEEN, COMPARING, STAGES, between, check_chain, side_by_side
-from runners.store import full_disk_explained, stage, write_atomically
-from runners.summary import draw, log_table, print_summary, progress_bar
+from runners.staging import Stages
+from runners.store import full_disk_explained
+from runners.summary import draw, log_table, print_summary
 from runners.tracking import Publisher, check_tracking_uri
 from weightgeom.chain import Chain
 from weightgeom.interfaces import (
@@ -33,8 +32,6 @@ from weightgeom.interfaces import (
     NeedsExamples,
     Objective,
     Probe,
-    Row,
-    Setting,
     Trajectory,
 )
 from weightgeom.interruption import Wanted, undisturbed
@@ -43,12 +40,9 @@ from weightgeom.training import Training
 if TYPE_CHECKING:
     import pandas as pd
 
-    from weightgeom.model import LanguageModel
 
 log = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).parents[1]
-METRICS = "metrics.jsonl"  # of a stage: what was logged while it was made
-RESUMABLE = "checkpoint-*"  # what the work of a stage goes on from: the states of transformers' trainers
 
 
 @dataclass(frozen=True)
@@ -135,7 +129,7 @@ class Experiment:
         return record
 
     def _tables(self, record: Record, examples: Examples) -> "dict[str, pd.DataFrame]":
-        make = self.stages(record, "pretraining", code_behind(_module(self.model)))
+        make = self.stages(record, "pretraining", code_behind(module(self.model)))
         base = self.model.prepare(make, examples, self.data, self.device, self._wanted)
         tables, measured = {}, None
         for trajectory, identity in self._trajectories(record, base, examples):
@@ -205,7 +199,7 @@ class Experiment:
                 examples,
                 self.training,
                 directory,
-                name=f"the model by {_module(objective).rpartition('.')[2]}",
+                name=f"the model by {module(objective).rpartition('.')[2]}",
                 seed=self.seed,
                 device=self.device,
                 log_metrics=log_metrics,
@@ -213,13 +207,13 @@ class Experiment:
                 wanted=self._wanted,
             )
 
-        code = code_behind(_module(objective), "weightgeom.training")
+        code = code_behind(module(objective), "weightgeom.training")
         make = self.stages(record, "train", code)
         specification = {
             "base": base.identity,
             "data": examples.digest,
-            "objective": _plain(objective),
-            "training": _plain(self.training),
+            "objective": plain(objective),
+            "training": plain(self.training),
             "seed": self.seed,
             "device": self.device,
         }
@@ -254,164 +248,3 @@ def check_parts(
         training.lora.check(architecture)
     for measurement in (*probes.values(), *interventions.values()):
         measurement.check(architecture)
-
-
-@dataclass(frozen=True)
-class Stages:
-    """Makes stages whose metrics go into the record, live or, for a stage made before, from its log."""
-
-    outputs: Path
-    record: Record
-    prefix: str  # of the metrics' names
-    code: str  # fingerprint of what the result depends on
-    interruption: Interruption | None = None
-
-    def __call__(
-        self, name: str, specification: Mapping[str, object], work: Callable[[Path, Log], None], steps: int
-    ) -> Path:
-        """The finished directory of a stage of `steps` steps; work that was cut goes on if it can."""
-        fresh = False
-
-        def logged(directory: Path) -> None:
-            nonlocal fresh
-            fresh = True
-            file: TextIO | None = None
-            with ExitStack() as stack:
-                advance = stack.enter_context(progress_bar(name, steps))
-
-                def log_metrics(metrics: Mapping[str, float], step: int) -> None:
-                    nonlocal file
-                    if file is None:
-                        file = stack.enter_context(self._resumed(directory, step))
-                    advance(step, metrics)
-                    if metrics:
-                        row = {"metrics": dict(metrics), "step": step, "time": time_ns() // 1_000_000}
-                        file.write(json.dumps(row) + "\n")
-                        file.flush()
-                        self._log(row)
-
-                work(directory, log_metrics)
-
-        code = {"code": self.code, "libraries": libraries()}
-        with nullcontext() if self.interruption is None else self.interruption.stage():
-            directory = stage(self.outputs, name, {**specification, **code}, logged, RESUMABLE)
-        if not fresh:
-            for row in _metrics(directory):
-                self._log(row)
-        return directory
-
-    def _resumed(self, directory: Path, step: int) -> TextIO:
-        """The log of a stage's metrics from `step` on, open behind the rows that were before it.
-
-        These go into the record, too; rows of steps that are now done again are dropped.
-        """
-        rows = [row for row in _metrics(directory) if row["step"] < step]
-        path = directory / METRICS
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-        for row in rows:
-            self._log(row)
-        return path.open("a")
-
-    def _log(self, row: dict[str, Any]) -> None:
-        metrics = {f"{self.prefix}/{name}": value for name, value in row["metrics"].items()}
-        self.record.log(metrics, row["step"], row["time"])
-
-
-def _metrics(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a stage's metrics; a last one that a kill has cut is left out."""
-    path = directory / METRICS
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The tables of one trajectory; a model is loaded only if one of them is not there yet."""
-
-    experiment: Experiment
-    record: Record
-    base: Base
-    trajectory: Trajectory
-    identity: str
-    examples: Examples
-
-    def table(self, name: str, probe: Probe) -> "pd.DataFrame":
-        """The table of one probe over all checkpoints."""
-
-        def rows(log_metrics: Log) -> list[Row]:
-            measure = probe.measurement(self.setting)
-            found: list[Row] = []
-            for index, (step, checkpoint) in enumerate(self.trajectory.steps.items()):
-                params = self._model.params(checkpoint, self.setting.start)
-                found += [{"step": step, **row} for row in measure(params)]
-                log_metrics({}, index + 1)
-            return found
-
-        return self._made(name, {"probe": _plain(probe)}, rows, len(self.trajectory.steps))
-
-    def effects(self, name: str, intervention: Intervention) -> "pd.DataFrame":
-        """The table of one intervention."""
-
-        def rows(log_metrics: Log) -> list[Row]:
-            return intervention.rows(self.setting, log_metrics)
-
-        from weightgeom.model import load_architecture  # noqa: PLC0415 (heavy)
-
-        arms = intervention.arms(load_architecture(self.base.directory))
-        return self._made(name, {"intervention": _plain(intervention)}, rows, arms)
-
-    def _made(
-        self, name: str, what: Mapping[str, object], rows: Callable[[Log], list[Row]], steps: int
-    ) -> "pd.DataFrame":
-        import pandas as pd  # noqa: PLC0415 (heavy)
-
-        def work(directory: Path, log_metrics: Log) -> None:
-            from weightgeom.table import tabulate  # noqa: PLC0415 (heavy)
-
-            tabulate(rows(log_metrics)).to_parquet(directory / f"{name}.parquet")
-
-        specification = {
-            "trajectory": self.identity,
-            "base": self.base.identity,
-            **what,
-            "data": self.examples.digest,
-            "seed": self.experiment.seed,
-            "device": self.experiment.device,
-        }
-        make = self.experiment.stages(self.record, name, package())
-        directory = make(name, specification, work, steps)
-        return pd.read_parquet(directory / f"{name}.parquet")
-
-    @cached_property
-    def setting(self) -> Setting:
-        """What every probe of this trajectory is given."""
-        steps = self.trajectory.steps
-        start = self._model.params(steps[0])
-        end = self._model.params(steps[self.trajectory.last], start)
-        trained = self.trajectory is not self.base.trajectory
-        return Setting(
-            self._model,
-            start,
-            end,
-            self.trajectory.from_random,
-            self.examples,
-            self.experiment.seed,
-            self.experiment.objective if trained else None,
-            self.experiment.training,
-            self.trajectory.last,
-        )
-
-    @cached_property
-    def _model(self) -> "LanguageModel":
-        from weightgeom.model import load  # noqa: PLC0415 (heavy)
-
-        return load(self.base.directory, self.experiment.device)
-
-
-def _plain(thing: object) -> dict[str, Any]:
-    """A configured object as plain data: its class and fields."""
-    return {"class": f"{_module(thing)}.{type(thing).__name__}", **asdict(thing)}  # pyright: ignore[reportArgumentType]
-
-
-def _module(thing: object) -> str:
-    return type(thing).__module__

@@ -18,8 +18,8 @@ import small
 import torch
 from safetensors.torch import load_file
 
-from runners.experiment import Stages
 from runners.record import Record
+from runners.staging import Stages
 from weightgeom.checkpoints import SEAL, states
 from weightgeom.interfaces import Examples, Log, Objective
 from weightgeom.interruption import Interrupted, Wanted, undisturbed

@@ -111,7 +111,9 @@ def test_a_sweep_ends_in_its_report_and_measures_of_an_objective_what_it_is_aske
     ended = place.sweep(*asked, "seed=1")
     assert ended.code == 0 and f"report: {pages}/reported/index.html" in ended.out
     client = MlflowClient(f"sqlite:///{place.home}/outputs/mlflow.db")
-    runs = client.search_runs([client.get_experiment_by_name("reported").experiment_id])
+    experiment = client.get_experiment_by_name("reported")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
     parent = next(run for run in runs if f"{directory(ended)}" == run.data.tags.get("sweep"))
     page = client.download_artifacts(parent.info.run_id, "report.html", str(place.home))
     assert "4 finished runs" in Path(page).read_text()
