@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import settings
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from weightgeom.data.world import World
 from weightgeom.interfaces import Examples
@@ -39,13 +41,25 @@ SYSTEM = (
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the files of `SYSTEM`, and put them first; their order is that of the work with `-n`."""
+    """Mark the files of `SYSTEM`, and put them first, in their order."""
     tests = Path(__file__).parent
     places = {tests / name: place for place, name in enumerate(SYSTEM)}
     for item in items:
         if item.path in places:
             item.add_marker("system")
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+class Scheduling(LoadFileScheduling):
+    """A file is one worker's; so is all that shares the SLURM, which is more than enough for one machine."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "tests/slurm" if file.startswith("tests/slurm/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    return Scheduling(config, log)
 
 
 @pytest.fixture
