@@ -3,6 +3,7 @@
 import ast
 import hashlib
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,8 +27,8 @@ def code_behind(*modules: str) -> str:
     while waiting:
         name = waiting.pop()
         if name not in found:
-            tree = _stripped(_source(name))
-            found[name] = ast.dump(tree)
+            source = _source(name).read_text()
+            found[name], tree = _dumped(source), _stripped(source)
             waiting += [imported for imported in _imports(tree) if imported.split(".")[0] == PACKAGE]
     return _hash(found)
 
@@ -40,7 +41,7 @@ def package() -> str:
     files = {
         str(path.relative_to(root)): path for path in sorted(root.rglob("*.py")) if path.name != "figures.py"
     }
-    return _hash({name: ast.dump(_stripped(path)) for name, path in files.items()})
+    return _hash({name: _dumped(path.read_text()) for name, path in files.items()})
 
 
 def _source(module: str) -> Path:
@@ -67,8 +68,13 @@ def _is_module(name: str) -> bool:
     return source.name == "__init__.py" and source.with_name(f"{last}.py").is_file()
 
 
-def _stripped(path: Path) -> ast.Module:
-    tree = ast.parse(path.read_text())
+@cache  # a run asks for each of its stages
+def _dumped(source: str) -> str:
+    return ast.dump(_stripped(source))
+
+
+def _stripped(source: str) -> ast.Module:
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         if (
             isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)

@@ -53,9 +53,13 @@ def run(directory: Path, *arguments: str, before: Sequence[str] = (), **variable
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment without what changes where a run looks and publishes."""
+    """This process's environment without what changes where a run looks and publishes.
+
+    A variable that is given as empty is taken out.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "HYDRA_"))}
-    return kept | {"COLUMNS": "300", "HF_HUB_OFFLINE": "1", **variables}
+    asked = kept | {"COLUMNS": "300", "HF_HUB_OFFLINE": "1", **variables}
+    return {name: value for name, value in asked.items() if value}
 
 
 def done(outputs: Path, stage: str) -> set[Path]:

@@ -1,7 +1,12 @@
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from weightgeom.data.world import World
 from weightgeom.interfaces import Examples
@@ -9,8 +14,52 @@ from weightgeom.model import LanguageModel
 from weightgeom.residual import architecture_of
 
 torch.set_num_threads(1)  # the networks are too small for more
+os.environ["OMP_NUM_THREADS"] = "1"  # in processes of their own as well: threads that wait keep a core busy
 settings.register_profile("shared machine", deadline=None, max_examples=50)
 settings.load_profile("shared machine")
+
+# Starts processes, servers or a cluster, and mostly waits for them. What takes longest comes first, so that
+# with several workers its waiting lies beside the computing of the rest.
+SYSTEM = (
+    "slurm/test_interruptions.py",
+    "slurm/test_sweeps_under_slurm.py",
+    "test_run.py",
+    "runners/test_outages.py",
+    "runners/test_local_sweeps.py",
+    "test_resume.py",
+    "runners/test_browser.py",
+    "runners/test_server.py",
+    "runners/test_tracking.py",
+    "runners/test_report.py",
+    "test_bad_input.py",
+    "test_tools.py",
+    "test_hub.py",
+    "data/test_hub_data.py",
+    "runners/test_jobs.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the files of `SYSTEM`, and put them first, in their order."""
+    tests = Path(__file__).parent
+    places = {tests / name: place for place, name in enumerate(SYSTEM)}
+    for item in items:
+        if item.path in places:
+            item.add_marker("system")
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+class Scheduling(LoadFileScheduling):
+    """A file is one worker's; so is all that shares the SLURM, which is more than enough for one machine."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "tests/slurm" if file.startswith("tests/slurm/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    return Scheduling(config, log)
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", list(overrides))
         more = [value for key in OmegaConf.missing_keys(config) for value in MANDATORY[key]]
-        return compose("config", [*overrides, *more])
+        return compose("config", [*overrides, *more]) if more else config
 
 
 def choice_of(path: Path) -> tuple[str, str]:

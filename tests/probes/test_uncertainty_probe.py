@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from networks import language_model
 from torch.testing import assert_close
 
+from weightgeom import intrinsic
 from weightgeom.data.world import World
 from weightgeom.interfaces import Question, Setting
 from weightgeom.probes.uncertainty import Uncertainty
@@ -25,6 +27,16 @@ PROBE = Uncertainty(
     sensitivity_prompts=6,
 )  # fmt: skip
 GROUPED = WORLD.examples()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def coarse() -> Iterator[None]:
+    """Calibrate on a tenth of the points: test_intrinsic.py asks what a calibrated dimension is worth."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(intrinsic, "POINTS", intrinsic.POINTS // 10)
+        intrinsic._reference.cache_clear()
+        yield
+    intrinsic._reference.cache_clear()
 
 
 def setting(name, side="right", examples=GROUPED, world=WORLD):

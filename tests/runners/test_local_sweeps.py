@@ -36,9 +36,13 @@ def overlap(sweep: Path, jobs: int) -> int:
 
 
 def test_a_detached_sweep_runs_two_at_a_time_on_its_own_copy_of_the_code(place):
-    ended = place.sweep("hydra.launcher.detach=true", TWO, "name=detached", "seed=0,1,2")
+    unasked = Place(place.home, {"OMP_NUM_THREADS": ""})  # so that the supervisor shares the cores out
+    ended = unasked.sweep("hydra.launcher.detach=true", TWO, "name=detached", "seed=0,1,2")
     assert ended.code == 0, ended.err
     sweep = directory(ended)
+    (plan,) = sweep.glob("supervisor.*.json")
+    each = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert json.loads(plan.read_text())["environment"] == {"OMP_NUM_THREADS": str(each)}
     assert f"come back: python -m runners.launcher wait {sweep}" in ended.out
     assert place.command("status", sweep).code == 0  # nothing has failed so far
     waited = place.command("wait", sweep)

@@ -330,7 +330,7 @@ def test_a_store_that_does_not_answer_does_not_hold_the_run_up(tmp_path, caplog)
         began = time.monotonic()
         with Publisher(record.directory, uri, patience=0.5), record:
             pass
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 5  # without its patience, 10: the timeout of a request
     (message,) = caplog.messages
     assert "it took longer than 0.5 s" in message
 
