@@ -38,10 +38,8 @@ def package() -> str:
     spec = find_spec(PACKAGE)
     assert spec is not None and spec.submodule_search_locations
     root = Path(spec.submodule_search_locations[0])
-    files = {
-        str(path.relative_to(root)): path for path in sorted(root.rglob("*.py")) if path.name != "figures.py"
-    }
-    return _hash({name: _dumped(path.read_text()) for name, path in files.items()})
+    files = [path for path in sorted(root.rglob("*.py")) if not path.name.startswith("figures")]
+    return _hash({str(path.relative_to(root)): _dumped(path.read_text()) for path in files})
 
 
 def _source(module: str) -> Path:

@@ -13,6 +13,7 @@ SOURCES = {
     "probe.py": "import planted.table\nfrom planted import checkpoints\n",
     "table.py": "UNIT = 'nats'\n",
     "figures.py": "COLOUR = 'grey'\n",
+    "figures_causal.py": "COLOUR = 'grey'\n",
 }
 
 
@@ -77,6 +78,7 @@ def test_the_code_behind_two_modules_is_that_of_both(planted: Path) -> None:
 def test_what_only_draws_is_no_change_of_the_package(planted: Path) -> None:
     before = package()
     change(planted / "figures.py", "grey", "black")
+    change(planted / "figures_causal.py", "grey", "black")
     assert package() == before
 
 
