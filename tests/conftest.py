@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,18 +16,21 @@ from weightgeom.residual import architecture_of
 
 torch.set_num_threads(1)  # the networks are too small for more
 os.environ["OMP_NUM_THREADS"] = "1"  # in processes of their own as well: threads that wait keep a core busy
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # behind a shell's `&`, and in all that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("shared machine", deadline=None, max_examples=50)
 settings.load_profile("shared machine")
 
 # Starts processes, servers or a cluster, and mostly waits for them. What takes longest comes first, so that
 # with several workers its waiting lies beside the computing of the rest.
-SYSTEM = (
+SLOW = (
     "slurm/test_interruptions.py",
     "slurm/test_sweeps_under_slurm.py",
     "test_run.py",
     "runners/test_outages.py",
     "runners/test_local_sweeps.py",
     "test_resume.py",
+    "test_lora.py",
     "runners/test_browser.py",
     "runners/test_server.py",
     "runners/test_tracking.py",
@@ -41,12 +45,12 @@ SYSTEM = (
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the files of `SYSTEM`, and put them first, in their order."""
+    """Mark the files of `SLOW`, and put them first, in their order."""
     tests = Path(__file__).parent
-    places = {tests / name: place for place, name in enumerate(SYSTEM)}
+    places = {tests / name: place for place, name in enumerate(SLOW)}
     for item in items:
         if item.path in places:
-            item.add_marker("system")
+            item.add_marker("slow")
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 

@@ -256,6 +256,7 @@ def mixed(eigenvalues: Tensor, axes: Tensor, mixing: Tensor, generator: torch.Ge
     return (mixing.sqrt()[:, None] * z * eigenvalues.sqrt()) @ axes.T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False], ids=["eigenvectors", "another subspace"])
 @pytest.mark.parametrize(
     ("name", "mixing"), [*(("power law", mixing) for mixing in MIXINGS), ("isotropic", "few rows")]

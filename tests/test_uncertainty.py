@@ -38,6 +38,7 @@ def compared(factual, uncertain, permutations=39, seed=0):
     ]
 
 
+@pytest.mark.slow
 def test_two_groups_from_one_distribution_of_unequal_size_differ_in_nothing():
     generator, draws, rejected = torch.Generator().manual_seed(0), 200, {}
     for draw in range(draws):

@@ -206,6 +206,7 @@ print(peak - start)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind, shape", [("up", (65536, 512)), ("down", (512, 65536))])
 def test_no_copy_of_a_stored_matrix_is_held(tmp_path, kind, shape, generator):

@@ -188,6 +188,7 @@ def test_a_corrupt_index_is_refused(tmp_path, text):
         open_params(tmp_path, LLAMA)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_pages_of_a_tensor_leave_the_memory_with_it(tmp_path):
     def mapped():

@@ -86,6 +86,7 @@ def test_controls_have_the_norm_or_the_output_energy_of_their_treatment(name, ma
             assert_close(sizes[0], 0.1 * float(one.of(params).norm()), rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_with_a_treatment_drawn_as_its_controls_are_p_values_are_uniform(tokenizer, examples, monkeypatch):
     config = GPTNeoXConfig(
         vocab_size=len(tokenizer),

@@ -154,6 +154,7 @@ def test_the_null_of_a_line_is_that_of_a_beta_and_of_the_whole_space_has_no_spre
     assert null_ratio_sd(8, 8, 3) == null_ratio_sd(1, 1, 1) == 0
 
 
+@pytest.mark.slow
 def test_unrelated_deltas_are_at_chance_with_each_other(model, params, at, generator):
     one = matrix(model, "L1.q")
     noise = [0.1 * torch.randn(D, D, generator=generator) for _ in range(400)]

@@ -67,6 +67,7 @@ def planted(model, params, spaces, share, generator):
     return after
 
 
+@pytest.mark.slow
 def test_a_planted_share_is_estimated_within_its_interval_in_all_architectures(examples, tokenizer):
     share, covered, intervals = 0.6, 0, 0
     for name in CONFIGS:
