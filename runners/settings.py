@@ -109,7 +109,7 @@ def _setting(run: Params, runs: Sequence[Params]) -> dict[str, object]:
         "preference": run.get("data.preference", ""),
         "aligns": pair or _aligns(run),
         "entropy": _entropy(run),
-        "of_text": _of_text(run),
+        "of_text": of_text(run),
         "pair": pair,
         "chain": chain,
         **{f"{group}_is": _told(run, group) for group in GROUPS},
@@ -161,7 +161,7 @@ def _entropy(run: Params) -> bool:
     return kind == "CE" or (kind == "GradedContrastive" and graded_end == ("token", "None", "0.0"))
 
 
-def _of_text(run: Params) -> bool:
+def of_text(run: Params) -> bool:
     """Whether it is trained on text; `on=auto` is that where the data have any."""
     on = run.get("objective.on")
     return on == "text" or (on == "auto" and run["data"] in ("world", "text"))

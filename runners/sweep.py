@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from runners.note import note
 from runners.record import Record
+from runners.settings import of_text
 from runners.store import full_disk_explained
 from runners.summary import own
 
@@ -46,12 +47,16 @@ def summarise(record: Record, children: Sequence[Path]) -> None:
         for row in _rows(child)
     ]
     table = pd.DataFrame(rows, columns=None if rows else ["run", "quantity"])
-    correlations = _drawn(record, table) if rows else {}
+    corpus = {_label(child, varied) for child in done if of_text(child.description()["params"])}
+    correlations = _drawn(record, table, corpus) if rows else {}
     record.tag("mlflow.note.content", note(record, list(map(Record, children)), table, correlations))
 
 
-def _drawn(record: Record, table: "pd.DataFrame") -> dict[str, tuple[float, float]]:
-    """Save the table and the figures; of the graded control, return the rank correlations."""
+def _drawn(record: Record, table: "pd.DataFrame", corpus: set[str]) -> dict[str, tuple[float, float]]:
+    """Save the table and the figures; of the graded control, return the rank correlations.
+
+    The graded control is of one data set, the responses: without the runs trained on the `corpus`.
+    """
     from weightgeom import figures  # noqa: PLC0415 (heavy)
 
     with full_disk_explained(record.directory):
@@ -59,8 +64,9 @@ def _drawn(record: Record, table: "pd.DataFrame") -> dict[str, tuple[float, floa
         table.to_csv(record.artifact("tables/sweep.csv"), index=False)
     if (table["quantity"] == "ratio").any():
         save(record, "ratio_by_run", figures.ratio_by_run(table))
-    graded = (table["quantity"] == SHARPNESS).any() and table["run"].nunique() > 2
-    return _graded(record, table) if graded else {}
+    family = table[~table["run"].isin(corpus)]
+    graded = (family["quantity"] == SHARPNESS).any() and family["run"].nunique() > 2
+    return _graded(record, family) if graded else {}
 
 
 def _graded(record: Record, table: "pd.DataFrame") -> dict[str, tuple[float, float]]:

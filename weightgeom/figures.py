@@ -35,7 +35,7 @@ COLOURS = {
     "o": "#c1272d",
     "down": "#e58a2b",
 }
-ENDS = ("graded/dpo", "graded/ce")  # of the graded family
+ENDS = ("graded/dpo", "dpo", "graded/ce", "sft")  # of the graded family, and what these are
 PATHWAYS = {"read": "read pathway", "write": "write pathway"}
 
 
@@ -175,7 +175,7 @@ def ratio_by_sharpness(rows: pd.DataFrame, correlations: Mapping[str, tuple[floa
             by_run = part.groupby("run", sort=False)[["sharpness", "ratio"]]
             means, errors = by_run.mean(), 2 * by_run.sem().fillna(0)
             for number, run in enumerate(means.index):
-                end = any(name in str(run) for name in ENDS)
+                end = str(run).split(" ")[0] in ENDS
                 axis.errorbar(
                     *means.loc[run, ["sharpness", "ratio"]],
                     xerr=errors.loc[run, "sharpness"],

@@ -15,6 +15,7 @@ from weightgeom.figures import ratio_by_sharpness, save
 from weightgeom.table import row, tabulate
 
 SHARPNESS = {"graded/dpo": 2.0, "graded/token_hard_16": 5.0, "graded/ce": 9.0}
+CORPUS = {"ce": 1.0}
 
 
 def record(directory: Path, name: str = "run", **params: object) -> Record:
@@ -29,10 +30,15 @@ def record(directory: Path, name: str = "run", **params: object) -> Record:
     )
 
 
-def child(directory: Path, objective: str, seed: int, status: str = "FINISHED") -> Path:
+def child(
+    directory: Path, objective: str, seed: int, status: str = "FINISHED", on: str | None = None
+) -> Path:
     """A run whose write ratio rises with its sharpness and whose read ratio falls; two layers each."""
-    made = record(directory, objective=objective, seed=seed, **{"objective.tau": 0.0, "training.steps": 4})
-    sharp = SHARPNESS[objective]
+    params = {"objective.tau": 0.0, "training.steps": 4, "data": "world"} | (
+        {"objective.on": on} if on else {}
+    )
+    made = record(directory, objective=objective, seed=seed, **params)
+    sharp = (SHARPNESS | CORPUS)[objective]
     for step, value in ((1, sharp - 1), (2, sharp + 1)):
         made.log({"train/participation_ratio": value, "train/loss": 1 / step}, step)
     rows = []
@@ -73,7 +79,8 @@ def test_the_table_has_what_each_run_came_to_and_how_the_runs_differ(tmp_path, c
 
 def test_the_rank_correlation_of_ratio_and_sharpness_is_logged_and_drawn(tmp_path, children):
     parent = record(tmp_path / "parent")
-    summarise(parent, children)
+    corpus = child(tmp_path / "corpus", "ce", 0, on="auto")  # of other data: not ranked with them
+    summarise(parent, [*children, corpus])
     logged = {
         point["key"]: point["value"]
         for point in map(json.loads, (parent.directory / "metrics.jsonl").read_text().splitlines())
