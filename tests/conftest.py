@@ -29,6 +29,7 @@ SLOW = (
     "test_run.py",
     "runners/test_outages.py",
     "runners/test_local_sweeps.py",
+    "test_chain.py",
     "test_resume.py",
     "test_lora.py",
     "runners/test_browser.py",
