@@ -28,6 +28,7 @@ class SweepLauncher(Launcher):
     """
 
     check: Check
+    plan: Callable[[Sequence[DictConfig], int], None]
     kind = "local"
 
     def __init__(self, **options: Any) -> None:  # the keys of conf/hydra/launcher/*.yaml
@@ -56,6 +57,8 @@ class SweepLauncher(Launcher):
         """Start the jobs, and watch them to their end; raises if any failed."""
         assert self.config is not None
         setup_globals()
+        if self.config.plan is True:
+            return self._plan(job_overrides)
         from runners import commands  # noqa: PLC0415 (heavy, and not needed for --help)
 
         commands.speak()
@@ -84,6 +87,16 @@ class SweepLauncher(Launcher):
             JobReturn(job["overrides"], status=JobStatus.COMPLETED, _return_value=job["directory"])
             for job in jobs.values()
         ]
+
+    def _plan(self, job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
+        """Tell what the jobs would come to, and start none."""
+        assert self.config is not None
+        jobs = [self.loader.load_sweep_config(self.config, list(overrides)) for overrides in job_overrides]
+        gc.enable()
+        HydraConfig.instance().set_config(jobs[0])
+        at_once = self.options["array_parallelism"] or 1 if self.kind == "local" else 1
+        type(self).plan(jobs, min(at_once, len(jobs)))
+        return [JobReturn(list(overrides), status=JobStatus.COMPLETED) for overrides in job_overrides]
 
     def _job(self, number: int, overrides: list[str], common: Collection[str]) -> dict[str, Any]:
         """What job `number` is to do, checked; `common` are the overrides that all jobs have."""
@@ -123,9 +136,13 @@ class SlurmLauncher(SweepLauncher):
     kind = "slurm"
 
 
-def register(check: Check) -> None:
-    """Make the launchers known to Hydra; `check` describes a job, or refuses what cannot work."""
+def register(check: Check, plan: Callable[[Sequence[DictConfig], int], None]) -> None:
+    """Make the launchers known to Hydra.
+
+    `check` describes a job, or refuses what cannot work; `plan` tells what so many jobs at a time come to.
+    """
     SweepLauncher.check = staticmethod(check)
+    SweepLauncher.plan = staticmethod(plan)
     known = Plugins.instance().class_name_to_class
     known[f"{NAMESPACE}.LocalLauncher"] = SweepLauncher
     known[f"{NAMESPACE}.SlurmLauncher"] = SlurmLauncher
