@@ -56,8 +56,8 @@ def checked(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key} must be {KINDS[kind]}, got {plain.get(key)!r}")
     if not 0 <= plain["seed"] < 2**32:  # what NumPy takes
         raise ValueError(f"seed must be 0 to {2**32 - 1}, got {plain['seed']}")
-    if not isinstance(plain.pop("plan", False), bool):
-        raise ValueError("plan must be true or false")
+    if not isinstance(plan := plain.pop("plan", False), bool):
+        raise ValueError(f"plan must be true or false, got {plan!r}")
     for key in ("objective", "probe", "intervention"):
         if not isinstance(plain.get(key), dict):
             raise ValueError(f"{key} must be one of the choices in conf/{key}, got {plain.get(key)!r}")
@@ -163,8 +163,9 @@ def job(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig  # noqa: PLC0415
 
     try:
-        if config.plan is True:
-            return plan([config], parallel=1)
+        if config.plan:
+            checked(config)
+            return plan([config])
         experiment(described(config)).run()
     except Exception as error:
         with suppress(OSError):  # the disk may be full: that is then the error to tell
@@ -190,10 +191,11 @@ def check(config: DictConfig, here: bool, common: "Collection[str]") -> dict[str
     return described(config, common)
 
 
-def plan(configs: "Sequence[DictConfig]", parallel: int) -> None:
-    """Tell what some jobs would fetch, take and need, `parallel` of them at a time; raises if it does not fit.
+def plan(configs: "Sequence[DictConfig]", parallel: int = 1, memory: float | None = None) -> None:
+    """Tell what jobs would fetch, take and need, `parallel` of them at a time; raises if it does not fit.
 
-    Nothing of theirs is started, made or downloaded, but for the config of a model.
+    `memory` is what each has elsewhere, in bytes; None is for this machine. Nothing of theirs is started,
+    made or downloaded, but for the config of a model.
     """
     from pathlib import Path  # noqa: PLC0415 (not needed for --help)
 
@@ -202,9 +204,11 @@ def plan(configs: "Sequence[DictConfig]", parallel: int) -> None:
 
     outputs = {str(config.outputs) for config in configs}
     if len(outputs) > 1:
-        raise ValueError(f"plan=true takes one outputs= for all jobs of a sweep, got {', '.join(sorted(outputs))}")
+        raise ValueError(
+            f"plan=true takes one outputs= for all jobs of a sweep, got {', '.join(sorted(outputs))}"
+        )
     made = [(parts(config), checked(config)) for config in configs]
-    planner = Planner(Path(outputs.pop()).resolve(), made[0][0]["device"], parallel)
+    planner = Planner(Path(outputs.pop()).resolve(), made[0][0]["device"], parallel, memory)
     if problems := show([planner.plan(*one) for one in made], planner):
         raise ValueError(f"does not fit: {'; '.join(problems)}")
 
@@ -225,7 +229,9 @@ def nothing_left() -> "Iterator[None]":
     from tempfile import TemporaryDirectory  # noqa: PLC0415 (not needed for --help)
 
     with TemporaryDirectory() as directory:
-        sys.argv += [f"hydra.run.dir={directory}/run", f"hydra.sweep.dir={directory}/sweep"]
+        place = next(index for index, one in enumerate(sys.argv) if PLANNED.fullmatch(one))
+        # Beside it: overrides that do not stand together are refused.
+        sys.argv[place:place] = [f"hydra.run.dir={directory}/run", f"hydra.sweep.dir={directory}/sweep"]
         yield
 
 

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from runners.complaints import complaint
 
 NAMESPACE = "hydra_plugins.weightgeom"  # Hydra takes launchers from there only
+Plan = Callable[[Sequence[DictConfig], int, float | None], None]
 Check = Callable[[DictConfig, bool, Collection[str]], dict[str, Any]]
 
 
@@ -28,7 +29,7 @@ class SweepLauncher(Launcher):
     """
 
     check: Check
-    plan: Callable[[Sequence[DictConfig], int], None]
+    plan: Plan
     kind = "local"
 
     def __init__(self, **options: Any) -> None:  # the keys of conf/hydra/launcher/*.yaml
@@ -57,6 +58,11 @@ class SweepLauncher(Launcher):
         """Start the jobs, and watch them to their end; raises if any failed."""
         assert self.config is not None
         setup_globals()
+        planned = {
+            override.lower() for one in job_overrides for override in one if override.startswith("plan=")
+        }
+        if len(planned) > 1:
+            raise ValueError("plan is of the whole sweep: give plan=true, or plan=false, alone")
         if self.config.plan is True:
             return self._plan(job_overrides)
         from runners import commands  # noqa: PLC0415 (heavy, and not needed for --help)
@@ -93,9 +99,13 @@ class SweepLauncher(Launcher):
         assert self.config is not None
         jobs = [self.loader.load_sweep_config(self.config, list(overrides)) for overrides in job_overrides]
         gc.enable()
-        HydraConfig.instance().set_config(jobs[0])
-        at_once = self.options["array_parallelism"] or 1 if self.kind == "local" else 1
-        type(self).plan(jobs, min(at_once, len(jobs)))
+        for job in jobs:
+            with open_dict(job):
+                del job["hydra"]
+        from runners import commands  # noqa: PLC0415 (heavy, and not needed for --help)
+
+        options = {str(key): one for key, one in self.options.items() if key not in ("detach", "poll_s")}
+        type(self).plan(jobs, *commands.room(self.kind, options, len(jobs)))
         return [JobReturn(list(overrides), status=JobStatus.COMPLETED) for overrides in job_overrides]
 
     def _job(self, number: int, overrides: list[str], common: Collection[str]) -> dict[str, Any]:
@@ -136,10 +146,11 @@ class SlurmLauncher(SweepLauncher):
     kind = "slurm"
 
 
-def register(check: Check, plan: Callable[[Sequence[DictConfig], int], None]) -> None:
+def register(check: Check, plan: Plan) -> None:
     """Make the launchers known to Hydra.
 
-    `check` describes a job, or refuses what cannot work; `plan` tells what so many jobs at a time come to.
+    `check` describes a job, or refuses what cannot work; `plan` tells what jobs come to, so many at a time,
+    of which each has so many bytes of memory elsewhere, or None here.
     """
     SweepLauncher.check = staticmethod(check)
     SweepLauncher.plan = staticmethod(plan)

@@ -11,11 +11,15 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Machine:
-    """Bytes of memory that a run may take, what one has before it does anything, and bytes of disk a second."""
+    """What a run may take: bytes of memory, and bytes of disk a second.
+
+    `baseline` is the memory that it has before it does anything, `start` the seconds until then.
+    """
 
     memory: float
     baseline: float
     write_speed: float
+    start: float
 
 
 def available_memory(device: str) -> float:

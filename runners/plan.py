@@ -1,28 +1,27 @@
 """What a run would fetch, and take of time, memory and disk, told before it starts: `plan=true`."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from time import process_time
+from typing import Any
 
-from runners.machine import Machine, available_disk, available_memory, existing, resident
+import torch
+
+from runners.machine import Machine, available_memory, existing, resident
 from weightgeom.calibration import Bench, TrainingCost, quiet, write_speed
 from weightgeom.data.hub import HubData
 from weightgeom.downloads import Files, files_of
-from weightgeom.interfaces import Data, Examples, NeedsExamples, Objective, Probe
+from weightgeom.interfaces import Examples, NeedsExamples, Objective
 from weightgeom.model import check_length, parameters_of
 from weightgeom.outline import Outline, Outlined, Shape, weight_of
 from weightgeom.proxy import assumed, lengths_by, proxy_of, standin, standin_tokenizer
 from weightgeom.residual import architecture_of
 from weightgeom.training import Training
 
-if TYPE_CHECKING:
-    import torch
-
-MIB, GB = 2.0**20, 1e9
-BESIDE = 64 * MIB  # the tracking client and what the allocator keeps, which a plan does not load
+BESIDE = 64 * 2.0**20  # the tracking client and what the allocator keeps, which a plan does not load
 DIVISORS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
@@ -57,6 +56,8 @@ class Planner:
     outputs: Path
     device: str
     parallel: int = 1  # jobs that run at a time
+    memory: float | None = None  # bytes that each has; None: its part of what is free here
+    threads: int = field(default_factory=torch.get_num_threads)
     known: dict[str, Any] = field(default_factory=dict)
 
     def plan(self, parts: Mapping[str, Any], config: Mapping[str, Any]) -> Plan:
@@ -87,8 +88,11 @@ class Planner:
             import weightgeom.figures  # noqa: F401, PLC0415 (heavy)
 
             own = resident()
-            free = available_memory(self.device) + (own if self.device == "cpu" else 0)
-            return Machine(free / self.parallel, own + BESIDE, write_speed(existing(self.outputs)))
+            free = self.memory
+            if free is None:
+                free = available_memory(self.device) + (own if self.device == "cpu" else 0)
+                free /= self.parallel
+            return Machine(free, own + BESIDE, write_speed(existing(self.outputs)), process_time())
 
         return self.once("machine", look)
 
@@ -111,11 +115,15 @@ class _Job:
         if not isinstance(self.model, Outlined):
             raise ValueError(f"there is no plan for {type(self.model).__name__}: run it without plan=true")
         self.examples, notes = self.planner.once(_key(self.config, "data"), self._examples)
-        self.outline: Outline = self.planner.once(self.base, partial(self.model.outline, self.examples, self.data))
+        self.outline: Outline = self.planner.once(
+            self.base, partial(self.model.outline, self.examples, self.data)
+        )
         self._check()
         outline = self.outline
         files = [
-            self.planner.once(f"files {one}", partial(files_of, one, outline.allow_bin, outline.trust_remote_code))
+            self.planner.once(
+                f"files {one}", partial(files_of, one, outline.allow_bin, outline.trust_remote_code)
+            )
             for one in dict.fromkeys(outline.locations.values())
         ]
         self.parameters = parameters_of(outline.config)
@@ -140,7 +148,9 @@ class _Job:
             context = getattr(self.outline.config, "max_position_embeddings", None)
             check_length(self.training.max_length, context)
         elif not self.outline.steps:
-            raise ValueError("objective=none on a single checkpoint leaves no update to measure: choose an objective")
+            raise ValueError(
+                "objective=none on a single checkpoint leaves no update to measure: choose an objective"
+            )
         for measurement in (*self.probes.values(), *self.interventions.values()):
             measurement.check(architecture)
             if isinstance(measurement, NeedsExamples):
@@ -148,6 +158,9 @@ class _Job:
 
     def _stages(self, stored: float) -> Iterator[tuple[str, Stage]]:
         past, trajectory = self.outline.pretraining, self.base
+        # Behind the stages come the figures and the tracking, which take as long as the start.
+        beside = Stage("start and end", "", 2 * self.machine.start, self.machine.baseline)
+        yield f"start {json.dumps(self.config, default=str)}", beside
         if past is not None:
             fit = partial(self._trained, "pretraining", past.objective, past.training, past.text, True)
             yield f"pretraining {self.base}", self.planner.once(f"pretraining {self.base}", fit)
@@ -160,7 +173,9 @@ class _Job:
             key = f"training {trajectory} {self.seed}"
             yield key, self.planner.once(f"training {trajectory}", fit)
             yield from self._probed("", trajectory, self.training.save_steps(), self.objective, False, stored)
-        arms = {name: one.arms(architecture_of(self.outline.config)) for name, one in self.interventions.items()}
+        arms = {
+            name: one.arms(architecture_of(self.outline.config)) for name, one in self.interventions.items()
+        }
         for name, intervention in self.interventions.items():
             key = f"{name} {trajectory} {json.dumps(self.config['intervention'][name])}"
             bench = self._bench(self.examples)
@@ -186,7 +201,11 @@ class _Job:
         knob = None
         if held > self.machine.memory:
             key = "training" if name == "training" else "model.pretraining"
-            fitting = (how for how, some in _smaller(key, training, from_random, self.config) if self._fits(memory(some)))
+            fitting = (
+                how
+                for how, some in _smaller(key, training, from_random, self.config)
+                if self._fits(memory(some))
+            )
             knob = next(fitting, None) or self._smaller_model()
         return Stage(name, f"{training.steps} steps", seconds, held, kept, states, knob)
 
@@ -211,7 +230,9 @@ class _Job:
                 self._bench(self.examples).probe, probe, objective, self.training, from_random, len(steps)
             )
             seconds = self.planner.once(key, measure)
-            if stored > self.machine.memory:  # then it is read from the disk, for the activations and the update
+            if (
+                stored > self.machine.memory
+            ):  # then it is read from the disk, for the activations and the update
                 seconds += 2 * stored / self.machine.write_speed
             what = f"{len(steps)} checkpoints"
             yield key + self.seed, self._held(name + suffix, what, seconds, probe, objective is not None)
@@ -222,7 +243,11 @@ class _Job:
 
         knob = None
         if not self._fits(memory(thing)):
-            group, only = ("probe", self.probes) if thing in self.probes.values() else ("intervention", self.interventions)
+            group, only = (
+                ("probe", self.probes)
+                if thing in self.probes.values()
+                else ("intervention", self.interventions)
+            )
             plain = next(one for one, other in only.items() if other is thing)
             fitting = (
                 _override(f"{group}.{plain}.{key}", value, self.config)
@@ -244,7 +269,10 @@ class _Job:
         cost: TrainingCost | None = self.planner.known.get(f"cost {self._training_key()}")
         pairs = self.examples.heldout_pairs[:96]
         length = lengths_by(self.outline.tokenizer)
-        longest = max((length(str(one.prompt) + str(side)) for one in pairs for side in (one.chosen, one.rejected)), default=0)
+        longest = max(
+            (length(str(one.prompt) + str(side)) for one in pairs for side in (one.chosen, one.rejected)),
+            default=0,
+        )
         return Shape(
             d_model=architecture.d_model,
             layers=architecture.n_layers,
@@ -258,12 +286,12 @@ class _Job:
 
     def _bench(self, examples: Examples) -> Bench:
         def make() -> Bench:
-            import torch  # noqa: PLC0415 (heavy)
-
             config = self.outline.config
             dtype: torch.dtype = getattr(config, "dtype", None) or torch.float32
             some = standin(examples, lengths_by(self.outline.tokenizer))
-            return Bench(config, proxy_of(config), standin_tokenizer(), some, self.device, dtype, 0)
+            return Bench(
+                config, proxy_of(config), standin_tokenizer(), some, self.device, dtype, self.planner.threads
+            )
 
         return self.planner.once(f"bench {self.base} {examples.name} {examples.digest}", make)
 

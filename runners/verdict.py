@@ -1,5 +1,6 @@
 """A plan on the screen, and what of it does not fit, with what to change."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -20,15 +21,16 @@ def show(plans: Sequence[Plan], planner: Planner) -> list[str]:
     files = {one.location: one for plan in plans for one in plan.files}
     if files:
         console.print(_files(files))
-    stages: dict[str, tuple[Stage, int]] = {}
-    for plan in plans:
-        for key, stage in plan.stages.items():
-            stages[key] = stage, stages.get(key, (stage, 0))[1] + 1
-    console.print(_stages(stages, len(plans)))
+    found = list({key: stage for plan in plans for key, stage in plan.stages.items()}.values())
+    console.print(_stages(found, len(plans)))
     models = dict.fromkeys(f"{plan.model}, {plan.parameters / 1e6:,.4g} million parameters" for plan in plans)
+    busy, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if busy > 1.5 * cores:
+        console.print(
+            f"{busy:.0f} processes share {cores} cores now: times are of an idle machine", highlight=False
+        )
     for line in (*models, *dict.fromkeys(note for plan in plans for note in plan.notes)):
         console.print(line, highlight=False)
-    found = [stage for stage, _ in stages.values()]
     missing = float(sum(one.missing for one in files.values()))
     kept = sum(stage.disk for stage in found) + max((stage.passing for stage in found), default=0.0)
     problems = [*_memory(found, planner), *_disk(planner.outputs, missing, kept, found)]
@@ -36,7 +38,7 @@ def show(plans: Sequence[Plan], planner: Planner) -> list[str]:
     words = (
         f"{size(memory)} of {size(planner.machine.memory)} of memory, {size(missing)} to download,"
         f" {size(kept)} of {size(available_disk(planner.outputs))} of disk, about"
-        f" {duration(sum(stage.seconds for stage in found) / planner.parallel)} without the download"
+        f" {duration(sum(stage.seconds for stage in found))} without the download"
     )
     console.print(f"{'does not fit' if problems else 'fits'}: {words}; nothing was started", highlight=False)
     return problems
@@ -55,16 +57,26 @@ def _files(files: Mapping[str, object]) -> object:
     return _right(shown)
 
 
-def _stages(stages: Mapping[str, tuple[Stage, int]], jobs: int) -> object:
+def _stages(stages: Sequence[Stage], jobs: int) -> object:
+    """The stages, those of several jobs that are of one kind in one line."""
     from rich.table import Table  # noqa: PLC0415
 
+    kinds: dict[tuple[str, str], list[Stage]] = {}
+    for stage in stages:
+        kinds.setdefault((stage.name, stage.what), []).append(stage)
     shown = Table("stage", "what", "time", "memory", "disk", title="stages")
     if jobs > 1:
-        shown.title = f"stages of {jobs} jobs"
-        shown.add_column("jobs")
-    for stage, times in stages.values():
-        cells = [stage.name, stage.what, duration(stage.seconds), size(stage.memory), size(stage.disk)]
-        shown.add_row(*cells, *([str(times)] if jobs > 1 else []))
+        shown.title = f"stages of {jobs} jobs; what they share is made once"
+        shown.add_column("times")
+    for (name, what), some in kinds.items():
+        disk = size(sum(one.disk for one in some))
+        cells = [
+            what,
+            duration(sum(one.seconds for one in some)),
+            size(max(one.memory for one in some)),
+            disk,
+        ]
+        shown.add_row(name, *cells, *([str(len(some))] if jobs > 1 else []))
     return _right(shown)
 
 
@@ -83,6 +95,9 @@ def _memory(stages: Sequence[Stage], planner: Planner) -> Iterator[str]:
             free = f"{size(stage.memory)} of memory where {size(planner.machine.memory)} are free"
             shared = f" for each of {planner.parallel} jobs at a time" if planner.parallel > 1 else ""
             how = f": add {stage.knob}" if stage.knob else ": take a smaller model or another machine"
+            fewer = int(planner.parallel * planner.machine.memory / stage.memory)
+            if fewer and planner.parallel > 1:
+                how = f": add hydra.launcher.array_parallelism={fewer}"
             yield f"{stage.name} takes {free}{shared}{how}"
 
 

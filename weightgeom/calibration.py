@@ -1,9 +1,9 @@
 """What stages cost here, measured in seconds on a proxy of the network and brought to its size.
 
+On a CPU these are the seconds of a machine that does nothing else.
 Every measurement runs the stage's own code: the objective's trainer, the probe, the intervention.
 """
 
-import gc
 import logging
 import os
 import weakref
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,9 @@ from weightgeom.training import Training, outdated_name_allowed
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-WORK = 4e10  # floating-point operations of one measurement, about a second on a core
+WORK = 4e10  # floating-point operations of one measurement at most: about a second on a core
+SECOND = 1.0  # and what it is to take on a slow or a busy machine
+LEAST = 0.25  # of that work in any case: of fewer samples nothing can be told
 FEW = 128  # tokens of a batch whose logits are all held
 SAMPLES = ("tokens", "pairs", "prompts", "questions")  # fields whose number a stage's time is linear in
 ARMS = 3  # of an intervention, after which it has shown what an arm takes
@@ -80,12 +82,12 @@ class Bench:
         examples: Examples,
         device: str,
         dtype: torch.dtype,
-        seed: int,
+        threads: int = 1,
     ) -> None:
         from transformers import AutoModelForCausalLM  # noqa: PLC0415 (heavy)
 
         self.config, self.proxy, self.examples = config, proxy, examples
-        self.device, self.dtype, self.seed = device, dtype, seed
+        self.device, self.dtype = device, dtype
         with torch.random.fork_rng():  # networks draw from the global generator
             torch.manual_seed(0)
             network = AutoModelForCausalLM.from_config(proxy.config, dtype=torch.float32).to(device)
@@ -94,15 +96,20 @@ class Bench:
         self.network = network
         self.tokenizer = tokenizer
         self.model = LanguageModel(
-            network.requires_grad_(False).eval(), tokenizer, architecture_of(proxy.config), torch.device(device)
+            network.requires_grad_(False).eval(),
+            tokenizer,
+            architecture_of(proxy.config),
+            torch.device(device),
         )
+        self.work = min(WORK, max(LEAST * WORK, SECOND * _speed(device)))
+        self.speedup = 1.0 if threads == 1 or device == "cuda" else self._faster(threads)
         self.multiplied = sum(one.numel() for one in network.parameters() if one.ndim > 1)
 
     def training(self, objective: Objective, training: Training) -> TrainingCost:
         """One training, by the objective's own trainer, on as many rows as are soon computed."""
         with self._trainer(objective, training) as trainer:
             whole = _batches(trainer, training.batch_size)
-            room = WORK / (6 * self.multiplied) / (max(whole) / training.batch_size)
+            room = self.work / (6 * self.multiplied) / (max(whole) / training.batch_size)
             tokens, loss = _loss(objective, trainer, max(1, min(training.batch_size, int(room))))
             with Live() as live:
                 found = loss()
@@ -127,7 +134,7 @@ class Bench:
         head = 0 if lora else 4 * self.config.vocab_size * self.config.hidden_size
         passing = saved * layers * width * max(whole) + self._head(objective, training) + head
         return TrainingCost(
-            layers * width**2 * (training.accumulate * each + updates[-1]),
+            layers * width**2 * (training.accumulate * each + updates[-1]) / self.speedup,
             max(passing, trained),
             saved * layers * width,
             trained,
@@ -159,13 +166,13 @@ class Bench:
     def _narrow(self, vocabulary: int) -> "Bench":
         """The same with a network of one layer as narrow as can be."""
         narrow = proxy_of(self.config, 1, 1, vocabulary)
-        return Bench(self.config, narrow, self.tokenizer, self.examples, self.device, self.dtype, self.seed)
+        return Bench(self.config, narrow, self.tokenizer, self.examples, self.device, self.dtype)
 
     @contextmanager
     def _trainer(self, objective: Objective, training: Training) -> Iterator[Any]:
         network = self.model.with_weights({name: one.float().clone() for name, one in self.before.items()})
         with TemporaryDirectory() as directory, outdated_name_allowed():
-            arguments = training.arguments(Path(directory), self.seed, self.device)
+            arguments = training.arguments(Path(directory), 0, self.device)
             if training.lora.r is not None:
                 arguments["peft_config"] = training.lora.config(self.model.architecture)
             yield objective.trainer(
@@ -185,8 +192,10 @@ class Bench:
                 measure(params)
                 yield -start + (start := self._now())
 
-        first, second, next_ = (one.at(self.proxy) for one in self._linear(probe, training, calls))
-        return first + second + max(0, count - 2) * next_
+        first, second, next_ = (
+            one.at(self.proxy) for one in self._linear(probe, training, objective is not None, calls)
+        )
+        return (first + second + max(0, count - 2) * next_) / self.speedup
 
     def intervention(self, intervention: Intervention, training: Training, arms: int) -> float:
         """Seconds of an intervention of so many arms, all taken to be as costly as the first."""
@@ -207,26 +216,60 @@ class Bench:
             yield times[1] - times[0]
             yield (times[-1] - times[1]) / max(1, len(times) - 2)
 
-        start, arm = (one.at(self.proxy) for one in self._linear(intervention, training, calls))
-        return start + (arms - 1) * arm
+        start, arm = (one.at(self.proxy) for one in self._linear(intervention, training, False, calls))
+        return (start + (arms - 1) * arm) / self.speedup
 
-    def _linear(self, thing: Any, training: Training, calls: Callable[[Any], Iterator[float]]) -> list[Linear]:
+    def _linear(
+        self, thing: Any, training: Training, known: bool, calls: Callable[[Any], Iterator[float]]
+    ) -> list[Linear]:
         """Each of the times that `calls` gives, split by two runs on different numbers of samples."""
-        passes = 6 * self.multiplied * _samples(thing) * training.max_length
-        share = min(1.0, WORK / max(passes, 1.0))
+        passes = 2 * self.multiplied * self._samples(thing, training, known)
+        share = min(1.0, self.work / max(passes, 1.0))
         few = list(calls(shrunk(thing, share / 3)))
         many = list(calls(shrunk(thing, share)))
         slopes = [max(0.0, (b - a) / (share - share / 3)) for a, b in zip(few, many, strict=True)]
         return [Linear(max(0.0, b - share * slope), slope) for b, slope in zip(many, slopes, strict=True)]
 
+    def _samples(self, thing: Any, training: Training, known: bool) -> float:
+        """Tokens that pass forward, about; `known` says that there is an objective to take gradients of."""
+        pairs = self.examples.heldout_pairs[:32]
+        words = [len(f"{one.prompt} {one.chosen} {one.prompt} {one.rejected}".split()) for one in pairs]
+        pair = sum(words) / len(words) if words else 0.0
+        prompt = 3 * (pair or training.max_length) if known else 0.0
+        each = {"tokens": 1.0, "pairs": pair, "prompts": prompt, "questions": 8.0}
+        count = 0.0
+        for field in fields(thing):
+            value = getattr(thing, field.name)
+            if field.name in SAMPLES and isinstance(value, int):
+                count += each[field.name] * value
+            elif is_dataclass(value):
+                count += self._samples(value, training, known)
+        return count
+
     def _setting(self, from_random: bool, objective: Objective | None, training: Training) -> Setting:
-        parts = self.model, self.before, self.after, from_random, self.examples, self.seed
+        parts = self.model, self.before, self.after, from_random, self.examples, 0
         return Setting(*parts, objective, training, 1)
+
+    def _faster(self, threads: int) -> float:
+        """How many times faster a forward pass is on so many threads than on one, each at its best."""
+        ids = torch.zeros(4, 96, dtype=torch.long)
+        best = []
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            times = []
+            for _ in range(4):
+                start = perf_counter()
+                self.network(input_ids=ids)
+                times.append(perf_counter() - start)
+            best.append(min(times))
+        torch.set_num_threads(1)
+        return min(float(threads), max(1.0, best[0] / best[1]))
 
     def _now(self) -> float:
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return perf_counter()
+            return perf_counter()
+        return process_time()  # of one thread, which others on the machine do not stretch
 
 
 class Shown(Exception):
@@ -274,23 +317,23 @@ def shrunk(thing: Any, share: float) -> Any:
     return replace(thing, **new)
 
 
-def _samples(thing: Any) -> float:
-    """Sequences that a probe or an intervention runs on, forward or backward, about."""
-    count = 0.0
-    for field in fields(thing):
-        value = getattr(thing, field.name)
-        if field.name in SAMPLES and isinstance(value, int):
-            count += value / 96 if field.name == "tokens" else 2 * value
-        elif is_dataclass(value):
-            count += _samples(value)
-    return count
+def _speed(device: str) -> float:
+    """Floating-point operations a second of a matrix product, now."""
+    a, count, start = torch.ones(1024, 512, device=device), 0, perf_counter()
+    b = torch.ones(512, 512, device=device)
+    while (taken := perf_counter() - start) < 0.1 or count < 2:
+        float((a @ b)[0, 0])
+        count += 1
+    return 2.0 * 1024 * 512 * 512 * count / taken
 
 
 def _batches(trainer: Any, size: int) -> list[float]:
     """Tokens, padding included, of some batches of a trainer."""
     order = torch.randperm(len(trainer.train_dataset), generator=torch.Generator().manual_seed(0)).tolist()
     some = [order[start : start + size] for start in range(0, min(len(order), 8 * size), size)]
-    found = [(_tokens(trainer.data_collator([trainer.train_dataset[i] for i in one])), len(one)) for one in some]
+    found = [
+        (_tokens(trainer.data_collator([trainer.train_dataset[i] for i in one])), len(one)) for one in some
+    ]
     return [tokens * size / rows for tokens, rows in found]
 
 
@@ -311,14 +354,18 @@ def _tokens(inputs: Mapping[str, Any]) -> int:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within it, nothing of what the stages say is shown; and no garbage is collected at their expense."""
-    level = logging.root.manager.disable
+    """Within it, nothing of what the stages say is shown, and torch has one thread.
+
+    Several that wait for each other on a busy machine would take many times as long.
+    """
+    level, threads = logging.root.manager.disable, torch.get_num_threads()
     logging.disable(logging.WARNING)
-    gc.collect()
+    torch.set_num_threads(1)
     try:
         yield
     finally:
         logging.disable(level)
+        torch.set_num_threads(threads)
 
 
 def write_speed(directory: Path, size: int = 2**26) -> float:

@@ -64,7 +64,6 @@ def _listed(location: str) -> list[tuple[str, int, str]] | None:
     """Name, size and blob of every file of a repository; None without a network or with HF_HUB_OFFLINE=1."""
     from huggingface_hub import HfApi, constants  # noqa: PLC0415 (heavy)
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled  # noqa: PLC0415
-
     from huggingface_hub.hf_api import RepoFile  # noqa: PLC0415
 
     name, _, revision = location.partition("@")
@@ -95,7 +94,9 @@ def _on_disk(location: str, directory: Path) -> Files:
     weights = {name: size for name, size in sizes.items() if name.endswith(".safetensors")}
     weights = weights or {name: size for name, size in sizes.items() if fnmatch(name, PICKLES)}
     if not weights:
-        raise FileNotFoundError(f"there are no weights of {location} in {directory}: give a checkpoint that has")
+        raise FileNotFoundError(
+            f"there are no weights of {location} in {directory}: give a checkpoint that has"
+        )
     taken = weights | {name: size for name, size in sizes.items() if _taken(name, patterns_of())}
     whole = sum(taken.values())
     return Files(location, len(taken), whole, len(taken), whole, sum(weights.values()), directory.resolve())

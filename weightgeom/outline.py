@@ -66,9 +66,13 @@ class Shape:
         """Bytes of a d x d matrix."""
         return 4.0 * self.d_model**2
 
-    def logits(self, tokens: float) -> float:
+    def logits(self, tokens: int | float) -> float:
         """Bytes of the logits of so many tokens."""
         return 4.0 * tokens * self.vocabulary
+
+    def passing(self, tokens: int | float) -> float:
+        """Bytes of a forward and a backward pass of frozen weights, of which the head works in slices."""
+        return tokens * self.saved + 6 * min(self.logits(tokens), 2.0**25)
 
 
 @runtime_checkable

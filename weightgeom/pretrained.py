@@ -12,7 +12,14 @@ from pydantic.dataclasses import dataclass
 from weightgeom.adapters import is_adapter, open_adapter
 from weightgeom.interfaces import Base, Data, Examples, Stage, Trajectory
 from weightgeom.interruption import Wanted, undisturbed
-from weightgeom.model import check_length, first_line, load_architecture, load_config, load_context, load_tokenizer
+from weightgeom.model import (
+    check_length,
+    first_line,
+    load_architecture,
+    load_config,
+    load_context,
+    load_tokenizer,
+)
 from weightgeom.outline import Outline
 from weightgeom.pickled import PICKLES, convert, is_pickled
 from weightgeom.residual import Architecture

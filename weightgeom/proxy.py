@@ -129,4 +129,6 @@ def assumed(name: str, number: int, length: int) -> Examples:
     heldout = max(2, number // 10)
     pair = Pair(one[: len(one) // 4], one[: 3 * len(one) // 4], one[: 3 * len(one) // 4])
     few = min(number, PAIRS)
-    return Examples(name, [one] * few, [one] * min(few, heldout), [pair] * few, [pair] * min(few, heldout), "")
+    return Examples(
+        name, [one] * few, [one] * min(few, heldout), [pair] * few, [pair] * min(few, heldout), ""
+    )

@@ -101,7 +101,9 @@ class Tiny:
         corpus, text = self._corpus(examples, data)
         tokenizer = corpus.tokenizer() if isinstance(corpus, World) else None
         config = self._config(self.vocabulary if tokenizer is None else len(tokenizer), 0)
-        return Outline(config, pretraining=Pretraining(CE("text"), self.pretraining, text), tokenizer=tokenizer)
+        return Outline(
+            config, pretraining=Pretraining(CE("text"), self.pretraining, text), tokenizer=tokenizer
+        )
 
     def _corpus(self, examples: Examples, data: Data) -> tuple[Data, Examples]:
         """What it is pretrained on, read."""

@@ -82,7 +82,7 @@ class Moments:
         if self.budget_gb is not None:
             sums = min(sums, max(self.budget_gb * GIB, sums / shape.layers))
         models = shape.weights * (2 if objective and shape.reference else 1)
-        return models + sums + 2 * self.batch_size * shape.saved * shape.longest + 6 * 2**25
+        return models + sums + shape.passing(2 * self.batch_size * shape.longest)
 
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement of one checkpoint's update since the trajectory's start."""

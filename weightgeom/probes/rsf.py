@@ -97,7 +97,7 @@ class RSF:
         budget = float("inf") if self.budget_gb is None else self.budget_gb * GIB
         gradients = objective and self.prompts > 0
         upstream = moment * shape.layers * (1 if shape.parallel else 2) if gradients else 0.0
-        batch = 16 * shape.saved * shape.longest + 6 * 2**25  # 8 pairs, and the logits of a slice
+        batch = shape.passing(16 * shape.longest)  # 8 pairs
         models = shape.weights * (2 if shape.reference else 1)
         gathered = models + batch + min(upstream, max(budget, moment)) if gradients else 0.0
         k = dimensions(self.k, shape.d_model)[-1]
