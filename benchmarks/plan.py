@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -31,7 +32,12 @@ from runners.plan import Planner
 from weightgeom.data.world import World
 
 ROOT = Path(__file__).parents[1]
-PYTHIA = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048}
+PYTHIA: dict[str, Any] = {
+    "hidden_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "intermediate_size": 2048,
+}
 SHAPES = {
     "world": ["model.pretraining.steps={steps}"],
     "pythia": [

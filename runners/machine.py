@@ -5,6 +5,8 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
+from time import perf_counter
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -62,3 +64,14 @@ def available_disk(directory: Path) -> float:
 def existing(directory: Path) -> Path:
     """A directory, or the nearest above it that there is."""
     return next(path for path in (directory, *directory.parents) if path.is_dir())
+
+
+def write_speed(directory: Path, size: int = 2**26) -> float:
+    """Bytes a second that a file in `directory` takes, of one without a name that is gone afterwards."""
+    content = bytes(size)
+    with TemporaryFile(dir=directory) as file:
+        start = perf_counter()
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        return size / (perf_counter() - start)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from runners.machine import Machine, available_memory, existing, resident
-from weightgeom.calibration import Bench, TrainingCost, quiet, write_speed
+from runners.knobs import override, smaller
+from runners.machine import Machine, available_memory, existing, resident, write_speed
+from weightgeom.calibration import Bench, TrainingCost, quiet
 from weightgeom.data.hub import HubData
 from weightgeom.downloads import Files, files_of
 from weightgeom.interfaces import Examples, NeedsExamples, Objective
@@ -22,7 +23,6 @@ from weightgeom.residual import architecture_of
 from weightgeom.training import Training
 
 BESIDE = 64 * 2.0**20  # the tracking client and what the allocator keeps, which a plan does not load
-DIVISORS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class _Job:
             key = "training" if name == "training" else "model.pretraining"
             fitting = (
                 how
-                for how, some in _smaller(key, training, from_random, self.config)
+                for how, some in smaller(key, training, from_random, self.config)
                 if self._fits(memory(some))
             )
             knob = next(fitting, None) or self._smaller_model()
@@ -250,7 +250,7 @@ class _Job:
             )
             plain = next(one for one, other in only.items() if other is thing)
             fitting = (
-                _override(f"{group}.{plain}.{key}", value, self.config)
+                override(f"{group}.{plain}.{key}", value, self.config)
                 for key, value in (
                     *(("budget_gb", 2.0**power) for power in range(7, -4, -1) if "budget_gb" in vars(thing)),
                     *(("length", length) for length in (48, 24) if "length" in vars(thing)),
@@ -294,33 +294,6 @@ class _Job:
             )
 
         return self.planner.once(f"bench {self.base} {examples.name} {examples.digest}", make)
-
-
-def _smaller(
-    key: str, training: Training, from_random: bool, config: Mapping[str, Any]
-) -> Iterator[tuple[str, Training]]:
-    """Trainings that take less memory, the least different first, and the overrides that ask for them."""
-    say = partial(_override, config=config)
-    for divisor in DIVISORS:
-        size, rest = divmod(training.batch_size, divisor)
-        if size and not rest:
-            steps = training.accumulate * divisor
-            how = f"{say(f'{key}.batch_size', size)} {say(f'{key}.accumulate', steps)}"
-            yield how, replace(training, batch_size=size, accumulate=steps)
-    if not from_random and training.lora.r is None and not training.log_gradients:
-        yield say(f"{key}.lora.r", 16), replace(training, lora=replace(training.lora, r=16))
-    for length in (training.max_length // 2, training.max_length // 4):
-        yield say(f"{key}.max_length", length), replace(training, max_length=length)
-
-
-def _override(key: str, value: object, config: Mapping[str, Any]) -> str:
-    """An override as the command line takes it: with a plus where the configuration lacks the key."""
-    tree: Any = config
-    for part in key.split("."):
-        if not isinstance(tree, Mapping) or part not in tree:
-            return f"+{key}={value:g}" if isinstance(value, float) else f"+{key}={value}"
-        tree = tree[part]
-    return f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
 
 
 def _key(config: Mapping[str, Any], *parts: str) -> str:

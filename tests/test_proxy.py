@@ -6,7 +6,7 @@ import torch
 from networks import CONFIGS, MIXTURES, language_model
 from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
-from weightgeom.calibration import Live
+from weightgeom.live import Live
 from weightgeom.model import parameters_of
 from weightgeom.proxy import lengths_by, proxy_of, standin, standin_tokenizer
 from weightgeom.residual import architecture_of
@@ -48,7 +48,7 @@ def test_the_standin_of_examples_has_as_many_tokens() -> None:
     found = standin(examples, lengths_by(tokenizer))
     for real, made in zip(examples.pairs, found.pairs, strict=True):
         for one, other in zip((real.prompt, real.chosen), (made.prompt, made.chosen), strict=True):
-            assert len(tokenizer(one)["input_ids"]) == len(ours(other)["input_ids"])
+            assert len(tokenizer(str(one))["input_ids"]) == len(ours(str(other))["input_ids"])
     assert len(found.heldout) == len(examples.heldout)
 
 

@@ -5,22 +5,19 @@ Every measurement runs the stage's own code: the objective's trainer, the probe,
 """
 
 import logging
-import os
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from weightgeom.interfaces import Examples, Intervention, Objective, Params, Probe, Setting
+from weightgeom.live import Live
 from weightgeom.model import LanguageModel
 from weightgeom.proxy import SMALLEST, Proxy, proxy_of
 from weightgeom.residual import architecture_of
@@ -276,35 +273,6 @@ class Shown(Exception):
     """Ends an intervention when it has shown what an arm takes."""
 
 
-class Live(TorchDispatchMode):
-    """Within it, the bytes of all tensors that are made and still live, and their `peak`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Take note of what an operation makes."""
-        given = {one.untyped_storage().data_ptr() for one in tree_iter((args, kwargs)) if _is_real(one)}
-        out = func(*args, **(kwargs or {}))
-        for one in tree_iter(out):
-            if _is_real(one) and (storage := one.untyped_storage()).data_ptr() not in given:
-                if self.known.get(storage._cdata) is None:
-                    self.known[storage._cdata] = storage
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._freed, storage.nbytes())
-        return out
-
-    def _freed(self, size: int) -> None:
-        self.now -= size
-
-
-def _is_real(thing: Any) -> bool:
-    return isinstance(thing, Tensor) and thing.device.type != "meta" and thing.layout == torch.strided
-
-
 def shrunk(thing: Any, share: float) -> Any:
     """A probe or intervention on that share of its samples."""
     new = {}
@@ -366,14 +334,3 @@ def quiet() -> Iterator[None]:
     finally:
         logging.disable(level)
         torch.set_num_threads(threads)
-
-
-def write_speed(directory: Path, size: int = 2**26) -> float:
-    """Bytes a second that a file in `directory` takes, of one without a name that is gone afterwards."""
-    content = bytes(size)
-    with TemporaryFile(dir=directory) as file:
-        start = perf_counter()
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-        return size / (perf_counter() - start)
