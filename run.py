@@ -2,9 +2,10 @@
 
 import logging
 import os
+import re
 import sys
 import traceback
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,13 @@ from runners.complaints import choices, complaint, nearest
 from runners.launcher import register
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Sequence
 
     from runners.experiment import Experiment
     from runners.interruption import Interruption
 
 VERBOSE = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+PLANNED = re.compile(r"\+{0,2}plan=(?i:true|on|yes|1)")
 FOUND_RIGHT: set[str] = set()  # configurations of this sweep, without their seeds
 KINDS = {
     bool: "true or false",
@@ -63,6 +65,8 @@ def checked(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key} must be {KINDS[kind]}, got {plain.get(key)!r}")
     if not 0 <= plain["seed"] < 2**32:  # what NumPy takes
         raise ValueError(f"seed must be 0 to {2**32 - 1}, got {plain['seed']}")
+    if not isinstance(plan := plain.pop("plan", False), bool):
+        raise ValueError(f"plan must be true or false, got {plan!r}")
     for key in ("objective", "probe", "intervention"):
         if not isinstance(plain.get(key), dict):
             raise ValueError(f"{key} must be one of the choices in conf/{key}, got {plain.get(key)!r}")
@@ -189,6 +193,9 @@ def job(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig  # noqa: PLC0415
 
     try:
+        if config.plan:
+            checked(config)
+            return plan([(config, HydraConfig.get().runtime.choices["objective"])])
         run = described(config)
         experiment(run).run()
         if run["config"]["report"]:
@@ -221,7 +228,30 @@ def check(config: DictConfig, here: bool, common: "Collection[str]") -> dict[str
     return run
 
 
-register(check)
+def plan(jobs: "Sequence[tuple[DictConfig, str]]", parallel: int = 1, memory: float | None = None) -> None:
+    """Tell what jobs would fetch, take and need, `parallel` of them at a time; raises if it does not fit.
+
+    A job is its configuration and the name of its objective. `memory` is what each has elsewhere, in bytes;
+    None is for this machine. Nothing of theirs is started, made or downloaded, but a model's config.
+    """
+    from pathlib import Path  # noqa: PLC0415 (not needed for --help)
+
+    from runners.plan import Planner  # noqa: PLC0415 (heavy)
+    from runners.verdict import show  # noqa: PLC0415 (heavy)
+
+    outputs = {str(config.outputs) for config, _ in jobs}
+    if len(outputs) > 1:
+        raise ValueError(
+            f"plan=true takes one outputs= for all jobs of a sweep, got {', '.join(sorted(outputs))}"
+        )
+    plain = [measured(checked(config), objective) for config, objective in jobs]
+    made = [(parts(config), config) for config in plain]
+    planner = Planner(Path(outputs.pop()).resolve(), made[0][0]["device"], parallel, memory)
+    if problems := show([planner.plan(*one) for one in made], planner):
+        raise ValueError(f"does not fit: {'; '.join(problems)}")
+
+
+register(check, plan)
 
 
 def end(error: Exception) -> None:
@@ -231,12 +261,25 @@ def end(error: Exception) -> None:
         sys.exit(1)
 
 
+@contextmanager
+def nothing_left() -> "Iterator[None]":
+    """Within it, Hydra makes the directory of a run or a sweep where it does not stay."""
+    from tempfile import TemporaryDirectory  # noqa: PLC0415 (not needed for --help)
+
+    with TemporaryDirectory() as directory:
+        place = next(index for index, one in enumerate(sys.argv) if PLANNED.fullmatch(one))
+        # Beside it: overrides that do not stand together are refused.
+        sys.argv[place:place] = [f"hydra.run.dir={directory}/run", f"hydra.sweep.dir={directory}/sweep"]
+        yield
+
+
 def main() -> None:
     """Run Hydra; whatever goes wrong is told in one sentence, with a non-zero exit."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them itself
     logging.raiseExceptions = VERBOSE  # a log line that a full disk does not take is no news of its own
     try:
-        job()
+        with nothing_left() if any(map(PLANNED.fullmatch, sys.argv)) else nullcontext():
+            job()
     except Exception as error:
         end(error)
         raise

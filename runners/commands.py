@@ -192,6 +192,17 @@ def resubmit(sweep: Sweep, new_code: bool) -> None:
         _open_record(sweep, sweep.manifest()["overrides"])
 
 
+def room(launcher: str, options: Mapping[str, Any], jobs: int) -> tuple[int, float | None]:
+    """How many of the jobs run at a time on this machine, and the bytes of memory of each under SLURM.
+
+    These are None here, and infinite where the site has a limit of its own.
+    """
+    found = _options(launcher, options)
+    if isinstance(found, supervisor.LocalOptions):
+        return found.parallelism(jobs), None
+    return 1, float("inf") if found.mem_gb is None else found.mem_gb * 2**30
+
+
 def _options(launcher: str, options: Mapping[str, Any]) -> "slurm.SlurmOptions | supervisor.LocalOptions":
     kind = slurm.SlurmOptions if launcher == "slurm" else supervisor.LocalOptions
     try:

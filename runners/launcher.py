@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from runners.complaints import complaint
 
 NAMESPACE = "hydra_plugins.weightgeom"  # Hydra takes launchers from there only
+Plan = Callable[[Sequence[tuple[DictConfig, str]], int, float | None], None]
 Check = Callable[[DictConfig, bool, Collection[str]], dict[str, Any]]
 
 
@@ -28,6 +29,7 @@ class SweepLauncher(Launcher):
     """
 
     check: Check
+    plan: Plan
     kind = "local"
 
     def __init__(self, **options: Any) -> None:  # the keys of conf/hydra/launcher/*.yaml
@@ -56,6 +58,13 @@ class SweepLauncher(Launcher):
         """Start the jobs, and watch them to their end; raises if any failed."""
         assert self.config is not None
         setup_globals()
+        planned = {
+            override.lower() for one in job_overrides for override in one if override.startswith("plan=")
+        }
+        if len(planned) > 1:
+            raise ValueError("plan is of the whole sweep: give plan=true, or plan=false, alone")
+        if self.config.plan is True:
+            return self._plan(job_overrides)
         from runners import commands  # noqa: PLC0415 (heavy, and not needed for --help)
 
         commands.speak()
@@ -84,6 +93,22 @@ class SweepLauncher(Launcher):
             JobReturn(job["overrides"], status=JobStatus.COMPLETED, _return_value=job["directory"])
             for job in jobs.values()
         ]
+
+    def _plan(self, job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
+        """Tell what the jobs would come to, and start none."""
+        assert self.config is not None
+        jobs = [self.loader.load_sweep_config(self.config, list(overrides)) for overrides in job_overrides]
+        gc.enable()
+        objectives = [job.hydra.runtime.choices["objective"] for job in jobs]
+        for job in jobs:
+            with open_dict(job):
+                del job["hydra"]
+        from runners import commands  # noqa: PLC0415 (heavy, and not needed for --help)
+
+        options = {str(key): one for key, one in self.options.items() if key not in ("detach", "poll_s")}
+        room = commands.room(self.kind, options, len(jobs))
+        type(self).plan(list(zip(jobs, objectives, strict=True)), *room)
+        return [JobReturn(list(overrides), status=JobStatus.COMPLETED) for overrides in job_overrides]
 
     def _job(self, number: int, overrides: list[str], common: Collection[str]) -> dict[str, Any]:
         """What job `number` is to do, checked; `common` are the overrides that all jobs have."""
@@ -123,9 +148,14 @@ class SlurmLauncher(SweepLauncher):
     kind = "slurm"
 
 
-def register(check: Check) -> None:
-    """Make the launchers known to Hydra; `check` describes a job, or refuses what cannot work."""
+def register(check: Check, plan: Plan) -> None:
+    """Make the launchers known to Hydra.
+
+    `check` describes a job, or refuses what cannot work; `plan` tells what jobs come to, so many at a time,
+    of which each has so many bytes of memory elsewhere, or None here.
+    """
     SweepLauncher.check = staticmethod(check)
+    SweepLauncher.plan = staticmethod(plan)
     known = Plugins.instance().class_name_to_class
     known[f"{NAMESPACE}.LocalLauncher"] = SweepLauncher
     known[f"{NAMESPACE}.SlurmLauncher"] = SlurmLauncher

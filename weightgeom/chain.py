@@ -14,7 +14,18 @@ from weightgeom.adapters import is_adapter
 from weightgeom.interfaces import Base, Data, Examples, Stage, Trajectory
 from weightgeom.interruption import Wanted, undisturbed
 from weightgeom.model import load_architecture
-from weightgeom.pretrained import MOVING, PIN, converted, fetch, identity, is_path, one_network, pair
+from weightgeom.outline import Outline
+from weightgeom.pretrained import (
+    MOVING,
+    PIN,
+    converted,
+    fetch,
+    identity,
+    is_path,
+    one_network,
+    outlined,
+    pair,
+)
 from weightgeom.residual import Architecture
 
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
@@ -106,6 +117,12 @@ class Chain:
             ValueError: if a name of the hub has no revision, or one that moves.
         """
         return {name: self._location(name) for name in self.stages}
+
+    def outline(self, examples: Examples, data: Data) -> Outline:
+        """What is fetched, and the config of the first stage; fetches that config alone."""
+        locations = dict(enumerate(self.locations().values()))
+        found = outlined(locations, 0, self.allow_bin, self.trust_remote_code)
+        return replace(found, pairs=len(locations) - 1)
 
     def _location(self, name: str) -> str:
         location = self.stages[name].replace("{size}", self.size)

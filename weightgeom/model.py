@@ -150,7 +150,7 @@ def load(directory: Path, device: str) -> LanguageModel:
     """
     architecture = load_architecture(directory)
     stored = open_params(directory, architecture)
-    network = _without_weights(_config(directory), torch.device(device))
+    network = _without_weights(load_config(directory), torch.device(device))
     names = set(stacked(stored, architecture.stacks))
     check_complete(directory, {name for name, _ in network.named_parameters()} - names)
     return LanguageModel(network, load_tokenizer(directory), architecture, torch.device(device))
@@ -172,6 +172,12 @@ def _without_weights(config: "PreTrainedConfig", device: torch.device) -> "PreTr
     return network.requires_grad_(False).eval()
 
 
+def parameters_of(config: "PreTrainedConfig") -> int:
+    """The number of parameters of a network, from its config alone; tied ones count once."""
+    network = _without_weights(config, torch.device("meta"))
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 def check_complete(directory: Path, missing: Collection[str]) -> None:
     """Raise ValueError if a checkpoint lacks parameters of the network: they would stay random."""
     if missing:
@@ -189,16 +195,21 @@ def check_length(longest: int, context: int | None) -> None:
 
 def load_context(directory: Path) -> int | None:
     """The longest sequence, in tokens, that a checkpoint's config names; None if it names none."""
-    return getattr(_config(directory), "max_position_embeddings", None)
+    return getattr(load_config(directory), "max_position_embeddings", None)
 
 
 def load_architecture(directory: Path) -> Architecture:
     """The residual-stream map that a checkpoint's config asks for; reads no weights."""
-    return architecture_of(_config(directory))
+    return architecture_of(load_config(directory))
 
 
-def _config(directory: Path) -> "PreTrainedConfig":
-    """The config of a checkpoint; its own code runs only if it is trusted."""
+def load_config(directory: Path) -> "PreTrainedConfig":
+    """The config of a checkpoint directory; its own code runs only if it is trusted.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it cannot be read, or needs code that is not trusted.
+    """
     from transformers import AutoConfig  # noqa: PLC0415 (heavy)
 
     path = directory / "config.json"

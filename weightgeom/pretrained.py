@@ -12,7 +12,15 @@ from pydantic.dataclasses import dataclass
 from weightgeom.adapters import is_adapter, open_adapter
 from weightgeom.interfaces import Base, Data, Examples, Stage, Trajectory
 from weightgeom.interruption import Wanted, undisturbed
-from weightgeom.model import check_length, first_line, load_architecture, load_context
+from weightgeom.model import (
+    check_length,
+    first_line,
+    load_architecture,
+    load_config,
+    load_context,
+    load_tokenizer,
+)
+from weightgeom.outline import Outline
 from weightgeom.pickled import PICKLES, convert, is_pickled
 from weightgeom.residual import Architecture
 from weightgeom.trust import trust
@@ -111,6 +119,10 @@ class Pretrained:
         steps = {_step(revision): f"{name}@{revision}" for revision in self.revisions}
         return dict(sorted((step, one) for step, one in steps.items() if step is not None))
 
+    def outline(self, examples: Examples, data: Data) -> Outline:
+        """What is fetched, and the config of the last of it; fetches that config alone."""
+        return outlined(self.locations(), max(self.locations()), self.allow_bin, self.trust_remote_code)
+
     def prepare(
         self, stage: Stage, examples: Examples, data: Data, device: str, wanted: Wanted = undisturbed
     ) -> Base:
@@ -155,6 +167,14 @@ class TwoCheckpoints:
             self._compare(before, after, architecture)
         return architecture
 
+    def locations(self) -> dict[int, str]:
+        """What to fetch, by step."""
+        return {0: self.before, 1: self.after}
+
+    def outline(self, examples: Examples, data: Data) -> Outline:
+        """What is fetched, and the config of `before`; fetches that config alone."""
+        return outlined(self.locations(), 0, self.allow_bin, self.trust_remote_code)
+
     def prepare(
         self, stage: Stage, examples: Examples, data: Data, device: str, wanted: Wanted = undisturbed
     ) -> Base:
@@ -176,6 +196,18 @@ class TwoCheckpoints:
                 f"model.tokenizer=after needs a whole model with the vocabulary of model.before, and {after}"
                 " is none"
             )
+
+
+def outlined(locations: dict[int, str], step: int, allow_bin: bool, code: bool) -> Outline:
+    """What is fetched of checkpoints by step, and the config of one of them; fetches that config alone."""
+    directory = _found(locations[step], ["config.json", *(["*.py"] if code else [])])
+    if code:
+        trust(directory)
+    try:
+        tokenizer = load_tokenizer(directory)
+    except (FileNotFoundError, ValueError):  # on the hub still
+        tokenizer = None
+    return Outline(load_config(directory), locations, None, tokenizer, allow_bin, code)
 
 
 def pair(before: Path, after: Path, speaker: Path) -> Base:
@@ -226,13 +258,18 @@ def fetch(location: str, bin: bool = False, code: bool = False, weights: bool = 
     Raises:
         FileNotFoundError: if there is no such directory and the hub does not give it either.
     """
-    patterns = [*(FILES if weights else ["*.json"]), *(["*.py"] if code else [])]
+    patterns = patterns_of(weights, code)
     found = _found(location, patterns)
     if bin and weights and not any(found.glob("*.safetensors")):
         found = _found(location, [*patterns, PICKLES])
     if code:
         trust(found)
     return found
+
+
+def patterns_of(weights: bool = True, code: bool = False) -> list[str]:
+    """Patterns of the files of a repository that `fetch` takes."""
+    return [*(FILES if weights else ["*.json"]), *(["*.py"] if code else [])]
 
 
 def _found(location: str, patterns: list[str]) -> Path:

@@ -15,6 +15,7 @@ from weightgeom.interfaces import Base, Data, Examples, Log, Stage
 from weightgeom.interruption import Wanted, undisturbed
 from weightgeom.model import check_length
 from weightgeom.objectives.ce import CE
+from weightgeom.outline import Outline, Pretraining
 from weightgeom.reading import fingerprint
 from weightgeom.residual import Architecture, architecture_of
 from weightgeom.training import Training, fit, trajectory
@@ -65,14 +66,7 @@ class Tiny:
         self, stage: Stage, examples: Examples, data: Data, device: str, wanted: Wanted = undisturbed
     ) -> Base:
         """Pretrain, or take the equal model that was pretrained before."""
-        corpus, text = data, examples
-        if self.corpus is not None:
-            corpus = World() if self.corpus == "world" else TextFiles(train=self.corpus)
-            text = corpus.examples()
-        if not text.text:
-            raise ValueError(
-                f"{text.name} has no text to pretrain the tiny model on: give some with model.corpus"
-            )
+        corpus, text = self._corpus(examples, data)
 
         def work(directory: Path, log_metrics: Log) -> None:
             import transformers  # noqa: PLC0415 (heavy)
@@ -101,6 +95,26 @@ class Tiny:
         directory = stage("pretraining", specification, work, self.pretraining.steps)
         checkpoints = trajectory(directory, "pretraining")
         return Base(checkpoints.steps[checkpoints.last], f"pretraining/{directory.name}", checkpoints)
+
+    def outline(self, examples: Examples, data: Data) -> Outline:
+        """The network that will be made, and its pretraining."""
+        corpus, text = self._corpus(examples, data)
+        tokenizer = corpus.tokenizer() if isinstance(corpus, World) else None
+        config = self._config(self.vocabulary if tokenizer is None else len(tokenizer), 0)
+        return Outline(
+            config, pretraining=Pretraining(CE("text"), self.pretraining, text), tokenizer=tokenizer
+        )
+
+    def _corpus(self, examples: Examples, data: Data) -> tuple[Data, Examples]:
+        """What it is pretrained on, read."""
+        if self.corpus is not None:
+            data = World() if self.corpus == "world" else TextFiles(train=self.corpus)
+            examples = data.examples()
+        if not examples.text:
+            raise ValueError(
+                f"{examples.name} has no text to pretrain the tiny model on: give some with model.corpus"
+            )
+        return data, examples
 
     def _config(self, vocabulary: int, end: int) -> "GPTNeoXConfig":
         from transformers import GPTNeoXConfig  # noqa: PLC0415 (heavy)

@@ -78,6 +78,16 @@ class Training:
         powers = [2**power for power in range(self.steps.bit_length()) if 2**power < self.steps]
         return [0, *powers, self.steps]
 
+    def checkpoints_size(self, weights: float, trained: float, from_random: bool) -> tuple[float, float]:
+        """Bytes on disk of the checkpoints that stay, and at the highest of the states to resume from.
+
+        `weights` has the bytes of the network, `trained` of what the optimizer keeps two moments of.
+        """
+        each = weights if self.lora.r is None else trained
+        steps = [step for step in self.save_steps() if step or from_random]
+        states = 0 if self.save_every is None else min(self.keep + 1, self.steps // self.save_every)
+        return len(steps) * each, states * (each + 2 * trained)
+
     def arguments(self, directory: Path, seed: int, device: str) -> dict[str, Any]:
         """The arguments of a TRL trainer: fp32, no tracking, checkpoints of its own only to resume."""
         return {

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from weightgeom.interfaces import Params, Row, Setting
 from weightgeom.model import kl_divergence
+from weightgeom.outline import Shape
 from weightgeom.residual import Architecture
 from weightgeom.table import row
 from weightgeom.tokens import packed, responses
@@ -40,6 +41,13 @@ class Behaviour:
 
     def check(self, architecture: Architecture) -> None:
         """Every model will do."""
+
+    def held(self, shape: Shape, objective: bool) -> float:
+        """Two models, and of a batch of 16 sequences the logits: of both, twice, and a slice in fp64."""
+        tokens = min(self.tokens, 16 * self.length)
+        text = 4 * shape.logits(tokens) + 14 * shape.logits(min(tokens, 256))
+        pairs = 2 * shape.logits(16 * min(shape.longest, self.pair_length))
+        return 2 * shape.weights + max(text, pairs)
 
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement of one checkpoint."""

@@ -21,7 +21,8 @@ from weightgeom.frames import (
 )
 from weightgeom.gradients import Gathering, MeanGradient, Pass, folded, gradient_moments
 from weightgeom.interfaces import Params, Row, Setting
-from weightgeom.moments import Moment
+from weightgeom.moments import GIB, Moment
+from weightgeom.outline import Shape
 from weightgeom.residual import Architecture, ResidualMatrix
 from weightgeom.subspace import Subspace
 from weightgeom.table import row
@@ -71,6 +72,17 @@ class Moments:
     def check(self, architecture: Architecture) -> None:
         """Refuse a k that does not fit."""
         check_dimensions(self.k, architecture.d_model, "probe.moments.k")
+
+    def held(self, shape: Shape, objective: bool) -> float:
+        """The sums over each group of prompts: of moments and, in full size, of gradients."""
+        groups = self.groups if self.resamples else 1
+        size = {"float32": 1, "float64": 2}[self.precision] * groups
+        in_layers = shape.weights - 2 * shape.logits(shape.d_model)  # without embedding and unembedding
+        sums = size * (4 * shape.layers * shape.square + max(in_layers, 0.0)) if objective else 0.0
+        if self.budget_gb is not None:
+            sums = min(sums, max(self.budget_gb * GIB, sums / shape.layers))
+        models = shape.weights * (2 if objective and shape.reference else 1)
+        return models + sums + shape.passing(2 * self.batch_size * shape.longest)
 
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement of one checkpoint's update since the trajectory's start."""

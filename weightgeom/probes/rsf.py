@@ -22,7 +22,8 @@ from weightgeom.frames import (
 )
 from weightgeom.gradients import Gathering, folded, gradient_moments
 from weightgeom.interfaces import Params, Row, Setting
-from weightgeom.moments import Moment
+from weightgeom.moments import GIB, Moment
+from weightgeom.outline import Shape
 from weightgeom.residual import Architecture, ResidualMatrix
 from weightgeom.rounding import warn_of_rounding
 from weightgeom.stats import isotropic_null, matched_null, rotation_null, spectrum_shares
@@ -86,6 +87,27 @@ class RSF:
     def check(self, architecture: Architecture) -> None:
         """Refuse a k that does not fit."""
         check_dimensions(self.k, architecture.d_model, "probe.rsf.k")
+
+    def held(self, shape: Shape, objective: bool) -> float:
+        """The pass over the objective's gradients, or what is kept of it with the frames of all inputs.
+
+        A moment has a matrix for each group of prompts, a frame its root in fp64 and the bootstrap's bases.
+        """
+        moment = shape.square * (self.groups if self.resamples else 1)
+        budget = float("inf") if self.budget_gb is None else self.budget_gb * GIB
+        gradients = objective and self.prompts > 0
+        upstream = moment * shape.layers * (1 if shape.parallel else 2) if gradients else 0.0
+        batch = shape.passing(16 * shape.longest)  # 8 pairs
+        models = shape.weights * (2 if shape.reference else 1)
+        gathered = models + batch + min(upstream, max(budget, moment)) if gradients else 0.0
+        k = dimensions(self.k, shape.d_model)[-1]
+        frame = moment + 2 * shape.square + 8.0 * shape.d_model * k * (1 + self.resamples)
+        weights = shape.weights if shape.weights <= budget / 2 else shape.weights / shape.layers
+        if self.budget_gb is None and self.at != "step":
+            frames = 2 * shape.layers * frame
+        else:
+            frames = min(2 * shape.layers * moment, max(budget / 2, moment)) + frame
+        return max(gathered, upstream + weights + frames + 8 * shape.square)
 
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement of one checkpoint's update since the trajectory's start."""
