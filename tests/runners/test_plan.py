@@ -100,6 +100,34 @@ def test_the_plan_of_a_sweep_counts_what_its_jobs_share_once(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+def test_the_plan_of_a_chain_has_every_stage_against_the_base_and_against_the_one_before(
+    tmp_path: Path,
+) -> None:
+    stages = {name: save("llama", tmp_path / name, seed) for seed, name in enumerate(("base", "sft", "dpo"))}
+    (tmp_path / "text.txt").write_text(
+        "\n\n".join(f"Document {n} tells of {n * n} things." for n in range(60))
+    )
+    plan = planned(
+        planner(tmp_path),
+        "model=chain/own",
+        f"model.stages={{{', '.join(f'{name}: {place}' for name, place in stages.items())}}}",
+        *("objective=none", "data=text", f"data.train={tmp_path}/text.txt", "probe=[rsf]"),
+        *("probe.rsf.tokens=256", "device=cpu"),
+    )
+    assert len(plan.files) == 3
+    names = [stage.name for stage in plan.stages.values()]
+    assert (names.count("rsf"), names.count("rsf_stages")) == (1, 2)
+
+
+def test_a_plan_is_of_what_each_objective_is_measured_by(tmp_path: Path) -> None:
+    swept = ["objective=dpo,ce", "+only.behaviour=[dpo]", "seed=0"]
+    told = run(tmp_path, *PLAN, *swept, "-m")
+    assert told.code == 0, told.err
+    rows = [line.split("│") for line in told.out.splitlines() if line.startswith("│")]
+    times = {row[1].strip(): int(row[-2]) for row in rows}
+    assert (times["rsf"], times["behaviour"]) == (2, 1)
+
+
 def test_what_a_checkpoint_on_the_hub_weighs_is_told_without_its_weights(tmp_path: Path) -> None:
     repository, text = "models/lab/one", tmp_path / "text.txt"
     text.write_text(
