@@ -120,6 +120,7 @@ def real(asked: list[str], home: Path) -> dict[str, float]:
             stderr=subprocess.DEVNULL,
         )
         _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = status
     if status:
         raise SystemExit(f"the run of {' '.join(asked)} failed")
     return {

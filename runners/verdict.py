@@ -40,7 +40,11 @@ def show(plans: Sequence[Plan], planner: Planner) -> list[str]:
         f" {size(kept)} of {size(available_disk(planner.outputs))} of disk, about"
         f" {duration(sum(stage.seconds for stage in found))} without the download"
     )
-    console.print(f"{'does not fit' if problems else 'fits'}: {words}; nothing was started", highlight=False)
+    console.print(
+        f"{'does not fit' if problems else 'fits'}: {words}; nothing was started",
+        highlight=False,
+        soft_wrap=True,
+    )
     return problems
 
 

@@ -66,6 +66,7 @@ def test_memory_and_time_of_a_run_are_as_foretold(tmp_path: Path) -> None:
         stderr=subprocess.DEVNULL,
     )
     _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = status
     assert status == 0
     assert memory == pytest.approx(1024 * usage.ru_maxrss, rel=0.25)
     # Processor time, which others on the machine stretch less than the clock's; it is within two when idle.
