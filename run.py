@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runners.complaints import choices, complaint, nearest
 from runners.launcher import register
+from runners.processes import share_processors
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -275,6 +276,7 @@ def nothing_left() -> "Iterator[None]":
 
 def main() -> None:
     """Run Hydra; whatever goes wrong is told in one sentence, with a non-zero exit."""
+    share_processors()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them itself
     logging.raiseExceptions = VERBOSE  # a log line that a full disk does not take is no news of its own
     try:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from runners.interruption import Interruption
-from runners.processes import process_start, status_after
+from runners.processes import process_start, share_processors, status_after
 from runners.record import Record
 from runners.redaction import redacted_text
 from runners.store import one_line, write_atomically
@@ -113,6 +113,7 @@ class Job:
 
         os.chdir(asked["cwd"])
         os.environ.update(asked["environment"])
+        share_processors()
         logging.config.dictConfig(asked["logging"])
         import run  # noqa: PLC0415 (heavy; the copy beside this file)
 

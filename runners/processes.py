@@ -15,6 +15,17 @@ Status = Literal["SCHEDULED", "RUNNING", "FINISHED", "FAILED", "KILLED"]
 _SIGNAL_CODES = {128 + signal.SIGINT, 128 + signal.SIGTERM}
 
 
+def share_processors() -> None:
+    """Let threads that wait for each other give up their core soon; to be called before torch is imported.
+
+    By default they spin, and where another process needs one of the cores a step of training waits for a
+    thread that is not running: on two cores, beside one other process, 2.8 s instead of 0.2 s. A wait policy
+    that is in the environment stays. It concerns libgomp, which torch comes with.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 @contextmanager
 def terminations_as_exceptions() -> Iterator[None]:
     """Turn the first SIGTERM into `SystemExit(143)`, so that the run can still note its end.
