@@ -91,7 +91,7 @@ def illustrated(found: Companion) -> "Iterator[tuple[str, str, Figure, str, bool
         )  # fmt: skip
     if len(found.bridge):
         yield (
-            section, "bridge", figures_uncertainty.bridge(found.bridge),
+            "bridge", "bridge", figures_uncertainty.bridge(found.bridge),
             "The bridge between the two papers: how the coupling of the boundary to the output changed while"
             " abstention was taught, against where the same update lies. A point is a training (the mean over"
             " layers); circles read, squares write.", False,

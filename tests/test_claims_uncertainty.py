@@ -38,6 +38,14 @@ def test_a_number_on_the_other_side_disagrees(number, changed):
     assert found[COUPLED] == "not tested here"
 
 
+def test_a_claim_about_layers_needs_more_than_half_of_them():
+    table = tabulate(probed())
+    of_layer = (table["quantity"] == "fisher_ratio_high") & (table["layer"] == 0)
+    table.loc[of_layer, "value"] = 1.2
+    line = lines({"uncertainty": table}, False)[4]
+    assert (line.verdict, "below 1 in 1 of 2 layers" in line.evidence) == ("disagrees", True)
+
+
 def test_a_model_that_was_trained_is_judged_as_it_was_before():
     changed = {"auroc_logistic": (0.6, 0.4, 0.8)}
     table = tabulate([*probed(), *probed(changed, step=64)])

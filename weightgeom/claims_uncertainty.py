@@ -28,9 +28,9 @@ class Line:
 def lines(tables: "Mapping[str, pd.DataFrame]", trained: bool) -> list[Line]:
     """A line for every claim and uncertain group, of the model before it was `trained` on, if it was.
 
-    A claim agrees where the 95 % interval lies on its side, and disagrees otherwise; the layer is that in
-    which the groups are told apart best, by the logistic probe; dimensions are over all layers. Where a
-    table lacks, nothing is tested.
+    A claim agrees where the 95 % interval lies on its side in more than half of the layers, and disagrees
+    otherwise; that groups are told apart, where it does so in the best layer; of dimensions, it is the
+    median over layers. Where a table lacks, nothing is tested.
     """
     table = tables.get("uncertainty")
     found = []
@@ -61,57 +61,51 @@ COUPLED = "coupling the signal to the logits by hand (bypass) restores abstentio
 
 
 def _of_group(rows: "pd.DataFrame", arm: str) -> Iterator[Line]:
-    best = int(_values(rows, arm, "auroc_logistic").idxmax())
-
-    def interval(quantity: str, layer: int, **place: str) -> tuple[float, float, float]:
-        value, low, high = (
-            _values(rows, arm, f"{quantity}{end}", **place).get(layer, float("nan"))
-            for end in ("", "_low", "_high")
-        )
-        return float(value), float(low), float(high)
-
     def line(number: int, agrees: bool, evidence: str) -> Line:
         return Line(CLAIMS[number], "agrees" if agrees else "disagrees", f"{arm}: {evidence}")
 
-    value, low, high = interval("auroc_logistic", best)
-    yield line(0, low > 0.5, f"AUROC {value:.3f} [{low:.3f}, {high:.3f}] in layer {best}, held out")
+    def over_layers(number: int, values: "pd.Series", holds: "pd.Series", what: str, when: str) -> Line:
+        told = f"{what} {values.median():.2f}, the median over layers of {values.min():.2f} to"
+        told += f" {values.max():.2f}"
+        counted = f"{when} in {int(holds.sum())} of {len(holds)} layers"
+        return line(number, bool(holds.mean() > 0.5), f"{told}; {counted}")
+
+    detected = _with_ends(rows, arm, "auroc_logistic")
+    best = detected["value"].idxmax()
+    value, low, high = detected.loc[best]
+    yield line(0, bool(low > 0.5), f"AUROC {value:.3f} [{low:.3f}, {high:.3f}] in layer {best}, held out")
     ratios = _values(rows, arm, "mle_dimension_ratio")
     better = _values(rows, arm, "mle_dimension_calibrated_ratio")
-    # Over the layers, as the largest of them would be a choice: one degenerate layer can have any ratio.
     yield line(
         1,
         float(ratios.median()) >= 2,
         f"ratio {ratios.median():.2f}, the median over layers of {ratios.min():.2f} to {ratios.max():.2f}"
         f" (calibrated {better.median():.2f})",
     )
-    amplified = _values(rows, arm, "amplification")
-    ends = [
-        interval("amplification", layer) for layer in (int(amplified.index.min()), int(amplified.index.max()))
-    ]
+    amplified = _with_ends(rows, arm, "amplification")
+    first, last = amplified.index.min(), amplified.index.max()
+    ends = amplified.loc[first], amplified.loc[last]
     yield line(
         2,
-        ends[1][1] > ends[0][2],
-        f"{ends[0][0]:.2f} of the norm in layer {amplified.index.min()}, {ends[1][0]:.2f} in layer"
-        f" {amplified.index.max()}",
+        bool(ends[1]["low"] > ends[0]["high"]),
+        f"{ends[0]['value']:.2f} of the norm in layer {first}, {ends[1]['value']:.2f} in layer {last}",
     )
-    value, low, high = interval("overlap", best, subspace="output_top")
-    yield line(3, high < 1, f"overlap {value:.2f} [{low:.2f}, {high:.2f}] of chance 1 in layer {best}")
-    value, low, high = interval("fisher_ratio", best)
-    yield line(4, high < 1, f"{value:.2f} [{low:.2f}, {high:.2f}] times that of random ones in layer {best}")
-    value, low, high = interval("gradient_coupling", best)
-    spread = 2 * float(_values(rows, arm, "gradient_coupling_random_sd").get(best, 0))
-    yield line(
-        5,
-        -spread <= value <= spread,
-        f"cosine {value:.2f} [{low:.2f}, {high:.2f}], random directions ± {spread:.2f} in layer {best}",
+    overlap = _with_ends(rows, arm, "overlap", subspace="output_top")
+    yield over_layers(3, overlap["value"], overlap["high"] < 1, "overlap (1 is chance)", "below 1")
+    ratio = _with_ends(rows, arm, "fisher_ratio")
+    yield over_layers(4, ratio["value"], ratio["high"] < 1, "ratio", "below 1")
+    cosines = _values(rows, arm, "gradient_coupling")
+    spread = 2 * _values(rows, arm, "gradient_coupling_random_sd").reindex(cosines.index, fill_value=0)
+    yield over_layers(
+        5, cosines, cosines.abs() <= spread, "cosine", "within two standard deviations of random directions"
     )
     uncertain, factual = arm.split("/")
     doses = {one: one.partition("@")[2].partition("/")[0] for one in rows["arm"].unique() if "@" in one}
     among = [one for one in doses if one.startswith(f"{uncertain}@") and one.endswith(f"/{factual}")]
     where = min(among, key=lambda one: abs(float(doses[one]) - THRESHOLD))
-    value, p = (_values(rows, where, f"components_difference{end}")[best] for end in ("", "_p_value"))
-    evidence = f"{value:+.2f} of the points at cosine distance {doses[where]}, p {p:.2g}, in layer {best}"
-    yield line(6, bool(value > 0 and p <= LEVEL), evidence)
+    more, p = (_values(rows, where, f"components_difference{end}") for end in ("", "_p_value"))
+    what = f"difference at cosine distance {doses[where]}, as a share of the points,"
+    yield over_layers(6, more, (more > 0) & (p <= LEVEL), what, f"above 0 with p ≤ {LEVEL}")
 
 
 def _of_interventions(tables: "Mapping[str, pd.DataFrame]") -> Iterator[Line]:
@@ -145,6 +139,16 @@ def _gains(table: "pd.DataFrame", pattern: str) -> "pd.DataFrame":
     changes = changes[changes["dose"].notna() & ~changes["arm"].str.contains("/", regex=False)]
     wide = changes.set_index(["draw", "layer", "dose", "quantity"])["value"].unstack()
     return wide.assign(gain=wide["abstention_change"] - wide["false_abstention_change"]).reset_index()
+
+
+def _with_ends(rows: "pd.DataFrame", arm: str, quantity: str, subspace: str = "residual") -> "pd.DataFrame":
+    """`value`, and the ends `low` and `high` of its interval, by layer."""
+    import pandas as pd  # noqa: PLC0415 (slow)
+
+    ends = {"value": "", "low": "_low", "high": "_high"}
+    return pd.DataFrame(
+        {name: _values(rows, arm, f"{quantity}{end}", subspace) for name, end in ends.items()}
+    )
 
 
 def _values(rows: "pd.DataFrame", arm: str, quantity: str, subspace: str = "residual") -> "pd.Series":
