@@ -133,8 +133,9 @@ def described(config: DictConfig, common: "Collection[str]" = ()) -> dict[str, A
     from hydra.types import RunMode  # noqa: PLC0415
 
     hydra_config = HydraConfig.get()
+    plain = checked(config)
     chosen = {key: hydra_config.runtime.choices[key] for key in ("model", "data", "objective", "training")}
-    plain = measured(checked(config), chosen["objective"])
+    plain = measured(plain, chosen["objective"])
     asked = [override for override in hydra_config.overrides.task if override not in common]
     changed = [override for override in asked if not override.startswith("objective=")]
     swept = hydra_config.mode == RunMode.MULTIRUN

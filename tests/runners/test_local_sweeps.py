@@ -106,7 +106,7 @@ def test_a_sweep_ends_in_its_report_and_measures_of_an_objective_what_it_is_aske
     pages.touch()  # where the directory should be
     ended = place.sweep(*asked)
     sweep = directory(ended)
-    assert ended.code == 1 and "all jobs completed, but no report was made" in ended.errors[0]
+    assert ended.code == 1 and "the jobs completed, but no report was made" in ended.errors[0]
     assert rows(place.command("status", sweep)) == {0: "COMPLETED", 1: "COMPLETED"}
     found = [{path.stem for path in sweep.glob(f"{n}/record/artifacts/tables/rsf*.csv")} for n in (0, 1)]
     behaviour = [(sweep / f"{n}/record/artifacts/tables/behaviour.csv").exists() for n in (0, 1)]
