@@ -14,7 +14,7 @@ from app import Ended, run
 from cluster import Cluster, base
 from sweeps import TINY, Place, events, states, steps, until, weights
 
-STEPS = 1600  # more than a job makes while it is left alone after a signal
+STEPS = 2000  # more than a job makes while it is left alone after a signal
 TRAINING = [f"training.steps={STEPS}", "seed=3"]
 PREEMPTIBLE = "hydra.launcher.timeout_min=30"
 pytestmark = pytest.mark.filterwarnings(
