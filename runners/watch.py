@@ -198,7 +198,7 @@ def finish(sweep: Sweep, rows: Sequence[Row]) -> None:
         uri = next(iter(jobs.values()))["tracking_uri"]
         summarise(record, [one.directory for one in ended])
         publish([record, *ended], uri)
-        if any(job["config"]["report"] for job in jobs.values()):
+        if any(job["config"].get("report") for job in jobs.values()):
             _report(record, next(iter(jobs.values())))
         failed = [row for row in rows if row.failed]
         cancelled = all(row.state == "CANCELLED" for row in failed)
@@ -224,7 +224,7 @@ def report_of(sweep: Sweep) -> tuple[Path | None, str] | None:
     from runners.report import directory_of  # noqa: PLC0415 (heavy)
 
     job = sweep.job(next(iter(sweep.jobs())))
-    if not job["config"]["report"]:
+    if not job["config"].get("report"):
         return None
     name, outputs, store = job["config"]["name"], job["outputs"], redacted_text(job["tracking_uri"])
     command = ["python", "-m", "runners.report", name, "--outputs", outputs, "--tracking-uri", store]
