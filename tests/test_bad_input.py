@@ -15,8 +15,8 @@ from disk import small_disk
 from mlflow import MlflowClient
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig
 
-from weightgeom.residual import architecture_of
-from weightgeom.weights import open_params
+from weightgeom.models.residual import architecture_of
+from weightgeom.models.weights import open_params
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
