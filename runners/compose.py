@@ -87,10 +87,21 @@ def measured(plain: dict[str, Any], objective: str) -> dict[str, Any]:
     return {**plain, **kept}
 
 
+MOVED = {
+    "weightgeom.chain.Chain": "weightgeom.bases.chain.Chain",
+    "weightgeom.pretrained.Pretrained": "weightgeom.bases.pretrained.Pretrained",
+    "weightgeom.pretrained.TwoCheckpoints": "weightgeom.bases.pretrained.TwoCheckpoints",
+    "weightgeom.tiny.Tiny": "weightgeom.bases.tiny.Tiny",
+    "weightgeom.training.Training": "weightgeom.training.config.Training",
+}
+
+
 def build(key: str, choice: Any) -> Any:
     """The object that the part `key` of a configuration describes; refuses keys that it does not have."""
     if not isinstance(choice, dict) or "_target_" not in choice:
         raise ValueError(f"{key} must be one of the choices in conf/{key.split('.')[0]}, got {choice!r}")
+    if choice["_target_"] in MOVED:
+        raise ValueError(f"{choice['_target_']} has moved: write {key}._target_={MOVED[choice['_target_']]}")
     try:
         made = instantiate(choice, _convert_="all")
     except Exception as error:

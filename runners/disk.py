@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from runners.tracking.redaction import redacted_text
-
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -19,11 +17,6 @@ _FULL_TEXT = re.compile(r"os error (28|122|27)\b|No space left on device|Disk qu
 
 # `torch.save` does not say why it could not write.
 _UNWRITTEN_TEXT = re.compile(r"iostream error|PytorchStreamWriter|inline_container\.cc.*unexpected")
-
-
-def one_line(error: BaseException) -> str:
-    """Type and message of `error` on one line, without secrets."""
-    return redacted_text(" ".join(f"{type(error).__name__}: {error}".split())).rstrip(": ")
 
 
 def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:

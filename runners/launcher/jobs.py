@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from runners.disk import one_line, write_atomically
+from runners.disk import write_atomically
 from runners.signals import Interruption, process_start, share_processors, status_after
 from runners.tracking.record import Record
-from runners.tracking.redaction import redacted_text
+from runners.tracking.redaction import one_line, redacted_text
 from weightgeom.interruption import Interrupted
 
 GO_ON = 75  # exit code of a job that was interrupted and wants to go on (EX_TEMPFAIL)
@@ -187,7 +187,7 @@ def _requeue(patience: float) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`python -m runners.launcher.jobs DIRECTORY`: run the job there; the supervisor of a local sweep starts these."""
+    """`python -m runners.launcher.jobs DIRECTORY`: run the job there."""
     Job(arguments[0], slurm=False)()
 
 

@@ -10,7 +10,7 @@ from runners.launcher.manifest import Sweep
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`python -m runners.launcher.local_main PLAN`: run what the file of a sweep lists, then end the sweep."""
+    """`python -m runners.launcher.local_main PLAN`: run the listed jobs, then end the sweep."""
     plan = Path(arguments[0])
     sweep = Sweep(plan.parent)
     Supervisor(sweep, json.loads(plan.read_text()))()

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from runners.disk import full_disk_explained, one_line, write_atomically
-from runners.tracking.redaction import redacted, redacted_text
+from runners.disk import full_disk_explained, write_atomically
+from runners.tracking.redaction import one_line, redacted, redacted_text
 
 log = logging.getLogger(__name__)
 

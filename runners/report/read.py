@@ -11,12 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from runners.disk import one_line
 from runners.errors import nearest
-from runners.report.settings import ARROW, is_run, settings
 from runners.tracking.publisher import check_tracking_uri, open_client
-from runners.tracking.redaction import redacted_text
+from runners.tracking.redaction import one_line, redacted_text
 from weightgeom.analysis.chain import BETWEEN, STAGES, comparisons
+from weightgeom.analysis.settings import ARROW, is_run, settings
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runners.disk import full_disk_explained
-from runners.report.settings import of_text
 from runners.summary.note import note
 from runners.tracking.record import Record
+from weightgeom.analysis.settings import of_text
 from weightgeom.table import own
 
 if TYPE_CHECKING:

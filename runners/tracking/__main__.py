@@ -1,4 +1,4 @@
-"""The command `python -m runners.tracking sync OUTPUTS`: publish what an outage or a kill left unpublished."""
+"""The command `python -m runners.tracking sync OUTPUTS`: publish runs that an outage or a kill cut off."""
 
 import argparse
 import sys

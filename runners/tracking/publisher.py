@@ -22,9 +22,9 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from runners.disk import one_line, write_atomically
+from runners.disk import write_atomically
 from runners.tracking.record import Point, Record
-from runners.tracking.redaction import redacted_text
+from runners.tracking.redaction import one_line, redacted_text
 from weightgeom.interruption import Interrupted
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from time import time_ns
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypedDict
 
-from runners.disk import full_disk_explained, one_line, write_atomically
+from runners.disk import full_disk_explained, write_atomically
 from runners.signals import Status, process_start, status_after
-from runners.tracking.redaction import redacted, redacted_text
+from runners.tracking.redaction import one_line, redacted, redacted_text
 
 log = logging.getLogger(__name__)
 

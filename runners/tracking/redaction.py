@@ -60,3 +60,8 @@ def redacted(value: object) -> object:
     if isinstance(value, list | tuple):
         return [redacted(item) for item in value]
     return redacted_text(value) if isinstance(value, str) else value
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of `error` on one line, without secrets."""
+    return redacted_text(" ".join(f"{type(error).__name__}: {error}".split())).rstrip(": ")

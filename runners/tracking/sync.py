@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runners.disk import one_line
 from runners.tracking.publisher import Publication, check_tracking_uri
 from runners.tracking.record import Record
-from runners.tracking.redaction import MASK
+from runners.tracking.redaction import MASK, one_line
 
 log = logging.getLogger(__name__)
 

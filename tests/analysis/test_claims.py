@@ -5,9 +5,9 @@ import pytest
 import study
 from study import Planted, rank1, rsf
 
-from runners.report.settings import settings
 from weightgeom.analysis.claims import AGREES, DISAGREES, UNTESTED, verdicts
 from weightgeom.analysis.over_seeds import condense
+from weightgeom.analysis.settings import settings
 from weightgeom.table import COLUMNS
 
 KEYS = ("objective", "variant", "seed", "model", "model_seed", "data", "data_seed", "preference")

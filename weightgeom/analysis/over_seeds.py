@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runners.report.settings import SETTING, placed
 from weightgeom.analysis.comparisons import comparisons
+from weightgeom.analysis.settings import SETTING, placed
 
 if TYPE_CHECKING:
     import pandas as pd

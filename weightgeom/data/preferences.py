@@ -18,7 +18,8 @@ class Preferences:
 
     Without a field `prompt`, it is what the responses share at the start, as TRL takes it. Without
     `heldout`, every `heldout_every`-th prompt is held out with its pairs; with it, training leaves
-    out the pairs whose text occurs there. `groups` are prompts, as `weightgeom.text.prompt_groups` reads them.
+    out the pairs whose text occurs there. `groups` are prompts, as `weightgeom.text.prompt_groups` reads
+    them.
     """
 
     train: str | list[str]

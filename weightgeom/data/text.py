@@ -21,7 +21,8 @@ class TextFiles:
 
     Without `heldout`, every `heldout_every`-th document is held out, equal ones together; where
     there are fewer, documents are first cut into blocks of 200 words. With `heldout`, training
-    leaves out the documents that also occur there. `groups` are prompts, as `weightgeom.text.prompt_groups` reads them.
+    leaves out the documents that also occur there. `groups` are prompts, as
+    `weightgeom.text.prompt_groups` reads them.
     """
 
     train: str | list[str]

@@ -19,7 +19,8 @@ class Bypass:
 
     Mean and standard deviation are those of both groups' training halves together. A control projects on
     a random direction instead and adds as much, root mean square over prompts. Strengths γ are in nats.
-    Quantities: those of `weightgeom.causal.trials.measured`, for the effects of `weightgeom.uncertainty.state_edits.Prompted`.
+    Quantities: those of `weightgeom.causal.trials.measured`, for the effects of
+    `weightgeom.uncertainty.state_edits.Prompted`.
     Source: arXiv:2603.13911v1; the probe's scale and the controls are ours.
     """
 

@@ -42,7 +42,8 @@ class Rank1:
     control shares with the treatment: `frobenius` ‖dW‖_F, and so α; `output` E‖dW a‖² = α² vᵀ C v on
     held-out text. Where a norm follows the matrix, the direction is that of what reaches the stream.
 
-    Quantities: those of `weightgeom.causal.trials.measured`. Source: arXiv:2605.16600; the choice of the shared
+    Quantities: those of `weightgeom.causal.trials.measured`. Source: arXiv:2605.16600; the choice of the
+    shared
     side, of the controls and of their numbers is ours.
     """
 

@@ -19,7 +19,8 @@ class Repair:
 
     A control projects on a random subspace of the same dimension through the same mean and is scaled to add
     as much. Strengths are w, 0.2 in the source. Quantities: those of `weightgeom.causal.trials.measured`, for
-    the effects of `weightgeom.uncertainty.state_edits.Prompted`. Source: arXiv:2603.13911v1; the controls are ours.
+    the effects of `weightgeom.uncertainty.state_edits.Prompted`. Source: arXiv:2603.13911v1; the controls
+    are ours.
     """
 
     headline: ClassVar[str] = "abstention_change"

@@ -18,7 +18,8 @@ class Steer:
     """The state at the last token of a prompt is moved along the boundary direction b.
 
     Strengths are shares of the root mean square norm of a state. Quantities: those of
-    `weightgeom.causal.trials.measured`, for the effects of `weightgeom.uncertainty.state_edits.Prompted`. Source: arXiv:2603.13911v1;
+    `weightgeom.causal.trials.measured`, for the effects of `weightgeom.uncertainty.state_edits.Prompted`.
+    Source: arXiv:2603.13911v1;
     the controls are ours.
     """
 

@@ -55,7 +55,8 @@ class DeltaSurgery:
     is the whole effect, which the others are shares of. The control `rotated` has the same dW, the residual
     stream's side of it turned by a Haar-random orthogonal matrix, one for each subspace above.
 
-    Quantities: those of `weightgeom.causal.trials.measured`. The column `matrix` is empty for all matrices of a
+    Quantities: those of `weightgeom.causal.trials.measured`. The column `matrix` is empty for all matrices
+    of a
     role and `q+k` for two kinds. Source: ours, on the subspaces of arXiv:2605.16600.
     """
 
