@@ -96,7 +96,7 @@ def _reads(found: Condensed, ended: "pd.DataFrame") -> Iterator[Verdict]:
             f" {' and '.join(both)} have q ≤ {LEVEL}"
         )
         yield Verdict(
-            1, setting, "read", _said(passed), finding, value, low, high, n=int(table["runs"].max())
+            1, setting, "read", _said(bool(passed)), finding, value, low, high, n=int(table["runs"].max())
         )
 
 
@@ -115,7 +115,7 @@ def _hardly_writes(found: Condensed, ended: "pd.DataFrame") -> Iterator[Verdict]
             passed = passed or row["ratio"] < reference["ratio"] / 2
             share = row["ratio"] / reference["ratio"]
             finding += f"; {share:.0%} of that of {reference['setting']} ({reference['ratio']:.2f})"
-        yield Verdict(2, setting, "write", _said(passed), finding, *_numbers(row), n=int(row["runs"]))
+        yield Verdict(2, setting, "write", _said(bool(passed)), finding, *_numbers(row), n=int(row["runs"]))
 
 
 def _reference(pathways: "pd.DataFrame", ended: "pd.DataFrame", row: "pd.Series") -> "pd.Series | None":
@@ -177,7 +177,7 @@ def _graded(found: Condensed) -> Iterator[Verdict]:
             f" {over:.2f} over the objectives' means"
         )
         passed = rank > 0 and p <= LEVEL
-        yield Verdict(4, setting, "write", _said(passed), finding, rank, n=len(part))
+        yield Verdict(4, setting, "write", _said(bool(passed)), finding, rank, n=len(part))
 
 
 def _mechanism(found: Condensed) -> Iterator[Verdict]:
@@ -196,7 +196,7 @@ def _mechanism(found: Condensed) -> Iterator[Verdict]:
         )
         numbers = (float(first[name]) for name in ("correlation", "low", "high"))
         yield Verdict(
-            5, f"{model} · {data}", role, _said(first["low"] > 0), finding, *numbers, n=int(first["n"])
+            5, f"{model} · {data}", role, _said(bool(first["low"] > 0)), finding, *numbers, n=int(first["n"])
         )
 
 
@@ -223,11 +223,11 @@ def _edits(found: Condensed) -> Iterator[Verdict]:
                 f" by {', '.join(others)}"
             )
             passed = beaten > places / 2
-            yield Verdict(6, setting, role, _said(passed), finding, beaten / places, n=places)
+            yield Verdict(6, setting, role, _said(bool(passed)), finding, beaten / places, n=places)
     for (setting, role), part in found.least.groupby(["setting", "role"], sort=False):
         least, places = int(part["least"].sum()), len(part)
         finding = f"the bottom direction does least in {least} of {_many(places, 'place')}"
-        yield Verdict(6, setting, role, _said(least > places / 2), finding, least / places, n=places)
+        yield Verdict(6, setting, role, _said(bool(least > places / 2)), finding, least / places, n=places)
 
 
 def _surgery(found: Condensed) -> Iterator[Verdict]:
@@ -255,7 +255,9 @@ def _surgery(found: Condensed) -> Iterator[Verdict]:
             f"margin falls further than by subspaces of {what} in {int(falls.sum())} of"
             f" {_many(len(part), 'removal')}; {'; '.join(told)} nats/pair"
         )
-        yield Verdict(7, setting, role, _said(falls.mean() > 0.5), finding, float(falls.mean()), n=len(part))
+        yield Verdict(
+            7, setting, role, _said(bool(falls.mean() > 0.5)), finding, float(falls.mean()), n=len(part)
+        )
 
 
 def _said(passed: bool) -> str:
