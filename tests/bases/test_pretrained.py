@@ -113,7 +113,7 @@ def test_an_adapter_that_does_not_fit_its_base_or_stands_before_it_is_refused(tm
 def test_revisions_are_a_trajectory_in_the_order_of_their_steps(tmp_path):
     hub_cache(tmp_path, "lab/model", {"step0": 0, "step512": 1, "step64": 2})
     program = """
-from weightgeom.pretrained import Pretrained
+from weightgeom.bases.pretrained import Pretrained
 model = Pretrained("lab/model", revisions=["step512", "step0", "step64"])
 model.check(None)
 base = model.prepare(None, None, None, "cpu")
