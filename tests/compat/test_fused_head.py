@@ -1,6 +1,7 @@
 """TRL asks for its fused head, and reads it, by the names that stand here."""
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,10 @@ def test_trl_says_what_else_enters_a_loss_by_these_names(trainer, name):
 
 
 def test_the_head_answers_for_labels_alone_and_the_network_for_the_rest():
-    network = with_fused_head(lambda **inputs: inputs, lambda labels, **inputs: ("head", labels, inputs))
+    def head(labels: Any, **inputs: Any) -> Any:
+        return "head", labels, inputs
+
+    network = with_fused_head(lambda **inputs: inputs, head)
     labels = torch.ones(1)
     assert network(x=1) == {"x": 1}
     assert network(x=1, labels=labels) == {"x": 1, "labels": labels}
