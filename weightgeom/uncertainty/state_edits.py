@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -244,6 +244,40 @@ class _Part:
         batch = Batch(ids, mask, target).to(model.device)
         last = [len(start) - 1 for start in starts]
         return cls(batch, list(prompts), last, predicted.to(model.device), scored.to(model.device), abstains)
+
+
+@dataclass(frozen=True)
+class EditOfStates:
+    """The fields and methods that interventions on states share: each adds its `kind` and its `shift`.
+
+    A base class, as their settings must stay fields of theirs: `intervention.steer.strengths=[1]`.
+    """
+
+    headline: ClassVar[str] = "abstention_change"
+    kind: ClassVar[str]
+
+    strengths: list[float] = Field(default_factory=list, min_length=1)
+    prompted: Prompted = Field(default_factory=Prompted)
+
+    def shift(self, ground: Ground, strength: float, generator: torch.Generator | None) -> Shift:
+        """The treatment; with a generator a control, along random directions."""
+        raise NotImplementedError(f"{type(self).__name__} has no method `shift`")
+
+    def check(self, architecture: Architecture) -> None:
+        """Refuse what the model does not have, and controls that are too few."""
+        self.prompted.check(architecture, self.strengths)
+
+    def check_examples(self, examples: Examples) -> None:
+        """Refuse data without the groups."""
+        self.prompted.check_examples(examples)
+
+    def arms(self, architecture: Architecture) -> int:
+        """Treatments and controls, over layers and strengths."""
+        return len(self.prompted.chosen(architecture)) * len(self.strengths) * (1 + self.prompted.random)
+
+    def rows(self, setting: Setting, log: Log) -> list[Row]:
+        """What every arm did."""
+        return tried(self.prompted, setting, log, self.kind, self.strengths, self.shift)
 
 
 def tried(
