@@ -94,6 +94,8 @@ def preference(
     settings = dict(arguments)
     adapter = settings.pop("peft_config", None)
     reference = _reference(network, adapter, settings)
+    if settings.get("disable_dropout", True):
+        _disable_functional_dropout(network)
     rendered = [render(pair, tokenizer) for pair in examples.pairs]
     dataset = datasets.Dataset.from_dict(
         {name: [getattr(pair, name) for pair in rendered] for name in ("prompt", "chosen", "rejected")}
@@ -146,6 +148,8 @@ def unpaired(
             f" must be 2 or more, got {size}"
         )
     reference = _reference(network, adapter, settings)
+    if settings.get("disable_dropout", True):
+        _disable_functional_dropout(network)
     rendered = [render(pair, tokenizer) for pair in examples.pairs]
     dataset = datasets.Dataset.from_dict(
         {
@@ -177,6 +181,14 @@ def unpaired(
     return trainer
 
 
+def _disable_functional_dropout(network: "PreTrainedModel") -> None:
+    """Turn off dropout that is no module, which TRL's `disable_dropout` leaves on; mutates `network`."""
+    for module in network.modules():
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def _reference(
     network: "PreTrainedModel", adapter: Any, settings: Mapping[str, Any]
 ) -> "PreTrainedModel | None":
@@ -185,7 +197,7 @@ def _reference(
         # Rebuilt, not left to TRL: without a reference it loads one again by name and without revision.
         reference = type(network)(network.config).to(network.device, network.dtype)  # pyright: ignore[reportArgumentType]
         reference.load_state_dict(network.state_dict())
-        return reference
+        return reference.eval()
     if adapter.lora_dropout and settings.get("disable_dropout", True):
         raise ValueError(
             f"training.lora.dropout is {adapter.lora_dropout:g}, and TRL trains on preferences without"
