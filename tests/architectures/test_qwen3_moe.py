@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from weightgeom.data.world import World
+from weightgeom.experts import stacked, unstacked
 from weightgeom.figures import COLOURS
 from weightgeom.interfaces import Params, Setting
 from weightgeom.interventions.rank1 import Rank1
@@ -81,6 +82,13 @@ def test_the_network_computes_with_the_stacks_of_what_lies_apart_on_disk(model, 
         expected = network(batch.input_ids, attention_mask=batch.attention_mask).logits
     assert_close(model.logits(model.hold(params), batch), expected, rtol=1e-5, atol=1e-5)
     assert_close(model.streaming(params).logits({}, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_unstacked_is_what_lay_apart(model, params):
+    network = dict(stacked(params, model.architecture.stacks))
+    assert "model.layers.0.mlp.experts.gate_up_proj" in network
+    apart = unstacked(network, model.architecture.stacks)
+    assert_close(apart, dict(params), rtol=0, atol=0)
 
 
 def test_the_block_is_its_map_by_hand(model, params, batch):
