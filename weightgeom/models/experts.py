@@ -42,3 +42,12 @@ class Stacked(Mapping[str, Tensor]):
 def stacked(params: Params, stacks: Mapping[str, Stack]) -> Params:
     """The parameters as the network names them: themselves where it has no experts."""
     return Stacked(params, stacks) if stacks else params
+
+
+def unstacked(params: Params, stacks: Mapping[str, Stack]) -> dict[str, Tensor]:
+    """The parameters as the disk names them, each expert's apart: the inverse of `stacked`."""
+    apart = {name: tensor for name, tensor in params.items() if name not in stacks}
+    for name, stack in stacks.items():
+        for parts, rows in zip(stack, params[name], strict=True):
+            apart |= dict(zip(parts, rows.chunk(len(parts)), strict=True))
+    return apart

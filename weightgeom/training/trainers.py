@@ -95,6 +95,8 @@ def preference(
 
     names = ("prompt", "chosen", "rejected")
     reference = _reference(network, arguments)
+    if arguments.get("disable_dropout", True):
+        _disable_functional_dropout(network)
     rendered = [render(pair, tokenizer) for pair in examples.pairs]
     dataset = _dataset({name: [getattr(pair, name) for pair in rendered] for name in names})
     trainer = _made(kind, DPOConfig, dataset, network, tokenizer, arguments, ref_model=reference)
@@ -123,6 +125,8 @@ def unpaired(
             f" must be 2 or more, got {size}"
         )
     reference = _reference(network, arguments)
+    if arguments.get("disable_dropout", True):
+        _disable_functional_dropout(network)
     rendered = [render(pair, tokenizer) for pair in examples.pairs]
     dataset = _dataset({
         "prompt": [pair.prompt for pair in rendered] * 2,
@@ -192,6 +196,14 @@ def _log_cut(kind: str, number: int, lengths: Sequence[int], limit: int) -> None
     )
 
 
+def _disable_functional_dropout(network: "PreTrainedModel") -> None:
+    """Turn off dropout that is no module, which TRL's `disable_dropout` leaves on; mutates `network`."""
+    for module in network.modules():
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def _reference(network: "PreTrainedModel", arguments: Mapping[str, Any]) -> "PreTrainedModel | None":
     """A copy of `network`; None with an adapter, which TRL turns off to have the reference."""
     adapter = arguments.get("peft_config")
@@ -199,7 +211,7 @@ def _reference(network: "PreTrainedModel", arguments: Mapping[str, Any]) -> "Pre
         # Rebuilt, not left to TRL: without a reference it loads one again by name and without revision.
         reference = type(network)(network.config).to(network.device, network.dtype)  # pyright: ignore[reportArgumentType]
         reference.load_state_dict(network.state_dict())
-        return reference
+        return reference.eval()
     if adapter.lora_dropout and arguments.get("disable_dropout", True):
         raise ValueError(
             f"training.lora.dropout is {adapter.lora_dropout:g}, and TRL trains on preferences without"
