@@ -89,7 +89,7 @@ def test_the_check_of_a_chain_downloads_configs_alone(tmp_path: Path) -> None:
 
 def test_what_the_hub_does_not_have_is_refused_with_its_name(asked: Asked) -> None:
     revision, repository, gated = asked.online[2:]
-    assert gated.startswith("refused: lab/gated is gated: accept its licence on https://huggingface.co/lab/")
+    assert gated.startswith("refused: lab/gated is gated: accept its licence at https://huggingface.co/lab/")
     assert revision.startswith(f"refused: cannot get {NAME}@step1 from the hub or its local cache (")
     assert repository.startswith("refused: cannot get lab/two@step512 from the hub or its local cache (")
     for said in (revision, repository):

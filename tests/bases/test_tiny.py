@@ -97,7 +97,7 @@ def test_data_without_text_and_sizes_that_do_not_go_together_are_refused(tmp_pat
     nothing = Examples("pairs only", [], [], [], [], "")
     with pytest.raises(ValueError, match=r"pairs only has no text to pretrain .* model\.corpus"):
         TINY.prepare(Stage(tmp_path), nothing, small.WORLD, "cpu")
-    with pytest.raises(ValueError, match="d_model 32 is not a multiple of heads 5"):
+    with pytest.raises(ValueError, match="d_model must be a multiple of heads, got 32 and 5"):
         replace(TINY, heads=5)
     with pytest.raises(ValueError, match=r"pretraining\.max_length 32 exceeds context 16"):
         replace(TINY, context=16)

@@ -96,13 +96,13 @@ def test_text_skips_what_is_empty_and_an_unpinned_data_set_is_told(answers):
     assert name == TEXT and not pairs
     assert text == [f"document {2 * n}" for n in range(10) if n % 5 != 4]
     assert heldout == ["document 8", "document 18"]
-    assert f"{TEXT} is not pinned: data.revision=COMMIT gets the same again" in answers[2]
+    assert f"{TEXT} is not pinned: set data.revision=COMMIT to get the same examples again" in answers[2]
     assert f"{PAIRS} is not pinned" in answers[2]  # asked for without its pin, last
 
 
 def test_what_cannot_be_used_is_refused_in_a_sentence(answers):
     odd, none, split = answers[0][4:]
-    assert odd.startswith(f"{ODD} row 1 has neither chosen and rejected, nor text, nor messages, ")
+    assert odd.startswith(f"{ODD} row 1 must have chosen and rejected, or text, or one of messages, ")
     assert odd.endswith("its columns are question, answer")
     assert none.startswith("cannot get the split train of lab/none from the hub or its local cache (")
     assert split.startswith(f"cannot get the split validation of {PAIRS} from the hub or its local cache (")

@@ -156,7 +156,7 @@ def test_pairs_without_a_preference_or_a_response_are_dropped_and_counted(read, 
 def test_a_file_without_any_pair_left_is_refused(tmp_path):
     path = write(tmp_path / "same.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "a"}] * 3)
     counts = "3 with chosen equal to rejected, 0 with an empty prompt or response"
-    with pytest.raises(ValueError, match=rf"no pair is left of 3 in .*same\.jsonl: {counts}"):
+    with pytest.raises(ValueError, match=rf"none of the 3 pairs in .*same\.jsonl is usable: {counts}"):
         Preferences(path).examples()
 
 
@@ -166,7 +166,7 @@ def test_a_single_prompt_cannot_be_divided(tmp_path):
         Preferences(path).examples()
 
 
-MIXED = "train.jsonl line 3 mixes strings and conversations: make all its fields one kind"
+MIXED = "train.jsonl line 3 mixes strings and conversations: use one form for all its fields"
 
 
 @pytest.mark.parametrize(

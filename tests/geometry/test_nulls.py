@@ -360,7 +360,7 @@ def test_an_all_zero_matrix_is_refused():
 
 @pytest.mark.parametrize("bad", [torch.zeros(4, 4), -torch.eye(4), torch.full((4, 4), float("nan"))])
 def test_a_second_moment_without_a_positive_trace_is_refused(bad):
-    with pytest.raises(ValueError, match="a second moment has a positive trace, got "):
+    with pytest.raises(ValueError, match="the trace of a second moment must be positive, got "):
         moment_root(bad)
 
 

@@ -11,7 +11,7 @@ from weightgeom.bases.pretrained import TwoCheckpoints
 from weightgeom.estimators.reference_subspaces import Inputs, input_frames
 from weightgeom.interfaces import Setting
 from weightgeom.models.loading import load
-from weightgeom.text.conversation import chats, of_pair, of_text
+from weightgeom.text.conversation import chats, pair_messages, text_messages
 from weightgeom.text.examples import Pair
 
 EXAMPLES = small.WORLD.examples()
@@ -29,12 +29,12 @@ TURNS = [{"role": "user", "content": "Is 2 even?"}, {"role": "assistant", "conte
     ],
 )
 def test_a_pair_is_a_conversation_however_it_is_written(pair):
-    assert of_pair(pair) == TURNS
+    assert pair_messages(pair) == TURNS
 
 
 def test_a_dialogue_is_its_turns_and_other_text_a_users_message():
-    assert of_text(DIALOGUE) == TURNS
-    assert of_text("A Human: said") == [{"role": "user", "content": "A Human: said"}]
+    assert text_messages(DIALOGUE) == TURNS
+    assert text_messages("A Human: said") == [{"role": "user", "content": "A Human: said"}]
 
 
 def test_the_models_own_template_writes_the_held_out_text():
@@ -48,10 +48,12 @@ def test_the_models_own_template_writes_the_held_out_text():
 
 def test_a_tokenizer_without_a_template_or_with_one_that_refuses_is_told():
     tokenizer = small.WORLD.tokenizer()
-    with pytest.raises(ValueError, match=r"has no chat template: take text=raw, or of a pair the aligned"):
+    with pytest.raises(
+        ValueError, match=r"has no chat template: set text=raw, or for model=pair use the tokenizer"
+    ):
         chats(EXAMPLES, tokenizer)
     tokenizer.chat_template = "{{ raise_exception('no system') }}"
-    with pytest.raises(ValueError, match=r"refuses a conversation \(no system\): take text=raw"):
+    with pytest.raises(ValueError, match=r"refuses a conversation \(no system\): set text=raw"):
         chats(EXAMPLES, tokenizer)
 
 

@@ -81,17 +81,17 @@ def test_a_directory_and_nothing_at_all_are_no_files(folder):
     with refusal(f"{folder} is a directory: name its files, or a glob such as {folder}/*.jsonl"):
         paths(str(folder))
     for nothing in ("", []):
-        with refusal("no file named: give a file, a list of files or a glob"):
+        with refusal("no file given: give a file, a list of files or a glob"):
             paths(nothing)
 
 
 def test_empty_files_are_refused(folder):
     for name, contents in (("e.txt", ""), ("blank.txt", " \n\n"), ("e.jsonl", '{"text": ""}\n')):
         (folder / name).write_text(contents)
-        with refusal(f"{name} is empty: it holds no document"):
+        with refusal(f"{name} is empty: it contains no document"):
             read_documents(folder / name)
     (folder / "none.jsonl").write_text("\n")
-    with refusal("none.jsonl is empty: it holds no record"):
+    with refusal("none.jsonl is empty: it contains no record"):
         list(read_records(folder / "none.jsonl"))
 
 
@@ -121,7 +121,7 @@ def test_a_bad_row_of_a_parquet_file_is_named(folder):
 
 
 def test_records_are_not_read_from_other_kinds_of_file(folder):
-    with refusal("a.txt must be .jsonl, .jsonl.gz or .parquet to hold records"):
+    with refusal("a.txt must be a .jsonl, .jsonl.gz or .parquet file to hold records"):
         list(read_records(folder / "a.txt"))
 
 

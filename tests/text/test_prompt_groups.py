@@ -38,16 +38,16 @@ def test_groups_are_read_in_their_order_and_an_answer_is_set_apart_from_its_prom
 def test_a_prompt_that_occurs_twice_is_dropped_and_the_log_says_so(file, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(read_groups(file([*RECORDS, RECORDS[0]]))["sure"]) == 2
-    assert "dropped 1 prompts" in caplog.text
+    assert "dropped 1 duplicate prompts" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("records", "said"),
     [
-        (RECORDS[:2], "there is one group of prompts, 'sure': give two or more"),
+        (RECORDS[:2], "all prompts are in one group, 'sure': give two or more"),
         (
             [*RECORDS, {**RECORDS[0], "group": "unsure"}],
-            "is in the groups 'sure' and 'unsure': leave it in one",
+            "is in the groups 'sure' and 'unsure': keep it in one",
         ),
         ([{"prompt": "a"}], "line 1 has no field 'group'"),
         ([{"prompt": " ", "group": "a"}], "line 1 field 'prompt' must be text"),
@@ -104,5 +104,5 @@ def test_a_data_set_that_cannot_be_read_is_told_in_one_sentence(monkeypatch):
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(ValueError, match=r"the hub's data set truthful_qa cannot be read: no route$"):
+    with pytest.raises(ValueError, match=r"cannot read the hub data set truthful_qa: no route$"):
         read_groups("truthful_qa")

@@ -233,6 +233,6 @@ def test_a_batch_on_another_device_is_the_same_batch():
 
 @pytest.mark.parametrize("texts", [[], [""], ["a b"]])
 def test_text_of_fewer_than_two_tokens_is_refused(texts):
-    message = r"the held-out text has fewer than 2 tokens: give more of it with data\.heldout"
+    message = r"the held-out text has fewer than 2 tokens: give more text with data\.heldout"
     with pytest.raises(ValueError, match=message):
         packed(texts, words(), length=4, limit=1)

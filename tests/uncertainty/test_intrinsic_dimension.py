@@ -50,7 +50,9 @@ def test_the_dimension_does_not_depend_on_the_unit_of_the_states(generator):
 
 def test_a_group_smaller_than_its_neighbourhood_is_refused(generator):
     between = distances(torch.randn(30, 4, generator=generator))
-    with pytest.raises(ValueError, match="a group of 30 prompts is smaller than a neighbourhood of 30"):
+    with pytest.raises(
+        ValueError, match=r"a group of 30 prompts is too small for probe\.uncertainty\.neighbours=30"
+    ):
         dimension(between, "mle", 30)
     assert dimension(between, "mle", 29) > 0
 

@@ -50,5 +50,5 @@ def test_without_loops_the_components_are_the_same(generator):
 def test_a_state_of_zero_is_refused(generator):
     points = torch.randn(5, 4, generator=generator)
     points[2] = 0
-    with pytest.raises(ValueError, match="a state is zero"):
+    with pytest.raises(ValueError, match="a state is all zero"):
         cosine_distances(points)

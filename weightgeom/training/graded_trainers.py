@@ -11,12 +11,20 @@ from trl import DPOTrainer, SFTTrainer
 from trl.trainer.utils import entropy_from_logits
 
 from weightgeom.training.graded_loss import Contrasted, Draws, TokenContrast, graded_loss, score_gradient
-from weightgeom.training.sharpness import due, log_prob_gradient, log_sharpness, sharpness_sums, spread
+from weightgeom.training.sharpness import (
+    evenly_spaced,
+    is_logged_step,
+    log_prob_gradient,
+    log_sharpness,
+    sharpness_sums,
+)
 
 
 def logged(trainer: Any) -> bool:
     """Whether what is computed now is a step of the training that TRL logs."""
-    return trainer.model.training and due(trainer.args, trainer.state, trainer.state.global_step + 1)
+    return trainer.model.training and is_logged_step(
+        trainer.args, trainer.state, trainer.state.global_step + 1
+    )
 
 
 class TokenTrainer(SFTTrainer):
@@ -64,7 +72,7 @@ class TokenTrainer(SFTTrainer):
     def _log_sharpness(self, contrasted: Contrasted) -> None:
         if not logged(self):
             return
-        some = spread(len(contrasted.scores))
+        some = evenly_spaced(len(contrasted.scores))
         weights = None if contrasted.log_weights is None else contrasted.log_weights[some]
         gradient = score_gradient(
             contrasted.scores[some], contrasted.grades[some], self.contrast.tau, weights
@@ -122,7 +130,7 @@ class SequenceTrainer(DPOTrainer):
         targets, where = given["input_ids"][pair, 1:], mask[pair, 1:].bool()
         by_candidate = score_gradient(scores[:1], grades[:1].to(scores), self.tau)[0, :2]
         coefficient = by_candidate[:, None].expand(where.shape)[where]
-        some = spread(len(coefficient))
+        some = evenly_spaced(len(coefficient))
         logits, targets = logits[:, :-1][where][some], targets[where][some]
         gradient = log_prob_gradient(logits, targets, coefficient[some].to(logits))
         log_sharpness(self, sharpness_sums(gradient, targets))
