@@ -94,7 +94,7 @@ class Model(Protocol):
     ) -> Base:
         """Fetch or make the base; what is made is made inside a stage, so that it is made once.
 
-        A training in it does what is `wanted` between its steps.
+        A training polls `request` after every step.
         """
         ...
 

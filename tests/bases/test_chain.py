@@ -154,7 +154,7 @@ def test_a_stage_of_another_shape_or_an_adapter_is_refused(tmp_path):
     weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(8, 32)
     save_file(weights, f"{stages['sft']}/model.safetensors")
     with pytest.raises(
-        ValueError, match=r"model\.stages\.sft=.* compared with stage base: .*up_proj\.weight is of shape \(8, 32\)"
+        ValueError, match=r"model\.stages\.sft=.* with stage base: .*up_proj\.weight is of shape \(8, 32\)"
     ):
         prepared(Chain(stages))
     (tmp_path / "adapter").mkdir()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from weightgeom.compat.trainers import lacking_weights_allowed, running_sums, set_running_sums
 from weightgeom.interruption import Interrupted, Request
 from weightgeom.models.adapters import is_adapter
 from weightgeom.models.residual import Architecture
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-STATE_PREFIX, SEAL = "checkpoint-", "sealed.json"
+STATE_PREFIX, SEAL, SUMS = "checkpoint-", "sealed.json", "running_sums.json"
 
 
 class ResumeStates(TrainerCallback):
@@ -57,7 +58,7 @@ class ResumeStates(TrainerCallback):
     ) -> None:
         """Restore the running sums of the state resumed from; the trainer has just reset its own to 0."""
         if self.start is not None:
-            restore_running_sums(self.trainer, self.start)
+            set_running_sums(self.trainer, json.loads((self.start / SUMS).read_text()))
 
     def on_step_end(
         self,
@@ -82,7 +83,7 @@ class ResumeStates(TrainerCallback):
     ) -> None:
         """Seal the state that the trainer has written, then delete the oldest states."""
         written = self.directory / f"{STATE_PREFIX}{state.global_step}"
-        save_running_sums(self.trainer, written)
+        (written / SUMS).write_text(json.dumps(running_sums(self.trainer)))
         seal(written)
         for old in resume_states(self.directory)[self.keep :]:
             shutil.rmtree(old)
@@ -137,16 +138,8 @@ def restored(network: "PreTrainedModel", state: Path | None, architecture: Archi
     with torch.no_grad():
         for name, weight in network.named_parameters():
             weight.copy_(weights[name])
-    logger = logging.getLogger("transformers.trainer")
-    logger.addFilter(_is_other_warning)
-    try:
+    with lacking_weights_allowed():
         yield
-    finally:
-        logger.removeFilter(_is_other_warning)
-
-
-def _is_other_warning(record: logging.LogRecord) -> bool:
-    return "keys in the checkpoint model loaded" not in record.getMessage()
 
 
 def delete_after(directory: Path, state: Path | None, only_states: bool = False) -> None:
@@ -185,26 +178,3 @@ def flush_to_disk(directory: Path) -> None:
     for path in directory.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-
-
-RUNNING_SUMS = "running_sums.json"
-
-
-def save_running_sums(trainer: Any, state: Path) -> None:
-    """Write a TRL trainer's running sums of loss and metrics into the directory `state`."""
-    sums = {
-        "loss": trainer._tr_loss.item(),  # fp32, exact in JSON's doubles
-        "logged": trainer._globalstep_last_logged,
-        "metrics": trainer._metrics["train"],
-        "tokens": trainer._total_train_tokens,
-    }
-    (state / RUNNING_SUMS).write_text(json.dumps(sums))
-
-
-def restore_running_sums(trainer: Any, state: Path) -> None:
-    """Restore a TRL trainer's running sums from a state, once its training has begun; mutates the trainer."""
-    sums = json.loads((state / RUNNING_SUMS).read_text())
-    trainer._tr_loss += torch.tensor(sums["loss"]).to(trainer._tr_loss)
-    trainer._globalstep_last_logged = sums["logged"]
-    trainer._metrics["train"].update(sums["metrics"])
-    trainer._total_train_tokens = sums["tokens"]

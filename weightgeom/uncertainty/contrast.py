@@ -107,7 +107,7 @@ class Auroc(NamedTuple):
     p_value: float
 
 
-def auroc(low: Float[Tensor, " one"], high: Float[Tensor, " other"]) -> Auroc:
+def auroc(low: Float[Tensor, " low"], high: Float[Tensor, " high"]) -> Auroc:
     """P(high > low) + P(high = low) / 2, with DeLong's standard error and Mann and Whitney's p-value.
 
     The p-value is two-sided, from the normal limit with ties.

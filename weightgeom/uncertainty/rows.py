@@ -11,7 +11,7 @@ from torch import Tensor
 from weightgeom.geometry.bootstrap import bootstrap_times
 from weightgeom.geometry.nulls import beta_null
 from weightgeom.geometry.subspace import Subspace
-from weightgeom.table import Row, row
+from weightgeom.table import Row, arm_columns, row
 from weightgeom.uncertainty.contrast import Contrast, auroc, half_samples, logistic_scores, two_sided
 from weightgeom.uncertainty.intrinsic_dimension import Estimator, calibrated, dimension, distances
 from weightgeom.uncertainty.sensitivity import (
@@ -41,13 +41,13 @@ class EstimateSettings:
     seed: int
 
 
-def group_rows(states: Float[Tensor, "prompt d"], arm: str, settings: EstimateSettings) -> Iterator[Row]:
+def group_rows(states: Float[Tensor, "prompt d"], arm: Row, settings: EstimateSettings) -> Iterator[Row]:
     """Dimension and topology of one group, each with an interval from half-samples.
 
     A half-sample too small for `neighbours` uses all its points; it is calibrated for its own size.
     """
     n = len(states)
-    yield row("residual_norm", float(states.norm(dim=1).mean()), n=n, arm=arm, unit="residual")
+    yield row("residual_norm", float(states.norm(dim=1).mean()), n=n, **arm, unit="residual")
     between = distances(states)
     halves = half_samples(n, settings.resamples, settings.seed)
     for estimator in ESTIMATORS:
@@ -65,26 +65,20 @@ def group_rows(states: Float[Tensor, "prompt d"], arm: str, settings: EstimateSe
         for half in half_samples(m, min(20, settings.resamples), settings.seed)
     ]
     whole, parts = shape_of(persistence(apart), m, settings), [shape_of(s, m // 2, settings) for s in shapes]
-    for name, value in whole.items():
-        samples = torch.tensor([part[name] for part in parts], dtype=torch.float64)
-        quantity, _, threshold = name.partition("@")
-        yield from _resampled_interval_rows(
-            quantity, value, samples, m, f"{arm}@{threshold}" if threshold else arm
-        )
+    for (quantity, threshold), value in whole.items():
+        samples = torch.tensor([part[quantity, threshold] for part in parts], dtype=torch.float64)
+        yield from _resampled_interval_rows(quantity, value, samples, m, _at_threshold(arm, threshold))
 
 
-def shape_of(shape: Persistence, points: int, settings: EstimateSettings) -> dict[str, float]:
-    """Topological quantities: components per point at every threshold, persistence entropy, longest loop."""
-    counts = shape.components(settings.thresholds)
-    shares = {
-        f"components@{threshold:g}": count / points
-        for threshold, count in zip(settings.thresholds, counts, strict=True)
-    }
-    return {**shares, "persistence_entropy": shape.entropy, "longest_loop": shape.longest_loop}
+def shape_of(shape: Persistence, points: int, settings: EstimateSettings) -> dict[tuple[str, str], float]:
+    """Topology by quantity and threshold: components per point, persistence entropy, longest loop."""
+    counts = zip(settings.thresholds, shape.components(settings.thresholds), strict=True)
+    shares = {("components", f"{threshold:g}"): count / points for threshold, count in counts}
+    return {**shares, ("persistence_entropy", ""): shape.entropy, ("longest_loop", ""): shape.longest_loop}
 
 
 def shape_rows(
-    states: Float[Tensor, "pooled d"], contrast: Contrast, arm: str, settings: EstimateSettings
+    states: Float[Tensor, "pooled d"], contrast: Contrast, arm: Row, settings: EstimateSettings
 ) -> Iterator[Row]:
     """Dimension and topology of the uncertain group compared with the factual one, by permuted labels."""
     n, k = len(states) // 2, settings.neighbours
@@ -106,23 +100,23 @@ def shape_rows(
         ):
             ratios = (above / below).log()
             yield from _resampled_interval_rows(name, log(value), ratios, n, arm, transform=exp)
-            yield row(f"{name}_p_value", p, n=len(sides) - 1, arm=arm)
+            yield row(f"{name}_p_value", p, n=len(sides) - 1, **arm)
     sides = contrast.sides(settings.points)
     m, apart = sides.shape[2], cosine_distances(states)
     shapes = [[shape_of(persistence(apart[side][:, side]), m, settings) for side in pair] for pair in sides]
-    for name in shapes[0][0]:
+    for key in shapes[0][0]:
         differences = torch.tensor(
-            [uncertain[name] - factual[name] for factual, uncertain in shapes], dtype=torch.float64
+            [uncertain[key] - factual[key] for factual, uncertain in shapes], dtype=torch.float64
         )
-        quantity, _, threshold = name.partition("@")
-        at = f"{arm.replace('/', f'@{threshold}/')}" if threshold else arm
+        quantity, threshold = key
+        at = _at_threshold(arm, threshold)
         # The spread under the null serves as the standard error: it assumes no more than the permutations do.
         error = float(differences[1:].std()) if len(differences) > 2 else 0.0
         yield from _normal_interval_rows(f"{quantity}_difference", differences[0].item(), error, m, at)
-        yield row(f"{quantity}_difference_p_value", two_sided(differences), n=len(sides) - 1, arm=at)
+        yield row(f"{quantity}_difference_p_value", two_sided(differences), n=len(sides) - 1, **at)
 
 
-def boundary_rows(states: Float[Tensor, "pooled d"], contrast: Contrast, arm: str) -> Iterator[Row]:
+def boundary_rows(states: Float[Tensor, "pooled d"], contrast: Contrast, arm: Row) -> Iterator[Row]:
     """Detectability and amplification of b: fitted on the training half, evaluated on the test half."""
     directions = contrast.boundaries(states)
     train, test = contrast.train[0], contrast.test[0]
@@ -132,22 +126,22 @@ def boundary_rows(states: Float[Tensor, "pooled d"], contrast: Contrast, arm: st
         yield from _normal_interval_rows(
             f"auroc_{name}", area.value, area.stderr, test.shape[1], arm, low=0.0, high=1.0
         )
-        yield row(f"auroc_{name}_p_value", area.p_value, n=2 * test.shape[1], arm=arm)
+        yield row(f"auroc_{name}_p_value", area.p_value, n=2 * test.shape[1], **arm)
     values, error = contrast.amplification(states, directions)
     yield from _normal_interval_rows("amplification", float(values[0]), error, test.shape[1], arm)
-    yield row("amplification_p_value", two_sided(values), n=len(values) - 1, arm=arm)
-    yield row("amplification_permuted", float(values[1:].mean()), n=len(values) - 1, arm=arm)
+    yield row("amplification_p_value", two_sided(values), n=len(values) - 1, **arm)
+    yield row("amplification_permuted", float(values[1:].mean()), n=len(values) - 1, **arm)
 
 
 def overlap_rows(
-    states: Float[Tensor, "pooled d"], contrast: Contrast, spaces: Mapping[str, Subspace], arm: str, seed: int
+    states: Float[Tensor, "pooled d"], contrast: Contrast, spaces: Mapping[str, Subspace], arm: Row, seed: int
 ) -> Iterator[Row]:
     """Squared fraction of b inside each subspace over k/d (1 is chance), with both nulls."""
     directions = contrast.boundaries(states).double()
     drawn = _resampled_boundaries(states, contrast, seed)
     for name, space in spaces.items():
         d, k = space.basis.shape
-        place = {"subspace": name, "k": k, "arm": arm}
+        place = {"subspace": name, "k": k, **arm}
         shares = (directions @ space.basis.to(directions)).square().sum(1)
         samples = (drawn @ space.basis.to(drawn)).square().sum(1)
         null = beta_null(k / d, sqrt(2 * k * (d - k) / (d**2 * (d + 2))))
@@ -169,7 +163,7 @@ def output_rows(
     directions: Float[Tensor, "arrangement d"],
     output: Float[Tensor, "direction d"],
     tokens: Sequence[int],
-    arm: str,
+    arm: Row,
     settings: EstimateSettings,
 ) -> Iterator[Row]:
     """Fisher sensitivity and coupling along b, compared with random, permuted and top output directions.
@@ -196,16 +190,16 @@ def output_rows(
     unit, floor = "nats", 1e-30  # a constant readout has no ratio
     error = float(own[0].std()) / sqrt(n)
     yield from _normal_interval_rows("fisher_sensitivity", float(means[0]), error, n, arm, unit=unit, low=0.0)
-    yield row("fisher_sensitivity_random", float(others.mean()), n=len(others), unit=unit, arm=arm)
-    yield row("fisher_sensitivity_random_sd", float(others.std()), n=len(others), unit=unit, arm=arm)
-    yield row("fisher_sensitivity_permuted", float(means[1:].mean()), n=len(means) - 1, unit=unit, arm=arm)
-    yield row("fisher_sensitivity_output", float(best.mean()), n=len(best), unit=unit, arm=arm)
-    yield row("fisher_sensitivity_p_value", two_sided(means), n=len(means) - 1, arm=arm)
+    yield row("fisher_sensitivity_random", float(others.mean()), n=len(others), unit=unit, **arm)
+    yield row("fisher_sensitivity_random_sd", float(others.std()), n=len(others), unit=unit, **arm)
+    yield row("fisher_sensitivity_permuted", float(means[1:].mean()), n=len(means) - 1, unit=unit, **arm)
+    yield row("fisher_sensitivity_output", float(best.mean()), n=len(best), unit=unit, **arm)
+    yield row("fisher_sensitivity_p_value", two_sided(means), n=len(means) - 1, **arm)
     p = two_sided(torch.cat([means[:1], others]))
-    yield row("fisher_sensitivity_random_p_value", p, n=len(others), arm=arm)
-    yield row("fisher_size", size / norm, n=n, arm=arm)
+    yield row("fisher_sensitivity_random_p_value", p, n=len(others), **arm)
+    yield row("fisher_size", size / norm, n=n, **arm)
     if difference < float("inf"):
-        yield row("fisher_quadratic_difference", difference, n=n, arm=arm)
+        yield row("fisher_quadratic_difference", difference, n=n, **arm)
     times = bootstrap_times(n, BOOTSTRAP_RESAMPLES, settings.seed).double()
     for name, against in (("ratio", controls), ("output_ratio", best)):
         if float(against.mean()) > floor:
@@ -216,12 +210,17 @@ def output_rows(
     cosines = coupling(directions.double().cpu(), gradients)
     means, error = cosines.mean(1), float(cosines[0].std()) / sqrt(n)
     yield from _normal_interval_rows("gradient_coupling", float(means[0]), error, n, arm)
-    yield row("gradient_coupling_p_value", two_sided(means), n=len(means) - 1, arm=arm)
+    yield row("gradient_coupling_p_value", two_sided(means), n=len(means) - 1, **arm)
     draws = torch.nn.functional.normalize(torch.randn(999, d, generator=generator), dim=1).double()
     others = coupling(draws, gradients).mean(1)
     p = two_sided(torch.cat([means[:1], others]))
-    yield row("gradient_coupling_random_p_value", p, n=len(others), arm=arm)
-    yield row("gradient_coupling_random_sd", float(others.std()), n=len(others), arm=arm)
+    yield row("gradient_coupling_random_p_value", p, n=len(others), **arm)
+    yield row("gradient_coupling_random_sd", float(others.std()), n=len(others), **arm)
+
+
+def _at_threshold(arm: Row, threshold: str) -> Row:
+    """The columns of a group or a comparison, at a threshold if one is given."""
+    return arm_columns(arm["treatment"], threshold, against=arm["against"])
 
 
 def _halved(
@@ -257,7 +256,7 @@ def _resampled_interval_rows(
     value: float,
     samples: Float[Tensor, " sample"],
     n: int,
-    arm: str,
+    arm: Row,
     *,
     transform: Callable[[float], float] | None = None,
     percentiles: bool = False,
@@ -277,7 +276,7 @@ def _resampled_interval_rows(
         spread *= value  # to first order
     for suffix, number, error in (("", value, spread), ("_low", low, None), ("_high", high, None)):
         if len(samples) > 1 or not suffix:
-            yield {**row(f"{quantity}{suffix}", number, n=n, stderr=error, arm=arm), **(place or {})}
+            yield {**row(f"{quantity}{suffix}", number, n=n, stderr=error, **arm), **(place or {})}
 
 
 def _normal_interval_rows(
@@ -285,12 +284,12 @@ def _normal_interval_rows(
     value: float,
     error: float,
     n: int,
-    arm: str,
+    arm: Row,
     *,
     unit: str = "1",
     low: float = -float("inf"),
     high: float = float("inf"),
 ) -> Iterator[Row]:
-    yield row(quantity, value, n=n, stderr=error, arm=arm, unit=unit)
-    yield row(f"{quantity}_low", max(low, value - STDERRS_OF_95 * error), n=n, arm=arm, unit=unit)
-    yield row(f"{quantity}_high", min(high, value + STDERRS_OF_95 * error), n=n, arm=arm, unit=unit)
+    yield row(quantity, value, n=n, stderr=error, **arm, unit=unit)
+    yield row(f"{quantity}_low", max(low, value - STDERRS_OF_95 * error), n=n, **arm, unit=unit)
+    yield row(f"{quantity}_high", min(high, value + STDERRS_OF_95 * error), n=n, **arm, unit=unit)

@@ -18,7 +18,7 @@ from weightgeom.interfaces import Log, Setting
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
-from weightgeom.table import Row
+from weightgeom.table import Row, arm_columns, row
 from weightgeom.text.examples import Examples
 from weightgeom.text.prompt_groups import check_groups, phrase_tokens
 from weightgeom.text.tokens import Batch
@@ -95,8 +95,8 @@ class LayerStates:
     """The states at one layer: factual and uncertain ones to estimate directions, and the ones to edit."""
 
     layer: int
-    factual: Float[Tensor, "one d"]
-    uncertain: Float[Tensor, "other d"]
+    factual: Float[Tensor, "factual d"]
+    uncertain: Float[Tensor, "uncertain d"]
     edited: Float[Tensor, "prompt d"]
 
     @property
@@ -112,20 +112,20 @@ class LayerStates:
 
 
 def states_and_evaluation(
-    settings: StateEditSettings, setting: Setting, params: Params
+    prompted: StateEditSettings, setting: Setting, params: Params
 ) -> tuple[list[LayerStates], "PromptEvaluation"]:
     """The states for edits, layer by layer, and the evaluation of edits on the test half."""
-    settings.check_examples(setting.examples)
+    prompted.check_examples(setting.examples)
     names = list(setting.examples.groups)
-    pair = [names[0], settings.uncertain or names[1]]
+    pair = [names[0], prompted.uncertain or names[1]]
     groups = equal_groups(
-        {name: setting.examples.groups[name] for name in pair}, settings.prompts, setting.seed
+        {name: setting.examples.groups[name] for name in pair}, prompted.prompts, setting.seed
     )
     size = len(groups[pair[0]])
     half = Contrast.of(size, 0, 0).train.shape[2]
     model = setting.model
     network = model.with_weights(params).requires_grad_(False).eval()
-    layers = settings.chosen_layers(model.architecture)
+    layers = prompted.chosen_layers(model.architecture)
     states = {
         name: last_states(model, network, [question.prompt for question in group], layers)
         for name, group in groups.items()
@@ -243,20 +243,20 @@ class _ScoredPrompts:
         mask, target = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
         predicted = torch.zeros(len(starts), places, dtype=torch.long)
         scored = torch.zeros_like(predicted, dtype=torch.bool)
-        for row, (start, after) in enumerate(zip(starts, continuations, strict=True)):
+        for index, (start, after) in enumerate(zip(starts, continuations, strict=True)):
             whole = [*start, *after[:-1]]
-            ids[row, : len(whole)] = torch.tensor(whole)
-            mask[row, : len(whole)] = 1
-            target[row, len(start) - 1] = True
-            predicted[row, : len(after)] = torch.tensor(after)
-            scored[row, : len(after)] = True
+            ids[index, : len(whole)] = torch.tensor(whole)
+            mask[index, : len(whole)] = 1
+            target[index, len(start) - 1] = True
+            predicted[index, : len(after)] = torch.tensor(after)
+            scored[index, : len(after)] = True
         batch = Batch(ids, mask, target).to(model.device)
         last = [len(start) - 1 for start in starts]
         return cls(batch, list(prompts), last, predicted.to(model.device), scored.to(model.device), abstains)
 
 
 def state_edit_rows(
-    settings: StateEditSettings,
+    prompted: StateEditSettings,
     setting: Setting,
     log: Log,
     kind: str,
@@ -268,8 +268,8 @@ def state_edit_rows(
     Without a generator, `shift` gives the treatment; with one, a control along random directions, which is
     scaled to the treatment's norm.
     """
-    at_end = settings.at == "end" or (settings.at == "auto" and setting.from_random)
-    by_layer, evaluation = states_and_evaluation(settings, setting, setting.end if at_end else setting.start)
+    at_end = prompted.at == "end" or (prompted.at == "auto" and setting.from_random)
+    by_layer, evaluation = states_and_evaluation(prompted, setting, setting.end if at_end else setting.start)
 
     def trials() -> Iterator[Trial]:
         for states in by_layer:
@@ -282,7 +282,7 @@ def state_edit_rows(
                     )
                 generator = torch.Generator().manual_seed(setting.seed)
                 controls = []
-                for draw in range(settings.random):
+                for draw in range(prompted.random):
                     control = shift(states, strength, generator)
                     control = control.scaled(treatment.norm / control.norm)
                     controls.append(Arm("random", control, {"shift norm": control.norm}, "shift norm", draw))
@@ -292,9 +292,10 @@ def state_edit_rows(
 
     rows = list(measured(trials(), evaluation, setting.seed, log))
     step = setting.last if at_end else 0
+    unedited = arm_columns("unedited")
     base = [
-        {"step": step, "quantity": name, "unit": "1", "value": float(values.double().mean()),
-         "stderr": None, "n": len(values), "arm": "unedited", "subspace": "residual"}
-        for name, values in evaluation.unedited.items() if name != "kl_from_unedited"
-    ]  # fmt: skip
-    return [*base, *({"step": step, **row} for row in with_q_values(rows))]
+        row(name, float(values.double().mean()), n=len(values), step=step, subspace="residual", **unedited)
+        for name, values in evaluation.unedited.items()
+        if name != "kl_from_unedited"
+    ]
+    return [*base, *({"step": step, **effect} for effect in with_q_values(rows))]
