@@ -139,7 +139,7 @@ def test_outputs_that_are_a_file_are_told(refuse: Refuse, tmp_path: Path, sweep:
         (
             "data=text",
             "".join(f'{{"text": "document {n}"}}\n' for n in range(20)),
-            "objective=dpo needs preference pairs, and data.jsonl has none",
+            "objective=dpo needs preference pairs, but data.jsonl has none",
         ),
         ("data=preferences", "", "{path} is empty: it contains no record"),
         (

@@ -45,7 +45,7 @@ def saved(home: Path, *names: str, dtype: str = "float32") -> dict[str, str]:
     return {name: str(save("llama", home / name, seed, dtype)) for seed, name in enumerate(names)}
 
 
-def test_every_stage_stands_beside_the_base_and_as_a_pair_beside_the_one_before(tmp_path):
+def test_every_stage_is_compared_with_the_base_and_with_the_stage_before(tmp_path):
     stages = saved(tmp_path, "base", "sft", "dpo")
     chain = Chain(stages)
     assert chain.check(longest=None).n_layers == 2
@@ -59,7 +59,7 @@ def test_every_stage_stands_beside_the_base_and_as_a_pair_beside_the_one_before(
     assert other.identity != base.identity  # the order matters
 
 
-def test_the_check_needs_configs_alone(tmp_path):
+def test_the_check_needs_only_configs(tmp_path):
     stages = saved(tmp_path, "base", "sft")
     (tmp_path / "sft/model.safetensors").unlink()
     assert Chain(stages).check(None).d_model == 32
@@ -110,7 +110,7 @@ def test_the_size_and_the_revision_go_into_the_name():
         ({"base": "a", "../sft": "b"}, r"the invalid name '\.\./sft': use letters"),
     ],
 )
-def test_what_is_no_chain_is_refused(stages, message):
+def test_malformed_chains_are_refused(stages, message):
     with pytest.raises(ValueError, match=message):
         Chain(stages)
 
@@ -289,7 +289,7 @@ def test_the_first_stage_has_the_same_numbers_against_the_base_and_against_the_o
     assert set(table(compared, "rsf_stages")["step"]) == {1, 2}
 
 
-def test_a_stage_against_the_one_before_is_what_a_pair_gives(home, stages, compared):
+def test_a_stage_compared_with_the_one_before_gives_the_numbers_of_model_pair(home, stages, compared):
     pair = run(
         home, *WORLD, "probe.rsf.tokens=512", "probe.behaviour.tokens=256", "model=pair", "objective=none",
         f"model.before={stages['sft']}", f"model.after={stages['dpo']}", "device=cpu", "outputs=elsewhere",

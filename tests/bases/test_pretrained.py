@@ -67,7 +67,7 @@ def test_two_checkpoints_are_a_trajectory_of_one_step(tmp_path):
     assert base.trajectory.steps == {0: tmp_path / "a", 1: tmp_path / "b"}
 
 
-def test_what_cannot_be_measured_or_trained_is_refused(tmp_path):
+def test_checkpoints_with_nothing_to_measure_or_train_are_refused(tmp_path):
     directory = str(checkpoint(tmp_path / "a"))
     with pytest.raises(ValueError, match="objective=none on a single checkpoint leaves no update to measure"):
         Pretrained(name=directory).check(longest=None)
@@ -169,7 +169,7 @@ def test_a_name_of_the_hub_needs_a_revision_that_does_not_move(tmp_path):
         Pretrained("./nowhere").check(8)
 
 
-def test_a_hub_name_without_a_revision_is_told_with_the_commit_that_it_had(tmp_path, monkeypatch, caplog):
+def test_a_hub_name_without_a_revision_is_logged_with_its_current_commit(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *given, **named: str(tmp_path / "abc"))
     with caplog.at_level(logging.WARNING):
         fetch("lab/model@v1")

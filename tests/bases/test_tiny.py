@@ -49,7 +49,7 @@ def prepared(tiny: Tiny, data: Any, directory: Path, dry: bool = False) -> tuple
     return tiny.prepare(stage, data.examples(), data, "cpu"), stage.specifications[0]
 
 
-def test_on_the_world_it_is_a_gpt_neox_with_the_worlds_tokenizer_and_its_checkpoints(tmp_path):
+def test_on_the_world_the_tiny_base_is_a_gpt_neox_with_the_worlds_tokenizer_and_checkpoints(tmp_path):
     base, _ = prepared(TINY, small.WORLD, tmp_path)
     assert base.trajectory is not None and list(base.trajectory.steps) == [0, 1, 2]
     assert base.trajectory.from_random and base.directory == base.trajectory.steps[2]

@@ -71,7 +71,7 @@ def test_every_nth_prompt_is_held_out_from_any_kind_of_file(tmp_path, name):
     assert examples.name == name and data.files() == [tmp_path / name]
 
 
-def test_the_prompt_of_strings_without_one_is_what_they_share(read):
+def test_without_a_prompt_field_the_prompt_is_the_common_prefix(read):
     # TRL leaves the space before the first difference to the responses
     expected = Pair("\n\nHuman: Is 1 even?\n\nAssistant:", " Yes.", " No.")
     assert read(IMPLICIT[0]) == [expected]
@@ -92,7 +92,7 @@ def test_strings_and_conversations_give_the_same_text(tmp_path):
     assert strings.digest != conversations.digest
 
 
-def test_a_question_repeated_beside_whole_conversations_is_no_prompt_of_its_own(read):
+def test_a_question_repeated_in_addition_to_whole_conversations_is_not_their_prompt(read):
     expected = Pair([user("Is 1 even?")], [assistant("Yes.")], [assistant("No.")])
     assert read({"prompt": "Is 1 even?", **CONVERSATIONS[0]}) == [expected]
 

@@ -19,7 +19,7 @@ WORLD = World(
 TAUGHT = replace(WORLD, preference="abstention")
 
 
-def test_the_default_world_is_what_it_was_before_there_were_groups():
+def test_the_default_world_has_the_digest_of_the_world_without_groups():
     assert World().examples().digest == "f24f61fe9fee55f52839dfb576974ea577685c44b5a0729741889d5b1cda0e47"
     assert not World().examples().groups and not World().examples().abstentions
     assert not {word for phrase in WORLD_ABSTENTIONS for word in phrase.split()} & set(World().words())

@@ -43,12 +43,12 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
 
 
-def test_a_conversation_is_written_plainly_and_a_string_as_it_is():
+def test_a_conversation_is_rendered_as_plain_text_and_a_string_unchanged():
     assert plain_text(MESSAGES) == PLAIN
     assert plain_text(PLAIN) == PLAIN
 
 
-def test_the_template_writes_what_plain_writes(tokenizer):
+def test_the_chat_template_renders_the_same_text_as_plain_text(tokenizer):
     def rendered(messages, **options):
         return tokenizer.apply_chat_template(messages, chat_template=CHAT_TEMPLATE, tokenize=False, **options)
 
@@ -69,7 +69,7 @@ def test_without_a_template_the_pair_is_rendered_plainly_and_the_log_says_so_onc
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, THINKING])
-def test_prompt_and_response_together_are_the_whole_rendering_and_what_trl_gives(tokenizer, template):
+def test_prompt_plus_response_is_the_whole_rendering_as_in_trl(tokenizer, template):
     tokenizer.chat_template = template
     pair = render(PAIR, tokenizer)
     generating = tokenizer.apply_chat_template(MESSAGES[:4], tokenize=False, add_generation_prompt=True)
@@ -80,18 +80,18 @@ def test_prompt_and_response_together_are_the_whole_rendering_and_what_trl_gives
     assert pair == Pair(**apply_chat_template(sides, tokenizer))
 
 
-def test_a_prompt_that_ends_in_an_answer_asks_for_none(tokenizer):
+def test_a_prompt_that_ends_in_an_answer_has_no_header_at_its_end(tokenizer):
     reply, other = [{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]
     pair = render(Pair(MESSAGES[:3], reply, other), tokenizer)
     assert pair == Pair(plain_text(MESSAGES[:3]), "\n\nHuman: a", "\n\nHuman: b")
 
 
-def test_what_the_template_adds_only_with_a_response_belongs_to_the_response(tokenizer):
+def test_text_rendered_only_with_a_response_belongs_to_the_response(tokenizer):
     tokenizer.chat_template = THINKING
     assert render(PAIR, tokenizer).chosen == "<think></think>Bye, <b>you</b>. <end>"
 
 
-def test_what_the_template_adds_only_without_a_response_is_left_out(tokenizer):
+def test_text_rendered_only_without_a_response_is_omitted(tokenizer):
     tokenizer.chat_template = THINKING.replace("<think></think>", "").replace(
         "%}<assistant>{%", "%}<assistant><think>{%"
     )
@@ -124,7 +124,7 @@ def test_the_implicit_prompt_of_a_plain_dialogue_ends_at_the_last_header_and_not
     assert pair == Pair(start, " Well, one", " Well, other")
 
 
-def test_there_is_no_implicit_prompt_where_nothing_is_shared():
+def test_texts_that_share_nothing_have_an_empty_prompt():
     # TRL's function gives "Yes" as the prompt of the first and fails on the second
     assert with_shared_prompt("Yes ", "No") == Pair("", "Yes ", "No")
     assert with_shared_prompt("", "No") == Pair("", "", "No")
@@ -149,7 +149,7 @@ def test_a_checked_conversation_keeps_roles_and_contents_only():
     assert checked_text("text", "here") == "text"
 
 
-def test_what_is_no_conversation_is_refused():
+def test_malformed_conversations_are_refused():
     with pytest.raises(ValueError, match="here must be a string or a list of messages, got 7"):
         checked_text(7, "here")
     message = r"here needs messages with a role \(system, user, assistant\) and a string content, got"

@@ -163,7 +163,7 @@ def test_the_last_key_is_held_out_where_there_are_fewer_than_every():
     assert split(list("aab"), None, 10, key=str) == (["a", "a"], ["b"])
 
 
-def test_training_gives_way_to_what_a_heldout_file_holds():
+def test_training_omits_the_items_of_a_heldout_file():
     assert split(list("abcb"), list("bx"), 10, key=str) == (["a", "c"], ["b", "x"])
 
 
@@ -173,7 +173,7 @@ def test_nothing_left_to_train_on_is_refused(heldout):
         split(["a", "a"], heldout, 2, key=str)
 
 
-def test_fingerprint_tells_contents_and_their_division_apart():
+def test_the_fingerprint_depends_on_the_contents_and_on_their_division():
     pair = Pair("q", "yes", "no")
     conversation = Pair([{"role": "user", "content": "q"}], "yes", "no")
     contents = (

@@ -54,7 +54,7 @@ def test_a_prompt_that_occurs_twice_is_dropped_and_the_log_says_so(file, caplog)
         ([{"prompt": "a", "group": 3}], "line 1 field 'group' must be text, got 3"),
     ],
 )
-def test_what_is_no_group_is_refused(file, records, said):
+def test_malformed_groups_are_refused(file, records, said):
     with pytest.raises(ValueError, match=said):
         read_groups(file(records))
 
@@ -99,7 +99,7 @@ def test_the_hubs_data_sets_become_groups_the_factual_one_first(monkeypatch):
     ]
 
 
-def test_a_data_set_that_cannot_be_read_is_told_in_one_sentence(monkeypatch):
+def test_an_unreadable_data_set_is_refused_in_one_sentence(monkeypatch):
     def load(*given, **named):
         raise ConnectionError("no route\nto the hub")
 

@@ -175,7 +175,7 @@ def test_the_same_seed_gives_the_same_bits_also_where_a_training_was_interrupted
 def test_a_dropout_that_trl_would_switch_off_is_refused(tmp_path):
     training = replace(TRAINING, steps=2, lora=Lora(r=2, dropout=0.1))
     with pytest.raises(
-        ValueError, match=r"training\.lora\.dropout is 0\.1, and TRL .* without dropout: set it"
+        ValueError, match=r"training\.lora\.dropout is 0\.1, but TRL .* without dropout: set training"
     ):
         train(tmp_path / "off", DPO(), training)
     kept = DPO(options={"disable_dropout": False})

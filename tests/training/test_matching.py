@@ -38,7 +38,7 @@ def norm_between(one: Path, other: Path) -> float:
 
 
 @pytest.mark.parametrize("objective", [CE("chosen"), DPO()], ids=["ce", "dpo"])
-def test_the_report_counts_what_the_batches_held_and_what_the_files_say(objective, tmp_path):
+def test_the_report_agrees_with_the_batches_and_with_the_saved_files(objective, tmp_path):
     # Six batches of four: all 24 pairs.
     training = replace(TRAINING, steps=3, accumulate=2, match="tokens", target=1e6)
     report, curves, trajectory = trained(tmp_path, training, objective)

@@ -180,7 +180,7 @@ def asked(what: Literal["save", "stop"], after: int) -> Request:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_training_that_is_told_to_stop_saves_the_step_it_is_in_and_goes_on_to_the_same_bits_and_curves(
+def test_a_training_stopped_on_request_saves_its_step_and_resumes_to_the_same_bits_and_curves(
     name, whole, tmp_path
 ):
     cut = tmp_path / "cut"
@@ -196,7 +196,7 @@ def test_a_training_that_is_told_to_stop_saves_the_step_it_is_in_and_goes_on_to_
     assert curves.by_step == whole[name][1].by_step
 
 
-def test_a_training_that_is_told_to_save_goes_on_and_is_resumed_from_there(whole, tmp_path):
+def test_a_training_continues_after_a_requested_save_and_can_resume_from_it(whole, tmp_path):
     cut, never = tmp_path / "cut", replace(TRAINING, save_every=None)
     with pytest.raises(Ended):
         train(cut, DPO(), Curves(5), never, request=asked("save", 3))
@@ -206,7 +206,7 @@ def test_a_training_that_is_told_to_save_goes_on_and_is_resumed_from_there(whole
     assert_equal_trajectories(whole["dpo"][0], cut)
 
 
-def test_a_training_that_is_told_to_stop_at_its_last_step_ends(whole, tmp_path):
+def test_a_stop_requested_at_the_last_step_ends_the_training_normally(whole, tmp_path):
     train(tmp_path / "cut", DPO(), request=asked("stop", 11))
     assert_equal_trajectories(whole["dpo"][0], tmp_path / "cut")
 
@@ -248,9 +248,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_of_a_damaged_state_the_log_tells_and_the_one_before_is_used(
-    damage, interrupted, whole, tmp_path, caplog
-):
+def test_a_damaged_state_is_logged_and_the_state_before_is_used(damage, interrupted, whole, tmp_path, caplog):
     shutil.copytree(interrupted.parent, tmp_path, dirs_exist_ok=True)
     cut = tmp_path / "cut"
     DAMAGES[damage](cut / "checkpoint-4")
@@ -291,7 +289,7 @@ def test_a_training_of_which_nothing_is_to_be_resumed_leaves_no_states(tmp_path)
     assert not resume_states(tmp_path / "cut")
 
 
-def test_what_cannot_be_resumed_exactly_is_refused(tmp_path):
+def test_a_training_that_cannot_be_resumed_exactly_is_refused(tmp_path):
     moving = DPO(options={"sync_ref_model": True})
     with pytest.raises(
         ValueError, match=r"save_every cannot restore a reference that moves \(sync_ref_model\)"
@@ -305,7 +303,7 @@ def rows(directory: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key != "time"} for line in lines]
 
 
-def test_a_stage_that_was_cut_goes_on_and_its_metrics_have_no_gap_and_no_step_twice(tmp_path):
+def test_an_interrupted_stage_resumes_without_gaps_or_duplicate_steps_in_its_metrics(tmp_path):
     def record_in(outputs: Path) -> Record:
         asked: dict[str, Any] = {"params": {}, "tags": {}, "inputs": [], "tracking_uri": "sqlite:///none"}
         return Record.create(outputs / "record", experiment="e", name="n", **asked)

@@ -63,7 +63,7 @@ def test_of_many_tokens_some_are_looked_at_from_first_to_last():
 
 
 @pytest.mark.parametrize("objective", [CE("text"), CE("chosen"), DPO()], ids=["text", "chosen", "dpo"])
-def test_it_is_logged_with_the_loss_and_changes_no_training(objective, tmp_path):
+def test_sharpness_is_logged_with_the_loss_and_does_not_change_the_training(objective, tmp_path):
     examples, tokenizer = small.WORLD.examples(), small.WORLD.tokenizer()
     arguments = Training(steps=3, batch_size=4, max_length=48, log_every=2).arguments(tmp_path, 0, "cpu")
     logs = {}

@@ -31,12 +31,12 @@ def test_the_calibrated_dimension_of_a_manifold_is_its_own_within_a_tenth(estima
 
 @pytest.mark.parametrize("estimator", ["mle", "twonn"])
 @pytest.mark.parametrize("d", [2, 5])
-def test_the_dimension_as_it_is_will_do_where_it_is_low(estimator, d, generator):
+def test_a_low_dimension_needs_no_calibration(estimator, d, generator):
     found = [dimension(distances(manifold("gaussian", d, 400, generator)), estimator) for _ in range(10)]
     assert abs(sum(found) / 10 - d) < 0.1 * d
 
 
-def test_the_dimension_as_it_is_falls_short_of_20(generator):
+def test_the_uncalibrated_dimension_underestimates_20(generator):
     between = distances(manifold("gaussian", 20, 500, generator))
     assert 12 < dimension(between, "mle") < 16 and dimension(between, "twonn") < 20
 

@@ -17,7 +17,7 @@ def test_the_planted_clusters_are_found(clusters, generator):
     assert found == [15 * clusters, clusters, clusters, 1]
 
 
-def test_a_circle_has_one_loop_and_a_disk_has_none_to_speak_of(generator):
+def test_a_circle_has_one_long_loop_and_a_disk_has_only_short_ones(generator):
     angles = 2 * pi * torch.arange(42) / 42
     basis = torch.linalg.qr(torch.randn(128, 2, generator=generator, dtype=torch.float64)).Q
     circle = torch.stack([angles.cos(), angles.sin()], 1).double() @ basis.T
