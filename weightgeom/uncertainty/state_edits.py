@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -253,6 +253,42 @@ class _ScoredPrompts:
         batch = Batch(ids, mask, target).to(model.device)
         last = [len(start) - 1 for start in starts]
         return cls(batch, list(prompts), last, predicted.to(model.device), scored.to(model.device), abstains)
+
+
+@dataclass(frozen=True)
+class StateIntervention:
+    """Shared fields and methods of the interventions on states; each adds its `kind` and its `shift`.
+
+    A base class, so that the settings are fields of each intervention: `intervention.steer.strengths=[1]`.
+    """
+
+    headline: ClassVar[str] = "abstention_change"
+    kind: ClassVar[str]
+
+    strengths: list[float] = Field(default_factory=list, min_length=1)
+    prompted: StateEditSettings = Field(default_factory=StateEditSettings)
+
+    def shift(self, ground: LayerStates, strength: float, generator: torch.Generator | None) -> StateEdit:
+        """The treatment; with a generator, a control along random directions."""
+        raise NotImplementedError(f"{type(self).__name__} has no method `shift`")
+
+    def check(self, architecture: Architecture) -> None:
+        """Refuse layers that the model lacks, too few controls, and strengths that are not positive."""
+        self.prompted.check(architecture, self.strengths)
+
+    def check_examples(self, examples: Examples) -> None:
+        """Refuse data without the prompt groups."""
+        self.prompted.check_examples(examples)
+
+    def arms(self, architecture: Architecture) -> int:
+        """Number of treatments and controls over all layers and strengths."""
+        return (
+            len(self.prompted.chosen_layers(architecture)) * len(self.strengths) * (1 + self.prompted.random)
+        )
+
+    def rows(self, setting: Setting, log: Log) -> list[Row]:
+        """The effects of every arm."""
+        return state_edit_rows(self.prompted, setting, log, self.kind, self.strengths, self.shift)
 
 
 def state_edit_rows(
