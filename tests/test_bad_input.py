@@ -85,11 +85,11 @@ def refuse(
         ("+only.rank1=dpo", "only.rank1 must be a list of objectives such as [dpo, sft], got 'dpo'"),
         ("+only.rank1=[dpoo]", "only.rank1 has no objective 'dpoo'; did you mean 'dpo'? valid: ce, dpo, "),
         ("~objective", "objective must be one of the choices in conf/objective, got None"),
-        ("model.heads=3", "model: d_model 128 is not a multiple of heads 3"),
+        ("model.heads=3", "model: d_model must be a multiple of heads, got 128 and 3"),
         ("data=text", "data.train must be given: data.train=..."),
         ("model=pair objective=none", "model.before must be given: model.before=..."),
-        ("model=pair model.before=a model.after=b", "model=pair compares two finished checkpoints: add obj"),
-        ("model=pair model.before=./a model.after=./b objective=none", "there is no directory ./a: give a "),
+        ("model=pair model.before=a model.after=b", "model=pair compares two finished checkpoints: set obj"),
+        ("model=pair model.before=./a model.after=./b objective=none", "no directory ./a: give a "),
         ("objective=none model=pythia", "objective=none on a single checkpoint leaves no update to measure"),
         ("objective.loss_type=sigmoidd", "objective: unknown loss_type 'sigmoidd'; TRL has sigmoid, hinge"),
         ("tracking_uri=foo://x", "tracking_uri 'foo://x' is not supported: use sqlite:///PATH/mlflow.db"),
@@ -129,7 +129,7 @@ def test_outputs_that_are_a_file_are_told(refuse: Refuse, tmp_path: Path, sweep:
 @pytest.mark.parametrize(
     ("choice", "lines", "sentence"),
     [
-        ("data=text", "", "{path} is empty: it holds no record"),
+        ("data=text", "", "{path} is empty: it contains no record"),
         (
             "data=text",
             '{"text": "a"}\n{"txt": "b"}\n',
@@ -139,9 +139,9 @@ def test_outputs_that_are_a_file_are_told(refuse: Refuse, tmp_path: Path, sweep:
         (
             "data=text",
             "".join(f'{{"text": "document {n}"}}\n' for n in range(20)),
-            "objective=dpo needs preference pairs, and data.jsonl has none",
+            "objective=dpo needs preference pairs, but data.jsonl has none",
         ),
-        ("data=preferences", "", "{path} is empty: it holds no record"),
+        ("data=preferences", "", "{path} is empty: it contains no record"),
         (
             "data=preferences",
             '{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "p", "chosen": "a"}\n',
@@ -150,7 +150,7 @@ def test_outputs_that_are_a_file_are_told(refuse: Refuse, tmp_path: Path, sweep:
         (
             "data=preferences",
             '{"prompt": "p", "chosen": "a", "rejected": "a"}\n' * 3,
-            "no pair is left of 3 in {path}: 3 with chosen equal to rejected, 0 with an empty prompt or ",
+            "none of the 3 pairs in {path} is usable: 3 with chosen equal to rejected, 0 with an empty ",
         ),
     ],
 )
@@ -295,7 +295,7 @@ def test_a_log_that_does_not_take_its_lines_adds_no_traceback_to_the_error(tmp_p
     (tmp_path / "text.txt").write_text("\n\n".join(f"document {n}" for n in range(20)))
     full = "hydra.job_logging.handlers.file.filename=/dev/full"
     ended = run(tmp_path, "data=text", "data.train=text.txt", full)
-    assert "18 to train on and 2 held out" in ended.out
+    assert "18 training and 2 held-out items" in ended.out
     assert ended.code == 1
     (line,) = ended.err.splitlines()
     assert line.startswith("error: objective=dpo needs preference pairs")

@@ -23,7 +23,7 @@ from runners.tracking.redaction import redacted_text
 from weightgeom.analysis.chain import BETWEEN, STAGES, between, side_by_side
 from weightgeom.bases.chain import COMPARING, Chain, check_chain
 from weightgeom.interfaces import Data, Intervention, Log, Model, NeedsExamples, Objective, Probe
-from weightgeom.interruption import Wanted, undisturbed
+from weightgeom.interruption import Request, no_request
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
 from weightgeom.trajectory import Base, Trajectory
@@ -195,7 +195,7 @@ class Experiment:
                 device=self.device,
                 log_metrics=log_metrics,
                 start=base.directory,
-                wanted=self._wanted,
+                request=self._wanted,
             )
 
         code = code_behind(module(objective), "weightgeom.training.fit")
@@ -209,17 +209,17 @@ class Experiment:
             "device": self.device,
         }
         directory = make("training", specification, work, self.training.steps)
-        from weightgeom.training.fit import trajectory
+        from weightgeom.training.fit import saved_trajectory
 
-        return trajectory(directory, "training", base.directory), f"training/{directory.name}"
+        return saved_trajectory(directory, "training", base.directory), f"training/{directory.name}"
 
     def stages(self, record: Record, prefix: str, code: str) -> "Stages":
         """Makes stages whose metrics go into `record` under `prefix`."""
         return Stages(self.outputs, record, prefix, code, self.interruption)
 
     @property
-    def _wanted(self) -> Wanted:
-        return undisturbed if self.interruption is None else self.interruption.wanted
+    def _wanted(self) -> Request:
+        return no_request if self.interruption is None else self.interruption.wanted
 
 
 def check_parts(
