@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runners.errors import complaint
+from runners.errors import explanation
 from runners.launcher.commands import cancel, resubmit, speak, status, watch
 from runners.launcher.manifest import Sweep
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
         else:
             resubmit(sweep, chosen.new_code)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {complaint(error)}\n")
+        sys.stderr.write(f"error: {explanation(error)}\n")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runners.errors import complaint
+from runners.errors import explanation
 from runners.launcher import local as supervisor
 from runners.launcher import slurm
 from runners.launcher.board import Board
@@ -209,7 +209,7 @@ def _options(launcher: str, options: Mapping[str, Any]) -> "slurm.SlurmOptions |
     try:
         return kind(**options)
     except Exception as error:
-        raise ValueError(complaint(error, "hydra.launcher")) from error
+        raise ValueError(explanation(error, "hydra.launcher")) from error
 
 
 def _open_record(sweep: Sweep, overrides: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runners.errors import complaint
+from runners.errors import explanation
 from runners.launcher.manifest import Sweep
 from runners.launcher.status import Row
 from runners.summary.sweep import summarise
@@ -52,7 +52,7 @@ def _report(record: Record, job: Mapping[str, Any]) -> None:
         page = make([job["config"]["name"]], job["tracking_uri"], Path(job["outputs"]))
         shutil.copyfile(page, record.artifact(REPORT))
     except Exception as error:  # whatever it is, the runs are done
-        log.warning("no report was made: %s", complaint(error))
+        log.warning("no report was made: %s", explanation(error))
 
 
 def report_of(sweep: Sweep) -> tuple[Path | None, str] | None:

@@ -13,7 +13,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from runners.errors import complaint
+from runners.errors import explanation
 
 NAMESPACE = "hydra_plugins.weightgeom"  # Hydra takes launchers from there only
 Plan = Callable[[Sequence[tuple[DictConfig, str]], int, float | None], None]
@@ -130,7 +130,9 @@ class SweepLauncher(Launcher):
         try:
             described = type(self).check(job, self.kind == "local", common)
         except Exception as error:
-            said = f"job {number} of the sweep ({' '.join(filter_overrides(overrides))}): {complaint(error)}"
+            said = (
+                f"job {number} of the sweep ({' '.join(filter_overrides(overrides))}): {explanation(error)}"
+            )
             raise ValueError(f"{said}; nothing was started") from error
         return {
             **described,

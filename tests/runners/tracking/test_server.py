@@ -34,7 +34,7 @@ def rows(database: str, query: str) -> list[tuple[Any, ...]]:
 
 
 def sixteen(outputs: Path, uri: str) -> list[Record]:
-    """The records of a sweep and of its runs, all of which have ended well and without complaint."""
+    """The records of a sweep and of its runs, all of which finished without a warning."""
     parent = new(outputs / "sweep", uri, kind="sweep")
     places = [outputs / f"run{number}" for number in range(WRITERS)]
     with processes() as start:
