@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
+from hydra.core.utils import JobReturn, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runners.errors import explanation
+from runners.launcher.hydra_doors import add_launcher, completed, compose_once
 
-NAMESPACE = "hydra_plugins.weightgeom"  # Hydra takes launchers from there only
 PlanJobs = Callable[[Sequence[tuple[DictConfig, str]], int, float | None], None]
 CheckJob = Callable[[DictConfig, bool, Collection[str]], dict[str, Any]]
 
@@ -40,18 +39,8 @@ class SweepLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep the sweep's configuration and the loader of the jobs' configurations."""
         self.config, self.loader = config, hydra_context.config_loader
-        compose, composed = self.loader.load_sweep_config, {}
-
-        def composed_once(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-            key = tuple(sweep_overrides)
-            if key in composed:
-                return composed.pop(key)
-            composed[key] = compose(master_config, sweep_overrides)
-            return composed[key]
-
-        gc.disable()  # until all is composed, which makes many small objects that stay: a sixth of the time
-        # Hydra's sweeper composes every job to see whether it can be, and drops it: half of a start's time.
-        self.loader.load_sweep_config = composed_once
+        gc.disable()  # while composing, which makes many small, lasting objects: saves a sixth of the time
+        compose_once(self.loader)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Start the jobs and show them until they end; raises ChildProcessError if any failed."""
@@ -91,10 +80,7 @@ class SweepLauncher(Launcher):
             raise
         if not self.options["detach"]:
             commands.watch(sweep, self.options["poll_s"])
-        return [
-            JobReturn(job["overrides"], status=JobStatus.COMPLETED, _return_value=job["directory"])
-            for job in jobs.values()
-        ]
+        return [completed(job["overrides"], job["directory"]) for job in jobs.values()]
 
     def _job_options(self) -> dict[str, Any]:
         own = ("detach", "poll_s")  # of the launcher itself
@@ -113,7 +99,7 @@ class SweepLauncher(Launcher):
 
         resources = commands.resources(self.kind, self._job_options(), len(jobs))
         type(self).plan(list(zip(jobs, objectives, strict=True)), *resources)
-        return [JobReturn(list(overrides), status=JobStatus.COMPLETED) for overrides in job_overrides]
+        return [completed(list(overrides)) for overrides in job_overrides]
 
     def _job(self, number: int, overrides: list[str], common: Collection[str]) -> dict[str, Any]:
         """The checked description of job `number`; `common` are the overrides that all jobs share."""
@@ -161,6 +147,5 @@ def register(check: CheckJob, plan: PlanJobs) -> None:
     """
     SweepLauncher.check = staticmethod(check)
     SweepLauncher.plan = staticmethod(plan)
-    known = Plugins.instance().class_name_to_class
-    known[f"{NAMESPACE}.LocalLauncher"] = SweepLauncher
-    known[f"{NAMESPACE}.SlurmLauncher"] = SlurmLauncher
+    add_launcher("LocalLauncher", SweepLauncher)
+    add_launcher("SlurmLauncher", SlurmLauncher)

@@ -61,9 +61,9 @@ class Measured:
     ) -> "pd.DataFrame":
         import pandas as pd
 
-        def work(directory: Path, log_metrics: Log) -> None:
-            from weightgeom.table import tabulate
+        from weightgeom.table import tabulate, upgraded
 
+        def work(directory: Path, log_metrics: Log) -> None:
             tabulate(rows(log_metrics)).to_parquet(directory / f"{name}.parquet")
 
         specification = {
@@ -76,7 +76,7 @@ class Measured:
         }
         make = self.experiment.stages(self.record, name, package())
         directory = make(name, specification, work, steps)
-        return pd.read_parquet(directory / f"{name}.parquet")
+        return upgraded(pd.read_parquet(directory / f"{name}.parquet"))
 
     @cached_property
     def setting(self) -> Setting:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,7 +18,7 @@ from weightgeom.interfaces import Log, Setting
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
-from weightgeom.table import Row
+from weightgeom.table import Row, arm_columns, row
 from weightgeom.text.examples import Examples
 from weightgeom.text.prompt_groups import check_groups, phrase_tokens
 from weightgeom.text.tokens import Batch
@@ -234,16 +234,50 @@ class _Part:
         mask, target = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
         predicted = torch.zeros(len(starts), places, dtype=torch.long)
         scored = torch.zeros_like(predicted, dtype=torch.bool)
-        for row, (start, after) in enumerate(zip(starts, followed, strict=True)):
+        for index, (start, after) in enumerate(zip(starts, followed, strict=True)):
             whole = [*start, *after[:-1]]
-            ids[row, : len(whole)] = torch.tensor(whole)
-            mask[row, : len(whole)] = 1
-            target[row, len(start) - 1] = True
-            predicted[row, : len(after)] = torch.tensor(after)
-            scored[row, : len(after)] = True
+            ids[index, : len(whole)] = torch.tensor(whole)
+            mask[index, : len(whole)] = 1
+            target[index, len(start) - 1] = True
+            predicted[index, : len(after)] = torch.tensor(after)
+            scored[index, : len(after)] = True
         batch = Batch(ids, mask, target).to(model.device)
         last = [len(start) - 1 for start in starts]
         return cls(batch, list(prompts), last, predicted.to(model.device), scored.to(model.device), abstains)
+
+
+@dataclass(frozen=True)
+class EditOfStates:
+    """The fields and methods that interventions on states share: each adds its `kind` and its `shift`.
+
+    A base class, as their settings must stay fields of theirs: `intervention.steer.strengths=[1]`.
+    """
+
+    headline: ClassVar[str] = "abstention_change"
+    kind: ClassVar[str]
+
+    strengths: list[float] = Field(default_factory=list, min_length=1)
+    prompted: Prompted = Field(default_factory=Prompted)
+
+    def shift(self, ground: Ground, strength: float, generator: torch.Generator | None) -> Shift:
+        """The treatment; with a generator a control, along random directions."""
+        raise NotImplementedError(f"{type(self).__name__} has no method `shift`")
+
+    def check(self, architecture: Architecture) -> None:
+        """Refuse what the model does not have, and controls that are too few."""
+        self.prompted.check(architecture, self.strengths)
+
+    def check_examples(self, examples: Examples) -> None:
+        """Refuse data without the groups."""
+        self.prompted.check_examples(examples)
+
+    def arms(self, architecture: Architecture) -> int:
+        """Treatments and controls, over layers and strengths."""
+        return len(self.prompted.chosen(architecture)) * len(self.strengths) * (1 + self.prompted.random)
+
+    def rows(self, setting: Setting, log: Log) -> list[Row]:
+        """What every arm did."""
+        return tried(self.prompted, setting, log, self.kind, self.strengths, self.shift)
 
 
 def tried(
@@ -280,9 +314,10 @@ def tried(
 
     rows = list(measured(trials(), evaluation, setting.seed, log))
     step = setting.last if at_end else 0
+    unedited = arm_columns("unedited")
     base = [
-        {"step": step, "quantity": name, "unit": "1", "value": float(values.double().mean()),
-         "stderr": None, "n": len(values), "arm": "unedited", "subspace": "residual"}
-        for name, values in evaluation.unedited.items() if name != "kl_from_unedited"
-    ]  # fmt: skip
+        row(name, float(values.double().mean()), n=len(values), step=step, subspace="residual", **unedited)
+        for name, values in evaluation.unedited.items()
+        if name != "kl_from_unedited"
+    ]
     return [*base, *({"step": step, **one} for one in with_q_values(rows))]
