@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runners.comparisons import log_effects
-from runners.fingerprint import code_behind, package
+from runners.fingerprint import code_behind, contents, package
 from runners.interruption import Interruption
-from runners.measured import Measured, module, plain
+from runners.measured import Measured, map_of, module, plain
+from runners.modules import modules_of
 from runners.processes import terminations_as_exceptions
 from runners.provenance import environment, provenance, uncommitted_diff
 from runners.record import Record
 from runners.redaction import redacted_text
 from runners.stages import BETWEEN, COMPARING, STAGES, between, check_chain, side_by_side
 from runners.staging import Stages
-from runners.store import full_disk_explained
+from runners.store import full_disk_explained, signature
 from runners.summary import draw, log_table, print_summary
 from runners.tracking import Publisher, check_tracking_uri
 from weightgeom.chain import Chain
@@ -117,7 +118,7 @@ class Experiment:
             experiment=self.name,
             name=self.run_name,
             params=self.params,
-            tags={**provenance(REPOSITORY), "code_fingerprint": package(), **self.tags},
+            tags={**provenance(REPOSITORY), "code_fingerprint": package(*self._modules), **self.tags},
             inputs=[data],  # pyright: ignore[reportArgumentType]
             tracking_uri=uri,
             parent=self.parent,
@@ -129,7 +130,7 @@ class Experiment:
         return record
 
     def _tables(self, record: Record, examples: Examples) -> "dict[str, pd.DataFrame]":
-        make = self.stages(record, "pretraining", code_behind(module(self.model)))
+        make = self.stages(record, "pretraining", code_behind(*modules_of(self.model)))
         base = self.model.prepare(make, examples, self.data, self.device, self._wanted)
         tables, measured = {}, None
         for trajectory, identity in self._trajectories(record, base, examples):
@@ -188,10 +189,10 @@ class Experiment:
     def _trained(
         self, record: Record, base: Base, objective: Objective, examples: Examples
     ) -> tuple[Trajectory, str]:
-        def work(directory: Path, log_metrics: Log) -> None:
-            from weightgeom.model import load_network, load_tokenizer  # noqa: PLC0415 (heavy)
-            from weightgeom.training import fit  # noqa: PLC0415
+        from weightgeom.model import load_network, load_tokenizer  # noqa: PLC0415 (heavy)
+        from weightgeom.training import fit, trajectory  # noqa: PLC0415 (heavy)
 
+        def work(directory: Path, log_metrics: Log) -> None:
             fit(
                 objective,
                 load_network(base.directory).to(self.device),  # pyright: ignore[reportArgumentType]
@@ -207,24 +208,28 @@ class Experiment:
                 wanted=self._wanted,
             )
 
-        code = code_behind(module(objective), "weightgeom.training")
+        code = code_behind(*modules_of(objective, self.training, fit, load_network), map_of(base))
         make = self.stages(record, "train", code)
         specification = {
             "base": base.identity,
-            "data": examples.digest,
+            "data": contents(examples),
             "objective": plain(objective),
             "training": plain(self.training),
             "seed": self.seed,
             "device": self.device,
         }
         directory = make("training", specification, work, self.training.steps)
-        from weightgeom.training import trajectory  # noqa: PLC0415 (heavy)
-
         return trajectory(directory, "training", base.directory), f"training/{directory.name}"
 
     def stages(self, record: Record, prefix: str, code: str) -> "Stages":
         """Makes stages whose metrics go into `record` under `prefix`."""
         return Stages(self.outputs, record, prefix, code, self.interruption)
+
+    @property
+    def _modules(self) -> list[str]:
+        """The modules of all that it is made of."""
+        parts = (self.model, self.data, self.objective, self.training, self.probes, self.interventions)
+        return modules_of(*parts)
 
     @property
     def _wanted(self) -> Wanted:
@@ -241,6 +246,9 @@ def check_parts(
 ) -> None:
     """Refuse what does not go together, as far as can be told without the data."""
     check_tracking_uri(tracking_uri)
+    modules_of(model, objective, training, probes, interventions)
+    measured = {"probe": plain(probes), "intervention": plain(interventions)}
+    signature({"objective": plain(objective), "training": plain(training), **measured})
     if isinstance(model, Chain):
         check_chain([*probes], [*interventions])
     architecture = model.check(None if objective is None else training.max_length)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from weightgeom.architectures import gpt_neox
 from weightgeom.data.text import TextFiles
 from weightgeom.data.world import World
 from weightgeom.interfaces import Base, Data, Examples, Log, Stage
@@ -17,7 +18,7 @@ from weightgeom.model import check_length
 from weightgeom.objectives.ce import CE
 from weightgeom.outline import Outline, Pretraining
 from weightgeom.reading import fingerprint
-from weightgeom.residual import Architecture, architecture_of
+from weightgeom.residual import Architecture
 from weightgeom.training import Training, fit, trajectory
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Tiny:
         check_length(longest or 0, self.context)
         if self.corpus not in (None, "world"):
             TextFiles(train=self.corpus).files()
-        return architecture_of(self._config(self.vocabulary, 0))
+        return gpt_neox.architecture(self._config(self.vocabulary, 0))
 
     def prepare(
         self, stage: Stage, examples: Examples, data: Data, device: str, wanted: Wanted = undisturbed
