@@ -76,11 +76,10 @@ def checked(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
 
 def measured(plain: dict[str, Any], objective: str) -> dict[str, Any]:
     """A configuration without the probes and interventions that are there `only` for other objectives."""
-    only, there, objectives = (
-        plain["only"],
-        [*choices("probe"), *choices("intervention")],
-        choices("objective"),
-    )
+    only = plain["only"]
+    sources = search_path() if only else []
+    there = [*choices("probe", sources), *choices("intervention", sources)]
+    objectives = choices("objective", sources)
     for key, wanted in only.items():
         if key not in there:
             raise KeyError(f"only.{key} is no probe or intervention; {nearest(key, there)}")
@@ -93,6 +92,13 @@ def measured(plain: dict[str, Any], objective: str) -> dict[str, Any]:
         for group in ("probe", "intervention")
     }
     return {**plain, **kept}
+
+
+def search_path() -> list[str]:
+    """The places that Hydra takes choices from: conf/, and those of --config-dir and hydra.searchpath."""
+    from hydra.core.hydra_config import HydraConfig  # noqa: PLC0415 (not needed for --help)
+
+    return [f"{source.schema}://{source.path}" for source in HydraConfig.get().runtime.config_sources]
 
 
 def build(key: str, choice: Any) -> Any:
