@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runners.complaints import choices, complaint, nearest
 from runners.launcher import register
+from runners.modules import own_places, travelling
 from runners.processes import share_processors
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 VERBOSE = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 PLANNED = re.compile(r"\+{0,2}plan=(?i:true|on|yes|1)")
-FOUND_RIGHT: set[str] = set()  # configurations of this sweep, without their seeds
+FOUND_RIGHT: dict[str, list[str]] = {}  # modules by configuration of this sweep, without its seed
 KINDS = {
     bool: "true or false",
     str: "text that is not empty",
@@ -232,8 +233,8 @@ def check(config: DictConfig, here: bool, common: "Collection[str]") -> dict[str
 
         keys = ("model", "objective", "training", "probes", "interventions", "tracking_uri")
         check_parts(*(made[key] for key in keys))
-        FOUND_RIGHT.add(plain)
-    return run
+        FOUND_RIGHT[plain] = travelling(run["config"], *made.values())
+    return {**run, "modules": FOUND_RIGHT[plain], "path": own_places()}
 
 
 def plan(jobs: "Sequence[tuple[DictConfig, str]]", parallel: int = 1, memory: float | None = None) -> None:

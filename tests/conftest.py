@@ -27,6 +27,7 @@ SLOW = (
     "slurm/test_interruptions.py",
     "slurm/test_sweeps_under_slurm.py",
     "test_run.py",
+    "test_own_code.py",
     "runners/test_outages.py",
     "runners/test_local_sweeps.py",
     "test_chain.py",
