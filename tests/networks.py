@@ -22,8 +22,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from weightgeom.model import LanguageModel
-from weightgeom.residual import architecture_of
+from weightgeom.models.language_model import LanguageModel
+from weightgeom.models.residual import architecture_of
 
 
 def _neox(vocabulary: int, positions: int) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runners.record import Record
-from runners.tracking import Publication
+from runners.tracking.publisher import Publication
+from runners.tracking.record import Record
 from weightgeom.table import row, tabulate
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Planted:
         made = {f"objective.{key}": value for key, value in TARGETS[self.objective].items()}
         return {
             **made,
-            "model._target_": "weightgeom.tiny.Tiny",
+            "model._target_": "weightgeom.bases.tiny.Tiny",
             "model.seed": self.base,
             "data.seed": self.base,
             "data.preference": "style",

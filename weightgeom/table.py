@@ -1,13 +1,19 @@
 """The one result format: tidy tables, one number a row, with its unit and the number of samples behind it."""
 
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
+
 from collections.abc import Iterable
 from math import isfinite
-from typing import TYPE_CHECKING
-
-from weightgeom.interfaces import Row
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
+PRETRAINING = "_pretraining"  # of the base that is then trained: the suffix of its tables and metrics
+
+Row = dict[str, Any]
+"""One number of a result table; its keys are the columns of `COLUMNS`."""
 
 COLUMNS = {
     "step": "int64",  # optimizer step; 0 is before training
@@ -38,7 +44,7 @@ def tabulate(rows: Iterable[Row]) -> "pd.DataFrame":
     Raises:
         ValueError: for an unknown column, or a value or standard error that is not finite.
     """
-    import pandas as pd  # noqa: PLC0415 (slow to import, and `--help` must not wait for it)
+    import pandas as pd
 
     rows = list(rows)
     table = pd.DataFrame(rows)
@@ -57,3 +63,10 @@ def tabulate(rows: Iterable[Row]) -> "pd.DataFrame":
             f" {first['matrix']!r} in layer {first['layer']} at step {first['step']}"
         )
     return table
+
+
+def own(table: "pd.DataFrame", quantity: str) -> "pd.DataFrame":
+    """Rows of one quantity at the matrices' own subspaces, at the smallest k; those of heads are left out."""
+    whole = ~table["subspace"].isin(["", "random"]) & ~table["matrix"].str.contains(".", regex=False)
+    rows = table[(table["quantity"] == quantity) & whole]
+    return rows[rows["k"] == rows["k"].min()]

@@ -10,8 +10,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from weightgeom.residual import ResidualMatrix, architecture_of
-from weightgeom.weights import open_params
+from weightgeom.models.residual import ResidualMatrix, architecture_of
+from weightgeom.models.weights import open_params
 
 TOKENS = torch.tensor([[3, 14, 15, 9, 26, 5]])
 

@@ -8,19 +8,21 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from weightgeom.data.world import World
-from weightgeom.figures import COLOURS
-from weightgeom.interfaces import Params, Setting
+from weightgeom.estimators.moments import activation_moments
+from weightgeom.figures.base import COLOURS
+from weightgeom.interfaces import Setting
 from weightgeom.interventions.rank1 import Rank1
-from weightgeom.model import LanguageModel, load
-from weightgeom.moments import activation_moments
+from weightgeom.models.language_model import LanguageModel
+from weightgeom.models.loading import load
+from weightgeom.models.residual import ResidualMatrix, chosen
 from weightgeom.objectives.ce import CE
+from weightgeom.params import Params
 from weightgeom.probes.moments import Moments
 from weightgeom.probes.overlap import Overlap
 from weightgeom.probes.rsf import RSF
 from weightgeom.probes.spectrum import Spectrum
-from weightgeom.residual import ResidualMatrix, chosen
-from weightgeom.tokens import Batch, packed
-from weightgeom.training import Training
+from weightgeom.text.tokens import Batch, packed
+from weightgeom.training.config import Training
 
 WORLD = World(entities=20, heldout_entities=4, values=5, documents=40, pairs=24, heldout=6)
 EXAMPLES = WORLD.examples()

@@ -5,13 +5,14 @@ import torch
 from networks import language_model
 from torch.testing import assert_close
 
+from weightgeom.causal.effects import STATE_UNITS
 from weightgeom.data.world import World
-from weightgeom.effects import STATE_UNITS
-from weightgeom.interfaces import Question, Setting
+from weightgeom.estimators.hidden_states import Tail
+from weightgeom.interfaces import Setting
 from weightgeom.interventions import bypass, repair, steer
-from weightgeom.shifts import Ground, Prompted, Shift, grounds_and_evaluation
-from weightgeom.states import Tail
-from weightgeom.tokens import prompts
+from weightgeom.text.examples import Question
+from weightgeom.text.tokens import prompts
+from weightgeom.uncertainty.state_edits import Ground, Prompted, Shift, grounds_and_evaluation
 
 WORLD = World(
     groups=("known", "heldout", "impossible"),

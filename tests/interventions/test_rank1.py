@@ -11,14 +11,14 @@ from scipy import stats
 from torch.testing import assert_close
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from weightgeom.effects import Effects, Evaluation
+from weightgeom.causal.effects import Effects, Evaluation
+from weightgeom.causal.trials import measured
 from weightgeom.interfaces import Setting
 from weightgeom.interventions.rank1 import Rank1
-from weightgeom.model import LanguageModel
-from weightgeom.residual import architecture_of
+from weightgeom.models.language_model import LanguageModel
+from weightgeom.models.residual import architecture_of
 from weightgeom.table import tabulate
-from weightgeom.tokens import packed
-from weightgeom.trials import measured
+from weightgeom.text.tokens import packed
 
 EFFECTS = Effects(tokens=60, length=12, pairs=4, questions=5)
 ALL = {"random": 3, "bottom": 2, "orthogonal": 2, "within": 2, "layer": 1}

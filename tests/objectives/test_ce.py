@@ -6,8 +6,8 @@ import small
 import torch
 
 from weightgeom.objectives.ce import CE
-from weightgeom.tokens import packed, responses
-from weightgeom.training import Training
+from weightgeom.text.tokens import packed, responses
+from weightgeom.training.config import Training
 
 ARGUMENTS = Training(steps=1, batch_size=4, max_length=48)
 

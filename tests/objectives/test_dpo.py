@@ -10,8 +10,9 @@ import torch
 from trl import DPOTrainer
 
 from weightgeom.objectives.dpo import DPO, LOSS_TYPES
-from weightgeom.tokens import responses
-from weightgeom.training import Training, fit
+from weightgeom.text.tokens import responses
+from weightgeom.training.config import Training
+from weightgeom.training.fit import fit
 
 TRAINING = Training(steps=2, batch_size=8, learning_rate=1e-3, max_length=48, log_every=1)
 

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from weightgeom.gradients import Gathering, gradient_moments, sampled
+from weightgeom.estimators.gradients import Gathering, gradient_moments, sampled
 from weightgeom.objectives.ce import CE
 from weightgeom.objectives.dpo import DPO
 from weightgeom.objectives.graded_contrastive import GradedContrastive
-from weightgeom.training import Training, fit, outdated_name_allowed
+from weightgeom.training.config import Training
+from weightgeom.training.fit import fit, outdated_name_allowed
 
 TRAINING = Training(steps=2, batch_size=8, learning_rate=1e-3, max_length=48, log_every=1)
 TOKEN = {

@@ -7,10 +7,11 @@ import small
 import torch
 from torch.testing import assert_close
 
-from weightgeom.gradients import Gathering, gradient_moments, sampled
+from weightgeom.estimators.gradients import Gathering, gradient_moments, sampled
 from weightgeom.objectives.kto import KTO
-from weightgeom.tokens import Batch
-from weightgeom.training import Training, fit, outdated_name_allowed
+from weightgeom.text.tokens import Batch
+from weightgeom.training.config import Training
+from weightgeom.training.fit import fit, outdated_name_allowed
 
 TRAINING = Training(steps=2, batch_size=8, learning_rate=1e-3, max_length=48, log_every=1)
 

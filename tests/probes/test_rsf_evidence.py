@@ -9,13 +9,14 @@ from scipy import stats
 from torch.testing import assert_close
 
 from weightgeom.data.world import World
-from weightgeom.frames import Inputs, input_frames, place_of, prediction_frame
-from weightgeom.gradients import Gathering, gradient_moments
-from weightgeom.interfaces import Examples, Setting
+from weightgeom.estimators.gradients import Gathering, gradient_moments
+from weightgeom.estimators.reference_subspaces import Inputs, input_frames, place_of, prediction_frame
+from weightgeom.interfaces import Setting
 from weightgeom.objectives.ce import CE
 from weightgeom.objectives.dpo import DPO
 from weightgeom.probes.rsf import RSF
-from weightgeom.training import Training
+from weightgeom.text.examples import Examples
+from weightgeom.training.config import Training
 
 D, K = 32, 4
 WORLD = World(entities=20, heldout_entities=4, values=5, documents=600, pairs=40, heldout=200)

@@ -6,11 +6,12 @@ import torch
 from networks import language_model
 from torch.testing import assert_close
 
-from weightgeom import intrinsic
 from weightgeom.data.world import World
-from weightgeom.interfaces import Question, Setting
+from weightgeom.estimators.hidden_states import Tail, last_states
+from weightgeom.interfaces import Setting
 from weightgeom.probes.uncertainty import Uncertainty
-from weightgeom.states import Tail, last_states
+from weightgeom.text.examples import Question
+from weightgeom.uncertainty import intrinsic_dimension as intrinsic
 
 WORLD = World(
     groups=("known", "heldout", "impossible"),

@@ -11,8 +11,8 @@ import torch
 from lab import change, write_lab
 
 from runners import modules
-from runners.measured import plain
 from runners.modules import find, modules_of, own_places, reached, targets, travelling
+from runners.pipeline.measurements import plain
 from weightgeom.objectives.ce import CE
 
 
@@ -44,7 +44,11 @@ def test_the_modules_of_an_object_are_those_of_all_objects_in_its_fields() -> No
     assert modules_of(Outer(CE())) == [here, "weightgeom.objectives.ce"]
     assert modules_of({"a": Outer(1)}, None, "text") == [here]
     assert modules_of(Outer(None, [CE()], {"x": (CE(),)})) == [here, "weightgeom.objectives.ce"]
-    assert modules_of(Outer(partial(plain, CE()))) == [here, "runners.measured", "weightgeom.objectives.ce"]
+    assert modules_of(Outer(partial(plain, CE()))) == [
+        here,
+        "runners.pipeline.measurements",
+        "weightgeom.objectives.ce",
+    ]
     optimizer = partial(torch.optim.AdamW, lr=1e-3)
     assert modules_of(optimizer) == ["torch.optim.adamw"]
     assert modules_of(torch.nn.Linear(2, 2)) == ["torch.nn.modules.linear"]  # and nothing within it

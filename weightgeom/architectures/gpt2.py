@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from weightgeom.residual import Architecture, Norm, ResidualMatrix, Rows, input_sites
+from weightgeom.models.residual import Architecture, Norm, ResidualMatrix, Rows, input_sites
 
 if TYPE_CHECKING:
     from transformers import GPT2Config

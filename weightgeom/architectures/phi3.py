@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from weightgeom.gated import gated_decoder, head_size
-from weightgeom.residual import Architecture, ResidualMatrix, Rows
+from weightgeom.models.gated_decoder import gated_decoder, head_size
+from weightgeom.models.residual import Architecture, ResidualMatrix, Rows
 
 if TYPE_CHECKING:
     from transformers import Phi3Config, PreTrainedConfig

@@ -6,9 +6,11 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from weightgeom.interfaces import Examples, Log, Row, Setting
-from weightgeom.residual import Architecture
-from weightgeom.shifts import Ground, Prompted, Shift, tried
+from weightgeom.interfaces import Log, Setting
+from weightgeom.models.residual import Architecture
+from weightgeom.table import Row
+from weightgeom.text.examples import Examples
+from weightgeom.uncertainty.state_edits import Ground, Prompted, Shift, tried
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Bypass:
 
     Mean and standard deviation are those of both groups' training halves together. A control projects on
     a random direction instead and adds as much, root mean square over prompts. Strengths γ are in nats.
-    Quantities: those of `weightgeom.trials.measured`, for the effects of `weightgeom.shifts.Prompted`.
+    Quantities: those of `weightgeom.causal.trials.measured`, for the effects of
+    `weightgeom.uncertainty.state_edits.Prompted`.
     Source: arXiv:2603.13911v1; the probe's scale and the controls are ours.
     """
 

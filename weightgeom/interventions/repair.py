@@ -6,9 +6,11 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from weightgeom.interfaces import Examples, Log, Row, Setting
-from weightgeom.residual import Architecture
-from weightgeom.shifts import Ground, Prompted, Shift, tried
+from weightgeom.interfaces import Log, Setting
+from weightgeom.models.residual import Architecture
+from weightgeom.table import Row
+from weightgeom.text.examples import Examples
+from weightgeom.uncertainty.state_edits import Ground, Prompted, Shift, tried
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,9 @@ class Repair:
     """(1 - w) h + w PCA(h), by the factual states' components that hold `explained` of their variance.
 
     A control projects on a random subspace of the same dimension through the same mean and is scaled to add
-    as much. Strengths are w, 0.2 in the source. Quantities: those of `weightgeom.trials.measured`, for
-    the effects of `weightgeom.shifts.Prompted`. Source: arXiv:2603.13911v1; the controls are ours.
+    as much. Strengths are w, 0.2 in the source. Quantities: those of `weightgeom.causal.trials.measured`, for
+    the effects of `weightgeom.uncertainty.state_edits.Prompted`. Source: arXiv:2603.13911v1; the controls
+    are ours.
     """
 
     headline: ClassVar[str] = "abstention_change"

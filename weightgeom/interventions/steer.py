@@ -6,9 +6,11 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from weightgeom.interfaces import Examples, Log, Row, Setting
-from weightgeom.residual import Architecture
-from weightgeom.shifts import Ground, Prompted, Shift, tried
+from weightgeom.interfaces import Log, Setting
+from weightgeom.models.residual import Architecture
+from weightgeom.table import Row
+from weightgeom.text.examples import Examples
+from weightgeom.uncertainty.state_edits import Ground, Prompted, Shift, tried
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,8 @@ class Steer:
     """The state at the last token of a prompt is moved along the boundary direction b.
 
     Strengths are shares of the root mean square norm of a state. Quantities: those of
-    `weightgeom.trials.measured`, for the effects of `weightgeom.shifts.Prompted`. Source: arXiv:2603.13911v1;
+    `weightgeom.causal.trials.measured`, for the effects of `weightgeom.uncertainty.state_edits.Prompted`.
+    Source: arXiv:2603.13911v1;
     the controls are ours.
     """
 

@@ -7,8 +7,9 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.interfaces import Examples, Scored
-from weightgeom.trainers import Part, part, supervised
+from weightgeom.interfaces import Scored
+from weightgeom.text.examples import Examples
+from weightgeom.training.trainers import Part, part, supervised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -47,9 +48,9 @@ class CE:
         arguments: Mapping[str, Any],
     ) -> "Trainer":
         """An `SFTTrainer` on the examples; says in the log what was packed or cut."""
-        from trl import SFTTrainer  # noqa: PLC0415 (heavy)
+        from trl import SFTTrainer
 
-        from weightgeom.sharpness import Sharpness  # noqa: PLC0415 (heavy)
+        from weightgeom.training.sharpness import Sharpness
 
         trainer = supervised(SFTTrainer, self.examples(examples), network, tokenizer, examples, arguments)
         trainer.add_callback(Sharpness(trainer, self.scored))

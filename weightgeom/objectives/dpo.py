@@ -11,9 +11,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.interfaces import Examples, Scored
-from weightgeom.trainers import preference
-from weightgeom.training import Training
+from weightgeom.interfaces import Scored
+from weightgeom.text.examples import Examples
+from weightgeom.training.config import Training
+from weightgeom.training.trainers import preference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -78,7 +79,7 @@ class DPO:
             )
 
         if self.options:
-            from trl import DPOConfig  # noqa: PLC0415 (heavy)
+            from trl import DPOConfig
 
             known = {field.name for field in fields(DPOConfig)}
             own = {
@@ -105,9 +106,9 @@ class DPO:
         arguments: Mapping[str, Any],
     ) -> "Trainer":
         """A `DPOTrainer` whose reference is a copy of `network` as it is; says in the log what was cut."""
-        from trl import DPOTrainer  # noqa: PLC0415 (heavy)
+        from trl import DPOTrainer
 
-        from weightgeom.sharpness import Sharpness  # noqa: PLC0415 (heavy)
+        from weightgeom.training.sharpness import Sharpness
 
         own = {
             "beta": self.beta,

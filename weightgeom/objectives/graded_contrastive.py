@@ -10,9 +10,10 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.graded import TokenContrast
-from weightgeom.interfaces import Examples, Scored
-from weightgeom.trainers import part, preference, supervised
+from weightgeom.interfaces import Scored
+from weightgeom.text.examples import Examples
+from weightgeom.training.graded_loss import TokenContrast
+from weightgeom.training.trainers import part, preference, supervised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -128,7 +129,7 @@ class GradedContrastive:
         """A trainer of TRL with this loss; says in the log what was packed or cut."""
         if self.level == "token":
             return self._token_trainer(network, tokenizer, examples, arguments)
-        from weightgeom.graded_trainers import Candidates, SequenceTrainer  # noqa: PLC0415 (heavy)
+        from weightgeom.training.graded_trainers import Candidates, SequenceTrainer
 
         negatives, size = self.candidates - 1, arguments["per_device_train_batch_size"]
         if negatives > size:
@@ -151,7 +152,7 @@ class GradedContrastive:
         examples: Examples,
         arguments: Mapping[str, Any],
     ) -> "Trainer":
-        from weightgeom.graded_trainers import TokenTrainer  # noqa: PLC0415 (heavy)
+        from weightgeom.training.graded_trainers import TokenTrainer
 
         head = network.get_output_embeddings()
         assert head is not None

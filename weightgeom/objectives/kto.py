@@ -7,8 +7,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.interfaces import Examples, Scored
-from weightgeom.trainers import unpaired
+from weightgeom.interfaces import Scored
+from weightgeom.text.examples import Examples
+from weightgeom.training.trainers import unpaired
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -49,9 +50,9 @@ class KTO:
         arguments: Mapping[str, Any],
     ) -> "Trainer":
         """A `KTOTrainer` whose reference is a copy of `network` as it is; says in the log what was cut."""
-        from trl import KTOTrainer  # noqa: PLC0415 (heavy)
+        from trl import KTOTrainer
 
-        from weightgeom.sharpness import Sharpness  # noqa: PLC0415 (heavy)
+        from weightgeom.training.sharpness import Sharpness
 
         own = {
             "beta": self.beta,

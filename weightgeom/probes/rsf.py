@@ -9,8 +9,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.bootstrap import bootstrap_interval
-from weightgeom.frames import (
+from weightgeom.bases.outline import Shape
+from weightgeom.estimators.gradients import Gathering, folded, gradient_moments
+from weightgeom.estimators.moments import GIB, Moment
+from weightgeom.estimators.reference_subspaces import (
     Frame,
     Inputs,
     check_dimensions,
@@ -20,15 +22,13 @@ from weightgeom.frames import (
     prediction_frame,
     random_frame,
 )
-from weightgeom.gradients import Gathering, folded, gradient_moments
-from weightgeom.interfaces import Params, Row, Setting
-from weightgeom.moments import GIB, Moment
-from weightgeom.outline import Shape
-from weightgeom.residual import Architecture, ResidualMatrix
-from weightgeom.rounding import warn_of_rounding
-from weightgeom.stats import isotropic_null, matched_null, rotation_null, spectrum_shares
-from weightgeom.table import row
-from weightgeom.update import Update, head_updates, update_of
+from weightgeom.estimators.updates import Update, head_updates, update_of, warn_of_rounding
+from weightgeom.geometry.bootstrap import bootstrap_interval
+from weightgeom.geometry.nulls import isotropic_null, matched_null, rotation_null, spectrum_shares
+from weightgeom.interfaces import Setting
+from weightgeom.models.residual import Architecture, ResidualMatrix
+from weightgeom.params import Params
+from weightgeom.table import Row, row
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ def _unmoved(matrix: ResidualMatrix, params: Params, start: Params) -> bool:
 
 def _q_values(rows: Iterable[Row]) -> Iterator[Row]:
     """Benjamini and Hochberg's q beside every p: over all layers and matrices at the same kind of place."""
-    from scipy.stats import false_discovery_control  # noqa: PLC0415 (slow to import)
+    from scipy.stats import false_discovery_control
 
     families: dict[tuple, list[Row]] = {}
     for one in rows:

@@ -11,13 +11,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.gradients import Gathering, gradient_moments
-from weightgeom.interfaces import Params, Row, Setting
-from weightgeom.moments import activation_moments
-from weightgeom.residual import Architecture, ResidualMatrix
-from weightgeom.table import row
-from weightgeom.tokens import packed
-from weightgeom.update import update_of, zeros
+from weightgeom.estimators.gradients import Gathering, gradient_moments
+from weightgeom.estimators.moments import activation_moments
+from weightgeom.estimators.updates import update_of, zeros
+from weightgeom.interfaces import Setting
+from weightgeom.models.residual import Architecture, ResidualMatrix
+from weightgeom.params import Params
+from weightgeom.table import Row, row
+from weightgeom.text.tokens import packed
 
 Thing = Literal["activation", "upstream", "gradient", "delta", "weight"]
 READER = {"attention_input": "q", "mlp_input": "up"}  # the matrix under which an input's rows are filed
@@ -167,8 +168,8 @@ def marchenko_pastur_median(ratio: float) -> float:
     The density √((b - x)(x - a)) / (2π ratio x), with a and b = (1 ∓ √ratio)², is integrated over the angle
     in x = 1 + ratio + 2 √ratio cos φ, in which it has no singularity at its ends.
     """
-    from scipy.integrate import quad  # noqa: PLC0415 (slow to import)
-    from scipy.optimize import brentq  # noqa: PLC0415
+    from scipy.integrate import quad
+    from scipy.optimize import brentq
 
     def x(angle: float) -> float:
         return 1 + ratio + 2 * sqrt(ratio) * cos(angle)

@@ -8,15 +8,25 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from weightgeom.abstention import check_groups, first_tokens
-from weightgeom.contrast import Contrast, equal_groups
-from weightgeom.frames import check_dimensions, dimensions
-from weightgeom.interfaces import Examples, Params, Question, Row, Setting
-from weightgeom.intrinsic import check_neighbours
-from weightgeom.residual import Architecture
-from weightgeom.states import Tail, check_layers, last_states
-from weightgeom.subspace import Subspace, prediction_moment
-from weightgeom.uncertainty import Asked, boundary_rows, group_rows, output_rows, overlap_rows, shape_rows
+from weightgeom.estimators.hidden_states import Tail, check_layers, last_states
+from weightgeom.estimators.reference_subspaces import check_dimensions, dimensions
+from weightgeom.geometry.subspace import Subspace, prediction_moment
+from weightgeom.interfaces import Setting
+from weightgeom.models.residual import Architecture
+from weightgeom.params import Params
+from weightgeom.table import Row
+from weightgeom.text.examples import Examples, Question
+from weightgeom.text.prompt_groups import check_groups, first_tokens
+from weightgeom.uncertainty.contrast import Contrast, equal_groups
+from weightgeom.uncertainty.intrinsic_dimension import check_neighbours
+from weightgeom.uncertainty.rows import (
+    Asked,
+    boundary_rows,
+    group_rows,
+    output_rows,
+    overlap_rows,
+    shape_rows,
+)
 
 log = logging.getLogger(__name__)
 

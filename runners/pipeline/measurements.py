@@ -1,0 +1,144 @@
+"""The tables of one trajectory: each made once, by a probe of every checkpoint or by an intervention."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, is_dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from runners.modules import fields_of, modules_of, required
+from runners.pipeline.fingerprint import code_behind, contents
+from runners.tracking.record import Record
+from weightgeom.interfaces import Intervention, Log, Probe, Setting
+from weightgeom.table import Row
+from weightgeom.text.examples import Examples
+from weightgeom.trajectory import Base, Trajectory
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from runners.pipeline.experiment import Experiment
+    from weightgeom.models.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The tables of one trajectory; a model is loaded only if one of them is not there yet."""
+
+    experiment: "Experiment"
+    record: Record
+    base: Base
+    trajectory: Trajectory
+    identity: str
+    examples: Examples
+
+    def table(self, name: str, probe: Probe) -> "pd.DataFrame":
+        """The table of one probe over all checkpoints."""
+
+        def rows(log_metrics: Log) -> list[Row]:
+            measure = probe.measurement(self.setting)
+            found: list[Row] = []
+            for index, (step, checkpoint) in enumerate(self.trajectory.steps.items()):
+                params = self._model.params(checkpoint, self.setting.start)
+                found += [{"step": step, **row} for row in measure(params)]
+                log_metrics({}, index + 1)
+            return found
+
+        return self._made(name, "probe", probe, rows, len(self.trajectory.steps))
+
+    def effects(self, name: str, intervention: Intervention) -> "pd.DataFrame":
+        """The table of one intervention."""
+
+        def rows(log_metrics: Log) -> list[Row]:
+            return intervention.rows(self.setting, log_metrics)
+
+        from weightgeom.models.loading import load_architecture
+
+        arms = intervention.arms(load_architecture(self.base.directory))
+        return self._made(name, "intervention", intervention, rows, arms)
+
+    def _made(
+        self, name: str, kind: str, thing: object, rows: Callable[[Log], list[Row]], steps: int
+    ) -> "pd.DataFrame":
+        import pandas as pd
+
+        from weightgeom.models.loading import load
+        from weightgeom.table import tabulate
+
+        def work(directory: Path, log_metrics: Log) -> None:
+            tabulate(rows(log_metrics)).to_parquet(directory / f"{name}.parquet")
+
+        specification = {
+            "trajectory": self.identity,
+            "steps": list(self.trajectory.steps),
+            "from_random": self.trajectory.from_random,
+            "base": self.base.identity,
+            kind: plain(thing),
+            "data": self._data,
+            "seed": self.experiment.seed,
+            "device": self.experiment.device,
+        }
+        code = code_behind(*modules_of(thing, load, tabulate), map_of(self.base))
+        make = self.experiment.stages(self.record, name, code)
+        directory = make(name, specification, work, steps)
+        return pd.read_parquet(directory / f"{name}.parquet")
+
+    @cached_property
+    def setting(self) -> Setting:
+        """What every probe of this trajectory is given."""
+        steps = self.trajectory.steps
+        start = self._model.params(steps[0])
+        end = self._model.params(steps[self.trajectory.last], start)
+        trained = self.trajectory is not self.base.trajectory
+        return Setting(
+            self._model,
+            start,
+            end,
+            self.trajectory.from_random,
+            self.examples,
+            self.experiment.seed,
+            self.experiment.objective if trained else None,
+            self.experiment.training,
+            self.trajectory.last,
+        )
+
+    @cached_property
+    def _data(self) -> str:
+        return contents(self.examples)
+
+    @cached_property
+    def _model(self) -> "LanguageModel":
+        from weightgeom.models.loading import load
+
+        return load(self.base.directory, self.experiment.device)
+
+
+def plain(thing: object) -> Any:
+    """A configured object as plain data: its class and its fields, objects in them in the same way."""
+    if isinstance(thing, str | int | float | None):
+        return thing
+    if isinstance(thing, Mapping):
+        return {key: plain(value) for key, value in thing.items()}
+    if isinstance(thing, list | tuple):
+        return [plain(value) for value in thing]
+    if isinstance(thing, partial):
+        return {"function": plain(thing.func), "arguments": plain(thing.args), **plain(thing.keywords)}
+    if isinstance(thing, type | FunctionType):
+        return f"{thing.__module__}.{thing.__qualname__}"
+    given = fields_of(thing)
+    known = given or is_dataclass(thing) or required(type(thing).__module__) is not None
+    return {"class": plain(type(thing)), **plain(given)} if known else thing
+
+
+def map_of(base: Base) -> str:
+    """The module with the residual-stream map of a base, which is imported by the name of its type."""
+    from weightgeom.models.loading import load_config
+    from weightgeom.models.residual import map_module
+
+    return map_module(load_config(base.directory))
+
+
+def module(thing: object) -> str:
+    """The name of the module that its class is in."""
+    return type(thing).__module__

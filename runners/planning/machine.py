@@ -1,0 +1,77 @@
+"""What this machine has left: memory and disk."""
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from time import perf_counter
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run may take: bytes of memory, and bytes of disk a second.
+
+    `baseline` is the memory that it has before it does anything, `start` the seconds until then.
+    """
+
+    memory: float
+    baseline: float
+    write_speed: float
+    start: float
+
+
+def available_memory(device: str) -> float:
+    """Bytes of memory that are free, or would be made free: of the GPU where that computes."""
+    if device == "cuda":
+        import torch
+
+        return float(torch.cuda.mem_get_info()[0])
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found is None:  # not a Linux: half of all there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    return min(1024.0 * int(found[1]), _limit())
+
+
+def _limit() -> float:
+    """What a container or a job of a scheduler may still take."""
+    try:
+        most, now = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:
+        return float("inf")
+    return float("inf") if most == "max" else float(most) - float(now)
+
+
+def resident() -> float:
+    """Bytes of this process in memory, mapped files included."""
+    try:
+        return 4096.0 * int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 6e8
+
+
+def available_disk(directory: Path) -> float:
+    """Bytes free where `directory` is, or would be."""
+    return float(shutil.disk_usage(existing(directory)).free)
+
+
+def existing(directory: Path) -> Path:
+    """A directory, or the nearest above it that there is."""
+    return next(path for path in (directory, *directory.parents) if path.is_dir())
+
+
+def write_speed(directory: Path, size: int = 2**26) -> float:
+    """Bytes a second that a file in `directory` takes, of one without a name that is gone afterwards."""
+    content = bytes(size)
+    with TemporaryFile(dir=directory) as file:
+        start = perf_counter()
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        return size / (perf_counter() - start)

@@ -1,0 +1,1 @@
+"""Models: residual-stream maps, weights on disk, adapters and loading."""
