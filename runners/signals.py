@@ -7,9 +7,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Literal
+
+import psutil
 
 from weightgeom.interruption import Interrupted
 
@@ -149,21 +150,14 @@ def status_after(error: BaseException) -> Status:
 
 
 def process_start(pid: int) -> str | None:
-    """When process `pid` started (clock ticks since boot): with the pid, its identity.
+    """When process `pid` started (hundredths of a second since boot): with the pid, its identity.
 
-    None if it is gone. Without /proc only the pid is known.
+    None if it is gone. Not the time of day, which would change with the clock.
     """
-    if not Path("/proc/self/stat").exists():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            pass
-        return "unknown"
     try:
-        # The second field, the name in parentheses, may hold spaces and parentheses itself.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+        process = psutil.Process(pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return None
+        return str(round(100 * (process.create_time() - psutil.boot_time())))
+    except psutil.NoSuchProcess:
         return None
-    return None if fields[0] in "ZX" else fields[19]

@@ -63,7 +63,7 @@ SOURCES = {
 
         from pydantic.dataclasses import dataclass
 
-        from weightgeom.table import row
+        from weightgeom.table import arm_columns, row
 
 
         @dataclass(frozen=True)
@@ -83,14 +83,15 @@ SOURCES = {
             def rows(self, setting, log):
                 """What both did."""
                 place = {"layer": 0, "matrix": "q", "role": "read", "k": 4}
+                comparison = arm_columns("nudge", "1", against="random")
                 log({}, 2)
                 return [
                     {"step": setting.last, **one}
                     for one in (
-                        row("kl_from_unedited", self.effect, n=4, arm="nudge@1", **place),
-                        row("kl_from_unedited", 0.1, n=4, arm="random.0@1", **place),
-                        row("kl_from_unedited_p_value", 0.5, n=1, arm="nudge@1/random", **place),
-                        row("kl_from_unedited_q_value", 0.5, n=1, arm="nudge@1/random", **place),
+                        row("kl_from_unedited", self.effect, n=4, **arm_columns("nudge", "1"), **place),
+                        row("kl_from_unedited", 0.1, n=4, **arm_columns("random", "1", draw=0), **place),
+                        row("kl_from_unedited_p_value", 0.5, n=1, **comparison, **place),
+                        row("kl_from_unedited_q_value", 0.5, n=1, **comparison, **place),
                     )
                 ]
         ''',

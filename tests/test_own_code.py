@@ -74,7 +74,7 @@ def test_what_is_as_it_was_is_reused(home: Path, first: Ended) -> None:
     [
         ("mylab/probe.py", "n=1", "n=2", {"norm": 2}),
         ("loose.py", "float(matrix.norm())", "2 * float(matrix.norm())", {"norm": 2}),
-        ("mylab/intervention.py", "random.0@1", "random.1@1", {"nudge": 1}),
+        ("mylab/intervention.py", "draw=0", "draw=1", {"nudge": 1}),
         (
             "mylab/objective.py",
             'on: str = "chosen"',

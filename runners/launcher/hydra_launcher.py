@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
+from hydra.core.utils import JobReturn, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runners.errors import complaint
+from runners.launcher.hydra_doors import add_launcher, completed, compose_once
 
-NAMESPACE = "hydra_plugins.weightgeom"  # Hydra takes launchers from there only
 Plan = Callable[[Sequence[tuple[DictConfig, str]], int, float | None], None]
 Check = Callable[[DictConfig, bool, Collection[str]], dict[str, Any]]
 
@@ -40,18 +39,8 @@ class SweepLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take what Hydra has composed so far."""
         self.config, self.loader = config, hydra_context.config_loader
-        compose, composed = self.loader.load_sweep_config, {}
-
-        def composed_once(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-            key = tuple(sweep_overrides)
-            if key in composed:
-                return composed.pop(key)
-            composed[key] = compose(master_config, sweep_overrides)
-            return composed[key]
-
         gc.disable()  # until all is composed, which makes many small objects that stay: a sixth of the time
-        # Hydra's sweeper composes every job to see whether it can be, and drops it: half of a start's time.
-        self.loader.load_sweep_config = composed_once
+        compose_once(self.loader)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Start the jobs, and watch them to their end; raises if any failed."""
@@ -88,10 +77,7 @@ class SweepLauncher(Launcher):
             raise
         if not self.options["detach"]:
             commands.watch(sweep, self.options["poll_s"])
-        return [
-            JobReturn(job["overrides"], status=JobStatus.COMPLETED, _return_value=job["directory"])
-            for job in jobs.values()
-        ]
+        return [completed(job["overrides"], job["directory"]) for job in jobs.values()]
 
     def _plan(self, job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
         """Tell what the jobs would come to, and start none."""
@@ -108,7 +94,7 @@ class SweepLauncher(Launcher):
         options = {str(key): one for key, one in self.options.items() if key not in ("detach", "poll_s")}
         room = commands.room(self.kind, options, len(jobs))
         type(self).plan(list(zip(jobs, objectives, strict=True)), *room)
-        return [JobReturn(list(overrides), status=JobStatus.COMPLETED) for overrides in job_overrides]
+        return [completed(list(overrides)) for overrides in job_overrides]
 
     def _job(self, number: int, overrides: list[str], common: Collection[str]) -> dict[str, Any]:
         """What job `number` is to do, checked; `common` are the overrides that all jobs have."""
@@ -156,6 +142,5 @@ def register(check: Check, plan: Plan) -> None:
     """
     SweepLauncher.check = staticmethod(check)
     SweepLauncher.plan = staticmethod(plan)
-    known = Plugins.instance().class_name_to_class
-    known[f"{NAMESPACE}.LocalLauncher"] = SweepLauncher
-    known[f"{NAMESPACE}.SlurmLauncher"] = SlurmLauncher
+    add_launcher("LocalLauncher", SweepLauncher)
+    add_launcher("SlurmLauncher", SlurmLauncher)

@@ -64,7 +64,7 @@ class Measured:
         import pandas as pd
 
         from weightgeom.models.loading import load
-        from weightgeom.table import tabulate
+        from weightgeom.table import tabulate, upgraded
 
         def work(directory: Path, log_metrics: Log) -> None:
             tabulate(rows(log_metrics)).to_parquet(directory / f"{name}.parquet")
@@ -82,7 +82,7 @@ class Measured:
         code = code_behind(*modules_of(thing, load, tabulate), map_of(self.base))
         make = self.experiment.stages(self.record, name, code)
         directory = make(name, specification, work, steps)
-        return pd.read_parquet(directory / f"{name}.parquet")
+        return upgraded(pd.read_parquet(directory / f"{name}.parquet"))
 
     @cached_property
     def setting(self) -> Setting:

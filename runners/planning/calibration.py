@@ -18,6 +18,7 @@ from torch import Tensor
 
 from runners.planning.live_memory import Live
 from runners.planning.proxy import SMALLEST, Proxy, proxy_of
+from weightgeom.compat.trainers import prepared
 from weightgeom.interfaces import Intervention, Objective, Probe, Setting
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import architecture_of
@@ -315,7 +316,7 @@ def _row(trainer: Any, training: Training) -> float:
 def _loss(objective: Objective, trainer: Any, rows: int) -> tuple[int, Callable[[], Tensor]]:
     """The tokens of a batch of so many rows, and its loss."""
     data = trainer.train_dataset
-    inputs = trainer._prepare_inputs(trainer.data_collator([data[i % len(data)] for i in range(rows)]))
+    inputs = prepared(trainer, trainer.data_collator([data[i % len(data)] for i in range(rows)]))
     return _tokens(inputs), lambda: objective.total_loss(trainer, dict(inputs))
 
 

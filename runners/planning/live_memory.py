@@ -3,10 +3,7 @@
 import weakref
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from weightgeom.compat.torch_internals import TorchDispatchMode, storage_key, tensors_in
 
 
 class Live(TorchDispatchMode):
@@ -19,20 +16,16 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Take note of what an operation makes."""
-        given = {one.untyped_storage().data_ptr() for one in tree_iter((args, kwargs)) if _is_real(one)}
+        given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for one in tree_iter(out):
-            if _is_real(one) and (storage := one.untyped_storage()).data_ptr() not in given:
-                if self.known.get(storage._cdata) is None:
-                    self.known[storage._cdata] = storage
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._freed, storage.nbytes())
+        for storage in (tensor.untyped_storage() for tensor in tensors_in(out)):
+            key = storage_key(storage)
+            if storage.data_ptr() not in given and self.known.get(key) is None:
+                self.known[key] = storage
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, storage.nbytes())
         return out
 
     def _freed(self, size: int) -> None:
         self.now -= size
-
-
-def _is_real(thing: Any) -> bool:
-    return isinstance(thing, Tensor) and thing.device.type != "meta" and thing.layout == torch.strided

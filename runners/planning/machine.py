@@ -1,12 +1,13 @@
 """What this machine has left: memory and disk."""
 
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 from time import perf_counter
+
+import psutil
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -30,13 +31,7 @@ def available_memory(device: str) -> float:
         import torch
 
         return float(torch.cuda.mem_get_info()[0])
-    try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    if found is None:  # not a Linux: half of all there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
-    return min(1024.0 * int(found[1]), _limit())
+    return min(float(psutil.virtual_memory().available), _limit())
 
 
 def _limit() -> float:
@@ -50,10 +45,7 @@ def _limit() -> float:
 
 def resident() -> float:
     """Bytes of this process in memory, mapped files included."""
-    try:
-        return 4096.0 * int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 6e8
+    return float(psutil.Process().memory_info().rss)
 
 
 def available_disk(directory: Path) -> float:

@@ -114,8 +114,9 @@ def _asymmetry(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]
     for number, (setting, part) in enumerate(rsf.groupby("setting", sort=False)):
         end = part[part["step"] == part.groupby("run_id")["step"].transform("max")].copy()
         end["k"] = end["k"].astype("float")  # a missing one is no group
-        keys = ["layer", "matrix", "role", "subspace", "k", "quantity"]
-        mean = end[end["k"].notna()].groupby(keys, sort=False)["value"].mean().reset_index().assign(step=0)
+        keys = ["layer", "matrix", "head", "expert", "role", "subspace", "k", "quantity"]
+        grouped = end[end["k"].notna()].groupby(keys, sort=False, dropna=False)
+        mean = grouped["value"].mean().reset_index().assign(step=0)
         if (mean["quantity"] == "ratio").any():
             yield (
                 "asymmetry",
@@ -200,7 +201,7 @@ def _surgery(rows: "pd.DataFrame", whose: str, number: int) -> "Iterator[tuple[s
         " the same removed energy (bars: the range of the draws). The dashed line is the trained model.",
         False,
     )
-    if rows["arm"].str.endswith("@transplant").any():
+    if (rows["dose"] == "transplant").any():
         yield (
             "surgery",
             f"transplants_{number}",

@@ -152,7 +152,7 @@ def _tables(client: "MlflowClient", run: Any) -> "pd.DataFrame":
     """All rows of a run's tables, with the columns that say which run and table they are of."""
     import pandas as pd
 
-    from weightgeom.table import COLUMNS
+    from weightgeom.table import COLUMNS, upgraded
 
     where = f"the artifacts of run {run.run_name!r} ({run.run_id})"
     names = [one.path for one in client.list_artifacts(run.run_id, "tables")]
@@ -168,7 +168,7 @@ def _tables(client: "MlflowClient", run: Any) -> "pd.DataFrame":
     with TemporaryDirectory() as directory:
         for name in names:
             try:
-                part = pd.read_parquet(client.download_artifacts(run.run_id, name, directory))
+                part = upgraded(pd.read_parquet(client.download_artifacts(run.run_id, name, directory)))
             except Exception as error:
                 raise FileNotFoundError(
                     f"{where} lack {name}, or it cannot be read ({one_line(error)[:200]})"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from runners.tracking.record import Record
 from weightgeom.analysis.comparisons import _principal, comparisons, measured_effect
-from weightgeom.table import own
+from weightgeom.table import label, own
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,8 +52,8 @@ def log_effects(record: Record, name: str, table: "pd.DataFrame", effect: str) -
 
     By layer where it has one, at the largest dose; otherwise by the dimension k, for every dose.
     """
-    found = comparisons(table, measured_effect(table, effect))
-    for _, row in _principal(found).iterrows():
+    found = _principal(comparisons(table, measured_effect(table, effect)))
+    for _, row in found.assign(matrix=label(found)).iterrows():
         layered = row["layer"] >= 0
         curve = row["matrix"] or row["role"] or "all"
         key = f"{name}_by_layer/{curve}" if layered else f"{name}/{curve}_{row['dose']}"

@@ -65,7 +65,7 @@ def draw_effects(tables: "Mapping[str, pd.DataFrame]", save: Callable[[str, obje
             save("rank1_dose_response_margin", figures_causal.dose_response(tables["rank1"], MARGIN))
     if "surgery" in tables and (tables["surgery"]["quantity"] == MARGIN).any():
         save("surgery", figures_causal.surgery_curve(tables["surgery"]))
-        if tables["surgery"]["arm"].str.endswith("@transplant").any():
+        if (tables["surgery"]["dose"] == "transplant").any():
             save("transplants", figures_causal.transplants(tables["surgery"]))
 
 

@@ -14,7 +14,7 @@ from runners.disk import full_disk_explained
 from runners.summary.note import note
 from runners.tracking.record import Record
 from weightgeom.analysis.settings import of_text
-from weightgeom.table import own
+from weightgeom.table import own, upgraded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,7 +111,7 @@ def _rows(child: Record) -> Iterator[dict[str, Any]]:
 
     path = child.directory / "artifacts/tables/rsf.parquet"
     if path.exists():
-        table = pd.read_parquet(path)
+        table = upgraded(pd.read_parquet(path))
         ratios = own(table[table["step"] == table["step"].max()], "ratio")
         for (role, matrix), part in ratios.groupby(["role", "matrix"]):
             yield {"matrix": matrix, "role": role, "quantity": "ratio", "value": part["value"].mean()}

@@ -14,7 +14,7 @@ from runners.tracking.redaction import redacted_text
 from weightgeom.analysis.chain import BETWEEN, STAGES
 from weightgeom.analysis.claims_uncertainty import STATES, _trained
 from weightgeom.analysis.comparisons import _principal, comparisons, measured_effect
-from weightgeom.table import own
+from weightgeom.table import label, own
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -124,7 +124,7 @@ def effects_shown(name: str, table: "pd.DataFrame", effect: str, make: type) -> 
     shown = make("matrix", "layer", "k", "treatment", "effect", "controls", "p", "q", title=title)
     for column in shown.columns[4:]:
         column.justify = "right"
-    for _, row in found.iterrows():
+    for _, row in found.assign(matrix=label(found)).iterrows():
         shown.add_row(
             row["matrix"] or row["role"] or "all",
             *("-" if row[key] < 0 else str(int(row[key])) for key in ("layer", "k")),

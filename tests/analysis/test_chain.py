@@ -25,8 +25,8 @@ def rsf(steps: dict[int, tuple[float, float]], intervals: bool = True) -> pd.Dat
                 {**at, **row("null_ratio_sd", 0.3 + 0.1 * layer, n=64)},
                 {**at, "subspace": "random", **row("ratio", 99.0, n=64)},
                 {**at, "k": 8, **row("ratio", 99.0, n=64)},
-                {**at, "matrix": "q.0", **row("ratio", 99.0, n=64)},
-                {**place, "matrix": "q.0", **row("delta_norm", 99.0, n=64)},
+                {**at, "head": 0, **row("ratio", 99.0, n=64)},
+                {**place, "head": 0, **row("delta_norm", 99.0, n=64)},
             ]
             if intervals:
                 rows += [
@@ -45,7 +45,7 @@ def tables() -> dict[str, pd.DataFrame]:
 
 def test_the_comparison_has_the_mean_over_layers_with_its_null_and_interval(tables):
     found = side_by_side(tables)
-    assert list(found) == ["stage", "against", *COLUMNS]
+    assert list(found) == ["stage", "against", *(name for name in COLUMNS if name != "against")]
     means = found[found["layer"].isna()].set_index(["stage", "against", "quantity"])
     values = means["value"].to_dict()
     # base -> sft: the mean of 2 and 4, its standard error √2/√2 = 1, and the null's sd √(.3² + .4²)/2

@@ -212,7 +212,7 @@ def test_edits_are_judged_at_the_largest_strength_by_the_share_of_layers(agreein
 
 def test_an_edit_along_another_direction_does_not_speak_to_the_claim():
     table = rank1(2.0, 0.5, 0.1)
-    table["arm"] = table["arm"].str.replace("activation", "gradient").str.replace("prediction", "gradient")
+    table["treatment"] = table["treatment"].replace(["activation", "prediction"], "gradient")
     found = judged([Planted("dpo", {"rank1": table})]).query("claim == 6")
     assert all("bottom" in finding for finding in found["finding"])
 

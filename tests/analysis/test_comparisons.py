@@ -10,20 +10,20 @@ from runners.summary.curves import log_effects
 from runners.summary.terminal import effects_shown
 from runners.tracking.record import Record
 from weightgeom.analysis.comparisons import comparisons
-from weightgeom.table import row, tabulate
+from weightgeom.table import arm_columns, row, tabulate
 
 KL = "kl_from_unedited"
 
 
 def arms(place: dict, dose: str, treatment: float, controls: dict[str, list[float]], p: dict[str, float]):
     """What `trials.measured` says of one trial."""
-    yield row(KL, treatment, n=8, unit="nats/token", arm=f"top@{dose}", **place)
+    yield row(KL, treatment, n=8, unit="nats/token", **arm_columns("top", dose), **place)
     for kind, values in controls.items():
         for draw, value in enumerate(values):
-            yield row(KL, value, n=8, unit="nats/token", arm=f"{kind}.{draw}@{dose}", **place)
+            yield row(KL, value, n=8, unit="nats/token", **arm_columns(kind, dose, draw=draw), **place)
     for kind, value in p.items():
-        yield row(f"{KL}_p_value", value, n=3, arm=f"top@{dose}/{kind}", **place)
-        yield row(f"{KL}_q_value", 2 * value, n=3, arm=f"top@{dose}/{kind}", **place)
+        yield row(f"{KL}_p_value", value, n=3, **arm_columns("top", dose, against=kind), **place)
+        yield row(f"{KL}_q_value", 2 * value, n=3, **arm_columns("top", dose, against=kind), **place)
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def places(rows):
 def test_it_measures_every_layer_of_every_architecture(name):
     rows = measured(PROBE, setting(name))
     assert {one["layer"] for one in rows} == {0, 1}
-    assert {one["arm"].partition("@")[0].partition("/")[0] for one in rows} == set(GROUPED.groups)
+    assert {one["treatment"] for one in rows} == set(GROUPED.groups)
     assert len(places(rows)) == len(rows)  # no number twice
     values = places(rows)
     for layer in (0, 1):

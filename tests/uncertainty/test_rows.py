@@ -6,10 +6,12 @@ from scipy import stats
 from torch.testing import assert_close
 
 from weightgeom.geometry.subspace import Subspace
+from weightgeom.table import arm_columns
 from weightgeom.uncertainty.contrast import Contrast, auroc, equal_groups, half_samples, two_sided
 from weightgeom.uncertainty.rows import Asked, boundary_rows, output_rows, overlap_rows, shape_rows
 
 D, VOCABULARY = 16, 40
+ARM = arm_columns("u", against="f")
 ASKED = Asked(neighbours=6, points=12, thresholds=[0.1, 0.5], resamples=2, random=19, seed=0)
 WEIGHT = torch.randn(VOCABULARY, D, generator=torch.Generator().manual_seed(7)) / 2
 # Anisotropic, like states: what is random must be judged against permuted labels and not against a sphere.
@@ -31,10 +33,10 @@ def compared(factual, uncertain, permutations=39, seed=0):
     contrast = Contrast.of(len(groups["factual"]), permutations, seed)
     held = contrast.test[0].flatten()
     return [
-        *output_rows(head, pooled[held], contrast.boundaries(pooled), torch.eye(D)[:2], [3, 5], "u/f", ASKED),
-        *boundary_rows(pooled, contrast, "u/f"),
-        *overlap_rows(pooled, contrast, SPACES, "u/f", seed),
-        *shape_rows(pooled, contrast, "u/f", ASKED),
+        *output_rows(head, pooled[held], contrast.boundaries(pooled), torch.eye(D)[:2], [3, 5], ARM, ASKED),
+        *boundary_rows(pooled, contrast, ARM),
+        *overlap_rows(pooled, contrast, SPACES, ARM, seed),
+        *shape_rows(pooled, contrast, ARM, ASKED),
     ]
 
 
@@ -61,13 +63,13 @@ def test_planted_groups_differ_and_the_output_sees_a_boundary_along_its_own_dire
         (one["quantity"], one.get("subspace"), one["arm"]): one["value"]
         for one in compared(factual, uncertain)
     }
-    assert rows["auroc_projection", None, "u/f"] == rows["auroc_logistic", None, "u/f"] == 1
-    assert rows["amplification", None, "u/f"] > 1 and rows["amplification_p_value", None, "u/f"] <= 0.05
-    assert rows["mle_dimension_ratio", None, "u/f"] < 0.6
-    assert rows["mle_dimension_ratio_p_value", None, "u/f"] <= 0.05
-    assert_close(rows["overlap", "output_top", "u/f"], D / 4, rtol=0.05, atol=0)
-    assert rows["overlap", "output_bottom", "u/f"] < 0.05
-    assert rows["overlap_random_p_value", "output_top", "u/f"] < 1e-3
+    assert rows["auroc_projection", None, ARM] == rows["auroc_logistic", None, ARM] == 1
+    assert rows["amplification", None, ARM] > 1 and rows["amplification_p_value", None, ARM] <= 0.05
+    assert rows["mle_dimension_ratio", None, ARM] < 0.6
+    assert rows["mle_dimension_ratio_p_value", None, ARM] <= 0.05
+    assert_close(rows["overlap", "output_top", ARM], D / 4, rtol=0.05, atol=0)
+    assert rows["overlap", "output_bottom", ARM] < 0.05
+    assert rows["overlap_random_p_value", "output_top", ARM] < 1e-3
 
 
 def test_a_random_direction_has_overlap_1(generator):

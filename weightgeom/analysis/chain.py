@@ -38,7 +38,7 @@ def comparisons(
 
 
 def side_by_side(tables: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame":
-    """The table `stages`: the columns of all tables, behind `stage` and `against`, what it is compared with.
+    """The table `stages`: a stage, the one it is compared `against`, then the columns of a probe's table.
 
     Every ratio has a row for each layer and one without a layer, the mean over them: its `stderr` is over
     layers, `n` their number; `null_ratio_sd` and `z` are of that mean, layers being independent under the
@@ -47,10 +47,7 @@ def side_by_side(tables: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame":
     """
     import pandas as pd
 
-    from weightgeom.table import (
-        COLUMNS,
-        own,
-    )
+    from weightgeom.table import COLUMNS, own, whole_matrices
 
     wanted = [
         "ratio",
@@ -66,15 +63,17 @@ def side_by_side(tables: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame":
     for name in ("rsf", f"rsf{BETWEEN}"):
         table = tables[name]
         whole = pd.concat([own(table, quantity) for quantity in wanted])
-        sizes = table[(table["quantity"] == "delta_norm") & ~table["matrix"].str.contains(".", regex=False)]
+        sizes = whole_matrices(table[table["quantity"] == "delta_norm"])
         kept = pd.concat([whole, sizes])
         for against, stage, both in comparisons(name, kept, table.attrs[STAGES]):
             place = {"stage": stage, "against": against}
             mine = both[both["step"] != 0]
-            rows += [{**place, **row} for row in mine.to_dict("records")]
+            rows += [{**row, **place} for row in mine.to_dict("records")]
             for _, matrix in mine.groupby(["matrix", "role"], sort=False):
-                rows += [{**place, **row} for row in _over_layers(matrix)]
-    return pd.DataFrame(rows, columns=["stage", "against", *COLUMNS]).astype(COLUMNS)
+                rows += [{**row, **place} for row in _over_layers(matrix)]
+    # There are no arms here: `against` is a stage.
+    columns = dict.fromkeys(["stage", "against", *COLUMNS])
+    return pd.DataFrame(rows, columns=list(columns)).astype(COLUMNS)
 
 
 def _over_layers(part: "pd.DataFrame") -> Iterator[dict[str, Any]]:

@@ -37,7 +37,8 @@ def lines(tables: "Mapping[str, pd.DataFrame]", trained: bool) -> list[Line]:
     found = []
     if table is not None and len(table):
         rows = table[table["step"] == base_step(table, trained)]
-        for arm in sorted(one for one in rows["arm"].unique() if "/" in one and "@" not in one):
+        compared = rows[(rows["against"] != "") & (rows["dose"] == "")]
+        for arm in sorted(compared["arm"].unique()):
             found += _of_group(rows, arm)
     else:
         found += [Line(claim, "not tested here", "no rows of the probe uncertainty") for claim in CLAIMS]
@@ -100,12 +101,12 @@ def _of_group(rows: "pd.DataFrame", arm: str) -> Iterator[Line]:
     yield over_layers(
         5, cosines, cosines.abs() <= spread, "cosine", "within two standard deviations of random directions"
     )
-    uncertain, factual = arm.split("/")
-    doses = {one: one.partition("@")[2].partition("/")[0] for one in rows["arm"].unique() if "@" in one}
-    among = [one for one in doses if one.startswith(f"{uncertain}@") and one.endswith(f"/{factual}")]
-    where = min(among, key=lambda one: abs(float(doses[one]) - THRESHOLD))
+    uncertain, factual = rows.loc[rows["arm"] == arm, ["treatment", "against"]].iloc[0]
+    same = (rows["treatment"] == uncertain) & (rows["against"] == factual) & (rows["dose"] != "")
+    threshold = min(rows.loc[same, "dose"].unique(), key=lambda dose: abs(float(dose) - THRESHOLD))
+    where = rows.loc[same & (rows["dose"] == threshold), "arm"].iloc[0]
     more, p = (_values(rows, where, f"components_difference{end}") for end in ("", "_p_value"))
-    what = f"difference at cosine distance {doses[where]}, as a share of the points,"
+    what = f"difference at cosine distance {threshold}, as a share of the points,"
     yield over_layers(6, more, (more > 0) & (p <= LEVEL), what, f"above 0 with p ≤ {LEVEL}")
 
 
@@ -115,7 +116,8 @@ def _of_interventions(tables: "Mapping[str, pd.DataFrame]") -> Iterator[Line]:
         yield Line(COUPLED, "not tested here", "no rows of the intervention bypass")
         return
     # The best layer and strength is a choice: the controls are granted the same, each its own best.
-    treated, controls = (_gains(table, arm) for arm in (r"bypass()@(.+)", r"random\.(\d+)@(.+)"))
+    gains = _gains(table)
+    treated, controls = gains[gains["treatment"] == "bypass"], gains[gains["treatment"] == "random"]
     best = treated.loc[treated["gain"].idxmax()]
     there = controls[(controls["layer"] == best["layer"]) & (controls["dose"] == best["dose"])]
     others = controls.groupby("draw")["gain"].max()
@@ -132,13 +134,11 @@ def _of_interventions(tables: "Mapping[str, pd.DataFrame]") -> Iterator[Line]:
     )
 
 
-def _gains(table: "pd.DataFrame", pattern: str) -> "pd.DataFrame":
-    """What every arm of a kind gained: abstention less false abstention, by `draw`, `layer` and `dose`."""
+def _gains(table: "pd.DataFrame") -> "pd.DataFrame":
+    """The gain of every arm, abstention less false abstention, by `treatment`, `draw`, `layer` and `dose`."""
     changes = table[table["quantity"].isin(["abstention_change", "false_abstention_change"])]
-    told = changes["arm"].astype("str").str.extract(f"^{pattern}$")
-    changes = changes.assign(draw=told[0], dose=told[1])
-    changes = changes[changes["dose"].notna() & ~changes["arm"].str.contains("/", regex=False)]
-    wide = changes.set_index(["draw", "layer", "dose", "quantity"])["value"].unstack()
+    changes = changes.assign(draw=changes["draw"].fillna(-1))  # of a treatment
+    wide = changes.set_index(["treatment", "draw", "layer", "dose", "quantity"])["value"].unstack()
     return wide.assign(gain=wide["abstention_change"] - wide["false_abstention_change"]).reset_index()
 
 

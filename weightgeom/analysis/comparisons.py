@@ -13,31 +13,27 @@ if TYPE_CHECKING:
 MARGIN = "preference_margin_change"
 
 
-ARM = r"^(?P<treatment>[^@/]+)@(?P<dose>[^/]+)/(?P<against>.+)$"  # of a comparison, as `trials` names it
-
-
 def comparisons(table: "pd.DataFrame", effect: str) -> "pd.DataFrame":
     """A row for every treatment, dose and kind of control: its effect, the controls' median, p and q.
 
-    Columns: `layer matrix role k dose treatment against effect controls p_value q_value`.
+    Columns: `layer matrix head expert role k dose treatment against effect controls p_value q_value`, a
+    missing number of the place being -1.
     """
-    place = ["layer", "matrix", "role", "k"]
-    table = table.assign(layer=table["layer"].fillna(-1), k=table["k"].fillna(-1))  # to group by
-    found = table[table["quantity"] == f"{effect}_p_value"].copy()
-    found[["treatment", "dose", "against"]] = found["arm"].str.extract(ARM)
-    found = found.rename(columns={"value": "p_value"})
-    arms = table[table["quantity"] == effect]
-    treatments = arms.set_index([*place, "arm"])["value"]
-    controls = arms.assign(arm=arms["arm"].str.replace(r"\.\d+@", "@", regex=True))
-    medians = controls.groupby([*place, "arm"])["value"].median()
-    q_values = table[table["quantity"] == f"{effect}_q_value"].set_index([*place, "arm"])["value"]
-    for name, values, arm in (
-        ("effect", treatments, found["treatment"] + "@" + found["dose"]),
-        ("controls", medians, found["against"] + "@" + found["dose"]),
-        ("q_value", q_values, found["arm"]),
+    import pandas as pd
+
+    place = ["layer", "matrix", "head", "expert", "role", "k"]
+    table = table.assign(**{name: table[name].fillna(-1) for name in ("layer", "head", "expert", "k")})
+    found = table[table["quantity"] == f"{effect}_p_value"].rename(columns={"value": "p_value"})
+    arms, keys = table[table["quantity"] == effect], [*place, "dose", "treatment"]
+    treatments = arms[arms["draw"].isna()].set_index(keys)["value"]
+    medians = arms.groupby(keys)["value"].median()
+    q_values = table[table["quantity"] == f"{effect}_q_value"].set_index([*keys, "against"])["value"]
+    for name, values, columns in (
+        ("effect", treatments, keys),
+        ("controls", medians, [*place, "dose", "against"]),
+        ("q_value", q_values, [*keys, "against"]),
     ):
-        keys = [tuple(key) for key in found[place].assign(arm=arm).itertuples(index=False)]
-        found[name] = values.reindex(keys).to_numpy()
+        found[name] = values.reindex(pd.MultiIndex.from_frame(found[columns])).to_numpy()
     columns = [*place, "dose", "treatment", "against", "effect", "controls", "p_value", "q_value"]
     return found[columns].reset_index(drop=True)
 

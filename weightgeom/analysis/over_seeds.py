@@ -12,6 +12,7 @@ import numpy as np
 
 from weightgeom.analysis.comparisons import comparisons
 from weightgeom.analysis.settings import SETTING, placed
+from weightgeom.table import at_own_subspaces, label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 MATRIX = [*SETTING, "role", "matrix", "k"]
 LEVEL = 0.05  # of significance
 EXPECTED = ("predicted", "mean", "forecast")
-KIND = r"^(?P<kind>[^.@/]+)(?:\.\d+)?@(?P<dose>[^/]+)$"  # of an arm that is no comparison
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,7 @@ def condense(rows: "pd.DataFrame", runs: "pd.DataFrame") -> Condensed:
 def ratios(rows: "pd.DataFrame") -> "pd.DataFrame":
     """A row for every run, step, matrix and layer: its `ratio` at the smallest k, and its nulls."""
     wanted = ["ratio", "null_ratio_mean", "null_ratio_sd", "q_value", "matched_ratio"]
-    whole = ~rows["subspace"].isin(["", "random"]) & ~rows["matrix"].str.contains(".", regex=False)
-    part = rows[(rows["table"] == "rsf") & rows["quantity"].isin(wanted) & whole]
+    part = at_own_subspaces(rows[(rows["table"] == "rsf") & rows["quantity"].isin(wanted)])
     part = part[part["k"] == part.groupby("run_id")["k"].transform("min")]
     keys = ["setting", *MATRIX, "base", "replicate", "run_id", "step", "layer"]
     wide = part.set_index([*keys, "quantity"])["value"].unstack().reindex(columns=wanted)
@@ -204,6 +203,7 @@ def mechanism(rows: "pd.DataFrame") -> "pd.DataFrame":
     part = part[part["k"] == part.groupby("run_id")["k"].transform("min")]
     wanted = [f"{one}_ratio" for one in (*EXPECTED, "measured")]
     part = part[part["quantity"].isin(wanted)]
+    part = part.assign(matrix=label(part))
     keys = ["setting", *MATRIX, "replicate", "run_id", "layer"]
     wide = part.set_index([*keys, "quantity"])["value"].unstack().reindex(columns=wanted)
     return wide[wide["measured_ratio"].notna()].reset_index().rename_axis(columns=None)
@@ -256,11 +256,10 @@ def least(rows: "pd.DataFrame", effect: str = "kl_from_unedited") -> "pd.DataFra
     Which is when the median of its absolute effects lies below that of every other arm.
     """
     part = rows[(rows["table"] == "rank1") & (rows["quantity"] == effect)]
-    part = part.join(part["arm"].astype(object).str.extract(KIND))
     part = part.assign(size=part["value"].abs(), strength=part["dose"].astype(float))
     part = part[part["strength"] == part.groupby("run_id")["strength"].transform("max")]
     keys = ["setting", *SETTING, "replicate", "run_id", "role", "matrix", "layer"]
-    sizes = part.groupby([*keys, "kind"])["size"].median().unstack()
+    sizes = part.groupby([*keys, "treatment"])["size"].median().unstack()
     if "bottom" not in sizes:
         return sizes.iloc[:0].reset_index()
     sizes = sizes[sizes["bottom"].notna()]

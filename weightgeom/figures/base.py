@@ -254,9 +254,9 @@ def save(figure: Figure, *paths: Path) -> None:
 
 
 def _own(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows at the matrices' own subspaces, at the smallest k; those of heads are left out."""
-    whole = ~table["subspace"].isin(["", "random"]) & ~table["matrix"].str.contains(".", regex=False)
-    rows = table[whole]
+    """Rows of whole matrices at their own subspaces, at the smallest k."""
+    whole = table["head"].isna() & table["expert"].isna()
+    rows = table[whole & ~table["subspace"].isin(["", "random"])]
     return rows[rows["k"] == rows["k"].min()]
 
 

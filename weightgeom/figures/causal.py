@@ -19,7 +19,6 @@ from matplotlib.lines import Line2D
 
 from weightgeom.figures.base import COLOURS, PATHWAYS, STYLE
 
-ARM = r"^(?P<kind>[^.@/]+)(?:\.(?P<draw>\d+))?@(?P<dose>[^/]+)(?:/(?P<against>.+))?$"
 LEVEL = 0.05  # of significance
 # Name, marker, grey and place beside the layer's tick of each kind of control of a rank-1 edit.
 CONTROLS = {
@@ -47,14 +46,6 @@ EFFECTS = {
 }
 
 
-def split_arms(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with what its arms' names say, as columns `kind`, `draw`, `dose` and `against`.
-
-    `draw` is missing for a treatment, `against` (a kind of control) for all but comparisons.
-    """
-    return table.join(table["arm"].astype(object).str.extract(ARM))
-
-
 def treatment_by_layer(table: pd.DataFrame, effect: str = "kl_from_unedited") -> Figure:
     """Effect of the treatment and of every control by layer at the largest strength, a panel a matrix.
 
@@ -71,26 +62,31 @@ def treatment_by_layer(table: pd.DataFrame, effect: str = "kl_from_unedited") ->
     dose = max(rows["dose"].unique(), key=float)
     rows = rows[rows["dose"] == dose]
     rows = rows.assign(value=rows["value"].abs())
-    p_values = split_arms(table[table["quantity"] == f"{effect}_p_value"])
+    p_values = table[table["quantity"] == f"{effect}_p_value"]
     p_values = p_values[(p_values["dose"] == dose) & (p_values["against"] == "random")]
     with plt.rc_context(STYLE):
         figure, panels = _panels(rows, 2.7)
         for matrix, axis in panels.items():
             part, colour = rows[rows["matrix"] == matrix], COLOURS[matrix]
             treatment = part[part["draw"].isna()].sort_values("layer")
-            random = part[part["draw"].notna() & (part["kind"] == "random")]
+            random = part[part["draw"].notna() & (part["treatment"] == "random")]
             p = p_values[p_values["matrix"] == matrix].set_index("layer")["value"]
             layers, values = treatment["layer"].astype(int), treatment["value"]
             floor = _floor(values, random["value"]) / 10
             axis.plot(
-                layers, values, lw=1.2, color=colour, zorder=4, label=f"{matrix}: {treatment['kind'].iloc[0]}"
+                layers,
+                values,
+                lw=1.2,
+                color=colour,
+                zorder=4,
+                label=f"{matrix}: {treatment['treatment'].iloc[0]}",
             )
             _bars(axis, layers, treatment, colour)
             beats = treatment["layer"].isin(p.index[p <= LEVEL])
             for some, face in ((beats, colour), (~beats, "white")):
                 axis.plot(layers[some], values[some], "o", ms=4, color=colour, mfc=face, zorder=5)
             for kind in CONTROLS:
-                controls = part[part["draw"].notna() & (part["kind"] == kind)]
+                controls = part[part["draw"].notna() & (part["treatment"] == kind)]
                 if len(controls):
                     _strip(axis, kind, controls.assign(value=controls["value"].clip(1.3 * floor)))
             _log(axis, floor)
@@ -116,7 +112,7 @@ def dose_response(table: pd.DataFrame, effect: str = "heldout_ce_change") -> Fig
         KeyError: if the table has no such effect.
     """
     rows = _of(table, effect)
-    predicted = split_arms(table[table["quantity"] == f"predicted_{effect}"])
+    predicted = table[table["quantity"] == f"predicted_{effect}"]
     rows, predicted = (
         one.assign(strength=one["dose"].astype(float), value=one["value"].abs()).sort_values("strength")
         for one in (rows, predicted[predicted["draw"].isna()])
@@ -128,10 +124,10 @@ def dose_response(table: pd.DataFrame, effect: str = "heldout_ce_change") -> Fig
             treatment = part[part["draw"].isna()]
             means = treatment.groupby("strength")[["value", "stderr"]].mean()
             first = predicted[predicted["matrix"] == matrix].groupby("strength")["value"].mean()
-            random = part[part["draw"].notna() & (part["kind"] == "random")]
+            random = part[part["draw"].notna() & (part["treatment"] == "random")]
             draws = random.groupby(["strength", "draw"])["value"].mean().groupby("strength")
             low, middle, high = (draws.quantile(one) for one in (0.05, 0.5, 0.95))
-            name = f"{matrix}: {treatment['kind'].iloc[0]}"
+            name = f"{matrix}: {treatment['treatment'].iloc[0]}"
             axis.plot(means.index, means["value"], "o-", ms=3, lw=1.2, color=colour, label=name)
             _bars(axis, means.index, means, colour)
             if len(first):
@@ -165,7 +161,7 @@ def surgery_curve(table: pd.DataFrame) -> Figure:
     Raises:
         ValueError: if the table has no such rows.
     """
-    rows = split_arms(table[table["quantity"] == MARGIN])
+    rows = table[table["quantity"] == MARGIN]
     rows = rows[rows["dose"].isin(list(DOSES))]
     if not len(rows):
         raise ValueError(f"no rows of {MARGIN} with the doses {list(DOSES)} in the table")
@@ -192,7 +188,7 @@ def surgery_curve(table: pd.DataFrame) -> Figure:
                 axis.plot(k, values, "o-", ms=3, lw=1.2, color=colour, label=label, zorder=3)
                 _bars(axis, k, treatment, colour)
                 for kind, (label, marker, grey, factor) in MATCHED.items():
-                    draws = part[(part["kind"] == kind) & part["draw"].notna()].groupby("k")["value"]
+                    draws = part[(part["treatment"] == kind) & part["draw"].notna()].groupby("k")["value"]
                     if len(draws):
                         k = draws.mean().index.astype(float) * factor
                         axis.plot(k, draws.mean(), marker=marker, ms=2.5, lw=0.8, color=grey, label=label)
@@ -216,11 +212,11 @@ def transplants(table: pd.DataFrame) -> Figure:
     Raises:
         ValueError: if the table has no such rows.
     """
-    rows = split_arms(table[table["quantity"] == MARGIN])
+    rows = table[table["quantity"] == MARGIN]
     rows = rows[rows["dose"].isin(TRANSPLANTS)]
     if not len(rows):
         raise ValueError(f"no rows of {MARGIN} with the dose transplant in the table")
-    p_values = split_arms(table[table["quantity"] == f"{MARGIN}_p_value"])
+    p_values = table[table["quantity"] == f"{MARGIN}_p_value"]
     p_values = p_values[p_values["dose"].isin(TRANSPLANTS) & (p_values["against"] == "rotated")]
     by = ["matrix", "role", "dose"]
     p = p_values.set_index(by)["value"]
@@ -273,9 +269,9 @@ def _groups(rows: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def _of(table: pd.DataFrame, effect: str) -> pd.DataFrame:
-    """Rows of the effect, with their arms split; no comparisons."""
-    rows = split_arms(table[table["quantity"] == effect])
-    rows = rows[rows["kind"].notna() & rows["against"].isna()]
+    """Rows of the effect in every arm of a dose."""
+    rows = table[table["quantity"] == effect]
+    rows = rows[(rows["dose"] != "") & (rows["against"] == "")]
     if not len(rows):
         raise KeyError(f"no effect {effect!r} in the table; it has {sorted(set(table['quantity']))}")
     return rows
@@ -345,10 +341,10 @@ def _significance(p: pd.Series) -> str:
 
 def _least(part: pd.DataFrame) -> list[str]:
     """Where the bottom controls do not do least, in words; nothing where there are none."""
-    if "bottom" not in set(part["kind"]):
+    if "bottom" not in set(part["treatment"]):
         return []
     sizes = (
-        part.assign(kind=part["kind"].where(part["draw"].notna(), ""))
+        part.assign(kind=part["treatment"].where(part["draw"].notna(), ""))
         .groupby(["layer", "kind"])["value"]
         .median()
         .unstack()

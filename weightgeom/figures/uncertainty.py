@@ -4,7 +4,6 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 
-import re
 from collections.abc import Mapping
 
 import matplotlib as mpl
@@ -38,16 +37,15 @@ def profiles(table: pd.DataFrame, step: int) -> Figure:
         axes.flat[0].set_ylabel("intrinsic dimension (1)")
         for axis, (quantity, (name, chance)) in zip(axes.flat[1:], PROFILES.items(), strict=False):
             axis.axhline(chance, color="0.5", ls="--", lw=0.8)
-            for arm in _comparisons(rows):
-                _line(axis, rows, arm, quantity, colours[arm.partition("/")[0]], arm)
+            for arm, group in _comparisons(rows).items():
+                _line(axis, rows, arm, quantity, colours[group], arm)
             axis.set_ylabel(name)
         axis = axes.flat[5]
         axis.axhline(1, color="0.5", ls="--", lw=0.8)
-        for arm in _comparisons(rows):
+        for arm, group in _comparisons(rows).items():
             for space, style in (("output_top", "-"), ("output_bottom", ":")):
                 label = f"{arm}, {space.replace('_', ' ')}"
-                colour = colours[arm.partition("/")[0]]
-                _line(axis, rows, arm, "overlap", colour, label, space, style)
+                _line(axis, rows, arm, "overlap", colours[group], label, space, style)
         axis.set_ylabel("overlap with the output's\ndirections (1 is chance)")
         for axis in axes.flat:
             _layers(axis)
@@ -65,8 +63,9 @@ def topology(table: pd.DataFrame, step: int) -> Figure:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(6.5, 2.4), layout="constrained")
         for arm, colour in colours.items():
-            part = rows[rows["arm"].str.fullmatch(rf"{re.escape(arm)}@[^/]+") & (rows["layer"] == last)]
-            part = part.assign(threshold=part["arm"].str.partition("@")[2].astype(float))
+            part = rows[(rows["treatment"] == arm) & (rows["against"] == "") & (rows["layer"] == last)]
+            part = part[part["dose"] != ""]
+            part = part.assign(threshold=part["dose"].astype(float))
             found = part.pivot_table(index="threshold", columns="quantity", values="value")
             value = found["components"]
             ends = found.get("components_low", value), found.get("components_high", value)
@@ -98,7 +97,7 @@ def sensitivity(table: pd.DataFrame, step: int) -> Figure:
         figure, axes = plt.subplots(
             1, len(arms), figsize=(3.25 * len(arms), 2.5), sharey=True, squeeze=False, layout="constrained"
         )
-        for axis, arm in zip(axes[0], arms, strict=True):
+        for axis, (arm, group) in zip(axes[0], arms.items(), strict=True):
             mean, sd, output = (
                 _values(rows, arm, f"fisher_sensitivity_{name}") for name in ("random", "random_sd", "output")
             )
@@ -114,7 +113,7 @@ def sensitivity(table: pd.DataFrame, step: int) -> Figure:
             )
             axis.plot(layers, mean, color="0.5", ls="--", lw=0.8, label="random, mean")
             axis.plot(layers, output, color="0.3", ls=":", lw=1, label="top output directions")
-            _line(axis, rows, arm, "fisher_sensitivity", colours[arm.partition("/")[0]], arm)
+            _line(axis, rows, arm, "fisher_sensitivity", colours[group], arm)
             axis.set_yscale("log")
             _layers(axis)
         axes[0][0].set_ylabel("Fisher sensitivity\n(nats per squared share of the norm)")
@@ -133,16 +132,16 @@ def abstentions(tables: Mapping[str, pd.DataFrame]) -> Figure:
             1, len(tables), figsize=(3.25 * len(tables), 2.8), squeeze=False, layout="constrained"
         )
         for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
-            whole = table[~table["arm"].str.contains("/", regex=False)]
+            arms = table[table["against"] == ""]
             x, y = ("false_abstention_change", "abstention_change")
-            controls = whole[whole["arm"].str.startswith("random.")]
+            controls = arms[(arms["treatment"] == "random") & arms["draw"].notna()]
             points = controls.pivot_table(index=["layer", "arm"], columns="quantity", values="value")
             axis.plot(points[x], points[y], ".", ms=3, mew=0, color="0.7", label="random controls")
-            treated = whole[whole["arm"].str.startswith(f"{name}@")]
+            treated = arms[(arms["treatment"] == name) & arms["draw"].isna()]
             layers = sorted(treated["layer"].unique())
             for number, layer in enumerate(layers):
                 part = treated[treated["layer"] == layer]
-                part = part.assign(dose=part["arm"].str.partition("@")[2].astype(float))
+                part = part.assign(dose=part["dose"].astype(float))
                 values, errors = (
                     part.pivot_table(index="dose", columns="quantity", values=column).sort_index()
                     for column in ("value", "stderr")
@@ -193,12 +192,14 @@ def bridge(rows: pd.DataFrame) -> Figure:
 
 
 def _colours(rows: pd.DataFrame) -> dict[str, str]:
-    groups = [arm for arm in rows["arm"].unique() if "/" not in arm and "@" not in arm]
+    groups = rows.loc[(rows["against"] == "") & (rows["dose"] == ""), "treatment"].unique()
     return dict(zip(groups, [GROUPS[index % len(GROUPS)] for index in range(len(groups))], strict=True))
 
 
-def _comparisons(rows: pd.DataFrame) -> list[str]:
-    return [arm for arm in rows["arm"].unique() if "/" in arm and "@" not in arm]
+def _comparisons(rows: pd.DataFrame) -> dict[str, str]:
+    """The uncertain group of every comparison, by the comparison's name."""
+    found = rows[(rows["against"] != "") & (rows["dose"] == "")]
+    return dict(zip(found["arm"], found["treatment"], strict=True))
 
 
 def _values(rows: pd.DataFrame, arm: str, quantity: str, subspace: str = "residual") -> pd.Series:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
+from weightgeom.compat.torch_internals import has_linear_pointwise, linear_pointwise
+
 
 def product(
     a: Float[Tensor, "n k"], b: Float[Tensor, "m k"], bias: Float[Tensor, " m"] | None = None
@@ -21,7 +23,7 @@ def product(
     """
     if a.dtype != torch.float32 or a.device.type != "cpu" or not _onednn():
         return linear(a, b, bias)
-    return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b, bias, "none", [], "")
+    return linear_pointwise(a.contiguous(), b, bias)
 
 
 class Products(TorchFunctionMode):
@@ -36,16 +38,7 @@ class Products(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@cache
-def _onednn() -> bool:
-    """Whether this build of torch has the product, which is no public name, and computes it rightly."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
-    try:
-        return torch.equal(torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""), a @ b.T)
-    except (RuntimeError, TypeError):
-        return False
+_onednn = cache(has_linear_pointwise)
 
 
 def add_gram(total: Float[Tensor, "d d"], x: Float[Tensor, "d n"]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import takewhile
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -85,6 +85,11 @@ class ResidualMatrix:
     def name(self) -> str:
         """The matrix's name, such as `L3.q`."""
         return f"L{self.layer}.{self.label}"
+
+    @property
+    def table_columns(self) -> dict[str, Any]:
+        """The matrix's place in a result table."""
+        return {"layer": self.layer, "matrix": self.kind, "expert": self.expert, "role": self.role}
 
     @property
     def is_layer(self) -> bool:

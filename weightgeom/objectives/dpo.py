@@ -14,7 +14,7 @@ from torch import Tensor
 from weightgeom.interfaces import Scored
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
-from weightgeom.training.trainers import preference
+from weightgeom.training.trainers import check_pairs, own_loss, preference, with_sharpness
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -72,12 +72,7 @@ class DPO:
 
     def check(self, examples: Examples) -> None:
         """Raise ValueError if the data have no pairs, or an option is not TRL's."""
-        if not examples.pairs:
-            raise ValueError(
-                f"objective=dpo needs preference pairs, and {examples.name} has none:"
-                " use data=preferences or data=world"
-            )
-
+        check_pairs("dpo", examples)
         if self.options:
             from trl import DPOConfig
 
@@ -108,8 +103,6 @@ class DPO:
         """A `DPOTrainer` whose reference is a copy of `network` as it is; says in the log what was cut."""
         from trl import DPOTrainer
 
-        from weightgeom.training.sharpness import Sharpness
-
         own = {
             "beta": self.beta,
             "loss_type": self.loss_types,
@@ -117,8 +110,7 @@ class DPO:
             "label_smoothing": self.label_smoothing,
         }
         trainer = preference(DPOTrainer, network, tokenizer, examples, {**arguments, **own, **self.options})
-        trainer.add_callback(Sharpness(trainer, self.scored))
-        return trainer
+        return with_sharpness(trainer, self.scored)
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
         """The tokens of the responses; a pair is one term, its chosen response in the first half."""
@@ -127,7 +119,4 @@ class DPO:
 
     def total_loss(self, trainer: "Trainer", inputs: dict[str, Any]) -> Tensor:
         """The loss summed over the pairs of a batch, in nats."""
-        assert trainer.model is not None
-        loss = trainer.compute_loss(trainer.model, inputs)
-        assert isinstance(loss, Tensor)
-        return loss * (len(inputs["completion_mask"]) // 2)
+        return own_loss(trainer, inputs) * (len(inputs["completion_mask"]) // 2)

@@ -212,13 +212,7 @@ def _moment(matrix: ResidualMatrix, some: Pass, start: Params) -> Moment:
 
 
 def _at(matrix: ResidualMatrix, k: int) -> dict:
-    return {
-        "layer": matrix.layer,
-        "matrix": matrix.label,
-        "role": matrix.role,
-        "subspace": place_of(matrix)[0],
-        "k": k,
-    }
+    return {**matrix.table_columns, "subspace": place_of(matrix)[0], "k": k}
 
 
 def _correlations(rows: list[Row], k: int) -> Iterator[Row]:
@@ -227,7 +221,8 @@ def _correlations(rows: list[Row], k: int) -> Iterator[Row]:
         by_quantity: dict[str, dict[tuple, float]] = {}
         for one in rows:
             if one["role"] == role and one["k"] == k:
-                by_quantity.setdefault(one["quantity"], {})[one["layer"], one["matrix"]] = one["value"]
+                place = one["layer"], one["matrix"], one["expert"]
+                by_quantity.setdefault(one["quantity"], {})[place] = one["value"]
         measured = by_quantity.get("measured_ratio", {})
         for name in ("predicted", "mean", "forecast"):
             expected = by_quantity.get(f"{name}_ratio", {})

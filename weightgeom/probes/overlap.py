@@ -298,11 +298,7 @@ def _compared(
     d, n = len(one), min(one.shape[1], other.shape[1])
     angles = torch.from_numpy(subspace_angles(one.numpy(), other.numpy())).rad2deg()
     energy = (one.T @ other).square().sum().item()
-    place: dict[str, Any] = (
-        {"matrix": "unembed", "role": "read"}
-        if matrix is None
-        else {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}
-    )
+    place: dict[str, Any] = {"matrix": "unembed", "role": "read"} if matrix is None else matrix.table_columns
     values = {
         "overlap": (min(1.0, energy / n), "1"),
         "overlap_ratio": (energy * d / (one.shape[1] * other.shape[1]), "1"),

@@ -100,7 +100,7 @@ class Spectrum:
             means = {name: mean.value for name, mean in found.gradients.items()}
             for matrix in model.architecture.matrices:
                 if (moment := found.upstream.get(matrix.name)) is not None:
-                    yield from self._moment("upstream", moment.value, moment.samples, _place(matrix))
+                    yield from self._moment("upstream", moment.value, moment.samples, matrix.table_columns)
                 if matrix.parameter in means:
                     nothing = zeros(matrix, means)
                     yield from self._matrix("gradient", matrix, means, nothing, n=found.prompts)
@@ -110,7 +110,7 @@ class Spectrum:
     ) -> Iterator[Row]:
         update = update_of(matrix, after, before, written=thing != "gradient")
         d_out, d_in = update.shape
-        return self._rows(thing, update.gram, update.shape, n or d_out * d_in, _place(matrix))
+        return self._rows(thing, update.gram, update.shape, n or d_out * d_in, matrix.table_columns)
 
     def _moment(
         self, thing: Thing, moment: Float[Tensor, "d d"], tokens: int, place: dict[str, Any]
@@ -185,7 +185,3 @@ def _eigenvalues(moment: Float[Tensor, "d d"], most: int) -> Float[Tensor, " ind
     values = torch.linalg.eigvalsh(moment.cpu().double()).flip(0)[:most]
     noise = ROUNDING * torch.finfo(moment.dtype).eps * values[0]
     return torch.where(values > noise, values, 0.0)
-
-
-def _place(matrix: ResidualMatrix) -> dict[str, Any]:
-    return {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.utils import entropy_from_logits
 
+from weightgeom.compat.fused_head import FusedOutputs, first_rows, with_fused_head
+from weightgeom.compat.trainers import log_pairs
 from weightgeom.training.graded_loss import Contrasted, Draws, TokenContrast, graded_loss, score_gradient
 from weightgeom.training.sharpness import due, log_prob_gradient, log_sharpness, sharpness_sums, spread
 
@@ -29,18 +30,12 @@ class TokenTrainer(SFTTrainer):
     contrast: TokenContrast
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's loss of the graded per-token losses, in nats."""
 
-        def graded(*, fused_lm_head: bool = False, labels: Tensor | None = None, **named: Any) -> Any:
+        def graded(labels: Tensor, **named: Any) -> FusedOutputs:
             outputs = model(**named)
-            if not fused_lm_head or labels is None:
-                return outputs
             mask = labels[:, 1:] != -100
             logits, targets = outputs.logits[:, :-1][mask], labels[:, 1:][mask]
             draws = Draws(self.state.global_step, named["input_ids"], labels)
@@ -51,15 +46,10 @@ class TokenTrainer(SFTTrainer):
             log_probs, entropy, is_top1 = (
                 some.new_zeros(mask.shape).masked_scatter(mask, some) for some in (-losses, *found[1:])
             )
-            return SimpleNamespace(
-                log_probs=log_probs,
-                entropy=entropy,
-                is_top1=is_top1,
-                label_mask=mask,
-                aux_loss=outputs.get("aux_loss"),
-            )
+            return FusedOutputs(log_probs, mask, entropy, is_top1, aux_loss=outputs.get("aux_loss"))
 
-        return super().compute_loss(graded, inputs, return_outputs, num_items_in_batch)  # pyright: ignore[reportArgumentType]
+        network: Any = with_fused_head(model, graded)
+        return super().compute_loss(network, inputs, return_outputs, num_items_in_batch)
 
     def _log_sharpness(self, contrasted: Contrasted) -> None:
         if not logged(self):
@@ -82,7 +72,10 @@ class SequenceTrainer(DPOTrainer):
     tau: float
     reference: bool
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The graded loss, the mean over prompts, in nats."""
         rows = {name: value for name, value in inputs.items() if name != "grades"}
         grades, prompts = inputs["grades"], len(inputs["grades"])
         given = {name: value for name, value in rows.items() if name != "completion_mask"}
@@ -105,10 +98,7 @@ class SequenceTrainer(DPOTrainer):
         chosen, rejected, *_ = reference.split(prompts)
         pairs = {name: value[: 2 * prompts] for name, value in rows.items()}
         known = {**pairs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-        names = ("log_probs", "entropy", "mean_logits", "is_top1")
-        of_pairs = {name: getattr(outputs, name)[: 2 * prompts] for name in names}
-        with torch.no_grad():
-            super()._compute_loss(lambda **_: SimpleNamespace(**of_pairs), known, False)
+        log_pairs(self, first_rows(outputs, 2 * prompts), known)
 
     def _log_sharpness(
         self, model: Any, given: dict[str, Tensor], mask: Tensor, scores: Tensor, grades: Tensor

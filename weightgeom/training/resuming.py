@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from weightgeom.compat.trainers import lacking_weights_allowed, running_sums, set_running_sums
 from weightgeom.interruption import Interrupted, Wanted
 from weightgeom.models.adapters import is_adapter
 from weightgeom.models.residual import Architecture
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-STATE, SEAL = "checkpoint-", "sealed.json"
+STATE, SEAL, SUMS = "checkpoint-", "sealed.json", "running_sums.json"
 
 
 class States(TrainerCallback):
@@ -55,7 +56,7 @@ class States(TrainerCallback):
     ) -> None:
         """Go on with the sums of the state that is resumed from; the library has just set its own to 0."""
         if self.start is not None:
-            restore_running_sums(self.trainer, self.start)
+            set_running_sums(self.trainer, json.loads((self.start / SUMS).read_text()))
 
     def on_step_end(
         self,
@@ -80,7 +81,7 @@ class States(TrainerCallback):
     ) -> None:
         """Seal the state that the library has written, then delete those that are too old."""
         written = self.directory / f"{STATE}{state.global_step}"
-        save_running_sums(self.trainer, written)
+        (written / SUMS).write_text(json.dumps(running_sums(self.trainer)))
         seal(written)
         for old in states(self.directory)[self.keep :]:
             shutil.rmtree(old)
@@ -133,16 +134,8 @@ def restored(network: "PreTrainedModel", state: Path | None, architecture: Archi
     with torch.no_grad():
         for name, weight in network.named_parameters():
             weight.copy_(weights[name])
-    logger = logging.getLogger("transformers.trainer")
-    logger.addFilter(_other_names)
-    try:
+    with lacking_weights_allowed():
         yield
-    finally:
-        logger.removeFilter(_other_names)
-
-
-def _other_names(record: logging.LogRecord) -> bool:
-    return "keys in the checkpoint model loaded" not in record.getMessage()
 
 
 def discard(directory: Path, state: Path | None, only_states: bool = False) -> None:
@@ -180,26 +173,3 @@ def _synchronize(directory: Path) -> None:
     for path in directory.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-
-
-FILE = "running_sums.json"
-
-
-def save_running_sums(trainer: Any, state: Path) -> None:
-    """Write the sums of loss and metrics of a TRL trainer into the directory `state`."""
-    sums = {
-        "loss": trainer._tr_loss.item(),  # fp32, which JSON's doubles hold exactly
-        "logged": trainer._globalstep_last_logged,
-        "metrics": trainer._metrics["train"],
-        "tokens": trainer._total_train_tokens,
-    }
-    (state / FILE).write_text(json.dumps(sums))
-
-
-def restore_running_sums(trainer: Any, state: Path) -> None:
-    """Give a TRL trainer, which is mutated, the sums of a state, once its training has begun."""
-    sums = json.loads((state / FILE).read_text())
-    trainer._tr_loss += torch.tensor(sums["loss"]).to(trainer._tr_loss)
-    trainer._globalstep_last_logged = sums["logged"]
-    trainer._metrics["train"].update(sums["metrics"])
-    trainer._total_train_tokens = sums["tokens"]

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import TrainerCallback
 
+from weightgeom.compat.trainers import add_metric, prepared
 from weightgeom.interfaces import Scored
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def due(args: "TrainingArguments", state: "TrainerState", step: int) -> bool:
 def log_sharpness(trainer: Any, sums: Float[Tensor, "3"]) -> None:
     """Add the means over all processes to what a TRL trainer logs next; mutates its metrics."""
     for name, value in means(trainer.accelerator.gather(sums[None]).sum(0)).items():
-        trainer._metrics["train"][name].append(value)
+        add_metric(trainer, name, value)
 
 
 class Sharpness(TrainerCallback):
@@ -113,7 +114,7 @@ class Sharpness(TrainerCallback):
             return
         model, data = kwargs["model"], self.trainer.train_dataset
         batch = self.trainer.data_collator([data[i] for i in range(min(self.examples, len(data)))])
-        inputs = self.trainer._prepare_inputs(batch)
+        inputs = prepared(self.trainer, batch)
         mask = self.scored(inputs).targets[:, 1:]
         training = model.training
         model.eval()  # without dropout, whose noise would come from the training's generator

@@ -11,7 +11,7 @@ from torch import Tensor
 from weightgeom.geometry.bootstrap import bootstrap_times
 from weightgeom.geometry.nulls import beta_null
 from weightgeom.geometry.subspace import Subspace
-from weightgeom.table import Row, row
+from weightgeom.table import Row, arm_columns, row
 from weightgeom.uncertainty.contrast import Contrast, auroc, half_samples, logistic_scores, two_sided
 from weightgeom.uncertainty.intrinsic_dimension import Estimator, calibrated, dimension, distances
 from weightgeom.uncertainty.sensitivity import (
@@ -41,13 +41,13 @@ class Asked:
     seed: int
 
 
-def group_rows(states: Float[Tensor, "prompt d"], arm: str, asked: Asked) -> Iterator[Row]:
+def group_rows(states: Float[Tensor, "prompt d"], arm: Row, asked: Asked) -> Iterator[Row]:
     """Dimension and topology of one group, each with its interval from half-samples.
 
     A half-sample has as many neighbours as it has points for; its own calibration allows for its size.
     """
     n = len(states)
-    yield row("residual_norm", float(states.norm(dim=1).mean()), n=n, arm=arm, unit="residual")
+    yield row("residual_norm", float(states.norm(dim=1).mean()), n=n, **arm, unit="residual")
     between = distances(states)
     halves = half_samples(n, asked.resamples, asked.seed)
     for estimator in ESTIMATORS:
@@ -62,23 +62,20 @@ def group_rows(states: Float[Tensor, "prompt d"], arm: str, asked: Asked) -> Ite
         persistence(apart[half][:, half]) for half in half_samples(m, min(20, asked.resamples), asked.seed)
     ]
     found, others = shape_of(persistence(apart), m, asked), [shape_of(s, m // 2, asked) for s in shapes]
-    for name, value in found.items():
-        samples = torch.tensor([other[name] for other in others], dtype=torch.float64)
-        quantity, _, threshold = name.partition("@")
-        yield from _interval(quantity, value, samples, m, f"{arm}@{threshold}" if threshold else arm)
+    for (quantity, threshold), value in found.items():
+        samples = torch.tensor([other[quantity, threshold] for other in others], dtype=torch.float64)
+        yield from _interval(quantity, value, samples, m, _at_threshold(arm, threshold))
 
 
-def shape_of(shape: Persistence, points: int, asked: Asked) -> dict[str, float]:
-    """The topology's quantities: components at every threshold as a share of the points, entropy, loop."""
-    counts = shape.components(asked.thresholds)
-    shares = {
-        f"components@{one:g}": count / points for one, count in zip(asked.thresholds, counts, strict=True)
-    }
-    return {**shares, "persistence_entropy": shape.entropy, "longest_loop": shape.longest_loop}
+def shape_of(shape: Persistence, points: int, asked: Asked) -> dict[tuple[str, str], float]:
+    """Topology by quantity and threshold: components as a share of the points, entropy, longest loop."""
+    counts = zip(asked.thresholds, shape.components(asked.thresholds), strict=True)
+    shares = {("components", f"{threshold:g}"): count / points for threshold, count in counts}
+    return {**shares, ("persistence_entropy", ""): shape.entropy, ("longest_loop", ""): shape.longest_loop}
 
 
 def shape_rows(
-    states: Float[Tensor, "pooled d"], contrast: Contrast, arm: str, asked: Asked
+    states: Float[Tensor, "pooled d"], contrast: Contrast, arm: Row, asked: Asked
 ) -> Iterator[Row]:
     """Dimension and topology of the uncertain group against the factual one, by permutation of labels."""
     n, k = len(states) // 2, asked.neighbours
@@ -99,21 +96,21 @@ def shape_rows(
             (f"{estimator}_dimension_calibrated_ratio", made[1] / made[0], better),
         ):
             yield from _interval(name, log(value), (high / low).log(), n, arm, transform=exp)
-            yield row(f"{name}_p_value", p, n=len(sides) - 1, arm=arm)
+            yield row(f"{name}_p_value", p, n=len(sides) - 1, **arm)
     sides = contrast.sides(asked.points)
     m, apart = sides.shape[2], cosine_distances(states)
     found = [[shape_of(persistence(apart[one][:, one]), m, asked) for one in two] for two in sides]
-    for name in found[0][0]:
-        differences = torch.tensor([two[1][name] - two[0][name] for two in found], dtype=torch.float64)
-        quantity, _, threshold = name.partition("@")
-        at = f"{arm.replace('/', f'@{threshold}/')}" if threshold else arm
+    for key in found[0][0]:
+        differences = torch.tensor([two[1][key] - two[0][key] for two in found], dtype=torch.float64)
+        quantity, threshold = key
+        at = _at_threshold(arm, threshold)
         # Its spread under the null is that of an estimate: no interval is to be had that assumes less.
         error = float(differences[1:].std()) if len(differences) > 2 else 0.0
         yield from _with_ends(f"{quantity}_difference", differences[0].item(), error, m, at)
-        yield row(f"{quantity}_difference_p_value", two_sided(differences), n=len(sides) - 1, arm=at)
+        yield row(f"{quantity}_difference_p_value", two_sided(differences), n=len(sides) - 1, **at)
 
 
-def boundary_rows(states: Float[Tensor, "pooled d"], contrast: Contrast, arm: str) -> Iterator[Row]:
+def boundary_rows(states: Float[Tensor, "pooled d"], contrast: Contrast, arm: Row) -> Iterator[Row]:
     """Detectability and amplification: b and the probe from the training half, figures on the other."""
     directions = contrast.boundaries(states)
     train, test = contrast.train[0], contrast.test[0]
@@ -123,22 +120,22 @@ def boundary_rows(states: Float[Tensor, "pooled d"], contrast: Contrast, arm: st
         yield from _with_ends(
             f"auroc_{name}", found.value, found.stderr, test.shape[1], arm, low=0.0, high=1.0
         )
-        yield row(f"auroc_{name}_p_value", found.p_value, n=2 * test.shape[1], arm=arm)
+        yield row(f"auroc_{name}_p_value", found.p_value, n=2 * test.shape[1], **arm)
     values, error = contrast.amplification(states, directions)
     yield from _with_ends("amplification", float(values[0]), error, test.shape[1], arm)
-    yield row("amplification_p_value", two_sided(values), n=len(values) - 1, arm=arm)
-    yield row("amplification_permuted", float(values[1:].mean()), n=len(values) - 1, arm=arm)
+    yield row("amplification_p_value", two_sided(values), n=len(values) - 1, **arm)
+    yield row("amplification_permuted", float(values[1:].mean()), n=len(values) - 1, **arm)
 
 
 def overlap_rows(
-    states: Float[Tensor, "pooled d"], contrast: Contrast, spaces: Mapping[str, Subspace], arm: str, seed: int
+    states: Float[Tensor, "pooled d"], contrast: Contrast, spaces: Mapping[str, Subspace], arm: Row, seed: int
 ) -> Iterator[Row]:
     """Squared fraction of b in each subspace over k/d, 1 being chance, with both nulls."""
     directions = contrast.boundaries(states).double()
     drawn = _resampled_boundaries(states, contrast, seed)
     for name, space in spaces.items():
         d, k = space.basis.shape
-        place = {"subspace": name, "k": k, "arm": arm}
+        place = {"subspace": name, "k": k, **arm}
         shares = (directions @ space.basis.to(directions)).square().sum(1)
         samples = (drawn @ space.basis.to(drawn)).square().sum(1)
         null = beta_null(k / d, sqrt(2 * k * (d - k) / (d**2 * (d + 2))))
@@ -160,7 +157,7 @@ def output_rows(
     directions: Float[Tensor, "arrangement d"],
     output: Float[Tensor, "direction d"],
     tokens: Sequence[int],
-    arm: str,
+    arm: Row,
     asked: Asked,
 ) -> Iterator[Row]:
     """Fisher sensitivity and coupling along b, against random, permuted and the top output directions.
@@ -185,16 +182,16 @@ def output_rows(
     unit, floor = "nats", 1e-30  # a head that is constant has no ratio
     error = float(own[0].std()) / sqrt(n)
     yield from _with_ends("fisher_sensitivity", float(means[0]), error, n, arm, unit=unit, low=0.0)
-    yield row("fisher_sensitivity_random", float(others.mean()), n=len(others), unit=unit, arm=arm)
-    yield row("fisher_sensitivity_random_sd", float(others.std()), n=len(others), unit=unit, arm=arm)
-    yield row("fisher_sensitivity_permuted", float(means[1:].mean()), n=len(means) - 1, unit=unit, arm=arm)
-    yield row("fisher_sensitivity_output", float(best.mean()), n=len(best), unit=unit, arm=arm)
-    yield row("fisher_sensitivity_p_value", two_sided(means), n=len(means) - 1, arm=arm)
+    yield row("fisher_sensitivity_random", float(others.mean()), n=len(others), unit=unit, **arm)
+    yield row("fisher_sensitivity_random_sd", float(others.std()), n=len(others), unit=unit, **arm)
+    yield row("fisher_sensitivity_permuted", float(means[1:].mean()), n=len(means) - 1, unit=unit, **arm)
+    yield row("fisher_sensitivity_output", float(best.mean()), n=len(best), unit=unit, **arm)
+    yield row("fisher_sensitivity_p_value", two_sided(means), n=len(means) - 1, **arm)
     p = two_sided(torch.cat([means[:1], others]))
-    yield row("fisher_sensitivity_random_p_value", p, n=len(others), arm=arm)
-    yield row("fisher_size", size / norm, n=n, arm=arm)
+    yield row("fisher_sensitivity_random_p_value", p, n=len(others), **arm)
+    yield row("fisher_size", size / norm, n=n, **arm)
     if difference < float("inf"):
-        yield row("fisher_quadratic_difference", difference, n=n, arm=arm)
+        yield row("fisher_quadratic_difference", difference, n=n, **arm)
     times = bootstrap_times(n, RESAMPLES, asked.seed).double()
     for name, against in (("ratio", controls), ("output_ratio", best)):
         if float(against.mean()) > floor:
@@ -205,12 +202,17 @@ def output_rows(
     cosines = coupling(directions.double().cpu(), gradients)
     means, error = cosines.mean(1), float(cosines[0].std()) / sqrt(n)
     yield from _with_ends("gradient_coupling", float(means[0]), error, n, arm)
-    yield row("gradient_coupling_p_value", two_sided(means), n=len(means) - 1, arm=arm)
+    yield row("gradient_coupling_p_value", two_sided(means), n=len(means) - 1, **arm)
     draws = torch.nn.functional.normalize(torch.randn(999, d, generator=generator), dim=1).double()
     others = coupling(draws, gradients).mean(1)
     p = two_sided(torch.cat([means[:1], others]))
-    yield row("gradient_coupling_random_p_value", p, n=len(others), arm=arm)
-    yield row("gradient_coupling_random_sd", float(others.std()), n=len(others), arm=arm)
+    yield row("gradient_coupling_random_p_value", p, n=len(others), **arm)
+    yield row("gradient_coupling_random_sd", float(others.std()), n=len(others), **arm)
+
+
+def _at_threshold(arm: Row, threshold: str) -> Row:
+    """The columns of a group or of a comparison at a threshold; without one, as they are."""
+    return arm_columns(arm["treatment"], threshold, against=arm["against"])
 
 
 def _halved(
@@ -243,7 +245,7 @@ def _interval(
     value: float,
     samples: Float[Tensor, " sample"],
     n: int,
-    arm: str,
+    arm: Row,
     *,
     transform: Callable[[float], float] | None = None,
     percentiles: bool = False,
@@ -263,7 +265,7 @@ def _interval(
         spread *= value  # to first order
     for name, one, error in (("", value, spread), ("_low", low, None), ("_high", high, None)):
         if len(samples) > 1 or not name:
-            yield {**row(f"{quantity}{name}", one, n=n, stderr=error, arm=arm), **(place or {})}
+            yield {**row(f"{quantity}{name}", one, n=n, stderr=error, **arm), **(place or {})}
 
 
 def _with_ends(
@@ -271,12 +273,12 @@ def _with_ends(
     value: float,
     error: float,
     n: int,
-    arm: str,
+    arm: Row,
     *,
     unit: str = "1",
     low: float = -float("inf"),
     high: float = float("inf"),
 ) -> Iterator[Row]:
-    yield row(quantity, value, n=n, stderr=error, arm=arm, unit=unit)
-    yield row(f"{quantity}_low", max(low, value - WITHIN * error), n=n, arm=arm, unit=unit)
-    yield row(f"{quantity}_high", min(high, value + WITHIN * error), n=n, arm=arm, unit=unit)
+    yield row(quantity, value, n=n, stderr=error, **arm, unit=unit)
+    yield row(f"{quantity}_low", max(low, value - WITHIN * error), n=n, **arm, unit=unit)
+    yield row(f"{quantity}_high", min(high, value + WITHIN * error), n=n, **arm, unit=unit)

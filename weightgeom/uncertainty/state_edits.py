@@ -18,7 +18,7 @@ from weightgeom.interfaces import Log, Setting
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
-from weightgeom.table import Row
+from weightgeom.table import Row, arm_columns, row
 from weightgeom.text.examples import Examples
 from weightgeom.text.prompt_groups import check_groups, phrase_tokens
 from weightgeom.text.tokens import Batch
@@ -234,13 +234,13 @@ class _Part:
         mask, target = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
         predicted = torch.zeros(len(starts), places, dtype=torch.long)
         scored = torch.zeros_like(predicted, dtype=torch.bool)
-        for row, (start, after) in enumerate(zip(starts, followed, strict=True)):
+        for index, (start, after) in enumerate(zip(starts, followed, strict=True)):
             whole = [*start, *after[:-1]]
-            ids[row, : len(whole)] = torch.tensor(whole)
-            mask[row, : len(whole)] = 1
-            target[row, len(start) - 1] = True
-            predicted[row, : len(after)] = torch.tensor(after)
-            scored[row, : len(after)] = True
+            ids[index, : len(whole)] = torch.tensor(whole)
+            mask[index, : len(whole)] = 1
+            target[index, len(start) - 1] = True
+            predicted[index, : len(after)] = torch.tensor(after)
+            scored[index, : len(after)] = True
         batch = Batch(ids, mask, target).to(model.device)
         last = [len(start) - 1 for start in starts]
         return cls(batch, list(prompts), last, predicted.to(model.device), scored.to(model.device), abstains)
@@ -280,9 +280,10 @@ def tried(
 
     rows = list(measured(trials(), evaluation, setting.seed, log))
     step = setting.last if at_end else 0
+    unedited = arm_columns("unedited")
     base = [
-        {"step": step, "quantity": name, "unit": "1", "value": float(values.double().mean()),
-         "stderr": None, "n": len(values), "arm": "unedited", "subspace": "residual"}
-        for name, values in evaluation.unedited.items() if name != "kl_from_unedited"
-    ]  # fmt: skip
+        row(name, float(values.double().mean()), n=len(values), step=step, subspace="residual", **unedited)
+        for name, values in evaluation.unedited.items()
+        if name != "kl_from_unedited"
+    ]
     return [*base, *({"step": step, **one} for one in with_q_values(rows))]

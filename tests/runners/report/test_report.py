@@ -26,7 +26,7 @@ from runners.report.__main__ import main
 from runners.report.make import directory_of
 from runners.tracking.publisher import open_store
 from weightgeom.analysis.claims_uncertainty import CLAIMS, COUPLED
-from weightgeom.table import COLUMNS, tabulate
+from weightgeom.table import ADDED, COLUMNS, tabulate
 
 # MLflow's own; it appears when its sqlite store is opened for the first time.
 pytestmark = pytest.mark.filterwarnings(
@@ -122,6 +122,13 @@ def test_collect_gives_every_row_of_every_finished_run_with_what_it_is_of(uri):
     pd.testing.assert_frame_equal(
         one[list(COLUMNS)].reset_index(drop=True), planted[4].tables["rsf_pretraining"]
     )
+
+
+def test_collect_reads_the_tables_of_an_earlier_version_as_todays(tmp_path):
+    today = study.rank1(2.0, 0.5, 0.1)
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    publish(tmp_path / "records", store, [Planted("dpo", {"rank1": today.drop(columns=list(ADDED))})])
+    pd.testing.assert_frame_equal(collect("study", tracking_uri=store)[list(COLUMNS)], today)
 
 
 def test_collect_reads_several_experiments_and_the_store_that_the_environment_names(uri, monkeypatch):

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from runners.summary.sweep import sharpness_and_ratios, summarise
 from runners.tracking.record import Record
 from weightgeom.figures.base import ratio_by_sharpness, save
-from weightgeom.table import row, tabulate
+from weightgeom.table import ADDED, row, tabulate
 
 SHARPNESS = {"graded/dpo": 2.0, "graded/token_hard_16": 5.0, "graded/ce": 9.0}
 CORPUS = {"ce": 1.0}
@@ -75,6 +75,18 @@ def test_the_table_has_what_each_run_came_to_and_how_the_runs_differ(tmp_path, c
         ("train/loss", ""): 0.5,
         ("train/participation_ratio", ""): 9.0,
     }
+
+
+def test_a_run_of_an_earlier_version_counts_with_its_whole_matrices(tmp_path):
+    run = child(tmp_path / "run", "ce", 0)
+    path = run / "artifacts/tables/rsf.parquet"
+    table = pd.read_parquet(path)
+    head = table[table["matrix"] == "q"].assign(matrix="q.0", value=99.0)
+    pd.concat([table, head]).drop(columns=list(ADDED)).to_parquet(path)
+    parent = record(tmp_path / "parent")
+    summarise(parent, [run])
+    found = pd.read_parquet(parent.directory / "artifacts/tables/sweep.parquet")
+    assert set(found["matrix"]) == {"q", "o", ""} and 99.0 not in set(found["value"])
 
 
 def test_the_rank_correlation_of_ratio_and_sharpness_is_logged_and_drawn(tmp_path, children):

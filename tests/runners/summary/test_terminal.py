@@ -49,8 +49,8 @@ def rsf() -> pd.DataFrame:
     return tabulate(rows)
 
 
-def head(step: int, matrix: str, ratio: float) -> dict:
-    where = {"layer": 0, "matrix": matrix, "role": "read", "subspace": "attention_input", "k": 4}
+def head(step: int, number: int, ratio: float) -> dict:
+    where = {"layer": 0, "matrix": "q", "head": number, "role": "read", "subspace": "attention_input", "k": 4}
     return {"step": step, **row("ratio", ratio, n=8, **where)}
 
 
@@ -87,7 +87,7 @@ def test_own_rows_are_at_the_matrices_subspaces_and_the_smallest_k(rsf: pd.DataF
 
 
 def test_own_rows_leave_heads_out(rsf: pd.DataFrame) -> None:
-    heads = tabulate([head(1, "q.0", 70.0), head(2, "q.1", 80.0)])
+    heads = tabulate([head(1, 0, 70.0), head(2, 1, 80.0)])
     both = pd.concat([rsf, heads], ignore_index=True)
     assert sorted(own(both, "ratio")["value"]) == sorted(own(rsf, "ratio")["value"])
     assert not len(own(heads, "ratio"))
