@@ -1,8 +1,10 @@
 """Explanations of errors: the problem and its fix in one sentence."""
 
 import errno
+import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +48,24 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"{meant}valid: {', '.join(options)}"
 
 
-def choices(group: str) -> list[str]:
-    """What a group of the configuration has to choose from, such as `graded/dpo` of the objectives."""
-    files = (CONF / group).rglob("*.yaml")
-    return [path.relative_to(CONF / group).with_suffix("").as_posix() for path in files]
+def choices(group: str, sources: Iterable[str] = ()) -> list[str]:
+    """The choices of a group of the configuration, such as `graded/dpo` of the objectives.
+
+    `sources` are the places that Hydra takes choices from besides conf/, as it writes them: file:///DIRECTORY
+    or pkg://PACKAGE.
+    """
+    places = [place / group for place in dict.fromkeys([CONF, *_directories(sources)])]
+    files = {path: place for place in places for path in place.rglob("*.yaml")}
+    names = (path.relative_to(place).with_suffix("").as_posix() for path, place in files.items())
+    return list(dict.fromkeys(names))
+
+
+def _directories(sources: Iterable[str]) -> Iterator[Path]:
+    for scheme, _, place in (source.partition("://") for source in sources):
+        if scheme == "file":
+            yield Path(place)
+        elif scheme == "pkg" and (spec := find_spec(place)) is not None:
+            yield from map(Path, spec.submodule_search_locations or ())
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -111,9 +127,12 @@ def _is_type(part: str) -> bool:
 def _unknown_choice(error: Any) -> str:
     if not error.missing_cfg_file:
         return _sentence(error)
-    group, _, choice = str(error.missing_cfg_file).rpartition("/")
+    names = str(error.missing_cfg_file).split("/")
+    depth = min(len(names) - 1, 2 if names[0] == "hydra" else 1)  # a choice may lie deeper: graded/dpo
+    group, choice = "/".join(names[:depth]), "/".join(names[depth:])
     # Hydra lists the choices of a group, but not those of a group that takes a list.
-    options = error.options or choices(group)
+    sources = re.findall(r"path=(\w+://\S.*)", str(error))  # the error lists Hydra's search path
+    options = {*(error.options or ()), *choices(group, sources)}
     if not group or not options:
         return f"there is no configuration {error.missing_cfg_file} in {CONF}"
     return f"there is no {group}={choice}; {nearest(choice, options)}"

@@ -27,6 +27,7 @@ SLOW = (
     "slurm/test_interruptions.py",
     "slurm/test_sweeps_under_slurm.py",
     "test_run.py",
+    "test_own_code.py",
     "runners/tracking/test_outages.py",
     "runners/launcher/test_local_sweeps.py",
     "bases/test_chain.py",

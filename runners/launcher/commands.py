@@ -238,7 +238,11 @@ def _open_record(sweep: Sweep, overrides: Sequence[str]) -> None:
 def _snapshot(sweep: Sweep) -> Path:
     number = len(list(sweep.directory.glob("code*")))
     code = sweep.directory / ("code" if not number else f"code-{number + 1}")
-    take_snapshot(REPOSITORY, code)
+    jobs = [sweep.job(job) for job in sweep.jobs()]
+    modules = dict.fromkeys(name for job in jobs for name in job.get("modules", ()))
+    places = dict.fromkeys(place for job in jobs for place in job.get("path", ()))
+    sys.path += [place for place in places if place not in sys.path]  # in another shell than the sweep's
+    take_snapshot(REPOSITORY, code, modules)
     return code
 
 

@@ -92,6 +92,7 @@ class SweepLauncher(Launcher):
         jobs = [self.loader.load_sweep_config(self.config, list(overrides)) for overrides in job_overrides]
         gc.enable()
         objectives = [job.hydra.runtime.choices["objective"] for job in jobs]
+        HydraConfig.instance().set_config(jobs[0])  # has the search path
         for job in jobs:
             with open_dict(job):
                 del job["hydra"]

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from runners.errors import CONF, explanation, nearest
+from runners.errors import CONF, choices, explanation, nearest
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,30 @@ def composed(*overrides: str) -> Exception:
 def test_the_nearest_name_comes_first_and_then_all_of_them() -> None:
     assert nearest("bta", ["tau", "beta"]) == "did you mean 'beta'? valid: beta, tau"
     assert nearest("xyz", ["tau", "beta"]) == "valid: beta, tau"
+
+
+def test_choices_of_the_users_own_directories_are_choices(tmp_path: Path, monkeypatch) -> None:
+    for name in ("conf/probe/norm.yaml", "conf/objective/mine/soft.yaml", "packed/conf/probe/deep.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    sources = [f"file://{tmp_path}/conf", "pkg://packed.conf", "structured://"]
+    assert {*choices("probe", sources)} == {*choices("probe"), "norm", "deep"}
+    assert "rsf" in choices("probe") and "mine/soft" in choices("objective", sources)
+
+    def compose_wrongly(choice: str) -> str:
+        def action() -> None:
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                compose("config", [choice, f"hydra.searchpath=[file://{tmp_path}/conf]"])
+
+        return explanation(caught(action))
+
+    assert compose_wrongly("probe=[nrm]").startswith("there is no probe=nrm; did you mean 'norm'? valid: beh")
+    assert compose_wrongly("objective=mine/sft").startswith(
+        "there is no objective=mine/sft; did you mean 'mine/soft'? valid: "
+    )
+    said = compose_wrongly("objective=mine")
+    assert said.startswith("there is no objective=mine; ") and "mine/soft, none, sft" in said
 
 
 @pytest.mark.parametrize(
