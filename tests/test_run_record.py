@@ -1,11 +1,12 @@
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from runners.tracking.record import Record
 from weightgeom.run_record import read_run
-from weightgeom.table import row, tabulate
+from weightgeom.table import ADDED, row, tabulate
 
 ASKED: dict[str, Any] = {
     "experiment": "study",
@@ -39,6 +40,12 @@ def test_a_record_is_read_back_from_its_job_or_its_own_directory(tmp_path):
         assert list(run.tables) == ["claims", "rsf"] and str(run.tables["rsf"]["layer"].dtype) == "Int64"
         assert run.figures == ["ratio_by_layer"]
         assert run.figure("ratio_by_layer")._repr_png_() == b"\x89PNG"
+
+
+def test_a_table_of_an_earlier_version_has_todays_columns(tmp_path):
+    table = read_run(recorded(tmp_path).directory).tables["rsf"]
+    table.drop(columns=list(ADDED)).to_parquet(tmp_path / "record/artifacts/tables/rsf.parquet")
+    pd.testing.assert_frame_equal(read_run(tmp_path).tables["rsf"], table)
 
 
 def test_a_run_that_has_made_nothing_yet_has_no_tables(tmp_path):

@@ -93,8 +93,10 @@ def _record(directory: Path) -> Path:
 def _tables(directory: Path) -> "dict[str, pd.DataFrame]":
     import pandas as pd
 
+    from weightgeom.table import upgraded
+
     tables = {path.stem: pd.read_csv(path) for path in directory.glob("*.csv")}
-    tables |= {path.stem: pd.read_parquet(path) for path in directory.glob("*.parquet")}
+    tables |= {path.stem: upgraded(pd.read_parquet(path)) for path in directory.glob("*.parquet")}
     return dict(sorted(tables.items()))
 
 

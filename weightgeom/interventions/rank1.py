@@ -192,13 +192,7 @@ class _Sides:
             for draw, vector in enumerate(self._controls(kind, number, matrix, name))
         ]
         subspace, _ = place_of(matrix)
-        place = {
-            "layer": matrix.layer,
-            "matrix": matrix.kind,
-            "role": matrix.role,
-            "subspace": subspace,
-            "k": self.directions.k,
-        }
+        place = {**matrix.table_columns, "subspace": subspace, "k": self.directions.k}
         return Trial(place, f"{strength:g}", treatment, controls)
 
     def _controls(
