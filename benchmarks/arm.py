@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedConfig
 
+from weightgeom.causal.effects import Effects, Evaluation
 from weightgeom.data.world import World
-from weightgeom.effects import Effects, Evaluation
-from weightgeom.model import LanguageModel
-from weightgeom.residual import ResidualMatrix, architecture_of
+from weightgeom.models.language_model import LanguageModel
+from weightgeom.models.residual import ResidualMatrix, architecture_of
 
 WORLD = World(documents=200, pairs=200)
 EFFECTS = Effects()

@@ -13,11 +13,11 @@ import torch
 from material import llama, measured, ready, write_pair
 from transformers import AutoModelForCausalLM
 
-from weightgeom.model import load_architecture
-from weightgeom.residual import Architecture
-from weightgeom.subspace import Subspace
-from weightgeom.update import projected
-from weightgeom.weights import open_params
+from weightgeom.estimators.updates import projected
+from weightgeom.geometry.subspace import Subspace
+from weightgeom.models.loading import load_architecture
+from weightgeom.models.residual import Architecture
+from weightgeom.models.weights import open_params
 
 K = 64  # dimensions of the subspace on either side
 SHAPE = {"width": 2048, "mlp": 5504, "heads": 16, "vocabulary": 1024}

@@ -18,10 +18,10 @@ from rich.table import Table
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from weightgeom.data.world import World
-from weightgeom.model import LanguageModel
-from weightgeom.moments import activation_moments
-from weightgeom.residual import architecture_of
-from weightgeom.tokens import packed
+from weightgeom.estimators.moments import activation_moments
+from weightgeom.models.language_model import LanguageModel
+from weightgeom.models.residual import architecture_of
+from weightgeom.text.tokens import packed
 
 WORLD = World(documents=10, heldout=3000)
 LENGTH = 512

@@ -16,7 +16,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from weightgeom import figures
+from weightgeom.figures import base as figures
 
 ROOT = Path(__file__).parents[1]
 OBJECTIVES = {"ce": ["objective=ce", "objective.on=chosen"], "dpo": ["objective=dpo"]}

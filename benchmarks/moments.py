@@ -25,14 +25,14 @@ from rich.table import Table
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from weightgeom.data.world import World
-from weightgeom.gradients import Gathering, gradient_moments
-from weightgeom.interfaces import Examples
-from weightgeom.model import LanguageModel
-from weightgeom.moments import activation_moments
+from weightgeom.estimators.gradients import Gathering, gradient_moments
+from weightgeom.estimators.moments import activation_moments
+from weightgeom.models.language_model import LanguageModel
+from weightgeom.models.residual import architecture_of
 from weightgeom.objectives.ce import CE
-from weightgeom.residual import architecture_of
-from weightgeom.tokens import packed
-from weightgeom.training import Training
+from weightgeom.text.examples import Examples
+from weightgeom.text.tokens import packed
+from weightgeom.training.config import Training
 
 SHAPE = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048}
 LENGTH, BATCH = 512, 4

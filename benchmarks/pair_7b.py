@@ -14,7 +14,7 @@ from material import llama, measured, ready, write_pair
 
 from weightgeom.data.world import World
 from weightgeom.interfaces import Setting
-from weightgeom.model import load
+from weightgeom.models.loading import load
 from weightgeom.probes.rsf import RSF
 
 

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from runners.plan import Planner
+from runners.planning.plan import Planner
 from weightgeom.data.world import World
 
 ROOT = Path(__file__).parents[1]

@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from weightgeom.data.world import World
 from weightgeom.interfaces import Setting
-from weightgeom.model import load
+from weightgeom.models.loading import load
 from weightgeom.probes.rsf import RSF
-from weightgeom.tokens import packed
+from weightgeom.text.tokens import packed
 
 SHAPE = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048}
 LENGTH = 512  # tokens a sequence

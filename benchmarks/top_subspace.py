@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from weightgeom.subspace import Subspace
+from weightgeom.geometry.subspace import Subspace
 
 
 def spectra(d: int) -> dict[str, Tensor]:

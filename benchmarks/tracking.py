@@ -24,12 +24,13 @@ from rich.table import Table
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from runners.record import Record
-from runners.tracking import Publication
+from runners.tracking.publisher import Publication
+from runners.tracking.record import Record
+from weightgeom.bases.tiny import Tiny
 from weightgeom.data.world import World
 from weightgeom.objectives.dpo import DPO
-from weightgeom.tiny import Tiny
-from weightgeom.training import Training, outdated_name_allowed
+from weightgeom.training.config import Training
+from weightgeom.training.fit import outdated_name_allowed
 
 POINTS, TURN = 10_000, 20  # steps
 

@@ -1,4 +1,4 @@
-"""Time of a step through `weightgeom.training.fit`, logging live into a record, over TRL's trainer alone.
+"""Time of a step through `weightgeom.training.fit.fit`, logging live into a record, over TRL's trainer alone.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/training_overhead.py
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/training_overhead.py --save-every 10 --log-gradients
@@ -23,14 +23,16 @@ from rich.table import Table
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from runners.record import Record
-from runners.staging import Stages
+from runners.pipeline.logged_stages import Stages
+from runners.tracking.record import Record
+from weightgeom.bases.tiny import Tiny
 from weightgeom.data.world import World
-from weightgeom.interfaces import Examples, Log, Objective
+from weightgeom.interfaces import Log, Objective
 from weightgeom.objectives.ce import CE
 from weightgeom.objectives.dpo import DPO
-from weightgeom.tiny import Tiny
-from weightgeom.training import Training, fit, outdated_name_allowed
+from weightgeom.text.examples import Examples
+from weightgeom.training.config import Training
+from weightgeom.training.fit import fit, outdated_name_allowed
 
 
 class Clock(TrainerCallback):

@@ -10,9 +10,9 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 from weightgeom.data.world import World
-from weightgeom.interfaces import Examples
-from weightgeom.model import LanguageModel
-from weightgeom.residual import architecture_of
+from weightgeom.models.language_model import LanguageModel
+from weightgeom.models.residual import architecture_of
+from weightgeom.text.examples import Examples
 
 torch.set_num_threads(1)  # the networks are too small for more
 os.environ["OMP_NUM_THREADS"] = "1"  # in processes of their own as well: threads that wait keep a core busy
@@ -27,20 +27,20 @@ SLOW = (
     "slurm/test_interruptions.py",
     "slurm/test_sweeps_under_slurm.py",
     "test_run.py",
-    "runners/test_outages.py",
-    "runners/test_local_sweeps.py",
-    "test_chain.py",
-    "test_resume.py",
-    "test_lora.py",
-    "runners/test_browser.py",
-    "runners/test_server.py",
-    "runners/test_tracking.py",
-    "runners/test_report.py",
+    "runners/tracking/test_outages.py",
+    "runners/launcher/test_local_sweeps.py",
+    "bases/test_chain.py",
+    "training/test_resuming.py",
+    "training/test_lora.py",
+    "runners/tracking/test_browser.py",
+    "runners/tracking/test_server.py",
+    "runners/tracking/test_publisher.py",
+    "runners/report/test_report.py",
     "test_bad_input.py",
     "test_tools.py",
-    "test_hub.py",
+    "bases/test_hub.py",
     "data/test_hub_data.py",
-    "runners/test_jobs.py",
+    "runners/launcher/test_jobs.py",
 )
 
 

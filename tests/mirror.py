@@ -10,7 +10,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
-from runners.record import Record
+from runners.tracking.record import Record
 
 INFINITY = 1.7976931348623157e308  # what MLflow keeps for it
 Line = tuple[str, int, int, str]  # key, step, time, value as text: NaN equals NaN

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from weightgeom.interfaces import Params
-from weightgeom.model import LanguageModel
-from weightgeom.residual import ResidualMatrix
+from weightgeom.models.language_model import LanguageModel
+from weightgeom.models.residual import ResidualMatrix
+from weightgeom.params import Params
 
 
 def matrix(model: LanguageModel, name: str) -> ResidualMatrix:

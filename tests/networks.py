@@ -8,8 +8,8 @@ import small
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from weightgeom.model import LanguageModel
-from weightgeom.residual import architecture_of
+from weightgeom.models.language_model import LanguageModel
+from weightgeom.models.residual import architecture_of
 
 Config = Callable[[int, int], PreTrainedConfig]
 """Makes a config for a number of tokens in the vocabulary and one of positions."""

@@ -15,8 +15,8 @@ from disk import small_disk
 from mlflow import MlflowClient
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig
 
-from weightgeom.residual import architecture_of
-from weightgeom.weights import open_params
+from weightgeom.models.residual import architecture_of
+from weightgeom.models.weights import open_params
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
@@ -57,6 +57,10 @@ def refuse(
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
+        (
+            "model._target_=weightgeom.tiny.Tiny",
+            "weightgeom.tiny.Tiny has moved: write model._target_=weightgeom.bases.tiny.Tiny",
+        ),
         ("objective=dpoo", "there is no objective=dpoo; did you mean 'dpo'? valid: ce, dpo, "),
         ("probe=[rsf,behavior]", "there is no probe=behavior; did you mean 'behaviour'? valid: behaviour, "),
         ("objective.betaa=1", "there is no key objective.betaa; did you mean 'beta'? valid: beta, "),

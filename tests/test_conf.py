@@ -1,7 +1,6 @@
 """Every YAML file composes, builds and agrees with the dataclass that it configures."""
 
 import re
-import runpy
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -10,18 +9,16 @@ from typing import Any
 import pytest
 import small
 import yaml
-from app import ROOT
-from hydra import compose, initialize_config_dir
+from configs import CONF, composed
 from hydra.utils import get_class
 from networks import save
-from omegaconf import DictConfig, OmegaConf
 from pydantic.fields import FieldInfo
 
-from weightgeom.model import load
-from weightgeom.moments import activation_moments
-from weightgeom.tokens import packed
+from runners.compose import parts
+from weightgeom.estimators.moments import activation_moments
+from weightgeom.models.loading import load
+from weightgeom.text.tokens import packed
 
-CONF = ROOT / "conf"
 CHAINS = sorted((CONF / "model/chain").glob("*.yaml"))
 FILES = [
     *sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name not in ("local", "experiment")),
@@ -30,18 +27,6 @@ FILES = [
 EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
 HUB = sorted(path for path in (CONF / "model").glob("*.yaml") if path.stem not in ("tiny", "pair"))
 LISTS = ("probe", "intervention")  # groups of which several are chosen; they nest under their own name
-MANDATORY = {
-    "data.train": ["data.train=[a.jsonl]"],
-    "data.name": ["data.name=lab/data"],
-    "model.revision": [f"model.revision={'0' * 40}"],
-    "model.before": ["model.before=a"],
-    "model.after": ["model.after=b"],
-    "model.stages": ["model.stages={a: lab/a@v1, b: lab/b@v1}"],
-    **{
-        f"model.revisions.{stage}": [f"model.revisions.{stage}={'0' * 40}"]
-        for stage in ("sft", "dpo", "rlvr")
-    },
-}
 # The small random network, of tests/networks.py, that has the config class of what a file names.
 MODEL_TYPES = {
     "pythia": "gpt_neox",
@@ -63,15 +48,6 @@ MODEL_TYPES = {
     "chain/own": "llama_tied",
 }
 STUDIES = ("paper", "graded_control")
-parts = runpy.run_path(str(ROOT / "run.py"))["parts"]
-
-
-def composed(*overrides: str) -> DictConfig:
-    """The whole configuration, what must be given filled in."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", list(overrides))
-        more = [value for key in OmegaConf.missing_keys(config) for value in MANDATORY[key]]
-        return compose("config", [*overrides, *more]) if more else config
 
 
 def choice_of(path: Path) -> tuple[str, str]:

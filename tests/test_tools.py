@@ -9,7 +9,9 @@ from app import ROOT
 
 
 @pytest.mark.parametrize(
-    "arguments", [["ruff", "format", "--check"], ["ruff", "check"], ["pyright"]], ids=" ".join
+    "arguments",
+    [["ruff", "format", "--check"], ["ruff", "check"], ["pyright"], ["lint-imports"]],
+    ids=" ".join,
 )
 def test_the_whole_project_is_clean(arguments: list[str]) -> None:
     tool = Path(sys.executable).with_name(arguments[0])

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runners.processes import terminations_as_exceptions
-from runners.record import Record
-from runners.tracking import Publisher
+from runners.signals import terminations_as_exceptions
+from runners.tracking.publisher import Publisher
+from runners.tracking.record import Record
 
 DATA: Any = {"name": "world", "digest": "ab" * 16, "source": "generated", "context": "training"}
 PROCESSES = multiprocessing.get_context("forkserver")

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weightgeom.head import logits_of
-from weightgeom.model import LanguageModel, first_line, load_config
-from weightgeom.models.invariants import INVARIANTS, TOKENS, Invariant, Specimen
+from weightgeom.bases.hub import fetch
+from weightgeom.estimators.lm_head import logits_of
+from weightgeom.estimators.moments import activation_moments
+from weightgeom.models.invariants import INVARIANTS, Invariant
+from weightgeom.models.language_model import LanguageModel
+from weightgeom.models.loading import load_config
 from weightgeom.models.small_config import small_config
-from weightgeom.moments import activation_moments
-from weightgeom.pretrained import fetch
-from weightgeom.tokens import Batch
+from weightgeom.models.specimen import TOKENS, Specimen
+from weightgeom.text.files import first_line
+from weightgeom.text.tokens import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -61,7 +64,7 @@ def config_of(name: str) -> "PreTrainedConfig":
         FileNotFoundError: if it is none of them, or the hub does not give the config.
         ValueError: if the config cannot be read.
     """
-    from transformers import CONFIG_MAPPING  # noqa: PLC0415 (heavy)
+    from transformers import CONFIG_MAPPING
 
     if name not in CONFIG_MAPPING or Path(name).is_dir():
         return load_config(fetch(name, weights=False))

@@ -1,7 +1,7 @@
 """The contracts between the rooms of the house: what data, objectives and probes promise. Read this first."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -9,93 +9,17 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from weightgeom.interruption import Wanted, undisturbed
+from weightgeom.params import Params
+from weightgeom.table import Row
+from weightgeom.text.examples import Examples
+from weightgeom.trajectory import Base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-    from weightgeom.model import LanguageModel
-    from weightgeom.residual import Architecture
-    from weightgeom.training import Training
-
-Params = Mapping[str, Tensor]
-"""Weights, updates, gradients or moments by parameter name, in memory or read lazily from disk."""
-
-Text = str | list[dict[str, str]]
-"""Plain text, or a conversation as a list of `{"role": ..., "content": ...}` messages."""
-
-Row = dict[str, Any]
-"""One number of a result table; the columns are those of `weightgeom.table`."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two responses to one prompt, one preferred to the other."""
-
-    prompt: Text
-    chosen: Text
-    rejected: Text
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt with the one answer that is right."""
-
-    prompt: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Examples:
-    """What a data set holds, read and checked: documents and preference pairs, each with a held-out part.
-
-    `questions` ask for what the documents tell. A part that the data set does not have is empty. `digest`
-    is a SHA-256 over documents and pairs, and over the groups where there are any.
-
-    `groups` are prompts by how sure one can be of an answer: the first group's are the factual ones, which
-    the others are compared with. `abstentions` are the phrases that stand for no answer.
-    """
-
-    name: str
-    text: Sequence[str]
-    heldout: Sequence[str]
-    pairs: Sequence[Pair]
-    heldout_pairs: Sequence[Pair]
-    digest: str
-    questions: Sequence[Question] = ()
-    groups: Mapping[str, Sequence[Question]] = field(default_factory=dict)
-    abstentions: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """Checkpoints of one training by optimizer step; 0 is before training, the highest the end.
-
-    `from_random` says that step 0 is a random initialisation, whose subspaces mean nothing. Of a chain of
-    trainings the steps number its stages, and `stages` has their names in order.
-    """
-
-    name: str
-    steps: Mapping[int, Path]
-    from_random: bool = False
-    stages: tuple[str, ...] = ()
-
-    @property
-    def last(self) -> int:
-        """The step of the end."""
-        return max(self.steps)
-
-
-@dataclass(frozen=True)
-class Base:
-    """What a model choice provides: the checkpoint to start from, and its past where that is known.
-
-    Of a chain, `pairs` has every stage but the first, in order, as what comes of the one before it.
-    """
-
-    directory: Path
-    identity: str  # equal for equal weights: part of the signature of all that is made from them
-    trajectory: Trajectory | None = None
-    pairs: tuple["Base", ...] = ()
+    from weightgeom.models.language_model import LanguageModel
+    from weightgeom.models.residual import Architecture
+    from weightgeom.training.config import Training
 
 
 @dataclass(frozen=True)

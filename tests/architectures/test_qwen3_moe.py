@@ -8,20 +8,22 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from weightgeom.data.world import World
-from weightgeom.experts import stacked, unstacked
-from weightgeom.figures import COLOURS
-from weightgeom.interfaces import Params, Setting
+from weightgeom.estimators.moments import activation_moments
+from weightgeom.figures.base import COLOURS
+from weightgeom.interfaces import Setting
 from weightgeom.interventions.rank1 import Rank1
-from weightgeom.model import LanguageModel, load
-from weightgeom.moments import activation_moments
+from weightgeom.models.experts import stacked, unstacked
+from weightgeom.models.language_model import LanguageModel
+from weightgeom.models.loading import load
+from weightgeom.models.residual import ResidualMatrix, chosen
 from weightgeom.objectives.ce import CE
+from weightgeom.params import Params
 from weightgeom.probes.moments import Moments
 from weightgeom.probes.overlap import Overlap
 from weightgeom.probes.rsf import RSF
 from weightgeom.probes.spectrum import Spectrum
-from weightgeom.residual import ResidualMatrix, chosen
-from weightgeom.tokens import Batch, packed
-from weightgeom.training import Training
+from weightgeom.text.tokens import Batch, packed
+from weightgeom.training.config import Training
 
 WORLD = World(entities=20, heldout_entities=4, values=5, documents=40, pairs=24, heldout=6)
 EXAMPLES = WORLD.examples()
@@ -115,28 +117,32 @@ def test_what_the_experts_read_is_the_input_of_their_block(model, params, batch)
     assert_close(moment.value, a.T @ a / len(a), rtol=1e-4, atol=1e-6)
 
 
+def places(rows):
+    """Kinds of matrix and experts."""
+    return {(row["matrix"], row.get("expert")) for row in rows}
+
+
 def test_an_update_of_one_expert_is_the_update_of_that_expert_alone(model, params):
     name = found(model, "L0.up.1").parameter
     after = {**params, name: params[name] + 0.1}
     setting = Setting(model, params, after, False, EXAMPLES, 0)
     rows = RSF(resamples=0, tokens=256).measurement(setting)(after)
-    moved = {row["matrix"] for row in rows if row["quantity"] == "delta_norm" and row["value"] > 0}
-    assert moved == {"up.1"}
-    assert {row["matrix"] for row in rows if row["quantity"] == "ratio"} == {"up.1"}
+    moved = places(row for row in rows if row["quantity"] == "delta_norm" and row["value"] > 0)
+    assert moved == places(row for row in rows if row["quantity"] == "ratio") == {("up", 1)}
 
 
 def test_the_other_probes_leave_out_what_needs_gradients_and_say_so(model, params, caplog):
     after = {name: params[name] + 0.01 * torch.randn_like(params[name]) for name in params}
     setting = Setting(model, params, after, False, EXAMPLES, 0)
     under = replace(setting, objective=CE(), training=Training(max_length=32))
-    every = {matrix.label for matrix in model.architecture.matrices}
+    every = {(matrix.kind, matrix.expert) for matrix in model.architecture.matrices}
     for probe in (Spectrum(), Overlap(), Moments(prompts=8, tokens=128)):
         probe.check(model.architecture)
         rows = probe.measurement(under)(after)
-        assert {row["matrix"] for row in rows if row.get("matrix")} <= every
+        assert places(row for row in rows if row.get("matrix")) <= every
     rows = RSF(resamples=0, tokens=256, prompts=8).measurement(under)(after)
-    with_level = {row["matrix"] for row in rows if row["quantity"] == "matched_ratio"}
-    assert every - with_level == {"o", "down", "down.0", "down.1", "down.2"}
+    with_level = places(row for row in rows if row["quantity"] == "matched_ratio")
+    assert every - with_level == {("o", None), ("down", None), ("down", 0), ("down", 1), ("down", 2)}
     assert "gradients under an objective are not taken of a mixture of experts" in caplog.text
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import hub
 import pytest
 
-from weightgeom.records import document_of
+from weightgeom.text.records import document_of
 
 PAIRS, TEXT, ODD = "lab/pairs", "lab/text", "lab/odd"
 PROGRAM = """

@@ -9,7 +9,8 @@ from pyarrow import parquet
 from pydantic import ValidationError
 
 from weightgeom.data.preferences import Preferences
-from weightgeom.interfaces import Data, Pair
+from weightgeom.interfaces import Data
+from weightgeom.text.examples import Pair
 
 
 def user(content):

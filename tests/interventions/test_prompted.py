@@ -5,13 +5,14 @@ import torch
 from networks import language_model
 from torch.testing import assert_close
 
+from weightgeom.causal.effects import STATE_UNITS
 from weightgeom.data.world import World
-from weightgeom.effects import STATE_UNITS
-from weightgeom.interfaces import Question, Setting
+from weightgeom.estimators.hidden_states import Tail
+from weightgeom.interfaces import Setting
 from weightgeom.interventions import bypass, repair, steer
-from weightgeom.shifts import Ground, Prompted, Shift, grounds_and_evaluation
-from weightgeom.states import Tail
-from weightgeom.tokens import prompts
+from weightgeom.text.examples import Question
+from weightgeom.text.tokens import prompts
+from weightgeom.uncertainty.state_edits import Ground, Prompted, Shift, grounds_and_evaluation
 
 WORLD = World(
     groups=("known", "heldout", "impossible"),
@@ -117,7 +118,7 @@ def test_the_edits_are_what_they_say(generator):
     factual = torch.randn(30, 8, generator=generator) * torch.tensor([5.0, 5, 5, 5, 0.01, 0.01, 0.01, 0.01])
     uncertain, edited = factual + 3 * torch.eye(8)[0], torch.randn(6, 8, generator=generator)
     ground = Ground(1, factual, uncertain, edited)
-    steered = steer.shift(ground, 0.5, None)
+    steered = steer.Steer().shift(ground, 0.5, None)
     assert_close(steered.states, 0.5 * ground.norm * torch.eye(8)[0].expand(6, -1), rtol=1e-5, atol=1e-5)
     assert_close(steered.norm, 0.5 * ground.norm, rtol=1e-5, atol=0)
     # Four axes hold all but a millionth of the variance: the others are drawn to the mean.
@@ -130,7 +131,7 @@ def test_the_edits_are_what_they_say(generator):
         uncertain,
         torch.stack([uncertain.mean(0) + 50 * torch.eye(8)[0], factual.mean(0) - 50 * torch.eye(8)[0]]),
     )
-    assert_close(bypass.shift(ends, 7.0, None).logits, torch.tensor([7.0, 0.0]), rtol=0, atol=1e-3)
+    assert_close(bypass.Bypass().shift(ends, 7.0, None).logits, torch.tensor([7.0, 0.0]), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(

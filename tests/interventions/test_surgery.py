@@ -4,14 +4,14 @@ from moving import matrix, moved
 from networks import CONFIGS, language_model
 from torch.testing import assert_close
 
-from weightgeom.edits import Surgery, Transplant, residual_side
-from weightgeom.effects import Effects, Evaluation
-from weightgeom.frames import Inputs, input_frames, place_of, prediction_frame
-from weightgeom.groups import group_of, kinds_of, reads_and_writes
-from weightgeom.groups import moved as moving_groups
+from weightgeom.causal.edits import Surgery, Transplant, residual_side
+from weightgeom.causal.effects import Effects, Evaluation
+from weightgeom.causal.matrix_groups import group_of, kinds_of, reads_and_writes
+from weightgeom.causal.matrix_groups import moved as moving_groups
+from weightgeom.estimators.reference_subspaces import Inputs, input_frames, place_of, prediction_frame
+from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Setting
 from weightgeom.interventions.surgery import DeltaSurgery, filled, haar_basis
-from weightgeom.subspace import Subspace
 from weightgeom.table import tabulate
 
 SMALL = Effects(tokens=64, length=32, pairs=2, questions=2)

@@ -3,7 +3,7 @@ from dataclasses import replace
 from transformers import GPT2Config, LlamaConfig
 
 from weightgeom.models.decoder import LLAMA, Names, decoder, head_size, kv_heads
-from weightgeom.residual import Norm, ResidualMatrix, Rows, Site
+from weightgeom.models.residual import Norm, ResidualMatrix, Rows, Site
 
 CONFIG = LlamaConfig(hidden_size=8, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1)
 

@@ -3,9 +3,9 @@
 import pytest
 import small
 
-from weightgeom.interfaces import Examples
-from weightgeom.model import LanguageModel
-from weightgeom.residual import architecture_of
+from weightgeom.models.language_model import LanguageModel
+from weightgeom.models.residual import architecture_of
+from weightgeom.text.examples import Examples
 
 
 @pytest.fixture(scope="module")

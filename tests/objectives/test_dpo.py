@@ -5,32 +5,12 @@ import re
 from dataclasses import replace
 
 import pytest
-import small
 import torch
+from small import TRAINING, curves
 from trl import DPOTrainer
 
 from weightgeom.objectives.dpo import DPO, LOSS_TYPES
-from weightgeom.tokens import responses
-from weightgeom.training import Training, fit
-
-TRAINING = Training(steps=2, batch_size=8, learning_rate=1e-3, max_length=48, log_every=1)
-
-
-def curves(objective, model, examples, directory, training=TRAINING):
-    curves = small.Curves()
-    fit(
-        objective,
-        small.network(model.tokenizer),
-        model.tokenizer,
-        examples,
-        training,
-        directory,
-        name="dpo",
-        seed=0,
-        device="cpu",
-        log_metrics=curves,
-    )
-    return curves.by_step
+from weightgeom.text.tokens import responses
 
 
 def test_the_first_loss_is_ln_2_and_the_second_is_lower(tmp_path, model, examples):

@@ -7,21 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import small
 import torch
 from safetensors.torch import load_file
+from small import TRAINING, curves, trainer_for
 from torch.testing import assert_close
 
-from weightgeom.gradients import Gathering, gradient_moments, sampled
+from weightgeom.estimators.gradients import Gathering, gradient_moments, sampled
 from weightgeom.objectives.ce import CE
 from weightgeom.objectives.dpo import DPO
 from weightgeom.objectives.graded_contrastive import GradedContrastive
-from weightgeom.training import Training, fit, outdated_name_allowed
+from weightgeom.training.fit import outdated_name_allowed
 
-TRAINING = Training(steps=2, batch_size=8, learning_rate=1e-3, max_length=48, log_every=1)
 TOKEN = {
     "all": {},
     "uniform": {"negatives": 10, "source": "uniform"},
@@ -43,11 +42,6 @@ def token(**choices) -> GradedContrastive:
 ALL = {f"token {name}": token(**choices) for name, choices in TOKEN.items()} | {
     f"sequence {name}": GradedContrastive(**choices) for name, choices in SEQUENCE.items()
 }
-
-
-def trainer_for(objective, model, examples, directory, training=TRAINING) -> Any:
-    given = training.arguments(directory, 0, "cpu")
-    return objective.trainer(small.network(model.tokenizer), model.tokenizer, examples, given)
 
 
 def moved(trainer):
@@ -223,23 +217,6 @@ def test_the_unigram_frequencies_are_those_of_the_responses_plus_one(model, exam
 def test_an_epochs_last_batch_may_have_fewer_candidates(model, examples, tmp_path):
     trainer = trainer_for(GradedContrastive(negatives=4), model, examples, tmp_path)
     assert [batch(trainer, range(size))["grades"].shape for size in (1, 2, 8)] == [(1, 2), (2, 3), (8, 5)]
-
-
-def curves(objective, model, examples, directory, training=TRAINING, curves=None):
-    curves = curves or small.Curves()
-    fit(
-        objective,
-        small.network(model.tokenizer),
-        model.tokenizer,
-        examples,
-        training,
-        directory,
-        name="graded",
-        seed=0,
-        device="cpu",
-        log_metrics=curves,
-    )
-    return curves.by_step
 
 
 @pytest.mark.parametrize("objective", ALL.values(), ids=ALL)

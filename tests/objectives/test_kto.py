@@ -3,38 +3,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import small
 import torch
+from small import TRAINING, curves, trainer_for
 from torch.testing import assert_close
 
-from weightgeom.gradients import Gathering, gradient_moments, sampled
+from weightgeom.estimators.gradients import Gathering, gradient_moments, sampled
 from weightgeom.objectives.kto import KTO
-from weightgeom.tokens import Batch
-from weightgeom.training import Training, fit, outdated_name_allowed
-
-TRAINING = Training(steps=2, batch_size=8, learning_rate=1e-3, max_length=48, log_every=1)
-
-
-def curves(objective, model, examples, directory, training=TRAINING):
-    curves = small.Curves()
-    fit(
-        objective,
-        small.network(model.tokenizer),
-        model.tokenizer,
-        examples,
-        training,
-        directory,
-        name="kto",
-        seed=0,
-        device="cpu",
-        log_metrics=curves,
-    )
-    return curves.by_step
-
-
-def trainer_for(objective, model, examples, directory, training=TRAINING, seed=0) -> Any:
-    network = small.network(model.tokenizer)
-    return objective.trainer(network, model.tokenizer, examples, training.arguments(directory, seed, "cpu"))
+from weightgeom.text.tokens import Batch
+from weightgeom.training.fit import outdated_name_allowed
 
 
 def moved(trainer, scale) -> Any:

@@ -1,7 +1,7 @@
 import pytest
 
 from weightgeom.interfaces import Setting
-from weightgeom.training import Training
+from weightgeom.training.config import Training
 
 
 @pytest.fixture

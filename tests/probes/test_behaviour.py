@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from weightgeom.interfaces import Pair, Setting
+from weightgeom.interfaces import Setting
 from weightgeom.probes.behaviour import Behaviour
-from weightgeom.tokens import packed, tokenize
+from weightgeom.text.examples import Pair
+from weightgeom.text.tokens import packed, tokenize
 
 
 def setting(model, examples, start, end=None, from_random=False):

@@ -8,17 +8,18 @@ from networks import language_model
 from scipy import stats
 from torch.testing import assert_close
 
-from weightgeom.bootstrap import bootstrap_interval, bootstrap_times
-from weightgeom.frames import Inputs, input_frames, place_of, prediction_frame
-from weightgeom.gradients import Gathering, gradient_moments, sampled
+from weightgeom.estimators.gradients import Gathering, gradient_moments, sampled
+from weightgeom.estimators.reference_subspaces import Inputs, input_frames, place_of, prediction_frame
+from weightgeom.geometry.bootstrap import bootstrap_interval, bootstrap_times
+from weightgeom.geometry.nulls import matched_null, moment_root
 from weightgeom.interfaces import Setting
 from weightgeom.objectives.ce import CE
 from weightgeom.objectives.dpo import DPO
 from weightgeom.probes.moments import Moments
 from weightgeom.probes.rsf import RSF
-from weightgeom.stats import matched_null, moment_root
 from weightgeom.table import tabulate
-from weightgeom.training import Training, outdated_name_allowed
+from weightgeom.training.config import Training
+from weightgeom.training.fit import outdated_name_allowed
 
 D, K, SEED = 32, 4, 3
 TRAINING = Training(max_length=48)

@@ -9,17 +9,16 @@ from scipy.linalg import subspace_angles
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from runners.summary import own
-from weightgeom.frames import Inputs, input_frames, prediction_frame
-from weightgeom.gradients import Gathering, gradient_moments
+from weightgeom.estimators.gradients import Gathering, gradient_moments
+from weightgeom.estimators.reference_subspaces import Inputs, input_frames, prediction_frame
+from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Setting
-from weightgeom.model import LanguageModel
+from weightgeom.models.language_model import LanguageModel
+from weightgeom.models.residual import architecture_of
 from weightgeom.objectives.dpo import DPO
 from weightgeom.probes.overlap import Checkpoints, Overlap, null_ratio_sd
-from weightgeom.residual import architecture_of
-from weightgeom.subspace import Subspace
-from weightgeom.table import tabulate
-from weightgeom.training import Training
+from weightgeom.table import own, tabulate
+from weightgeom.training.config import Training
 
 D, K = 32, 4  # d_model and the default k, d/8
 COMMON = {"overlap", "overlap_ratio", "null_ratio_mean", "null_ratio_sd", "mean_angle", "largest_angle"}

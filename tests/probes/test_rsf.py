@@ -7,11 +7,11 @@ from moving import matrix, moved
 from torch.testing import assert_close
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
+from weightgeom.geometry.nulls import isotropic_null, rotation_null, spectrum_shares
 from weightgeom.interfaces import Setting
-from weightgeom.model import LanguageModel
+from weightgeom.models.language_model import LanguageModel
+from weightgeom.models.residual import architecture_of
 from weightgeom.probes.rsf import RSF
-from weightgeom.residual import architecture_of
-from weightgeom.stats import isotropic_null, rotation_null, spectrum_shares
 from weightgeom.table import tabulate
 
 D, K = 32, 4  # d_model and the default k, d/8

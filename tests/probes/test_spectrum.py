@@ -7,14 +7,13 @@ import torch
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
-from runners.summary import own
-from weightgeom.gradients import Gathering, gradient_moments
-from weightgeom.model import LanguageModel
+from weightgeom.estimators.gradients import Gathering, gradient_moments
+from weightgeom.models.language_model import LanguageModel
+from weightgeom.models.residual import architecture_of
 from weightgeom.objectives.dpo import DPO
 from weightgeom.probes.spectrum import Spectrum, marchenko_pastur_median, spikes
-from weightgeom.residual import architecture_of
-from weightgeom.table import tabulate
-from weightgeom.training import Training
+from weightgeom.table import own, tabulate
+from weightgeom.training.config import Training
 
 D = 32  # d_model
 KINDS = ("participation_ratio", "effective_rank", "top_share", "spikes", "eigenvalue")

@@ -6,11 +6,12 @@ import torch
 from networks import language_model
 from torch.testing import assert_close
 
-from weightgeom import intrinsic
 from weightgeom.data.world import World
-from weightgeom.interfaces import Question, Setting
+from weightgeom.estimators.hidden_states import Tail, last_states
+from weightgeom.interfaces import Setting
 from weightgeom.probes.uncertainty import Uncertainty
-from weightgeom.states import Tail, last_states
+from weightgeom.text.examples import Question
+from weightgeom.uncertainty import intrinsic_dimension as intrinsic
 
 WORLD = World(
     groups=("known", "heldout", "impossible"),
@@ -60,7 +61,7 @@ def places(rows):
 def test_it_measures_every_layer_of_every_architecture(name):
     rows = measured(PROBE, setting(name))
     assert {one["layer"] for one in rows} == {0, 1}
-    assert {one["arm"].partition("@")[0].partition("/")[0] for one in rows} == set(GROUPED.groups)
+    assert {one["treatment"] for one in rows} == set(GROUPED.groups)
     assert len(places(rows)) == len(rows)  # no number twice
     values = places(rows)
     for layer in (0, 1):

@@ -13,8 +13,8 @@ from app import ROOT, environment, run
 from cluster import Cluster, base
 from sweeps import TINY, Place, directory, events, rows, states, steps, until
 
-from runners.jobs import Job
-from runners.slurm import SlurmOptions, submit
+from runners.launcher.jobs import Job
+from runners.launcher.slurm import SlurmOptions, submit
 
 SLURM = "hydra/launcher=slurm"
 TWO = "hydra.launcher.array_parallelism=2"
@@ -75,7 +75,7 @@ def processor_seconds() -> float:
 def slowness() -> float:
     """How much more processor time than on an idle machine, 1.4 s, the imports of a start take."""
     start = processor_seconds()
-    code = "import runners.experiment, submitit"
+    code = "import runners.pipeline.experiment, submitit"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment({"PYTHONPATH": str(ROOT)}))
     return max(1.0, (processor_seconds() - start) / 1.4)
 

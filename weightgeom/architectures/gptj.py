@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from weightgeom.models.decoder import Names, decoder
-from weightgeom.residual import Architecture
+from weightgeom.models.residual import Architecture
 
 if TYPE_CHECKING:
     from transformers import GPTJConfig

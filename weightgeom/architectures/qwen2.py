@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from weightgeom.gated import gated_decoder
-from weightgeom.residual import Architecture
+from weightgeom.models.gated_decoder import gated_decoder
+from weightgeom.models.residual import Architecture
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config

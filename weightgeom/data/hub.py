@@ -8,11 +8,10 @@ from typing import Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from weightgeom.conversation import plain
-from weightgeom.interfaces import Examples, Pair
-from weightgeom.model import first_line
-from weightgeom.reading import fingerprint, split
-from weightgeom.records import document_of, pair_of, text_of, usable
+from weightgeom.text.conversation import plain
+from weightgeom.text.examples import Examples, Pair
+from weightgeom.text.files import fingerprint, first_line, split
+from weightgeom.text.records import document_of, pair_of, text_of, usable
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class HubData:
 
     def _read(self, split: str, revision: str | None) -> list[dict[str, Any]]:
         """The first records of a split that are not empty text."""
-        from datasets import load_dataset  # noqa: PLC0415 (heavy)
+        from datasets import load_dataset
 
         try:
             data = load_dataset(

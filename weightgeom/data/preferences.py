@@ -5,11 +5,11 @@ from pathlib import Path
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from weightgeom.conversation import plain
-from weightgeom.interfaces import Examples, Pair
-from weightgeom.prompts import ABSTENTIONS, contents, read_groups
-from weightgeom.reading import fingerprint, paths, place, read_records, split
-from weightgeom.records import pair_of, text_of, usable
+from weightgeom.text.conversation import plain
+from weightgeom.text.examples import Examples, Pair
+from weightgeom.text.files import fingerprint, paths, place, read_records, split
+from weightgeom.text.prompt_groups import ABSTENTIONS, contents, read_groups
+from weightgeom.text.records import pair_of, text_of, usable
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Preferences:
 
     Without a field `prompt`, it is what the responses share at the start, as TRL takes it. Without
     `heldout`, every `heldout_every`-th prompt is held out with its pairs; with it, training leaves
-    out the pairs whose text occurs there. `groups` are prompts, as `weightgeom.prompts` reads them.
+    out the pairs whose text occurs there. `groups` are prompts, as `weightgeom.text.prompt_groups` reads
+    them.
     """
 
     train: str | list[str]

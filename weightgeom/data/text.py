@@ -7,9 +7,9 @@ from pathlib import Path
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from weightgeom.interfaces import Examples
-from weightgeom.prompts import ABSTENTIONS, contents, read_groups
-from weightgeom.reading import fingerprint, paths, read_documents, split
+from weightgeom.text.examples import Examples
+from weightgeom.text.files import fingerprint, paths, read_documents, split
+from weightgeom.text.prompt_groups import ABSTENTIONS, contents, read_groups
 
 log = logging.getLogger(__name__)
 WORDS = 200  # of a block, where documents are cut
@@ -21,7 +21,8 @@ class TextFiles:
 
     Without `heldout`, every `heldout_every`-th document is held out, equal ones together; where
     there are fewer, documents are first cut into blocks of 200 words. With `heldout`, training
-    leaves out the documents that also occur there. `groups` are prompts, as `weightgeom.prompts` reads them.
+    leaves out the documents that also occur there. `groups` are prompts, as
+    `weightgeom.text.prompt_groups` reads them.
     """
 
     train: str | list[str]

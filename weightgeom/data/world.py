@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from weightgeom.interfaces import Examples, Pair, Question
-from weightgeom.reading import fingerprint
+from weightgeom.text.examples import Examples, Pair, Question
+from weightgeom.text.files import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -163,8 +163,8 @@ class World:
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """The world's word-level tokenizer: one token a word, held-out entities included."""
-        from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415 (heavy)
-        from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 (heavy)
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
 
         words = dict.fromkeys([*SPECIAL.values(), *self.words()])
         vocabulary = {word: index for index, word in enumerate(words)}

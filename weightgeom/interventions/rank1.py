@@ -11,17 +11,19 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.directions import Control, Directions, check_direction, haar, signed, unit
-from weightgeom.edits import RankOne, change_norm
-from weightgeom.effects import Effects, Evaluation
-from weightgeom.frames import Place, check_dimensions, dimensions, place_of
-from weightgeom.interfaces import Log, Params, Row, Setting
-from weightgeom.moments import Moment, activation_moments
-from weightgeom.residual import Architecture, Kind, ResidualMatrix, Site, chosen
-from weightgeom.subspace import Subspace, prediction_moment
-from weightgeom.tokens import packed
-from weightgeom.trials import Arm, Trial, check_controls, measured, with_q_values
-from weightgeom.weights import difference
+from weightgeom.causal.directions import Control, Directions, check_direction, haar, signed, unit
+from weightgeom.causal.edits import RankOne, change_norm
+from weightgeom.causal.effects import Effects, Evaluation
+from weightgeom.causal.trials import Arm, Trial, check_controls, measured, with_q_values
+from weightgeom.estimators.moments import Moment, activation_moments
+from weightgeom.estimators.reference_subspaces import Place, check_dimensions, dimensions, place_of
+from weightgeom.geometry.subspace import Subspace, prediction_moment
+from weightgeom.interfaces import Log, Setting
+from weightgeom.models.residual import Architecture, Kind, ResidualMatrix, Site, chosen
+from weightgeom.models.weights import difference
+from weightgeom.params import Params
+from weightgeom.table import Row
+from weightgeom.text.tokens import packed
 
 OWN_INPUTS: dict[Kind, Literal["attention_output", "mlp_hidden"]] = {
     "o": "attention_output",
@@ -40,7 +42,8 @@ class Rank1:
     control shares with the treatment: `frobenius` ‖dW‖_F, and so α; `output` E‖dW a‖² = α² vᵀ C v on
     held-out text. Where a norm follows the matrix, the direction is that of what reaches the stream.
 
-    Quantities: those of `weightgeom.trials.measured`. Source: arXiv:2605.16600; the choice of the shared
+    Quantities: those of `weightgeom.causal.trials.measured`. Source: arXiv:2605.16600; the choice of the
+    shared
     side, of the controls and of their numbers is ours.
     """
 

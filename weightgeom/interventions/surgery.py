@@ -14,9 +14,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.edits import Space, Surgery, Transplant, change_norm, residual_side
-from weightgeom.effects import Effects, Evaluation
-from weightgeom.frames import (
+from weightgeom.causal.edits import Space, Surgery, Transplant, change_norm, residual_side
+from weightgeom.causal.effects import Effects, Evaluation
+from weightgeom.causal.matrix_groups import Group, group_of, grouped, kinds_of, moved, reads_and_writes
+from weightgeom.causal.trials import Arm, Trial, check_controls, measured, with_q_values
+from weightgeom.estimators.reference_subspaces import (
     Inputs,
     Place,
     check_dimensions,
@@ -25,10 +27,10 @@ from weightgeom.frames import (
     place_of,
     prediction_frame,
 )
-from weightgeom.groups import Group, group_of, grouped, kinds_of, moved, reads_and_writes
-from weightgeom.interfaces import Log, Params, Row, Setting
-from weightgeom.residual import Architecture, Kind, ResidualMatrix
-from weightgeom.trials import Arm, Trial, check_controls, measured, with_q_values
+from weightgeom.interfaces import Log, Setting
+from weightgeom.models.residual import Architecture, Kind, ResidualMatrix
+from weightgeom.params import Params
+from weightgeom.table import Row
 
 Operation = Literal["remove", "keep", "scale"]
 Control = Literal["random_k", "random_energy", "rotated"]
@@ -53,7 +55,8 @@ class DeltaSurgery:
     is the whole effect, which the others are shares of. The control `rotated` has the same dW, the residual
     stream's side of it turned by a Haar-random orthogonal matrix, one for each subspace above.
 
-    Quantities: those of `weightgeom.trials.measured`. The column `matrix` is empty for all matrices of a
+    Quantities: those of `weightgeom.causal.trials.measured`. The column `matrix` is empty for all matrices
+    of a
     role and `q+k` for two kinds. Source: ours, on the subspaces of arXiv:2605.16600.
     """
 

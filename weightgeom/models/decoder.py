@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightgeom.residual import Architecture, Kind, Norm, ResidualMatrix, Rows, input_sites
+from weightgeom.models.residual import Architecture, Kind, Norm, ResidualMatrix, Rows, input_sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from weightgeom.residual import Architecture, architecture_of
+from weightgeom.models.residual import Architecture, architecture_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

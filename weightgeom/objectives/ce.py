@@ -7,8 +7,9 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.interfaces import Examples, Scored
-from weightgeom.trainers import Part, part, supervised
+from weightgeom.interfaces import Scored
+from weightgeom.text.examples import Examples
+from weightgeom.training.trainers import Part, check_part, own_loss, part, supervised, with_sharpness
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -31,9 +32,7 @@ class CE:
 
     def check(self, examples: Examples) -> None:
         """Raise ValueError if the data have no such examples."""
-        if not (examples.pairs if self.examples(examples) == "chosen" else examples.text):
-            needed = "preference pairs" if self.on == "chosen" else "text"
-            raise ValueError(f"objective=ce on {self.on} needs {needed}, and {examples.name} has none")
+        check_part("ce", self.on, examples)
 
     def examples(self, examples: Examples) -> Part:
         """Which part of the data it is trained on."""
@@ -47,13 +46,10 @@ class CE:
         arguments: Mapping[str, Any],
     ) -> "Trainer":
         """An `SFTTrainer` on the examples; says in the log what was packed or cut."""
-        from trl import SFTTrainer  # noqa: PLC0415 (heavy)
-
-        from weightgeom.sharpness import Sharpness  # noqa: PLC0415 (heavy)
+        from trl import SFTTrainer
 
         trainer = supervised(SFTTrainer, self.examples(examples), network, tokenizer, examples, arguments)
-        trainer.add_callback(Sharpness(trainer, self.scored))
-        return trainer
+        return with_sharpness(trainer, self.scored)
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
         """The tokens with a label, each a term; every sequence is a prompt of its own."""
@@ -63,7 +59,4 @@ class CE:
 
     def total_loss(self, trainer: "Trainer", inputs: dict[str, Any]) -> Tensor:
         """-log p summed over the tokens of a batch, in nats."""
-        assert trainer.model is not None
-        loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(1))
-        assert isinstance(loss, Tensor)
-        return loss
+        return own_loss(trainer, inputs, num_items_in_batch=torch.tensor(1))

@@ -11,9 +11,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.interfaces import Examples, Scored
-from weightgeom.trainers import preference
-from weightgeom.training import Training
+from weightgeom.interfaces import Scored
+from weightgeom.text.examples import Examples
+from weightgeom.training.config import Training
+from weightgeom.training.trainers import check_pairs, own_loss, preference, with_sharpness
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -71,14 +72,9 @@ class DPO:
 
     def check(self, examples: Examples) -> None:
         """Raise ValueError if the data have no pairs, or an option is not TRL's."""
-        if not examples.pairs:
-            raise ValueError(
-                f"objective=dpo needs preference pairs, and {examples.name} has none:"
-                " use data=preferences or data=world"
-            )
-
+        check_pairs("dpo", examples)
         if self.options:
-            from trl import DPOConfig  # noqa: PLC0415 (heavy)
+            from trl import DPOConfig
 
             known = {field.name for field in fields(DPOConfig)}
             own = {
@@ -105,9 +101,7 @@ class DPO:
         arguments: Mapping[str, Any],
     ) -> "Trainer":
         """A `DPOTrainer` whose reference is a copy of `network` as it is; says in the log what was cut."""
-        from trl import DPOTrainer  # noqa: PLC0415 (heavy)
-
-        from weightgeom.sharpness import Sharpness  # noqa: PLC0415 (heavy)
+        from trl import DPOTrainer
 
         own = {
             "beta": self.beta,
@@ -116,8 +110,7 @@ class DPO:
             "label_smoothing": self.label_smoothing,
         }
         trainer = preference(DPOTrainer, network, tokenizer, examples, {**arguments, **own, **self.options})
-        trainer.add_callback(Sharpness(trainer, self.scored))
-        return trainer
+        return with_sharpness(trainer, self.scored)
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
         """The tokens of the responses; a pair is one term, its chosen response in the first half."""
@@ -126,7 +119,4 @@ class DPO:
 
     def total_loss(self, trainer: "Trainer", inputs: dict[str, Any]) -> Tensor:
         """The loss summed over the pairs of a batch, in nats."""
-        assert trainer.model is not None
-        loss = trainer.compute_loss(trainer.model, inputs)
-        assert isinstance(loss, Tensor)
-        return loss * (len(inputs["completion_mask"]) // 2)
+        return own_loss(trainer, inputs) * (len(inputs["completion_mask"]) // 2)

@@ -10,9 +10,10 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.graded import TokenContrast
-from weightgeom.interfaces import Examples, Scored
-from weightgeom.trainers import part, preference, supervised
+from weightgeom.interfaces import Scored
+from weightgeom.text.examples import Examples
+from weightgeom.training.graded_loss import TokenContrast
+from weightgeom.training.trainers import check_pairs, check_part, own_loss, part, preference, supervised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -94,18 +95,9 @@ class GradedContrastive:
     def check(self, examples: Examples) -> None:
         """Raise ValueError if the data have no such examples, or fewer candidates."""
         if self.level == "token":
-            on = part(self.on, examples)
-            if not (examples.pairs if on == "chosen" else examples.text):
-                needed = "preference pairs" if on == "chosen" else "text"
-                raise ValueError(
-                    f"objective=graded_contrastive on {on} needs {needed}, and {examples.name} has none"
-                )
+            check_part("graded_contrastive", self.on, examples)
             return
-        if not examples.pairs:
-            raise ValueError(
-                f"objective=graded_contrastive with level=sequence needs preference pairs, and"
-                f" {examples.name} has none: use data=preferences or data=world, or level=token"
-            )
+        check_pairs("graded_contrastive with level=sequence", examples, ", or level=token")
         empty = sum(not pair.rejected for pair in examples.pairs)
         if empty:
             raise ValueError(
@@ -128,7 +120,7 @@ class GradedContrastive:
         """A trainer of TRL with this loss; says in the log what was packed or cut."""
         if self.level == "token":
             return self._token_trainer(network, tokenizer, examples, arguments)
-        from weightgeom.graded_trainers import Candidates, SequenceTrainer  # noqa: PLC0415 (heavy)
+        from weightgeom.training.graded_trainers import Candidates, SequenceTrainer
 
         negatives, size = self.candidates - 1, arguments["per_device_train_batch_size"]
         if negatives > size:
@@ -151,7 +143,7 @@ class GradedContrastive:
         examples: Examples,
         arguments: Mapping[str, Any],
     ) -> "Trainer":
-        from weightgeom.graded_trainers import TokenTrainer  # noqa: PLC0415 (heavy)
+        from weightgeom.training.graded_trainers import TokenTrainer
 
         head = network.get_output_embeddings()
         assert head is not None
@@ -184,10 +176,6 @@ class GradedContrastive:
 
     def total_loss(self, trainer: "Trainer", inputs: dict[str, Any]) -> Tensor:
         """The loss summed over the tokens, or over the prompts, of a batch, in nats."""
-        assert trainer.model is not None
         if self.level == "token":
-            loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(1))
-        else:
-            loss = trainer.compute_loss(trainer.model, inputs) * len(inputs["grades"])
-        assert isinstance(loss, Tensor)
-        return loss
+            return own_loss(trainer, inputs, num_items_in_batch=torch.tensor(1))
+        return own_loss(trainer, inputs) * len(inputs["grades"])

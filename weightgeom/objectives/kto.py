@@ -7,8 +7,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.interfaces import Examples, Scored
-from weightgeom.trainers import unpaired
+from weightgeom.interfaces import Scored
+from weightgeom.text.examples import Examples
+from weightgeom.training.trainers import check_pairs, own_loss, unpaired, with_sharpness
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -35,11 +36,7 @@ class KTO:
 
     def check(self, examples: Examples) -> None:
         """Raise ValueError if the data have no pairs."""
-        if not examples.pairs:
-            raise ValueError(
-                f"objective=kto needs preference pairs, and {examples.name} has none:"
-                " use data=preferences or data=world"
-            )
+        check_pairs("kto", examples)
 
     def trainer(
         self,
@@ -49,9 +46,7 @@ class KTO:
         arguments: Mapping[str, Any],
     ) -> "Trainer":
         """A `KTOTrainer` whose reference is a copy of `network` as it is; says in the log what was cut."""
-        from trl import KTOTrainer  # noqa: PLC0415 (heavy)
-
-        from weightgeom.sharpness import Sharpness  # noqa: PLC0415 (heavy)
+        from trl import KTOTrainer
 
         own = {
             "beta": self.beta,
@@ -59,8 +54,7 @@ class KTO:
             "undesirable_weight": self.undesirable_weight,
         }
         trainer = unpaired(KTOTrainer, network, tokenizer, examples, {**arguments, **own})
-        trainer.add_callback(Sharpness(trainer, self.scored))
-        return trainer
+        return with_sharpness(trainer, self.scored)
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
         """The tokens of the responses, each a term with a prompt of its own."""
@@ -72,7 +66,4 @@ class KTO:
 
         It adds up over batches where z is 0, as at the start.
         """
-        assert trainer.model is not None
-        loss = trainer.compute_loss(trainer.model, inputs)
-        assert isinstance(loss, Tensor)
-        return loss * len(inputs["label"])
+        return own_loss(trainer, inputs) * len(inputs["label"])

@@ -10,12 +10,13 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.interfaces import Params, Row, Setting
-from weightgeom.model import kl_divergence
-from weightgeom.outline import Shape
-from weightgeom.residual import Architecture
-from weightgeom.table import row
-from weightgeom.tokens import packed, responses
+from weightgeom.bases.outline import Shape
+from weightgeom.geometry.divergences import kl_divergence
+from weightgeom.interfaces import Setting
+from weightgeom.models.residual import Architecture
+from weightgeom.params import Params
+from weightgeom.table import Row, row
+from weightgeom.text.tokens import packed, responses
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.bootstrap import bootstrap_interval
-from weightgeom.frames import (
+from weightgeom.bases.outline import Shape
+from weightgeom.estimators.gradients import Gathering, MeanGradient, Pass, folded, gradient_moments
+from weightgeom.estimators.moments import GIB, Moment
+from weightgeom.estimators.reference_subspaces import (
     Frame,
     Inputs,
     check_dimensions,
@@ -19,14 +21,13 @@ from weightgeom.frames import (
     place_of,
     prediction_frame,
 )
-from weightgeom.gradients import Gathering, MeanGradient, Pass, folded, gradient_moments
-from weightgeom.interfaces import Params, Row, Setting
-from weightgeom.moments import GIB, Moment
-from weightgeom.outline import Shape
-from weightgeom.residual import Architecture, ResidualMatrix
-from weightgeom.subspace import Subspace
-from weightgeom.table import row
-from weightgeom.update import update_of
+from weightgeom.estimators.updates import update_of
+from weightgeom.geometry.bootstrap import bootstrap_interval
+from weightgeom.geometry.subspace import Subspace
+from weightgeom.interfaces import Setting
+from weightgeom.models.residual import Architecture, ResidualMatrix
+from weightgeom.params import Params
+from weightgeom.table import Row, row
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -211,13 +212,7 @@ def _moment(matrix: ResidualMatrix, some: Pass, start: Params) -> Moment:
 
 
 def _at(matrix: ResidualMatrix, k: int) -> dict:
-    return {
-        "layer": matrix.layer,
-        "matrix": matrix.label,
-        "role": matrix.role,
-        "subspace": place_of(matrix)[0],
-        "k": k,
-    }
+    return {**matrix.table_columns, "subspace": place_of(matrix)[0], "k": k}
 
 
 def _correlations(rows: list[Row], k: int) -> Iterator[Row]:
@@ -226,7 +221,8 @@ def _correlations(rows: list[Row], k: int) -> Iterator[Row]:
         by_quantity: dict[str, dict[tuple, float]] = {}
         for one in rows:
             if one["role"] == role and one["k"] == k:
-                by_quantity.setdefault(one["quantity"], {})[one["layer"], one["matrix"]] = one["value"]
+                place = one["layer"], one["matrix"], one["expert"]
+                by_quantity.setdefault(one["quantity"], {})[place] = one["value"]
         measured = by_quantity.get("measured_ratio", {})
         for name in ("predicted", "mean", "forecast"):
             expected = by_quantity.get(f"{name}_ratio", {})

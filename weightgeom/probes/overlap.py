@@ -13,13 +13,20 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.frames import Inputs, check_dimensions, dimensions, input_frames, prediction_frame
-from weightgeom.gradients import Gathering, gradient_moments
-from weightgeom.interfaces import Params, Row, Setting
-from weightgeom.residual import Architecture, ResidualMatrix
-from weightgeom.subspace import Subspace
-from weightgeom.table import row
-from weightgeom.update import update_of, zeros
+from weightgeom.estimators.gradients import Gathering, gradient_moments
+from weightgeom.estimators.reference_subspaces import (
+    Inputs,
+    check_dimensions,
+    dimensions,
+    input_frames,
+    prediction_frame,
+)
+from weightgeom.estimators.updates import update_of, zeros
+from weightgeom.geometry.subspace import Subspace
+from weightgeom.interfaces import Setting
+from weightgeom.models.residual import Architecture, ResidualMatrix
+from weightgeom.params import Params
+from weightgeom.table import Row, row
 
 THINGS = ("attention_input", "mlp_input", "prediction", "upstream", "gradient", "delta", "weight")
 OF_INPUTS = {
@@ -283,7 +290,7 @@ def _matrices(architecture: Architecture, sides: tuple[Side, Side]) -> Iterator[
 def _compared(
     pair: str, matrix: ResidualMatrix | None, bases: list[Float[Tensor, "d _"] | None]
 ) -> Iterator[Row]:
-    from scipy.linalg import subspace_angles  # noqa: PLC0415 (slow to import)
+    from scipy.linalg import subspace_angles
 
     one, other = bases
     if one is None or other is None:
@@ -291,11 +298,7 @@ def _compared(
     d, n = len(one), min(one.shape[1], other.shape[1])
     angles = torch.from_numpy(subspace_angles(one.numpy(), other.numpy())).rad2deg()
     energy = (one.T @ other).square().sum().item()
-    place: dict[str, Any] = (
-        {"matrix": "unembed", "role": "read"}
-        if matrix is None
-        else {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}
-    )
+    place: dict[str, Any] = {"matrix": "unembed", "role": "read"} if matrix is None else matrix.table_columns
     values = {
         "overlap": (min(1.0, energy / n), "1"),
         "overlap_ratio": (energy * d / (one.shape[1] * other.shape[1]), "1"),

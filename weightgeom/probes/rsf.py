@@ -9,8 +9,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.bootstrap import bootstrap_interval
-from weightgeom.frames import (
+from weightgeom.bases.outline import Shape
+from weightgeom.estimators.gradients import Gathering, folded, gradient_moments
+from weightgeom.estimators.moments import GIB, Moment
+from weightgeom.estimators.reference_subspaces import (
     Frame,
     Inputs,
     check_dimensions,
@@ -20,15 +22,13 @@ from weightgeom.frames import (
     prediction_frame,
     random_frame,
 )
-from weightgeom.gradients import Gathering, folded, gradient_moments
-from weightgeom.interfaces import Params, Row, Setting
-from weightgeom.moments import GIB, Moment
-from weightgeom.outline import Shape
-from weightgeom.residual import Architecture, ResidualMatrix
-from weightgeom.rounding import warn_of_rounding
-from weightgeom.stats import isotropic_null, matched_null, rotation_null, spectrum_shares
-from weightgeom.table import row
-from weightgeom.update import Update, head_updates, update_of
+from weightgeom.estimators.updates import Update, head_updates, update_of, warn_of_rounding
+from weightgeom.geometry.bootstrap import bootstrap_interval
+from weightgeom.geometry.nulls import isotropic_null, matched_null, rotation_null, spectrum_shares
+from weightgeom.interfaces import Setting
+from weightgeom.models.residual import Architecture, ResidualMatrix
+from weightgeom.params import Params
+from weightgeom.table import Row, row
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class RSF:
 
     `k` defaults to d/8 (ours). `at` is whose subspaces are taken: the trajectory's `start`, the
     measured `step` itself or the `end`; `auto` is the start, or the step where the start is random.
-    With `per_head` the heads of q, k, v and o have rows of their own, as matrix `q.0`, `q.1`, ...;
+    With `per_head` the heads of q, k, v and o have rows of their own, numbered in the column `head`;
     those of k and v are the key-value groups.
     """
 
@@ -202,14 +202,14 @@ class RSF:
     ) -> Iterator[Row]:
         update = self._update(matrix, params, setting)
         yield from _size(matrix, update)
-        where = {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}
+        where = matrix.table_columns
         spectrum = self._spectrum(update)
         yield from self._compare(update, spectrum, own, moment, setting.seed, where)
         yield from self._compare(update, spectrum, chance, None, setting.seed, where)
         if self.per_head and matrix.kind in ("q", "k", "v", "o"):
             heads = head_updates(matrix, params, setting.start, written=self.fold_post_norm)
             for head, part in enumerate(heads):
-                place = where | {"matrix": f"{matrix.kind}.{head}"}
+                place = where | {"head": head}
                 yield from self._compare(part, self._spectrum(part), own, moment, setting.seed, place)
 
     def _increment(
@@ -217,7 +217,7 @@ class RSF:
     ) -> Iterator[Row]:
         """What changed since the checkpoint before."""
         update = update_of(matrix, params, previous, written=self.fold_post_norm)
-        where = {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}
+        where = matrix.table_columns
         n = update.shape[0] * update.shape[1]
         yield row("increment_norm", update.norm, n=n, **where)
         for one in self._compare(update, self._spectrum(update), own, None, seed, where):
@@ -296,7 +296,7 @@ def _matched(
 
 
 def _size(matrix: ResidualMatrix, update: Update) -> Iterator[Row]:
-    where = {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}
+    where = matrix.table_columns
     entries = update.shape[0] * update.shape[1]
     yield row("delta_norm", update.norm, n=entries, **where)
     yield row("moved_share", update.moved_share, n=entries, **where)
@@ -311,13 +311,13 @@ def _unmoved(matrix: ResidualMatrix, params: Params, start: Params) -> bool:
 
 def _q_values(rows: Iterable[Row]) -> Iterator[Row]:
     """Benjamini and Hochberg's q beside every p: over all layers and matrices at the same kind of place."""
-    from scipy.stats import false_discovery_control  # noqa: PLC0415 (slow to import)
+    from scipy.stats import false_discovery_control
 
     families: dict[tuple, list[Row]] = {}
     for one in rows:
         if one["quantity"] in ("p_value", "matched_p_value"):
-            chance, head = one["subspace"] == "random", "." in one["matrix"]
-            families.setdefault((one["quantity"], one["k"], chance, head), []).append(one)
+            chance, whole = one["subspace"] == "random", one.get("head") is None and one["expert"] is None
+            families.setdefault((one["quantity"], one["k"], chance, whole), []).append(one)
     for (quantity, *_), family in families.items():
         q_values = false_discovery_control([one["value"] for one in family])
         name = quantity.replace("p_value", "q_value")

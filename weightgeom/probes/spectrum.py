@@ -11,13 +11,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.gradients import Gathering, gradient_moments
-from weightgeom.interfaces import Params, Row, Setting
-from weightgeom.moments import activation_moments
-from weightgeom.residual import Architecture, ResidualMatrix
-from weightgeom.table import row
-from weightgeom.tokens import packed
-from weightgeom.update import update_of, zeros
+from weightgeom.estimators.gradients import Gathering, gradient_moments
+from weightgeom.estimators.moments import activation_moments
+from weightgeom.estimators.updates import update_of, zeros
+from weightgeom.interfaces import Setting
+from weightgeom.models.residual import Architecture, ResidualMatrix
+from weightgeom.params import Params
+from weightgeom.table import Row, row
+from weightgeom.text.tokens import packed
 
 Thing = Literal["activation", "upstream", "gradient", "delta", "weight"]
 READER = {"attention_input": "q", "mlp_input": "up"}  # the matrix under which an input's rows are filed
@@ -99,7 +100,7 @@ class Spectrum:
             means = {name: mean.value for name, mean in found.gradients.items()}
             for matrix in model.architecture.matrices:
                 if (moment := found.upstream.get(matrix.name)) is not None:
-                    yield from self._moment("upstream", moment.value, moment.samples, _place(matrix))
+                    yield from self._moment("upstream", moment.value, moment.samples, matrix.table_columns)
                 if matrix.parameter in means:
                     nothing = zeros(matrix, means)
                     yield from self._matrix("gradient", matrix, means, nothing, n=found.prompts)
@@ -109,7 +110,7 @@ class Spectrum:
     ) -> Iterator[Row]:
         update = update_of(matrix, after, before, written=thing != "gradient")
         d_out, d_in = update.shape
-        return self._rows(thing, update.gram, update.shape, n or d_out * d_in, _place(matrix))
+        return self._rows(thing, update.gram, update.shape, n or d_out * d_in, matrix.table_columns)
 
     def _moment(
         self, thing: Thing, moment: Float[Tensor, "d d"], tokens: int, place: dict[str, Any]
@@ -167,8 +168,8 @@ def marchenko_pastur_median(ratio: float) -> float:
     The density √((b - x)(x - a)) / (2π ratio x), with a and b = (1 ∓ √ratio)², is integrated over the angle
     in x = 1 + ratio + 2 √ratio cos φ, in which it has no singularity at its ends.
     """
-    from scipy.integrate import quad  # noqa: PLC0415 (slow to import)
-    from scipy.optimize import brentq  # noqa: PLC0415
+    from scipy.integrate import quad
+    from scipy.optimize import brentq
 
     def x(angle: float) -> float:
         return 1 + ratio + 2 * sqrt(ratio) * cos(angle)
@@ -184,7 +185,3 @@ def _eigenvalues(moment: Float[Tensor, "d d"], most: int) -> Float[Tensor, " ind
     values = torch.linalg.eigvalsh(moment.cpu().double()).flip(0)[:most]
     noise = ROUNDING * torch.finfo(moment.dtype).eps * values[0]
     return torch.where(values > noise, values, 0.0)
-
-
-def _place(matrix: ResidualMatrix) -> dict[str, Any]:
-    return {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}

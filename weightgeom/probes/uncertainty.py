@@ -8,15 +8,25 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from weightgeom.abstention import check_groups, first_tokens
-from weightgeom.contrast import Contrast, equal_groups
-from weightgeom.frames import check_dimensions, dimensions
-from weightgeom.interfaces import Examples, Params, Question, Row, Setting
-from weightgeom.intrinsic import check_neighbours
-from weightgeom.residual import Architecture
-from weightgeom.states import Tail, check_layers, last_states
-from weightgeom.subspace import Subspace, prediction_moment
-from weightgeom.uncertainty import Asked, boundary_rows, group_rows, output_rows, overlap_rows, shape_rows
+from weightgeom.estimators.hidden_states import Tail, check_layers, last_states
+from weightgeom.estimators.reference_subspaces import check_dimensions, dimensions
+from weightgeom.geometry.subspace import Subspace, prediction_moment
+from weightgeom.interfaces import Setting
+from weightgeom.models.residual import Architecture
+from weightgeom.params import Params
+from weightgeom.table import Row, arm_columns
+from weightgeom.text.examples import Examples, Question
+from weightgeom.text.prompt_groups import check_groups, first_tokens
+from weightgeom.uncertainty.contrast import Contrast, equal_groups
+from weightgeom.uncertainty.intrinsic_dimension import check_neighbours
+from weightgeom.uncertainty.rows import (
+    Asked,
+    boundary_rows,
+    group_rows,
+    output_rows,
+    overlap_rows,
+    shape_rows,
+)
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +35,12 @@ log = logging.getLogger(__name__)
 class Uncertainty:
     """The residual stream behind every layer at the last token of the prompts, group against group.
 
-    The column `arm` names a group, or `uncertain/factual` for a comparison, the first group being factual;
-    `@t` behind a group is a threshold. Groups are cut to one size. The boundary direction b is the difference
-    of the means on a training half; what is said of it is taken on the other half. A `_p_value` is by
-    permutation of the groups' labels and a `_random_p_value` against Haar-random directions, both two-sided;
-    `_low` and `_high` are the ends of a 95 % interval, `_permuted` and `_random` the mean under a null.
+    The column `treatment` names a group, and in a comparison `against` names the factual one, the first of
+    the groups; `dose` is a threshold t. In `arm` a comparison reads `uncertain/factual`, or with a threshold
+    `uncertain@t/factual`. Groups are cut to one size. The boundary direction b is the difference of the
+    means on a training half; what is said of it is taken on the other half. A `_p_value` is by permutation
+    of the groups' labels and a `_random_p_value` against Haar-random directions, both two-sided; `_low` and
+    `_high` are the ends of a 95 % interval, `_permuted` and `_random` the mean under a null.
 
     Quantities:
         auroc_projection, auroc_logistic: of the projection on b and of a logistic probe, in [0, 1].
@@ -105,10 +116,10 @@ class Uncertainty:
         for layer in layers:
             place = {"layer": layer, "subspace": "residual"}
             for name in texts:
-                for one in group_rows(states[name][layer], name, asked):
+                for one in group_rows(states[name][layer], arm_columns(name), asked):
                     yield {**place, **one}
             for name in uncertain:
-                arm = f"{name}/{factual}"
+                arm = arm_columns(name, against=factual)
                 pooled = torch.cat([states[factual][layer], states[name][layer]])
                 directions = contrast.boundaries(pooled)
                 tail = Tail.of(

@@ -1,0 +1,85 @@
+"""Atomic writes, and one clear error for every way in which a disk can be full."""
+
+import errno
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+# What writers in other languages say of the same: Rust (safetensors), C++ (Arrow).
+_FULL_TEXT = re.compile(r"os error (28|122|27)\b|No space left on device|Disk quota exceeded|File too large")
+
+
+# `torch.save` does not say why it could not write.
+_UNWRITTEN_TEXT = re.compile(r"iostream error|PytorchStreamWriter|inline_container\.cc.*unexpected")
+
+
+def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
+    """Write `content` so that `path` holds all of it or is as before, even after a power cut.
+
+    `mode` is that of a new file, less the umask: 0o600 for what may hold secrets.
+
+    Raises:
+        OSError: if the disk is full.
+    """
+    # Not `tempfile`: its files are private (0600), and outputs are often shared in a group.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with full_disk_explained(path.parent):
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        parent = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(parent)  # the new name itself
+        finally:
+            os.close(parent)
+
+
+@contextmanager
+def full_disk_explained(directory: Path) -> Iterator[None]:
+    """Turn every way of saying that the disk is full into one OSError that names `directory`."""
+    try:
+        yield
+    except Exception as error:
+        code = _full_disk(error, directory)
+        if code is None or str(error).startswith("the disk is full"):
+            raise
+        explained = OSError(
+            f"the disk is full: could not write {directory}; free space or set outputs= to another disk"
+        )
+        explained.errno = code
+        raise explained from error
+
+
+def _full_disk(error: BaseException | None, directory: Path) -> int | None:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return error.errno
+        if _FULL_TEXT.search(str(error)):
+            return errno.ENOSPC
+        if _UNWRITTEN_TEXT.search(str(error)):
+            return _no_room(directory)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _no_room(directory: Path) -> int | None:
+    probe = directory / f".{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        probe.write_bytes(bytes(1 << 20))
+    except OSError as error:
+        return error.errno if error.errno in _FULL else None
+    finally:
+        probe.unlink(missing_ok=True)
+    return None

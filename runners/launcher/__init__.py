@@ -1,0 +1,1 @@
+"""Launcher: sweeps on this machine or under SLURM."""

@@ -1,0 +1,195 @@
+"""What runs in a job, under SLURM or here, and what it leaves on disk of how it went.
+
+`state.json` says how the last attempt stands, `events.jsonl` what happened in all of them, and
+`traceback.txt` why it failed. The module is light: signals that come before a job listens are lost.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from runners.disk import write_atomically
+from runners.signals import Interruption, process_start, share_processors, status_after
+from runners.tracking.record import Record
+from runners.tracking.redaction import one_line, redacted_text
+from weightgeom.interruption import Interrupted
+
+GO_ON = 75  # exit code of a job that was interrupted and wants to go on (EX_TEMPFAIL)
+STATES = {"FINISHED": "COMPLETED", "FAILED": "FAILED", "KILLED": "KILLED", "SCHEDULED": "INTERRUPTED"}
+
+
+@dataclass(frozen=True)
+class State:
+    """How a job stands by its own account, as `state.json` keeps it."""
+
+    state: Literal["RUNNING", "INTERRUPTED", "COMPLETED", "FAILED", "KILLED", "CANCELLED"]
+    attempt: int = 0
+    timeouts: int = 0
+    id: str = ""
+    began: float = 0.0  # seconds since 1970
+    node: str = ""
+    pid: int = 0
+    process_start: str | None = None
+    error: str | None = None
+    traceback: str | None = None
+
+    @classmethod
+    def load(cls, directory: Path) -> "State | None":
+        """The state of the job in `directory`, None before its first attempt."""
+        path = directory / "state.json"
+        return cls(**json.loads(path.read_text())) if path.exists() else None
+
+    def save(self, directory: Path, **more: Any) -> "State":
+        """Write it down, with a line in the log of events that has `more` to say; returns it."""
+        line = {"time": round(time.time(), 3), **asdict(self), **more}
+        with (directory / "events.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        write_atomically(directory / "state.json", json.dumps(asdict(self), indent=2) + "\n")
+        return self
+
+    def alive(self) -> bool:
+        """Whether its process runs on this host."""
+        return self.node == socket.gethostname() and process_start(self.pid) == self.process_start
+
+    @classmethod
+    def begin(cls, directory: Path, id: str, node: str) -> "State":
+        """Note that another attempt has begun in this process."""
+        before = cls.load(directory)
+        attempt, timeouts = (0, 0) if before is None else (before.attempt, before.timeouts)
+        if before is not None and before.id != id:
+            timeouts = 0  # it was submitted again
+        pid = os.getpid()
+        begun = cls("RUNNING", attempt + 1, timeouts, id, time.time(), node, pid, process_start(pid))
+        return begun.save(directory, gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep, in a process of its own: the call runs it, or goes on with it.
+
+    It is plain data, which any process can take up that has the code; `directory` holds its `job.json`.
+    """
+
+    directory: str
+    slurm: bool
+
+    def __call__(self) -> None:
+        """Run it; what ends it is noted, and raised, so that SLURM and the shell know as well."""
+        directory = Path(self.directory)
+        asked = json.loads((directory / "job.json").read_text())
+        node = os.environ["SLURMD_NODENAME"] if self.slurm else socket.gethostname()
+        begun = State.begin(directory, _id(self.slurm), node)
+        interruption = Interruption(survive=self.slurm)
+        interruption.listen()
+        try:
+            self._run(asked, interruption)
+        except Interrupted as pause:
+            self._pause(begun, asked, pause)
+        except BaseException as error:
+            self._fail(begun, error)
+            raise
+        else:
+            begun = replace(begun, state="COMPLETED").save(directory)
+        finally:
+            interruption.end()
+
+    def checkpoint(self) -> Any:
+        """What is called again where submitit itself hears the signal, before this job listens."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    def _run(self, asked: dict[str, Any], interruption: Interruption) -> None:
+        import logging.config
+
+        os.chdir(asked["cwd"])
+        os.environ.update(asked["environment"])
+        share_processors()
+        logging.config.dictConfig(asked["logging"])
+        from runners.compose import experiment
+
+        experiment(asked, interruption).run()
+
+    def _pause(self, begun: State, asked: dict[str, Any], pause: Interrupted) -> None:
+        """Go back into the queue, or fail if the time was up once too often."""
+        timeouts = begun.timeouts + _time_is_up(asked["limits"], begun)
+        allowed = asked["limits"]["max_num_timeout"]
+        paused = replace(begun, state="INTERRUPTED", timeouts=timeouts, error=str(pause))
+        if timeouts > allowed:
+            minutes = asked["limits"]["timeout_min"]
+            error = TimeoutError(
+                f"the time limit of {minutes:g} min was reached, and max_num_timeout={allowed} allows no"
+                " further attempt; the state is saved, and resubmit goes on from it"
+            )
+            self._fail(paused, error)
+            Record(Path(self.directory) / "record").end("FAILED", one_line(error))
+            raise error from pause
+        paused.save(Path(self.directory))
+        if self.slurm:
+            _requeue(asked["limits"]["signal_delay_s"])
+        sys.exit(GO_ON)
+
+    def _fail(self, begun: State, error: BaseException) -> None:
+        directory = Path(self.directory)
+        (directory / "traceback.txt").write_text(redacted_text(traceback.format_exc()))
+        ended: Any = STATES[status_after(error)]
+        shown = redacted_text(own_frames(error))
+        replace(begun, state=ended, error=one_line(error), traceback=shown).save(directory)
+
+
+def own_frames(error: BaseException) -> str:
+    """A traceback without the frames that are the libraries', but for the last one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    kept = [frame for frame in frames if "site-packages" not in frame.filename and "<" not in frame.filename]
+    if frames and frames[-1] not in kept:
+        kept.append(frames[-1])
+    lines = traceback.format_list(kept) + traceback.format_exception_only(error)
+    return "Traceback (most recent call last):\n" + "".join(lines)
+
+
+def _id(slurm: bool) -> str:
+    if not slurm:
+        return os.environ["WEIGHTGEOM_JOB"]
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
+
+
+def _time_is_up(limits: dict[str, Any], begun: State) -> bool:
+    """Whether the signal announced the end of the job's time, and no preemption."""
+    if limits["timeout_min"] is None:
+        return False
+    started = float(os.environ.get("SLURM_JOB_START_TIME") or begun.began)
+    early = 60  # seconds: what SLURM allows itself
+    return time.time() - started >= 60 * limits["timeout_min"] - limits["signal_delay_s"] - early
+
+
+def _requeue(patience: float) -> None:
+    """Have SLURM stop this job and start it again, trying for `patience` seconds while it does not answer."""
+    end = time.time() + patience
+    while True:
+        asked = subprocess.run(
+            ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True
+        )
+        if asked.returncode == 0:
+            return
+        if time.time() > end:
+            raise ChildProcessError(f"SLURM did not requeue the job: {asked.stderr.strip()}")
+        time.sleep(2)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`python -m runners.launcher.jobs DIRECTORY`: run the job there."""
+    Job(arguments[0], slurm=False)()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,24 @@
+"""The supervisor process of a local sweep: `python -m runners.launcher.local_main PLAN`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from runners.launcher.local import Supervisor
+from runners.launcher.manifest import Sweep
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`python -m runners.launcher.local_main PLAN`: run the listed jobs, then end the sweep."""
+    plan = Path(arguments[0])
+    sweep = Sweep(plan.parent)
+    Supervisor(sweep, json.loads(plan.read_text()))()
+    from runners.launcher.finishing import finish
+    from runners.launcher.status import settled
+
+    finish(sweep, settled(sweep))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

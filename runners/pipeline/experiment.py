@@ -1,0 +1,241 @@
+"""One run: prepare the base, train, probe every checkpoint, draw, and keep a record of it all."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runners.disk import full_disk_explained
+from runners.pipeline.fingerprint import code_behind, package
+from runners.pipeline.logged_stages import Stages
+from runners.pipeline.measurements import Measured, module, plain
+from runners.signals import Interruption, terminations_as_exceptions
+from runners.summary.curves import log_effects, log_table
+from runners.summary.figures import draw
+from runners.summary.terminal import print_summary
+from runners.tracking.provenance import environment, provenance, uncommitted_diff
+from runners.tracking.publisher import Publisher, check_tracking_uri
+from runners.tracking.record import Record
+from runners.tracking.redaction import redacted_text
+from weightgeom.analysis.chain import BETWEEN, STAGES, between, side_by_side
+from weightgeom.bases.chain import COMPARING, Chain, check_chain
+from weightgeom.interfaces import Data, Intervention, Log, Model, NeedsExamples, Objective, Probe
+from weightgeom.interruption import Wanted, undisturbed
+from weightgeom.text.examples import Examples
+from weightgeom.training.config import Training
+from weightgeom.trajectory import Base, Trajectory
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+log = logging.getLogger(__name__)
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that one run is made of; `directory` gets its record, `outputs` what others reuse."""
+
+    name: str  # of the MLflow experiment
+    run_name: str
+    seed: int
+    device: str  # cpu or cuda
+    outputs: Path
+    directory: Path
+    tracking_uri: str
+    model: Model
+    data: Data
+    objective: Objective | None
+    training: Training
+    probes: Mapping[str, Probe]
+    interventions: Mapping[str, Intervention]
+    params: Mapping[str, object]
+    tags: Mapping[str, object]
+    config: str  # the resolved configuration, in YAML
+    parent: Path | None = None  # the record of the sweep
+    interruption: Interruption | None = None  # of a job under a scheduler
+
+    def run(self) -> "dict[str, pd.DataFrame]":
+        """Check all of it, do what was not done before, and return the tables by name."""
+        examples = self.check()
+        uri = check_tracking_uri(self.tracking_uri)
+        with full_disk_explained(self.directory):
+            record = self._record(uri, examples)
+        with self._terminations(), Publisher(record.directory, uri), record:
+            tables = self._tables(record, examples)
+            with full_disk_explained(record.directory):
+                for name, table in tables.items():
+                    table.to_parquet(record.artifact(f"tables/{name}.parquet"))
+                    table.to_csv(record.artifact(f"tables/{name}.csv"), index=False)
+                draw(tables, record)
+        effects = {name: intervention.headline for name, intervention in self.interventions.items()}
+        print_summary(tables, effects, record.directory, uri)
+        return tables
+
+    def check(self) -> Examples:
+        """Refuse everything that cannot work before anything expensive starts; read the data."""
+        check_parts(
+            self.model, self.objective, self.training, self.probes, self.interventions, self.tracking_uri
+        )
+        examples = self.data.examples()
+        if self.objective is not None:
+            self.objective.check(examples)
+            self.training.check(examples)
+        if (self.probes or self.interventions) and not examples.heldout:
+            raise ValueError(f"{examples.name} has no held-out text to probe on: give some with data.heldout")
+        for measurement in (*self.probes.values(), *self.interventions.values()):
+            if isinstance(measurement, NeedsExamples):
+                measurement.check_examples(examples)
+        return examples
+
+    def _terminations(self) -> AbstractContextManager[None]:
+        survives = self.interruption is not None and self.interruption.survive
+        return nullcontext() if survives else terminations_as_exceptions()
+
+    def _record(self, uri: str, examples: Examples) -> Record:
+        data = {
+            "name": examples.name,
+            "digest": examples.digest[:32],
+            "source": str(self.params["data"]),
+            "context": "all",
+        }
+        record = Record.create(
+            self.directory / "record",
+            experiment=self.name,
+            name=self.run_name,
+            params=self.params,
+            tags={**provenance(REPOSITORY), "code_fingerprint": package(), **self.tags},
+            inputs=[data],  # pyright: ignore[reportArgumentType]
+            tracking_uri=uri,
+            parent=self.parent,
+        )
+        record.artifact("config.yaml").write_text(redacted_text(self.config))
+        record.artifact("environment.txt").write_text(environment())
+        if diff := uncommitted_diff(REPOSITORY):
+            record.artifact("code/uncommitted.diff").write_text(diff)
+        return record
+
+    def _tables(self, record: Record, examples: Examples) -> "dict[str, pd.DataFrame]":
+        make = self.stages(record, "pretraining", code_behind(module(self.model)))
+        base = self.model.prepare(make, examples, self.data, self.device, self._wanted)
+        tables, measured = {}, None
+        for trajectory, identity in self._trajectories(record, base, examples):
+            measured = Measured(self, record, base, trajectory, identity, examples)
+            suffix = "_pretraining" if self.objective is not None and trajectory is base.trajectory else ""
+            for name, probe in self.probes.items():
+                tables[name + suffix] = self._about(name, trajectory, measured.table(name, probe))
+                log_table(record, name, suffix, tables[name + suffix], probe.headline)
+        if base.trajectory is not None and base.pairs:
+            names = enumerate(base.trajectory.stages)  # for who sees a curve by step
+            record.tag(STAGES, ", ".join(f"{step} {stage}" for step, stage in names))
+            for name, table in self._between_stages(record, base, examples):
+                tables[name + BETWEEN] = self._about(name, base.trajectory, table)
+                log_table(record, name, BETWEEN, table, self.probes[name].headline)
+            if "rsf" in tables:
+                tables[STAGES] = side_by_side(tables)
+        for name, intervention in self.interventions.items():
+            assert measured is not None  # some trajectory there is: a model without one is refused
+            tables[name] = measured.effects(name, intervention)  # of the last one
+            log_effects(record, name, tables[name], intervention.headline)
+        return tables
+
+    def _about(self, name: str, trajectory: Trajectory, table: "pd.DataFrame") -> "pd.DataFrame":
+        """The table, told what the figures say of it: whose subspaces it is in, and what its steps are."""
+        at = str(self.params.get(f"probe.{name}.at"))
+        automatic = "step" if trajectory.from_random else "start"
+        table.attrs["at"] = automatic if at == "auto" else at
+        table.attrs["trained"] = trajectory.name in ("training", "pair", "chain")  # from a base, its step 0
+        if trajectory.stages:
+            table.attrs[STAGES] = list(trajectory.stages)
+        return table
+
+    def _between_stages(
+        self, record: Record, base: Base, examples: Examples
+    ) -> "Iterator[tuple[str, pd.DataFrame]]":
+        """Of every probe that compares, what `model=pair` gives of each stage and the one before it."""
+        names = [name for name in self.probes if name in COMPARING]
+        found: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
+        assert base.trajectory is not None
+        for pair, (before, after) in zip(base.pairs, pairwise(base.trajectory.stages), strict=True):
+            assert pair.trajectory is not None
+            log.info("stage %s against %s, the one before it", after, before)
+            measured = Measured(self, record, pair, pair.trajectory, pair.identity, examples)
+            for name in names:
+                found[name].append(measured.table(name, self.probes[name]))
+        yield from ((name, between(pairs)) for name, pairs in found.items())
+
+    def _trajectories(
+        self, record: Record, base: Base, examples: Examples
+    ) -> Iterator[tuple[Trajectory, str]]:
+        if base.trajectory is not None:
+            yield base.trajectory, base.identity
+        if self.objective is not None:
+            yield self._trained(record, base, self.objective, examples)
+
+    def _trained(
+        self, record: Record, base: Base, objective: Objective, examples: Examples
+    ) -> tuple[Trajectory, str]:
+        def work(directory: Path, log_metrics: Log) -> None:
+            from weightgeom.models.loading import load_network, load_tokenizer
+            from weightgeom.training.fit import fit
+
+            fit(
+                objective,
+                load_network(base.directory).to(self.device),  # pyright: ignore[reportArgumentType]
+                load_tokenizer(base.directory),
+                examples,
+                self.training,
+                directory,
+                name=f"the model by {module(objective).rpartition('.')[2]}",
+                seed=self.seed,
+                device=self.device,
+                log_metrics=log_metrics,
+                start=base.directory,
+                wanted=self._wanted,
+            )
+
+        code = code_behind(module(objective), "weightgeom.training.fit")
+        make = self.stages(record, "train", code)
+        specification = {
+            "base": base.identity,
+            "data": examples.digest,
+            "objective": plain(objective),
+            "training": plain(self.training),
+            "seed": self.seed,
+            "device": self.device,
+        }
+        directory = make("training", specification, work, self.training.steps)
+        from weightgeom.training.fit import trajectory
+
+        return trajectory(directory, "training", base.directory), f"training/{directory.name}"
+
+    def stages(self, record: Record, prefix: str, code: str) -> "Stages":
+        """Makes stages whose metrics go into `record` under `prefix`."""
+        return Stages(self.outputs, record, prefix, code, self.interruption)
+
+    @property
+    def _wanted(self) -> Wanted:
+        return undisturbed if self.interruption is None else self.interruption.wanted
+
+
+def check_parts(
+    model: Model,
+    objective: Objective | None,
+    training: Training,
+    probes: Mapping[str, Probe],
+    interventions: Mapping[str, Intervention],
+    tracking_uri: str,
+) -> None:
+    """Refuse what does not go together, as far as can be told without the data."""
+    check_tracking_uri(tracking_uri)
+    if isinstance(model, Chain):
+        check_chain([*probes], [*interventions])
+    architecture = model.check(None if objective is None else training.max_length)
+    if objective is not None:
+        training.lora.check(architecture)
+    for measurement in (*probes.values(), *interventions.values()):
+        measurement.check(architecture)

@@ -1,0 +1,107 @@
+"""Stages with what was logged while they were made: live, or again from their own log."""
+
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from time import time_ns
+from typing import Any, TextIO
+
+from runners.disk import write_atomically
+from runners.pipeline.fingerprint import libraries
+from runners.pipeline.store import stage
+from runners.signals import Interruption
+from runners.tracking.record import Record
+from weightgeom.interfaces import Log
+
+METRICS = "metrics.jsonl"  # of a stage: what was logged while it was made
+RESUMABLE = "checkpoint-*"  # what the work of a stage goes on from: the states of transformers' trainers
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Makes stages whose metrics go into the record, live or, for a stage made before, from its log."""
+
+    outputs: Path
+    record: Record
+    prefix: str  # of the metrics' names
+    code: str  # fingerprint of what the result depends on
+    interruption: Interruption | None = None
+
+    def __call__(
+        self, name: str, specification: Mapping[str, object], work: Callable[[Path, Log], None], steps: int
+    ) -> Path:
+        """The finished directory of a stage of `steps` steps; work that was cut goes on if it can."""
+        fresh = False
+
+        def logged(directory: Path) -> None:
+            nonlocal fresh
+            fresh = True
+            file: TextIO | None = None
+            with ExitStack() as stack:
+                advance = stack.enter_context(progress_bar(name, steps))
+
+                def log_metrics(metrics: Mapping[str, float], step: int) -> None:
+                    nonlocal file
+                    if file is None:
+                        file = stack.enter_context(self._resumed(directory, step))
+                    advance(step, metrics)
+                    if metrics:
+                        row = {"metrics": dict(metrics), "step": step, "time": time_ns() // 1_000_000}
+                        file.write(json.dumps(row) + "\n")
+                        file.flush()
+                        self._log(row)
+
+                work(directory, log_metrics)
+
+        code = {"code": self.code, "libraries": libraries()}
+        with nullcontext() if self.interruption is None else self.interruption.stage():
+            directory = stage(self.outputs, name, {**specification, **code}, logged, RESUMABLE)
+        if not fresh:
+            for row in _metrics(directory):
+                self._log(row)
+        return directory
+
+    def _resumed(self, directory: Path, step: int) -> TextIO:
+        """The log of a stage's metrics from `step` on, open behind the rows that were before it.
+
+        These go into the record, too; rows of steps that are now done again are dropped.
+        """
+        rows = [row for row in _metrics(directory) if row["step"] < step]
+        path = directory / METRICS
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows:
+            self._log(row)
+        return path.open("a")
+
+    def _log(self, row: dict[str, Any]) -> None:
+        metrics = {f"{self.prefix}/{name}": value for name, value in row["metrics"].items()}
+        self.record.log(metrics, row["step"], row["time"])
+
+
+def _metrics(directory: Path) -> list[dict[str, Any]]:
+    """The rows of a stage's metrics; a last one that a kill has cut is left out."""
+    path = directory / METRICS
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+@contextmanager
+def progress_bar(name: str, steps: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """A progress bar of `steps` steps; what it yields takes the current step and its metrics."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, TextColumn("{task.fields[loss]}")) as progress:
+        task = progress.add_task(name, total=steps, loss="")
+
+        def advance(step: int, metrics: Mapping[str, float]) -> None:
+            shown = {"loss": f"loss {metrics['loss']:.3f}"} if "loss" in metrics else {}
+            progress.update(task, completed=step, **shown)
+
+        yield advance

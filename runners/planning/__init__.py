@@ -1,0 +1,1 @@
+"""Planning: downloads, disk, memory and time of a run before it starts."""

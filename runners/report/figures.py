@@ -1,0 +1,222 @@
+"""The figures of a report: which there are, and what a reader must know to read each."""
+
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
+
+from base64 import b64encode
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runners.report.uncertainty import Companion, illustrated
+from weightgeom.analysis.over_seeds import Condensed, rank_correlation
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+MARGIN = "preference_margin_change"
+SCALE = 0.72  # of a page's pixels to those of an image at 200 dpi: two columns fill the page
+
+
+@dataclass(frozen=True)
+class Illustration:
+    """A figure that was saved as `path`, a PNG with a PDF beside, and where on the page it belongs."""
+
+    section: str
+    caption: str
+    path: Path
+    folded: bool = False  # shown on demand
+
+    @property
+    def source(self) -> str:
+        """The image itself, for the page to hold."""
+        return "data:image/png;base64," + b64encode(self.path.read_bytes()).decode()
+
+    @property
+    def width(self) -> int:
+        """How wide the page shows it, in its pixels, so that text has one size in all figures."""
+        return round(int.from_bytes(self.path.read_bytes()[16:20], "big") * SCALE)  # of a PNG's header
+
+
+def illustrations(found: Condensed, beside: Companion | None, directory: Path) -> list[Illustration]:
+    """Draw and save all figures that the tables allow, in the order of the page."""
+    from weightgeom.figures.base import save
+
+    directory.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for section, name, figure, caption, folded in chain(
+        _figures(found), () if beside is None else illustrated(beside)
+    ):
+        paths = [directory / f"{name}.{ending}" for ending in ("png", "pdf")]
+        save(figure, *paths)
+        drawn.append(Illustration(section, caption, paths[0], folded))
+    return drawn
+
+
+def _figures(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
+    """Section, file name, figure, caption, and whether it is folded away."""
+    yield from _asymmetry(found)
+    yield from _graded(found)
+    if len(found.mechanism):
+        from weightgeom.figures import base as figures
+
+        rows = found.rows[found.rows["table"] == "moments"].assign(run=lambda rows: rows["run_id"])
+        yield (
+            "mechanism",
+            "mechanism",
+            figures.expected_and_measured(rows),
+            "Ratio expected from the base alone against the ratio measured after training. Left: from second"
+            " moments, as if what is read and what is sent back were independent. Right: from the mean"
+            " gradient, one pass and no training. A point is a matrix of a layer of a run (circles read,"
+            " squares write); bars are the bootstrap's standard error over prompts. On the dashed line the"
+            " expectation is exact.",
+            False,
+        )
+    yield from _interventions(found)
+
+
+def _asymmetry(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
+    if not len(found.asymmetry):
+        return
+    from weightgeom.figures import base as figures
+    from weightgeom.figures import study as figures_report
+
+    means, runs = (table[table["matrix"] == ""] for table in (found.asymmetry, found.ended))
+    yield (
+        "asymmetry",
+        "asymmetry",
+        figures_report.ratios_by_setting(means, runs),
+        "How much of each update lies in what the model reads (left) and in what it writes (right), sorted by"
+        " the write side. Grey points are single runs, the mean over layers and matrices; the coloured point"
+        " is the mean over runs with its 95 % interval, over seeds where there are several, else over layers"
+        " (an interval may reach beyond the axis). The grey band is where random directions with the update's"
+        " own singular values would lie; the dashed line is the isotropic level, 1.",
+        False,
+    )
+    table = found.trajectory[found.trajectory["matrix"] != ""]
+    table = table[table.groupby("setting")["step"].transform("nunique") > 1]  # two checkpoints are no line
+    first = table["trajectory"] == "pretraining"
+    if len(table):
+        yield (
+            "trajectory",
+            "trajectory",
+            figures_report.ratio_along_training(_concatenated([table[first], table[~first]])),
+            "The same ratio along each training, matrix by matrix: the mean over layers and runs; bars are"
+            " one standard error, over seeds where there are several, else over layers. Solid lines read,"
+            " dashed lines write; the grey line is the isotropic level.",
+            False,
+        )
+    rsf = found.rows[found.rows["table"] == "rsf"]
+    for number, (setting, part) in enumerate(rsf.groupby("setting", sort=False)):
+        end = part[part["step"] == part.groupby("run_id")["step"].transform("max")].copy()
+        end["k"] = end["k"].astype("float")  # a missing one is no group
+        keys = ["layer", "matrix", "head", "expert", "role", "subspace", "k", "quantity"]
+        grouped = end[end["k"].notna()].groupby(keys, sort=False, dropna=False)
+        mean = grouped["value"].mean().reset_index().assign(step=0)
+        if (mean["quantity"] == "ratio").any():
+            yield (
+                "asymmetry",
+                f"layers_{number}",
+                figures.ratio_by_layer(mean, 0),
+                f"{setting}, layer by layer, at the last step; the mean over"
+                f" {_many(end['run_id'].nunique(), 'run')}. The grey band is the widest null of a panel's"
+                " matrices, its mean ± 2 standard deviations.",
+                True,
+            )
+
+
+def _graded(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
+    places = list(found.graded.groupby(["model", "data", "preference"], sort=False))
+    for number, ((model, data, preference), part) in enumerate(places):
+        if part["run"].nunique() < 3 or not part["objective"].str.startswith("graded").any():
+            continue
+        from weightgeom.figures import base as figures
+
+        correlations = {role: rank_correlation(part[part["role"] == role]) for role in ("read", "write")}
+        where = " · ".join(name for name in (model, data, preference) if name)
+        yield (
+            "graded",
+            f"graded_control_{number}",
+            figures.ratio_by_sharpness(part, correlations),
+            f"{where}: ratio against how sharp each training really was. The participation ratio of the logit"
+            " gradient is 1 where all of it is on one token, and grows the more tokens share it. A point is"
+            " an objective, with ± 2 standard errors over its seeds; grey points are single runs, squares the"
+            " exact ends of the family. Below: Spearman's rank correlation over runs.",
+            False,
+        )
+
+
+def _interventions(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
+    for table in ("rank1", "surgery"):
+        rows = found.rows[found.rows["table"] == table]
+        for number, (setting, part) in enumerate(rows.groupby("setting", sort=False)):
+            run = part["replicate"].min()
+            one = part[part["replicate"] == run]
+            more = part["run_id"].nunique() - 1
+            whose = f"{setting}, seed {run.partition('/')[0]}"
+            whose += f" ({_many(more, 'more run')} in the tables)" if more else ""
+            draw = _rank1 if table == "rank1" else _surgery
+            yield from draw(one, whose, number)
+
+
+def _rank1(rows: "pd.DataFrame", whose: str, number: int) -> "Iterator[tuple[str, str, Figure, str, bool]]":
+    from weightgeom.figures import causal as figures_causal
+
+    yield (
+        "rank1",
+        f"rank1_by_layer_{number}",
+        figures_causal.treatment_by_layer(rows),
+        f"{whose}: what one rank-1 edit does, by layer, at the largest strength. In colour the edit along the"
+        " concentrated direction, with one standard error over prompts; in grey edits of equal size along"
+        " control directions. Filled: p ≤ 0.05 by rank among the random ones.",
+        False,
+    )
+    has_margin = (rows["quantity"] == MARGIN).any()
+    for effect in ("heldout_ce_change", *([MARGIN] if has_margin else [])):
+        yield (
+            "rank1",
+            f"rank1_{effect}_{number}",
+            figures_causal.dose_response(rows, effect),
+            f"{whose}: absolute effect by strength, the mean over layers. Dashed: the first-order prediction"
+            " α uᵀGv, no edit made. Grey: the median of the random controls and their central 90 %.",
+            effect == MARGIN,
+        )
+
+
+def _surgery(rows: "pd.DataFrame", whose: str, number: int) -> "Iterator[tuple[str, str, Figure, str, bool]]":
+    if not (rows["quantity"] == MARGIN).any():  # data without pairs: the tables have the divergence
+        return
+    from weightgeom.figures import causal as figures_causal
+
+    yield (
+        "surgery",
+        f"surgery_{number}",
+        figures_causal.surgery_curve(rows),
+        f"{whose}: what becomes of the trained preference margin when the update's part in the top k"
+        " directions is taken out, or alone left in. In grey, random subspaces of the same dimension and of"
+        " the same removed energy (bars: the range of the draws). The dashed line is the trained model.",
+        False,
+    )
+    if (rows["dose"] == "transplant").any():
+        yield (
+            "surgery",
+            f"transplants_{number}",
+            figures_causal.transplants(rows),
+            f"{whose}: the margin that each part of the update brings to the base when it alone is added."
+            " Grey: the same part, its directions rotated at random.",
+            False,
+        )
+
+
+def _concatenated(tables: "list[pd.DataFrame]") -> "pd.DataFrame":
+    import pandas as pd
+
+    return pd.concat(tables)
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

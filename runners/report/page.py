@@ -1,0 +1,161 @@
+"""The one page of a report, and the files beside it."""
+
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
+
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runners.disk import write_atomically
+from runners.report.figures import Illustration, illustrations
+from runners.report.tables import shown_tables
+from runners.report.uncertainty import Companion, companion
+from weightgeom.analysis.claims import AGREES, CLAIMS, DISAGREES, UNTESTED, verdicts
+from weightgeom.analysis.over_seeds import Condensed, condense
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from runners.report.read import Study
+
+TEMPLATE = Path(__file__).with_name("report.html")
+# What a section says where no run measured it, and how to.
+MISSING = {
+    "asymmetry": ("The read and write ratios", "python run.py objective=dpo"),
+    "trajectory": ("The trajectory", "python run.py experiment=trajectory"),
+    "behaviour": ("What the trainings achieved", "python run.py objective=dpo 'probe=[rsf,behaviour]'"),
+    "graded": ("The graded control", "python run.py experiment=graded_control -m"),
+    "mechanism": ("The mechanism", "python run.py 'probe=[rsf,behaviour,moments]'"),
+    "rank1": ("The rank-1 edits", "python run.py experiment=causal"),
+    "surgery": ("The surgery on the update", "python run.py experiment=causal"),
+    "uncertainty": ("Uncertainty, the companion paper", "python run.py experiment=uncertainty"),
+}
+
+
+def write(study: "Study", directory: Path) -> Path:
+    """Write tables, figures and the page in place of earlier ones in `directory`; returns the page."""
+    found = condense(study.rows, study.runs)
+    judged = verdicts(found, study.runs)
+    beside = companion(study.rows)
+    for part in ("tables", "figures"):
+        shutil.rmtree(directory / part, ignore_errors=True)
+    tables = {"rows": study.rows, "runs": study.runs, "claims": judged, **found.tables}
+    if beside is not None:
+        tables |= {"claims_uncertainty": beside.claims, "bridge": beside.bridge}
+    (directory / "tables").mkdir(parents=True)
+    kept = {name: table for name, table in tables.items() if len(table)}
+    for name, table in kept.items():
+        table.to_parquet(directory / "tables" / f"{name}.parquet")
+        table.to_csv(directory / "tables" / csv(name), index=False)
+    drawn = illustrations(found, beside, directory / "figures")
+    page = directory / "index.html"
+    write_atomically(page, rendered(study, found, judged, beside, drawn, list(kept)))
+    return page
+
+
+def csv(name: str) -> str:
+    """The file name of a table as CSV; every number of a study, with its names, is large."""
+    return f"{name}.csv.gz" if name == "rows" else f"{name}.csv"
+
+
+def rendered(
+    study: "Study",
+    found: Condensed,
+    judged: "pd.DataFrame",
+    beside: Companion | None,
+    drawn: Sequence[Illustration],
+    tables: Sequence[str],
+) -> str:
+    """The page as HTML; everything that comes from outside is escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    shown = shown_tables(study, found, beside)
+    there = {one.section for one in drawn} | shown.keys()
+    missing = {name: told for name, told in MISSING.items() if name not in there}
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        names=study.names,
+        tracking_uri=study.tracking_uri,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        runs=len(study.runs),
+        rows=len(study.rows),
+        unfinished=study.unfinished,
+        left_out=len(study.runs) - found.rows["run_id"].nunique(),
+        seeds=_most_seeds(found),
+        claims=[_claim(claim, judged) for claim in CLAIMS],
+        beside=[] if beside is None else _grouped(beside.claims),
+        tables=shown,
+        variants=_variants(found),
+        choices=_choices(study.runs),
+        figures={section: [one for one in drawn if one.section == section] for section in there},
+        missing=missing,
+        files={name: csv(name) for name in tables},
+        overall=_overall(judged),
+    )
+
+
+def _overall(judged: "pd.DataFrame") -> str:
+    """How many claims the study agrees with, in a sentence."""
+    said = judged.groupby("claim")["verdict"].agg(lambda lines: frozenset(lines) - {UNTESTED})
+    counts = {
+        "agrees with {} wherever it tests {}": said == {AGREES},
+        "agrees with {} in some settings or pathways and not in others": said == {AGREES, DISAGREES},
+        "disagrees with {}": said == {DISAGREES},
+        "does not test {}": said == frozenset(),
+    }
+    parts = [
+        text.format(int(which.sum()), "it" if which.sum() == 1 else "them")
+        for text, which in counts.items()
+        if which.any()
+    ]
+    return f"Of the paper's {len(CLAIMS)} claims this study {'; it '.join(parts)}."
+
+
+def _claim(claim: Any, judged: "pd.DataFrame") -> dict[str, Any]:
+    lines = judged[judged["claim"] == claim.number]
+    counts = {said: int((lines["verdict"] == said).sum()) for said in (AGREES, DISAGREES, UNTESTED)}
+    return {
+        "number": claim.number,
+        "statement": claim.statement,
+        "rule": claim.rule,
+        "counts": {said: count for said, count in counts.items() if count},
+        "lines": lines.to_dict("records"),
+    }
+
+
+def _grouped(claims: "pd.DataFrame") -> list[dict[str, Any]]:
+    """The companion paper's claims, each with its lines."""
+    return [
+        {"statement": claim[:1].upper() + claim[1:], "counts": dict(part["verdict"].value_counts()),
+         "lines": part.to_dict("records")}
+        for claim, part in claims.groupby("claim", sort=False)
+    ]  # fmt: skip
+
+
+def _variants(found: Condensed) -> Mapping[str, str]:
+    """What a setting's name leaves out of its variant."""
+    pairs = found.rows[["setting", "variant"]].drop_duplicates().itertuples(index=False)
+    return {setting: variant for setting, variant in pairs if variant and variant not in setting}
+
+
+def _choices(runs: "pd.DataFrame") -> dict[str, list[str]]:
+    """What every choice of a model, data set or objective stood for, as often as it differs."""
+    told: dict[str, list[str]] = {}
+    for group in ("model", "data", "objective", "training"):
+        named = runs[group] if group in ("model", "data") else runs["objective"]
+        for choice, values in zip(named, runs[f"{group}_is"], strict=True):
+            key = "training" if group == "training" else f"{group} {choice}"
+            if values and values not in told.setdefault(key, []):
+                told[key].append(values)
+    return {key: values for key, values in told.items() if values}
+
+
+def _most_seeds(found: Condensed) -> int:
+    trained = found.rows[found.rows["trajectory"] == "training"]
+    return int(trained.groupby("setting")["replicate"].nunique().max()) if len(trained) else 0

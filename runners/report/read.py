@@ -1,0 +1,204 @@
+"""A study read back from MLflow: `python -m runners.report NAME` makes its tables, figures and one page."""
+
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportReturnType=false
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from runners.errors import nearest
+from runners.tracking.publisher import check_tracking_uri, open_client
+from runners.tracking.redaction import one_line, redacted_text
+from weightgeom.analysis.chain import BETWEEN, STAGES, comparisons
+from weightgeom.analysis.settings import ARROW, is_run, settings
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+
+PRETRAINING = "_pretraining"  # of the base that is then trained: the suffix of its tables
+SHARPNESS = ("participation_ratio", "target_energy")  # of the logit gradient: means over the training
+
+
+@dataclass(frozen=True)
+class Study:
+    """What MLflow knows of some experiments.
+
+    `runs` has a row for every finished run, oldest first, with what it was made of; `rows` every row of
+    their tables; `unfinished` name and status of the others.
+    """
+
+    names: tuple[str, ...]
+    tracking_uri: str  # without secrets
+    runs: "pd.DataFrame"
+    rows: "pd.DataFrame"
+    unfinished: tuple[tuple[str, str], ...]
+
+
+def collect(*names: str, tracking_uri: str | None = None) -> "pd.DataFrame":
+    """The tables of all finished runs of the experiments as one tidy table.
+
+    Columns: `experiment run_id run_name objective variant seed model model_seed data data_seed preference
+    trajectory table`, where `trajectory` is training or pretraining and `table` the probe or intervention,
+    then those of every table, `step layer matrix ... stderr n`. Of a chain of stages `objective` is what is
+    compared, `sft → dpo`, and each has the rows of step 0. The store is `tracking_uri`, else
+    `MLFLOW_TRACKING_URI`, else `outputs/mlflow.db`.
+
+    Raises:
+        KeyError: if there is no such experiment.
+        ValueError: if none of its runs is finished, or a table is not one of ours.
+        FileNotFoundError: if there is no such store, or artifacts are gone.
+        ConnectionError: if the store does not answer.
+    """
+    return read(names, _store(tracking_uri, Path("outputs"))).rows
+
+
+def read(names: Sequence[str], tracking_uri: str) -> Study:
+    """Everything about the experiments; raises as `collect` does."""
+    import pandas as pd
+
+    tracking_uri = check_tracking_uri(tracking_uri)
+    shown = redacted_text(tracking_uri)
+    database = Path(tracking_uri.removeprefix("sqlite:///"))
+    if tracking_uri.startswith("sqlite:") and not database.is_file():
+        raise FileNotFoundError(f"no MLflow store at {database}: run something first, or give --tracking-uri")
+    try:
+        client = open_client(tracking_uri)
+        found = {one.name: one.experiment_id for one in _all(client.search_experiments)}
+        if unknown := [name for name in names if name not in found]:
+            raise KeyError(f"no experiment {unknown[0]!r} at {shown}; {nearest(unknown[0], found)}")
+        every = [run for name in dict.fromkeys(names) for run in _runs(client, found[name])]
+        every.sort(key=lambda run: run.info.start_time)
+        finished = [run for run in every if run.info.status == "FINISHED"]
+        if not finished:
+            states = ", ".join(sorted({run.info.status for run in every})) or "none at all"
+            raise ValueError(f"no finished run in {', '.join(names)} at {shown} (runs: {states})")
+        by_id = {identity: name for name, identity in found.items()}
+        runs = pd.DataFrame([_described(run, setting, by_id, client) for run, setting in zip(
+            finished, settings([run.data.params for run in finished]), strict=True
+        )])  # fmt: skip
+        rows = [_tables(client, run) for run in runs.itertuples()]
+    except (KeyError, ValueError, FileNotFoundError):
+        raise
+    except Exception as error:  # MLflow's, requests' and SQLAlchemy's share no base class
+        raise ConnectionError(
+            f"no answer from MLflow at {shown}: is the server running, the store whole, and made by this"
+            f" version of MLflow? ({one_line(error)[:200]})"
+        ) from error
+    others = tuple((str(run.info.run_name), run.info.status) for run in every if run not in finished)
+    return Study(tuple(names), shown, runs, pd.concat(rows, ignore_index=True), others)
+
+
+def _runs(client: "MlflowClient", experiment_id: str) -> "Iterator[Run]":
+    """All runs of an experiment but the parents of sweeps, which have no tables of their own."""
+    for run in _all(client.search_runs, [experiment_id]):
+        if is_run(run.data.params):
+            yield run
+
+
+def _all(search: Any, *arguments: Any) -> Iterator[Any]:
+    """What a search finds, over all of its pages."""
+    token = None
+    while True:
+        page = search(*arguments, max_results=1000, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _described(
+    run: "Run", setting: dict[str, object], experiments: dict[str, str], client: "MlflowClient"
+) -> dict[str, object]:
+    import pandas as pd
+
+    params, tags, info = run.data.params, run.data.tags, run.info
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    sharpness: dict[str, object] = {}
+    for name in SHARPNESS:
+        curve = [m.value for m in client.get_metric_history(info.run_id, f"train/{name}")]
+        sharpness[name] = sum(curve) / len(curve) if curve else None
+    return {
+        "experiment": experiments[info.experiment_id],
+        "run_id": info.run_id,
+        "run_name": info.run_name,
+        **setting,
+        "probes": any(key.startswith(("probe.", "intervention.")) for key in params),
+        "steps": params.get("training.steps", "") if setting["objective"] != "none" else "",
+        "started": pd.Timestamp(info.start_time, unit="ms", tz="UTC"),
+        "minutes": ((info.end_time or info.start_time) - info.start_time) / 60_000,
+        "commit": tags.get("git_commit", ""),
+        "uncommitted_changes": tags.get("git_dirty", "") == "true",
+        "code": tags.get("code_fingerprint", ""),
+        "host": tags.get("host", ""),
+        "libraries": ", ".join(
+            f"{name} {tags[f'{name}_version']}"
+            for name in ("python", "torch", "transformers", "trl")
+            if f"{name}_version" in tags
+        ),
+        "data_set": ", ".join(f"{one.dataset.name} {one.dataset.digest[:12]}" for one in inputs),
+        **sharpness,
+    }
+
+
+def _tables(client: "MlflowClient", run: Any) -> "pd.DataFrame":
+    """All rows of a run's tables, with the columns that say which run and table they are of."""
+    import pandas as pd
+
+    from weightgeom.table import COLUMNS, upgraded
+
+    where = f"the artifacts of run {run.run_name!r} ({run.run_id})"
+    names = [one.path for one in client.list_artifacts(run.run_id, "tables")]
+    names = [name for name in names if name.endswith(".parquet")]
+    if run.probes and not names:
+        raise FileNotFoundError(
+            f"{where} hold no tables: they were moved or deleted; publish them again with"
+            " `python -m runners.tracking sync OUTPUTS`, or delete the run in MLflow"
+        )
+    keys = ("experiment", "run_id", "run_name", "objective", "variant", "seed", "model", "model_seed")
+    place = {key: getattr(run, key) for key in (*keys, "data", "data_seed", "preference")}
+    parts = []
+    with TemporaryDirectory() as directory:
+        for name in names:
+            try:
+                part = upgraded(pd.read_parquet(client.download_artifacts(run.run_id, name, directory)))
+            except Exception as error:
+                raise FileNotFoundError(
+                    f"{where} lack {name}, or it cannot be read ({one_line(error)[:200]})"
+                ) from error
+            if missing := [column for column in COLUMNS if column not in part]:
+                raise ValueError(f"{name} in {where} is no table of ours: it has no {', '.join(missing)}")
+            table = Path(name).stem
+            if run.chain:
+                parts += [one[list(COLUMNS)].assign(**(place | told)) for told, one in _stages(table, part)]
+                continue
+            before = table.endswith(PRETRAINING) or (run.objective == "none" and not run.pair)
+            told = {"trajectory": "pretraining" if before else "training"}
+            told["table"] = table.removesuffix(PRETRAINING)
+            parts.append(part[list(COLUMNS)].assign(**place, **told))
+    columns = [*place, "trajectory", "table", *COLUMNS]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def _stages(name: str, table: "pd.DataFrame") -> "Iterator[tuple[dict[str, str], pd.DataFrame]]":
+    """The rows of a chain's table by what they compare, which stands for their objective.
+
+    All ratios become one table; other comparisons with the stage before keep the name of theirs.
+    """
+    if name == STAGES:  # is made of the others
+        return
+    told = {"trajectory": "training", "table": "rsf" if name == f"rsf{BETWEEN}" else name}
+    for before, after, rows in comparisons(name, table, table.attrs[STAGES]):
+        yield {**told, "objective": f"{before}{ARROW}{after}"}, rows
+
+
+def _store(tracking_uri: str | None, outputs: Path) -> str:
+    default = f"sqlite:///{(outputs / 'mlflow.db').absolute()}"
+    return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default

@@ -1,0 +1,136 @@
+"""What a study says of the companion paper, arXiv:2603.13911v1: its claims, its figures and the bridge."""
+
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportReturnType=false, reportGeneralTypeIssues=false
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightgeom.analysis.claims_uncertainty import STATES
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+BASE = ["model", "data", "model_seed", "data_seed", "seed"]
+COUPLINGS = {
+    "fisher_ratio": "Fisher sensitivity over that of random directions",
+    "gradient_coupling": "cosine with the gradient of abstaining",
+}
+
+
+@dataclass(frozen=True)
+class Companion:
+    """`claims` has a row for every base, claim and group; `bridge` one for every training and layer.
+
+    `measured` are the tables of every base by its name, as a run has them.
+    """
+
+    claims: "pd.DataFrame"
+    bridge: "pd.DataFrame"
+    measured: Mapping[str, "Mapping[str, pd.DataFrame]"]
+
+
+def companion(rows: "pd.DataFrame") -> Companion | None:
+    """What the rows that `collect` gives say; None if no run measured any of it.
+
+    The claims are about a base, whose numbers do not depend on what is trained from it: of several runs of
+    one base and seed, the newest that has a table counts.
+    """
+    import pandas as pd
+
+    from weightgeom.analysis.claims_uncertainty import lines
+
+    asked = rows[rows["table"].isin(["uncertainty", *STATES])]
+    if not len(asked):
+        return None
+    measured, claims = {}, []
+    for key, part in asked.groupby(BASE, sort=False, dropna=False):
+        name = _name(dict(zip(BASE, key, strict=True)), asked)
+        measured[name] = _tables(part)
+        claims += [
+            {"setting": name, **vars(line)} for line in lines(measured[name], _trained(measured[name]))
+        ]
+    return Companion(pd.DataFrame(claims), _bridges(rows), measured)
+
+
+def illustrated(found: Companion) -> "Iterator[tuple[str, str, Figure, str, bool]]":
+    """Section, file name, figure, caption, and whether it is folded away; the figures of the first base."""
+    from weightgeom.analysis.claims_uncertainty import base_step
+    from weightgeom.figures import uncertainty as figures_uncertainty
+
+    name, tables = next(iter(found.measured.items()))
+    section, more = "uncertainty", f" ({len(found.measured)} bases in the tables)" * (len(found.measured) > 1)
+    if "uncertainty" in tables:
+        table = tables["uncertainty"]
+        step = base_step(table, _trained(tables))
+        yield (
+            section, "uncertainty_profiles", figures_uncertainty.profiles(table, step),
+            f"{name}{more}: what tells the groups of prompts apart in the residual stream, by layer: the"
+            " intrinsic dimension of each, then uncertain against factual ones. Bars are 95 % intervals; the"
+            " dashed line is no difference, or chance.", False,
+        )  # fmt: skip
+        yield (
+            section, "uncertainty_sensitivity", figures_uncertainty.sensitivity(table, step),
+            f"{name}: how much the prediction changes along the boundary between the groups, against random"
+            " directions (grey) and the top output directions (dotted).", False,
+        )  # fmt: skip
+        yield (
+            section, "uncertainty_topology", figures_uncertainty.topology(table, step),
+            f"{name}: components of the groups' states by cosine distance, persistence entropy and the"
+            " longest loop. Bars are 95 % intervals from half-samples.", True,
+        )  # fmt: skip
+    if edited := {one: tables[one] for one in STATES if one in tables}:
+        yield (
+            section, "abstentions", figures_uncertainty.abstentions(edited),
+            f"{name}: abstention gained on uncertain prompts against false abstention on factual ones, as the"
+            " strength of an edit of the states grows. Grey: edits along random directions of equal size."
+            " Above the dashed line more is gained than lost.", False,
+        )  # fmt: skip
+    if len(found.bridge):
+        yield (
+            "bridge", "bridge", figures_uncertainty.bridge(found.bridge),
+            "The bridge between the two papers: how the coupling of the boundary to the output changed while"
+            " abstention was taught, against where the same update lies. A point is a training (the mean over"
+            " layers); circles read, squares write.", False,
+        )  # fmt: skip
+
+
+def _tables(part: "pd.DataFrame") -> "dict[str, pd.DataFrame]":
+    """The tables of one base, under the names that a run gives them; of every table the newest run's."""
+    trained = set(part.loc[part["trajectory"] == "training", "table"])
+    found = {}
+    for (table, trajectory), rows in part.groupby(["table", "trajectory"], sort=False):
+        suffix = "_pretraining" if trajectory == "pretraining" and table in trained else ""
+        found[f"{table}{suffix}"] = rows[rows["run_id"] == rows["run_id"].iloc[-1]]
+    return found
+
+
+def _trained(tables: "Mapping[str, pd.DataFrame]") -> bool:
+    return "uncertainty" in tables and tables["uncertainty"]["trajectory"].iloc[0] == "training"
+
+
+def _name(base: Mapping[str, object], rows: "pd.DataFrame") -> str:
+    """As short as tells the bases apart, such as `tiny · world, seed 0`."""
+    varied = [key for key in ("model_seed", "data_seed") if rows[key].nunique() > 1]
+    seeds = [f"{key.replace('_', ' ')} {base[key]}" for key in (*varied, "seed")]
+    return f"{base['model']} · {', '.join([str(base['data']), *seeds])}"
+
+
+def _bridges(rows: "pd.DataFrame") -> "pd.DataFrame":
+    """The bridge of every training that has both sides of it, with `run` and `seed`."""
+    import pandas as pd
+
+    from weightgeom.analysis.bridge import bridge
+
+    parts = []
+    trained = rows[(rows["trajectory"] == "training") & (rows["objective"] != "none")]
+    for _, part in trained.groupby("run_id", sort=False):
+        tables = {name: part[part["table"] == name] for name in ("uncertainty", "rsf")}
+        if all(map(len, tables.values())):
+            one = part.iloc[0]
+            run = " · ".join(name for name in (one["objective"], one["variant"]) if name)
+            parts.append(bridge(*tables.values()).assign(run=run, seed=one["seed"], run_id=one["run_id"]))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()

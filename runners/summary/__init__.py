@@ -1,0 +1,1 @@
+"""Summaries: MLflow curves, figures, notes and terminal tables of a run or a sweep."""

@@ -1,0 +1,149 @@
+"""The sweep's own record: one table of what its runs came to, and the figure over their sharpness."""
+
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runners.disk import full_disk_explained
+from runners.summary.note import note
+from runners.tracking.record import Record
+from weightgeom.analysis.settings import of_text
+from weightgeom.table import own, upgraded
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+SHARPNESS = "train/participation_ratio"
+# What is said of a run as a whole: the last value of these metrics, or the mean where it is a curve.
+LAST = ("train/matched_tokens", "train/delta_norm", "train/heldout_accuracy", "train/loss")
+MEAN = (SHARPNESS, "train/target_energy")
+
+
+def summarise(record: Record, children: Sequence[Path]) -> None:
+    """Write the table `sweep`, one number of one run a row, its figures and a note in words into `record`.
+
+    Columns: `run` (what tells it from the others but its seed), the parameters in which the runs differ,
+    `matrix`, `role`, `quantity`, `value`. Runs that did not finish are left out, and counted in the log.
+    """
+    import pandas as pd
+
+    done = [child for child in map(Record, children) if _finished(child)]
+    if len(done) < len(children):
+        log.warning("%d of %d runs did not finish: the sweep's table is without them", *(
+            len(children) - len(done), len(children)
+        ))  # fmt: skip
+    varied = _varied(done)
+    rows = [
+        {"run": _label(child, varied), **{key: child.description()["params"][key] for key in varied}, **row}
+        for child in done
+        for row in _rows(child)
+    ]
+    table = pd.DataFrame(rows, columns=None if rows else ["run", "quantity"])
+    corpus = {_label(child, varied) for child in done if of_text(child.description()["params"])}
+    correlations = _drawn(record, table, corpus) if rows else {}
+    record.tag("mlflow.note.content", note(record, list(map(Record, children)), table, correlations))
+
+
+def _drawn(record: Record, table: "pd.DataFrame", corpus: set[str]) -> dict[str, tuple[float, float]]:
+    """Save the table and the figures; of the graded control, return the rank correlations.
+
+    The graded control is of one data set, the responses: without the runs trained on the `corpus`.
+    """
+    from weightgeom.figures import base as figures
+
+    with full_disk_explained(record.directory):
+        table.to_parquet(record.artifact("tables/sweep.parquet"))
+        table.to_csv(record.artifact("tables/sweep.csv"), index=False)
+    if (table["quantity"] == "ratio").any():
+        save(record, "ratio_by_run", figures.ratio_by_run(table))
+    family = table[~table["run"].isin(corpus)]
+    graded = (family["quantity"] == SHARPNESS).any() and family["run"].nunique() > 2
+    return _graded(record, family) if graded else {}
+
+
+def _graded(record: Record, table: "pd.DataFrame") -> dict[str, tuple[float, float]]:
+    """The graded control: ratio against measured sharpness, and Spearman's correlation of the two."""
+    from scipy.stats import spearmanr
+
+    from weightgeom.figures import base as figures
+
+    wide = sharpness_and_ratios(table)
+    correlations = {}
+    for role in ("read", "write"):
+        part = wide[wide["role"] == role]
+        found = spearmanr(part["sharpness"], part["ratio"])
+        correlations[role] = float(found.statistic), float(found.pvalue)
+        record.log({
+            f"graded_control/{role}_rank_correlation": correlations[role][0],
+            f"graded_control/{role}_p_value": correlations[role][1],
+        }, 0)  # fmt: skip
+        log.info("%s ratio and sharpness: rank correlation %.2f (p = %.2g)", role, *correlations[role])
+    save(record, "graded_control", figures.ratio_by_sharpness(wide, correlations))
+    return correlations
+
+
+def save(record: Record, name: str, figure: "Figure") -> None:
+    """Put a figure into the record, as PNG and PDF."""
+    from weightgeom.figures import base as figures
+
+    with full_disk_explained(record.directory):
+        figures.save(figure, *(record.artifact(f"figures/{name}.{ending}") for ending in ("png", "pdf")))
+
+
+def sharpness_and_ratios(table: "pd.DataFrame") -> "pd.DataFrame":
+    """A row for each run, seed and role: its measured sharpness and its ratio, the mean over the matrices."""
+    keys = ["run", "seed"] if "seed" in table else ["run"]
+    sharpness = table[table["quantity"] == SHARPNESS].set_index(keys)["value"].rename("sharpness")
+    ratios = table[table["quantity"] == "ratio"].groupby([*keys, "role"])["value"].mean().rename("ratio")
+    return ratios.reset_index().merge(sharpness.reset_index(), on=keys)
+
+
+def _rows(child: Record) -> Iterator[dict[str, Any]]:
+    import pandas as pd
+
+    path = child.directory / "artifacts/tables/rsf.parquet"
+    if path.exists():
+        table = upgraded(pd.read_parquet(path))
+        ratios = own(table[table["step"] == table["step"].max()], "ratio")
+        for (role, matrix), part in ratios.groupby(["role", "matrix"]):
+            yield {"matrix": matrix, "role": role, "quantity": "ratio", "value": part["value"].mean()}
+    curves: dict[str, list[float]] = {}
+    for line in (child.directory / "metrics.jsonl").read_text().splitlines():
+        point = json.loads(line)
+        curves.setdefault(point["key"], []).append(point["value"])
+    for key in (*LAST, *MEAN):
+        if key in curves:
+            value = curves[key][-1] if key in LAST else sum(curves[key]) / len(curves[key])
+            yield {"matrix": "", "role": "", "quantity": key, "value": value}
+
+
+def _finished(child: Record) -> bool:
+    return (child.directory / "run.json").exists() and child.status().get("status") == "FINISHED"
+
+
+def _varied(done: Sequence[Record]) -> list[str]:
+    params = [child.description()["params"] for child in done]
+    keys = dict.fromkeys(key for some in params for key in some)
+    return [
+        key for key in keys if len({some.get(key) for some in params}) > 1 and all(key in p for p in params)
+    ]
+
+
+def _label(child: Record, varied: Sequence[str]) -> str:
+    """What tells a run from the others but its seed: its objective, then the other keys that vary."""
+    params = child.description()["params"]
+    chosen = "objective" in varied  # by name, which stands for all its keys
+    keys = [
+        key
+        for key in varied
+        if key not in ("objective", "seed") and not (chosen and key.startswith("objective."))
+    ]
+    return " ".join([params["objective"]] * (chosen or not keys) + [f"{key}={params[key]}" for key in keys])

@@ -1,0 +1,1 @@
+"""Tracking: the record of a run on disk, and its publication to MLflow."""

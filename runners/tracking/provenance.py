@@ -1,0 +1,86 @@
+"""Where a result came from: the commit, what was changed since, the host and the libraries."""
+
+import json
+import os
+import platform
+import socket
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from runners.tracking.redaction import redacted_text
+
+LIBRARIES = ("torch", "transformers", "trl", "mlflow")
+SNAPSHOT = "snapshot.json"  # in a copy of the code: where it was copied from and what git said of that
+
+
+def provenance(repository: Path) -> dict[str, str]:
+    """Tags that say where a run came from; what cannot be known (no git, no SLURM) is left out.
+
+    `git_commit`, `git_dirty` (true, false), `host`, `python_version`, `torch_version` and its
+    like, `slurm_job_id`.
+    """
+    tags = {"host": socket.gethostname(), "python_version": platform.python_version(), **commit(repository)}
+    installed = _installed()
+    tags |= {f"{name}_version": installed[name] for name in LIBRARIES if name in installed}
+    if job := os.environ.get("SLURM_JOB_ID"):
+        tags["slurm_job_id"] = job
+    return tags
+
+
+def commit(repository: Path) -> dict[str, str]:
+    """`git_commit` and `git_dirty` of a checkout, or of the one that a copy was made from; {} without git."""
+    if (copied := _copied(repository)) is not None:
+        return copied["commit"]
+    head = _git(repository, "rev-parse", "HEAD").strip()
+    dirty = bool(head and _git(repository, "status", "--porcelain").strip())
+    return {"git_commit": head, "git_dirty": str(dirty).lower()} if head else {}
+
+
+def uncommitted_diff(repository: Path) -> str:
+    """What `git diff HEAD` shows, then the names of untracked files; empty for a clean checkout.
+
+    Passwords in URIs and tokens of known shape are masked: the text is published with the run.
+    """
+    if (copied := _copied(repository)) is not None:
+        return copied["diff"]
+    diff = _git(repository, "diff", "HEAD", "--no-color", "--no-ext-diff")
+    names = _git(repository, "ls-files", "--others", "--exclude-standard").splitlines()
+    return redacted_text(diff) + "".join(f"# untracked: {name}\n" for name in names)
+
+
+def environment() -> str:
+    """Every installed distribution as a sorted `name==version` line."""
+    return "".join(f"{name}=={version}\n" for name, version in sorted(_installed().items()))
+
+
+def _copied(repository: Path) -> dict[str, Any] | None:
+    path = repository / SNAPSHOT
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _installed() -> dict[str, str]:
+    # A distribution with broken metadata has no name, whatever its type says.
+    return {
+        name.lower(): distribution.version
+        for distribution in metadata.distributions()
+        if (name := distribution.metadata["Name"])
+    }
+
+
+def _git(repository: Path, *arguments: str) -> str:
+    # Inside a git hook these point at the repository of the hook, not at `repository`.
+    hook = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"}
+    try:
+        return subprocess.run(
+            ["git", "-C", str(repository), *arguments],
+            env={name: value for name, value in os.environ.items() if name not in hook},
+            capture_output=True,
+            check=True,
+            timeout=60,
+            encoding="utf-8",
+            errors="replace",
+        ).stdout
+    except (OSError, subprocess.SubprocessError):  # no git, no checkout, no commit yet
+        return ""

@@ -1,0 +1,117 @@
+import pandas as pd
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from runners.summary.terminal import stages_shown
+from weightgeom.analysis.chain import between, comparisons, side_by_side
+from weightgeom.bases.chain import check_chain
+from weightgeom.table import COLUMNS, row, tabulate
+
+NAMES = ["base", "sft", "dpo"]
+
+
+def rsf(steps: dict[int, tuple[float, float]], intervals: bool = True) -> pd.DataFrame:
+    """Ratios of q in two layers by step, with nulls of sd 0.3 and 0.4, and an update of norm 3 and 4."""
+    rows = []
+    for step, ratios in steps.items():
+        for layer, ratio in enumerate(ratios):
+            place = {"step": step, "layer": layer, "matrix": "q", "role": "read"}
+            at = place | {"subspace": "attention_input", "k": 4}
+            rows += [
+                {**place, **row("delta_norm", 3.0 + layer, n=64)},
+                {**at, **row("ratio", ratio, n=64)},
+                {**at, **row("null_ratio_mean", 1.0, n=64)},
+                {**at, **row("null_ratio_sd", 0.3 + 0.1 * layer, n=64)},
+                {**at, "subspace": "random", **row("ratio", 99.0, n=64)},
+                {**at, "k": 8, **row("ratio", 99.0, n=64)},
+                {**at, "head": 0, **row("ratio", 99.0, n=64)},
+                {**place, "head": 0, **row("delta_norm", 99.0, n=64)},
+            ]
+            if intervals:
+                rows += [
+                    {**at, **row(f"ratio_{end}", ratio + by, n=64)}
+                    for end, by in (("low", -0.5), ("high", 1.5))
+                ]
+    found = tabulate(rows)
+    found.attrs["stages"] = NAMES
+    return found
+
+
+@pytest.fixture
+def tables() -> dict[str, pd.DataFrame]:
+    return {"rsf": rsf({1: (2.0, 4.0), 2: (5.0, 7.0)}), "rsf_stages": rsf({1: (2.0, 4.0), 2: (1.0, 2.0)})}
+
+
+def test_the_comparison_has_the_mean_over_layers_with_its_null_and_interval(tables):
+    found = side_by_side(tables)
+    assert list(found) == ["stage", "against", *(name for name in COLUMNS if name != "against")]
+    means = found[found["layer"].isna()].set_index(["stage", "against", "quantity"])
+    values = means["value"].to_dict()
+    # base -> sft: the mean of 2 and 4, its standard error √2/√2 = 1, and the null's sd √(.3² + .4²)/2
+    assert values["sft", "base", "ratio"] == 3.0
+    assert means.loc[("sft", "base", "ratio"), ["stderr", "n"]].tolist() == [pytest.approx(1.0), 2]
+    assert values["sft", "base", "null_ratio_sd"] == pytest.approx(0.25)
+    assert values["sft", "base", "z"] == pytest.approx(8.0)
+    assert (values["sft", "base", "ratio_low"], values["sft", "base", "ratio_high"]) == (2.5, 4.5)
+    assert values["sft", "base", "delta_norm"] == 5.0
+    assert (values["dpo", "base", "ratio"], values["dpo", "sft", "ratio"]) == (6.0, 1.5)
+    assert set(means["unit"]) == {"1"} and set(means["step"]) == {1, 2}
+
+
+def test_the_layers_stand_beside_their_mean_and_the_first_stage_stands_there_once(tables):
+    found = side_by_side(tables).query("quantity == 'ratio'")
+    layers = found[found["layer"].notna()].groupby(["stage", "against"], sort=False)["value"].agg(list)
+    assert layers.to_dict() == {("sft", "base"): [2, 4], ("dpo", "base"): [5, 7], ("dpo", "sft"): [1, 2]}
+
+
+def test_what_has_no_interval_or_did_not_move_has_no_row_of_it(tables):
+    tables["rsf_stages"] = rsf({1: (2.0, 4.0), 2: (1.0, 2.0)}, intervals=False)
+    of_dpo = tables["rsf"]["step"] == 2
+    tables["rsf"] = tables["rsf"][~of_dpo | (tables["rsf"]["quantity"] == "delta_norm")]
+    tables["rsf"].attrs["stages"] = NAMES
+    found = side_by_side(tables)
+    means = found[found["layer"].isna()].groupby(["stage", "against"])["quantity"].agg(set).to_dict()
+    assert means["dpo", "base"] == {"delta_norm"}
+    assert not means["dpo", "sft"] & {"ratio_low", "ratio_high"}
+
+
+def test_the_terminal_shows_every_comparison_by_name(tables):
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(stages_shown(side_by_side(tables), Table))
+    lines = [line.strip("│").split("│") for line in captured.get().splitlines() if line.startswith("│")]
+    shown = [[cell.strip() for cell in line] for line in lines]
+    # z of the mean: (3 - 1) / 0.25; ‖dW‖ = √(3² + 4²)
+    assert shown == [
+        ["sft", "base", "3.00 (8.0)", "5"],
+        ["dpo", "base", "6.00 (20.0)", "5"],
+        ["dpo", "sft", "1.50 (2.0)", "5"],
+    ]
+
+
+def test_the_ends_of_pairs_are_numbered_by_their_stage():
+    pairs = [rsf({0: (9.0, 9.0), 1: (n, n)}) for n in (2.0, 3.0)]
+    found = between(pairs).query("quantity == 'ratio' and subspace != 'random' and k == 4 and matrix == 'q'")
+    assert found[["step", "value"]].drop_duplicates().to_numpy().tolist() == [[1, 2], [2, 3]]
+
+
+def test_a_comparison_has_the_rows_of_its_stage_and_of_the_start(tables):
+    told = [(before, after, sorted(set(part["step"]))) for before, after, part in comparisons("rsf", rsf({
+        0: (1.0, 1.0), 1: (2.0, 2.0), 2: (3.0, 3.0)
+    }), NAMES)]  # fmt: skip
+    assert told == [("base", "sft", [0, 1]), ("base", "dpo", [0, 2])]
+    between_stages = [pair[:2] for pair in comparisons("rsf_stages", tables["rsf_stages"], NAMES)]
+    assert between_stages == [("sft", "dpo")]
+
+
+def test_what_is_not_defined_on_a_chain_is_refused():
+    check_chain(["rsf", "behaviour", "spectrum", "overlap"], [])
+    with pytest.raises(
+        ValueError, match=r"intervention\.rank1 edits one trained model and a chain has several"
+    ):
+        check_chain(["rsf"], ["rank1"])
+    with pytest.raises(
+        ValueError, match=r"probe\.moments needs the objective of a training, and those of a chain"
+    ):
+        check_chain(["moments"], [])

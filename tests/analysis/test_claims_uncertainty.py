@@ -1,0 +1,101 @@
+import pandas as pd
+import pytest
+from asked import bypassed, probed
+
+from weightgeom.analysis.bridge import bridge
+from weightgeom.analysis.claims_uncertainty import CLAIMS, COUPLED, lines
+from weightgeom.figures.uncertainty import abstentions, profiles, sensitivity, topology
+from weightgeom.figures.uncertainty import bridge as bridge_figure
+from weightgeom.table import row, tabulate
+
+
+def verdicts(trained=False, **tables):
+    return {line.claim: line.verdict for line in lines(tables, trained)}
+
+
+def test_a_table_in_which_all_is_as_the_paper_says_agrees():
+    found = lines({"uncertainty": tabulate(probed()), "bypass": bypassed()}, False)
+    assert [line.claim for line in found] == [*CLAIMS, COUPLED]
+    assert {line.verdict for line in found} == {"agrees"}
+    assert (
+        "AUROC 0.909" in found[0].evidence
+        and "abstention +0.60, false abstention +0.10" in found[-1].evidence
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "changed"),
+    [
+        (0, {"auroc_logistic": (0.6, 0.4, 0.8)}),
+        (1, {"mle_dimension_ratio": (1.5, 1.3, 1.7)}),
+        (4, {"fisher_ratio": (0.9, 0.7, 1.1)}),
+        (5, {"gradient_coupling": (0.5, 0.4, 0.6)}),
+    ],
+)
+def test_a_number_on_the_other_side_disagrees(number, changed):
+    found = verdicts(uncertainty=tabulate(probed(changed)))
+    assert [claim for claim, verdict in found.items() if verdict == "disagrees"] == [CLAIMS[number]]
+    assert found[COUPLED] == "not tested here"
+
+
+def test_a_claim_about_layers_needs_more_than_half_of_them():
+    table = tabulate(probed())
+    of_layer = (table["quantity"] == "fisher_ratio_high") & (table["layer"] == 0)
+    table.loc[of_layer, "value"] = 1.2
+    line = lines({"uncertainty": table}, False)[4]
+    assert (line.verdict, "below 1 in 1 of 2 layers" in line.evidence) == ("disagrees", True)
+
+
+def test_a_model_that_was_trained_is_judged_as_it_was_before():
+    changed = {"auroc_logistic": (0.6, 0.4, 0.8)}
+    table = tabulate([*probed(), *probed(changed, step=64)])
+    assert verdicts(uncertainty=table, trained=True)[CLAIMS[0]] == "agrees"
+    assert verdicts(uncertainty=table)[CLAIMS[0]] == "disagrees"
+
+
+def test_a_bypass_that_does_no_more_than_its_controls_disagrees():
+    found = lines({"bypass": bypassed()}, False)[-1]
+    assert (found.verdict, "p 0.05" in found.evidence) == ("agrees", True)
+    assert "bypass@4 in layer 1" in found.evidence
+    # Every control has 0 in that layer; in layer 0, where it is best, it gains up to 0.2.
+    assert verdicts(bypass=bypassed(change=0.25))[COUPLED] == "disagrees"
+    assert verdicts(bypass=bypassed(controls=9))[COUPLED] == "disagrees"  # too few for p <= 0.05
+    assert verdicts(bypass=bypassed())[CLAIMS[0]] == "not tested here"
+
+
+def test_the_figures_are_drawn_from_tables_alone():
+    table = tabulate(probed())
+    for figure, panels in ((profiles, 6), (topology, 3), (sensitivity, 1)):
+        assert len(figure(table, 0).axes) == panels
+    assert len(abstentions({"bypass": bypassed()}).axes) == 1
+
+
+def test_the_bridge_sets_the_change_of_coupling_beside_the_rsf_of_the_update():
+    after = probed({"fisher_ratio": (0.8, 0.7, 0.9)}, step=64)
+    place = {"step": 64, "k": 4, "subspace": "prediction"}
+    ratios = [
+        row("ratio", value, n=1, layer=1, matrix=matrix, role=role, **place)
+        for matrix, role, value in (("o", "write", 3.0), ("down", "write", 2.0), ("q", "read", 5.0))
+    ]
+    found = bridge(tabulate([*probed(), *after]), tabulate(ratios))
+    assert isinstance(found, pd.DataFrame) and len(found) == 4  # a layer, two couplings, two pathways
+    one = found[(found["quantity"] == "fisher_ratio") & (found["role"] == "write")].iloc[0]
+    # (0.8 - 0.3) × 1.01 in layer 1; √(0.1² + 0.1²) = 0.1414; (3 + 2) / 2
+    assert (one["layer"], round(one["change"], 6), round(one["stderr"], 4), one["rsf"]) == (
+        1,
+        0.505,
+        0.1414,
+        2.5,
+    )
+    assert len(bridge_figure(found).axes) == 2
+
+
+def test_a_point_of_the_bridge_is_a_training_where_there_are_several():
+    one = bridge(tabulate([*probed(), *probed(step=64)]), tabulate([
+        row("ratio", 2.0, n=1, layer=layer, matrix=matrix, role=role, step=64, k=4, subspace="prediction")
+        for layer in (0, 1) for matrix, role in (("o", "write"), ("q", "read"))
+    ]))  # fmt: skip
+    runs = pd.concat([one.assign(run=run) for run in ("sft", "dpo")])
+    figure = bridge_figure(runs)
+    points = [len(one.lines[0].get_xdata()) for one in figure.axes[0].containers]  # pyright: ignore
+    assert points == [1, 1, 1, 1]  # two trainings, two pathways

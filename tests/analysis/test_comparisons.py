@@ -1,0 +1,116 @@
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from runners.summary.curves import log_effects
+from runners.summary.terminal import effects_shown
+from runners.tracking.record import Record
+from weightgeom.analysis.comparisons import comparisons
+from weightgeom.table import arm_columns, row, tabulate
+
+KL = "kl_from_unedited"
+
+
+def arms(place: dict, dose: str, treatment: float, controls: dict[str, list[float]], p: dict[str, float]):
+    """What `trials.measured` says of one trial."""
+    yield row(KL, treatment, n=8, unit="nats/token", **arm_columns("top", dose), **place)
+    for kind, values in controls.items():
+        for draw, value in enumerate(values):
+            yield row(KL, value, n=8, unit="nats/token", **arm_columns(kind, dose, draw=draw), **place)
+    for kind, value in p.items():
+        yield row(f"{KL}_p_value", value, n=3, **arm_columns("top", dose, against=kind), **place)
+        yield row(f"{KL}_q_value", 2 * value, n=3, **arm_columns("top", dose, against=kind), **place)
+
+
+@pytest.fixture
+def layered() -> pd.DataFrame:
+    rows = []
+    for layer in (0, 1):
+        place = {"step": 0, "layer": layer, "matrix": "k", "role": "read", "k": 4, "subspace": "x"}
+        controls = {"random": [1.0, 3.0, 2.0], "bottom": [0.0], "within": [4.0, 6.0]}
+        for dose, strength in (("0.1", 1.0), ("0.3", 10.0)):
+            p = {"random": 0.25, "within": 0.1}
+            rows += arms(place, dose, strength * (5 + layer), controls, p)
+    return tabulate(rows)
+
+
+@pytest.fixture
+def over_k() -> pd.DataFrame:
+    rows = []
+    for k in (1, 16):
+        place = {"step": 64, "matrix": "", "role": "write", "k": k, "subspace": "prediction"}
+        for dose in ("remove", "keep"):
+            p = {"random_k": 0.5, "random_energy": 0.05}
+            rows += arms(place, dose, k / 2, {"random_k": [0.5], "random_energy": [0.25]}, p)
+    return tabulate(rows)
+
+
+def test_a_comparison_has_the_treatments_effect_and_the_median_of_its_own_controls(layered) -> None:
+    found = comparisons(layered, KL)
+    assert len(found) == 8  # 2 layers x 2 doses x the two kinds that have a p-value
+    one = found[(found["layer"] == 1) & (found["dose"] == "0.3")].set_index("against")
+    assert one.loc["random", ["effect", "controls", "p_value", "q_value"]].tolist() == [60, 2, 0.25, 0.5]
+    assert one.loc["within", ["effect", "controls", "p_value", "q_value"]].tolist() == [60, 5, 0.1, 0.2]
+
+
+def test_places_without_a_layer_are_told_apart_by_their_dimension(over_k) -> None:
+    found = comparisons(over_k, KL)
+    removed = found[(found["dose"] == "remove") & (found["against"] == "random_energy")]
+    assert dict(zip(removed["k"], removed["effect"], strict=True)) == {1: 0.5, 16: 8}
+    assert removed["controls"].tolist() == [0.25, 0.25]
+
+
+def logged(record: Record) -> dict[str, dict[int, float]]:
+    curves: dict[str, dict[int, float]] = {}
+    for line in (record.directory / "metrics.jsonl").read_text().splitlines():
+        point = json.loads(line)
+        curves.setdefault(point["key"], {})[point["step"]] = point["value"]
+    return curves
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    asked = {"experiment": "e", "name": "n", "params": {}, "tags": {}, "inputs": []}
+    return Record.create(tmp_path / "record", tracking_uri="sqlite:////tmp/none.db", **asked)
+
+
+def test_profiles_over_layers_are_of_the_largest_dose_and_of_random_controls(layered, record) -> None:
+    log_effects(record, "rank1", layered, KL)
+    assert logged(record) == {
+        "rank1_by_layer/k": {0: 50, 1: 60},
+        "rank1_by_layer/k_p_value": {0: 0.25, 1: 0.25},
+    }
+
+
+def test_curves_over_k_are_of_every_operation(over_k, record) -> None:
+    log_effects(record, "surgery", over_k, KL)
+    assert logged(record) == {
+        "surgery/write_remove": {1: 0.5, 16: 8},
+        "surgery/write_remove_p_value": {1: 0.5, 16: 0.5},
+        "surgery/write_keep": {1: 0.5, 16: 8},
+        "surgery/write_keep_p_value": {1: 0.5, 16: 0.5},
+    }
+
+
+def test_the_terminal_shows_an_effect_beside_its_controls(layered) -> None:
+    console = Console(width=200, record=True)
+    console.print(effects_shown("rank1", layered, KL, Table))
+    text = console.export_text()
+    title = "rank1: kl_from_unedited (nats/token) beside the median of random controls"
+    assert title in " ".join(text.split())
+    (line,) = [line for line in text.splitlines() if "60" in line]
+    assert [part.strip() for part in line.split("│")[1:-1]] == [
+        *("k", "1", "4", "top@0.3", "60", "2", "0.25", "0.5"),
+    ]
+
+
+def test_data_without_pairs_are_told_of_by_the_divergence(over_k, record) -> None:
+    log_effects(record, "surgery", over_k, "preference_margin_change")
+    assert "surgery/write_remove" in logged(record)
+    console = Console(width=200, record=True)
+    console.print(effects_shown("surgery", over_k, "preference_margin_change", Table))
+    assert "surgery: kl_from_unedited" in console.export_text()

@@ -1,0 +1,326 @@
+"""Chains of stages: what is refused, what is compared with what, and one from end to end."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import small
+import torch
+from app import SMALL, WORLD, Ended, done, run
+from mlflow import MlflowClient
+from networks import save
+from pandas.testing import assert_frame_equal
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from runners.report import read as report
+from weightgeom.bases.chain import Chain
+from weightgeom.bases.pretrained import TwoCheckpoints
+from weightgeom.estimators.reference_subspaces import Inputs, input_frames, prediction_frame
+from weightgeom.interfaces import Setting
+from weightgeom.models.loading import load
+from weightgeom.probes.rsf import RSF
+from weightgeom.trajectory import Base
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
+)
+EXAMPLES = small.WORLD.examples()
+COMMITS = {"base": "a" * 40, "sft": "b" * 40, "dpo": "c" * 40}
+
+
+def no_stage(name: str, specification: Mapping[str, object], work: Callable, steps: int) -> Path:
+    raise AssertionError("nothing is made")
+
+
+def prepared(chain: Chain) -> Base:
+    return chain.prepare(no_stage, EXAMPLES, small.WORLD, "cpu")
+
+
+def saved(home: Path, *names: str, dtype: str = "float32") -> dict[str, str]:
+    return {name: str(save("llama", home / name, seed, dtype)) for seed, name in enumerate(names)}
+
+
+def test_every_stage_stands_beside_the_base_and_as_a_pair_beside_the_one_before(tmp_path):
+    stages = saved(tmp_path, "base", "sft", "dpo")
+    chain = Chain(stages)
+    assert chain.check(longest=None).n_layers == 2
+    base = prepared(chain)
+    assert base.trajectory is not None and base.trajectory.stages == ("base", "sft", "dpo")
+    assert [str(path) for path in base.trajectory.steps.values()] == list(stages.values())
+    assert base.directory == tmp_path / "base" and not base.trajectory.from_random
+    pairs = [TwoCheckpoints(stages["base"], stages["sft"]), TwoCheckpoints(stages["sft"], stages["dpo"])]
+    assert list(base.pairs) == [one.prepare(no_stage, EXAMPLES, small.WORLD, "cpu") for one in pairs]
+    other = prepared(Chain({name: stages[name] for name in ("base", "dpo", "sft")}))
+    assert other.identity != base.identity  # the order matters
+
+
+def test_the_check_needs_configs_alone(tmp_path):
+    stages = saved(tmp_path, "base", "sft")
+    (tmp_path / "sft/model.safetensors").unlink()
+    assert Chain(stages).check(None).d_model == 32
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+        prepared(Chain(stages))
+
+
+def test_stages_may_differ_in_dtype_and_in_their_number_of_embeddings(tmp_path, caplog):
+    stages = saved(tmp_path, "base", "sft")
+    stages |= saved(tmp_path, "dpo", dtype="bfloat16")
+    network = AutoModelForCausalLM.from_pretrained(stages["sft"])
+    network.resize_token_embeddings(network.config.vocab_size + 3, mean_resizing=False)
+    network.save_pretrained(stages["sft"])
+    with caplog.at_level(logging.WARNING):
+        Chain(stages).check(None)
+        base = prepared(Chain(stages))
+    assert "the 3 that it lacks are taken as unmoved" in caplog.text  # of dpo beside sft
+    with pytest.raises(ValueError, match=r"model\.tokenizer=dpo needs the vocabulary of every stage but the"):
+        prepared(Chain(stages, tokenizer="dpo"))
+    of_pair = load(base.pairs[1].directory, "cpu")
+    assert of_pair.network.config.vocab_size == network.config.vocab_size
+
+
+def test_all_comparisons_can_have_the_tokenizer_of_one_stage(tmp_path):
+    stages = saved(tmp_path, "base", "sft", "dpo")
+    base, own = prepared(Chain(stages, tokenizer="sft")), prepared(Chain(stages))
+    assert {one.directory.name for one in (base, *base.pairs)} == {"sft"}
+    assert [one.directory.name for one in (own, *own.pairs)] == ["base", "base", "sft"]
+    assert base.identity != own.identity and base.pairs[0].identity != own.pairs[0].identity
+    assert base.pairs[1] == own.pairs[1]  # in which sft is what dpo is compared with
+
+
+def test_the_size_and_the_revision_go_into_the_name():
+    chain = Chain({"base": "lab/m-{size}", "sft": "lab/m{size}-sft@v2"}, {"base": "v1", "sft": "v1"}, "70m")
+    assert chain.locations() == {"base": "lab/m-70m@v1", "sft": "lab/m70m-sft@v2"}
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ({}, r"model\.stages must name two stages or more, such as \{base: A, sft: B, dpo: C\}, got none"),
+        ({"base": "a"}, r"model\.stages must name two stages or more, .* got \['base'\]"),
+        ({"sft": "a", "SFT": "b"}, r"model\.stages has a name twice but for upper and lower case, sft, SFT"),
+        (
+            {"base": "a", "my sft": "b"},
+            r"the name 'my sft': a name is one word of letters, digits and any of",
+        ),
+        ({"base": "a", "../sft": "b"}, r"the name '\.\./sft': a name is one word"),
+    ],
+)
+def test_what_is_no_chain_is_refused(stages, message):
+    with pytest.raises(ValueError, match=message):
+        Chain(stages)
+
+
+def test_a_tokenizer_of_no_stage_is_refused():
+    with pytest.raises(
+        ValueError, match=r"model\.tokenizer=rlvr is no stage of this chain: give one of a, b"
+    ):
+        Chain({"a": "lab/a", "b": "lab/b"}, tokenizer="rlvr")
+
+
+def test_a_name_of_the_hub_needs_a_revision_that_does_not_move():
+    with pytest.raises(
+        ValueError, match=r"model\.stages\.b=lab/b is no directory here, .* give model\.revisions\.b=COMMIT"
+    ):
+        Chain({"a": "lab/a@v1", "b": "lab/b"}).locations()
+    with pytest.raises(ValueError, match=r"model\.revisions\.b=main moves: give model\.revisions\.b=COMMIT"):
+        Chain({"a": "lab/a@v1", "b": "lab/b@main"}).locations()
+
+
+def test_stages_that_cannot_be_compared_are_refused(tmp_path):
+    stages = saved(tmp_path, "base", "sft")
+    with pytest.raises(ValueError, match=r"model=chain/\.\.\. compares finished stages: add objective=none"):
+        Chain(stages).check(longest=8)
+    with pytest.raises(
+        FileNotFoundError, match=r"in model\.stages\.dpo: there is no directory \./nowhere: give a checkpoint"
+    ):
+        Chain(stages | {"dpo": "./nowhere"}).check(None)
+    with pytest.raises(ValueError, match=r"model\.stages\.dpo and model\.stages\.sft are one checkpoint"):
+        Chain(stages | {"dpo": stages["sft"]}).check(None)
+    with pytest.raises(ValueError, match=r"dpo=.*/neox is of another architecture than model\.stages\.base="):
+        Chain(stages | {"dpo": str(save("gpt_neox", tmp_path / "neox"))}).check(None)
+
+
+def test_a_stage_of_another_shape_or_an_adapter_is_refused(tmp_path):
+    stages = saved(tmp_path, "base", "sft")
+    weights = load_file(f"{stages['sft']}/model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(8, 32)
+    save_file(weights, f"{stages['sft']}/model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"model\.stages\.sft=.* against stage base: .*up_proj\.weight is of shape \(8, 32\)"
+    ):
+        prepared(Chain(stages))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(
+        ValueError, match=r"model\.stages\.sft=.* is an adapter: merge it into the stage that"
+    ):
+        Chain(stages | {"sft": str(tmp_path / "adapter")}).check(None)
+
+
+def test_an_update_inside_the_subspace_of_the_stage_before_has_the_ratio_d_over_k(tmp_path):
+    # dpo moves q and o of the first layer within what sft, and not the base, reads and predicts.
+    stages = saved(tmp_path, "base", "sft")
+    shutil.copytree(stages["sft"], tmp_path / "dpo")
+    chain = Chain(stages | {"dpo": str(tmp_path / "dpo")})
+    k, d = 4, 32
+    probe = RSF(k=k, tokens=256, resamples=0)
+
+    def setting(base: Base) -> Setting:
+        model = load(base.directory, "cpu")
+        assert base.trajectory is not None
+        start = model.params(base.trajectory.steps[0])
+        return Setting(model, start, start, from_random=False, examples=EXAMPLES, seed=0)
+
+    of_sft = setting(prepared(chain).pairs[1])
+    inputs = Inputs(tokens=256, length=probe.length, centre=False, groups=16, resamples=0)
+    first = next(
+        frame
+        for frame in input_frames(of_sft, of_sft.start, k, inputs)
+        if frame.place == ("attention_input", 0)
+    )
+    read, written = (
+        first.space.basis[:, :k].float(),
+        prediction_frame(of_sft, of_sft.start, k).space.basis[:, :k],
+    )
+    weights = load_file(tmp_path / "dpo/model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    weights["model.layers.0.self_attn.q_proj.weight"] += torch.randn(24, k, generator=generator) @ read.T
+    weights["model.layers.0.self_attn.o_proj.weight"] += written.float() @ torch.randn(
+        k, 24, generator=generator
+    )
+    save_file(weights, tmp_path / "dpo/model.safetensors")
+
+    def ratios(base: Base, step: int) -> dict[str, float]:
+        measured = setting(base)
+        assert base.trajectory is not None
+        rows = probe.measurement(measured)(measured.model.params(base.trajectory.steps[step]))
+        rows = [one for one in rows if one["quantity"] == "ratio" and one["subspace"] != "random"]
+        return {one["matrix"]: one["value"] for one in rows if one["layer"] == 0}
+
+    base = prepared(chain)
+    against_sft = ratios(base.pairs[1], 1)
+    assert against_sft == pytest.approx({"q": d / k, "o": d / k}, rel=1e-4)
+    against_base = ratios(base, 2)  # where all that sft did is in the update
+    assert set(against_base) == {"q", "k", "v", "o", "gate", "up", "down"}
+    assert max(against_base.values()) < d / k - 1
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def stages(home: Path) -> dict[str, Path]:
+    """A base, its SFT and the DPO of that, really trained, as the hub's cache lays them out."""
+    tiny = [*(one for one in SMALL if not one.startswith("probe.")), *WORLD, "probe=[]"]
+    assert (ended := run(home, *tiny, "objective=sft")).code == 0, ended.err
+    (base,), (sft,) = (done(home / "outputs", kind) for kind in ("pretraining", "training"))
+    hub = [one for one in tiny if not one.startswith(("model.", "+model."))]
+    ended = run(home, *hub, "model=pythia", f"model.name={sft / 'step-2'}", "objective=dpo")
+    assert ended.code == 0, ended.err
+    (dpo,) = done(home / "outputs", "training") - {sft}
+    found = {}
+    for name, source in {"base": base / "step-4", "sft": sft / "step-2", "dpo": dpo / "step-2"}.items():
+        found[name] = home / "hf/hub" / f"models--lab--tiny-{name}/snapshots" / COMMITS[name]
+        shutil.copytree(source, found[name])
+    return found
+
+
+@pytest.fixture(scope="module")
+def compared(home: Path, stages: dict[str, Path]) -> Ended:
+    """The chain, named as on the hub, in one run."""
+    told = ", ".join(f"{name}: lab/tiny-{name}@{commit}" for name, commit in COMMITS.items())
+    probes = ["probe=[rsf,behaviour,spectrum,overlap]", "probe.rsf.tokens=512", "probe.behaviour.tokens=256"]
+    return run(
+        home, *WORLD, *probes, "model=chain/own", f"model.stages={{{told}}}", "objective=none", "device=cpu",
+        "name=chain", HF_HOME=str(home / "hf"),
+    )  # fmt: skip
+
+
+def table(ended: Ended, name: str) -> pd.DataFrame:
+    return pd.read_parquet(ended.record / f"artifacts/tables/{name}.parquet")
+
+
+def test_a_chain_of_three_stages_is_one_comparison(home, compared):
+    assert compared.code == 0, compared.err
+    names = {path.name for path in (compared.record / "artifacts/tables").glob("*.parquet")}
+    probes = ("rsf", "behaviour", "spectrum", "overlap")
+    assert names == {
+        "stages.parquet",
+        *(f"{name}{end}.parquet" for name in probes for end in ("", "_stages")),
+    }
+    figures = {path.name for path in (compared.record / "artifacts/figures").iterdir()}
+    drawn = ("stages", "ratio_by_layer_sft", "ratio_by_layer_dpo")
+    assert figures == {f"{name}.{ending}" for name in drawn for ending in ("png", "pdf")}
+    found = table(compared, "stages")
+    pairs = list(found[["stage", "against"]].drop_duplicates().itertuples(index=False, name=None))
+    assert pairs == [("sft", "base"), ("dpo", "base"), ("dpo", "sft")]
+    shown = [line.split("│")[1:3] for line in compared.out.splitlines() if line.startswith("│")]
+    assert [(one.strip(), other.strip()) for one, other in shown if one.strip() in ("sft", "dpo")] == pairs
+    client = MlflowClient(f"sqlite:///{home}/outputs/mlflow.db")
+    experiment = client.get_experiment_by_name("chain")
+    assert experiment is not None
+    (tracked,) = client.search_runs([experiment.experiment_id])
+    assert tracked.data.tags["stages"] == "0 base, 1 sft, 2 dpo"
+    assert tracked.data.params["model.stages.dpo"] == f"lab/tiny-dpo@{COMMITS['dpo']}"
+    last = table(compared, "rsf_stages").query("step == 2 and matrix == 'q' and quantity == 'ratio'")
+    mean = last[last["subspace"] != "random"]["value"].mean()
+    assert tracked.data.metrics["rsf_stages/q"] == pytest.approx(mean)
+    assert len(tracked.data.metrics) <= 50
+
+
+def test_the_first_stage_has_the_same_numbers_against_the_base_and_against_the_one_before(compared):
+    for name in ("rsf", "behaviour", "spectrum"):
+        of_base, of_previous = (
+            table(compared, name + end).query("step == 1").reset_index(drop=True) for end in ("", "_stages")
+        )
+        assert len(of_base)
+        assert_frame_equal(of_base, of_previous, check_exact=True)
+    assert set(table(compared, "rsf")["step"]) == {0, 1, 2}
+    assert set(table(compared, "rsf_stages")["step"]) == {1, 2}
+
+
+def test_a_stage_against_the_one_before_is_what_a_pair_gives(home, stages, compared):
+    pair = run(
+        home, *WORLD, "probe.rsf.tokens=512", "probe.behaviour.tokens=256", "model=pair", "objective=none",
+        f"model.before={stages['sft']}", f"model.after={stages['dpo']}", "device=cpu", "outputs=elsewhere",
+    )  # fmt: skip
+    assert pair.code == 0, pair.err
+    for name in ("rsf", "behaviour"):
+        ended = table(pair, name).query("step == 1").assign(step=2)
+        mine = table(compared, f"{name}_stages").query("step == 2")
+        assert_frame_equal(
+            mine.reset_index(drop=True), ended.reset_index(drop=True), check_exact=True, check_like=True
+        )
+
+
+def test_the_report_shows_every_comparison_of_a_chain_and_none_as_pretraining(home, compared, monkeypatch):
+    monkeypatch.chdir(home)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert report.main(["chain"]) == 0
+    page = (home / "outputs/report/chain/index.html").read_text()
+    assert all(name in page for name in ("base → sft", "base → dpo", "sft → dpo"))
+    found = pd.read_parquet("outputs/report/chain/tables/asymmetry.parquet")
+    ratios = found[found["matrix"] == "q"].set_index("objective")["ratio"]
+    means = table(compared, "stages").query("matrix == 'q' and quantity == 'ratio' and layer.isna()")
+    assert ratios.to_dict() == pytest.approx({
+        f"{against} → {stage}": value
+        for stage, against, value in means[["stage", "against", "value"]].itertuples(index=False)
+    })  # fmt: skip
+    assert set(found["trajectory"]) == {"training"}
+    claims = pd.read_parquet("outputs/report/chain/tables/claims.parquet")
+    assert set(claims["verdict"]) == {"not tested here"}  # as nothing says how a stage was trained
+
+
+def test_the_stages_of_a_chain_are_kept_with_their_order(compared):
+    assert table(compared, "rsf").attrs["stages"] == ["base", "sft", "dpo"]
+    params = json.loads((compared.record / "run.json").read_text())["params"]
+    assert [key for key in params if key.startswith("model.stages.")] == [
+        f"model.stages.{n}" for n in COMMITS
+    ]

@@ -1,0 +1,180 @@
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+from safetensors.torch import save_file
+from stored import OFFLINE, checkpoint, fetched, hub_cache, no_stage
+
+from weightgeom.bases.hub import fetch, identity
+from weightgeom.bases.pretrained import Pretrained, TwoCheckpoints
+
+
+def test_offline_a_revision_resolves_through_the_caches_refs(tmp_path):
+    repository = hub_cache(tmp_path, "lab/model", {"main": 0, "step3000": 1})
+    first, third, missing, unknown = fetched(
+        ["lab/model", "lab/model@step3000", "lab/model@step9", "lab/other"], tmp_path, OFFLINE
+    )
+    assert first == str(repository / "snapshots" / f"{0:040x}")
+    assert third == str(repository / "snapshots" / f"{1:040x}")
+    assert missing.startswith("refused: cannot get lab/model@step9 from the hub or its local cache (")
+    assert unknown.startswith("refused: cannot get lab/other from the hub or its local cache (")
+
+
+def test_without_a_network_the_cache_serves_and_the_rest_is_refused_in_one_sentence(tmp_path):
+    repository = hub_cache(tmp_path, "lab/model", {"main": 0})
+    closed = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # nothing listens on the discard port
+    cached, unknown = fetched(["lab/model", "lab/other"], tmp_path, closed)
+    assert cached == str(repository / "snapshots" / f"{0:040x}")
+    assert unknown.startswith("refused: cannot get lab/other") and "\n" not in unknown
+
+
+def test_a_directory_is_itself_and_other_paths_are_refused(tmp_path):
+    assert fetch(str(tmp_path)) == tmp_path
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no directory \./nowhere: give a checkpoint directory"
+    ):
+        fetch("./nowhere")
+    with pytest.raises(FileNotFoundError, match="'not a name!' is neither a directory nor a hub name"):
+        fetch("not a name!")
+
+
+def test_the_location_fills_in_the_size_and_the_revision(tmp_path):
+    pythia = Pretrained(name="EleutherAI/pythia-{size}", size="1.4b", revision="step512")
+    assert pythia.locations() == {0: "EleutherAI/pythia-1.4b@step512"}
+    assert Pretrained(name=str(tmp_path), revision="step512").locations() == {0: str(tmp_path)}
+
+
+def test_a_checkpoint_to_train_from_is_fetched_and_known_by_its_files(tmp_path):
+    directory = checkpoint(tmp_path / "base")
+    model = Pretrained(name=str(directory))
+    assert model.check(longest=128).d_model == 32
+    examples = small.WORLD.examples()
+    base = model.prepare(no_stage, examples, small.WORLD, "cpu")
+    assert base.directory == directory and base.trajectory is None and base.identity == identity(directory)
+    checkpoint(directory, seed=1)
+    assert identity(directory) != base.identity
+
+
+def test_two_checkpoints_are_a_trajectory_of_one_step(tmp_path):
+    pair = TwoCheckpoints(str(checkpoint(tmp_path / "a")), str(checkpoint(tmp_path / "b", seed=1)))
+    assert pair.check(longest=None).n_layers == 2
+    base = pair.prepare(no_stage, small.WORLD.examples(), small.WORLD, "cpu")
+    assert base.trajectory is not None and not base.trajectory.from_random
+    assert base.trajectory.steps == {0: tmp_path / "a", 1: tmp_path / "b"}
+
+
+def test_what_cannot_be_measured_or_trained_is_refused(tmp_path):
+    directory = str(checkpoint(tmp_path / "a"))
+    with pytest.raises(ValueError, match="objective=none on a single checkpoint leaves no update to measure"):
+        Pretrained(name=directory).check(longest=None)
+    with pytest.raises(ValueError, match=r"model=pair compares two finished checkpoints: add objective=none"):
+        TwoCheckpoints(directory, directory).check(longest=8)
+    with pytest.raises(ValueError, match="max_length is 129 tokens and the model takes 128"):
+        Pretrained(name=directory).check(longest=129)
+
+
+def adapter(directory: Path, module: str, d_in: int = 32, d_out: int = 96) -> Path:
+    """A LoRA adapter of rank 2 of one module of `checkpoint`'s."""
+    directory.mkdir()
+    name = f"base_model.model.gpt_neox.layers.0.{module}"
+    factors = {f"{name}.lora_A.weight": torch.ones(2, d_in), f"{name}.lora_B.weight": torch.ones(d_out, 2)}
+    save_file(factors, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    return directory
+
+
+def test_an_adapter_is_compared_with_its_base(tmp_path):
+    base = checkpoint(tmp_path / "base")
+    after = adapter(tmp_path / "adapter", "attention.query_key_value")
+    pair = TwoCheckpoints(str(base), str(after))
+    assert pair.check(longest=None).d_model == 32
+    prepared = pair.prepare(no_stage, small.WORLD.examples(), small.WORLD, "cpu")
+    assert prepared.trajectory is not None and prepared.trajectory.steps == {0: base, 1: after}
+
+
+def test_an_adapter_that_does_not_fit_its_base_or_stands_before_it_is_refused(tmp_path):
+    base = str(checkpoint(tmp_path / "base"))
+    wide = str(adapter(tmp_path / "wide", "attention.query_key_value", d_in=64))
+    foreign = str(adapter(tmp_path / "foreign", "self_attn.q_proj"))
+    with pytest.raises(ValueError, match=r"this adapter belongs to another base model"):
+        TwoCheckpoints(base, wide).check(longest=None)
+    with pytest.raises(ValueError, match=r"self_attn\.q_proj\.lora_A\.weight, which is no LoRA factor"):
+        TwoCheckpoints(base, foreign).check(longest=None)
+    with pytest.raises(ValueError, match=r"model\.before=.*wide is an adapter: give its base model there"):
+        TwoCheckpoints(wide, base).check(longest=None)
+
+
+def test_revisions_are_a_trajectory_in_the_order_of_their_steps(tmp_path):
+    hub_cache(tmp_path, "lab/model", {"step0": 0, "step512": 1, "step64": 2})
+    program = """
+from weightgeom.bases.pretrained import Pretrained
+model = Pretrained("lab/model", revisions=["step512", "step0", "step64"])
+model.check(None)
+base = model.prepare(None, None, None, "cpu")
+steps = base.trajectory.steps
+print(list(steps), base.trajectory.from_random, base.directory == steps[512], len(set(steps.values())))
+"""
+    environment = {**os.environ, **OFFLINE, "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[0, 64, 512] True True 3"
+
+
+def test_the_checkpoints_that_a_trainer_left_are_a_trajectory(tmp_path):
+    for seed, step in enumerate((100, 20, 3)):
+        checkpoint(tmp_path / f"checkpoint-{step}", seed)
+    model = Pretrained(str(tmp_path))
+    assert model.check(None) == model.check(16)
+    base = model.prepare(no_stage, small.WORLD.examples(), small.WORLD, "cpu")
+    assert base.trajectory is not None and not base.trajectory.from_random
+    assert [path.name for path in base.trajectory.steps.values()] == [
+        "checkpoint-3",
+        "checkpoint-20",
+        "checkpoint-100",
+    ]
+    assert base.directory.name == "checkpoint-100"
+    other = Pretrained(str(tmp_path), from_random=True).prepare(
+        no_stage, small.WORLD.examples(), small.WORLD, "cpu"
+    )
+    assert other.trajectory is not None and other.trajectory.from_random
+
+
+@pytest.mark.parametrize("revisions", [["step1"], ["main", "step2"], ["step1", "other1"], []])
+def test_revisions_that_make_no_trajectory_are_refused(revisions):
+    with pytest.raises(
+        ValueError, match=r"model\.revisions must be two or more names with different numbers"
+    ):
+        Pretrained("org/model", revisions=revisions)
+
+
+def test_a_name_of_the_hub_needs_a_revision_that_does_not_move(tmp_path):
+    pins = {"lab/model-1b": "c" * 40}
+    assert Pretrained("lab/model-{size}{stage}", size="1b", pins=pins).locations() == {
+        0: f"lab/model-1b@{'c' * 40}"
+    }
+    assert Pretrained("lab/model-1b", revision="v1", pins=pins).locations() == {0: "lab/model-1b@v1"}
+    with pytest.raises(
+        ValueError, match=r"lab/model-1b-sft is not pinned: give model\.revision=COMMIT, the new"
+    ):
+        Pretrained("lab/model-{size}{stage}", size="1b", stage="-sft", pins=pins).locations()
+    moving_ones: list[dict[str, Any]] = [{"revision": "main"}, {"pins": {"lab/model": "master"}}]
+    for moving in moving_ones:
+        with pytest.raises(ValueError, match=r"model\.revision=\w+ moves: give model\.revision=COMMIT"):
+            Pretrained("lab/model", **moving)
+    with pytest.raises(FileNotFoundError, match=r"there is no directory \./nowhere"):
+        Pretrained("./nowhere").check(8)
+
+
+def test_a_hub_name_without_a_revision_is_told_with_the_commit_that_it_had(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *given, **named: str(tmp_path / "abc"))
+    with caplog.at_level(logging.WARNING):
+        fetch("lab/model@v1")
+        assert not caplog.text
+        fetch("lab/model")
+    assert "lab/model is not pinned: to get the same again, write lab/model@abc" in caplog.text

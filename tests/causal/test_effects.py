@@ -1,0 +1,348 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from moving import matrix, moved
+from networks import CONFIGS, language_model
+from precise import Precise
+from torch.testing import assert_close
+
+from weightgeom.causal.directions import haar, top_pair
+from weightgeom.causal.edits import RankOne
+from weightgeom.causal.effects import DIFFERENTIABLE, UNITS, Effects, Evaluation
+from weightgeom.geometry.divergences import divergences, kl_divergence
+from weightgeom.models.residual import ATTENTION, MLP, module_path
+from weightgeom.text.examples import Pair, Question
+from weightgeom.text.tokens import packed, responses
+
+EFFECTS = Effects(tokens=160, length=24, pairs=6, pair_length=48, questions=12)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def evaluation(request, tokenizer, examples):
+    """Of a network in fp64."""
+    model, weights = language_model(request.param, tokenizer)
+    double = {name: one.double() for name, one in weights.items()}
+    with Precise():
+        yield Evaluation(model, double, padded(examples), EFFECTS)
+
+
+def padded(examples):
+    """With a pair that is shorter than the others."""
+    short = Pair("question : ", "a .", "the home .")
+    return replace(examples, heldout_pairs=[short, *examples.heldout_pairs])
+
+
+@pytest.fixture
+def small(model, params, examples):
+    """Of a GPT-NeoX of two layers, in fp32."""
+    return Evaluation(model, params, examples, EFFECTS)
+
+
+def steps(evaluation, generator, kinds=None):
+    """A sizeable random edit of every matrix."""
+    for one in evaluation.architecture.matrices:
+        weight = one.of(evaluation.params)
+        noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
+        if kinds is None or one.kind in kinds:
+            yield one, one.replaced(evaluation.params, weight + noise / 10)
+
+
+def means(samples):
+    return {name: float(values.double().mean()) for name, values in samples.items()}
+
+
+def whole(evaluation, edited, monkeypatch):
+    """The samples of a forward pass that passes nothing over."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluation, "_unchanged", lambda self, changed: {})
+        return evaluation.samples(edited)
+
+
+def test_the_first_order_effect_is_the_whole_effect_of_a_weak_edit_of_every_matrix(evaluation):
+    matrices = evaluation.architecture.matrices
+    gradients = evaluation.gradients({one.parameter for one in matrices})
+    for one in matrices:
+        norm = float(one.of(evaluation.params).norm())
+        for behaviour in DIFFERENTIABLE:
+            u, v = top_pair(gradients[behaviour], one, "gradient")
+            # The second order of α = 1e-3 ‖W‖ is up to 15 % here, and proportional; rounding is 1e-8 of the
+            # effect, which is about 1e-7 nats.
+            edit = RankOne(one, 1e-7 * norm, u, v)
+            predicted = edit.first_order(gradients[behaviour])
+            actual = float(evaluation.change(edit.applied(evaluation.params))[behaviour].mean())
+            assert predicted > 1e-8
+            assert_close(actual / predicted, 1.0, rtol=1e-4, atol=0)
+
+
+def test_gradients_are_those_of_finite_differences_whatever_the_direction(evaluation, generator):
+    names = sorted({one.parameter for one in evaluation.architecture.matrices})
+    gradients = evaluation.gradients(names)
+    for name in names:
+        weight = evaluation.params[name]
+        step = 1e-6 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        there, back = (
+            means(evaluation.samples({**evaluation.params, name: weight + sign * step})) for sign in (1, -1)
+        )
+        for behaviour in DIFFERENTIABLE:
+            slope = float((gradients[behaviour][name] * step).sum())
+            # Central differences leave the third order; means of order 1 are good to 1e-14.
+            assert_close((there[behaviour] - back[behaviour]) / 2, slope, rtol=1e-5, atol=1e-12)
+
+
+def test_what_lies_behind_the_edit_gives_what_a_whole_forward_pass_gives(evaluation, generator, monkeypatch):
+    for one, edited in steps(evaluation, generator):
+        found, expected = evaluation.samples(edited), whole(evaluation, edited, monkeypatch)
+        assert_close(found, expected, rtol=0, atol=0, msg=lambda text, one=one: f"{one.name}: {text}")
+        assert float(found["kl_from_unedited"].mean()) > 1e-6
+
+
+@pytest.mark.parametrize("order", [(0, 1, 0, 1), (1, 0, 1)])
+def test_layers_may_alternate_and_be_edited_together(evaluation, generator, monkeypatch, order):
+    edits = list(steps(evaluation, generator, kinds=("k", "down")))
+    for layer in order:
+        for edited in (edited for one, edited in edits if one.layer == layer):
+            assert_close(evaluation.samples(edited), whole(evaluation, edited, monkeypatch), rtol=0, atol=0)
+    both = evaluation.params
+    for one, edited in edits:
+        both = one.replaced(both, one.of(edited))
+    assert_close(evaluation.samples(both), whole(evaluation, both, monkeypatch), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("where", ["embed", "unembed", "norm", "matrix"])
+def test_the_effects_of_an_edit_are_those_of_another_network_with_the_edited_weights(
+    evaluation, where, tokenizer, examples, generator
+):
+    architecture = evaluation.architecture
+    network = evaluation.network
+    name = {
+        "embed": architecture.embed,
+        "unembed": architecture.unembed if architecture.unembed in evaluation.params else architecture.embed,
+        "norm": architecture.final_norm.parameter,
+        "matrix": architecture.matrices[-1].parameter,
+    }[where]
+    weight = evaluation.params[name]
+    noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    edited = {**evaluation.params, name: weight + noise / 20}
+    found = evaluation.samples(edited)
+
+    other = _copied(network, edited)
+    examples = padded(examples)
+    losses, divergences_ = [], []
+    for batch in packed(examples.heldout, tokenizer, EFFECTS.length, EFFECTS.tokens):
+        then, now = _logits(network, batch), _logits(other, batch)
+        for row, target in enumerate(batch.target[:, 1:]):
+            losses.append(-_log_probs(now, batch)[row][target].mean())
+            divergences_.append(kl_divergence(then[row][None], now[row][None], target[None]).mean())
+    assert_close(found["heldout_ce"], torch.stack(losses), rtol=1e-9, atol=0)
+    assert_close(found["kl_from_unedited"], torch.stack(divergences_), rtol=1e-7, atol=1e-12)
+    margins = []
+    for chosen, rejected in responses(
+        examples.heldout_pairs[: EFFECTS.pairs], tokenizer, EFFECTS.pair_length
+    ):
+        sums = [
+            (_log_probs(_logits(other, side), side) * side.target[:, 1:]).sum(1)
+            for side in (chosen, rejected)
+        ]
+        margins.append(sums[0] - sums[1])
+    margin = torch.cat(margins)
+    assert_close(found["preference_margin"], margin, rtol=1e-9, atol=1e-9)
+    assert found["preference_accuracy"].tolist() == [float(one > 0) for one in margin]
+
+
+def _copied(network, params):
+    """A network of its own, whose weights are loaded in place."""
+    other = type(network)(network.config).double().eval()
+    other.load_state_dict(dict(params), strict=False)
+    other.tie_weights()
+    return other
+
+
+@torch.no_grad()
+def _logits(network, batch):
+    given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    return network(**given, position_ids=batch.positions()).logits[:, :-1]
+
+
+def _log_probs(logits, batch):
+    return logits.log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+
+
+def test_losses_and_margins_are_those_of_the_models_log_probs(model, params, examples, small, generator):
+    deltas = {"L1.o": torch.randn(32, 32, generator=generator) / 10}
+    edited = moved(model, params, deltas)
+    found = small.samples(edited)
+    losses = []
+    for batch in packed(examples.heldout, model.tokenizer, EFFECTS.length, EFFECTS.tokens):
+        log_probs = model.log_probs(edited, batch)
+        losses.append(-log_probs.sum(1) / batch.target[:, 1:].sum(1))
+    # fp32 logits of order 10 in another order of summation.
+    assert_close(found["heldout_ce"], torch.cat(losses), rtol=1e-5, atol=1e-5)
+    ((chosen, rejected),) = responses(examples.heldout_pairs[:6], model.tokenizer, EFFECTS.pair_length)
+    margin = model.log_probs(edited, chosen).sum(1) - model.log_probs(edited, rejected).sum(1)
+    assert_close(found["preference_margin"], margin, rtol=1e-5, atol=1e-4)
+
+
+def test_a_question_is_answered_if_every_token_of_the_answer_is_the_likeliest(model, params, examples):
+    vocabulary = model.tokenizer.get_vocab()
+    words = {index: word for word, index in vocabulary.items()}
+
+    def likeliest(prompt):
+        ids = torch.tensor([model.tokenizer(prompt)["input_ids"]])
+        return words[int(model.network(input_ids=ids).logits[0, -1].argmax())]
+
+    questions, expected = [], []
+    for pair in examples.pairs[:8]:
+        prompt = str(pair.prompt).strip()
+        first = likeliest(prompt)
+        second = likeliest(f"{prompt} {first}")
+        other = "home" if second != "home" else "the"
+        for answer in (f" {first}", f" {first} {second}", f" {first} {other}", f" {other} {second}"):
+            questions.append(Question(prompt, answer))
+            tokens = answer.split()
+            # Token by token, each behind the answer's own beginning.
+            right = [
+                likeliest(" ".join([prompt, *tokens[:place]])) == tokens[place]
+                for place in range(len(tokens))
+            ]
+            expected.append(float(all(right)))
+    assert 0 < sum(expected) < len(expected)
+    evaluation = Evaluation(
+        model, params, replace(examples, questions=questions), replace(EFFECTS, questions=32)
+    )
+    assert evaluation.unedited["fact_accuracy"].tolist() == expected
+
+
+def test_the_unedited_model_changes_nothing(small):
+    change = small.change(small.params)
+    assert change.keys() == UNITS.keys()
+    assert all(not values.any() for values in change.values())
+
+
+def test_a_change_is_the_difference_to_the_unedited_model_but_for_the_divergence(small, generator):
+    for _, edited in steps(small, generator, kinds=("o",)):
+        samples, change = small.samples(edited), small.change(edited)
+        for name, values in samples.items():
+            before = small.unedited[name] if name != "kl_from_unedited" else 0
+            assert_close(change[name], values - before, rtol=0, atol=0)
+
+
+def test_effects_are_measured_on_as_much_as_is_asked_for(model, params, examples):
+    asked = Effects(tokens=50, length=10, pairs=3, questions=7)
+    unedited = Evaluation(model, params, examples, asked).unedited
+    sizes = {name: len(values) for name, values in unedited.items()}
+    text, pairs = ("heldout_ce", "kl_from_unedited"), ("preference_margin", "preference_accuracy")
+    assert sizes == {**dict.fromkeys(text, 5), **dict.fromkeys(pairs, 3), "fact_accuracy": 7}
+    less = Evaluation(model, params, examples, replace(asked, pairs=0, questions=0))
+    assert less.unedited.keys() == {"heldout_ce", "kl_from_unedited"}
+    assert less.gradients(["lm_head.weight"]).keys() == {"heldout_ce"}
+
+
+@pytest.mark.parametrize(
+    ("edited", "passed_over"),
+    [
+        (["L1.up"], "gpt_neox.layers.1.attention"),
+        (["L1.q", "L1.o"], "gpt_neox.layers.1.mlp"),  # which is parallel to the attention
+        (["L1.q", "L1.up"], "gpt_neox.layers.0"),
+    ],
+)
+def test_what_does_not_lie_behind_the_edit_is_not_run_again(small, model, edited, passed_over, generator):
+    params = small.params
+    for name in edited:
+        one = matrix(model, name)
+        noise = torch.randn(one.of(params).shape, generator=generator)
+        params = one.replaced(params, one.of(params) + noise)
+    expected = small.samples(params)
+    ran = []
+    for name, module in small.network.named_modules():
+        module.register_forward_pre_hook(lambda module, given, name=name: ran.append(name))
+    assert_close(small.samples(params), expected, rtol=0, atol=0)
+    assert "gpt_neox.layers.1" in ran
+    assert not [name for name in ran if name.startswith(("gpt_neox.layers.0.", f"{passed_over}."))]
+
+
+def test_measuring_mutates_no_weight(model, params, examples, generator):
+    before = {name: one.clone() for name, one in params.items()}
+    evaluation = Evaluation(model, params, examples, EFFECTS)
+    for _, edited in steps(evaluation, generator):
+        evaluation.samples(edited)
+    evaluation.gradients(["lm_head.weight"])
+    assert_close(params, before, rtol=0, atol=0)
+    assert_close(evaluation.params, before, rtol=0, atol=0)
+    assert_close(evaluation.samples(evaluation.params), evaluation.unedited, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("stored", "held"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_weights_are_held_in_fp32_or_better(model, params, examples, stored, held):
+    evaluation = Evaluation(model, {name: one.to(stored) for name, one in params.items()}, examples, EFFECTS)
+    assert {one.dtype for one in evaluation.params.values()} == {held}
+    assert evaluation.unedited["heldout_ce"].dtype == held
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("common", [0.0, 3.0])
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0, 30.0, 300.0])
+def test_divergences_are_those_of_the_definition_in_fp64(dtype, common, scale, generator):
+    base = (3 * torch.randn(600, 200, generator=generator)).to(dtype)
+    other = base + common + scale * torch.randn(600, 200, generator=generator).to(dtype)
+    found, normaliser = divergences(base, base.logsumexp(-1), other)
+    p, q = base.double().log_softmax(-1), other.double().log_softmax(-1)
+    expected = (p.exp() * (p - q)).sum(-1)
+    # Logits of order 10 are themselves good to 5e-7 in fp32 and p to 1e-6, so that a difference of 1e-4,
+    # with the offset taken off, has E d²/2 to two per cent; larger ones are as good as p.
+    tolerance = {torch.float32: 0.02 if scale < 1e-3 else 1e-3, torch.float64: 1e-6}[dtype]
+    assert_close(found.double(), expected, rtol=tolerance, atol=1e-14)
+    assert (found >= 0).all()
+    epsilon = torch.finfo(dtype).eps
+    assert_close(normaliser.double(), other.double().logsumexp(-1), rtol=8 * epsilon, atol=32 * epsilon)
+
+
+def test_the_divergence_of_equal_predictions_is_0_and_never_negative(generator):
+    base = 10 * torch.randn(600, 200, generator=generator)
+    assert not divergences(base, base.logsumexp(-1), base)[0].any()
+    for scale in (1e-7, 1e-6, 1e-5):
+        other = base + scale * torch.randn(600, 200, generator=generator)
+        assert (divergences(base, base.logsumexp(-1), other)[0] >= 0).all()
+
+
+def test_the_divergence_of_two_predictions():
+    base, other = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    # 3/4 log(3/2) + 1/4 log(1/2), and the other's probabilities sum to 1
+    expected = 0.75 * torch.tensor(1.5).log() + 0.25 * torch.tensor(0.5).log()
+    found, normaliser = divergences(base, base.logsumexp(-1), other)
+    assert_close(found[0], expected)
+    assert_close(normaliser[0], torch.tensor(0.0))
+
+
+def test_the_module_of_a_layer_is_what_its_matrices_have_in_common(tokenizer):
+    expected = {
+        "gpt_neox": ("gpt_neox.layers.1", "gpt_neox.layers.1.attention", "gpt_neox.layers.1.mlp"),
+        "gpt2": ("transformer.h.1", "transformer.h.1.attn", "transformer.h.1.mlp"),
+        "phi3": ("model.layers.1", "model.layers.1.self_attn", "model.layers.1.mlp"),
+    }
+    for name, paths in expected.items():
+        architecture = language_model(name, tokenizer)[0].architecture
+        parts = (ATTENTION | MLP, ATTENTION, MLP)
+        assert tuple(module_path(architecture, 1, part) for part in parts) == paths
+
+
+def test_text_that_holds_nothing_is_refused(model, params, examples):
+    with pytest.raises(ValueError, match=r"the held-out text has fewer than 2 tokens"):
+        Evaluation(model, params, replace(examples, heldout=[]), EFFECTS)
+
+
+def test_the_first_order_effect_of_a_random_direction(small, model):
+    one = matrix(model, "L0.k")
+    edit = RankOne(one, 0.5, haar(32, "u"), haar(32, "v"))
+    gradients = small.gradients([one.parameter])["heldout_ce"]
+    G = one.of(gradients).double()
+    # α uᵀ G v, term by term
+    expected = sum(0.5 * float(edit.u[i] * G[i, j] * edit.v[j]) for i in range(32) for j in range(32))
+    assert_close(edit.first_order(gradients), expected, rtol=1e-6, atol=1e-12)

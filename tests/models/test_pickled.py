@@ -1,0 +1,89 @@
+import logging
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import small
+import torch
+from networks import save
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from weightgeom.bases.pretrained import Pretrained, TwoCheckpoints
+from weightgeom.models.loading import load
+from weightgeom.models.pickled import convert, is_pickled
+
+EXAMPLES = small.WORLD.examples()
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Callable, tuple[str]]:
+        return (print, ("evil",))
+
+
+def pickled(directory: Path, shards: int = 1, seed: int = 0) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint with pickled weights, and these."""
+    save("llama_tied", directory, seed)
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    mask = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
+    names = sorted(weights)
+    for shard in range(shards):
+        part = {name: weights[name] for name in names[shard::shards]}
+        if (embed := "model.embed_tokens.weight") in part:
+            part["lm_head.weight"] = part[embed]  # tied: one memory
+        end = "" if shards == 1 else f"-{shard + 1:05d}-of-{shards:05d}"
+        torch.save(part | mask, directory / f"pytorch_model{end}.bin")
+    return directory, weights
+
+
+def made(home: Path) -> Callable[..., Path]:
+    def stage(name: str, specification: Mapping[str, object], work: Callable, steps: int) -> Path:
+        directory = home / name / str(abs(hash(str(specification))))
+        if not directory.exists():
+            directory.mkdir(parents=True)
+            work(directory, None)
+        return directory
+
+    return stage
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_pickled_weights_are_converted_to_what_loads(tmp_path, shards):
+    source, weights = pickled(tmp_path / "source", shards)
+    assert is_pickled(source)
+    (target := tmp_path / "target").mkdir()
+    convert(source, target)
+    params = load(target, "cpu").params(target)
+    for name, weight in weights.items():
+        assert_close(params[name], weight, rtol=0, atol=0)
+    assert_close(params["lm_head.weight"], weights["model.embed_tokens.weight"])
+    assert not [name for name in params if "inv_freq" in name] and not is_pickled(target)
+
+
+def test_only_on_request_and_once(tmp_path, caplog):
+    before, after = pickled(tmp_path / "a")[0], pickled(tmp_path / "b", seed=1)[0]
+    with pytest.raises(FileNotFoundError, match=r"only pytorch_model\.bin: safetensors is required, so save"):
+        TwoCheckpoints(str(before), str(after)).check(None)
+    pair = TwoCheckpoints(str(before), str(after), allow_bin=True)
+    assert pair.check(None).d_model == 32
+    with caplog.at_level(logging.INFO):
+        base = [pair.prepare(made(tmp_path), EXAMPLES, small.WORLD, "cpu") for _ in range(2)][1]
+    assert caplog.text.count("is written as safetensors") == 2  # of each one
+    assert base.trajectory is not None
+    assert all(tmp_path / "converted" in path.parents for path in base.trajectory.steps.values())
+    single = Pretrained(str(before), allow_bin=True)
+    assert single.prepare(made(tmp_path), EXAMPLES, small.WORLD, "cpu").directory == base.directory
+
+
+def test_a_pickle_of_more_than_tensors_is_refused_and_does_not_run(tmp_path, capsys):
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"w": Evil()}, protocol=2))
+    with pytest.raises(ValueError, match=r"model\.bin cannot be read as tensors alone \(Weights only"):
+        convert(tmp_path, tmp_path)
+    assert "evil" not in capsys.readouterr().out
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read as tensors alone"):
+        convert(tmp_path, tmp_path)

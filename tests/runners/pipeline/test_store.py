@@ -1,0 +1,207 @@
+import gc
+import json
+import logging
+import multiprocessing
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from runners.disk import write_atomically
+from runners.pipeline.store import signature, stage
+
+SPEC = {"model": {"name": "tiny", "seed": 0}, "lr": 1e-3, "steps": [2, 4]}
+
+
+def write_result(directory: Path) -> None:
+    (directory / "result").write_text("42")
+
+
+def refuse_to_work(directory: Path) -> None:
+    raise AssertionError(f"{directory} was complete")
+
+
+def work_until_the_other_waits(directory: Path) -> None:
+    with (directory.parent / "calls").open("a") as calls:
+        calls.write("called\n")
+    deadline = time.monotonic() + 20
+    logs = [directory.parents[1] / name for name in ("first.log", "second.log")]
+    while time.monotonic() < deadline:
+        if any(log.exists() and "waiting for" in log.read_text() for log in logs):
+            break
+        time.sleep(0.05)
+    write_result(directory)
+
+
+def want_stage(outputs: Path, log_file: Path) -> None:
+    logging.basicConfig(filename=log_file, level=logging.INFO)
+    stage(outputs, "train", SPEC, work_until_the_other_waits)
+
+
+def test_signature_is_sixteen_hex_digits_whatever_the_order_of_keys():
+    shuffled = {"steps": (2, 4), "lr": 0.001, "model": {"seed": 0, "name": "tiny"}}
+    assert signature(SPEC) == signature(shuffled)
+    assert len(signature(SPEC)) == 16
+    assert int(signature(SPEC), 16)
+
+
+def test_signature_changes_with_any_value():
+    assert signature(SPEC) != signature(SPEC | {"lr": 2e-3})
+    assert signature(SPEC) != signature(SPEC | {"extra": None})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), r"spec\.x\.y\[0\] is nan \(float\)"),
+        (float("inf"), "which JSON cannot hold"),
+        (Path("a"), "PosixPath"),
+        ({1: 2}, r"has the key 1; JSON keys are text"),
+    ],
+)
+def test_signature_refuses_what_json_cannot_hold(value, message):
+    with pytest.raises(ValueError, match=message):
+        signature({"x": {"y": [value]}})
+
+
+def test_a_complete_stage_is_reused(tmp_path, caplog):
+    directory = stage(tmp_path, "train", SPEC, write_result)
+    assert directory == tmp_path / "train" / signature(SPEC)
+    assert json.loads((directory / "spec.json").read_text()) == SPEC
+    with caplog.at_level(logging.INFO):
+        assert stage(tmp_path, "train", SPEC, refuse_to_work) == directory
+    assert caplog.messages == [f"reusing {directory}"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("loss is\nnan"), KeyboardInterrupt()])
+def test_a_failed_stage_keeps_its_files_but_the_next_call_starts_afresh(tmp_path, error):
+    def fail(directory: Path) -> None:
+        (directory / "checkpoint").write_text("good")
+        raise error
+
+    with pytest.raises(type(error)):
+        stage(tmp_path, "train", SPEC, fail)
+    directory = tmp_path / "train" / signature(SPEC)
+    assert (directory / "checkpoint").read_text() == "good"
+    assert not (directory / "DONE").exists()
+    expected = {
+        RuntimeError: "RuntimeError: loss is nan\n",
+        KeyboardInterrupt: "KeyboardInterrupt\n",
+    }
+    assert (directory / "FAILED").read_text() == expected[type(error)]
+
+    stage(tmp_path, "train", SPEC, write_result)
+    assert {path.name for path in directory.iterdir()} == {"DONE", "result", "spec.json"}
+
+
+def test_a_stage_that_can_be_resumed_keeps_its_files_and_one_that_cannot_starts_afresh(tmp_path):
+    def fail(directory: Path) -> None:
+        (directory / "checkpoint-2").mkdir()
+        (directory / "metrics").write_text("1")
+        raise RuntimeError
+
+    def go_on(directory: Path) -> None:
+        assert (directory / "metrics").read_text() == "1" and not (directory / "FAILED").exists()
+
+    for pattern, work in (("state-*", write_result), ("checkpoint-*", go_on)):
+        with pytest.raises(RuntimeError):
+            stage(tmp_path, pattern[:5], SPEC, fail, pattern)
+        stage(tmp_path, pattern[:5], SPEC, work, pattern)
+    assert not (tmp_path / "state" / signature(SPEC) / "metrics").exists()
+    assert (tmp_path / "check" / signature(SPEC) / "checkpoint-2").exists()
+
+
+def test_two_processes_that_want_one_stage_make_it_once_and_one_says_it_waits(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    logs = [tmp_path / "first.log", tmp_path / "second.log"]
+    processes = [context.Process(target=want_stage, args=(tmp_path, log)) for log in logs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert (tmp_path / "train" / "calls").read_text() == "called\n"
+    directory = tmp_path / "train" / signature(SPEC)
+    assert (directory / "result").read_text() == "42"
+    told = "".join(log.read_text() for log in logs)
+    assert f"which is making {directory}" in told
+    assert any(f"waiting for process {process.pid} on" in told for process in processes)
+    assert f"reusing {directory}" in told
+
+
+def write_bytes(path: Path) -> None:
+    path.write_bytes(bytes(200_000))
+
+
+def write_safetensors(path: Path) -> None:
+    save_file({"x": np.zeros(50_000, dtype=np.float32)}, path)
+
+
+def write_parquet(path: Path) -> None:
+    noise = np.random.default_rng(0).normal(size=50_000)
+    pyarrow.parquet.write_table(pyarrow.table({"x": noise}), path)
+
+
+def write_torch(path: Path) -> None:
+    torch.save({"x": torch.zeros(50_000)}, path)
+
+
+WRITERS = [write_bytes, write_safetensors, write_parquet, write_torch]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_full_disk_is_told_in_one_sentence(small_disk: Path, write: Callable[[Path], None]):
+    directory = small_disk / "train" / signature(SPEC)
+    message = rf"^the disk is full: could not write {directory}; free space or set outputs= to"
+    with pytest.raises(OSError, match=message) as caught:
+        stage(small_disk, "train", SPEC, lambda directory: write(directory / "weights"))
+    assert caught.value.errno is not None
+    assert not (directory / "DONE").exists()
+    del caught
+    gc.collect()  # the traceback of `torch.save` keeps its file open, and so its room taken
+    stage(small_disk, "train", SPEC, write_result)  # once there is room
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_content_and_nothing_else(small_disk: Path):
+    path = small_disk / "file"
+    write_atomically(path, "old")
+    with pytest.raises(OSError, match=f"could not write {small_disk}; free space"):
+        write_atomically(path, bytes(200_000))
+    assert path.read_text() == "old"
+    assert list(small_disk.iterdir()) == [path]
+
+
+def test_a_write_that_failed_without_a_reason_is_no_full_disk_while_there_is_room(tmp_path):
+    def fail(directory: Path) -> None:
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    with pytest.raises(RuntimeError, match="iostream error"):
+        stage(tmp_path, "train", SPEC, fail)
+
+
+def test_other_errors_of_the_system_stay_what_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        stage(tmp_path, "train", SPEC, lambda directory: (directory / "no" / "x").touch())
+
+
+def test_an_atomic_write_is_readable_by_whoever_may_read_its_neighbours(tmp_path):
+    write_atomically(tmp_path / "atomic", "x")
+    (tmp_path / "plain").write_text("x")
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_no_secret_of_a_spec_or_an_error_reaches_the_disk(tmp_path):
+    def fail(directory: Path) -> None:
+        raise RuntimeError("no access to https://me:hunter2@hub")
+
+    with pytest.raises(RuntimeError):
+        stage(tmp_path, "train", SPEC | {"hf_token": "hunter2"}, fail)
+    texts = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("***@hub" in text for text in texts)
+    assert not any("hunter2" in text for text in texts)

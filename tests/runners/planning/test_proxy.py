@@ -1,0 +1,64 @@
+"""Proxies are in proportion, and what they are shown has the lengths of the real text."""
+
+import pytest
+import small
+import torch
+from networks import CONFIGS, MIXTURES, language_model
+from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
+
+from runners.planning.live_memory import Live
+from runners.planning.proxy import lengths_by, proxy_of, standin, standin_tokenizer
+from weightgeom.models.loading import parameters_of
+from weightgeom.models.residual import architecture_of
+
+LARGE = [
+    GPTNeoXConfig(hidden_size=2048, num_hidden_layers=16, num_attention_heads=8, intermediate_size=8192),
+    LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8),
+    Qwen3Config(
+        hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128
+    ),
+]
+
+
+@pytest.mark.parametrize("config", LARGE, ids=lambda config: config.model_type)
+def test_a_proxys_parameters_are_those_of_the_network_in_proportion(config) -> None:
+    proxy = proxy_of(config)
+    assert parameters_of(proxy.config) < 5e7
+    scaled = parameters_of(proxy.config) * proxy.layers * proxy.width**2
+    assert scaled == pytest.approx(parameters_of(config), rel=0.02)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *MIXTURES])
+def test_a_small_network_stands_for_itself_in_every_architecture(name: str) -> None:
+    config = (CONFIGS | MIXTURES)[name](100, 128)
+    proxy = proxy_of(config)
+    assert (proxy.layers, proxy.width) == (1, 1)
+    assert parameters_of(proxy.config) == parameters_of(config)
+    assert architecture_of(proxy.config) == architecture_of(config)
+
+
+def test_parameters_are_counted_without_weights() -> None:
+    model, weights = language_model("llama_tied", small.WORLD.tokenizer())
+    config = AutoConfig.for_model(**model.network.config.to_dict())
+    assert parameters_of(config) == sum(one.numel() for one in weights.values())
+
+
+def test_the_standin_of_examples_has_as_many_tokens() -> None:
+    examples, tokenizer, ours = small.WORLD.examples(), small.WORLD.tokenizer(), standin_tokenizer()
+    found = standin(examples, lengths_by(tokenizer))
+    for real, made in zip(examples.pairs, found.pairs, strict=True):
+        for one, other in zip((real.prompt, real.chosen), (made.prompt, made.chosen), strict=True):
+            assert len(tokenizer(str(one))["input_ids"]) == len(ours(str(other))["input_ids"])
+    assert len(found.heldout) == len(examples.heldout)
+
+
+def test_live_tensors_are_counted_while_they_live() -> None:
+    with Live() as live:
+        a = torch.zeros(1000)
+        b = a + 1  # 4000 bytes each
+        a.add_(b[:10].sum())  # a view is no tensor of its own; the sum has 4 bytes
+        del b
+        c = torch.zeros(500)
+    assert live.now == 4000 + 2000
+    assert live.peak == 4000 + 4000 + 4
+    del a, c

@@ -1,0 +1,247 @@
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from rich import get_console
+
+from runners.summary.curves import log_table
+from runners.summary.figures import draw
+from runners.summary.terminal import print_summary
+from runners.tracking.record import Record
+from weightgeom.table import own, row, tabulate
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    return Record.create(
+        tmp_path / "record",
+        experiment="e",
+        name="n",
+        params={},
+        tags={},
+        inputs=[],
+        tracking_uri="sqlite:////tmp/none.db",
+    )
+
+
+def measured(step: int, layer: int, matrix: str, ratio: float, sd: float, k: int = 4) -> list[dict]:
+    role = "write" if matrix in ("o", "down") else "read"
+    space = "prediction" if role == "write" else "attention_input"
+    at = {"step": step, "layer": layer, "matrix": matrix, "role": role, "k": k}
+    return [
+        row("ratio", ratio, n=64, subspace=space, **at),
+        row("ratio", 1.0, n=64, subspace="random", **at),  # a control: in no curve
+        row("null_ratio_sd", sd, n=64, subspace=space, **at),
+        row("null_ratio_sd", 9.0, n=64, subspace="random", **at),
+    ]
+
+
+@pytest.fixture
+def rsf() -> pd.DataFrame:
+    rows: list[dict] = []
+    for step, ratios in {1: (1.0, 3.0), 2: (2.0, 5.0)}.items():
+        for layer, ratio in enumerate(ratios):
+            rows += measured(step, layer, "q", ratio, sd=0.3 + 0.1 * layer)
+            rows += measured(step, layer, "q", 100.0, sd=9.0, k=8)  # a larger k: not in the curves
+    rows += measured(1, 0, "down", 0.5, sd=0.0) + measured(2, 0, "down", 0.75, sd=0.0)
+    return tabulate(rows)
+
+
+def head(step: int, number: int, ratio: float) -> dict:
+    where = {"layer": 0, "matrix": "q", "head": number, "role": "read", "subspace": "attention_input", "k": 4}
+    return {"step": step, **row("ratio", ratio, n=8, **where)}
+
+
+@pytest.fixture
+def moments() -> pd.DataFrame:
+    """Of two layers and one, at two steps, the first with other numbers that are not to be shown."""
+    rows: list[dict] = []
+    for step, far in ((1, 50.0), (2, 0.0)):
+        for layer, matrix, ratios in (
+            (0, "q", (2.0, 3.0, 4.0)),
+            (1, "q", (3.0, 4.0, 6.0)),
+            (0, "down", (0.5, 0.75, 1.25)),
+        ):
+            role, space = ("read", "attention_input") if matrix == "q" else ("write", "prediction")
+            for k in (4, 8):
+                where = {"layer": layer, "matrix": matrix, "role": role, "subspace": space, "k": k}
+                for name, ratio in zip(("predicted", "forecast", "measured"), ratios, strict=True):
+                    value = ratio + far + (0 if k == 4 else 100)
+                    rows.append({"step": step, **row(f"{name}_ratio", value, n=64, **where)})
+        for name, value in (("predicted", 0.5), ("forecast", 0.875)):
+            rows.append({"step": step, **row(f"read_{name}_correlation", value, n=3, role="read", k=4)})
+    return tabulate(rows)
+
+
+def logged(record: Record) -> dict[tuple[str, int], float]:
+    points = [point for found, _ in record.batches(0, 100) for point in found]
+    assert len({(point.key, point.step) for point in points}) == len(points)
+    return {(point.key, point.step): point.value for point in points}
+
+
+def test_own_rows_are_at_the_matrices_subspaces_and_the_smallest_k(rsf: pd.DataFrame) -> None:
+    rows = own(rsf, "ratio")
+    assert sorted(rows["value"]) == [0.5, 0.75, 1.0, 2.0, 3.0, 5.0]
+
+
+def test_own_rows_leave_heads_out(rsf: pd.DataFrame) -> None:
+    heads = tabulate([head(1, 0, 70.0), head(2, 1, 80.0)])
+    both = pd.concat([rsf, heads], ignore_index=True)
+    assert sorted(own(both, "ratio")["value"]) == sorted(own(rsf, "ratio")["value"])
+    assert not len(own(heads, "ratio"))
+
+
+def test_the_curves_are_the_mean_over_layers_by_step_and_the_layers_at_the_last_step(
+    record: Record, rsf: pd.DataFrame
+) -> None:
+    log_table(record, "rsf", "", rsf, "ratio")
+    assert logged(record) == {
+        ("rsf/q", 1): 2.0,  # (1 + 3) / 2
+        ("rsf/q", 2): 3.5,  # (2 + 5) / 2
+        ("rsf/down", 1): 0.5,
+        ("rsf/down", 2): 0.75,
+        ("rsf_by_layer/q", 0): 2.0,
+        ("rsf_by_layer/q", 1): 5.0,
+        ("rsf_by_layer/down", 0): 0.75,
+    }
+
+
+def test_the_curves_of_the_pretraining_have_their_own_name_and_no_layers(
+    record: Record, rsf: pd.DataFrame
+) -> None:
+    log_table(record, "rsf", "_pretraining", rsf, "ratio")
+    assert {key for key, _ in logged(record)} == {"rsf_pretraining/q", "rsf_pretraining/down"}
+
+
+@pytest.mark.parametrize(
+    ("probe", "suffix", "expected"),
+    [
+        ("rsf", "", {"rsf/q", "rsf/down", "rsf_by_layer/q", "rsf_by_layer/down"}),
+        ("rsf", "_pretraining", {"rsf_pretraining/q", "rsf_pretraining/down"}),
+        ("spectrum", "", {"spectrum/q", "spectrum/down"}),
+        ("overlap", "", {"overlap/q", "overlap/down"}),
+        ("spectrum", "_pretraining", set()),
+        ("overlap", "_pretraining", set()),
+        ("moments", "_pretraining", set()),
+    ],
+)
+def test_secondary_probes_have_no_layers_and_the_pretraining_has_curves_of_the_main_ones_alone(
+    probe: str, suffix: str, expected: set[str], record: Record, rsf: pd.DataFrame
+) -> None:
+    log_table(record, probe, suffix, rsf, "ratio")
+    assert {key for key, _ in logged(record)} == expected
+
+
+def test_the_mechanism_has_curves_and_correlations(record: Record, moments: pd.DataFrame) -> None:
+    log_table(record, "moments", "", moments, "measured_ratio")
+    assert logged(record) == {
+        ("moments/q", 1): 55.0,  # (54 + 56) / 2
+        ("moments/q", 2): 5.0,  # (4 + 6) / 2
+        ("moments/down", 1): 51.25,
+        ("moments/down", 2): 1.25,
+        ("moments/read_predicted_correlation", 1): 0.5,
+        ("moments/read_predicted_correlation", 2): 0.5,
+        ("moments/read_forecast_correlation", 1): 0.875,
+        ("moments/read_forecast_correlation", 2): 0.875,
+    }
+
+
+def test_what_belongs_to_no_matrix_is_logged_as_it_is(record: Record) -> None:
+    losses = {0: 6.5, 4: 6.25}
+    table = tabulate(
+        {"step": step, **row("heldout_ce", loss, n=9, unit="nats/token")} for step, loss in losses.items()
+    )
+    log_table(record, "behaviour", "", table, "")
+    assert logged(record) == {("behaviour/heldout_ce", 0): 6.5, ("behaviour/heldout_ce", 4): 6.25}
+
+
+def shown(tables: dict[str, pd.DataFrame], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    get_console().width = 120
+    print_summary(tables, {}, Path("/out/record"), "sqlite:////out/mlflow.db")
+    return capsys.readouterr().out.splitlines()
+
+
+def cells(lines: Sequence[str], first: str) -> list[str]:
+    """The cells of the table row that starts with `first`."""
+    (line,) = (line for line in lines if line.startswith(f"│ {first} "))
+    return [cell.strip() for cell in line.strip("│").split("│")]
+
+
+def test_the_terminal_shows_ratio_null_and_distance_of_every_matrix(
+    rsf: pd.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = shown({"rsf": rsf}, capsys)
+    # mean ratio (2 + 5)/2 = 3.5; its spread sqrt(0.3² + 0.4²)/2 = 0.25; z = (3.5 - 1)/0.25 = 10
+    assert cells(lines, "read") == ["read", "q", "2.00", "3.50", "1 ± 0.25", "10.0"]
+    assert cells(lines, "write") == ["write", "down", "0.50", "0.75", "1 ± 0.00", "-"]
+    assert "record: /out/record" in lines
+    assert "MLflow: mlflow ui --backend-store-uri sqlite:////out/mlflow.db" in lines
+
+
+def test_the_terminal_shows_the_behaviour_at_the_start_and_the_end_with_its_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [
+        {"step": step, **row("heldout_ce", loss, n=9, unit="nats/token", stderr=0.015)}
+        for step, loss in {0: 6.5, 2: 6.0, 4: 5.25}.items()
+    ]
+    lines = shown({"behaviour": tabulate(rows)}, capsys)
+    assert cells(lines, "heldout_ce") == ["heldout_ce", "6.5 ± 0.015", "5.25 ± 0.015", "nats/token"]
+
+
+def test_the_terminal_shows_what_was_predicted_forecast_and_measured_at_the_last_step(
+    moments: pd.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = shown({"moments": moments}, capsys)
+    pathways = [cells([line], line.split()[1]) for line in lines if line.startswith(("│ read", "│ write"))]
+    assert pathways == [
+        ["read", "q", "2.50", "3.50", "5.00"],  # means of two layers
+        ["write", "down", "0.50", "0.75", "1.25"],
+        ["read", "correlation", "0.50", "0.88", "1"],
+        ["write", "correlation", "-", "-", "1"],  # of one matrix there is none
+    ]
+
+
+@pytest.mark.parametrize("name", ["rsf", "moments", "behaviour", "spectrum", "overlap"])
+def test_a_table_without_rows_is_accepted_and_shows_nothing(
+    name: str, record: Record, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = {name + suffix: tabulate([]) for suffix in ("", "_pretraining")}
+    for suffix in ("", "_pretraining"):
+        log_table(record, name, suffix, tables[name + suffix], "ratio")
+    draw(tables, record)
+    assert logged(record) == {} and not (record.directory / "artifacts/figures").exists()
+    assert not [line for line in shown(tables, capsys) if line.startswith("│")]
+
+
+def test_a_server_is_shown_by_its_address(capsys: pytest.CaptureFixture[str]) -> None:
+    print_summary({}, {}, Path("/out/record"), "https://mlflow.example")
+    assert "MLflow: https://mlflow.example" in capsys.readouterr().out
+
+
+def test_the_figures_are_drawn_as_png_and_pdf_and_named_after_what_they_show(
+    record: Record, rsf: pd.DataFrame, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        draw({"rsf": rsf, "rsf_pretraining": rsf}, record)
+    drawn = {path.name for path in (record.directory / "artifacts/figures").iterdir()}
+    names = ("ratio_by_step", "ratio_by_layer", "ratio_by_layer_pretraining")
+    assert drawn == {f"{name}.{ending}" for name in names for ending in ("png", "pdf")}
+
+
+def test_the_mechanism_is_drawn_with_and_without_the_ratios(
+    record: Record, rsf: pd.DataFrame, moments: pd.DataFrame
+) -> None:
+    draw({"moments": moments, "moments_pretraining": tabulate([])}, record)
+    folder = record.directory / "artifacts/figures"
+    assert {path.name for path in folder.iterdir()} == {"mechanism.png", "mechanism.pdf"}
+    draw({"rsf": rsf, "moments": moments}, record)
+    names = ("mechanism", "ratio_by_step", "ratio_by_layer")
+    assert {path.name for path in folder.iterdir()} == {f"{n}.{end}" for n in names for end in ("png", "pdf")}
+
+
+def test_without_a_table_of_rsf_nothing_is_drawn(record: Record) -> None:
+    draw({}, record)
+    assert not (record.directory / "artifacts/figures").exists()

@@ -1,0 +1,292 @@
+import json
+import math
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runners.disk import write_atomically
+from runners.signals import terminations_as_exceptions
+from runners.tracking.record import Point, Record
+from runners.tracking.redaction import announces_secret, redacted, redacted_text
+from weightgeom.interruption import Interrupted
+
+DATA: Any = {"name": "world", "digest": "ab12", "source": "generated", "context": "training"}
+
+
+def new(directory: Path, **changes: Any) -> Record:
+    asked: dict[str, Any] = {
+        "experiment": "study",
+        "name": "dpo seed 0",
+        "params": {"beta": 0.1, "training.steps": 6},
+        "tags": {"host": "here"},
+        "inputs": [DATA],
+        "tracking_uri": "sqlite:////nowhere/mlflow.db",
+    }
+    return Record.create(directory, **(asked | changes))
+
+
+def points(record: Record, offset: int = 0) -> list[Point]:
+    return [point for batch, _ in record.batches(offset, 1000) for point in batch]
+
+
+def log_until_killed(directory: Path) -> None:
+    record = new(directory)
+    record.log({"loss": 1.0}, step=0)
+    time.sleep(60)
+
+
+def test_a_record_says_what_was_asked_for(tmp_path):
+    record = new(tmp_path / "run")
+    description = record.description()
+    assert description["experiment"] == "study"
+    assert description["name"] == "dpo seed 0"
+    assert description["params"] == {"beta": "0.1", "training.steps": "6"}
+    assert description["tags"] == {"host": "here"}
+    assert description["inputs"] == [DATA]
+    assert description["parent"] is None
+    assert abs(description["start_time"] / 1000 - time.time()) < 60
+    assert record.status()["status"] == "RUNNING"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (RuntimeError("loss is\nnan"), "FAILED", "RuntimeError: loss is nan"),
+        (KeyboardInterrupt(), "KILLED", "KeyboardInterrupt"),
+        (SystemExit(143), "KILLED", "SystemExit: 143"),
+        (SystemExit(1), "FAILED", "SystemExit: 1"),
+        (SystemExit(0), "FINISHED", "SystemExit: 0"),
+    ],
+)
+def test_the_status_tells_how_the_run_ended(tmp_path, error, status, text):
+    with pytest.raises(type(error)), new(tmp_path) as record:
+        raise error
+    assert record.status()["status"] == status
+    assert record.status()["error"] == text
+
+
+def test_a_run_that_is_interrupted_is_scheduled_and_has_not_ended(tmp_path):
+    with pytest.raises(Interrupted), new(tmp_path) as record:
+        raise Interrupted("stopped after step 3")
+    assert record.status()["status"] == "SCHEDULED"
+    assert record.status()["end_time"] is None and record.status()["error"] is None
+    with new(tmp_path) as record:
+        assert record.status()["status"] == "RUNNING"
+
+
+def test_a_run_that_ends_normally_is_finished(tmp_path):
+    with new(tmp_path) as record:
+        pass
+    assert record.status()["status"] == "FINISHED"
+    assert record.status()["error"] is None
+    assert record.status()["end_time"] >= record.description()["start_time"]
+
+
+def test_sigterm_ends_the_run_as_killed_even_if_another_one_comes_while_this_is_noted(tmp_path, monkeypatch):
+    def write_while_terminated_again(path: Path, content: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write_atomically(path, content)
+
+    before = signal.getsignal(signal.SIGTERM)
+    record = new(tmp_path)
+    monkeypatch.setattr("runners.tracking.record.write_atomically", write_while_terminated_again)
+    with pytest.raises(SystemExit) as caught, terminations_as_exceptions(), record:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.code == 143
+    assert record.status()["status"] == "KILLED"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_forked_worker_still_dies_of_sigterm():
+    with terminations_as_exceptions():
+        worker = os.fork()
+        if worker == 0:
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(0.1)
+        os.kill(worker, signal.SIGTERM)
+        _, status = os.waitpid(worker, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGTERM
+
+
+def test_metrics_are_read_as_they_were_logged_nan_included(tmp_path):
+    record = new(tmp_path)
+    record.log({"loss": 0.5, "accuracy": math.nan}, step=3, time=1000)
+    record.log({"loss": math.inf}, step=4, time=2000)
+    loss, accuracy, last = points(record)
+    assert loss == Point("loss", 0.5, 3, 1000)
+    assert math.isnan(accuracy.value)
+    assert last == Point("loss", math.inf, 4, 2000)
+
+
+def test_batches_continue_where_an_offset_says(tmp_path):
+    record = new(tmp_path)
+    for step in range(5):
+        record.log({"loss": 1.0}, step=step)
+    sizes = [(len(batch), offset) for batch, offset in record.batches(0, 2)]
+    assert [size for size, _ in sizes] == [2, 2, 1]
+    assert [point.step for point in points(record, sizes[0][1])] == [2, 3, 4]
+    assert points(record, sizes[-1][1]) == []
+
+
+def test_a_torn_last_line_is_ignored_and_a_damaged_one_skipped(tmp_path):
+    record = new(tmp_path)
+    record.log({"loss": 1.0}, step=0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"key": "lo\n{"key": "loss", "val')
+    assert [point.step for point in points(record)] == [0]
+
+
+def test_a_requeued_job_continues_its_record_without_repeating_a_row(tmp_path):
+    with pytest.raises(KeyboardInterrupt), new(tmp_path) as first:
+        for step in range(3):
+            first.log({"loss": 1 / (step + 1), "nan": math.nan}, step=step)
+        raise KeyboardInterrupt
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"key": "loss", "val')
+    with new(tmp_path, tags={"attempt": 2}) as second:
+        assert second.status()["status"] == "RUNNING"
+        for step in range(4):
+            second.log({"loss": 1 / (step + 1), "nan": math.nan}, step=step)
+        second.log({"loss": 0.0}, step=0)  # another value is another row
+    assert [point.step for point in points(second) if point.key == "loss"] == [0, 1, 2, 3, 0]
+    assert [point.step for point in points(second) if point.key == "nan"] == [0, 1, 2, 3]
+    description = second.description()
+    assert description["tags"] == {"host": "here", "attempt": "2"}
+    assert description["inputs"] == [DATA]
+    assert second.status()["status"] == "FINISHED"
+    assert second.status()["error"] is None
+
+
+def test_a_record_is_not_continued_by_another_run(tmp_path):
+    new(tmp_path)
+    with pytest.raises(ValueError, match=r"holds the record of another run \(params differ\)"):
+        new(tmp_path, params={"beta": 0.2})
+
+
+def test_tags_and_inputs_may_be_added_later(tmp_path):
+    record = new(tmp_path)
+    heldout: Any = DATA | {"name": "heldout"}
+    record.update(tags={"fingerprint": "ff"}, inputs=[heldout, DATA])
+    record.tag("host", "there")
+    assert record.description()["tags"] == {"host": "there", "fingerprint": "ff"}
+    assert record.description()["inputs"] == [DATA, heldout]
+
+
+def test_an_artifact_has_its_directory_made_and_stays_inside_the_record(tmp_path):
+    record = new(tmp_path)
+    record.artifact("tables/rsf.csv").write_text("step\n")
+    assert (tmp_path / "artifacts" / "tables" / "rsf.csv").exists()
+    with pytest.raises(ValueError, match=r"an artifact stays inside its record, got '../x'"):
+        record.artifact("../x")
+
+
+def test_a_parent_is_found_even_after_both_were_moved(tmp_path):
+    new(tmp_path / "a" / "sweep", kind="sweep")
+    new(tmp_path / "a" / "runs" / "0", parent=tmp_path / "a" / "sweep")
+    (tmp_path / "a").rename(tmp_path / "b")
+    parent = Record(tmp_path / "b" / "runs" / "0").parent()
+    assert parent is not None
+    assert parent.directory == tmp_path / "b" / "sweep"
+    assert parent.parent() is None
+
+
+def test_a_run_has_died_when_its_process_is_gone(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=log_until_killed, args=(tmp_path,))
+    process.start()
+    while not (tmp_path / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    record = Record(tmp_path)
+    assert not record.died()
+    process.kill()
+    process.join()
+    assert record.status()["status"] == "RUNNING"
+    assert record.died()
+    assert abs(record.last_sign_of_life() / 1000 - time.time()) < 60
+
+    status = record.status()
+    (tmp_path / "status.json").write_text(json.dumps(status | {"host": "elsewhere"}))
+    assert not record.died()  # no way to know
+    reused = status | {"pid": os.getpid(), "process_start": "1"}
+    (tmp_path / "status.json").write_text(json.dumps(reused))
+    assert record.died()  # the number now belongs to another process
+
+
+def test_a_sweep_may_outlive_its_process(tmp_path):
+    record = new(tmp_path, kind="sweep")
+    gone = record.status() | {"process_start": "1"}
+    (tmp_path / "status.json").write_text(json.dumps(gone))
+    assert not record.died()
+
+
+def test_on_a_full_disk_the_status_is_still_true(small_disk: Path):
+    record = new(small_disk / "run")
+    with pytest.raises(OSError, match="the disk is full: could not write"), record:
+        for step in range(10_000):
+            record.log({"loss": 1.0}, step=step)
+    assert record.status()["status"] == "FAILED"
+    assert record.status()["error"].startswith("OSError: the disk is full")
+    assert len(points(record)) > 100
+
+
+SECRET_NAMES = """
+    token hf_token HF_TOKEN model.token password db.passwd client_secret secret.value
+    api_key apiKey OPENAI_API_KEY aws_secret_access_key
+""".split()
+
+
+@pytest.mark.parametrize("name", SECRET_NAMES)
+def test_the_names_of_secrets_are_known(name):
+    assert announces_secret(name)
+    assert redacted({name: "hunter2"}) == {name: "***"}
+    assert "hunter2" not in redacted_text(f"failed with {name}=hunter2, {name!r}: 'hunter2'")
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer", "max_tokens", "pad_token", "eos_token_id", "level", "key", "next_token"]
+)
+def test_the_tokens_of_a_language_model_are_no_secrets(name):
+    assert not announces_secret(name)
+    assert redacted({name: "gpt2"}) == {name: "gpt2"}
+    assert redacted_text(f"{name}=gpt2") == f"{name}=gpt2"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://me:hunter2@host:5000/x@y", "https://***@host:5000/x@y"),
+        ("postgresql://me:hun@ter2@host/db", "postgresql://***@host/db"),
+        ("https://host/?token=hunter2&page=1", "https://host/?token=***&page=1"),
+        ("hf_" + "a" * 34, "***"),
+        ("Authorization: Bearer hunter2hunter2hunter2", "Authorization: Bearer ***"),
+        ("model.name=EleutherAI/pythia-70m@main", "model.name=EleutherAI/pythia-70m@main"),
+    ],
+)
+def test_secrets_in_text_are_masked(text, expected):
+    assert redacted_text(text) == expected
+
+
+def test_no_file_of_a_record_holds_a_secret(tmp_path):
+    secret = "hunter2"
+    with pytest.raises(RuntimeError):
+        record = new(
+            tmp_path,
+            params={"hf_token": secret, "hub": {"password": secret}, "list": [f"token={secret}"]},
+            tags={"api_key": secret, "command": f"run.py model.token={secret}"},
+            inputs=[DATA | {"source": f"https://me:{secret}@host/data"}],
+            tracking_uri=f"https://me:{secret}@host",
+        )
+        with record:
+            record.tag("secret", secret)
+            record.log({"loss": 1.0}, step=0)
+            raise RuntimeError(f"401 for https://me:{secret}@host, password: '{secret}'")
+    texts = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(texts) == 3
+    assert not any(secret in text for text in texts)
+    assert Record(tmp_path).description()["tracking_uri"] == "https://***@host"

@@ -1,0 +1,90 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import small
+from networks import save
+from stored import no_stage, resized
+from torch.testing import assert_close
+
+from weightgeom.bases.pretrained import TwoCheckpoints
+from weightgeom.estimators.reference_subspaces import Inputs, input_frames
+from weightgeom.interfaces import Setting
+from weightgeom.models.loading import load
+from weightgeom.text.conversation import chats, of_pair, of_text
+from weightgeom.text.examples import Pair
+
+EXAMPLES = small.WORLD.examples()
+TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}</s>{% endfor %}"
+DIALOGUE = "\n\nHuman: Is 2 even?\n\nAssistant: Yes."
+TURNS = [{"role": "user", "content": "Is 2 even?"}, {"role": "assistant", "content": "Yes."}]
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        Pair("Is 2 even?", " Yes.", " No."),
+        Pair(TURNS[:1], TURNS[1:], TURNS[1:]),
+        Pair("\n\nHuman: Is 2 even?\n\nAssistant:", " Yes.", " No."),
+    ],
+)
+def test_a_pair_is_a_conversation_however_it_is_written(pair):
+    assert of_pair(pair) == TURNS
+
+
+def test_a_dialogue_is_its_turns_and_other_text_a_users_message():
+    assert of_text(DIALOGUE) == TURNS
+    assert of_text("A Human: said") == [{"role": "user", "content": "A Human: said"}]
+
+
+def test_the_models_own_template_writes_the_held_out_text():
+    tokenizer = small.WORLD.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    pairs = replace(EXAMPLES, heldout_pairs=[Pair("Is 2 even?", " Yes.", " No.")])
+    assert chats(pairs, tokenizer) == ["<user>Is 2 even?</s><assistant>Yes.</s>"]
+    documents = replace(EXAMPLES, heldout_pairs=[], heldout=["words"])
+    assert chats(documents, tokenizer) == ["<user>words</s>"]
+
+
+def test_a_tokenizer_without_a_template_or_with_one_that_refuses_is_told():
+    tokenizer = small.WORLD.tokenizer()
+    with pytest.raises(ValueError, match=r"has no chat template: take text=raw, or of a pair the aligned"):
+        chats(EXAMPLES, tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('no system') }}"
+    with pytest.raises(ValueError, match=r"refuses a conversation \(no system\): take text=raw"):
+        chats(EXAMPLES, tokenizer)
+
+
+def aligned_pair(home: Path) -> TwoCheckpoints:
+    """Two checkpoints of which the second alone has a chat template."""
+    before, after = save("llama", home / "before"), save("llama", home / "after", seed=1)
+    tokenizer = small.WORLD.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(after)
+    return TwoCheckpoints(str(before), str(after), tokenizer="after")
+
+
+def test_the_activations_are_those_of_chats_by_the_tokenizer_of_the_aligned_model(tmp_path):
+    pair = aligned_pair(tmp_path)
+    pair.check(None)
+    base = pair.prepare(no_stage, EXAMPLES, small.WORLD, "cpu")
+    assert base.directory == tmp_path / "after"
+    model = load(base.directory, "cpu")
+    start = model.params(tmp_path / "before")
+    setting = Setting(model, start, start, False, EXAMPLES, 0)
+    written = replace(setting, examples=replace(EXAMPLES, heldout=chats(EXAMPLES, model.tokenizer)))
+    found, expected, raw = (
+        [frame.moment.value for frame in input_frames(one, start, 4, inputs) if frame.moment is not None]
+        for one, inputs in ((setting, Inputs(text="chat")), (written, Inputs()), (setting, Inputs()))
+    )
+    assert_close(found, expected, rtol=0, atol=0)
+    assert not any(one.allclose(other) for one, other in zip(found, raw, strict=True))
+
+
+def test_the_tokenizer_of_another_vocabulary_is_refused(tmp_path):
+    pair = aligned_pair(tmp_path)
+    tied = save("llama_tied", tmp_path / "tied")
+    with pytest.raises(
+        ValueError, match=r"model\.tokenizer=after needs a whole model with the vocabulary of"
+    ):
+        replace(pair, before=str(tied), after=str(resized(tied, tmp_path / "other", by=2))).check(None)

@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from weightgeom.uncertainty.intrinsic_dimension import calibrated, dimension, distances
+
+WIDTH = 128  # of the embedded model's residual stream
+
+
+def embedded(points, generator):
+    """The points in the model's width, isometrically, away from the origin."""
+    basis = torch.linalg.qr(torch.randn(WIDTH, points.shape[1], generator=generator, dtype=torch.float64)).Q
+    return points.double() @ basis.T + torch.randn(WIDTH, generator=generator)
+
+
+def manifold(kind, d, n, generator):
+    points = torch.randn(n, d + (kind == "sphere"), generator=generator)
+    if kind == "ellipsoid":
+        points = points * torch.linspace(0.6, 1.4, d)
+    return embedded(points if kind != "sphere" else points / points.norm(dim=1, keepdim=True), generator)
+
+
+@pytest.mark.parametrize("estimator", ["mle", "twonn"])
+@pytest.mark.parametrize("kind", ["gaussian", "ellipsoid", "sphere"])
+@pytest.mark.parametrize("d", [2, 5, 10, 20])
+def test_the_calibrated_dimension_of_a_manifold_is_its_own_within_a_tenth(estimator, kind, d, generator):
+    # The sd of TwoNN on n points is some d / √n, 5 % here; the mean of ten clouds has 1.6 %.
+    clouds = [manifold(kind, d, 400, generator) for _ in range(10)]
+    found = [calibrated(dimension(distances(cloud), estimator), 400, estimator) for cloud in clouds]
+    assert abs(sum(found) / 10 - d) < 0.1 * d
+
+
+@pytest.mark.parametrize("estimator", ["mle", "twonn"])
+@pytest.mark.parametrize("d", [2, 5])
+def test_the_dimension_as_it_is_will_do_where_it_is_low(estimator, d, generator):
+    found = [dimension(distances(manifold("gaussian", d, 400, generator)), estimator) for _ in range(10)]
+    assert abs(sum(found) / 10 - d) < 0.1 * d
+
+
+def test_the_dimension_as_it_is_falls_short_of_20(generator):
+    between = distances(manifold("gaussian", 20, 500, generator))
+    assert 12 < dimension(between, "mle") < 16 and dimension(between, "twonn") < 20
+
+
+def test_the_dimension_does_not_depend_on_the_unit_of_the_states(generator):
+    points = manifold("gaussian", 5, 100, generator)
+    for estimator in ("mle", "twonn"):
+        one, other = (dimension(distances(scale * points), estimator) for scale in (1, 1000))
+        assert abs(one - other) < 1e-9 * one
+
+
+def test_a_group_smaller_than_its_neighbourhood_is_refused(generator):
+    between = distances(torch.randn(30, 4, generator=generator))
+    with pytest.raises(ValueError, match="a group of 30 prompts is smaller than a neighbourhood of 30"):
+        dimension(between, "mle", 30)
+    assert dimension(between, "mle", 29) > 0
+
+
+def test_states_that_are_the_same_are_refused(generator):
+    points = torch.randn(40, 4, generator=generator)
+    points[3] = points[7]
+    with pytest.raises(ValueError, match="two prompts have the same state"):
+        dimension(distances(points), "twonn")

@@ -1,0 +1,115 @@
+from math import sqrt
+
+import pytest
+import torch
+from scipy import stats
+from torch.testing import assert_close
+
+from weightgeom.geometry.subspace import Subspace
+from weightgeom.table import arm_columns
+from weightgeom.uncertainty.contrast import Contrast, auroc, equal_groups, half_samples, two_sided
+from weightgeom.uncertainty.rows import Asked, boundary_rows, output_rows, overlap_rows, shape_rows
+
+D, VOCABULARY = 16, 40
+ARM = arm_columns("u", against="f")
+ASKED = Asked(neighbours=6, points=12, thresholds=[0.1, 0.5], resamples=2, random=19, seed=0)
+WEIGHT = torch.randn(VOCABULARY, D, generator=torch.Generator().manual_seed(7)) / 2
+# Anisotropic, like states: what is random must be judged against permuted labels and not against a sphere.
+SCALES = torch.linspace(3, 0.3, D)
+SPACES = {
+    "output_top": Subspace(torch.eye(D)[:, :4].double()),
+    "output_bottom": Subspace(torch.eye(D)[:, -4:].double()),
+}
+
+
+def head(states):
+    return torch.tanh(states) @ WEIGHT.T
+
+
+def compared(factual, uncertain, permutations=39, seed=0):
+    """All rows of a comparison of two groups, cut to one size as the probe does."""
+    groups = equal_groups({"factual": list(factual), "uncertain": list(uncertain)}, 100, seed)
+    pooled = torch.stack([*groups["factual"], *groups["uncertain"]])
+    contrast = Contrast.of(len(groups["factual"]), permutations, seed)
+    held = contrast.test[0].flatten()
+    return [
+        *output_rows(head, pooled[held], contrast.boundaries(pooled), torch.eye(D)[:2], [3, 5], ARM, ASKED),
+        *boundary_rows(pooled, contrast, ARM),
+        *overlap_rows(pooled, contrast, SPACES, ARM, seed),
+        *shape_rows(pooled, contrast, ARM, ASKED),
+    ]
+
+
+@pytest.mark.slow
+def test_two_groups_from_one_distribution_of_unequal_size_differ_in_nothing():
+    generator, draws, rejected = torch.Generator().manual_seed(0), 200, {}
+    for draw in range(draws):
+        factual, uncertain = (torch.randn(n, D, generator=generator) * SCALES + 1 for n in (24, 35))
+        for one in compared(factual, uncertain, permutations=39, seed=draw):
+            # Against random directions an anisotropic cloud does differ; its labels do not matter.
+            if one["quantity"].endswith("_p_value") and "_random_" not in one["quantity"]:
+                name = one["quantity"], one.get("subspace"), one["arm"]
+                rejected[name] = rejected.get(name, 0) + (one["value"] <= 0.05)
+    # A Bonferroni bound: 0.1 % of false alarms over all of them.
+    most = stats.binom.isf(1e-3 / len(rejected), draws, 0.05)
+    assert len(rejected) == 15 and max(rejected.values()) <= most, (most, rejected)
+
+
+def test_planted_groups_differ_and_the_output_sees_a_boundary_along_its_own_directions(generator):
+    factual, uncertain = (torch.randn(60, D, generator=generator) * 0.1 for _ in range(2))
+    uncertain = uncertain * torch.cat([torch.ones(4), torch.full((D - 4,), 0.01)])  # of dimension 4
+    uncertain[:, 0] += 2  # along the first axis
+    rows = {
+        (one["quantity"], one.get("subspace"), one["arm"]): one["value"]
+        for one in compared(factual, uncertain)
+    }
+    assert rows["auroc_projection", None, ARM] == rows["auroc_logistic", None, ARM] == 1
+    assert rows["amplification", None, ARM] > 1 and rows["amplification_p_value", None, ARM] <= 0.05
+    assert rows["mle_dimension_ratio", None, ARM] < 0.6
+    assert rows["mle_dimension_ratio_p_value", None, ARM] <= 0.05
+    assert_close(rows["overlap", "output_top", ARM], D / 4, rtol=0.05, atol=0)
+    assert rows["overlap", "output_bottom", ARM] < 0.05
+    assert rows["overlap_random_p_value", "output_top", ARM] < 1e-3
+
+
+def test_a_random_direction_has_overlap_1(generator):
+    # One direction's share has a sd of √(2 (d - k) / (k (d + 2))) = 1.15; the mean of 2000 has 0.026.
+    directions = torch.nn.functional.normalize(torch.randn(2000, D, generator=generator), dim=1)
+    for space in SPACES.values():
+        found = [space.relative_fraction(one[None]) for one in directions]
+        assert abs(sum(found) / len(found) - 1) < 5 * sqrt(2 * 12 / (4 * 18) / 2000)
+
+
+def test_auroc_is_that_of_mann_and_whitney_ties_included(generator):
+    low, high = torch.randn(40, generator=generator).round(), torch.randn(30, generator=generator).round() + 1
+    found, reference = auroc(low, high), stats.mannwhitneyu(high, low, method="asymptotic")
+    assert_close(found.value, float(reference.statistic) / 1200, rtol=1e-12, atol=0)
+    assert_close(found.p_value, float(reference.pvalue), rtol=1e-4, atol=1e-9)
+    # Two against two, all but one pair in order: 3/4.
+    assert auroc(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 4.0])).value == 0.75
+
+
+def test_arrangements_permute_labels_within_each_half():
+    contrast = Contrast.of(7, 4, 0)
+    for part, pooled in ((contrast.train, {0, 1, 2, 7, 8, 9}), (contrast.test, {3, 4, 5, 6, 10, 11, 12, 13})):
+        assert all(set(one.flatten().tolist()) == pooled for one in part)
+    assert contrast.train[0].tolist() == [[0, 1, 2], [7, 8, 9]]
+    assert contrast.sides().shape == (5, 2, 7) and contrast.sides(4).shape == (5, 2, 4)
+
+
+def test_the_two_sided_p_value_is_that_of_the_rank():
+    values = torch.arange(40.0)
+    assert two_sided(values) == two_sided(-values) == 0.05  # the least that 39 others give
+    assert two_sided(torch.tensor([1.0, 1.0, 1.0])) == 1
+
+
+def test_half_samples_vary_as_samples_do(generator):
+    values = torch.randn(100, generator=generator)
+    means = torch.stack([values[half].mean() for half in half_samples(100, 2000, 0)])
+    # The sd over 2000 halves has a relative standard error of 1/√4000 = 1.6 %; five of those.
+    assert_close(float(means.std()), float(values.std()) / 10, rtol=0.08, atol=0)
+
+
+def test_groups_with_the_same_mean_have_no_boundary():
+    with pytest.raises(ValueError, match="the groups have the same mean state"):
+        Contrast.of(4, 1, 0).boundaries(torch.ones(8, 3))

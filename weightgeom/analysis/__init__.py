@@ -1,0 +1,1 @@
+"""Analysis: tables in, tables and claims out."""

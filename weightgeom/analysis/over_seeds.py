@@ -1,0 +1,282 @@
+"""The rows of many runs as the few numbers that a reader wants: means over seeds with their intervals."""
+
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from weightgeom.analysis.comparisons import comparisons
+from weightgeom.analysis.settings import SETTING, placed
+from weightgeom.table import at_own_subspaces, label
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MATRIX = [*SETTING, "role", "matrix", "k"]
+LEVEL = 0.05  # of significance
+EXPECTED = ("predicted", "mean", "forecast")
+
+
+@dataclass(frozen=True)
+class Condensed:
+    """The tables of a report; see the function of each."""
+
+    rows: "pd.DataFrame"  # placed
+    ended: "pd.DataFrame"  # by_run, at the last step
+    asymmetry: "pd.DataFrame"  # over_seeds, at the last step
+    trajectory: "pd.DataFrame"  # over_seeds, at every step
+    graded: "pd.DataFrame"
+    mechanism: "pd.DataFrame"
+    correlations: "pd.DataFrame"
+    rank1: "pd.DataFrame"  # effects
+    surgery: "pd.DataFrame"
+    least: "pd.DataFrame"
+    behaviour: "pd.DataFrame"
+
+    @property
+    def tables(self) -> "dict[str, pd.DataFrame]":
+        """All but the rows, by the names of their files."""
+        return {
+            "ratios_by_run": self.ended,
+            "asymmetry": self.asymmetry,
+            "trajectory": self.trajectory,
+            "graded_control": self.graded,
+            "mechanism": self.mechanism,
+            "mechanism_correlations": self.correlations,
+            "rank1": self.rank1,
+            "rank1_bottom": self.least,
+            "surgery": self.surgery,
+            "behaviour": self.behaviour,
+        }
+
+
+def condense(rows: "pd.DataFrame", runs: "pd.DataFrame") -> Condensed:
+    """All tables of the rows that `collect` gives and the runs they are of."""
+    rows = placed(rows, runs)
+    by_layer = ratios(rows)
+    ended, points = by_run(at_end(by_layer)), mechanism(rows)
+    return Condensed(
+        rows=rows,
+        ended=ended,
+        asymmetry=over_seeds(ended),
+        trajectory=over_seeds(by_run(by_layer), at_steps=True),
+        graded=graded(ended, runs),
+        mechanism=points,
+        correlations=correlations(points),
+        rank1=effects(rows, "rank1"),
+        surgery=effects(rows, "surgery"),
+        least=least(rows),
+        behaviour=behaviour(rows),
+    )
+
+
+def ratios(rows: "pd.DataFrame") -> "pd.DataFrame":
+    """A row for every run, step, matrix and layer: its `ratio` at the smallest k, and its nulls."""
+    wanted = ["ratio", "null_ratio_mean", "null_ratio_sd", "q_value", "matched_ratio"]
+    part = at_own_subspaces(rows[(rows["table"] == "rsf") & rows["quantity"].isin(wanted)])
+    part = part[part["k"] == part.groupby("run_id")["k"].transform("min")]
+    keys = ["setting", *MATRIX, "base", "replicate", "run_id", "step", "layer"]
+    wide = part.set_index([*keys, "quantity"])["value"].unstack().reindex(columns=wanted)
+    return wide.reset_index().rename_axis(columns=None)
+
+
+def at_end(by_layer: "pd.DataFrame") -> "pd.DataFrame":
+    """The rows of the last step of every run's trajectory, or of each of its comparisons of stages."""
+    last = by_layer.groupby(["run_id", "trajectory", "setting"])["step"].transform("max")
+    return by_layer[by_layer["step"] == last]
+
+
+def by_run(by_layer: "pd.DataFrame") -> "pd.DataFrame":
+    """A row for every run, step and matrix, and for every pathway with matrix "": the mean over layers.
+
+    `null_sd` is the null's standard deviation of that mean, layers and matrices being independent under
+    it; `layer_sd` and `layers` those of the layers' own means; `beyond` the share of q-values ≤ 0.05.
+    """
+    import pandas as pd
+
+    whole = pd.concat([by_layer, by_layer.assign(matrix="")])
+    keys = ["setting", *MATRIX, "base", "replicate", "run_id", "step"]
+    grouped = whole.assign(
+        variance=whole["null_ratio_sd"] ** 2, beyond=(whole["q_value"] <= LEVEL).astype(float)
+    ).groupby(keys, sort=False)
+    found = grouped.agg(
+        ratio=("ratio", "mean"),
+        null_mean=("null_ratio_mean", "mean"),
+        variance=("variance", "sum"),
+        places=("ratio", "size"),
+        beyond=("beyond", "mean"),
+        matched_ratio=("matched_ratio", "mean"),
+    )
+    layers = whole.groupby([*keys, "layer"], sort=False)["ratio"].mean().groupby(keys, sort=False)
+    found = found.assign(layer_sd=layers.std(), layers=layers.size())
+    found["null_sd"] = found["variance"] ** 0.5 / found["places"]
+    return found.drop(columns="variance").reset_index()
+
+
+def over_seeds(found: "pd.DataFrame", at_steps: bool = False) -> "pd.DataFrame":
+    """A row for every setting and matrix: the mean over its runs with its 95 % interval, and the nulls.
+
+    The interval is Student's over runs (`interval_over` seeds), or with a single run over its layers.
+    """
+    import pandas as pd
+
+    keys = ["setting", *MATRIX, *(["step"] if at_steps else [])]
+    rows = []
+    for key, part in found.groupby(keys, sort=False):
+        runs, layers = len(part), int(part["layers"].max())
+        seeds = runs > 1
+        sd, n = (part["ratio"].std(), runs) if seeds else (part["layer_sd"].iloc[0], layers)
+        half = half_width(sd, n)
+        mean, null_mean = part["ratio"].mean(), part["null_mean"].mean()
+        null_sd = sqrt((part["null_sd"] ** 2).mean())
+        rows.append({
+            **dict(zip(keys, key, strict=True)),
+            "ratio": mean,
+            "stderr": None if half is None else sd / sqrt(n),
+            "low": None if half is None else max(0.0, mean - half),
+            "high": None if half is None else mean + half,
+            "interval_over": ("seeds" if seeds else "layers") if half is not None else "",
+            "runs": runs,
+            "layers": layers,
+            "null_mean": null_mean,
+            "null_sd": null_sd,
+            "z": (mean - null_mean) / null_sd if null_sd > 0 else None,
+            "beyond": part["beyond"].mean(),
+            "matched_ratio": part["matched_ratio"].mean(),
+            "unit": "1",
+        })  # fmt: skip
+    columns = (*("stderr", "low", "high", "z", "matched_ratio"),)
+    return (
+        pd.DataFrame(rows).astype(dict.fromkeys(columns, "Float64")) if rows else pd.DataFrame(columns=keys)
+    )
+
+
+def half_width(sd: float, n: int) -> float | None:
+    """Half of the 95 % interval of a mean of n values, by Student's t; None for fewer than two."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, n - 1) * sd / sqrt(n)) if n > 1 and np.isfinite(sd) else None
+
+
+def graded(ended: "pd.DataFrame", runs: "pd.DataFrame") -> "pd.DataFrame":
+    """A row for every run and pathway whose sharpness was measured; `run` is its setting's name.
+
+    Trainings on the corpus are left out: the family is compared on one data set, the responses.
+    """
+    about = runs.set_index("run_id")
+    part = ended[(ended["matrix"] == "") & (ended["trajectory"] == "training")]
+    part = part[~part["run_id"].map(about["of_text"]).astype(bool)]
+    part = part.assign(
+        run=_without(part["setting"], part["preference"]),
+        sharpness=part["run_id"].map(about["participation_ratio"]).astype(float),
+        target_energy=part["run_id"].map(about["target_energy"]).astype(float),
+    )
+    columns = ["run", *SETTING, "replicate", "run_id", "role", "sharpness", "target_energy", "ratio"]
+    return part[part["sharpness"].notna()][columns].reset_index(drop=True)
+
+
+def rank_correlation(table: "pd.DataFrame") -> tuple[float, float]:
+    """Spearman's of `sharpness` and `ratio`, and its p-value; 0 and 1 where either is constant."""
+    from scipy.stats import spearmanr
+
+    if min(table["sharpness"].nunique(), table["ratio"].nunique()) < 2:
+        return 0.0, 1.0
+    found = spearmanr(table["sharpness"], table["ratio"])
+    return float(found.statistic), float(found.pvalue)
+
+
+def _without(settings: "pd.Series", preferences: "pd.Series") -> "list[str]":
+    """The settings' names without their preference, which a figure names once."""
+    pairs = zip(settings, preferences, strict=True)
+    return [name.replace(f" · {preference}", "") for name, preference in pairs]
+
+
+def mechanism(rows: "pd.DataFrame") -> "pd.DataFrame":
+    """A row for every run, layer and matrix: the ratio that the base led to expect, and the measured one."""
+    part = rows[rows["table"] == "moments"]
+    part = part[part["step"] == part.groupby("run_id")["step"].transform("max")]
+    part = part[part["k"] == part.groupby("run_id")["k"].transform("min")]
+    wanted = [f"{one}_ratio" for one in (*EXPECTED, "measured")]
+    part = part[part["quantity"].isin(wanted)]
+    part = part.assign(matrix=label(part))
+    keys = ["setting", *MATRIX, "replicate", "run_id", "layer"]
+    wide = part.set_index([*keys, "quantity"])["value"].unstack().reindex(columns=wanted)
+    return wide[wide["measured_ratio"].notna()].reset_index().rename_axis(columns=None)
+
+
+def correlations(points: "pd.DataFrame") -> "pd.DataFrame":
+    """Pearson's correlation of every expectation with the measured ratio, by model, data and pathway.
+
+    Over all runs, layers and matrices; `low` and `high` are Fisher's 95 % interval, which takes the `n`
+    points for independent. Where a correlation is not defined there is no row.
+    """
+    import pandas as pd
+    from scipy.stats import pearsonr
+
+    rows = []
+    for (model, data, role), part in points.groupby(["model", "data", "role"]):
+        for name in EXPECTED:
+            pair = part[[f"{name}_ratio", "measured_ratio"]].dropna()
+            if len(pair) < 4 or not (pair.std() > 0).all():
+                continue
+            found = pearsonr(*pair.to_numpy(float).T)
+            low, high = found.confidence_interval(0.95)
+            place = {"model": model, "data": data, "role": role, "expected": name}
+            rows.append({
+                **place, "correlation": float(found.statistic), "low": float(low), "high": float(high),
+                "unit": "1", "n": len(pair), "runs": part["run_id"].nunique(),
+            })  # fmt: skip
+    columns = ["model", "data", "role", "expected", "correlation", "low", "high", "unit", "n", "runs"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def effects(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
+    """All comparisons of an intervention with its controls, over runs; `quantity` names the effect."""
+    import pandas as pd
+
+    part, found = rows[rows["table"] == table], []
+    for key, one in part.groupby(["setting", *SETTING, "replicate", "run_id"], sort=False):
+        for p_value in sorted(one.loc[one["quantity"].str.endswith("_p_value"), "quantity"].unique()):
+            effect = p_value.removesuffix("_p_value")
+            columns = dict(zip(["setting", *SETTING, "replicate", "run_id"], key, strict=True))
+            unit = one.loc[one["quantity"] == effect, "unit"].iloc[0]
+            n = one.loc[one["quantity"] == p_value, "n"].to_numpy()  # in the order of the comparisons
+            found.append(comparisons(one, effect).assign(**columns, quantity=effect, unit=unit, n=n))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+def least(rows: "pd.DataFrame", effect: str = "kl_from_unedited") -> "pd.DataFrame":
+    """A row for every run, layer and matrix of `rank1`, at its largest dose: does `bottom` do least?
+
+    Which is when the median of its absolute effects lies below that of every other arm.
+    """
+    part = rows[(rows["table"] == "rank1") & (rows["quantity"] == effect)]
+    part = part.assign(size=part["value"].abs(), strength=part["dose"].astype(float))
+    part = part[part["strength"] == part.groupby("run_id")["strength"].transform("max")]
+    keys = ["setting", *SETTING, "replicate", "run_id", "role", "matrix", "layer"]
+    sizes = part.groupby([*keys, "treatment"])["size"].median().unstack()
+    if "bottom" not in sizes:
+        return sizes.iloc[:0].reset_index()
+    sizes = sizes[sizes["bottom"].notna()]
+    others = sizes.drop(columns="bottom").min(axis=1)
+    found = sizes[["bottom"]].assign(others=others, least=sizes["bottom"] < others)
+    return found.reset_index().rename_axis(columns=None)
+
+
+def behaviour(rows: "pd.DataFrame") -> "pd.DataFrame":
+    """What every training achieved: each quantity before and after, as means over its runs."""
+    part = rows[(rows["table"] == "behaviour") & (rows["trajectory"] == "training")]
+    keys = ["setting", *SETTING, "quantity", "unit"]
+    ends = {}
+    for name, pick in (("before", "min"), ("after", "max")):
+        step = part.groupby(["run_id", "setting"])["step"].transform(pick)
+        ends[name] = part[part["step"] == step].groupby(keys, sort=False)["value"].mean()
+    n = part.groupby(keys, sort=False)["n"].max()
+    runs = part.groupby(keys, sort=False)["run_id"].nunique()
+    found = ends["before"].to_frame("before").assign(after=ends["after"], prompts=n, runs=runs)
+    return found.reset_index()

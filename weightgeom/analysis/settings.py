@@ -1,0 +1,167 @@
+"""What tells the runs of a study apart: the name of each run's setting, from its parameters."""
+
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SETTING = ["model", "data", "preference", "objective", "variant", "trajectory"]
+GROUPS = ("model", "data", "objective", "training")
+ARROW = " → "  # between two checkpoints that are compared
+LONG = 40  # characters of a variant that a name still holds
+SEEDS = ("model.seed", "data.seed")
+NAMED = ("data.preference",)  # has a column of its own
+# What changes neither an update nor how its ratio is taken.
+HARMLESS = (
+    *("training.log_every", "training.log_gradients", "training.workers", "training.keep"),
+    *("training.save_every", "model.pretraining.log_every"),
+    *(
+        f"probe.rsf.{key}"
+        for key in ("increments", "per_head", "resamples", "groups", "budget_gb", "prompts")
+    ),
+)
+Params = Mapping[str, str]
+
+
+def settings(runs: Sequence[Params]) -> list[dict[str, object]]:
+    """Of every run, in order, the columns that say what it was made of.
+
+    `objective`, `model`, `data`, `preference` and their seeds; what else differs between runs of the same
+    choice goes into the objective's name, or else into `variant`. `base_variant` is what of it matters to
+    the pretraining too. `aligns`: it contrasts responses; `entropy`: it is cross-entropy; `of_text`: on the
+    corpus, and not on responses; `pair`: two finished checkpoints; `chain`: several, of whose trainings
+    nothing is known. `model_is`, `data_is`, ... are all parameters of a choice.
+    """
+    return [_setting(run, runs) for run in runs]
+
+
+def is_run(params: Params) -> bool:
+    """Whether these are parameters of a run and not of a sweep's parent."""
+    return {"model", "data", "objective"} <= params.keys()
+
+
+def placed(rows: "pd.DataFrame", runs: "pd.DataFrame") -> "pd.DataFrame":
+    """The rows with a column `replicate`, the seeds that tell it from others of its setting, and `setting`.
+
+    A pretraining belongs to all runs that start from it: it is one setting whatever they then did. Of
+    several runs that are the same in all of this, the newest that has a table counts.
+    """
+    about = runs.set_index("run_id")
+    before = rows["trajectory"] == "pretraining"
+    # Models of the hub and texts of a user have no seed, and a missing one would be no group.
+    model, data = (rows[key].astype("str").fillna("-") for key in ("model_seed", "data_seed"))
+    base = model + "/" + data
+    found = rows.assign(
+        objective=rows["objective"].where(~before, "pretraining"),
+        preference=rows["preference"].where(~before, ""),
+        variant=rows["variant"].where(~before, rows["run_id"].map(about["base_variant"])),
+        base=base,
+        replicate=base.where(before, rows["seed"].astype("str") + "/" + base),
+    )
+    newest = found.groupby([*SETTING, "replicate", "table"])["run_id"].transform("last")
+    found = found[found["run_id"] == newest].reset_index(drop=True)
+    return found.assign(setting=names(found))
+
+
+def names(frame: "pd.DataFrame") -> "pd.Series":
+    """The name of every row's setting, as short as tells them apart."""
+    import pandas as pd
+
+    name = frame["objective"].astype(object)
+    variants = [variant for variant in frame["variant"].unique() if variant]
+    short = {
+        variant: variant if len(variant) <= LONG else f"variant {number}"
+        for number, variant in enumerate(variants, 1)
+    }
+    for values in (frame["preference"], frame["variant"].map(short)):
+        told = values.notna() & (values != "")
+        name = name.where(~told, name + " · " + values.astype(object).fillna(""))
+    for column in ("data", "model"):
+        if frame[column].nunique() > 1:
+            name = frame[column].astype(object) + ": " + name
+    return pd.Series(name, index=frame.index)
+
+
+def _setting(run: Params, runs: Sequence[Params]) -> dict[str, object]:
+    pair = run.get("model._target_", "").endswith("TwoCheckpoints")
+    chain = run.get("model._target_", "").endswith(".Chain")
+    trains = run["objective"] != "none"
+    objective = " ".join([run["objective"], *_differing(run, runs, "objective")])
+    if pair:
+        objective = f"{run['model.before']}{ARROW}{run['model.after']}"
+    if chain:  # each of its rows has the two stages that it compares
+        objective = "a chain of stages"
+    base = [*_differing(run, runs, "model"), *_differing(run, runs, "data"), *_measured(run, runs)]
+    return {
+        "objective": objective,
+        "variant": ", ".join([*base, *(_differing(run, runs, "training") if trains else [])]),
+        "base_variant": ", ".join(base),
+        "seed": int(run["seed"]),
+        "model": run["model"],
+        "model_seed": _seed(run, "model.seed"),
+        "data": run["data"],
+        "data_seed": _seed(run, "data.seed"),
+        "preference": run.get("data.preference", ""),
+        "aligns": pair or _aligns(run),
+        "entropy": _entropy(run),
+        "of_text": of_text(run),
+        "pair": pair,
+        "chain": chain,
+        **{f"{group}_is": _told(run, group) for group in GROUPS},
+    }
+
+
+def _told(run: Params, group: str) -> str:
+    """The parameters of a run's choice of a group, but those that were left open."""
+    keys = [key for key in run if key.startswith(f"{group}.") and not key.endswith("._target_")]
+    told = [f"{key.removeprefix(f'{group}.')}={run[key]}" for key in keys if run[key] not in ("None", "{}")]
+    return ", ".join(told)
+
+
+def _differing(run: Params, runs: Sequence[Params], group: str) -> list[str]:
+    """`key=value` of every key of a group in which runs with the same choice of that group differ."""
+    peers = [one for one in runs if one[group] == run[group]]
+    keys = [key for key in run if key.startswith(f"{group}.") and key not in (*SEEDS, *NAMED, *HARMLESS)]
+    if "TwoCheckpoints" in run.get("model._target_", ""):
+        keys = [key for key in keys if key not in ("model.before", "model.after")]  # are its name
+    prefix = f"{group}." if group == "objective" else ""
+    return [f"{key.removeprefix(prefix)}={run[key]}" for key in keys if _differ(peers, key)]
+
+
+def _measured(run: Params, runs: Sequence[Params]) -> list[str]:
+    """How the ratios were measured, where runs differ in it: their numbers must not be pooled."""
+    keys = [key for key in run if key.startswith("probe.rsf.") and key not in HARMLESS]
+    return [f"{key}={run[key]}" for key in keys if _differ(runs, key)]
+
+
+def _differ(runs: Sequence[Params], key: str) -> bool:
+    return len({one[key] for one in runs if key in one}) > 1
+
+
+def _seed(run: Params, key: str) -> int | None:
+    value = run.get(key, "")
+    return int(value) if value.isdigit() else None
+
+
+def _aligns(run: Params) -> bool:
+    kind = run.get("objective._target_", "").rpartition(".")[2]
+    return kind in ("DPO", "KTO") or (
+        kind == "GradedContrastive" and run.get("objective.level") == "sequence"
+    )
+
+
+def _entropy(run: Params) -> bool:
+    kind = run.get("objective._target_", "").rpartition(".")[2]
+    graded_end = (run.get("objective.level"), run.get("objective.negatives"), run.get("objective.tau"))
+    return kind == "CE" or (kind == "GradedContrastive" and graded_end == ("token", "None", "0.0"))
+
+
+def of_text(run: Params) -> bool:
+    """Whether it is trained on text; `on=auto` is that where the data have any."""
+    on = run.get("objective.on")
+    return on == "text" or (on == "auto" and run["data"] in ("world", "text"))

@@ -1,0 +1,153 @@
+"""The embedded base: a small GPT-NeoX, pretrained here on the run's own text, once."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from weightgeom.bases.outline import Outline, Pretraining
+from weightgeom.data.text import TextFiles
+from weightgeom.data.world import World
+from weightgeom.interfaces import Data, Log, Stage
+from weightgeom.interruption import Wanted, undisturbed
+from weightgeom.models.loading import check_length
+from weightgeom.models.residual import Architecture, architecture_of
+from weightgeom.objectives.ce import CE
+from weightgeom.text.examples import Examples
+from weightgeom.text.files import fingerprint
+from weightgeom.training.config import Training
+from weightgeom.training.fit import fit, trajectory
+from weightgeom.trajectory import Base
+
+if TYPE_CHECKING:
+    from transformers import GPTNeoXConfig, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A GPT-NeoX with a random start, pretrained by cross-entropy on a corpus, its checkpoints kept.
+
+    `corpus` is what it is pretrained on: `null` for the text of the run's data, `world`, or text
+    files. On the world it has the world's tokenizer, on other text a BPE tokenizer of `vocabulary`
+    entries trained on that text. `seed` draws its random start and the order of its examples.
+    """
+
+    corpus: str | list[str] | None = None
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    d_model: int = Field(default=128, ge=8)
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=4, ge=1)
+    d_mlp: int = Field(default=512, ge=8)
+    context: int = Field(default=512, ge=8)  # tokens
+    vocabulary: int = Field(default=2048, ge=300)  # of the BPE tokenizer
+    pretraining: Training = Field(default_factory=Training)
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not go together."""
+        if self.d_model % self.heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of heads {self.heads}")
+        if self.pretraining.max_length > self.context:
+            raise ValueError(
+                f"pretraining.max_length {self.pretraining.max_length} exceeds context {self.context}"
+            )
+
+    def check(self, longest: int | None) -> Architecture:
+        """The map of the network that will be made; raises if a sequence is too long or a file missing."""
+        check_length(longest or 0, self.context)
+        if self.corpus not in (None, "world"):
+            TextFiles(train=self.corpus).files()
+        return architecture_of(self._config(self.vocabulary, 0))
+
+    def prepare(
+        self, stage: Stage, examples: Examples, data: Data, device: str, wanted: Wanted = undisturbed
+    ) -> Base:
+        """Pretrain, or take the equal model that was pretrained before."""
+        corpus, text = self._corpus(examples, data)
+
+        def work(directory: Path, log_metrics: Log) -> None:
+            import transformers
+
+            tokenizer = corpus.tokenizer() if isinstance(corpus, World) else _bpe(text.text, self.vocabulary)
+            transformers.set_seed(self.seed)
+            network = transformers.GPTNeoXForCausalLM(
+                self._config(len(tokenizer), tokenizer.get_vocab()["<eos>"])
+            )
+            fit(
+                CE("text"),
+                network.to(device),  # pyright: ignore[reportArgumentType]
+                tokenizer,
+                text,
+                self.pretraining,
+                directory,
+                name="the base",
+                seed=self.seed,
+                device=device,
+                log_metrics=log_metrics,
+                wanted=wanted,
+            )
+
+        words = corpus.words() if isinstance(corpus, World) else []
+        specification = {"model": asdict(self), "text": fingerprint(text.text, words), "device": device}
+        directory = stage("pretraining", specification, work, self.pretraining.steps)
+        checkpoints = trajectory(directory, "pretraining")
+        return Base(checkpoints.steps[checkpoints.last], f"pretraining/{directory.name}", checkpoints)
+
+    def outline(self, examples: Examples, data: Data) -> Outline:
+        """The network that will be made, and its pretraining."""
+        corpus, text = self._corpus(examples, data)
+        tokenizer = corpus.tokenizer() if isinstance(corpus, World) else None
+        config = self._config(self.vocabulary if tokenizer is None else len(tokenizer), 0)
+        return Outline(
+            config, pretraining=Pretraining(CE("text"), self.pretraining, text), tokenizer=tokenizer
+        )
+
+    def _corpus(self, examples: Examples, data: Data) -> tuple[Data, Examples]:
+        """What it is pretrained on, read."""
+        if self.corpus is not None:
+            data = World() if self.corpus == "world" else TextFiles(train=self.corpus)
+            examples = data.examples()
+        if not examples.text:
+            raise ValueError(
+                f"{examples.name} has no text to pretrain the tiny model on: give some with model.corpus"
+            )
+        return data, examples
+
+    def _config(self, vocabulary: int, end: int) -> "GPTNeoXConfig":
+        from transformers import GPTNeoXConfig
+
+        return GPTNeoXConfig(
+            vocab_size=vocabulary,
+            hidden_size=self.d_model,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            intermediate_size=self.d_mlp,
+            max_position_embeddings=self.context,
+            bos_token_id=end,
+            eos_token_id=end,
+        )
+
+
+def _bpe(texts: Sequence[str], vocabulary: int) -> "PreTrainedTokenizerBase":
+    """A byte-level BPE tokenizer trained on the texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    log.info("trained a tokenizer of %d entries on %d documents", backend.get_vocab_size(), len(texts))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)

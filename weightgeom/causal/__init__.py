@@ -1,0 +1,1 @@
+"""Causal tests: weight edits, matched controls and their effects."""

@@ -1,0 +1,1 @@
+"""Estimators: moments, gradients, updates, hidden states and reference subspaces of a model."""

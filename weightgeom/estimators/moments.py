@@ -1,0 +1,297 @@
+"""Streaming second moments of the activations that the residual-stream matrices read."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Literal, TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from weightgeom.geometry.bootstrap import bootstrap_times
+from weightgeom.geometry.gram import Products, add_gram, mirror
+from weightgeom.geometry.nulls import moment_root
+from weightgeom.geometry.subspace import Subspace, iterative_is_faster
+from weightgeom.models.language_model import LanguageModel
+from weightgeom.models.residual import Site
+from weightgeom.params import Params
+from weightgeom.text.tokens import Batch
+
+Item = TypeVar("Item")
+Unit = Literal["token", "prompt"]
+GIB = 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """A second moment E[a aᵀ], kept as sums over groups of prompts, which are what a bootstrap draws from.
+
+    `sums` holds Σ a aᵀ over the samples of each group, `firsts` Σ a, `counts` how many there are, and
+    `samples` their sum: tokens, or prompts. `centred` subtracts the mean: the covariance.
+    """
+
+    sums: Float[Tensor, "group d d"]
+    firsts: Float[Tensor, "group d"]
+    counts: Float[Tensor, " group"]
+    centred: bool = False
+
+    @property
+    def samples(self) -> int:
+        """The number of tokens or prompts behind it."""
+        return int(self.counts.sum())
+
+    @property
+    def value(self) -> Float[Tensor, "d d"]:
+        """The moment, of all groups once."""
+        return self.drawn(torch.ones_like(self.counts))
+
+    @property
+    def mean(self) -> Float[Tensor, " d"]:
+        """E[a]."""
+        return self.firsts.sum(0) / self.samples
+
+    @cached_property
+    def root(self) -> Float[Tensor, "d d"]:
+        """R with R Rᵀ = the moment (`moment_root`), in fp64 and in memory once it was asked for."""
+        return moment_root(self.value.cpu())
+
+    def top(self, k: int) -> Subspace:
+        """Its top-k principal directions, of one decomposition with `root` where that is no detour."""
+        d = self.sums.shape[1]
+        columns = None if iterative_is_faster(d, k) else self.root[:, d - k :].flip(1)
+        lengths = torch.zeros(1) if columns is None else columns.norm(dim=0)
+        if columns is None or float(lengths.min()) < 1e-6 * float(lengths.max()):  # no direction to speak of
+            return Subspace.top(self.value.cpu(), k)
+        return Subspace(columns / lengths)
+
+    def drawn(self, times: Float[Tensor, " group"]) -> Float[Tensor, "d d"]:
+        """The moment of a sample in which each group occurs this many times."""
+        times = times.to(self.sums)
+        total = times @ self.counts.to(times)
+        value = torch.einsum("g,gij->ij", times, self.sums) / total
+        if not self.centred:
+            return value
+        mean = times @ self.firsts / total
+        return value - torch.outer(mean, mean)
+
+    def resampled(self, resamples: int, seed: int) -> Iterator[Float[Tensor, "d d"]]:
+        """The moment of bootstrap samples of the groups, none where there is a single group."""
+        for times in bootstrap_times(len(self.sums), resamples, seed):
+            yield self.drawn(times)
+
+    def resampled_tops(
+        self, k: int, resamples: int, seed: int
+    ) -> Iterator[tuple[Subspace, Float[Tensor, " k"]]]:
+        """Top-k directions of the samples of `resampled`, each with its shares of the sample's trace.
+
+        They are sought, by Rayleigh and Ritz, among the top 3k directions V of the whole and what the sample
+        makes of the first k of them, C V_k, which is where they move to first. So a sample costs d² k of
+        work instead of d³. Exact where 4k reaches d; the choice of 3k is ours.
+        """
+        d = self.sums.shape[1]
+        within = self.top(min(d, 3 * k if 4 * k < d else d)).basis
+        for sample in self.resampled(resamples, seed):
+            value, basis = sample.cpu().double(), within
+            if basis.shape[1] < d:
+                image = value @ within[:, :k]
+                outside = image - within @ (within.T @ image)
+                basis = torch.cat([within, torch.linalg.qr(outside).Q], 1)
+                basis = torch.linalg.qr(basis).Q  # what lies outside may be next to nothing
+            values, vectors = torch.linalg.eigh(basis.T @ value @ basis)
+            yield Subspace(basis @ vectors[:, -k:].flip(1)), values[-k:].flip(0) / value.trace()
+
+
+class Accumulator:
+    """Sums a aᵀ and a over groups of prompts, as rows `a` come in; `add` mutates it."""
+
+    def __init__(self, groups: int, dtype: torch.dtype) -> None:
+        self.groups = groups
+        self.dtype = dtype
+        self.sums: Tensor | None = None
+        self.firsts: Tensor | None = None
+
+    def add(self, a: Float[Tensor, "row d"], group: int) -> None:
+        """Add the rows to a group."""
+        a = a.to(self.dtype)
+        d = a.shape[1]
+        if self.sums is None or self.firsts is None:
+            self.sums = torch.zeros(self.groups, d, d, dtype=self.dtype, device=a.device)
+            self.firsts = torch.zeros(self.groups, d, dtype=self.dtype, device=a.device)
+        add_gram(self.sums[group], a.T)
+        self.firsts[group] += a.sum(0)
+
+    def moment(self, counts: Float[Tensor, " group"], centred: bool) -> Moment:
+        """The moment of all that was added; the sums are handed over."""
+        assert self.sums is not None and self.firsts is not None, "nothing was added"
+        for total in self.sums:
+            mirror(total)
+        return Moment(self.sums, self.firsts, counts, centred)
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """The samples of a batch: which positions count, and the prompt and the group that each belongs to.
+
+    With the unit `prompt` a sample is what happens at all positions of a prompt together, in whichever
+    of its sequences: the sum, or the mean.
+    """
+
+    where: Bool[Tensor, "sequence position"]
+    prompt: Sequence[int]  # of every sequence
+    group: Sequence[int]  # of every prompt
+    unit: Unit = "token"
+
+    def add(self, accumulator: Accumulator, a: Float[Tensor, "*token d"], mean: bool = False) -> None:
+        """Add what a module reads, or what is sent back to it; `mean` over a prompt instead of its sum."""
+        a = self.by_sequence(a)
+        if self.unit == "prompt":
+            prompts = torch.tensor(self.prompt, device=a.device)
+            sums = (a * self.where[..., None]).sum(1).to(accumulator.dtype)
+            whole = sums.new_zeros(len(self.group), a.shape[2]).index_add_(0, prompts, sums)
+            if mean:
+                counts = self.where.sum(1).to(whole)
+                whole /= whole.new_zeros(len(self.group)).index_add_(0, prompts, counts).clamp(min=1)[:, None]
+            for start, end in _runs(self.group):
+                accumulator.add(whole[start:end], self.group[start])
+            return
+        for start, end, group in self.runs():
+            part, where = a[start:end], self.where[start:end]
+            accumulator.add(part.flatten(0, 1) if bool(where.all()) else part[where], group)
+
+    def by_sequence(self, a: Float[Tensor, "*token d"]) -> Float[Tensor, "sequence position d"]:
+        """The rows of a batch by sequence; some modules are given them flattened, such as OPT's MLP."""
+        return a.reshape(*self.where.shape, a.shape[-1])
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """Neighbouring sequences of one group: the first, the one behind the last, and the group."""
+        groups = [self.group[prompt] for prompt in self.prompt]
+        for start, end in _runs(groups):
+            yield start, end, groups[start]
+
+    def add_counts(self, counts: Float[Tensor, " group"]) -> None:
+        """Add the number of samples of each group."""
+        if self.unit == "prompt":
+            for group in self.group:
+                counts[group] += 1
+        else:
+            tokens = self.where.sum(1).cpu()
+            for start, end, group in self.runs():
+                counts[group] += tokens[start:end].sum()
+
+
+def _runs(groups: Sequence[int]) -> Iterator[tuple[int, int]]:
+    edges = [0, *(i for i in range(1, len(groups)) if groups[i] != groups[i - 1]), len(groups)]
+    return pairwise(edges)
+
+
+class Enough(Exception):
+    """Ends a forward pass at the last input that is needed."""
+
+
+def activation_moments(
+    model: LanguageModel,
+    params: Params,
+    batches: Sequence[Batch],
+    sites: Sequence[Site],
+    *,
+    centre: bool = False,
+    unit: Unit = "token",
+    dtype: torch.dtype = torch.float32,
+    groups: int = 1,
+    budget_gb: float | None = None,
+) -> Iterator[tuple[Site, Moment]]:
+    """Second moments E[a aᵀ] of what is read at every site, over all tokens but padding, site by site.
+
+    Nothing is cached but the d x d sums, one for each of `groups` groups of sequences. A pass ends at
+    its last site, so that no logits are computed. With `budget_gb` (GiB), weights in fp32 that exceed
+    it are read module by module, and the sites are split over as many passes as their sums need, with
+    identical results; take what is yielded before asking for more. `centre` subtracts the mean: the
+    covariance. A sample is a token or, by `unit`, the mean over a sequence. Source: the attention-input
+    subspace of arXiv:2605.16600; uncentred by default (ours).
+
+    Raises:
+        ValueError: if an activation is not finite.
+    """
+    budget = float("inf") if budget_gb is None else budget_gb * GIB
+    if model.size > budget / 2:
+        model, weights = model.streaming(params), {}
+    else:
+        weights = model.hold(params)
+    sequences = sum(len(batch.input_ids) for batch in batches)
+    groups = max(1, min(groups, sequences))
+    size = model.architecture.d_model**2 * dtype.itemsize * groups
+    for some in passes(sites, lambda site: size, budget / 2):
+        found, counts = _one_pass(model, weights, batches, some, sequences, groups, unit, dtype)
+        for site in some:
+            moment = found.pop(site).moment(counts, centre)
+            check_finite(moment.sums, f"the {site.name} of layer {site.layer}")
+            yield site, moment
+
+
+def _one_pass(
+    model: LanguageModel,
+    weights: Params,
+    batches: Iterable[Batch],
+    sites: Sequence[Site],
+    sequences: int,
+    groups: int,
+    unit: Unit,
+    dtype: torch.dtype,
+) -> tuple[dict[Site, Accumulator], Float[Tensor, " group"]]:
+    found = {site: Accumulator(groups, dtype) for site in sites}
+    waiting: set[Site] = set()
+    samples = Samples(torch.zeros(0, 0, dtype=torch.bool), [], [])
+
+    def hooked(site: Site) -> torch.utils.hooks.RemovableHandle:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            samples.add(found[site], inputs[0], mean=True)
+            waiting.discard(site)
+            if not waiting:
+                raise Enough
+
+        return model.network.get_submodule(site.module).register_forward_pre_hook(hook)
+
+    counts, seen = torch.zeros(groups, dtype=torch.float64), 0
+    hooks = [hooked(site) for site in sites]
+    try:
+        for batch in (batch.to(model.device) for batch in batches):
+            here = range(seen, seen + len(batch.input_ids))
+            of_prompts = [group_of(prompt, sequences, groups) for prompt in here]
+            samples = Samples(batch.attention_mask.bool(), range(len(here)), of_prompts, unit)
+            samples.add_counts(counts)
+            seen = here.stop
+            waiting.update(sites)
+            with suppress(Enough), Products():
+                model.logits(weights, batch, keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found, counts
+
+
+def passes(items: Sequence[Item], size: Callable[[Item], float], budget: float) -> Iterator[list[Item]]:
+    """Neighbouring items whose sizes (bytes) together stay within the budget; each pass has one at least."""
+    some: list[Item] = []
+    held = 0.0
+    for item in items:
+        if some and held + size(item) > budget:
+            yield some
+            some, held = [], 0.0
+        some.append(item)
+        held += size(item)
+    if some:
+        yield some
+
+
+def group_of(prompt: int, prompts: int, groups: int) -> int:
+    """The group of one of so many prompts: neighbours, so that a batch has few."""
+    return prompt * groups // prompts
+
+
+def check_finite(sums: Tensor, what: str) -> None:
+    """Raise ValueError if an entry is not finite."""
+    if not bool(sums.isfinite().all()):
+        raise ValueError(f"{what} is not finite: the weights have diverged")

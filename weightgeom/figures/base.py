@@ -1,0 +1,264 @@
+"""Figures, drawn from result tables alone."""
+
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+STYLE = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "pdf.fonttype": 42,  # TrueType: text stays text in the PDF
+    "svg.hashsalt": "weightgeom",
+}
+# One colour per matrix kind in every figure: reads in blues and greens, writes in reds.
+COLOURS = {
+    "q": "#1f4e9c",
+    "k": "#4a90d9",
+    "v": "#2a9d8f",
+    "gate": "#8ab17d",
+    "router": "#b0a160",
+    "up": "#5c7f3f",
+    "o": "#c1272d",
+    "down": "#e58a2b",
+}
+ENDS = ("graded/dpo", "dpo", "graded/ce", "sft")  # of the graded family, and what these are
+PATHWAYS = {"read": "read pathway", "write": "write pathway"}
+
+
+def ratio_by_layer(table: pd.DataFrame, step: int) -> Figure:
+    """Ratio of every matrix by layer at one step: read on the left, write on the right.
+
+    The grey band is the null's mean ± 2 standard deviations, the widest of the panel's matrices; the
+    dashed line is the isotropic level. `table` holds rows of the probe `rsf`.
+    """
+    rows = _own(table[table["step"] == step])
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(6.5, 2.4), sharey=True, layout="constrained")
+        for axis, (role, title) in zip(axes, PATHWAYS.items(), strict=True):
+            part = rows[rows["role"] == role]
+            sd = part[part["quantity"] == "null_ratio_sd"].groupby("layer")["value"].max()
+            mean = part[part["quantity"] == "null_ratio_mean"].groupby("layer")["value"].mean()
+            axis.fill_between(
+                sd.index.astype(int), mean - 2 * sd, mean + 2 * sd, color="0.85", lw=0, label="null ± 2 sd"
+            )
+            _chance(axis)
+            for matrix, ratios in part[part["quantity"] == "ratio"].groupby("matrix", sort=False):
+                axis.plot(
+                    ratios["layer"].astype(int),
+                    ratios["value"],
+                    "o-",
+                    ms=3,
+                    lw=1.2,
+                    color=COLOURS[str(matrix)],
+                    label=str(matrix),
+                )
+            axis.set_xlabel(f"layer ({title})")
+            axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+            axis.legend(loc="upper left", bbox_to_anchor=(0, -0.28), ncols=3, borderaxespad=0)
+        axes[0].set_ylabel("relative subspace fraction (1)")
+        axes[0].set_ylim(bottom=0)
+    return figure
+
+
+def ratio_by_step(tables: Mapping[str, pd.DataFrame], quantity: str = "ratio") -> Figure:
+    """Ratio by optimizer step, mean over layers with the standard error over layers, a panel a trajectory.
+
+    Read matrices are solid, write matrices dashed. `tables` holds rows of the probe `rsf` by the
+    trajectory's name, and in its attribute `at` whose subspaces were taken. `quantity` is `ratio`, of
+    what lies behind the start, or `increment_ratio`, of what lies between neighbouring checkpoints.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1,
+            len(tables),
+            figsize=(3.25 * len(tables), 2.6),
+            sharey=True,
+            squeeze=False,
+            layout="constrained",
+        )
+        for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
+            rows = _own(table)
+            rows = rows[rows["quantity"] == quantity]
+            _chance(axis)
+            for (matrix, role), part in rows.groupby(["matrix", "role"], sort=False):
+                by_step = part.groupby("step")["value"]
+                axis.errorbar(
+                    by_step.mean().index,
+                    by_step.mean(),
+                    by_step.sem().fillna(0),
+                    ls="-" if role == "read" else "--",
+                    marker="o",
+                    ms=2.5,
+                    lw=1.2,
+                    elinewidth=0.7,
+                    color=COLOURS[str(matrix)],
+                    label=str(matrix),
+                )
+            axis.set_xscale("log", base=2)
+            at = table.attrs.get("at")
+            whose = f"; subspaces of {'each' if at == 'step' else 'the'} {at}" if at else ""
+            axis.set_xlabel(f"optimizer step ({name}{whose})")
+            if len(rows):  # a trajectory in which nothing moved has no ratio
+                axis.legend(loc="upper left", bbox_to_anchor=(0, -0.28), ncols=4, borderaxespad=0)
+        what = "relative subspace fraction" + (" of increments" if quantity == "increment_ratio" else "")
+        axes[0][0].set_ylabel(f"{what} (1)\nmean over layers ± s.e.")
+        axes[0][0].set_ylim(bottom=0)  # last: on shared axes it would freeze the top for later panels
+    return figure
+
+
+def expected_and_measured(table: pd.DataFrame) -> Figure:
+    """Ratio that the base's moments lead to expect against the trained one: predicted left, forecast right.
+
+    A point is a matrix of a layer at the last step, its bar the bootstrap's standard error over
+    prompts; reads are circles, writes squares. The dashed line is the identity. `table` holds rows of
+    the probe `moments`; where it has a column `run`, points of all runs are drawn, each at its own
+    last step and smallest k.
+    """
+    runs = [part for _, part in table.groupby("run")] if "run" in table else [table]
+    rows = pd.concat([_own(part[part["step"] == part["step"].max()]) for part in runs])
+    by = [*(["run"] if "run" in rows else []), "layer", "matrix", "role"]
+    measured = rows[rows["quantity"] == "measured_ratio"].set_index(by)["value"]
+    top = measured.max()
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.2), sharey=True, layout="constrained")
+        for axis, name in zip(axes, ("predicted", "forecast"), strict=True):
+            expected = rows[rows["quantity"] == f"{name}_ratio"].set_index(by)
+            expected = expected[expected.index.isin(measured.index)]  # a matrix that did not move has none
+            top = max(top, expected["value"].max())
+            for (matrix, role), part in expected.groupby(["matrix", "role"], sort=False):
+                axis.errorbar(
+                    part["value"],
+                    measured[part.index],
+                    xerr=part["stderr"].astype(float).fillna(0),
+                    fmt="o" if role == "read" else "s",
+                    ms=3.5,
+                    elinewidth=0.7,
+                    color=COLOURS[str(matrix)],
+                    label=str(matrix),
+                )
+            axis.set_xlabel(f"{name} relative subspace fraction (1)")
+            axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=4, borderaxespad=0)
+        for axis in axes:
+            axis.plot([0, 1.05 * top], [0, 1.05 * top], color="0.5", ls="--", lw=0.8)
+            axis.set_aspect("equal")
+        axes[0].set_ylabel("measured (1)")
+    return figure
+
+
+def ratio_by_sharpness(rows: pd.DataFrame, correlations: Mapping[str, tuple[float, float]]) -> Figure:
+    """Ratio of the read and the write side against the sharpness that a training really had.
+
+    A point is one objective, the mean over its seeds, with bars of ± 2 standard errors over them where
+    there are several; the grey points are the single runs. `rows` has the columns `run`, `role`,
+    `sharpness` (participation ratio of the logit gradient, tokens) and `ratio`; `correlations` Spearman's
+    by role with its p-value. The exact ends of the family are squares.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.0), sharey=True, layout="constrained")
+        for axis, (role, title) in zip(axes, PATHWAYS.items(), strict=True):
+            part = rows[rows["role"] == role]
+            axis.plot(part["sharpness"], part["ratio"], "o", color="0.75", ms=2.5)
+            by_run = part.groupby("run", sort=False)[["sharpness", "ratio"]]
+            means, errors = by_run.mean(), 2 * by_run.sem().fillna(0)
+            for number, run in enumerate(means.index):
+                end = str(run).split(" ")[0] in ENDS
+                axis.errorbar(
+                    *means.loc[run, ["sharpness", "ratio"]],
+                    xerr=errors.loc[run, "sharpness"],
+                    yerr=errors.loc[run, "ratio"],
+                    fmt="s" if end else "o",
+                    ms=4,
+                    elinewidth=0.7,
+                    color=COLOURS["q" if role == "read" else "o"],
+                )
+                axis.annotate(
+                    str(run).removeprefix("graded/"),
+                    means.loc[run, ["sharpness", "ratio"]],
+                    xytext=(3, 3 + 5 * (number % 3)),  # points may coincide
+                    textcoords="offset points",
+                    fontsize=5.5,
+                )
+            _chance(axis)
+            if len(part) and part["sharpness"].max() > 10 * part["sharpness"].min():
+                axis.set_xscale("log")
+            rank, p = correlations[role]
+            axis.set_xlabel(
+                f"participation ratio of the logit gradient (tokens)\n{title}: rank {rank:.2f}, p {p:.2g}"
+            )
+        axes[0].set_ylabel("relative subspace fraction (1)\nmean over matrices ± 2 s.e. over seeds")
+        axes[0].set_ylim(bottom=0)
+    return figure
+
+
+def ratio_by_run(rows: pd.DataFrame) -> Figure:
+    """Ratio of every matrix after training, for each run of a sweep: read on the left, write on the right.
+
+    A point is the mean over layers and seeds, with bars of ± 2 standard errors over the seeds where there
+    are several. `rows` has the columns `run`, `matrix`, `role`, `quantity` and `value`.
+    """
+    ratios = rows[rows["quantity"] == "ratio"]
+    runs = list(dict.fromkeys(ratios["run"]))
+    with plt.rc_context(STYLE):
+        height = 1.2 + 0.28 * len(runs)
+        figure, axes = plt.subplots(
+            1, 2, figsize=(6.5, height), sharex=True, sharey=True, layout="constrained"
+        )
+        for axis, (role, title) in zip(axes, PATHWAYS.items(), strict=True):
+            part = ratios[ratios["role"] == role]
+            matrices = [matrix for matrix in COLOURS if matrix in set(part["matrix"])]
+            for number, matrix in enumerate(matrices):
+                of_runs = part[part["matrix"] == matrix].groupby("run")["value"]
+                means, errors = of_runs.mean(), 2 * of_runs.sem().fillna(0)
+                beside = 0.6 * ((number + 0.5) / len(matrices) - 0.5)  # so that bars do not cover each other
+                places = [runs.index(run) + beside for run in means.index]
+                axis.errorbar(
+                    means,
+                    places,
+                    xerr=errors,
+                    fmt="o",
+                    ms=3,
+                    elinewidth=0.7,
+                    color=COLOURS[matrix],
+                    label=matrix,
+                )
+            axis.axvline(1, color="0.5", ls="--", lw=0.8)
+            axis.set_xlabel(f"relative subspace fraction (1)\n{title}, mean over layers ± 2 s.e. over seeds")
+            axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0)
+        axes[0].set_yticks(range(len(runs)), runs)
+        axes[0].set_ylim(len(runs) - 0.5, -0.5)
+        axes[0].set_xlim(left=0)
+    return figure
+
+
+def save(figure: Figure, *paths: Path) -> None:
+    """Write the figure to each path, PNG or PDF by its ending, the same bytes for the same figure."""
+    for path in paths:
+        date = {"CreationDate": None} if path.suffix == ".pdf" else {}
+        with plt.rc_context(STYLE):  # which also says how a PDF holds its text
+            figure.savefig(path, dpi=200, bbox_inches="tight", metadata=date)
+    plt.close(figure)
+
+
+def _own(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of whole matrices at their own subspaces, at the smallest k."""
+    whole = table["head"].isna() & table["expert"].isna()
+    rows = table[whole & ~table["subspace"].isin(["", "random"])]
+    return rows[rows["k"] == rows["k"].min()]
+
+
+def _chance(axis: Axes) -> None:
+    axis.axhline(1, color="0.5", ls="--", lw=0.8)

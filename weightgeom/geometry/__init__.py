@@ -1,0 +1,1 @@
+"""Geometry: subspaces, null distributions, Gram matrices, divergences and the bootstrap."""

@@ -1,0 +1,150 @@
+"""Language models whose weights are data: a base, a checkpoint and an edit are three values of `params`."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from weightgeom.models.adapters import open_checkpoint
+from weightgeom.models.experts import stacked
+from weightgeom.models.residual import Architecture
+from weightgeom.params import Params
+from weightgeom.text.tokens import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A network of one architecture with its tokenizer; its weights are given at every call.
+
+    The network's own weights do not matter, and from `load` it has none. It computes on `device`.
+    """
+
+    network: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    architecture: Architecture
+    device: torch.device = CPU
+
+    def params(self, directory: Path, base: Params | None = None) -> Params:
+        """The weights of a checkpoint, read lazily; those of an adapter are `base` and its low-rank update.
+
+        Raises:
+            FileNotFoundError: if there is no safetensors checkpoint in `directory`.
+            ValueError: if a file of it is truncated or corrupt, or an adapter does not fit `base`.
+        """
+        return open_checkpoint(directory, self.architecture, base)
+
+    def hold(self, params: Params, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """The weights in memory, on the model's device, as `logits` wants them for many batches."""
+        names = {name for name, _ in self.network.named_parameters()}
+        params = stacked(params, self.architecture.stacks)
+        return {name: params[name].to(self.device, dtype) for name in params if name in names}
+
+    @property
+    def size(self) -> int:
+        """The bytes of its weights in fp32."""
+        return 4 * sum(parameter.numel() for parameter in self.network.parameters())
+
+    def with_weights(self, params: Params, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
+        """A network of its own that has `params` for weights, for what patches or trains a network.
+
+        Weights that are in memory, in this `dtype` and on the device, are shared and not copied.
+        """
+        network = _without_weights(self.network.config, self.device)
+        network.load_state_dict(self.hold(params, dtype), strict=False, assign=True)
+        network.tie_weights()
+        return network
+
+    def streaming(self, params: Params) -> "LanguageModel":
+        """This model, to be called without weights: each module takes its own from `params` when it runs.
+
+        They are dropped when it has run, so that no more than one module's are held, in fp32.
+        """
+        from accelerate.hooks import attach_align_device_hook
+
+        network = _without_weights(self.network.config, self.device)
+        weights = _Untied(stacked(params, self.architecture.stacks), self.architecture)
+        attach_align_device_hook(network, self.device, offload=True, weights_map=weights)
+        return replace(self, network=network)
+
+    @torch.no_grad()
+    def logits(
+        self, params: Params, batch: Batch, keep: int = 0
+    ) -> Float[Tensor, "sequence kept vocabulary"]:
+        """Logits at the last `keep` positions (0: all) of a network that has `params` for weights."""
+        return torch.func.functional_call(
+            self.network,
+            dict(params),
+            kwargs={
+                "input_ids": batch.input_ids,
+                "attention_mask": batch.attention_mask,
+                "position_ids": batch.positions(),
+                "use_cache": False,
+                "logits_to_keep": keep,
+            },
+        ).logits
+
+    def log_probs(self, params: Params, batch: Batch) -> Float[Tensor, "sequence predicted"]:
+        """Log-probability (nats) of every token but the first, given those before it; 0 at non-targets."""
+        logits = self.logits(params, batch)[:, :-1].float()
+        picked = logits.gather(-1, batch.input_ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
+        return torch.where(batch.target[:, 1:], picked, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Untied(Mapping[str, Tensor]):
+    """Weights by every name that the network has for them, the unembedding included where it is tied."""
+
+    params: Params
+    architecture: Architecture
+
+    def __getitem__(self, name: str) -> Tensor:
+        return (
+            self.architecture.unembedding(self.params)
+            if name == self.architecture.unembed
+            else self.params[name]
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.params)
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+
+def _without_weights(config: "PreTrainedConfig", device: torch.device) -> "PreTrainedModel":
+    """The network of a config in evaluation mode, its buffers on `device` and its parameters nowhere."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        network = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=trusted(config.name_or_path or "")
+        )
+    network.tie_weights()
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return network.requires_grad_(False).eval()
+
+
+_trusted: set[str] = set()
+
+
+def trust(directory: Path) -> None:
+    """Let the code that lies in a checkpoint's directory run in this process; remembers it."""
+    _trusted.add(str(directory))
+
+
+def trusted(directory: Path | str) -> bool:
+    """Whether the code in a checkpoint's directory may run."""
+    return str(directory) in _trusted

@@ -1,0 +1,58 @@
+"""Pickled weights (`pytorch_model.bin`), on request: read by torch's safe loader, written as safetensors."""
+
+import json
+import logging
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from weightgeom.models.weights import BUFFER
+from weightgeom.text.files import first_line
+
+log = logging.getLogger(__name__)
+PICKLES = "pytorch_model*.bin"
+BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # what belongs to a checkpoint beside its weights
+
+
+def is_pickled(directory: Path) -> bool:
+    """Whether a checkpoint has pickled weights and no others."""
+    return any(directory.glob(PICKLES)) and not any(directory.glob("*.safetensors"))
+
+
+def convert(source: Path, target: Path) -> None:
+    """Write the checkpoint in `source` to `target` with safetensors for weights, file for file.
+
+    Masks and rotary frequencies are left out. Only tensors are unpickled (`weights_only=True`), so that no
+    code of the file runs.
+
+    Raises:
+        ValueError: if a file is truncated, corrupt, or holds more than tensors.
+    """
+    files: dict[str, str] = {}
+    pickles = sorted(source.glob(PICKLES))
+    for path in pickles:
+        name = path.with_suffix(".safetensors").name.replace("pytorch_model", "model", 1)
+        tensors = {key: one for key, one in _unpickled(path).items() if not BUFFER.search(key)}
+        save_file({key: one.clone() for key, one in tensors.items()}, target / name)  # apart, even where tied
+        files |= dict.fromkeys(tensors, name)
+        log.info("%s is written as safetensors", path)
+    if len(pickles) > 1:
+        index = {"metadata": {}, "weight_map": files}
+        (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    for path in (one for pattern in BESIDE for one in source.glob(pattern)):
+        if not path.name.startswith("pytorch_model"):
+            shutil.copyfile(path, target / path.name)
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} cannot be read as tensors alone ({first_line(error)}): download it again, or ask its"
+            " makers for safetensors"
+        ) from error

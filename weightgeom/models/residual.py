@@ -1,0 +1,272 @@
+"""Which matrices read and write the residual stream, and where each lies among the parameters."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from weightgeom.params import Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+Kind = Literal["q", "k", "v", "o", "gate", "up", "down", "router"]
+Stack = tuple[tuple[str, ...], ...]
+"""The parameters of each expert whose rows, one below the other, are an entry of a stack in the network."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows `start : start + size` of each of `groups` blocks of `stride` rows of a fused weight.
+
+    GPT-NeoX stores q, k and v head by head (groups = heads, stride = 3 d_head); GPT-2 and Phi-3
+    store them one after the other (groups = 1).
+    """
+
+    groups: int
+    stride: int
+    start: int
+    size: int
+
+    def blocks(self, fused: Float[Tensor, "fused d_in"]) -> Float[Tensor, "groups size d_in"]:
+        """These rows block by block, always as a view."""
+        blocks = fused.unflatten(0, (self.groups, self.stride))
+        return blocks[:, self.start : self.start + self.size]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The elementwise gain of a normalisation layer: its stored weight plus `offset` (Gemma: 1)."""
+
+    parameter: str
+    offset: float = 0.0
+
+    def gain(self, params: Params) -> Float[Tensor, " d_model"]:
+        """The gain, in float32 or better: 1 + weight would lose the weight's digits in bfloat16."""
+        weight = params[self.parameter]
+        return weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.offset
+
+
+@dataclass(frozen=True)
+class ResidualMatrix:
+    """One weight matrix that reads from or writes to the residual stream.
+
+    `heads` counts query heads for q and o and key-value groups for k and v: the rows of `of` (for
+    o, its columns) are that many equal blocks. `norm` stands between the output and the stream. `expert`
+    numbers the matrices of a mixture of experts; the router's output chooses among them.
+    """
+
+    layer: int
+    kind: Kind
+    module: str
+    heads: int = 1
+    rows: Rows | None = None
+    transposed: bool = False
+    norm: Norm | None = None
+    expert: int | None = None
+
+    @property
+    def parameter(self) -> str:
+        """The parameter that stores the matrix, alone or fused with others."""
+        return f"{self.module}.weight"
+
+    @property
+    def label(self) -> str:
+        """The matrix's name within its layer, such as `q`, or `up.5` of an expert."""
+        return self.kind if self.expert is None else f"{self.kind}.{self.expert}"
+
+    @property
+    def name(self) -> str:
+        """The matrix's name, such as `L3.q`."""
+        return f"L{self.layer}.{self.label}"
+
+    @property
+    def table_columns(self) -> dict[str, Any]:
+        """The matrix's place in a result table."""
+        return {"layer": self.layer, "matrix": self.kind, "expert": self.expert, "role": self.role}
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether its module is a layer of the network's own, which maps what it reads to what it writes.
+
+        Experts share a module, and a router gives choices beside its output.
+        """
+        return self.expert is None and self.kind != "router"
+
+    @property
+    def role(self) -> Literal["read", "write"]:
+        """Whether its input (read) or its output (write) is the residual stream."""
+        return "write" if self.kind in ("o", "down") else "read"
+
+    def of(self, params: Params) -> Float[Tensor, "d_out d_in"]:
+        """The matrix W in y = W a: a view, or a copy where fused head by head (GPT-NeoX)."""
+        return self._blocks(params[self.parameter]).flatten(0, 1)
+
+    def written(self, params: Params) -> Float[Tensor, "d_out d_in"]:
+        """What reaches the residual stream: diag(gain) W if a norm follows the matrix, else W.
+
+        OLMo-2 and Gemma-2 add norm(W a) to the stream. The norm's gain is folded in; its
+        1/rms(W a), which depends on the input and is one factor per token, is not. This folding
+        is ours. It is a product of two parameters: for an update, subtract the `written` of two
+        models, and do not take the `written` of their difference.
+        """
+        matrix = self.of(params)
+        return matrix if self.norm is None else self.norm.gain(params)[:, None] * matrix
+
+    def replaced(self, params: Params, value: Float[Tensor, "d_out d_in"]) -> Params:
+        """A new dict of `params` in which this matrix is `value`, in the stored dtype.
+
+        Nothing is mutated; the other tensors are shared, and read if `params` is lazy.
+
+        Raises:
+            ValueError: if `value` does not have the matrix's shape.
+        """
+        stored = params[self.parameter].clone()
+        blocks = self._blocks(stored)
+        expected = tuple(blocks.flatten(0, 1).shape)
+        if tuple(value.shape) != expected:
+            raise ValueError(f"{self.name} has shape {expected}, got a value of {tuple(value.shape)}")
+        blocks.copy_(value.reshape(blocks.shape))  # a view: the write reaches `stored`
+        return {**params, self.parameter: stored}
+
+    def _blocks(self, stored: Float[Tensor, "rows columns"]) -> Float[Tensor, "groups size d_in"]:
+        oriented = stored.T if self.transposed else stored
+        return oriented[None] if self.rows is None else self.rows.blocks(oriented)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where activations are taken: the input of `module`, a dotted path in the network.
+
+    At `attention_input` it is what q, k and v read, at `mlp_input` what gate and up read; `attention_output`
+    and `mlp_hidden`, which are no places of the residual stream, are what o and down take in.
+    """
+
+    layer: int
+    name: Literal["attention_input", "mlp_input", "attention_output", "mlp_hidden"]
+    module: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The residual-stream map of one network; all parameter names are those in memory.
+
+    `aliases` translates names on disk that differ. `tied` says that unembedding with the embedding
+    is the model's own choice, so that a missing `unembed` is no mistake. `parallel` says that attention
+    and MLP are added to the stream in one sum, so that o and down of a layer share their upstream gradient.
+    `stacks` has the parameters that the network, unlike the disk, holds in stacks.
+    """
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    matrices: tuple[ResidualMatrix, ...]
+    sites: tuple[Site, ...]
+    embed: str
+    unembed: str
+    final_norm: Norm
+    aliases: Mapping[str, str]
+    tied: bool = False
+    parallel: bool = False
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
+
+    def unembedding(self, params: Params) -> Float[Tensor, "vocab d_model"]:
+        """The unembedding as stored; the embedding where the two are tied and stored once.
+
+        Raises:
+            KeyError: if the model is not tied and `params` lack the unembedding.
+        """
+        if self.unembed in params:
+            return params[self.unembed]
+        if not self.tied:
+            raise KeyError(
+                f"no {self.unembed} among the weights, and this model does not tie it to "
+                f"{self.embed}: use a checkpoint with the language-model head"
+            )
+        return params[self.embed]
+
+
+def input_sites(matrices: Sequence[ResidualMatrix]) -> tuple[Site, ...]:
+    """The input of every q as attention input and of every up as mlp input, in order.
+
+    Experts read what the block of the router does, which, unlike the router, gets it sequence by sequence.
+    """
+    return tuple(
+        Site(
+            matrix.layer,
+            "attention_input" if matrix.kind == "q" else "mlp_input",
+            matrix.module.rpartition(".")[0] if matrix.kind == "router" else matrix.module,
+        )
+        for matrix in matrices
+        if matrix.kind in ("q", "router") or (matrix.kind == "up" and matrix.expert is None)
+    )
+
+
+def chosen(architecture: Architecture, kinds: list[Kind], layers: list[int] | None) -> list[ResidualMatrix]:
+    """The matrices of these kinds in these layers, layer by layer, for what edits them.
+
+    Raises:
+        ValueError: for a layer or a kind that the model does not have, if no layer is named, or if one of
+            the matrices is part of a mixture of experts, whose choices an edit would change.
+    """
+    if layers == []:
+        raise ValueError("layers is empty: name some, or leave it out for all")
+    if bad := [layer for layer in layers or () if not 0 <= layer < architecture.n_layers]:
+        raise ValueError(f"there is no layer {bad[0]}: the model has layers 0 to {architecture.n_layers - 1}")
+    known = {matrix.kind for matrix in architecture.matrices}
+    if absent := [kind for kind in kinds if kind not in known]:
+        raise ValueError(f"the model has no matrix {absent[0]}; it has {', '.join(sorted(known))}")
+    found = [
+        matrix
+        for matrix in architecture.matrices
+        if matrix.kind in kinds and (layers is None or matrix.layer in layers)
+    ]
+    if mixed := [matrix for matrix in found if not matrix.is_layer]:
+        raise ValueError(
+            f"{mixed[0].name} is part of a mixture of experts, which cannot be edited: leave out the kind"
+            f" {mixed[0].kind}, or name layers that have no experts"
+        )
+    return sorted(found, key=lambda matrix: matrix.layer)
+
+
+def architecture_of(config: "PreTrainedConfig") -> Architecture:
+    """The residual-stream map of a model, from `weightgeom/architectures/<model_type>.py`.
+
+    Raises:
+        NotImplementedError: if there is no such file.
+    """
+    module = f"weightgeom.architectures.{config.model_type}"
+    try:
+        return import_module(module).architecture(config)
+    except ModuleNotFoundError as error:
+        if error.name != module:  # the file exists, and something that it imports does not
+            raise
+        raise NotImplementedError(
+            f"no residual-stream map for {config.model_type!r}: "
+            f"add a function architecture(config) in {module.replace('.', '/')}.py"
+        ) from None
+
+
+ATTENTION: frozenset[Kind] = frozenset(("q", "k", "v", "o"))
+
+
+MLP: frozenset[Kind] = frozenset(("gate", "up", "down"))
+
+
+def module_path(architecture: Architecture, layer: int, kinds: Collection[Kind] = ATTENTION | MLP) -> str:
+    """The module of a layer, or of its attention or MLP: what the modules of its matrices have in common."""
+    modules = [
+        matrix.module.split(".")
+        for matrix in architecture.matrices
+        if matrix.layer == layer and matrix.kind in kinds
+    ]
+    common = takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))
+    return ".".join(parts[0] for parts in common)

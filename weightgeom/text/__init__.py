@@ -1,0 +1,1 @@
+"""Text: examples, files, conversations, prompts and tokens."""

@@ -1,0 +1,176 @@
+"""Users' files in: plain text, JSON lines and parquet, refused in a sentence that names the line.
+
+A missing file is a FileNotFoundError, anything else wrong with one a ValueError.
+"""
+
+import gzip
+import hashlib
+import json
+import logging
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from difflib import get_close_matches
+from glob import glob
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any, TypeVar
+
+from weightgeom.text.examples import Pair
+
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+RECORDS = (".jsonl", ".json", ".ndjson", ".parquet")
+
+
+def paths(spec: str | list[str]) -> list[Path]:
+    """The files that a name, a glob or a list of either stands for; globs sorted, no file twice."""
+    found: dict[Path, Path] = {}  # by resolved path, so that "a.txt" and "*.txt" give it once
+    for name in filter(None, [spec] if isinstance(spec, str) else spec):
+        path = Path(os.path.expanduser(name))
+        matches = [path]
+        if not path.exists() and any(character in name for character in "*?["):
+            matches = [Path(match) for match in sorted(glob(str(path), recursive=True))]
+            matches = [match for match in matches if match.is_file()]
+            if not matches:
+                raise FileNotFoundError(f"no file matches {name!r} in {Path.cwd()}")
+        found |= {_existing(match).resolve(): match for match in matches}
+    if not found:
+        raise ValueError("no file named: give a file, a list of files or a glob")
+    return list(found.values())
+
+
+def place(path: Path, number: int) -> str:
+    """How errors name a record: `FILE line 17`, or `FILE row 17` of a parquet file."""
+    return f"{path} {'row' if _kind(path) == '.parquet' else 'line'} {number}"
+
+
+def field(record: dict, name: str, where: str) -> Any:
+    """The value of a field that must be there; `where` is from `place`."""
+    if name not in record:
+        raise ValueError(f"{where} has no field {name!r}; its fields are {', '.join(record)}")
+    return record[name]
+
+
+def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """Records of a JSON lines (also gzipped) or parquet file with their line or row, from 1."""
+    path, number = _existing(Path(path)), 0
+    if _kind(path) not in RECORDS:
+        raise ValueError(f"{path} must be .jsonl, .jsonl.gz or .parquet to hold records")
+    for number, record in _rows(path) if _kind(path) == ".parquet" else _json_lines(path):
+        yield number, record
+    if not number:
+        raise ValueError(f"{path} is empty: it holds no record")
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """The `text` of a file's records, or the blocks between the blank lines of plain text."""
+    path = _existing(Path(path))
+    if _kind(path) in RECORDS:
+        documents = []
+        for number, record in read_records(path):
+            documents.append(text := field(record, "text", where := place(path, number)))
+            if not isinstance(text, str):
+                raise ValueError(f"{where} field 'text' must be a string, got {short(text)}")
+    else:
+        text = "".join(line for _, line in _lines(path))
+        documents = [block.strip() for block in re.split(r"\n\s*\n", text)]
+    if not (documents := [document for document in documents if document.strip()]):
+        raise ValueError(f"{path} is empty: it holds no document")
+    return documents
+
+
+def split(
+    train: list[Item], heldout: list[Item] | None, every: int, key: Callable[[Item], str]
+) -> tuple[list[Item], list[Item]]:
+    """Training and held-out items, no key in both; training gives way.
+
+    Without `heldout`, every n-th distinct key is held out of `train`: the last, if there are fewer.
+    """
+    keys = list(dict.fromkeys(map(key, train if heldout is None else heldout)))
+    held = set(keys) if heldout is not None else set(keys[every - 1 :: every] or keys[-1:])
+    heldout = heldout or [item for item in train if key(item) in held]
+    kept = [item for item in train if key(item) not in held]
+    if not kept:
+        raise ValueError("nothing is left to train on: give more data, or another heldout file")
+    log.info("%d to train on and %d held out, of %d", len(kept), len(heldout), len(train))
+    return kept, heldout
+
+
+def fingerprint(*parts: Sequence[str] | Sequence[Pair]) -> str:
+    """SHA-256 over all contents and their division into parts and items."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{len(part)}\n".encode())
+        for item in part:
+            contents = item if isinstance(item, str) else asdict(item)
+            digest.update(json.dumps(contents).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _kind(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _existing(path: Path) -> Path:
+    path = Path(os.path.expanduser(path))
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory: name its files, or a glob such as {path}/*.jsonl")
+    if not path.exists():
+        folder = path.parent.resolve()
+        names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        near = get_close_matches(path.name, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise FileNotFoundError(f"no file {path.name} in {folder}{hint}")
+    return path
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, text.replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} line {number} is not UTF-8: {error.reason}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} line {number + 1} cannot be read: {error}") from error
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            json.dumps(record, ensure_ascii=False).encode()  # refuses half a surrogate pair
+        except ValueError as error:
+            raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path} line {number} must be a JSON object, got {short(record)}")
+        yield number, record
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} row {number + 1} cannot be read: {error}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for use inside a sentence."""
+    return next(
+        (line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )

@@ -1,0 +1,156 @@
+"""Text as token batches: packed documents, and pairs split into prompt and responses."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from weightgeom.text.conversation import render
+from weightgeom.text.examples import Pair, Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Token sequences, padded on either side; `target` marks the tokens whose prediction is scored."""
+
+    input_ids: Int[Tensor, "sequence position"]
+    attention_mask: Int[Tensor, "sequence position"]
+    target: Bool[Tensor, "sequence position"]
+
+    def positions(self) -> Int[Tensor, "sequence position"]:
+        """The place of each token in its sequence, padding in front not counted."""
+        leading = (self.attention_mask.cumsum(1) == 0).sum(1, keepdim=True)
+        places = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        return (places - leading).clamp(min=0)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`."""
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.target.to(device))
+
+
+def packed(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", length: int, limit: int, size: int = 16
+) -> list[Batch]:
+    """Documents end to end, each closed by the end token, in sequences of `length` tokens.
+
+    At most `limit` tokens, in batches of `size` sequences; a shorter rest is padded. Every token but
+    the first of a sequence is a target.
+
+    Raises:
+        ValueError: if the texts hold no token.
+    """
+    end = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
+    stream: list[int] = []
+    for text in texts:
+        stream += [*tokenizer(text, add_special_tokens=False)["input_ids"], *end]
+        if len(stream) >= limit:
+            break
+    stream = stream[:limit]
+    if len(stream) < 2:
+        raise ValueError("the held-out text has fewer than 2 tokens: give more of it with data.heldout")
+    sequences = [stream[start : start + length] for start in range(0, len(stream), length)]
+    return [
+        _batch([(sequence, 1) for sequence in part], tokenizer)
+        for part in _parts([sequence for sequence in sequences if len(sequence) > 1], size)
+    ]
+
+
+def responses(
+    pairs: Sequence[Pair], tokenizer: "PreTrainedTokenizerBase", length: int, size: int = 16
+) -> Iterator[tuple[Batch, Batch]]:
+    """Chosen and rejected responses behind their prompts, `size` pairs at a time; their tokens are targets.
+
+    Tokenized, closed by the end token and cut to `length` as TRL does; a pair whose prompt leaves no
+    room for a response is left out.
+    """
+    tokenized = [tokens for pair in pairs if len((tokens := tokenize(pair, tokenizer))[0]) < length]
+    for part in _parts(tokenized, size):
+        chosen = [((prompt + one)[:length], len(prompt)) for prompt, one, _ in part]
+        rejected = [((prompt + other)[:length], len(prompt)) for prompt, _, other in part]
+        yield _batch(chosen, tokenizer), _batch(rejected, tokenizer)
+
+
+def answers(
+    questions: Sequence[Question], tokenizer: "PreTrainedTokenizerBase", size: int = 64
+) -> Iterator[Batch]:
+    """Questions, each with its answer behind it, whose tokens are the targets; `size` at a time."""
+    for part in _parts(questions, size):
+        sequences = []
+        for question in part:
+            prompt, whole = (
+                list(tokenizer(text)["input_ids"])
+                for text in (question.prompt, question.prompt + question.answer)
+            )
+            sequences.append((whole, _common(prompt, whole)))
+        yield _batch(sequences, tokenizer)
+
+
+def prompts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> Batch:
+    """Prompts in one batch, padded on the tokenizer's side; the target is the last token of each.
+
+    Raises:
+        ValueError: if a prompt has no token.
+    """
+    tokens = [list(tokenizer(text)["input_ids"]) for text in texts]
+    if empty := [text for text, ids in zip(texts, tokens, strict=True) if not ids]:
+        raise ValueError(f"the prompt {empty[0]!r} has no token")
+    longest = max(map(len, tokens))
+    fill = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+    ids = torch.full((len(tokens), longest), fill)
+    mask = torch.zeros_like(ids)
+    target = torch.zeros_like(ids, dtype=torch.bool)
+    for index, one in enumerate(tokens):
+        start = longest - len(one) if tokenizer.padding_side == "left" else 0
+        ids[index, start : start + len(one)] = torch.tensor(one)
+        mask[index, start : start + len(one)] = 1
+        target[index, start + len(one) - 1] = True
+    return Batch(ids, mask, target)
+
+
+def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int], list[int]]:
+    """Tokens of the prompt, the chosen and the rejected response, split where TRL's trainer splits them.
+
+    A response starts where the tokens of prompt and prompt + response part, and ends in the end token.
+    """
+    pair, end = render(pair, tokenizer), str(tokenizer.eos_token or "")
+    start, whole = str(pair.prompt), [_closed(str(side), end) for side in (pair.chosen, pair.rejected)]
+    prompt, chosen, rejected = (
+        list(tokenizer(text)["input_ids"]) for text in (start, start + whole[0], start + whole[1])
+    )
+    shared = min(_common(prompt, chosen), _common(prompt, rejected))
+    return prompt[:shared], chosen[shared:], rejected[shared:]
+
+
+def _closed(text: str, end: str) -> str:
+    return text if text.endswith(end) else text + end
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    pairs = zip(one, other, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _parts(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _batch(sequences: Sequence[tuple[list[int], int]], tokenizer: "PreTrainedTokenizerBase") -> Batch:
+    """Pad (tokens, number of leading tokens that are not targets) to one length."""
+    longest = max(len(tokens) for tokens, _ in sequences)
+    fill = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+    ids = torch.full((len(sequences), longest), fill)
+    mask = torch.zeros_like(ids)
+    target = torch.zeros_like(ids, dtype=torch.bool)
+    for index, (tokens, start) in enumerate(sequences):
+        ids[index, : len(tokens)] = torch.tensor(tokens)
+        mask[index, : len(tokens)] = 1
+        target[index, max(start, 1) : len(tokens)] = True
+    return Batch(ids, mask, target)

@@ -1,0 +1,220 @@
+"""TRL's trainers on our examples: how responses and documents become their data sets."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from weightgeom.interfaces import Scored
+from weightgeom.text.conversation import render
+from weightgeom.text.examples import Examples
+from weightgeom.text.tokens import tokenize
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+Part = Literal["text", "chosen"]
+
+
+def part(on: Literal["auto", "text", "chosen"], examples: Examples) -> Part:
+    """Which part of the data is trained on: `auto` is the text, where there is any."""
+    if on != "auto":
+        return on
+    return "chosen" if examples.pairs and not examples.text else "text"
+
+
+def check_part(objective: str, on: Literal["auto", "text", "chosen"], examples: Examples) -> None:
+    """Raise ValueError if the data lack the part that is trained on."""
+    trained = part(on, examples)
+    if not (examples.pairs if trained == "chosen" else examples.text):
+        needed = "preference pairs" if trained == "chosen" else "text"
+        raise ValueError(f"objective={objective} on {trained} needs {needed}, and {examples.name} has none")
+
+
+def check_pairs(objective: str, examples: Examples, otherwise: str = "") -> None:
+    """Raise ValueError if the data have no pairs; `otherwise` is another way out than other data."""
+    if not examples.pairs:
+        raise ValueError(
+            f"objective={objective} needs preference pairs, and {examples.name} has none:"
+            f" use data=preferences or data=world{otherwise}"
+        )
+
+
+def supervised(
+    kind: Callable[..., Any],
+    on: Part,
+    network: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: Examples,
+    arguments: Mapping[str, Any],
+) -> Any:
+    """An `SFTTrainer` or a kind of it, on documents, packed, or on chosen responses; logs what was cut.
+
+    `arguments` are those of `SFTConfig`, and a `peft_config` where an adapter is trained.
+    """
+    from trl import SFTConfig
+
+    length = arguments["max_length"]
+    if on == "text":
+        packing = {"packing": True, "packing_strategy": "wrapped"}
+        dataset = _dataset({"text": list(examples.text)})
+        trainer = _made(kind, SFTConfig, dataset, network, tokenizer, {**arguments, **packing})
+        log.info(
+            "%d documents packed end to end into %d sequences of %d tokens, none cut",
+            *(len(examples.text), len(trainer.train_dataset), length),
+        )
+        return trainer
+    tokens = [tokenize(pair, tokenizer)[:2] for pair in examples.pairs]
+    kept = [pair for pair in tokens if len(pair[0]) < length]
+    _log_cut(
+        "chosen responses", len(tokens), [len(prompt) + len(response) for prompt, response in kept], length
+    )
+    dataset = _dataset({
+        "input_ids": [prompt + response for prompt, response in kept],
+        "completion_mask": [[0] * len(prompt) + [1] * len(response) for prompt, response in kept],
+    })  # fmt: skip
+    return _made(kind, SFTConfig, dataset, network, tokenizer, {**arguments, "completion_only_loss": True})
+
+
+def preference(
+    kind: Callable[..., Any],
+    network: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: Examples,
+    arguments: Mapping[str, Any],
+) -> Any:
+    """A `DPOTrainer` or a kind of it, whose reference is a copy of `network` as it is; logs what was cut.
+
+    `arguments` are those of `DPOConfig`, and a `peft_config` where an adapter is trained: the reference is
+    then `network` with the adapter off, and nothing is copied.
+    """
+    from trl import DPOConfig
+
+    names = ("prompt", "chosen", "rejected")
+    reference = _reference(network, arguments)
+    if arguments.get("disable_dropout", True):
+        _disable_functional_dropout(network)
+    rendered = [render(pair, tokenizer) for pair in examples.pairs]
+    dataset = _dataset({name: [getattr(pair, name) for pair in rendered] for name in names})
+    trainer = _made(kind, DPOConfig, dataset, network, tokenizer, arguments, ref_model=reference)
+    columns = ([len(ids) for ids in trainer.train_dataset[f"{name}_ids"]] for name in names)
+    lengths = [prompt + max(responses) for prompt, *responses in zip(*columns, strict=True)]
+    _log_cut("pairs", len(dataset), lengths, arguments["max_length"])
+    return trainer
+
+
+def unpaired(
+    kind: Callable[..., Any],
+    network: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: Examples,
+    arguments: Mapping[str, Any],
+) -> Any:
+    """A `KTOTrainer` on the responses of the pairs one by one, the chosen desirable; logs what was cut.
+
+    `arguments` are those of `KTOConfig`, and a `peft_config`, as for `preference`, as is the reference.
+    """
+    from trl import KTOConfig
+
+    if (size := arguments["per_device_train_batch_size"]) < 2:
+        raise ValueError(
+            "objective=kto estimates a KL divergence by the other responses of a batch: training.batch_size"
+            f" must be 2 or more, got {size}"
+        )
+    reference = _reference(network, arguments)
+    if arguments.get("disable_dropout", True):
+        _disable_functional_dropout(network)
+    rendered = [render(pair, tokenizer) for pair in examples.pairs]
+    dataset = _dataset({
+        "prompt": [pair.prompt for pair in rendered] * 2,
+        "completion": [pair.chosen for pair in rendered] + [pair.rejected for pair in rendered],
+        "label": [True] * len(rendered) + [False] * len(rendered),
+    })  # fmt: skip
+    # TRL takes the examples in this order, and of a batch each with the response before it.
+    shuffled = dataset.shuffle(seed=arguments["seed"])
+    trainer = _made(kind, KTOConfig, shuffled, network, tokenizer, arguments, ref_model=reference)
+    columns = (trainer.train_dataset[f"{name}_ids"] for name in ("prompt", "completion"))
+    lengths = [len(prompt) + len(response) for prompt, response in zip(*columns, strict=True)]
+    _log_cut("responses", len(dataset), lengths, arguments["max_length"])
+    return trainer
+
+
+def with_sharpness(trainer: Any, scored: Callable[[Mapping[str, Tensor]], Scored]) -> Any:
+    """The trainer of a loss of log-probabilities, which is mutated: its sharpness is in its log."""
+    from weightgeom.training.sharpness import Sharpness
+
+    trainer.add_callback(Sharpness(trainer, scored))
+    return trainer
+
+
+def own_loss(trainer: Any, inputs: dict[str, Any], **options: Tensor) -> Tensor:
+    """The trainer's own loss of a batch, a mean unless the `options` say otherwise."""
+    loss = trainer.compute_loss(trainer.model, inputs, **options)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def _dataset(columns: Mapping[str, list[Any]]) -> "Dataset":
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets.Dataset.from_dict(dict(columns))
+
+
+def _made(
+    kind: Callable[..., Any],
+    config: Callable[..., Any],
+    dataset: "Dataset",
+    network: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    arguments: Mapping[str, Any],
+    **more: Any,
+) -> Any:
+    """A trainer of TRL, whose config takes all arguments but the adapter's."""
+    settings = dict(arguments)
+    adapter = settings.pop("peft_config", None)
+    return kind(
+        model=network,
+        args=config(**settings),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=adapter,
+        **more,
+    )
+
+
+def _log_cut(kind: str, number: int, lengths: Sequence[int], limit: int) -> None:
+    """Log how many examples were dropped and cut, of which `lengths` are left; raise if none is."""
+    if not lengths:
+        raise ValueError(f"every prompt is {limit} tokens or longer: raise training.max_length")
+    log.info(
+        "%d %s: %d dropped (prompt of %d tokens or more), %d cut at %d tokens",
+        *(number, kind, number - len(lengths), limit, sum(length > limit for length in lengths), limit),
+    )
+
+
+def _disable_functional_dropout(network: "PreTrainedModel") -> None:
+    """Turn off dropout that is no module, which TRL's `disable_dropout` leaves on; mutates `network`."""
+    for module in network.modules():
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _reference(network: "PreTrainedModel", arguments: Mapping[str, Any]) -> "PreTrainedModel | None":
+    """A copy of `network`; None with an adapter, which TRL turns off to have the reference."""
+    adapter = arguments.get("peft_config")
+    if adapter is None:
+        # Rebuilt, not left to TRL: without a reference it loads one again by name and without revision.
+        reference = type(network)(network.config).to(network.device, network.dtype)  # pyright: ignore[reportArgumentType]
+        reference.load_state_dict(network.state_dict())
+        return reference.eval()
+    if adapter.lora_dropout and arguments.get("disable_dropout", True):
+        raise ValueError(
+            f"training.lora.dropout is {adapter.lora_dropout:g}, and TRL trains on preferences without"
+            " dropout: set it to 0"
+        )
+    return None
