@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -44,10 +45,11 @@ def stacked(params: Params, stacks: Mapping[str, Stack]) -> Params:
     return Stacked(params, stacks) if stacks else params
 
 
-def unstacked(params: Params, stacks: Mapping[str, Stack]) -> dict[str, Tensor]:
-    """The parameters as the disk names them, each expert's apart: the inverse of `stacked`."""
-    apart = {name: tensor for name, tensor in params.items() if name not in stacks}
+def unstacked(weights: Mapping[str, Any], stacks: Mapping[str, Stack]) -> dict[str, Any]:
+    """A network's weights under the names that a checkpoint on disk has: stacks as views of their parts."""
+    parts: dict[str, Any] = {}
     for name, stack in stacks.items():
-        for parts, rows in zip(stack, params[name], strict=True):
-            apart |= dict(zip(parts, rows.chunk(len(parts)), strict=True))
-    return apart
+        for entry, names in zip(weights[name], stack, strict=True) if name in weights else ():
+            size = len(entry) // len(names)
+            parts |= {part: entry[place * size : (place + 1) * size] for place, part in enumerate(names)}
+    return {name: weight for name, weight in weights.items() if name not in stacks} | parts
