@@ -46,7 +46,7 @@ def test_a_wrong_map_fails_with_the_sentence_and_the_exit_code_1(monkeypatch, ca
             "error: no residual-stream map for 'bert': add a function architecture(config) in"
             " weightgeom/architectures/bert.py",
         ),
-        ("./nowhere", "error: there is no directory ./nowhere: give a checkpoint directory or a hub name"),
+        ("./nowhere", "error: no directory ./nowhere: give a checkpoint directory or a hub name"),
     ],
 )
 def test_a_model_that_cannot_be_checked_is_refused_in_a_sentence_with_the_exit_code_2(name, message, capsys):
