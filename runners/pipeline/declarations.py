@@ -66,9 +66,10 @@ def _check_members(key: str, group: str, thing: object) -> None:
         )
     if not is_dataclass(configured(thing)):
         raise ValueError(f"{key}: {name} must be a dataclass, as its fields are what tells its tables apart")
-    if not isinstance(thing.declaration, made):
-        raise ValueError(f"{key}: {name}.declaration must be a {made.__name__}, got {thing.declaration!r}")
-    if isinstance(thing.declaration, InterventionDeclaration) and not thing.declaration.effects:
+    declaration: object = getattr(thing, "declaration", None)
+    if not isinstance(declaration, made):
+        raise ValueError(f"{key}: {name}.declaration must be a {made.__name__}, got {declaration!r}")
+    if isinstance(declaration, InterventionDeclaration) and not declaration.effects:
         raise ValueError(
             f"{key}: {name}.declaration has no effects: name the effect that stands for a treatment"
         )

@@ -17,7 +17,7 @@ def of_instance(name: str, tables: "Mapping[str, pd.DataFrame]") -> "dict[str, p
     found = {of: tables[name + suffix] for of, suffix in SUFFIXES.items() if name + suffix in tables}
     found = {of: table for of, table in found.items() if len(table)}
     if STAGES in tables:
-        stages = tables[STAGES][tables[STAGES]["probe"] == name]
+        stages: pd.DataFrame = tables[STAGES][tables[STAGES]["probe"] == name]  # pyright: ignore[reportAssignmentType]
         if len(stages):
             found[STAGES] = stages
     return found
