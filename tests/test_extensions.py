@@ -1,5 +1,7 @@
 """A probe, an objective and an intervention outside the repository, from end to end."""
 
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
 import json
 import os
 import shutil

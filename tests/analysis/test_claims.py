@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false
 from pathlib import Path
 
 import pandas as pd

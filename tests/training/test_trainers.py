@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 import pytest
 import small
 import torch

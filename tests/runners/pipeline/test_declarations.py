@@ -1,3 +1,4 @@
+# pyright: reportIncompatibleMethodOverride=false, reportAssignmentType=false
 from dataclasses import dataclass, replace
 from typing import ClassVar
 

@@ -1,3 +1,4 @@
+# pyright: reportAssignmentType=false, reportArgumentType=false
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
