@@ -113,7 +113,8 @@ def unpaired_trainer(
 ) -> Any:
     """A `KTOTrainer` on the single responses of the pairs, the chosen ones desirable; logs truncation.
 
-    `arguments` are those of `KTOConfig`, and a `peft_config`; this and the reference are as in `preference_trainer`.
+    `arguments` are those of `KTOConfig`, and a `peft_config`; this and the reference are as in
+    `preference_trainer`.
     """
     from trl import KTOConfig
 
