@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runners.disk import full_disk_explained
-from runners.pipeline.fingerprint import code_behind, package
+from runners.modules import modules_of
+from runners.pipeline.fingerprint import code_behind, contents, package
 from runners.pipeline.logged_stages import Stages
-from runners.pipeline.measurements import Measured, module, plain
+from runners.pipeline.measurements import Measured, map_of, module, plain
+from runners.pipeline.store import signature
 from runners.signals import Interruption, terminations_as_exceptions
 from runners.summary.curves import log_effects, log_table
 from runners.summary.figures import draw
@@ -108,7 +110,7 @@ class Experiment:
             experiment=self.name,
             name=self.run_name,
             params=self.params,
-            tags={**provenance(REPOSITORY), "code_fingerprint": package(), **self.tags},
+            tags={**provenance(REPOSITORY), "code_fingerprint": package(*self._modules), **self.tags},
             inputs=[data],  # pyright: ignore[reportArgumentType]
             tracking_uri=uri,
             parent=self.parent,
@@ -120,7 +122,7 @@ class Experiment:
         return record
 
     def _tables(self, record: Record, examples: Examples) -> "dict[str, pd.DataFrame]":
-        make = self.stages(record, "pretraining", code_behind(module(self.model)))
+        make = self.stages(record, "pretraining", code_behind(*modules_of(self.model)))
         base = self.model.prepare(make, examples, self.data, self.device, self._wanted)
         tables, measured = {}, None
         for trajectory, identity in self._trajectories(record, base, examples):
@@ -179,10 +181,10 @@ class Experiment:
     def _trained(
         self, record: Record, base: Base, objective: Objective, examples: Examples
     ) -> tuple[Trajectory, str]:
-        def work(directory: Path, log_metrics: Log) -> None:
-            from weightgeom.models.loading import load_network, load_tokenizer
-            from weightgeom.training.fit import fit
+        from weightgeom.models.loading import load_network, load_tokenizer
+        from weightgeom.training.fit import fit, saved_trajectory
 
+        def work(directory: Path, log_metrics: Log) -> None:
             fit(
                 objective,
                 load_network(base.directory).to(self.device),  # pyright: ignore[reportArgumentType]
@@ -198,24 +200,28 @@ class Experiment:
                 request=self._wanted,
             )
 
-        code = code_behind(module(objective), "weightgeom.training.fit")
+        code = code_behind(*modules_of(objective, self.training, fit, load_network), map_of(base))
         make = self.stages(record, "train", code)
         specification = {
             "base": base.identity,
-            "data": examples.digest,
+            "data": contents(examples),
             "objective": plain(objective),
             "training": plain(self.training),
             "seed": self.seed,
             "device": self.device,
         }
         directory = make("training", specification, work, self.training.steps)
-        from weightgeom.training.fit import saved_trajectory
-
         return saved_trajectory(directory, "training", base.directory), f"training/{directory.name}"
 
     def stages(self, record: Record, prefix: str, code: str) -> "Stages":
         """Makes stages whose metrics go into `record` under `prefix`."""
         return Stages(self.outputs, record, prefix, code, self.interruption)
+
+    @property
+    def _modules(self) -> list[str]:
+        """The modules of all that it is made of."""
+        parts = (self.model, self.data, self.objective, self.training, self.probes, self.interventions)
+        return modules_of(*parts)
 
     @property
     def _wanted(self) -> Request:
@@ -232,6 +238,9 @@ def check_parts(
 ) -> None:
     """Refuse what does not go together, as far as can be told without the data."""
     check_tracking_uri(tracking_uri)
+    modules_of(model, objective, training, probes, interventions)
+    measured = {"probe": plain(probes), "intervention": plain(interventions)}
+    signature({"objective": plain(objective), "training": plain(training), **measured})
     if isinstance(model, Chain):
         check_chain([*probes], [*interventions])
     architecture = model.check(None if objective is None else training.max_length)

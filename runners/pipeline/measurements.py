@@ -1,12 +1,14 @@
 """The tables of one trajectory: each made once, by a probe of every checkpoint or by an intervention."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass, is_dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from runners.pipeline.fingerprint import package
+from runners.modules import fields_of, modules_of, required
+from runners.pipeline.fingerprint import code_behind, contents
 from runners.tracking.record import Record
 from weightgeom.interfaces import Intervention, Log, Probe, Setting
 from weightgeom.table import Row
@@ -43,7 +45,7 @@ class Measured:
                 log_metrics({}, index + 1)
             return found
 
-        return self._made(name, {"probe": plain(probe)}, rows, len(self.trajectory.steps))
+        return self._made(name, "probe", probe, rows, len(self.trajectory.steps))
 
     def effects(self, name: str, intervention: Intervention) -> "pd.DataFrame":
         """The table of one intervention."""
@@ -54,13 +56,14 @@ class Measured:
         from weightgeom.models.loading import load_architecture
 
         arms = intervention.arms(load_architecture(self.base.directory))
-        return self._made(name, {"intervention": plain(intervention)}, rows, arms)
+        return self._made(name, "intervention", intervention, rows, arms)
 
     def _made(
-        self, name: str, what: Mapping[str, object], rows: Callable[[Log], list[Row]], steps: int
+        self, name: str, kind: str, thing: object, rows: Callable[[Log], list[Row]], steps: int
     ) -> "pd.DataFrame":
         import pandas as pd
 
+        from weightgeom.models.loading import load
         from weightgeom.table import tabulate, upgraded
 
         def work(directory: Path, log_metrics: Log) -> None:
@@ -68,13 +71,16 @@ class Measured:
 
         specification = {
             "trajectory": self.identity,
+            "steps": list(self.trajectory.steps),
+            "from_random": self.trajectory.from_random,
             "base": self.base.identity,
-            **what,
-            "data": self.examples.digest,
+            kind: plain(thing),
+            "data": self._data,
             "seed": self.experiment.seed,
             "device": self.experiment.device,
         }
-        make = self.experiment.stages(self.record, name, package())
+        code = code_behind(*modules_of(thing, load, tabulate), map_of(self.base))
+        make = self.experiment.stages(self.record, name, code)
         directory = make(name, specification, work, steps)
         return upgraded(pd.read_parquet(directory / f"{name}.parquet"))
 
@@ -98,15 +104,39 @@ class Measured:
         )
 
     @cached_property
+    def _data(self) -> str:
+        return contents(self.examples)
+
+    @cached_property
     def _model(self) -> "LanguageModel":
         from weightgeom.models.loading import load
 
         return load(self.base.directory, self.experiment.device)
 
 
-def plain(thing: object) -> dict[str, Any]:
-    """A configured object as plain data: its class and fields."""
-    return {"class": f"{module(thing)}.{type(thing).__name__}", **asdict(thing)}  # pyright: ignore[reportArgumentType]
+def plain(thing: object) -> Any:
+    """A configured object as plain data: its class and its fields, objects in them in the same way."""
+    if isinstance(thing, str | int | float | None):
+        return thing
+    if isinstance(thing, Mapping):
+        return {key: plain(value) for key, value in thing.items()}
+    if isinstance(thing, list | tuple):
+        return [plain(value) for value in thing]
+    if isinstance(thing, partial):
+        return {"function": plain(thing.func), "arguments": plain(thing.args), **plain(thing.keywords)}
+    if isinstance(thing, type | FunctionType):
+        return f"{thing.__module__}.{thing.__qualname__}"
+    given = fields_of(thing)
+    known = given or is_dataclass(thing) or required(type(thing).__module__) is not None
+    return {"class": plain(type(thing)), **plain(given)} if known else thing
+
+
+def map_of(base: Base) -> str:
+    """The module with the residual-stream map of a base, which is imported by the name of its type."""
+    from weightgeom.models.loading import load_config
+    from weightgeom.models.residual import map_module
+
+    return map_module(load_config(base.directory))
 
 
 def module(thing: object) -> str:

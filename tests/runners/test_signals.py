@@ -1,4 +1,4 @@
-"""How processes share this machine."""
+"""Sharing of this machine's cores between processes."""
 
 import os
 import subprocess
@@ -11,9 +11,9 @@ from app import ROOT, environment
 from runners.signals import process_start, share_processors
 
 
-def test_threads_that_wait_do_not_spin_unless_they_are_told_to(monkeypatch):
+def test_waiting_threads_do_not_spin_unless_the_environment_says_so(monkeypatch):
     monkeypatch.setenv("GOMP_SPINCOUNT", "x")
-    monkeypatch.delenv("GOMP_SPINCOUNT")  # which is undone, whatever the function does
+    monkeypatch.delenv("GOMP_SPINCOUNT")  # set first, so that monkeypatch restores it whatever happens
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     share_processors()
     assert spins() == ""
@@ -26,12 +26,12 @@ def test_threads_that_wait_do_not_spin_unless_they_are_told_to(monkeypatch):
 
 
 def spins() -> str:
-    """What a process that is started now is told."""
+    """The spin count in the environment of a new process."""
     command = [sys.executable, "-c", "import os; print(os.environ.get('GOMP_SPINCOUNT', ''))"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_a_run_says_so_before_torch_is_there():
+def test_run_py_does_not_import_torch_before_main_is_called():
     code = "import runpy, sys; runpy.run_path('run.py'); print('torch' in sys.modules)"
     ended = subprocess.run(
         [sys.executable, "-c", code],

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from weightgeom.architectures import gpt_neox
 from weightgeom.bases.outline import Outline, Pretraining
 from weightgeom.data.text import TextFiles
 from weightgeom.data.world import SPECIAL_TOKENS, World
 from weightgeom.interfaces import Data, Log, Stage
 from weightgeom.interruption import Request, no_request
 from weightgeom.models.loading import check_length
-from weightgeom.models.residual import Architecture, architecture_of
+from weightgeom.models.residual import Architecture
 from weightgeom.objectives.ce import CE
 from weightgeom.text.examples import Examples
 from weightgeom.text.files import fingerprint
@@ -63,7 +64,7 @@ class Tiny:
         check_length(longest or 0, self.context)
         if self.corpus not in (None, "world"):
             TextFiles(train=self.corpus).files()
-        return architecture_of(self._config(self.vocabulary, 0))
+        return gpt_neox.architecture(self._config(self.vocabulary, 0))
 
     def prepare(
         self, stage: Stage, examples: Examples, data: Data, device: str, request: Request = no_request

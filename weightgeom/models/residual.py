@@ -237,13 +237,18 @@ def chosen(architecture: Architecture, kinds: list[Kind], layers: list[int] | No
     return sorted(found, key=lambda matrix: matrix.layer)
 
 
+def map_module(config: "PreTrainedConfig") -> str:
+    """The module that has the residual-stream map of a model."""
+    return f"weightgeom.architectures.{config.model_type}"
+
+
 def architecture_of(config: "PreTrainedConfig") -> Architecture:
     """The residual-stream map of a model, from `weightgeom/architectures/<model_type>.py`.
 
     Raises:
         NotImplementedError: if there is no such file.
     """
-    module = f"weightgeom.architectures.{config.model_type}"
+    module = map_module(config)
     try:
         return import_module(module).architecture(config)
     except ModuleNotFoundError as error:

@@ -95,6 +95,8 @@ def preference_trainer(
 
     names = ("prompt", "chosen", "rejected")
     reference = _reference_model(network, arguments)
+    if arguments.get("disable_dropout", True):
+        _disable_functional_dropout(network)
     rendered = [render(pair, tokenizer) for pair in examples.pairs]
     dataset = _training_dataset({name: [getattr(pair, name) for pair in rendered] for name in names})
     trainer = _build(kind, DPOConfig, dataset, network, tokenizer, arguments, ref_model=reference)
@@ -124,6 +126,8 @@ def unpaired_trainer(
             f" the other responses of a batch, got {size}"
         )
     reference = _reference_model(network, arguments)
+    if arguments.get("disable_dropout", True):
+        _disable_functional_dropout(network)
     rendered = [render(pair, tokenizer) for pair in examples.pairs]
     dataset = _training_dataset({
         "prompt": [pair.prompt for pair in rendered] * 2,
@@ -196,6 +200,14 @@ def _log_cut(kind: str, number: int, lengths: Sequence[int], limit: int) -> None
     )
 
 
+def _disable_functional_dropout(network: "PreTrainedModel") -> None:
+    """Set dropout rates held as numbers to 0, which TRL's `disable_dropout` misses; mutates `network`."""
+    for module in network.modules():
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def _reference_model(network: "PreTrainedModel", arguments: Mapping[str, Any]) -> "PreTrainedModel | None":
     """A copy of `network`; None with an adapter, which TRL disables to compute the reference."""
     adapter = arguments.get("peft_config")
@@ -203,7 +215,7 @@ def _reference_model(network: "PreTrainedModel", arguments: Mapping[str, Any]) -
         # Without a reference, TRL would load one again by name and without the revision.
         reference = type(network)(network.config).to(network.device, network.dtype)  # pyright: ignore[reportArgumentType]
         reference.load_state_dict(network.state_dict())
-        return reference
+        return reference.eval()
     if adapter.lora_dropout and arguments.get("disable_dropout", True):
         raise ValueError(
             f"training.lora.dropout is {adapter.lora_dropout:g}, but TRL trains on preferences without"
