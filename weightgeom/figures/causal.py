@@ -50,10 +50,10 @@ def treatment_by_layer(table: pd.DataFrame, effect: str = "kl_from_unedited") ->
     """Effects of the treatment and of every control by layer, at the largest strength, one panel per matrix.
 
     Changes are absolute, like the changes that the p-values test. Bars are ± one standard error over prompts.
-    The treatment's marker is filled if its p-value against the random controls is at most 0.05, and open if it
-    is larger or missing. A bottom control does least if its absolute effect is below the treatment's and below
-    the medians of all other kinds. Controls drawn at the lower edge lie below it. `table` has rows of the
-    intervention `rank1`.
+    The treatment's marker is filled if its p-value against the random controls is at most 0.05, and open if
+    it is larger or missing. A bottom control does least if its absolute effect is below the treatment's and
+    below the medians of all other kinds. Controls drawn at the lower edge lie below it. `table` has rows of
+    the intervention `rank1`.
 
     Raises:
         KeyError: if the table has no such effect.
