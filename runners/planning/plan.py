@@ -142,7 +142,7 @@ class _Job:
 
     def _check(self) -> None:
         if isinstance(self.model, Chain):
-            check_chain([*self.probes], [*self.interventions])
+            check_chain({name: one.declaration for name, one in self.probes.items()}, [*self.interventions])
         architecture = architecture_of(self.outline.config)
         if self.objective is not None:
             if not isinstance(self.data, HubData):

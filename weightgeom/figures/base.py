@@ -203,13 +203,19 @@ def ratio_by_sharpness(rows: pd.DataFrame, correlations: Mapping[str, tuple[floa
     return figure
 
 
-def ratio_by_run(rows: pd.DataFrame) -> Figure:
-    """Ratio of every matrix after training, for each run of a sweep: read on the left, write on the right.
+def ratio_by_run(
+    rows: pd.DataFrame,
+    quantity: str = "ratio",
+    label: str = "relative subspace fraction (1)",
+    chance: float | None = 1.0,
+) -> Figure:
+    """A quantity of every matrix after training, for each run of a sweep: reads left, writes right.
 
     A point is the mean over layers and seeds, with bars of ± 2 standard errors over seeds if there are
-    several. `rows` has the columns `run`, `matrix`, `role`, `quantity` and `value`.
+    several. `rows` has the columns `run`, `matrix`, `role`, `quantity` and `value`; the dashed
+    line is at `chance`.
     """
-    ratios = rows[rows["quantity"] == "ratio"]
+    ratios = rows[rows["quantity"] == quantity]
     runs = list(dict.fromkeys(ratios["run"]))
     with plt.rc_context(STYLE):
         height = 1.2 + 0.28 * len(runs)
@@ -234,8 +240,9 @@ def ratio_by_run(rows: pd.DataFrame) -> Figure:
                     color=COLOURS[matrix],
                     label=matrix,
                 )
-            axis.axvline(1, color="0.5", ls="--", lw=0.8)
-            axis.set_xlabel(f"relative subspace fraction (1)\n{title}, mean over layers ± 2 s.e. over seeds")
+            if chance is not None:
+                axis.axvline(chance, color="0.5", ls="--", lw=0.8)
+            axis.set_xlabel(f"{label}\n{title}, mean over layers ± 2 s.e. over seeds")
             axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0)
         axes[0].set_yticks(range(len(runs)), runs)
         axes[0].set_ylim(len(runs) - 0.5, -0.5)

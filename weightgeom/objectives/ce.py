@@ -7,6 +7,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from weightgeom.declarations import Role
 from weightgeom.interfaces import Scored
 from weightgeom.text.examples import Examples
 from weightgeom.training.trainers import Part, check_part, own_loss, part, supervised_trainer, with_sharpness
@@ -24,6 +25,15 @@ class CE:
     """
 
     on: Literal["auto", "text", "chosen"] = "auto"
+
+    @property
+    def role(self) -> Role:
+        """The likelihood of tokens alone."""
+        return "likelihood"
+
+    def of_text(self, examples: Examples) -> bool:
+        """Whether it trains on the documents."""
+        return self.examples(examples) == "text"
 
     @property
     def first_loss(self) -> None:

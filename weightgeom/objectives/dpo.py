@@ -11,6 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from weightgeom.declarations import Role
 from weightgeom.interfaces import Scored
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
@@ -62,6 +63,15 @@ class DPO:
     def loss_types(self) -> list[str]:
         """The loss types as a list."""
         return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+
+    @property
+    def role(self) -> Role:
+        """Chosen responses against rejected ones."""
+        return "contrast"
+
+    def of_text(self, examples: Examples) -> bool:
+        """It trains on responses."""
+        return False
 
     @property
     def first_loss(self) -> float | None:

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from weightgeom.declarations import Role
 from weightgeom.interfaces import Scored
 from weightgeom.text.examples import Examples
 from weightgeom.training.graded_loss import TokenContrast
@@ -97,6 +98,17 @@ class GradedContrastive:
     def with_reference(self) -> bool:
         """Whether scores are relative to the initial policy; by default for sequences."""
         return self.level == "sequence" and self.reference is not False
+
+    @property
+    def role(self) -> Role:
+        """A contrast of responses; of tokens it is cross-entropy at one end, and neither in between."""
+        if self.level == "sequence":
+            return "contrast"
+        return "likelihood" if self.negatives is None and self.tau == 0 else "other"
+
+    def of_text(self, examples: Examples) -> bool:
+        """Whether it trains on the documents."""
+        return self.level == "token" and part(self.on, examples) == "text"
 
     @property
     def first_loss(self) -> float | None:

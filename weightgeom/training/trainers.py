@@ -4,7 +4,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from weightgeom.interfaces import Scored
 from weightgeom.text.conversation import render
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Part = Literal["text", "chosen"]
+SIDES = ("chosen", "rejected")
 
 
 def part(on: Literal["auto", "text", "chosen"], examples: Examples) -> Part:
@@ -222,3 +225,26 @@ def _reference_model(network: "PreTrainedModel", arguments: Mapping[str, Any]) -
             " dropout: set training.lora.dropout=0"
         )
     return None
+
+
+def chosen_and_rejected(inputs: Mapping[str, Tensor], pad: int = 0) -> Scored:
+    """A batch of TRL's `chosen_input_ids` and `rejected_input_ids` as such trainers read it: one term a pair.
+
+    As in TRL's CPO and ORPO, all chosen sequences come first, then the rejected ones, padded on the right
+    with `pad` to one length; the tokens with a label are the targets.
+    """
+    length = max(inputs[f"{side}_input_ids"].shape[1] for side in SIDES)
+
+    def joined(name: str, value: int) -> Tensor:
+        sides = [inputs[f"{side}_{name}"] for side in SIDES]
+        padded = [functional.pad(side, (0, length - side.shape[1]), value=value) for side in sides]
+        return torch.cat(padded)
+
+    pairs = len(inputs["chosen_input_ids"])
+    return Scored(
+        joined("labels", -100) != -100,
+        [*range(pairs), *range(pairs)],
+        [1] * pairs,
+        joined("input_ids", pad),
+        joined("attention_mask", 0),
+    )
