@@ -10,7 +10,7 @@ from torch import Tensor
 from weightgeom.declarations import Role
 from weightgeom.interfaces import Scored
 from weightgeom.text.examples import Examples
-from weightgeom.training.trainers import Part, check_part, own_loss, part, supervised, with_sharpness
+from weightgeom.training.trainers import Part, check_part, own_loss, part, supervised_trainer, with_sharpness
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -58,7 +58,9 @@ class CE:
         """An `SFTTrainer` on the training part; logs packing and truncation."""
         from trl import SFTTrainer
 
-        trainer = supervised(SFTTrainer, self.examples(examples), network, tokenizer, examples, arguments)
+        trainer = supervised_trainer(
+            SFTTrainer, self.examples(examples), network, tokenizer, examples, arguments
+        )
         return with_sharpness(trainer, self.scored)
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:

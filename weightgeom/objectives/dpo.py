@@ -15,7 +15,7 @@ from weightgeom.declarations import Role
 from weightgeom.interfaces import Scored
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
-from weightgeom.training.trainers import check_pairs, own_loss, preference, with_sharpness
+from weightgeom.training.trainers import check_pairs, own_loss, preference_trainer, with_sharpness
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -119,7 +119,9 @@ class DPO:
             "loss_weights": self.loss_weights,
             "label_smoothing": self.label_smoothing,
         }
-        trainer = preference(DPOTrainer, network, tokenizer, examples, {**arguments, **own, **self.options})
+        trainer = preference_trainer(
+            DPOTrainer, network, tokenizer, examples, {**arguments, **own, **self.options}
+        )
         return with_sharpness(trainer, self.scored)
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:

@@ -14,7 +14,14 @@ from weightgeom.declarations import Role
 from weightgeom.interfaces import Scored
 from weightgeom.text.examples import Examples
 from weightgeom.training.graded_loss import TokenContrast
-from weightgeom.training.trainers import check_pairs, check_part, own_loss, part, preference, supervised
+from weightgeom.training.trainers import (
+    check_pairs,
+    check_part,
+    own_loss,
+    part,
+    preference_trainer,
+    supervised_trainer,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -144,7 +151,9 @@ class GradedContrastive:
                 f"negatives must be at most {size}, the batch size, got {negatives}:"
                 " raise training.batch_size"
             )
-        trainer = preference(SequenceTrainer, network, tokenizer, examples, {**arguments, "beta": self.beta})
+        trainer = preference_trainer(
+            SequenceTrainer, network, tokenizer, examples, {**arguments, "beta": self.beta}
+        )
         trainer.tau, trainer.reference = float(self.tau), self.with_reference
         trainer.data_collator = Candidates(trainer.data_collator, negatives)
         trainer.precompute_ref_logps = True  # makes TRL's own pass use the given reference values
@@ -171,7 +180,9 @@ class GradedContrastive:
                 f" got {negatives}"
             )
         source = self.source if self.source in ("unigram", "model") else "uniform"
-        trainer = supervised(TokenTrainer, part(self.on, examples), network, tokenizer, examples, arguments)
+        trainer = supervised_trainer(
+            TokenTrainer, part(self.on, examples), network, tokenizer, examples, arguments
+        )
         log_unigram = None
         if source == "unigram":
             assert trainer.train_dataset is not None

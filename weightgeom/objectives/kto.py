@@ -10,7 +10,7 @@ from torch import Tensor
 from weightgeom.declarations import Role
 from weightgeom.interfaces import Scored
 from weightgeom.text.examples import Examples
-from weightgeom.training.trainers import check_pairs, own_loss, unpaired, with_sharpness
+from weightgeom.training.trainers import check_pairs, own_loss, unpaired_trainer, with_sharpness
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -63,7 +63,7 @@ class KTO:
             "desirable_weight": self.desirable_weight,
             "undesirable_weight": self.undesirable_weight,
         }
-        trainer = unpaired(KTOTrainer, network, tokenizer, examples, {**arguments, **own})
+        trainer = unpaired_trainer(KTOTrainer, network, tokenizer, examples, {**arguments, **own})
         return with_sharpness(trainer, self.scored)
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
