@@ -112,7 +112,14 @@ def build(key: str, choice: Any) -> Any:
     except Exception as error:
         raise ValueError(explanation(error, key)) from error
     check_keys(key, choice, made)
-    return made
+    if not key.startswith("probe."):
+        return made
+    from weightgeom.estimators.per_matrix import as_probe
+
+    try:
+        return as_probe(made)
+    except ValueError as error:
+        raise ValueError(f"in {key}: {error}") from error
 
 
 def check_keys(key: str, choice: dict[str, Any], made: object) -> None:

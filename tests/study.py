@@ -42,6 +42,7 @@ class Planted:
     base: int = 0  # seed of model and data
     sharpness: float | None = None
     params: Mapping[str, object] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
     experiment: str = "study"
     name: str = ""
     status: Any = "FINISHED"
@@ -76,7 +77,7 @@ def publish(directory: Path, uri: str, runs: Sequence[Planted]) -> None:
             experiment=run.experiment,
             name=run.name or run.objective,
             params=run.all_params,
-            tags={"git_commit": "c0ffee" * 6, "git_dirty": "true", "code_fingerprint": "f00d"},
+            tags={"git_commit": "c0ffee" * 6, "git_dirty": "true", "code_fingerprint": "f00d", **run.tags},
             inputs=[data],
             tracking_uri=uri,
         )

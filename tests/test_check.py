@@ -10,8 +10,9 @@ from weightgeom.architectures import llama
 from weightgeom.check import CHECKS, config_of, failure, logits_are_those_of_the_library, main
 from weightgeom.check import moments_are_those_of_the_inputs as moments
 from weightgeom.estimators.moments import Samples
-from weightgeom.models.invariants import Specimen, writes_reach_the_stream
+from weightgeom.models.invariants import writes_reach_the_stream
 from weightgeom.models.small_config import small_config
+from weightgeom.models.specimen import Specimen
 
 
 @pytest.mark.parametrize("name", ["opt", "directory"])
@@ -30,7 +31,7 @@ def test_a_wrong_map_fails_with_the_sentence_and_the_exit_code_1(monkeypatch, ca
     lines = capsys.readouterr().out.splitlines()
     failed = [line for line in lines if line.startswith("failed  ")]
     assert len(failed) == 1 and failed[0].endswith(
-        "L0.o moves the residual stream by another amount than the map says: a norm or factor"
+        "L0.o adds to the residual stream other than the map says: a norm or a factor"
     )
     assert (
         lines[-1] == f"{len(CHECKS) - 1} of {len(CHECKS)} invariants hold for olmo3, in a network of 4 layers"
@@ -45,7 +46,7 @@ def test_a_wrong_map_fails_with_the_sentence_and_the_exit_code_1(monkeypatch, ca
             "error: no residual-stream map for 'bert': add a function architecture(config) in"
             " weightgeom/architectures/bert.py",
         ),
-        ("./nowhere", "error: there is no directory ./nowhere: give a checkpoint directory or a hub name"),
+        ("./nowhere", "error: no directory ./nowhere: give a checkpoint directory or a hub name"),
     ],
 )
 def test_a_model_that_cannot_be_checked_is_refused_in_a_sentence_with_the_exit_code_2(name, message, capsys):
@@ -79,7 +80,7 @@ def granite(**multipliers: float) -> Specimen:
 def test_constant_factors_that_the_map_lacks_are_found_out():
     assert failure(writes_reach_the_stream, granite()) is None
     sentence = failure(writes_reach_the_stream, granite(residual_multiplier=0.5))
-    assert sentence == "L0.o moves the residual stream by another amount than the map says: a norm or factor"
+    assert sentence == "L0.o adds to the residual stream other than the map says: a norm or a factor"
     assert failure(logits_are_those_of_the_library, granite()) is None
     sentence = failure(logits_are_those_of_the_library, granite(logits_scaling=2.0))
     assert sentence is not None and "scales its logits by logits_scaling: add that to logits_of" in sentence

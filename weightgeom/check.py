@@ -11,10 +11,11 @@ import torch
 from weightgeom.bases.hub import fetch
 from weightgeom.estimators.lm_head import logits_of
 from weightgeom.estimators.moments import activation_moments
-from weightgeom.models.invariants import INVARIANTS, TOKENS, Invariant, Specimen
+from weightgeom.models.invariants import INVARIANTS, Invariant
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.loading import load_config
 from weightgeom.models.small_config import small_config
+from weightgeom.models.specimen import TOKENS, Specimen
 from weightgeom.text.files import first_line
 from weightgeom.text.tokens import Batch
 

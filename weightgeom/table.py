@@ -132,3 +132,13 @@ def own(table: "pd.DataFrame", quantity: str) -> "pd.DataFrame":
     """Rows of one quantity of whole matrices at their own subspaces, at the smallest k."""
     rows = at_own_subspaces(table[table["quantity"] == quantity])
     return rows[rows["k"] == rows["k"].min()]
+
+
+def of_matrices(table: "pd.DataFrame", quantity: str) -> "pd.DataFrame":
+    """Rows of one quantity by step, layer and matrix: those of `own`, or those without a subspace."""
+    rows = own(table, quantity)
+    if len(rows):
+        return rows
+    whole = whole_matrices(table[(table["matrix"] != "") & (table["subspace"] == "")])
+    rows = whole[whole["quantity"] == quantity]
+    return rows[rows["k"].isna()] if rows["k"].isna().any() else rows[rows["k"] == rows["k"].min()]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from runners.disk import full_disk_explained
 from runners.modules import modules_of
+from runners.pipeline.declarations import check_declarations, objective_tags, with_declaration
 from runners.pipeline.fingerprint import code_behind, contents, package
 from runners.pipeline.logged_stages import Stages
 from runners.pipeline.measurements import Measured, map_of, module, plain
@@ -23,7 +24,8 @@ from runners.tracking.publisher import Publisher, check_tracking_uri
 from runners.tracking.record import Record
 from runners.tracking.redaction import redacted_text
 from weightgeom.analysis.chain import BETWEEN, STAGES, between, side_by_side
-from weightgeom.bases.chain import COMPARING, Chain, check_chain
+from weightgeom.analysis.declared import ROLE, UNDECLARED
+from weightgeom.bases.chain import Chain, check_chain
 from weightgeom.interfaces import Data, Intervention, Log, Model, NeedsExamples, Objective, Probe
 from weightgeom.interruption import Request, no_request
 from weightgeom.text.examples import Examples
@@ -73,9 +75,14 @@ class Experiment:
                 for name, table in tables.items():
                     table.to_parquet(record.artifact(f"tables/{name}.parquet"))
                     table.to_csv(record.artifact(f"tables/{name}.csv"), index=False)
-                draw(tables, record)
-        effects = {name: intervention.headline for name, intervention in self.interventions.items()}
-        print_summary(tables, effects, record.directory, uri)
+                draw(tables, record, self.probes, self.interventions)
+        print_summary(tables, self.probes, self.interventions, record.directory, uri)
+        if objective_tags(self.objective, examples).get(ROLE) == UNDECLARED:
+            log.warning(
+                "the claims leave this run out, as %s declares no role: give it the properties role"
+                " (contrast, likelihood or other) and of_text",
+                type(self.objective).__name__,
+            )
         return tables
 
     def check(self) -> Examples:
@@ -105,12 +112,18 @@ class Experiment:
             "source": str(self.params["data"]),
             "context": "all",
         }
+        about = objective_tags(self.objective, examples)
         record = Record.create(
             self.directory / "record",
             experiment=self.name,
             name=self.run_name,
             params=self.params,
-            tags={**provenance(REPOSITORY), "code_fingerprint": package(*self._modules), **self.tags},
+            tags={
+                **provenance(REPOSITORY),
+                "code_fingerprint": package(*self._modules),
+                **about,
+                **self.tags,
+            },
             inputs=[data],  # pyright: ignore[reportArgumentType]
             tracking_uri=uri,
             parent=self.parent,
@@ -130,19 +143,26 @@ class Experiment:
             suffix = "_pretraining" if self.objective is not None and trajectory is base.trajectory else ""
             for name, probe in self.probes.items():
                 tables[name + suffix] = self._about(name, trajectory, measured.table(name, probe))
-                log_table(record, name, suffix, tables[name + suffix], probe.headline)
+                log_table(record, name, suffix, tables[name + suffix], probe.declaration)
         if base.trajectory is not None and base.pairs:
             names = enumerate(base.trajectory.stages)  # for who sees a curve by step
             record.tag(STAGES, ", ".join(f"{step} {stage}" for step, stage in names))
             for name, table in self._between_stages(record, base, examples):
                 tables[name + BETWEEN] = self._about(name, base.trajectory, table)
-                log_table(record, name, BETWEEN, table, self.probes[name].headline)
-            if "rsf" in tables:
-                tables[STAGES] = side_by_side(tables)
+                log_table(record, name, BETWEEN, table, self.probes[name].declaration)
+            headlines = {
+                name: probe.declaration.headline
+                for name, probe in self.probes.items()
+                if probe.declaration.compares and probe.declaration.generic and probe.declaration.headline
+            }
+            if headlines:
+                tables[STAGES] = side_by_side(tables, headlines)
         for name, intervention in self.interventions.items():
             assert measured is not None  # some trajectory there is: a model without one is refused
-            tables[name] = measured.effects(name, intervention)  # of the last one
-            log_effects(record, name, tables[name], intervention.headline)
+            table = measured.effects(name, intervention)  # of the last one
+            tables[name] = with_declaration(table, intervention)
+            if len(table):
+                log_effects(record, name, table, intervention.declaration)
         return tables
 
     def _about(self, name: str, trajectory: Trajectory, table: "pd.DataFrame") -> "pd.DataFrame":
@@ -153,13 +173,13 @@ class Experiment:
         table.attrs["trained"] = trajectory.name in ("training", "pair", "chain")  # from a base, its step 0
         if trajectory.stages:
             table.attrs[STAGES] = list(trajectory.stages)
-        return table
+        return with_declaration(table, self.probes[name])
 
     def _between_stages(
         self, record: Record, base: Base, examples: Examples
     ) -> "Iterator[tuple[str, pd.DataFrame]]":
         """Of every probe that compares, what `model=pair` gives of each stage and the one before it."""
-        names = [name for name in self.probes if name in COMPARING]
+        names = [name for name, probe in self.probes.items() if probe.declaration.compares]
         found: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
         assert base.trajectory is not None
         for pair, (before, after) in zip(base.pairs, pairwise(base.trajectory.stages), strict=True):
@@ -241,8 +261,9 @@ def check_parts(
     modules_of(model, objective, training, probes, interventions)
     measured = {"probe": plain(probes), "intervention": plain(interventions)}
     signature({"objective": plain(objective), "training": plain(training), **measured})
+    check_declarations(probes, interventions, objective)
     if isinstance(model, Chain):
-        check_chain([*probes], [*interventions])
+        check_chain({name: probe.declaration for name, probe in probes.items()}, [*interventions])
     architecture = model.check(None if objective is None else training.max_length)
     if objective is not None:
         training.lora.check(architecture)

@@ -7,9 +7,12 @@ from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from runners.modules import fields_of, modules_of, required
 from runners.pipeline.fingerprint import code_behind, contents
 from runners.tracking.record import Record
+from weightgeom.estimators.per_matrix import PerMatrix
 from weightgeom.interfaces import Intervention, Log, Probe, Setting
 from weightgeom.table import Row
 from weightgeom.text.examples import Examples
@@ -43,6 +46,7 @@ class Measured:
                 params = self._model.params(checkpoint, self.setting.start)
                 found += [{"step": step, **row} for row in measure(params)]
                 log_metrics({}, index + 1)
+            self._check_headline(name, probe, found)
             return found
 
         return self._made(name, "probe", probe, rows, len(self.trajectory.steps))
@@ -57,6 +61,30 @@ class Measured:
 
         arms = intervention.arms(load_architecture(self.base.directory))
         return self._made(name, "intervention", intervention, rows, arms)
+
+    def _check_headline(self, name: str, probe: Probe, rows: list[Row]) -> None:
+        """Refuse a headline that selects no row, but where nothing moved.
+
+        Raises:
+            ValueError: with the quantities that there are.
+        """
+        from weightgeom.table import of_matrices, tabulate
+
+        headline = probe.declaration.headline
+        if not rows or not headline or len(of_matrices(tabulate(rows), headline)) or not self._moved:
+            return
+        of_matrix = dict.fromkeys(row["quantity"] for row in rows if row.get("matrix"))
+        raise ValueError(
+            f"probe.{name} declares the headline {headline!r}, and no matrix has a row of it: declare one of"
+            f" {', '.join(of_matrix) or 'none, by an empty headline'}"
+        )
+
+    @property
+    def _moved(self) -> bool:
+        """Whether any matrix is another at the end of the trajectory."""
+        start, end = self.setting.start, self.setting.end
+        names = {matrix.parameter for matrix in self._model.architecture.matrices}
+        return any(not torch.equal(start[name], end[name]) for name in names)
 
     def _made(
         self, name: str, kind: str, thing: object, rows: Callable[[Log], list[Row]], steps: int
@@ -116,6 +144,7 @@ class Measured:
 
 def plain(thing: object) -> Any:
     """A configured object as plain data: its class and its fields, objects in them in the same way."""
+    thing = configured(thing)
     if isinstance(thing, str | int | float | None):
         return thing
     if isinstance(thing, Mapping):
@@ -141,4 +170,9 @@ def map_of(base: Base) -> str:
 
 def module(thing: object) -> str:
     """The name of the module that its class is in."""
-    return type(thing).__module__
+    return type(configured(thing)).__module__
+
+
+def configured(thing: object) -> object:
+    """The object that the configuration names, where the runner has made a probe of it."""
+    return thing.function if isinstance(thing, PerMatrix) else thing

@@ -1,4 +1,4 @@
-"""The memory of tensors while some code runs, counted by operation, so that it is the same each time."""
+"""Memory of live tensors within a block of code, counted by operation and therefore reproducible."""
 
 import weakref
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from weightgeom.compat.torch_internals import TorchDispatchMode, storage_key, tensors_in
 
 
-class Live(TorchDispatchMode):
-    """Within it, the bytes of all tensors that are made and still live, and their `peak`."""
+class LiveMemory(TorchDispatchMode):
+    """Within it, `now` is the bytes of the live tensors made in it, and `peak` the maximum of `now`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -15,7 +15,7 @@ class Live(TorchDispatchMode):
         self.known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Take note of what an operation makes."""
+        """Run an operation and count the storage of its new tensors."""
         given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in((args, kwargs))}
         out = func(*args, **(kwargs or {}))
         for storage in (tensor.untyped_storage() for tensor in tensors_in(out)):

@@ -1,4 +1,4 @@
-"""What this machine has left: memory and disk."""
+"""Free memory and disk space of this machine."""
 
 import os
 import shutil
@@ -14,9 +14,9 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run may take: bytes of memory, and bytes of disk a second.
+    """The resources of a run: bytes of memory, and bytes per second written to disk.
 
-    `baseline` is the memory that it has before it does anything, `start` the seconds until then.
+    `baseline` is the memory of a run before its first stage, `start` the seconds until then.
     """
 
     memory: float
@@ -26,7 +26,7 @@ class Machine:
 
 
 def available_memory(device: str) -> float:
-    """Bytes of memory that are free, or would be made free: of the GPU where that computes."""
+    """Bytes of memory that are free or can be freed; on `cuda`, of the GPU."""
     if device == "cuda":
         import torch
 
@@ -35,7 +35,7 @@ def available_memory(device: str) -> float:
 
 
 def _limit() -> float:
-    """What a container or a job of a scheduler may still take."""
+    """Bytes of memory left to a container or a scheduler's job."""
     try:
         most, now = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
     except OSError:
@@ -44,22 +44,22 @@ def _limit() -> float:
 
 
 def resident() -> float:
-    """Bytes of this process in memory, mapped files included."""
+    """Resident memory of this process in bytes, mapped files included."""
     return float(psutil.Process().memory_info().rss)
 
 
 def available_disk(directory: Path) -> float:
-    """Bytes free where `directory` is, or would be."""
+    """Free bytes on the disk of `directory`, which need not exist yet."""
     return float(shutil.disk_usage(existing(directory)).free)
 
 
 def existing(directory: Path) -> Path:
-    """A directory, or the nearest above it that there is."""
+    """A directory, or its nearest parent that exists."""
     return next(path for path in (directory, *directory.parents) if path.is_dir())
 
 
 def write_speed(directory: Path, size: int = 2**26) -> float:
-    """Bytes a second that a file in `directory` takes, of one without a name that is gone afterwards."""
+    """Bytes per second written to a temporary file in `directory`."""
     content = bytes(size)
     with TemporaryFile(dir=directory) as file:
         start = perf_counter()

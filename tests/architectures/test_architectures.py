@@ -7,8 +7,8 @@ from transformers import OPTConfig
 
 from weightgeom import architectures
 from weightgeom.check import CHECKS
-from weightgeom.models.invariants import Specimen
 from weightgeom.models.residual import architecture_of
+from weightgeom.models.specimen import Specimen
 
 ALL = CONFIGS | MIXTURES
 

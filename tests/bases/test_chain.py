@@ -17,7 +17,7 @@ from pandas.testing import assert_frame_equal
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from runners.report import read as report
+from runners.report.__main__ import main as make_report
 from weightgeom.bases.chain import Chain
 from weightgeom.bases.pretrained import TwoCheckpoints
 from weightgeom.estimators.reference_subspaces import Inputs, input_frames, prediction_frame
@@ -306,7 +306,7 @@ def test_a_stage_compared_with_the_one_before_gives_the_numbers_of_model_pair(ho
 def test_the_report_shows_every_comparison_of_a_chain_and_none_as_pretraining(home, compared, monkeypatch):
     monkeypatch.chdir(home)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert report.main(["chain"]) == 0
+    assert make_report(["chain"]) == 0
     page = (home / "outputs/report/chain/index.html").read_text()
     assert all(name in page for name in ("base → sft", "base → dpo", "sft → dpo"))
     found = pd.read_parquet("outputs/report/chain/tables/asymmetry.parquet")

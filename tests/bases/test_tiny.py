@@ -99,7 +99,7 @@ def test_data_without_text_and_sizes_that_do_not_go_together_are_refused(tmp_pat
         TINY.prepare(Stage(tmp_path), nothing, small.WORLD, "cpu")
     with pytest.raises(ValueError, match="d_model must be a multiple of heads, got 32 and 5"):
         replace(TINY, heads=5)
-    with pytest.raises(ValueError, match=r"pretraining\.max_length 32 exceeds context 16"):
+    with pytest.raises(ValueError, match=r"pretraining\.max_length must be at most context, got 32 and 16"):
         replace(TINY, context=16)
     with pytest.raises(ValueError, match="max_length is 65 tokens and the model takes 64"):
         TINY.check(longest=65)

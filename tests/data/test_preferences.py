@@ -178,7 +178,7 @@ MIXED = "train.jsonl line 3 mixes strings and conversations: use one form for al
         ({"prompt": {}, "chosen": "a", "rejected": "b"}, "line 3 field 'prompt' must be a string"),
         (
             {"chosen": ["a"], "rejected": ["b"]},
-            "line 3 field 'chosen' needs messages with role (system, user, assistant) and a string"
+            "line 3 field 'chosen' needs messages with a role (system, user, assistant) and a string"
             " content, got 'a'",
         ),
         ({"chosen": [user("a")], "rejected": [user(None)]}, "line 3 field 'rejected' needs"),

@@ -14,6 +14,7 @@ from weightgeom.estimators.reference_subspaces import Inputs, input_frames, plac
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Setting
 from weightgeom.models.loading import load
+from weightgeom.models.residual import ResidualMatrix
 from weightgeom.params import Params
 from weightgeom.probes.rsf import RSF
 from weightgeom.table import Row
@@ -47,7 +48,7 @@ def measured(before: Path, after: Path) -> list[Row]:
 def fractions(rows: Sequence[Row]) -> dict[str, float]:
     """The fraction in its own subspace, by matrix."""
     return {
-        f"L{row['layer']}.{row['matrix']}": row["value"]
+        ResidualMatrix(row["layer"], row["matrix"], "", expert=row.get("expert")).name: row["value"]
         for row in rows
         if row["quantity"] == "fraction" and row["subspace"] != "random"
     }

@@ -8,8 +8,9 @@ import pytest
 from networks import CONFIGS, MIXTURES
 
 from weightgeom.check import failure
-from weightgeom.models.invariants import INVARIANTS, Specimen, queries_act_at_their_token_and_head
+from weightgeom.models.invariants import INVARIANTS, queries_act_at_their_token_and_head
 from weightgeom.models.residual import Architecture, Kind, Norm, ResidualMatrix, Rows, Site
+from weightgeom.models.specimen import Specimen
 
 Map = Architecture
 D, HEADS = 32, 4

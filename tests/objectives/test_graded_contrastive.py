@@ -380,7 +380,7 @@ def test_the_gathered_gradient_is_that_of_the_trainers_mean_loss(objective, mode
         ({"level": "token", "reference": True}, "reference=true has no meaning at level=token"),
         (
             {"level": "token", "source": "in_batch"},
-            "source=in_batch has no meaning at level=token: choose uni",
+            "source=in_batch has no meaning at level=token: choose from uni",
         ),
         (
             {"source": "model"},

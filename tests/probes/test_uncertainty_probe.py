@@ -125,7 +125,7 @@ def test_groups_of_different_sizes_are_cut_to_one_and_the_log_says_so(caplog):
             replace(PROBE, layers=[0]), setting("llama", examples=replace(GROUPED, groups=groups))
         )
     assert "17 prompts of each group, out of known 24, heldout 17, impossible 24" in caplog.text
-    assert "'nobody knows' is 2 tokens" not in caplog.text and "' nobody knows' is 2 tokens" in caplog.text
+    assert "'nobody knows' is 2 tokens" not in caplog.text and "' nobody knows' has 2 tokens" in caplog.text
     assert {one["n"] for one in rows if one["quantity"] == "mle_dimension"} == {17}
 
 

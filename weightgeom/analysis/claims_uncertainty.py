@@ -4,9 +4,12 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from weightgeom.analysis.declared import in_section
+from weightgeom.declarations import UNCERTAINTY, Declaration, InterventionDeclaration, ProbeDeclaration
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
 
 Verdict = Literal["agrees", "disagrees", "not tested here"]
 LEVEL = 0.05
+BYPASS = "bypass"  # the treatment that couples the signal to the logits
 THRESHOLD = 0.15  # the cosine distance at which the paper counts components; the nearest there is
 
 
@@ -26,14 +30,15 @@ class Line:
     evidence: str
 
 
-def lines(tables: "Mapping[str, pd.DataFrame]", trained: bool) -> list[Line]:
+def lines(table: "pd.DataFrame | None", interventions: "Sequence[pd.DataFrame]", trained: bool) -> list[Line]:
     """A line for every claim and uncertain group, of the model before it was `trained` on, if it was.
+
+    `table` is the probe's, and `interventions` are those of its section, the bypass among them or not.
 
     A claim agrees where the 95 % interval lies on its side in more than half of the layers, and disagrees
     otherwise; that groups are told apart, where it does so in the best layer; of dimensions, it is the
     median over layers. Where a table lacks, nothing is tested.
     """
-    table = tables.get("uncertainty")
     found = []
     if table is not None and len(table):
         rows = table[table["step"] == base_step(table, trained)]
@@ -42,7 +47,18 @@ def lines(tables: "Mapping[str, pd.DataFrame]", trained: bool) -> list[Line]:
             found += _of_group(rows, arm)
     else:
         found += [Line(claim, "not tested here", "no rows of the probe uncertainty") for claim in CLAIMS]
-    return [*found, *_of_interventions(tables)]
+    bypasses = [one for one in interventions if treatment(one) == BYPASS]
+    return [*found, *_of_interventions(bypasses[0] if bypasses else None)]
+
+
+def tables_of_claims(
+    tables: "Mapping[str, pd.DataFrame]", declarations: Mapping[str, Declaration]
+) -> "tuple[pd.DataFrame | None, dict[str, pd.DataFrame]]":
+    """The table of the first probe in the claims' section, and those of its interventions by treatment."""
+    names = [name for name in in_section(declarations, UNCERTAINTY) if name in tables]
+    probes = [tables[name] for name in names if isinstance(declarations[name], ProbeDeclaration)]
+    edited = [tables[name] for name in names if isinstance(declarations[name], InterventionDeclaration)]
+    return (probes[0] if probes else None), {treatment(table): table for table in edited if len(table)}
 
 
 def base_step(table: "pd.DataFrame", trained: bool) -> int:
@@ -110,8 +126,13 @@ def _of_group(rows: "pd.DataFrame", arm: str) -> Iterator[Line]:
     yield over_layers(6, more, (more > 0) & (p <= LEVEL), what, f"above 0 with p ≤ {LEVEL}")
 
 
-def _of_interventions(tables: "Mapping[str, pd.DataFrame]") -> Iterator[Line]:
-    table = tables.get("bypass")
+def treatment(table: "pd.DataFrame") -> str:
+    """The name of the treatment of an intervention's table; "" of an empty one."""
+    treated = table["draw"].isna() & (table["dose"] != "") & (table["against"] == "")
+    return next(iter(table.loc[treated, "treatment"]), "")
+
+
+def _of_interventions(table: "pd.DataFrame | None") -> Iterator[Line]:
     if table is None or not len(table):
         yield Line(COUPLED, "not tested here", "no rows of the intervention bypass")
         return
@@ -156,11 +177,3 @@ def _values(rows: "pd.DataFrame", arm: str, quantity: str, subspace: str = "resi
     """Values by layer."""
     kept = (rows["arm"] == arm) & (rows["quantity"] == quantity) & (rows["subspace"] == subspace)
     return rows[kept].set_index("layer")["value"]
-
-
-STATES = ("steer", "bypass", "repair")
-
-
-def _trained(tables: "Mapping[str, pd.DataFrame]") -> bool:
-    """Whether the run has trained what it probed; else it has measured what was there."""
-    return "uncertainty" in tables and bool(tables["uncertainty"].attrs.get("trained"))

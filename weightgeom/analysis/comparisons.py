@@ -4,6 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportOperatorIssue=false, reportAssignmentType=false
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,15 +39,33 @@ def comparisons(table: "pd.DataFrame", effect: str) -> "pd.DataFrame":
     return found[columns].reset_index(drop=True)
 
 
-def measured_effect(table: "pd.DataFrame", wanted: str) -> str:
-    """The effect that is wanted, or the KL where the data allow no other: they may have no pairs."""
-    return wanted if (table["quantity"] == wanted).any() else "kl_from_unedited"
+def measured_effect(table: "pd.DataFrame", effects: Sequence[str]) -> str:
+    """The first of the effects that the table has: data may lack the first, such as one of pairs.
+
+    Raises:
+        ValueError: if it has none of them.
+    """
+    measured = set(table["quantity"])
+    for effect in effects:
+        if effect in measured:
+            return effect
+    raise ValueError(
+        f"none of the declared effects {', '.join(effects)} was measured; the table has"
+        f" {', '.join(sorted(measured)) or 'no rows'}"
+    )
 
 
-def _principal(found: "pd.DataFrame") -> "pd.DataFrame":
-    """Comparisons with the first kind of control; of numerical doses the largest."""
+def compared_with_principal(table: "pd.DataFrame", effect: str, controls: Sequence[str]) -> "pd.DataFrame":
+    """The `comparisons` of an effect that summaries show."""
+    return principal(comparisons(table, effect), controls)
+
+
+def principal(found: "pd.DataFrame", controls: Sequence[str]) -> "pd.DataFrame":
+    """Comparisons with the first of the kinds of control that each has; of numerical doses the largest."""
     import pandas as pd
 
-    found = found[found["against"] == found.groupby(["treatment", "dose"])["against"].transform("first")]
+    order = {kind: number for number, kind in enumerate(controls)}
+    ranks = found["against"].map(lambda kind: order.get(kind, len(order)))
+    found = found[ranks == ranks.groupby([found["treatment"], found["dose"]]).transform("min")]
     doses = pd.to_numeric(found["dose"], errors="coerce")
     return found[doses.isna() | (doses == doses.max())]

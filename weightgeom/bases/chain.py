@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from weightgeom.bases.hub import HOW_TO_PIN, MOVING_REVISIONS, fetch, identity, is_path
 from weightgeom.bases.outline import Outline
 from weightgeom.bases.pretrained import outline_of, pair_base, same_vocabulary, with_safetensors
+from weightgeom.declarations import ProbeDeclaration
 from weightgeom.interfaces import Data, Stage
 from weightgeom.interruption import Request, no_request
 from weightgeom.models.adapters import is_adapter
@@ -179,18 +180,16 @@ class Chain:
         return f"model.stages.{name}={self.stages[name]}"
 
 
-COMPARING = ("rsf", "behaviour", "spectrum", "overlap")  # probes that compare a model with its start
-
-
-def check_chain(probes: Sequence[str], interventions: Sequence[str]) -> None:
+def check_chain(probes: Mapping[str, ProbeDeclaration], interventions: Sequence[str]) -> None:
     """Raise ValueError for probes and interventions that need the training of a single stage."""
     if interventions:
         raise ValueError(
             f"intervention.{interventions[0]} edits one trained model, but a chain has several: compare two"
             " stages with model=pair model.before=... model.after=..., or set intervention=[]"
         )
-    if "moments" in probes:
+    if bad := [name for name, declaration in probes.items() if declaration.needs_objective]:
+        others = [name for name in probes if name not in bad]
         raise ValueError(
-            "probe.moments needs the training objective, which is unknown for the stages of a chain: choose"
-            f" probes from {', '.join(COMPARING)}"
+            f"probe.{bad[0]} needs the training objective, which is unknown for the stages of a chain: choose"
+            f" probes without it, such as probe=[{','.join(others) or 'rsf,behaviour'}]"
         )

@@ -154,7 +154,7 @@ def gradient_moments(
                     scored = objective.scored(inputs)
                     here = range(seen, seen + len(scored.terms))
                     of_prompts = [group_of(prompt, len(data), groups) for prompt in here]
-                    sums.expect(scored, inputs["attention_mask"], of_prompts)
+                    sums.expect(scored, scored.read(inputs)[1], of_prompts)
                     loss = objective.total_loss(trainer, inputs)
                     if gathering.upstream or gathering.gradients:
                         loss.backward()

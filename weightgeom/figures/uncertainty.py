@@ -1,4 +1,4 @@
-"""Figures of uncertainty that is detected but not expressed, drawn from result tables alone."""
+"""Figures of uncertainty that is detectable but not expressed, drawn from result tables."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
@@ -24,9 +24,9 @@ PROFILES = {
 
 
 def profiles(table: pd.DataFrame, step: int) -> Figure:
-    """What tells the groups apart, by layer: dimension of every group, then comparisons.
+    """Differences between the prompt groups by layer: the dimension of every group, then comparisons.
 
-    Bars are 95 % intervals; the dashed line is no difference. `table` holds rows of the probe `uncertainty`.
+    Bars are 95 % intervals; the dashed line is no difference. `table` has rows of the probe `uncertainty`.
     """
     rows = table[table["step"] == step]
     colours = _colours(rows)
@@ -54,9 +54,9 @@ def profiles(table: pd.DataFrame, step: int) -> Figure:
 
 
 def topology(table: pd.DataFrame, step: int) -> Figure:
-    """Components against threshold in the last layer, and persistence by layer, group by group.
+    """Components by threshold in the last layer, and persistence by layer, for every group.
 
-    Bars are 95 % intervals from half-samples. `table` holds rows of the probe `uncertainty`.
+    Bars are 95 % intervals from half-samples. `table` has rows of the probe `uncertainty`.
     """
     rows = table[table["step"] == step]
     colours, last = _colours(rows), rows["layer"].max()
@@ -66,9 +66,9 @@ def topology(table: pd.DataFrame, step: int) -> Figure:
             part = rows[(rows["treatment"] == arm) & (rows["against"] == "") & (rows["layer"] == last)]
             part = part[part["dose"] != ""]
             part = part.assign(threshold=part["dose"].astype(float))
-            found = part.pivot_table(index="threshold", columns="quantity", values="value")
-            value = found["components"]
-            ends = found.get("components_low", value), found.get("components_high", value)
+            wide = part.pivot_table(index="threshold", columns="quantity", values="value")
+            value = wide["components"]
+            ends = wide.get("components_low", value), wide.get("components_high", value)
             error = [(value - ends[0]).clip(lower=0), (ends[1] - value).clip(lower=0)]
             axes[0].errorbar(
                 value.index, value, error, fmt="o-", ms=3, lw=1.2, elinewidth=0.7, color=colour, label=arm
@@ -86,10 +86,10 @@ def topology(table: pd.DataFrame, step: int) -> Figure:
 
 
 def sensitivity(table: pd.DataFrame, step: int) -> Figure:
-    """Fisher sensitivity along the boundary by layer, against random and the top output directions.
+    """Fisher sensitivity along the boundary by layer, compared with random and top output directions.
 
     Bars are 95 % intervals over prompts; the grey band is the random directions' mean ± 2 standard
-    deviations. `table` holds rows of the probe `uncertainty`.
+    deviations. `table` has rows of the probe `uncertainty`.
     """
     rows = table[table["step"] == step]
     colours, arms = _colours(rows), _comparisons(rows)
@@ -122,10 +122,11 @@ def sensitivity(table: pd.DataFrame, step: int) -> Figure:
 
 
 def abstentions(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Abstention on uncertain against false abstention as strength grows.
+    """Change of abstention on uncertain prompts against false abstention, with increasing strength.
 
-    A panel an intervention, a line a layer; grey are the random controls of all layers and strengths. Bars
-    are ± one standard error over prompts. `tables` holds those of `steer`, `bypass` and `repair` by name.
+    One panel per intervention and one line per layer; the random controls of all layers and strengths are
+    grey. Bars are ± one standard error over prompts. `tables` has the tables of `steer`, `bypass` and
+    `repair` by name.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
@@ -159,28 +160,28 @@ def abstentions(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def bridge(rows: pd.DataFrame) -> Figure:
-    """Change of the boundary's coupling while abstention is taught against the RSF of the same deltas.
+    """Change of the boundary's coupling during abstention training, against the RSF of the same deltas.
 
-    Fisher ratio left and gradient coupling right, reads circles, writes squares. `rows` are those of
-    `weightgeom.analysis.bridge`: a point is a layer, with one standard error; with a column `run`, of several
-    trainings, it is the mean over a training's layers, and colours tell trainings apart.
+    Fisher ratio left, gradient coupling right; reads are circles, writes squares. `rows` are those of
+    `weightgeom.analysis.bridge`: a point is a layer, with one standard error; with a column `run`, a point is
+    the mean over a training's layers, with one colour per training.
     """
     several = "run" in rows
     if several:
         keys = ["quantity", "arm", "role", "run"]
         rows = rows.groupby(keys, sort=False)[["rsf", "change", "stderr"]].mean().reset_index()
-    apart = list(rows["run"].unique()) if several else list(rows["arm"].unique())
+    coloured = list(rows["run"].unique()) if several else list(rows["arm"].unique())
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(6.5, 2.8), layout="constrained")
         for axis, quantity in zip(axes, ("fisher_ratio", "gradient_coupling"), strict=True):
             axis.axhline(0, color="0.5", ls="--", lw=0.8)
             axis.axvline(1, color="0.5", ls="--", lw=0.8)
             part = rows[rows["quantity"] == quantity]
-            for key, some in part.groupby(["role", "arm", *(["run"] if several else [])], sort=False):
+            for key, points in part.groupby(["role", "arm", *(["run"] if several else [])], sort=False):
                 role, arm = key[:2]
-                index = apart.index(key[2] if several else arm)
+                index = coloured.index(key[2] if several else arm)
                 axis.errorbar(
-                    some["rsf"], some["change"], some["stderr"], elinewidth=0.7, ms=4,
+                    points["rsf"], points["change"], points["stderr"], elinewidth=0.7, ms=4,
                     fmt="o" if role == "read" else "s", color=GROUPS[index % len(GROUPS)],
                     mfc="none" if several and arm != rows["arm"].iloc[0] else None,
                     label=f"{role}s, {', '.join(key[:0:-1])}",
@@ -198,8 +199,8 @@ def _colours(rows: pd.DataFrame) -> dict[str, str]:
 
 def _comparisons(rows: pd.DataFrame) -> dict[str, str]:
     """The uncertain group of every comparison, by the comparison's name."""
-    found = rows[(rows["against"] != "") & (rows["dose"] == "")]
-    return dict(zip(found["arm"], found["treatment"], strict=True))
+    compared = rows[(rows["against"] != "") & (rows["dose"] == "")]
+    return dict(zip(compared["arm"], compared["treatment"], strict=True))
 
 
 def _values(rows: pd.DataFrame, arm: str, quantity: str, subspace: str = "residual") -> pd.Series:
@@ -217,7 +218,7 @@ def _line(
     subspace: str = "residual",
     style: str = "-",
 ) -> None:
-    """A quantity by layer with its interval."""
+    """Draw a quantity by layer with its interval."""
     value, low, high = (_values(rows, arm, f"{quantity}{end}", subspace) for end in ("", "_low", "_high"))
     error = [(value - low).clip(lower=0), (high - value).clip(lower=0)] if len(low) else None
     axis.errorbar(
@@ -232,9 +233,9 @@ def _layers(axis: Axes) -> None:
 
 
 def _legend(figure: Figure, axes: object) -> None:
-    """One legend below all panels, with one entry for a name."""
-    found = {}
+    """One legend below all panels, with one entry per label."""
+    entries = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
-        found = dict(zip(labels, handles, strict=True)) | found
-    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=3)
+        entries = dict(zip(labels, handles, strict=True)) | entries
+    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=3)

@@ -1,129 +1,27 @@
 """The claims of a residual map, each checked by the behaviour of a small random network."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from weightgeom.models.experts import stacked, unstacked
-from weightgeom.models.residual import (
-    ATTENTION,
-    Architecture,
-    Kind,
-    ResidualMatrix,
-    architecture_of,
-    module_path,
-)
+from weightgeom.models.residual import ATTENTION, ResidualMatrix, module_path
+from weightgeom.models.specimen import TOKENS, Change, Specimen
 from weightgeom.models.weights import open_params
 from weightgeom.params import Params
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-TOKENS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8]])
 TOKEN = 2  # the one whose query, key or value is changed
 ALL = slice(None)  # tokens
 TOLERANCE = 1e-5  # RMS norms and some attentions compute in float32: about 1e-7 of each number
 MOVED = 3e-6  # what changes by less is unchanged
-Change = Callable[[Tensor], Tensor]
-Invariant = Callable[["Specimen"], None]
+Invariant = Callable[[Specimen], None]
 """Checks the claim in the first line of its docstring; raises ValueError if it does not hold."""
-
-
-@dataclass(frozen=True, eq=False)
-class Flow:
-    """One forward pass: the inputs and outputs of the modules, row by row, and the logits.
-
-    A row is a token, but in modules within attention, where it is a head of a token.
-    """
-
-    inputs: Mapping[str, Float[Tensor, "_ _"]]
-    outputs: Mapping[str, Float[Tensor, "_ _"]]
-    logits: Float[Tensor, "token vocabulary"]
-
-
-@dataclass(frozen=True, eq=False)
-class Specimen:
-    """A random network in float64, the map to be checked on it, and its parameters by the map's names."""
-
-    network: "PreTrainedModel"
-    architecture: Architecture
-    params: Params
-
-    @classmethod
-    def of(cls, config: "PreTrainedConfig", architecture: Architecture | None = None) -> "Specimen":
-        """A network of a config with the map of its type, or with another one."""
-        from transformers import AutoModelForCausalLM
-
-        architecture = architecture or architecture_of(config)
-        eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # in float64 as well
-        network = AutoModelForCausalLM.from_config(config, **eager).double().eval().requires_grad_(False)
-        generator = torch.Generator().manual_seed(0)
-        for name, parameter in network.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 4
-            is_gain = parameter.ndim == 1 and name.endswith("weight")
-            parameter.copy_(noise + 1 if is_gain else noise)
-        params = unstacked(dict(network.named_parameters()), architecture.stacks)
-        return cls(network, architecture, params)
-
-    def run(self, params: Params | None = None, changes: Mapping[str, Change] | None = None) -> Flow:
-        """A forward pass with `params` for weights and changes of the outputs of modules."""
-        inputs: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
-        hooks = [
-            module.register_forward_hook(
-                partial(_record, name, inputs, outputs, (changes or {}).get(name)), with_kwargs=True
-            )
-            for name, module in self.network.named_modules()
-        ]
-        weights = stacked(params or self.params, self.architecture.stacks)
-        try:
-            given = {"input_ids": TOKENS, "use_cache": False}
-            logits = functional_call(self.network, dict(weights), kwargs=given).logits
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return Flow(inputs, outputs, _in_rows(logits))
-
-    @cached_property
-    def flow(self) -> Flow:
-        """The forward pass of the unchanged network."""
-        return self.run()
-
-    @cached_property
-    def unbiased(self) -> Params:
-        """The parameters with all biases at zero."""
-        return {
-            name: torch.zeros_like(parameter) if name.endswith("bias") else parameter
-            for name, parameter in self.params.items()
-        }
-
-    def of_kind(self, *kinds: Kind) -> Iterator[ResidualMatrix]:
-        """The matrices of these kinds, in all layers, that are no experts."""
-        return (m for m in self.architecture.matrices if m.kind in kinds and m.expert is None)
-
-    def matrix(self, layer: int, kind: Kind) -> ResidualMatrix:
-        """The matrix of a kind in a layer, which is no expert."""
-        return next(matrix for matrix in self.of_kind(kind) if matrix.layer == layer)
-
-    def site(self, layer: int, name: str) -> str:
-        """The module whose input is a site of a layer."""
-        sites = self.architecture.sites
-        return next(site.module for site in sites if (site.layer, site.name) == (layer, name))
-
-    def experts(self) -> Iterator[tuple[ResidualMatrix, dict[Kind, ResidualMatrix]]]:
-        """Every expert: the router of its layer, and its own matrices by kind."""
-        for router in self.of_kind("router"):
-            of_layer = [m for m in self.architecture.matrices if m.layer == router.layer]
-            for expert in sorted({m.expert for m in of_layer if m.expert is not None}):
-                yield router, {m.kind: m for m in of_layer if m.expert == expert}
 
 
 def parts_exist(specimen: Specimen) -> None:
@@ -198,8 +96,7 @@ def modules_apply_their_matrices(specimen: Specimen) -> None:
     for matrix in specimen.of_kind("q", "k", "v", "gate", "up", "o", "down"):
         a, output = specimen.flow.inputs[matrix.module], specimen.flow.outputs[matrix.module]
         places = _places(matrix, specimen.params)
-        bias = specimen.params.get(f"{matrix.module}.bias")
-        expected = a @ matrix.of(specimen.params).T + (0 if bias is None else bias[places])
+        expected = a @ matrix.of(specimen.params).T + _bias(specimen, matrix.module)[places]
         _require(_close(output[:, places], expected), f"{matrix.module} does not apply {matrix.name}")
 
 
@@ -265,7 +162,7 @@ def values_act_through_o(specimen: Specimen) -> None:
 
 
 def writes_reach_the_stream(specimen: Specimen) -> None:
-    """A layer adds to the residual stream the outputs of o and down, with the gain of their norm, alone."""
+    """A layer adds to the residual stream the outputs of o and down, through their norm, and nothing else."""
     architecture = specimen.architecture
     for layer in range(architecture.n_layers):
         path = module_path(architecture, layer)
@@ -281,13 +178,16 @@ def writes_reach_the_stream(specimen: Specimen) -> None:
             flow = specimen.run(params)
             added = flow.outputs[path] - flow.inputs[path]
             expected = flow.inputs[matrix.module] @ matrix.written(params).T
-            if matrix.norm is None:
-                holds, what = _close(added, expected), "by another amount"
-            else:
-                holds, what = _close(_directions(added), _directions(expected)), "in another direction"
+            if matrix.norm is not None:  # which divides each token by a size of its own
+                added, expected = _directions(added), _directions(expected)
             _require(
-                holds, f"{matrix.name} moves the residual stream {what} than the map says: a norm or factor"
+                _close(added, expected),
+                f"{matrix.name} adds to the residual stream other than the map says: a norm or a factor",
             )
+        if layer in {router.layer for router in specimen.of_kind("router")}:
+            flow = specimen.run(_zero(specimen.matrix(layer, "o"), specimen.unbiased))
+            added, block = flow.outputs[path] - flow.inputs[path], specimen.site(layer, "mlp_input")
+            _require(_close(added, flow.outputs[block]), f"{block} is not all that the experts add")
 
 
 def hidden_units_stay_apart(specimen: Specimen) -> None:
@@ -326,9 +226,7 @@ def experts_are_their_own(specimen: Specimen) -> None:
         block = specimen.site(router.layer, "mlp_input")
         a, down = specimen.flow.inputs[block], matrices["down"]
         rows = torch.zeros_like(router.of(specimen.params))
-        rows[down.expert] = a[
-            0
-        ]  # it is chosen where this is positive, as the other experts have a score of 0
+        rows[down.expert] = a[0]  # chosen where a @ a[0] > 0: the scores of the others are 0
         params = router.replaced(specimen.params, rows)
         silent = specimen.run(_zero(down, params)).outputs[block]
         whole = specimen.run(params).outputs[block] - silent
@@ -365,11 +263,10 @@ def norms_have_their_gain(specimen: Specimen) -> None:
     norms = {architecture.final_norm, *(m.norm for m in architecture.matrices if m.norm is not None)}
     for norm in sorted(norms, key=lambda norm: norm.parameter):
         path = norm.parameter.removesuffix(".weight")
-        weight, bias = specimen.params[norm.parameter], specimen.params.get(f"{path}.bias")
-        plain = {"weight": torch.full_like(weight, 1 - norm.offset)}
-        plain |= {} if bias is None else {"bias": torch.zeros_like(bias)}
+        ones = torch.full_like(specimen.params[norm.parameter], 1 - norm.offset)
+        plain = {"weight": ones, "bias": torch.zeros_like(ones)}
         at_one = functional_call(specimen.network.get_submodule(path), plain, (specimen.flow.inputs[path],))
-        expected = norm.gain(specimen.params) * at_one + (0 if bias is None else bias)
+        expected = norm.gain(specimen.params) * at_one + _bias(specimen, path)
         _require(
             _close(specimen.flow.outputs[path], expected),
             f"the gain of {path} is not its weight plus {norm.offset:g}",
@@ -385,10 +282,8 @@ def logits_are_unembedded(specimen: Specimen) -> None:
     _require(
         _close(flow.inputs[head], flow.outputs[final]), f"{head} has another input than the output of {final}"
     )
-    bias = specimen.params.get(f"{head}.bias")
-    expected = flow.outputs[final] @ architecture.unembedding(specimen.params).T + (
-        0 if bias is None else bias
-    )
+    unembedding = architecture.unembedding(specimen.params)
+    expected = flow.outputs[final] @ unembedding.T + _bias(specimen, head)
     _require(_close(flow.outputs[head], expected), f"{head} does not apply the unembedding of the map")
 
 
@@ -454,35 +349,6 @@ INVARIANTS: tuple[Invariant, ...] = (
 )
 
 
-def _record(
-    name: str,
-    inputs: dict[str, Tensor],
-    outputs: dict[str, Tensor],
-    change: Change | None,
-    module: nn.Module,
-    given: tuple[Any, ...],
-    named: dict[str, Any],
-    output: Any,
-) -> Any:
-    """A hook that keeps the input and the output of a module, and changes the output."""
-    hidden = given[0] if given else named.get("hidden_states")
-    result = output[0] if isinstance(output, tuple) else output
-    if isinstance(hidden, Tensor) and hidden.is_floating_point():
-        inputs[name] = _in_rows(hidden)
-    if not isinstance(result, Tensor):
-        return None
-    if change is not None:
-        result = change(_in_rows(result)).reshape(result.shape)
-    outputs[name] = _in_rows(result)
-    if change is None:
-        return None
-    return (result, *output[1:]) if isinstance(output, tuple) else result
-
-
-def _in_rows(hidden: Float[Tensor, "*row d"]) -> Float[Tensor, "_ d"]:
-    return hidden.reshape(-1, hidden.shape[-1])
-
-
 def _require(holds: bool, sentence: str) -> None:
     if not holds:
         raise ValueError(sentence)
@@ -490,6 +356,12 @@ def _require(holds: bool, sentence: str) -> None:
 
 def _close(actual: Tensor, expected: Tensor) -> bool:
     return torch.allclose(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def _bias(specimen: Specimen, module: str) -> Float[Tensor, " d_out"]:
+    """The bias of a module, zero where it has none."""
+    bias = specimen.params.get(f"{module}.bias")
+    return torch.zeros(specimen.flow.outputs[module].shape[1], dtype=torch.float64) if bias is None else bias
 
 
 def _directions(rows: Float[Tensor, "token d"]) -> Float[Tensor, "token d"]:

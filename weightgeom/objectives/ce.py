@@ -7,9 +7,10 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from weightgeom.declarations import Role
 from weightgeom.interfaces import Scored
 from weightgeom.text.examples import Examples
-from weightgeom.training.trainers import Part, check_part, own_loss, part, supervised, with_sharpness
+from weightgeom.training.trainers import Part, check_part, own_loss, part, supervised_trainer, with_sharpness
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -24,6 +25,15 @@ class CE:
     """
 
     on: Literal["auto", "text", "chosen"] = "auto"
+
+    @property
+    def role(self) -> Role:
+        """The likelihood of tokens alone."""
+        return "likelihood"
+
+    def of_text(self, examples: Examples) -> bool:
+        """Whether it trains on the documents."""
+        return self.examples(examples) == "text"
 
     @property
     def first_loss(self) -> None:
@@ -48,7 +58,9 @@ class CE:
         """An `SFTTrainer` on the training part; logs packing and truncation."""
         from trl import SFTTrainer
 
-        trainer = supervised(SFTTrainer, self.examples(examples), network, tokenizer, examples, arguments)
+        trainer = supervised_trainer(
+            SFTTrainer, self.examples(examples), network, tokenizer, examples, arguments
+        )
         return with_sharpness(trainer, self.scored)
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:

@@ -11,10 +11,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from weightgeom.declarations import Role
 from weightgeom.interfaces import Scored
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
-from weightgeom.training.trainers import check_pairs, own_loss, preference, with_sharpness
+from weightgeom.training.trainers import check_pairs, own_loss, preference_trainer, with_sharpness
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -64,6 +65,15 @@ class DPO:
         return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
 
     @property
+    def role(self) -> Role:
+        """Chosen responses against rejected ones."""
+        return "contrast"
+
+    def of_text(self, examples: Examples) -> bool:
+        """It trains on responses."""
+        return False
+
+    @property
     def first_loss(self) -> float | None:
         """ln 2 (nats) for the plain sigmoid loss: policy and reference are still the same."""
         return (
@@ -109,7 +119,9 @@ class DPO:
             "loss_weights": self.loss_weights,
             "label_smoothing": self.label_smoothing,
         }
-        trainer = preference(DPOTrainer, network, tokenizer, examples, {**arguments, **own, **self.options})
+        trainer = preference_trainer(
+            DPOTrainer, network, tokenizer, examples, {**arguments, **own, **self.options}
+        )
         return with_sharpness(trainer, self.scored)
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:

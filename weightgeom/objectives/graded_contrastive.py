@@ -10,10 +10,18 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from weightgeom.declarations import Role
 from weightgeom.interfaces import Scored
 from weightgeom.text.examples import Examples
 from weightgeom.training.graded_loss import TokenContrast
-from weightgeom.training.trainers import check_pairs, check_part, own_loss, part, preference, supervised
+from weightgeom.training.trainers import (
+    check_pairs,
+    check_part,
+    own_loss,
+    part,
+    preference_trainer,
+    supervised_trainer,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -92,6 +100,17 @@ class GradedContrastive:
         return self.level == "sequence" and self.reference is not False
 
     @property
+    def role(self) -> Role:
+        """A contrast of responses; of tokens it is cross-entropy at one end, and neither in between."""
+        if self.level == "sequence":
+            return "contrast"
+        return "likelihood" if self.negatives is None and self.tau == 0 else "other"
+
+    def of_text(self, examples: Examples) -> bool:
+        """Whether it trains on the documents."""
+        return self.level == "token" and part(self.on, examples) == "text"
+
+    @property
     def first_loss(self) -> float | None:
         """ln(candidates) for every tau, as all initial scores are 0; None without a reference."""
         return ln(self.candidates) if self.with_reference else None
@@ -132,7 +151,9 @@ class GradedContrastive:
                 f"negatives must be at most {size}, the batch size, got {negatives}:"
                 " raise training.batch_size"
             )
-        trainer = preference(SequenceTrainer, network, tokenizer, examples, {**arguments, "beta": self.beta})
+        trainer = preference_trainer(
+            SequenceTrainer, network, tokenizer, examples, {**arguments, "beta": self.beta}
+        )
         trainer.tau, trainer.reference = float(self.tau), self.with_reference
         trainer.data_collator = Candidates(trainer.data_collator, negatives)
         trainer.precompute_ref_logps = True  # makes TRL's own pass use the given reference values
@@ -159,7 +180,9 @@ class GradedContrastive:
                 f" got {negatives}"
             )
         source = self.source if self.source in ("unigram", "model") else "uniform"
-        trainer = supervised(TokenTrainer, part(self.on, examples), network, tokenizer, examples, arguments)
+        trainer = supervised_trainer(
+            TokenTrainer, part(self.on, examples), network, tokenizer, examples, arguments
+        )
         log_unigram = None
         if source == "unigram":
             assert trainer.train_dataset is not None

@@ -7,9 +7,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from weightgeom.declarations import Role
 from weightgeom.interfaces import Scored
 from weightgeom.text.examples import Examples
-from weightgeom.training.trainers import check_pairs, own_loss, unpaired, with_sharpness
+from weightgeom.training.trainers import check_pairs, own_loss, unpaired_trainer, with_sharpness
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -28,6 +29,15 @@ class KTO:
     beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     desirable_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     undesirable_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+
+    @property
+    def role(self) -> Role:
+        """Desirable responses against undesirable ones."""
+        return "contrast"
+
+    def of_text(self, examples: Examples) -> bool:
+        """It trains on responses."""
+        return False
 
     @property
     def first_loss(self) -> float | None:
@@ -53,7 +63,7 @@ class KTO:
             "desirable_weight": self.desirable_weight,
             "undesirable_weight": self.undesirable_weight,
         }
-        trainer = unpaired(KTOTrainer, network, tokenizer, examples, {**arguments, **own})
+        trainer = unpaired_trainer(KTOTrainer, network, tokenizer, examples, {**arguments, **own})
         return with_sharpness(trainer, self.scored)
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from math import cos, pi, sin, sqrt
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from weightgeom.declarations import ProbeDeclaration
 from weightgeom.estimators.gradients import Gathering, gradient_moments
 from weightgeom.estimators.moments import activation_moments
 from weightgeom.estimators.updates import update_of, zeros
@@ -49,14 +50,18 @@ class Spectrum:
     or the name of the input: its rows are those of the matrix that reads there, q or up.
     """
 
-    headline: ClassVar[str] = "delta_participation_ratio"
-
     of: list[Thing] = Field(default=["activation", "upstream", "gradient", "delta", "weight"], min_length=1)
     top: int = Field(default=16, ge=1)  # eigenvalues that have rows
     tokens: int = Field(default=8192, ge=2)  # of held-out text, for activations
     length: int = Field(default=96, ge=2)  # tokens a sequence
     prompts: int = Field(default=256, ge=1)  # of the training examples, for gradients
     budget_gb: float | None = Field(default=None, gt=0)  # GiB for weights and sums; null: no limit
+
+    @property
+    def declaration(self) -> ProbeDeclaration:
+        """The participation ratio of the update, where it is measured."""
+        headline = "delta_participation_ratio" if "delta" in self.of else ""
+        return ProbeDeclaration(headline, by_layer=False, generic=False)
 
     def check(self, architecture: Architecture) -> None:
         """Every model will do."""

@@ -1,13 +1,15 @@
 """Uncertainty that is detected but not expressed: where groups part, and whether the output sees it."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from weightgeom.analysis.claims_uncertainty import base_step
+from weightgeom.declarations import UNCERTAINTY, ProbeDeclaration
 from weightgeom.estimators.hidden_states import Tail, check_layers, last_states
 from weightgeom.estimators.reference_subspaces import check_dimensions, dimensions
 from weightgeom.geometry.subspace import Subspace, prediction_moment
@@ -27,6 +29,10 @@ from weightgeom.uncertainty.rows import (
     overlap_rows,
     shape_rows,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +63,16 @@ class Uncertainty:
     Source: arXiv:2603.13911v1; held-out halves, equal sizes, calibration, nulls and intervals are ours.
     """
 
-    headline: ClassVar[str] = "fisher_ratio"
+    declaration: ClassVar[ProbeDeclaration] = ProbeDeclaration(
+        headline="",
+        section=UNCERTAINTY,
+        whole=(  # of hundreds: means over layers and groups
+            *("auroc_logistic", "amplification", "mle_dimension_calibrated_ratio"),
+            *("fisher_ratio", "gradient_coupling"),
+        ),
+        compares=False,
+        generic=False,
+    )
 
     layers: list[int] | None = None
     k: int | None = None
@@ -90,6 +105,24 @@ class Uncertainty:
         check_neighbours(size, self.neighbours)
         if size < 8:
             raise ValueError(f"the smallest group has {size} prompts: give 8 or more of each")
+
+    def figures(self, tables: "Mapping[str, pd.DataFrame]") -> "Mapping[str, Figure]":
+        """Profiles over layers, topology and sensitivity of the base; after a training the profiles again."""
+        from weightgeom.figures import uncertainty as figures
+
+        table = tables.get("training")
+        if table is None:
+            return {}
+        trained = bool(table.attrs.get("trained"))
+        step = base_step(table, trained)
+        drawn = {
+            "uncertainty_profiles": figures.profiles(table, step),
+            "uncertainty_topology": figures.topology(table, step),
+            "uncertainty_sensitivity": figures.sensitivity(table, step),
+        }
+        if trained:
+            drawn["uncertainty_profiles_trained"] = figures.profiles(table, max(map(int, table["step"])))
+        return drawn
 
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement of one checkpoint."""

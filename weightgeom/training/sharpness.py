@@ -96,12 +96,18 @@ class Sharpness(TrainerCallback):
     """Logs the sharpness on the first training examples, for a TRL trainer of a loss of log-probabilities.
 
     The examples are the same at every step, so the curve reflects the training and not the batches. No
-    random number is drawn: the training is bit-identical to one without this callback.
+    random number is drawn: the training is bit-identical to one without this callback. `store` takes the
+    means where the trainer has a method for the values it logs next, such as TRL's `store_metrics`.
     """
 
     def __init__(
-        self, trainer: Any, scored: Callable[[Mapping[str, Tensor]], Scored], examples: int = 4
+        self,
+        trainer: Any,
+        scored: Callable[[Mapping[str, Tensor]], Scored],
+        examples: int = 4,
+        store: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
+        self.store = store
         self.trainer = trainer
         self.scored = scored
         self.examples = examples
@@ -119,16 +125,20 @@ class Sharpness(TrainerCallback):
         model, data = kwargs["model"], self.trainer.train_dataset
         batch = self.trainer.data_collator([data[i] for i in range(min(self.examples, len(data)))])
         inputs = prepared(self.trainer, batch)
-        mask = self.scored(inputs).targets[:, 1:]
+        scored = self.scored(inputs)
+        ids, attention = scored.read(inputs)
+        mask = scored.targets[:, 1:]
         training = model.training
         model.eval()  # dropout would draw from the training's random generator
         with torch.no_grad():
-            outputs = model(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-            )
+            outputs = model(input_ids=ids, attention_mask=attention, use_cache=False)
         model.train(training)
-        targets = inputs["input_ids"][:, 1:][mask]
+        targets = ids[:, 1:][mask]
         subset = evenly_spaced(len(targets))
         logits, targets = outputs.logits[:, :-1][mask][subset], targets[subset]
         gradient = log_prob_gradient(logits, targets, torch.ones_like(logits[:, 0]))
-        log_sharpness(self.trainer, sharpness_sums(gradient, targets))
+        sums = sharpness_sums(gradient, targets)
+        if self.store is None:
+            log_sharpness(self.trainer, sums)
+        else:
+            self.store(sharpness_means(self.trainer.accelerator.gather(sums[None]).sum(0)))

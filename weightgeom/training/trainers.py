@@ -4,7 +4,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from weightgeom.interfaces import Scored
 from weightgeom.text.conversation import render
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Part = Literal["text", "chosen"]
+SIDES = ("chosen", "rejected")
 
 
 def part(on: Literal["auto", "text", "chosen"], examples: Examples) -> Part:
@@ -43,7 +46,7 @@ def check_pairs(objective: str, examples: Examples, otherwise: str = "") -> None
         )
 
 
-def supervised(
+def supervised_trainer(
     kind: Callable[..., Any],
     on: Part,
     network: "PreTrainedModel",
@@ -60,8 +63,8 @@ def supervised(
     length = arguments["max_length"]
     if on == "text":
         packing = {"packing": True, "packing_strategy": "wrapped"}
-        dataset = _dataset({"text": list(examples.text)})
-        trainer = _made(kind, SFTConfig, dataset, network, tokenizer, {**arguments, **packing})
+        dataset = _training_dataset({"text": list(examples.text)})
+        trainer = _build(kind, SFTConfig, dataset, network, tokenizer, {**arguments, **packing})
         log.info(
             "%d documents packed end to end into %d sequences of %d tokens, none truncated",
             *(len(examples.text), len(trainer.train_dataset), length),
@@ -72,14 +75,14 @@ def supervised(
     _log_cut(
         "chosen responses", len(tokens), [len(prompt) + len(response) for prompt, response in kept], length
     )
-    dataset = _dataset({
+    dataset = _training_dataset({
         "input_ids": [prompt + response for prompt, response in kept],
         "completion_mask": [[0] * len(prompt) + [1] * len(response) for prompt, response in kept],
     })  # fmt: skip
-    return _made(kind, SFTConfig, dataset, network, tokenizer, {**arguments, "completion_only_loss": True})
+    return _build(kind, SFTConfig, dataset, network, tokenizer, {**arguments, "completion_only_loss": True})
 
 
-def preference(
+def preference_trainer(
     kind: Callable[..., Any],
     network: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -94,19 +97,19 @@ def preference(
     from trl import DPOConfig
 
     names = ("prompt", "chosen", "rejected")
-    reference = _reference(network, arguments)
+    reference = _reference_model(network, arguments)
     if arguments.get("disable_dropout", True):
         _disable_functional_dropout(network)
     rendered = [render(pair, tokenizer) for pair in examples.pairs]
-    dataset = _dataset({name: [getattr(pair, name) for pair in rendered] for name in names})
-    trainer = _made(kind, DPOConfig, dataset, network, tokenizer, arguments, ref_model=reference)
+    dataset = _training_dataset({name: [getattr(pair, name) for pair in rendered] for name in names})
+    trainer = _build(kind, DPOConfig, dataset, network, tokenizer, arguments, ref_model=reference)
     columns = ([len(ids) for ids in trainer.train_dataset[f"{name}_ids"]] for name in names)
     lengths = [prompt + max(responses) for prompt, *responses in zip(*columns, strict=True)]
     _log_cut("pairs", len(dataset), lengths, arguments["max_length"])
     return trainer
 
 
-def unpaired(
+def unpaired_trainer(
     kind: Callable[..., Any],
     network: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -115,7 +118,8 @@ def unpaired(
 ) -> Any:
     """A `KTOTrainer` on the single responses of the pairs, the chosen ones desirable; logs truncation.
 
-    `arguments` are those of `KTOConfig`, and a `peft_config`; this and the reference are as in `preference`.
+    `arguments` are those of `KTOConfig`, and a `peft_config`; this and the reference are as in
+    `preference_trainer`.
     """
     from trl import KTOConfig
 
@@ -124,18 +128,18 @@ def unpaired(
             "training.batch_size must be at least 2 for objective=kto, which estimates a KL divergence from"
             f" the other responses of a batch, got {size}"
         )
-    reference = _reference(network, arguments)
+    reference = _reference_model(network, arguments)
     if arguments.get("disable_dropout", True):
         _disable_functional_dropout(network)
     rendered = [render(pair, tokenizer) for pair in examples.pairs]
-    dataset = _dataset({
+    dataset = _training_dataset({
         "prompt": [pair.prompt for pair in rendered] * 2,
         "completion": [pair.chosen for pair in rendered] + [pair.rejected for pair in rendered],
         "label": [True] * len(rendered) + [False] * len(rendered),
     })  # fmt: skip
     # TRL keeps this order, and pairs each example of a batch with the response before it for the KL.
     shuffled = dataset.shuffle(seed=arguments["seed"])
-    trainer = _made(kind, KTOConfig, shuffled, network, tokenizer, arguments, ref_model=reference)
+    trainer = _build(kind, KTOConfig, shuffled, network, tokenizer, arguments, ref_model=reference)
     columns = (trainer.train_dataset[f"{name}_ids"] for name in ("prompt", "completion"))
     lengths = [len(prompt) + len(response) for prompt, response in zip(*columns, strict=True)]
     _log_cut("responses", len(dataset), lengths, arguments["max_length"])
@@ -157,14 +161,14 @@ def own_loss(trainer: Any, inputs: dict[str, Any], **options: Tensor) -> Tensor:
     return loss
 
 
-def _dataset(columns: Mapping[str, list[Any]]) -> "Dataset":
+def _training_dataset(columns: Mapping[str, list[Any]]) -> "Dataset":
     import datasets
 
     datasets.disable_progress_bars()
     return datasets.Dataset.from_dict(dict(columns))
 
 
-def _made(
+def _build(
     kind: Callable[..., Any],
     config: Callable[..., Any],
     dataset: "Dataset",
@@ -200,14 +204,14 @@ def _log_cut(kind: str, number: int, lengths: Sequence[int], limit: int) -> None
 
 
 def _disable_functional_dropout(network: "PreTrainedModel") -> None:
-    """Turn off dropout that is no module, which TRL's `disable_dropout` leaves on; mutates `network`."""
+    """Set dropout rates held as numbers to 0, which TRL's `disable_dropout` misses; mutates `network`."""
     for module in network.modules():
         for name, value in list(vars(module).items()):
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
-def _reference(network: "PreTrainedModel", arguments: Mapping[str, Any]) -> "PreTrainedModel | None":
+def _reference_model(network: "PreTrainedModel", arguments: Mapping[str, Any]) -> "PreTrainedModel | None":
     """A copy of `network`; None with an adapter, which TRL disables to compute the reference."""
     adapter = arguments.get("peft_config")
     if adapter is None:
@@ -221,3 +225,26 @@ def _reference(network: "PreTrainedModel", arguments: Mapping[str, Any]) -> "Pre
             " dropout: set training.lora.dropout=0"
         )
     return None
+
+
+def chosen_and_rejected(inputs: Mapping[str, Tensor], pad: int = 0) -> Scored:
+    """A batch of TRL's `chosen_input_ids` and `rejected_input_ids` as such trainers read it: one term a pair.
+
+    As in TRL's CPO and ORPO, all chosen sequences come first, then the rejected ones, padded on the right
+    with `pad` to one length; the tokens with a label are the targets.
+    """
+    length = max(inputs[f"{side}_input_ids"].shape[1] for side in SIDES)
+
+    def joined(name: str, value: int) -> Tensor:
+        sides = [inputs[f"{side}_{name}"] for side in SIDES]
+        padded = [functional.pad(side, (0, length - side.shape[1]), value=value) for side in sides]
+        return torch.cat(padded)
+
+    pairs = len(inputs["chosen_input_ids"])
+    return Scored(
+        joined("labels", -100) != -100,
+        [*range(pairs), *range(pairs)],
+        [1] * pairs,
+        joined("input_ids", pad),
+        joined("attention_mask", 0),
+    )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from weightgeom.causal.effects import Samples
 from weightgeom.causal.trials import Arm, Trial, check_controls, measured, with_q_values
+from weightgeom.declarations import UNCERTAINTY, InterventionDeclaration
 from weightgeom.estimators.hidden_states import Tail, check_layers, last_states
 from weightgeom.geometry.divergences import divergences
 from weightgeom.interfaces import Log, Setting
@@ -23,6 +24,11 @@ from weightgeom.text.examples import Examples
 from weightgeom.text.prompt_groups import check_groups, phrase_tokens
 from weightgeom.text.tokens import Batch
 from weightgeom.uncertainty.contrast import Contrast, equal_groups
+
+# Of every edit of states; their figure is one for all of them.
+OF_STATES = InterventionDeclaration(
+    ("abstention_change", "kl_from_unedited"), ("random",), UNCERTAINTY, generic=False
+)
 
 
 @plain_dataclass(frozen=True, eq=False)
@@ -262,7 +268,7 @@ class StateIntervention:
     A base class, so that the settings are fields of each intervention: `intervention.steer.strengths=[1]`.
     """
 
-    headline: ClassVar[str] = "abstention_change"
+    declaration: ClassVar[InterventionDeclaration] = OF_STATES
     kind: ClassVar[str]
 
     strengths: list[float] = Field(default_factory=list, min_length=1)
