@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from runners.errors import choices, complaint, nearest
+from runners.errors import choices, explanation, nearest
 from runners.modules import own_places, travelling
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def build(key: str, choice: Any) -> Any:
     try:
         made = instantiate(choice, _convert_="all")
     except Exception as error:
-        raise ValueError(complaint(error, key)) from error
+        raise ValueError(explanation(error, key)) from error
     check_keys(key, choice, made)
     return made
 

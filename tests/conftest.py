@@ -38,6 +38,7 @@ SLOW = (
     "runners/tracking/test_publisher.py",
     "runners/report/test_report.py",
     "test_bad_input.py",
+    "test_library_and_pair.py",
     "test_tools.py",
     "bases/test_hub.py",
     "data/test_hub_data.py",

@@ -247,7 +247,7 @@ def test_preferences_of_the_users_are_trained_on_and_what_is_cut_is_counted(home
         home, *SMALL, "data=preferences", f"data.train={path}", "model.vocabulary=300", "model.context=64"
     )
     assert ended.code == 0, ended.err
-    assert "18 pairs: 0 dropped (prompt of 48 tokens or more), 1 cut at 48 tokens" in ended.out
+    assert "18 pairs: 0 dropped (prompt of 48 tokens or more), 1 truncated to 48 tokens" in ended.out
     assert "preference_margin" in set(tables(ended.record)["behaviour"]["quantity"])
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 from jaxtyping import Bool
 from torch import Tensor
 
-from weightgeom.interruption import Wanted, undisturbed
+from weightgeom.interruption import Request, no_request
 from weightgeom.params import Params
 from weightgeom.table import Row
 from weightgeom.text.examples import Examples
@@ -90,11 +90,11 @@ class Model(Protocol):
         ...
 
     def prepare(
-        self, stage: Stage, examples: Examples, data: Data, device: str, wanted: Wanted = undisturbed
+        self, stage: Stage, examples: Examples, data: Data, device: str, request: Request = no_request
     ) -> Base:
         """Fetch or make the base; what is made is made inside a stage, so that it is made once.
 
-        A training in it does what is `wanted` between its steps.
+        A training polls `request` after every step.
         """
         ...
 

@@ -1,6 +1,6 @@
-"""Private parts of Hydra 1.3 that the launchers need; those of other libraries are in `weightgeom.compat`.
+"""Uses of Hydra's private parts by the launchers; those of other libraries are in `weightgeom.compat`.
 
-Two places, because the library must not import Hydra.
+They are apart because the library must not import Hydra. Tested with Hydra 1.3.
 """
 
 from typing import Any
@@ -9,22 +9,22 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 
-NAMESPACE = "hydra_plugins.weightgeom"  # Hydra takes launchers from there only
+NAMESPACE = "hydra_plugins.weightgeom"  # Hydra accepts launchers from hydra_plugins only
 
 
 def add_launcher(name: str, launcher: type[Launcher]) -> None:
-    """Make a launcher known as NAMESPACE.name: `Plugins.class_name_to_class`; mutates Hydra's table.
+    """Register a launcher as NAMESPACE.name in `Plugins.class_name_to_class`; mutates this table of Hydra's.
 
-    `Plugins.register` would file it under its own module, outside the namespace that Hydra allows, and a
-    package of that namespace is scanned, with all it imports, at every start.
+    `Plugins.register` would register it under its own module, outside the namespace that Hydra accepts; and
+    Hydra imports every package in that namespace at every start.
     """
     Plugins.instance().class_name_to_class[f"{NAMESPACE}.{name}"] = launcher
 
 
 def compose_once(loader: Any) -> None:
-    """Let a config loader compose the jobs of a sweep once: replaces its `load_sweep_config`.
+    """Make a config loader compose each job of a sweep once: replaces its `load_sweep_config`.
 
-    Hydra's sweeper composes every job to see whether it can be, and drops the result: half of a start's time.
+    Hydra's sweeper composes every job as a check and drops the result, which takes half of a start's time.
     """
     compose, composed = loader.load_sweep_config, {}
 
@@ -39,5 +39,5 @@ def compose_once(loader: Any) -> None:
 
 
 def completed(overrides: list[str], value: Any = None) -> JobReturn:
-    """The return of a completed job: `JobReturn._return_value`, whose public setter is of a made one only."""
+    """The result of a completed job; JobReturn's constructor takes the value only as `_return_value`."""
     return JobReturn(overrides, status=JobStatus.COMPLETED, _return_value=value)

@@ -1,4 +1,4 @@
-"""A copy of the code, so that what runs is what was submitted however the tree changes in the meantime."""
+"""Copies of the code: jobs run the submitted code, whatever changes in the repository afterwards."""
 
 import hashlib
 import json

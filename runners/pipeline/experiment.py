@@ -25,7 +25,7 @@ from runners.tracking.redaction import redacted_text
 from weightgeom.analysis.chain import BETWEEN, STAGES, between, side_by_side
 from weightgeom.bases.chain import COMPARING, Chain, check_chain
 from weightgeom.interfaces import Data, Intervention, Log, Model, NeedsExamples, Objective, Probe
-from weightgeom.interruption import Wanted, undisturbed
+from weightgeom.interruption import Request, no_request
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
 from weightgeom.trajectory import Base, Trajectory
@@ -182,7 +182,7 @@ class Experiment:
         self, record: Record, base: Base, objective: Objective, examples: Examples
     ) -> tuple[Trajectory, str]:
         from weightgeom.models.loading import load_network, load_tokenizer
-        from weightgeom.training.fit import fit, trajectory
+        from weightgeom.training.fit import fit, saved_trajectory
 
         def work(directory: Path, log_metrics: Log) -> None:
             fit(
@@ -197,7 +197,7 @@ class Experiment:
                 device=self.device,
                 log_metrics=log_metrics,
                 start=base.directory,
-                wanted=self._wanted,
+                request=self._wanted,
             )
 
         code = code_behind(*modules_of(objective, self.training, fit, load_network), map_of(base))
@@ -211,7 +211,7 @@ class Experiment:
             "device": self.device,
         }
         directory = make("training", specification, work, self.training.steps)
-        return trajectory(directory, "training", base.directory), f"training/{directory.name}"
+        return saved_trajectory(directory, "training", base.directory), f"training/{directory.name}"
 
     def stages(self, record: Record, prefix: str, code: str) -> "Stages":
         """Makes stages whose metrics go into `record` under `prefix`."""
@@ -224,8 +224,8 @@ class Experiment:
         return modules_of(*parts)
 
     @property
-    def _wanted(self) -> Wanted:
-        return undisturbed if self.interruption is None else self.interruption.wanted
+    def _wanted(self) -> Request:
+        return no_request if self.interruption is None else self.interruption.wanted
 
 
 def check_parts(

@@ -15,8 +15,8 @@ from runners.planning.machine import Machine, available_memory, existing, reside
 from runners.planning.overrides import override, smaller
 from runners.planning.proxy import assumed, lengths_by, proxy_of, standin, standin_tokenizer
 from weightgeom.bases.chain import Chain, check_chain
-from weightgeom.bases.hub import Files, files_of
-from weightgeom.bases.outline import Outline, Outlined, Shape, weight_of
+from weightgeom.bases.hub import CheckpointFiles, checkpoint_files
+from weightgeom.bases.outline import HasOutline, Outline, Shape, peak_memory
 from weightgeom.data.hub import HubData
 from weightgeom.interfaces import NeedsExamples, Objective
 from weightgeom.models.loading import check_length, parameters_of
@@ -46,7 +46,7 @@ class Plan:
 
     model: str
     parameters: int
-    files: Sequence[Files]
+    files: Sequence[CheckpointFiles]
     stages: Mapping[str, Stage]
     notes: Sequence[str] = ()
 
@@ -114,7 +114,7 @@ class _Job:
 
     def plan(self) -> Plan:
         """All of it."""
-        if not isinstance(self.model, Outlined):
+        if not isinstance(self.model, HasOutline):
             raise ValueError(f"there is no plan for {type(self.model).__name__}: run it without plan=true")
         self.examples, notes = self.planner.once(_key(self.config, "data"), self._examples)
         self.outline: Outline = self.planner.once(
@@ -124,7 +124,7 @@ class _Job:
         outline = self.outline
         files = [
             self.planner.once(
-                f"files {one}", partial(files_of, one, outline.allow_bin, outline.trust_remote_code)
+                f"files {one}", partial(checkpoint_files, one, outline.allow_bin, outline.trust_remote_code)
             )
             for one in dict.fromkeys(outline.locations.values())
         ]
@@ -246,7 +246,7 @@ class _Job:
 
     def _held(self, name: str, what: str, seconds: float, thing: Any, objective: bool) -> Stage:
         def memory(some: Any) -> float:
-            return self.machine.baseline + weight_of(some, self._shape(), objective)
+            return self.machine.baseline + peak_memory(some, self._shape(), objective)
 
         knob = None
         if not self._fits(memory(thing)):

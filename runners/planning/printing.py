@@ -51,11 +51,11 @@ def show(plans: Sequence[Plan], planner: Planner) -> list[str]:
 def _files(files: Mapping[str, object]) -> object:
     from rich.table import Table
 
-    from weightgeom.bases.hub import Files
+    from weightgeom.bases.hub import CheckpointFiles
 
     shown = Table("checkpoint", "files", "size", "here already", "to download", title="files")
     for one in files.values():
-        assert isinstance(one, Files)
+        assert isinstance(one, CheckpointFiles)
         here = f"{one.cached} files, {size(one.cached_size)}"
         shown.add_row(one.location, str(one.count), size(one.size), here, size(one.missing))
     return _right(shown)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from weightgeom.text.conversation import CHAT_TEMPLATE, plain
+from weightgeom.text.conversation import CHAT_TEMPLATE, plain_text
 from weightgeom.text.examples import Examples, Pair, Question
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def standin(examples: Examples, length: Callable[[str], int]) -> Examples:
     draw = random.Random("weightgeom stand-in")
 
     def written(text: Any) -> str:
-        return "".join(f" w{draw.randrange(SMALLEST - 2)}" for _ in range(length(plain(text))))
+        return "".join(f" w{draw.randrange(SMALLEST - 2)}" for _ in range(length(plain_text(text))))
 
     def pairs(some: Sequence[Pair]) -> list[Pair]:
         return [Pair(*map(written, (one.prompt, one.chosen, one.rejected))) for one in some[:PAIRS]]

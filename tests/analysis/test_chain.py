@@ -108,10 +108,11 @@ def test_a_comparison_has_the_rows_of_its_stage_and_of_the_start(tables):
 def test_what_is_not_defined_on_a_chain_is_refused():
     check_chain(["rsf", "behaviour", "spectrum", "overlap"], [])
     with pytest.raises(
-        ValueError, match=r"intervention\.rank1 edits one trained model and a chain has several"
+        ValueError, match=r"intervention\.rank1 edits one trained model, but a chain has several"
     ):
         check_chain(["rsf"], ["rank1"])
     with pytest.raises(
-        ValueError, match=r"probe\.moments needs the objective of a training, and those of a chain"
+        ValueError,
+        match=r"probe\.moments needs the training objective, which is unknown for the stages of a chain",
     ):
         check_chain(["moments"], [])

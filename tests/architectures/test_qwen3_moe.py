@@ -12,6 +12,7 @@ from weightgeom.estimators.moments import activation_moments
 from weightgeom.figures.base import COLOURS
 from weightgeom.interfaces import Setting
 from weightgeom.interventions.rank1 import Rank1
+from weightgeom.models.experts import stacked, unstacked
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.loading import load
 from weightgeom.models.residual import ResidualMatrix, chosen
@@ -83,6 +84,13 @@ def test_the_network_computes_with_the_stacks_of_what_lies_apart_on_disk(model, 
         expected = network(batch.input_ids, attention_mask=batch.attention_mask).logits
     assert_close(model.logits(model.hold(params), batch), expected, rtol=1e-5, atol=1e-5)
     assert_close(model.streaming(params).logits({}, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_unstacked_is_what_lay_apart(model, params):
+    network = dict(stacked(params, model.architecture.stacks))
+    assert "model.layers.0.mlp.experts.gate_up_proj" in network
+    apart = unstacked(network, model.architecture.stacks)
+    assert_close(apart, dict(params), rtol=0, atol=0)
 
 
 def test_the_block_is_its_map_by_hand(model, params, batch):

@@ -48,7 +48,7 @@ def second_moment(model, params, examples, one):
     for batch in packed(examples.heldout, model.tokenizer, TEXT["length"], TEXT["tokens"]):
         keep = batch.attention_mask.bool()
         hook = network.get_submodule(one.module).register_forward_pre_hook(
-            lambda module, given, keep=keep: rows.append(given[0][keep])
+            lambda module, given, keep=keep: rows.append(given[0].reshape(*keep.shape, -1)[keep])
         )
         network(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         hook.remove()

@@ -56,5 +56,5 @@ def test_auto_is_text_where_there_is_any_and_the_chosen_responses_otherwise(exam
 @pytest.mark.parametrize(("on", "part"), [("text", "text"), ("chosen", "pairs")])
 def test_data_without_the_examples_are_refused(on, part, examples):
     needed = "text" if on == "text" else "preference pairs"
-    with pytest.raises(ValueError, match=f"objective=ce on {on} needs {needed}, and world-style has none"):
+    with pytest.raises(ValueError, match=f"objective=ce on {on} needs {needed}, but world-style has none"):
         CE(on).check(replace(examples, **{part: []}))

@@ -122,9 +122,9 @@ def test_the_log_says_what_was_cut_and_too_long_prompts_are_refused(model, examp
 
 
 def test_data_without_pairs_and_batches_of_one_are_refused(model, examples, tmp_path):
-    with pytest.raises(ValueError, match="objective=kto needs preference pairs, and world-style has none"):
+    with pytest.raises(ValueError, match="objective=kto needs preference pairs, but world-style has none"):
         KTO().check(replace(examples, pairs=[]))
-    with pytest.raises(ValueError, match=r"training\.batch_size must be 2 or more, got 1"):
+    with pytest.raises(ValueError, match=r"training\.batch_size must be at least 2 for .*, got 1"):
         trainer_for(KTO(), model, examples, tmp_path, replace(TRAINING, batch_size=1))
 
 

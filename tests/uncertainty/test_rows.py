@@ -8,11 +8,11 @@ from torch.testing import assert_close
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.table import arm_columns
 from weightgeom.uncertainty.contrast import Contrast, auroc, equal_groups, half_samples, two_sided
-from weightgeom.uncertainty.rows import Asked, boundary_rows, output_rows, overlap_rows, shape_rows
+from weightgeom.uncertainty.rows import EstimateSettings, boundary_rows, output_rows, overlap_rows, shape_rows
 
 D, VOCABULARY = 16, 40
 ARM = arm_columns("u", against="f")
-ASKED = Asked(neighbours=6, points=12, thresholds=[0.1, 0.5], resamples=2, random=19, seed=0)
+ASKED = EstimateSettings(neighbours=6, points=12, thresholds=[0.1, 0.5], resamples=2, random=19, seed=0)
 WEIGHT = torch.randn(VOCABULARY, D, generator=torch.Generator().manual_seed(7)) / 2
 # Anisotropic, like states: what is random must be judged against permuted labels and not against a sphere.
 SCALES = torch.linspace(3, 0.3, D)

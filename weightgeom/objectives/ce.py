@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 class CE:
     """-log p(token | before), the mean over tokens, in nats; trained by TRL's `SFTTrainer`.
 
-    `on` is what it is trained on: `text` (documents, packed end to end), `chosen` (the responses to
-    the prompts of the pairs, whose own tokens are not scored), or `auto`: text, where the data has any.
+    `on` is the training part of the data: `text` (documents, packed end to end), `chosen` (the chosen
+    responses of the pairs; the prompts' tokens are not scored), or `auto`: text if the data have any.
     """
 
     on: Literal["auto", "text", "chosen"] = "auto"
 
     @property
     def first_loss(self) -> None:
-        """Not known beforehand."""
+        """None: the loss of an untrained batch is not known in advance."""
         return None
 
     def check(self, examples: Examples) -> None:
-        """Raise ValueError if the data have no such examples."""
+        """Raise ValueError if the data lack the training part."""
         check_part("ce", self.on, examples)
 
     def examples(self, examples: Examples) -> Part:
-        """Which part of the data it is trained on."""
+        """The training part of the data."""
         return part(self.on, examples)
 
     def trainer(
@@ -45,14 +45,14 @@ class CE:
         examples: Examples,
         arguments: Mapping[str, Any],
     ) -> "Trainer":
-        """An `SFTTrainer` on the examples; says in the log what was packed or cut."""
+        """An `SFTTrainer` on the training part; logs packing and truncation."""
         from trl import SFTTrainer
 
         trainer = supervised(SFTTrainer, self.examples(examples), network, tokenizer, examples, arguments)
         return with_sharpness(trainer, self.scored)
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
-        """The tokens with a label, each a term; every sequence is a prompt of its own."""
+        """The tokens with a label, one term each; every sequence counts as a prompt."""
         targets = inputs["labels"] != -100
         terms = targets[:, 1:].sum(1).tolist()
         return Scored(targets, list(range(len(targets))), terms)

@@ -19,7 +19,7 @@ from weightgeom.training.trainers import check_pairs, own_loss, preference, with
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}  # the others of TRL pass over label_smoothing
+SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}  # TRL's other losses ignore label_smoothing
 LOSS_TYPES = (
     "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down"
     " discopop sft sigmoid_norm"
@@ -41,10 +41,10 @@ class DPO:
     options: dict[str, Any] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse what TRL would only refuse after the model is loaded."""
+        """Refuse settings that TRL would refuse only after loading the model."""
         types = self.loss_types
         if unknown := [name for name in types if name not in LOSS_TYPES]:
-            raise ValueError(f"unknown loss_type {unknown[0]!r}; TRL has {', '.join(LOSS_TYPES)}")
+            raise ValueError(f"unknown loss_type {unknown[0]!r}; choose from {', '.join(LOSS_TYPES)}")
         if self.loss_weights is not None and len(self.loss_weights) != len(types):
             raise ValueError(
                 f"loss_weights has {len(self.loss_weights)} entries for {len(types)} loss types;"
@@ -52,7 +52,7 @@ class DPO:
             )
         if self.label_smoothing and not SMOOTHED & set(types):
             raise ValueError(
-                f"loss_type {self.loss_type} does not read label_smoothing: use one of"
+                f"loss_type {self.loss_type} ignores label_smoothing: choose from"
                 f" {', '.join(sorted(SMOOTHED))}, or objective=graded_contrastive with tau above 0"
             )
         if "exo_pair" in types and self.label_smoothing == 0:
@@ -87,7 +87,7 @@ class DPO:
             for name in self.options:
                 if name in own:
                     raise ValueError(
-                        f"objective.options cannot set {name!r}: it is a key of objective or training"
+                        f"objective.options cannot set {name!r}, a key of objective or training: set it there"
                     )
                 if name not in known:
                     near = ", ".join(get_close_matches(name, known - own)) or ", ".join(sorted(known - own))
@@ -100,7 +100,7 @@ class DPO:
         examples: Examples,
         arguments: Mapping[str, Any],
     ) -> "Trainer":
-        """A `DPOTrainer` whose reference is a copy of `network` as it is; says in the log what was cut."""
+        """A `DPOTrainer` whose reference is a copy of `network`; logs truncation."""
         from trl import DPOTrainer
 
         own = {
@@ -113,7 +113,7 @@ class DPO:
         return with_sharpness(trainer, self.scored)
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
-        """The tokens of the responses; a pair is one term, its chosen response in the first half."""
+        """The tokens of the responses; a pair is one term, with its chosen response in the first half."""
         pairs = len(inputs["completion_mask"]) // 2
         return Scored(inputs["completion_mask"].bool(), [*range(pairs), *range(pairs)], [1] * pairs)
 

@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimization, on responses that are good or bad each by itself, by TRL's `KTOTrainer`."""
+"""Kahneman-Tversky optimization on single desirable or undesirable responses, by TRL's `KTOTrainer`."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KTO:
-    """The weight of a response times 1 - sigmoid(±beta (its log-ratio - z)), + if it is desirable, - if not.
+    """A response's weight times 1 - sigmoid(±beta (its log-ratio - z)), + if it is desirable, - if not.
 
-    The chosen response of a pair is desirable, the rejected one is not, and nothing links the two. Ratios
-    are against the policy at the start; z ≥ 0 estimates the KL divergence from it, by the responses of
-    the batch behind one another's prompts, without a gradient. The loss is dimensionless.
+    The chosen response of a pair is desirable and the rejected one undesirable; the two are otherwise
+    unrelated. Ratios are relative to the initial policy; z ≥ 0 estimates the KL divergence from that policy,
+    without a gradient, on the batch's responses paired with other prompts. The loss is dimensionless.
     Source: arXiv:2402.01306, eq. 7 and 8.
     """
 
@@ -31,7 +31,7 @@ class KTO:
 
     @property
     def first_loss(self) -> float | None:
-        """Half the weight, where there is one for both kinds: all ratios and z are still 0."""
+        """Half the weight if both kinds have the same weight, as all ratios and z are 0; else None."""
         return self.desirable_weight / 2 if self.desirable_weight == self.undesirable_weight else None
 
     def check(self, examples: Examples) -> None:
@@ -45,7 +45,7 @@ class KTO:
         examples: Examples,
         arguments: Mapping[str, Any],
     ) -> "Trainer":
-        """A `KTOTrainer` whose reference is a copy of `network` as it is; says in the log what was cut."""
+        """A `KTOTrainer` whose reference is a copy of `network`; logs truncation."""
         from trl import KTOTrainer
 
         own = {
@@ -57,13 +57,13 @@ class KTO:
         return with_sharpness(trainer, self.scored)
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
-        """The tokens of the responses, each a term with a prompt of its own."""
+        """The tokens of the responses; each response is one term and counts as its own prompt."""
         responses = len(inputs["label"])
         return Scored(inputs["completion_mask"].bool(), list(range(responses)), [1] * responses)
 
     def total_loss(self, trainer: "Trainer", inputs: dict[str, Any]) -> Tensor:
-        """The loss summed over the responses of a batch, whose z it depends on besides.
+        """The loss summed over the responses of a batch; it also depends on the batch's z.
 
-        It adds up over batches where z is 0, as at the start.
+        Additive over batches only if z is 0, as at the start.
         """
         return own_loss(trainer, inputs) * len(inputs["label"])

@@ -20,7 +20,7 @@ from weightgeom.text.prompt_groups import check_groups, first_tokens
 from weightgeom.uncertainty.contrast import Contrast, equal_groups
 from weightgeom.uncertainty.intrinsic_dimension import check_neighbours
 from weightgeom.uncertainty.rows import (
-    Asked,
+    EstimateSettings,
     boundary_rows,
     group_rows,
     output_rows,
@@ -107,7 +107,7 @@ class Uncertainty:
         texts = {name: [question.prompt for question in group] for name, group in groups.items()}
         states = {name: last_states(model, network, some, layers) for name, some in texts.items()}
         factual, *uncertain = texts
-        asked = Asked(
+        asked = EstimateSettings(
             self.neighbours, self.points, self.thresholds, self.resamples, self.random, setting.seed
         )
         contrast = Contrast.of(len(texts[factual]), self.permutations, setting.seed)

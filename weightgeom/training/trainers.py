@@ -1,4 +1,4 @@
-"""TRL's trainers on our examples: how responses and documents become their data sets."""
+"""TRL's trainers on a data set's documents, responses or pairs."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -20,25 +20,25 @@ Part = Literal["text", "chosen"]
 
 
 def part(on: Literal["auto", "text", "chosen"], examples: Examples) -> Part:
-    """Which part of the data is trained on: `auto` is the text, where there is any."""
+    """The training part of the data; `auto` is the text if there is any, else the chosen responses."""
     if on != "auto":
         return on
     return "chosen" if examples.pairs and not examples.text else "text"
 
 
 def check_part(objective: str, on: Literal["auto", "text", "chosen"], examples: Examples) -> None:
-    """Raise ValueError if the data lack the part that is trained on."""
+    """Raise ValueError if the data lack the training part."""
     trained = part(on, examples)
     if not (examples.pairs if trained == "chosen" else examples.text):
         needed = "preference pairs" if trained == "chosen" else "text"
-        raise ValueError(f"objective={objective} on {trained} needs {needed}, and {examples.name} has none")
+        raise ValueError(f"objective={objective} on {trained} needs {needed}, but {examples.name} has none")
 
 
 def check_pairs(objective: str, examples: Examples, otherwise: str = "") -> None:
-    """Raise ValueError if the data have no pairs; `otherwise` is another way out than other data."""
+    """Raise ValueError if the data have no pairs; `otherwise` is an alternative to other data."""
     if not examples.pairs:
         raise ValueError(
-            f"objective={objective} needs preference pairs, and {examples.name} has none:"
+            f"objective={objective} needs preference pairs, but {examples.name} has none:"
             f" use data=preferences or data=world{otherwise}"
         )
 
@@ -51,9 +51,9 @@ def supervised(
     examples: Examples,
     arguments: Mapping[str, Any],
 ) -> Any:
-    """An `SFTTrainer` or a kind of it, on documents, packed, or on chosen responses; logs what was cut.
+    """An `SFTTrainer`, or the subclass `kind`, on packed documents or on chosen responses; logs truncation.
 
-    `arguments` are those of `SFTConfig`, and a `peft_config` where an adapter is trained.
+    `arguments` are those of `SFTConfig`, and a `peft_config` if an adapter is trained.
     """
     from trl import SFTConfig
 
@@ -63,7 +63,7 @@ def supervised(
         dataset = _dataset({"text": list(examples.text)})
         trainer = _made(kind, SFTConfig, dataset, network, tokenizer, {**arguments, **packing})
         log.info(
-            "%d documents packed end to end into %d sequences of %d tokens, none cut",
+            "%d documents packed end to end into %d sequences of %d tokens, none truncated",
             *(len(examples.text), len(trainer.train_dataset), length),
         )
         return trainer
@@ -86,15 +86,17 @@ def preference(
     examples: Examples,
     arguments: Mapping[str, Any],
 ) -> Any:
-    """A `DPOTrainer` or a kind of it, whose reference is a copy of `network` as it is; logs what was cut.
+    """A `DPOTrainer`, or the subclass `kind`, whose reference is a copy of `network`; logs truncation.
 
-    `arguments` are those of `DPOConfig`, and a `peft_config` where an adapter is trained: the reference is
-    then `network` with the adapter off, and nothing is copied.
+    `arguments` are those of `DPOConfig`, and a `peft_config` if an adapter is trained: the reference is then
+    `network` with the adapter disabled, without a copy.
     """
     from trl import DPOConfig
 
     names = ("prompt", "chosen", "rejected")
     reference = _reference(network, arguments)
+    if arguments.get("disable_dropout", True):
+        _disable_functional_dropout(network)
     rendered = [render(pair, tokenizer) for pair in examples.pairs]
     dataset = _dataset({name: [getattr(pair, name) for pair in rendered] for name in names})
     trainer = _made(kind, DPOConfig, dataset, network, tokenizer, arguments, ref_model=reference)
@@ -111,25 +113,27 @@ def unpaired(
     examples: Examples,
     arguments: Mapping[str, Any],
 ) -> Any:
-    """A `KTOTrainer` on the responses of the pairs one by one, the chosen desirable; logs what was cut.
+    """A `KTOTrainer` on the single responses of the pairs, the chosen ones desirable; logs truncation.
 
-    `arguments` are those of `KTOConfig`, and a `peft_config`, as for `preference`, as is the reference.
+    `arguments` are those of `KTOConfig`, and a `peft_config`; this and the reference are as in `preference`.
     """
     from trl import KTOConfig
 
     if (size := arguments["per_device_train_batch_size"]) < 2:
         raise ValueError(
-            "objective=kto estimates a KL divergence by the other responses of a batch: training.batch_size"
-            f" must be 2 or more, got {size}"
+            "training.batch_size must be at least 2 for objective=kto, which estimates a KL divergence from"
+            f" the other responses of a batch, got {size}"
         )
     reference = _reference(network, arguments)
+    if arguments.get("disable_dropout", True):
+        _disable_functional_dropout(network)
     rendered = [render(pair, tokenizer) for pair in examples.pairs]
     dataset = _dataset({
         "prompt": [pair.prompt for pair in rendered] * 2,
         "completion": [pair.chosen for pair in rendered] + [pair.rejected for pair in rendered],
         "label": [True] * len(rendered) + [False] * len(rendered),
     })  # fmt: skip
-    # TRL takes the examples in this order, and of a batch each with the response before it.
+    # TRL keeps this order, and pairs each example of a batch with the response before it for the KL.
     shuffled = dataset.shuffle(seed=arguments["seed"])
     trainer = _made(kind, KTOConfig, shuffled, network, tokenizer, arguments, ref_model=reference)
     columns = (trainer.train_dataset[f"{name}_ids"] for name in ("prompt", "completion"))
@@ -139,7 +143,7 @@ def unpaired(
 
 
 def with_sharpness(trainer: Any, scored: Callable[[Mapping[str, Tensor]], Scored]) -> Any:
-    """The trainer of a loss of log-probabilities, which is mutated: its sharpness is in its log."""
+    """The trainer of a loss of log-probabilities, mutated to log its sharpness."""
     from weightgeom.training.sharpness import Sharpness
 
     trainer.add_callback(Sharpness(trainer, scored))
@@ -147,7 +151,7 @@ def with_sharpness(trainer: Any, scored: Callable[[Mapping[str, Tensor]], Scored
 
 
 def own_loss(trainer: Any, inputs: dict[str, Any], **options: Tensor) -> Tensor:
-    """The trainer's own loss of a batch, a mean unless the `options` say otherwise."""
+    """The trainer's own loss of a batch: a mean, unless the `options` change its normalisation."""
     loss = trainer.compute_loss(trainer.model, inputs, **options)
     assert isinstance(loss, Tensor)
     return loss
@@ -169,7 +173,7 @@ def _made(
     arguments: Mapping[str, Any],
     **more: Any,
 ) -> Any:
-    """A trainer of TRL, whose config takes all arguments but the adapter's."""
+    """A TRL trainer, whose config takes all arguments except the adapter's."""
     settings = dict(arguments)
     adapter = settings.pop("peft_config", None)
     return kind(
@@ -183,26 +187,37 @@ def _made(
 
 
 def _log_cut(kind: str, number: int, lengths: Sequence[int], limit: int) -> None:
-    """Log how many examples were dropped and cut, of which `lengths` are left; raise if none is."""
+    """Log the number of examples dropped and truncated; raise ValueError if none is left.
+
+    `lengths` are the lengths of the remaining examples before truncation to `limit` tokens.
+    """
     if not lengths:
         raise ValueError(f"every prompt is {limit} tokens or longer: raise training.max_length")
     log.info(
-        "%d %s: %d dropped (prompt of %d tokens or more), %d cut at %d tokens",
+        "%d %s: %d dropped (prompt of %d tokens or more), %d truncated to %d tokens",
         *(number, kind, number - len(lengths), limit, sum(length > limit for length in lengths), limit),
     )
 
 
+def _disable_functional_dropout(network: "PreTrainedModel") -> None:
+    """Turn off dropout that is no module, which TRL's `disable_dropout` leaves on; mutates `network`."""
+    for module in network.modules():
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def _reference(network: "PreTrainedModel", arguments: Mapping[str, Any]) -> "PreTrainedModel | None":
-    """A copy of `network`; None with an adapter, which TRL turns off to have the reference."""
+    """A copy of `network`; None with an adapter, which TRL disables to compute the reference."""
     adapter = arguments.get("peft_config")
     if adapter is None:
-        # Rebuilt, not left to TRL: without a reference it loads one again by name and without revision.
+        # Without a reference, TRL would load one again by name and without the revision.
         reference = type(network)(network.config).to(network.device, network.dtype)  # pyright: ignore[reportArgumentType]
         reference.load_state_dict(network.state_dict())
-        return reference
+        return reference.eval()
     if adapter.lora_dropout and arguments.get("disable_dropout", True):
         raise ValueError(
-            f"training.lora.dropout is {adapter.lora_dropout:g}, and TRL trains on preferences without"
-            " dropout: set it to 0"
+            f"training.lora.dropout is {adapter.lora_dropout:g}, but TRL trains on preferences without"
+            " dropout: set training.lora.dropout=0"
         )
     return None

@@ -1,4 +1,4 @@
-"""Each door fails with the name that a new version of Hydra has moved."""
+"""Each test fails with the name of a private part that a new version of Hydra has moved."""
 
 from types import SimpleNamespace
 

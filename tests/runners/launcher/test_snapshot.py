@@ -31,12 +31,12 @@ def repository(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_snapshot_is_the_code_as_it_is_and_knows_its_commit(repository, tmp_path):
+def test_a_snapshot_holds_the_current_code_and_its_commit(repository, tmp_path):
     (repository / "weightgeom/a.py").write_text("changed = 1\n")
     copy = tmp_path / "copy"
     take_snapshot(repository, copy)
-    found = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
-    assert found == {
+    files = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
+    assert files == {
         "run.py",
         "runners/__init__.py",
         "weightgeom/a.py",
@@ -99,16 +99,16 @@ def test_a_change_of_the_users_own_since_is_told_with_the_file(repository, lab, 
     assert changed_since(repository, tmp_path / "copy") == said
 
 
-def test_a_change_since_is_told_with_the_commits(repository, tmp_path):
+def test_the_sentence_about_changed_code_names_both_commits(repository, tmp_path):
     take_snapshot(repository, tmp_path / "copy")
     assert changed_since(repository, tmp_path / "copy") == ""
     (repository / "run.py").write_text("changed = 1\n")
     head = commit(repository)["git_commit"][:12]
-    told = changed_since(repository, tmp_path / "copy")
-    assert f"it was {head}, and {repository} is {head} with changes" in told
+    sentence = changed_since(repository, tmp_path / "copy")
+    assert f"it was {head}, and {repository} is {head} with changes" in sentence
 
 
-def test_python_takes_the_code_of_the_snapshot_and_not_of_the_working_directory(repository, tmp_path):
+def test_python_imports_the_code_of_the_snapshot_rather_than_of_the_working_directory(repository, tmp_path):
     take_snapshot(repository, tmp_path / "copy")
     code = "import weightgeom.a; print(weightgeom.a.__file__)"
     (tmp_path / "copy/weightgeom/__init__.py").touch()
