@@ -44,12 +44,7 @@ class Module:
         Raises:
             ValueError: if the file is not valid Python.
         """
-        if self.path is None or self.path.suffix != ".py":
-            return ast.Module([], [])
-        try:
-            return _Stripped().visit(ast.parse(self.path.read_bytes()))
-        except SyntaxError as error:
-            raise ValueError(f"{self.path} line {error.lineno} is not valid Python: {error.msg}") from error
+        return _Stripped().visit(self._parsed())
 
     @cached_property
     def code(self) -> str:
@@ -76,13 +71,29 @@ class Module:
 
     def bound(self, name: str) -> list[Import]:
         """The imports that give a package its `name`; the package itself, if it defines the name."""
+        # A name that is imported when it is first asked for is written down for type checkers alone.
+        return self._bound(self.tree, name) or self._bound(self._whole, name)
+
+    def _bound(self, tree: ast.Module, name: str) -> list[Import]:
         bound = []
-        for node in _run_at_import(self.tree):
+        for node in _run_at_import(tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 bound += [written for given, written in self._names(node) if given == name]
             elif _defines(node, name):
                 bound.append(Import(self.name))
         return bound
+
+    @cached_property
+    def _whole(self) -> ast.Module:
+        return self._parsed()
+
+    def _parsed(self) -> ast.Module:
+        if self.path is None or self.path.suffix != ".py":
+            return ast.Module([], [])
+        try:
+            return ast.parse(self.path.read_bytes())
+        except SyntaxError as error:
+            raise ValueError(f"{self.path} line {error.lineno} is not valid Python: {error.msg}") from error
 
     def _leading_to(self, imports: Iterable[Import]) -> frozenset[Import]:
         inside = is_house(self.name)  # and imports nothing of the user's
@@ -90,9 +101,16 @@ class Module:
         return frozenset(origin for written in kept for origin in _origins(written))
 
     def _written(self) -> Iterator[Import]:
+        used: dict[str, set[str]] = {}  # attributes by the name that they are taken of
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                used.setdefault(node.value.id, set()).add(node.attr)
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
-                yield from (written for _, written in self._names(node))
+                for given, written in self._names(node):
+                    yield written
+                    if isinstance(node, ast.Import):
+                        yield from (Import(written.module, name) for name in used.get(given, ()))
             elif isinstance(node, ast.Call) and _name(node.func) == "import_module" and node.args:
                 match node.args[0]:
                     case ast.Constant(value=str(name)) if not name.startswith("."):

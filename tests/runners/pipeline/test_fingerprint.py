@@ -175,6 +175,19 @@ def test_a_name_that_the_package_defines_or_takes_by_a_star_is_the_whole_package
         change(desk / "desk/deep/probe.py", f"import {taken}", "import Width")
 
 
+@pytest.mark.parametrize("taken", ["from desk import late", "import desk as lab\n\nlab.late"])
+def test_a_name_that_is_imported_when_it_is_asked_for_leads_to_its_module(desk: Path, taken: str) -> None:
+    append(
+        desk / "desk/__init__.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from desk.typed import late\n"
+        "def __getattr__(name): ...\n",
+    )
+    append(desk / "loose.py", f"{taken}\n")
+    before = code_behind("loose")
+    append(desk / "desk/typed.py", "late = 1\n")
+    assert code_behind("loose") != before
+
+
 def test_what_draws_does_not_count_for_a_module_that_imports_it(planted: Path) -> None:
     append(planted / "table.py", "def figure():\n    from planted import figures, figures_causal\n")
     before = code_behind("planted.table")
