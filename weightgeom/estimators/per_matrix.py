@@ -48,10 +48,9 @@ class PerMatrix:
         for matrix in setting.model.architecture.matrices:
             before, after = (matrix.of(weights).float() for weights in (setting.start, params))
             unmoved = torch.equal(before, after)
-            place = {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}
             for quantity, value in self.function.of_matrix(before, after).items():
                 if isfinite(value) or not unmoved:
-                    yield row(quantity, float(value), n=after.numel(), **place)
+                    yield row(quantity, float(value), n=after.numel(), **matrix.table_columns)
 
 
 def as_probe(thing: object) -> object:

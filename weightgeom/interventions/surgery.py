@@ -107,7 +107,7 @@ class DeltaSurgery:
         if MARGIN not in set(table["quantity"]):
             return {}
         drawn = {"surgery": surgery_curve(table)}
-        if table["arm"].str.endswith("@transplant").any():
+        if (table["dose"] == "transplant").any():
             drawn["transplants"] = transplants(table)
         return drawn
 
