@@ -86,7 +86,7 @@ def test_the_recorded_part_of_the_data_counts_before_the_parameters():
 def test_rows_of_matrices_need_no_subspace():
     at = {"step": 1, "layer": 0, "role": "read"}
     whole = row("gap", 2.0, n=1, matrix="q", **at)
-    others = [row("gap", 9.0, n=1, matrix="q.0", **at), row("gap", 9.0, n=1, step=1)]
+    others = [row("gap", 9.0, n=1, matrix="q", head=0, **at), row("gap", 9.0, n=1, step=1)]
     assert of_matrices(tabulate([whole, *others]), "gap")["value"].tolist() == [2.0]
     inside = row("gap", 3.0, n=1, matrix="q", subspace="prediction", k=4, **at)
     assert of_matrices(tabulate([whole, inside, *others]), "gap")["value"].tolist() == [3.0]
