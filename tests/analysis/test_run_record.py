@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from runners.tracking.record import Record
-from weightgeom.run_record import read_run
+from weightgeom.analysis.run_record import read_run
 from weightgeom.table import row, tabulate
 
 ASKED: dict[str, Any] = {
