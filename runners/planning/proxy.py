@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from weightgeom.text.conversation import CHAT_TEMPLATE
+from weightgeom.text.conversation import CHAT_TEMPLATE, plain_text
 from weightgeom.text.examples import Examples, Pair, Question
 
 if TYPE_CHECKING:

@@ -104,7 +104,7 @@ def render(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> Pair:
 
     header = chosen[0]["role"] == rejected[0]["role"] == "assistant"
     whole = text(prompt + chosen), text(prompt + rejected)
-    start = commonprefix([text(prompt, header), *whole])
+    start = commonprefix([text(prompt, header), *whole])  # noqa: RUF071 (the prefix is of characters)
     return Pair(start, whole[0][len(start) :], whole[1][len(start) :])
 
 
