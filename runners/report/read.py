@@ -165,7 +165,7 @@ def _downloaded(client: "MlflowClient", run: "Run") -> "dict[str, pd.DataFrame]"
     """The tables of a run by name, but the one that is made of the others."""
     import pandas as pd
 
-    from weightgeom.table import COLUMNS
+    from weightgeom.table import COLUMNS, upgraded
 
     identity = run.info.run_id
     where = f"the artifacts of run {run.info.run_name!r} ({identity})"
@@ -180,7 +180,7 @@ def _downloaded(client: "MlflowClient", run: "Run") -> "dict[str, pd.DataFrame]"
     with TemporaryDirectory() as directory:
         for name in names:
             try:
-                table = pd.read_parquet(client.download_artifacts(identity, name, directory))
+                table = upgraded(pd.read_parquet(client.download_artifacts(identity, name, directory)))
             except Exception as error:
                 raise FileNotFoundError(
                     f"{where} lack {name}, or it cannot be read ({one_line(error)[:200]})"

@@ -16,7 +16,7 @@ from runners.tracking.record import Record
 from weightgeom.analysis.chain import STAGES
 from weightgeom.analysis.declared import declared, of_text, plain_name
 from weightgeom.declarations import ASYMMETRY, SECTIONS, ProbeDeclaration
-from weightgeom.table import of_matrices
+from weightgeom.table import of_matrices, upgraded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -139,7 +139,7 @@ def _headlines(child: Record) -> "Iterator[tuple[str, pd.DataFrame]]":
     for path in sorted((child.directory / "artifacts/tables").glob("*.parquet")):
         if path.stem != plain_name(path.stem) or path.stem == STAGES:
             continue
-        table = pd.read_parquet(path)
+        table = upgraded(pd.read_parquet(path))
         declaration = declared(path.stem, table)
         if not isinstance(declaration, ProbeDeclaration) or not declaration.generic:
             continue

@@ -71,7 +71,8 @@ def side_by_side(tables: "Mapping[str, pd.DataFrame]", headlines: Mapping[str, s
 
 
 def _sizes(table: "pd.DataFrame") -> "pd.DataFrame":
-    return table[(table["quantity"] == "delta_norm") & ~table["matrix"].str.contains(".", regex=False)]
+    whole = table["head"].isna() & table["expert"].isna()
+    return table[(table["quantity"] == "delta_norm") & whole]
 
 
 def _over_layers(part: "pd.DataFrame", headline: str) -> Iterator[dict[str, Any]]:
