@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from weightgeom.analysis.run_record import Run, read_run
     from weightgeom.estimators.rotation import RotationTest, rotation_test
     from weightgeom.geometry.subspace import Subspace
     from weightgeom.library import measure, subspaces
-    from weightgeom.run_record import Run, read_run
 
     __version__: str
 
@@ -30,10 +30,10 @@ __all__ = [
 # A module must not have the name of something in it that is public here: importing it would hide that.
 PLACES = {
     "RotationTest": "weightgeom.estimators.rotation",
-    "Run": "weightgeom.run_record",
+    "Run": "weightgeom.analysis.run_record",
     "Subspace": "weightgeom.geometry.subspace",
     "measure": "weightgeom.library",
-    "read_run": "weightgeom.run_record",
+    "read_run": "weightgeom.analysis.run_record",
     "rotation_test": "weightgeom.estimators.rotation",
     "subspaces": "weightgeom.library",
 }

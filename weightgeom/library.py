@@ -213,7 +213,7 @@ def _takes_k(kind: type) -> bool:
 
 
 def _named(name: str) -> type:
-    """The probe's class, the one in its file that has a headline."""
+    """The probe's class, the one in its file that has a declaration."""
     names = sorted(module.name for module in iter_modules(probe_files.__path__))
     if name not in names:
         raise KeyError(f"unknown probe {name!r}; choose from {', '.join(names)}")
@@ -221,7 +221,7 @@ def _named(name: str) -> type:
     return next(
         thing
         for thing in vars(module).values()
-        if isinstance(thing, type) and thing.__module__ == module.__name__ and "headline" in vars(thing)
+        if isinstance(thing, type) and thing.__module__ == module.__name__ and "declaration" in vars(thing)
     )
 
 

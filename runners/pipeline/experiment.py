@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -139,7 +140,7 @@ class Experiment:
         base = self.model.prepare(make, examples, self.data, self.device, self._wanted)
         tables, measured = {}, None
         for trajectory, identity in self._trajectories(record, base, examples):
-            measured = Measured(self, record, base, trajectory, identity, examples)
+            measured = self._measured(record, base, trajectory, identity, examples)
             suffix = "_pretraining" if self.objective is not None and trajectory is base.trajectory else ""
             for name, probe in self.probes.items():
                 tables[name + suffix] = self._about(name, trajectory, measured.table(name, probe))
@@ -185,7 +186,7 @@ class Experiment:
         for pair, (before, after) in zip(base.pairs, pairwise(base.trajectory.stages), strict=True):
             assert pair.trajectory is not None
             log.info("stage %s against %s, the one before it", after, before)
-            measured = Measured(self, record, pair, pair.trajectory, pair.identity, examples)
+            measured = self._measured(record, pair, pair.trajectory, pair.identity, examples)
             for name in names:
                 found[name].append(measured.table(name, self.probes[name]))
         yield from ((name, between(pairs)) for name, pairs in found.items())
@@ -232,6 +233,13 @@ class Experiment:
         }
         directory = make("training", specification, work, self.training.steps)
         return saved_trajectory(directory, "training", base.directory), f"training/{directory.name}"
+
+    def _measured(
+        self, record: Record, base: Base, trajectory: Trajectory, identity: str, examples: Examples
+    ) -> Measured:
+        stages = partial(self.stages, record)
+        parts = (self.seed, self.device, self.objective, self.training)
+        return Measured(stages, *parts, base, trajectory, identity, examples)
 
     def stages(self, record: Record, prefix: str, code: str) -> "Stages":
         """Makes stages whose metrics go into `record` under `prefix`."""

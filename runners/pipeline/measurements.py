@@ -11,9 +11,8 @@ import torch
 
 from runners.modules import fields_of, modules_of, required
 from runners.pipeline.fingerprint import code_behind, contents
-from runners.tracking.record import Record
 from weightgeom.estimators.per_matrix import PerMatrix
-from weightgeom.interfaces import Intervention, Log, Probe, Setting
+from weightgeom.interfaces import Intervention, Log, Objective, Probe, Setting, Stage
 from weightgeom.table import Row
 from weightgeom.text.examples import Examples
 from weightgeom.trajectory import Base, Trajectory
@@ -21,16 +20,19 @@ from weightgeom.trajectory import Base, Trajectory
 if TYPE_CHECKING:
     import pandas as pd
 
-    from runners.pipeline.experiment import Experiment
     from weightgeom.models.language_model import LanguageModel
+    from weightgeom.training.config import Training
 
 
 @dataclass(frozen=True)
 class Measured:
     """The tables of one trajectory; a model is loaded only if one of them is not there yet."""
 
-    experiment: "Experiment"
-    record: Record
+    stages: Callable[[str, str], Stage]  # for a prefix of the metrics and a fingerprint of the code
+    seed: int
+    device: str
+    objective: Objective | None
+    training: "Training"
     base: Base
     trajectory: Trajectory
     identity: str
@@ -104,11 +106,11 @@ class Measured:
             "base": self.base.identity,
             kind: plain(thing),
             "data": self._data,
-            "seed": self.experiment.seed,
-            "device": self.experiment.device,
+            "seed": self.seed,
+            "device": self.device,
         }
         code = code_behind(*modules_of(thing, load, tabulate), map_of(self.base))
-        make = self.experiment.stages(self.record, name, code)
+        make = self.stages(name, code)
         directory = make(name, specification, work, steps)
         return upgraded(pd.read_parquet(directory / f"{name}.parquet"))
 
@@ -125,9 +127,9 @@ class Measured:
             end,
             self.trajectory.from_random,
             self.examples,
-            self.experiment.seed,
-            self.experiment.objective if trained else None,
-            self.experiment.training,
+            self.seed,
+            self.objective if trained else None,
+            self.training,
             self.trajectory.last,
         )
 
@@ -139,7 +141,7 @@ class Measured:
     def _model(self) -> "LanguageModel":
         from weightgeom.models.loading import load
 
-        return load(self.base.directory, self.experiment.device)
+        return load(self.base.directory, self.device)
 
 
 def plain(thing: object) -> Any:

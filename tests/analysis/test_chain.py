@@ -116,6 +116,6 @@ def test_what_is_not_defined_on_a_chain_is_refused():
     ):
         check_chain({"rsf": ratio}, ["rank1"])
     with pytest.raises(
-        ValueError, match=r"probe\.moments needs the objective of a training.* such as probe=\[rsf\]"
+        ValueError, match=r"probe\.moments needs the training objective.* such as probe=\[rsf\]"
     ):
         check_chain({"rsf": ratio, "moments": moments}, [])

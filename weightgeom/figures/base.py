@@ -243,7 +243,8 @@ def ratio_by_run(
             if chance is not None:
                 axis.axvline(chance, color="0.5", ls="--", lw=0.8)
             axis.set_xlabel(f"{label}\n{title}, mean over layers ± 2 s.e. over seeds")
-            axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0)
+            if matrices:
+                axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0)
         axes[0].set_yticks(range(len(runs)), runs)
         axes[0].set_ylim(len(runs) - 0.5, -0.5)
         axes[0].set_xlim(left=0)

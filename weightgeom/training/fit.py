@@ -58,7 +58,7 @@ def fit(
     from weightgeom.models.residual import architecture_of
     from weightgeom.training.callbacks import CheckpointWriter, GradientNorms
     from weightgeom.training.matching import MatchedBudget, TrainingProgress
-    from weightgeom.training.resuming import ResumeStates, delete_after, restored, resumable
+    from weightgeom.training.resuming import ResumeStates, delete_after, restored_weights, resumable
 
     disable_progress_bar()  # the run shows its own
     training.check(examples)
@@ -109,7 +109,7 @@ def fit(
     if training.log_gradients:
         trainer.add_callback(GradientNorms(architecture.matrices, log_metrics))
     log.info("training %s for %d steps of %d examples", name, training.steps, training.batch_size)
-    with outdated_name_allowed(), restored(network, state, architecture):
+    with outdated_name_allowed(), restored_weights(network, state, architecture):
         trainer.train(resume_from_checkpoint=None if state is None else str(state))
     delete_after(directory, None, only_states=True)
     return saved_trajectory(directory, name, start)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Source = Literal["uniform", "unigram", "model"]
+NegativeSource = Literal["uniform", "unigram", "model"]
 
 
 def graded_loss(
@@ -69,7 +69,7 @@ class TokenContrast:
 
     tau: float
     negatives: int
-    source: Source
+    source: NegativeSource
     seed: int
     log_unigram: Float[Tensor, " vocabulary"] | None = None  # for `unigram`; up to an additive constant
 

@@ -125,7 +125,9 @@ def resumable(directory: Path, saved: Collection[int]) -> Path | None:
 
 
 @contextmanager
-def restored(network: "PreTrainedModel", state: Path | None, architecture: Architecture) -> Iterator[None]:
+def restored_weights(
+    network: "PreTrainedModel", state: Path | None, architecture: Architecture
+) -> Iterator[None]:
     """Context with the weights of a state in `network`, which is mutated, before the trainer resumes.
 
     The trainer skips weights with a different name on disk (GPT-NeoX's unembedding) and warns about them;

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from runners.tracking.record import Record
-from weightgeom.run_record import read_run
+from weightgeom.analysis.run_record import read_run
 from weightgeom.table import ADDED, row, tabulate
 
 ASKED: dict[str, Any] = {
