@@ -107,7 +107,7 @@ class DeltaSurgery:
         if MARGIN not in set(table["quantity"]):
             return {}
         drawn = {"surgery": surgery_curve(table)}
-        if (table["dose"] == "transplant").any():
+        if "transplant" in set(table["dose"]):
             drawn["transplants"] = transplants(table)
         return drawn
 
