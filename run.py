@@ -1,4 +1,4 @@
-"""Hydra in, objects out: `python run.py`, with `-m` for a sweep, with `--help` for the choices."""
+"""Hydra in, objects out: `python run.py`; `-m` runs a sweep, `--help` lists the choices."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ import hydra
 from omegaconf import DictConfig
 
 from runners.compose import check, checked, described, experiment, plan
-from runners.errors import complaint
+from runners.errors import explanation
 from runners.launcher.hydra_launcher import register
 from runners.signals import share_processors
 
@@ -26,7 +26,7 @@ PLANNED = re.compile(r"\+{0,2}plan=(?i:true|on|yes|1)")
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def job(config: DictConfig) -> None:
-    """One run; its traceback, if it fails, goes beside its record. Those of a sweep are launched instead."""
+    """One run, or its plan; a failed run keeps its traceback next to its record. Sweeps have launchers."""
     from pathlib import Path
 
     from hydra.core.hydra_config import HydraConfig
@@ -43,44 +43,44 @@ def job(config: DictConfig) -> None:
             page = make([run["config"]["name"]], run["config"]["tracking_uri"], Path(run["outputs"]))
             print(f"report: {page}")
     except Exception as error:
-        with suppress(OSError):  # the disk may be full: that is then the error to tell
+        with suppress(OSError):  # on a full disk the first error is the one to report
             Path(HydraConfig.get().runtime.output_dir, "traceback.txt").write_text(traceback.format_exc())
-        end(error)  # Hydra would put a line of its own before it
+        exit_with_sentence(error)  # here, because Hydra would print a line of its own first
         raise
 
 
 register(check, plan)
 
 
-def end(error: Exception) -> None:
-    """Tell in one sentence what went wrong, and exit with 1; with HYDRA_FULL_ERROR=1 return to raise it."""
+def exit_with_sentence(error: Exception) -> None:
+    """Print `error` as one sentence and exit with code 1; with HYDRA_FULL_ERROR=1 return, to let it raise."""
     if not VERBOSE:
-        print(f"error: {complaint(error)}", file=sys.stderr)
+        print(f"error: {explanation(error)}", file=sys.stderr)
         sys.exit(1)
 
 
 @contextmanager
-def nothing_left() -> "Iterator[None]":
-    """Within it, Hydra makes the directory of a run or a sweep where it does not stay."""
+def temporary_output_directory() -> "Iterator[None]":
+    """Within it, Hydra makes the directories of runs and sweeps in a temporary directory."""
     from tempfile import TemporaryDirectory
 
     with TemporaryDirectory() as directory:
-        place = next(index for index, one in enumerate(sys.argv) if PLANNED.fullmatch(one))
-        # Beside it: overrides that do not stand together are refused.
+        place = next(index for index, argument in enumerate(sys.argv) if PLANNED.fullmatch(argument))
+        # Next to plan=true, because Hydra refuses overrides that a flag separates from the others.
         sys.argv[place:place] = [f"hydra.run.dir={directory}/run", f"hydra.sweep.dir={directory}/sweep"]
         yield
 
 
 def main() -> None:
-    """Run Hydra; whatever goes wrong is told in one sentence, with a non-zero exit."""
+    """Run Hydra; any error is printed as one sentence, and the exit code is not zero."""
     share_processors()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them itself
-    logging.raiseExceptions = VERBOSE  # a log line that a full disk does not take is no news of its own
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
+    logging.raiseExceptions = VERBOSE  # a full disk is reported once, not again for every log line
     try:
-        with nothing_left() if any(map(PLANNED.fullmatch, sys.argv)) else nullcontext():
+        with temporary_output_directory() if any(map(PLANNED.fullmatch, sys.argv)) else nullcontext():
             job()
     except Exception as error:
-        end(error)
+        exit_with_sentence(error)
         raise
     except KeyboardInterrupt:
         if VERBOSE:

@@ -12,7 +12,6 @@ main job's pretraining is shorter.
 import argparse
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from runners.compose import parts
 from runners.planning.plan import Planner
 from weightgeom.data.world import World
 
@@ -94,14 +94,13 @@ def make(home: Path, shapes: list[str]) -> None:
 
 def foretold(asked: list[str]) -> dict[str, float]:
     """The highest memory in bytes and all seconds of the plan, and the seconds that it took."""
-    run = runpy.run_path(str(ROOT / "run.py"))
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("config", [*asked, "device=cpu"])
-    parts, plain = run["parts"](config), OmegaConf.to_container(config, resolve=True)
+    objects, plain = parts(config), OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     start = perf_counter()
     planner = Planner(Path("outputs").resolve(), "cpu")
-    stages = planner.plan(parts, {str(key): value for key, value in plain.items()}).stages.values()
+    stages = planner.plan(objects, {str(key): value for key, value in plain.items()}).stages.values()
     return {
         "memory": max(stage.memory for stage in stages),
         "seconds": sum(stage.seconds for stage in stages),

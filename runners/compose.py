@@ -10,13 +10,14 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from runners.errors import choices, complaint, nearest
+from runners.errors import choices, explanation, nearest
+from runners.modules import own_places, travelling
 
 if TYPE_CHECKING:
     from runners.pipeline.experiment import Experiment
     from runners.signals import Interruption
 
-FOUND_RIGHT: set[str] = set()  # configurations of this sweep, without their seeds
+FOUND_RIGHT: dict[str, list[str]] = {}  # the user's modules by configuration, without its seed
 KINDS = {
     bool: "true or false",
     str: "text that is not empty",
@@ -68,11 +69,10 @@ def checked(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
 
 def measured(plain: dict[str, Any], objective: str) -> dict[str, Any]:
     """A configuration without the probes and interventions that are there `only` for other objectives."""
-    only, there, objectives = (
-        plain["only"],
-        [*choices("probe"), *choices("intervention")],
-        choices("objective"),
-    )
+    only = plain["only"]
+    sources = search_path() if only else []
+    there = [*choices("probe", sources), *choices("intervention", sources)]
+    objectives = choices("objective", sources)
     for key, wanted in only.items():
         if key not in there:
             raise KeyError(f"only.{key} is no probe or intervention; {nearest(key, there)}")
@@ -85,6 +85,11 @@ def measured(plain: dict[str, Any], objective: str) -> dict[str, Any]:
         for group in ("probe", "intervention")
     }
     return {**plain, **kept}
+
+
+def search_path() -> list[str]:
+    """The places that Hydra takes choices from: conf/, and those of --config-dir and hydra.searchpath."""
+    return [f"{source.schema}://{source.path}" for source in HydraConfig.get().runtime.config_sources]
 
 
 MOVED = {
@@ -105,9 +110,16 @@ def build(key: str, choice: Any) -> Any:
     try:
         made = instantiate(choice, _convert_="all")
     except Exception as error:
-        raise ValueError(complaint(error, key)) from error
+        raise ValueError(explanation(error, key)) from error
     check_keys(key, choice, made)
-    return made
+    if not key.startswith("probe."):
+        return made
+    from weightgeom.estimators.per_matrix import as_probe
+
+    try:
+        return as_probe(made)
+    except ValueError as error:
+        raise ValueError(f"in {key}: {error}") from error
 
 
 def check_keys(key: str, choice: dict[str, Any], made: object) -> None:
@@ -195,8 +207,8 @@ def check(config: DictConfig, here: bool, common: Collection[str]) -> dict[str, 
 
         keys = ("model", "objective", "training", "probes", "interventions", "tracking_uri")
         check_parts(*(made[key] for key in keys))
-        FOUND_RIGHT.add(plain)
-    return run
+        FOUND_RIGHT[plain] = travelling(run["config"], *made.values())
+    return {**run, "modules": FOUND_RIGHT[plain], "path": own_places()}
 
 
 def plan(jobs: Sequence[tuple[DictConfig, str]], parallel: int = 1, memory: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Atomic writes, and one clear error for every way in which a disk can be full."""
+"""Atomic writes, and one clear error for every sign of a full disk."""
 
 import errno
 import os
@@ -10,19 +10,17 @@ from pathlib import Path
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-
-# What writers in other languages say of the same: Rust (safetensors), C++ (Arrow).
+# Messages of writers in other languages for the same errors: Rust (safetensors), C++ (Arrow).
 _FULL_TEXT = re.compile(r"os error (28|122|27)\b|No space left on device|Disk quota exceeded|File too large")
 
-
-# `torch.save` does not say why it could not write.
+# `torch.save` does not say why a write failed.
 _UNWRITTEN_TEXT = re.compile(r"iostream error|PytorchStreamWriter|inline_container\.cc.*unexpected")
 
 
 def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
-    """Write `content` so that `path` holds all of it or is as before, even after a power cut.
+    """Write `content` so that `path` holds either all of it or its old content, even after a power cut.
 
-    `mode` is that of a new file, less the umask: 0o600 for what may hold secrets.
+    `mode` is the new file's mode before the umask: 0o600 for files that may hold secrets.
 
     Raises:
         OSError: if the disk is full.
@@ -41,14 +39,14 @@ def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> Non
             raise
         parent = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(parent)  # the new name itself
+            os.fsync(parent)  # makes the rename durable
         finally:
             os.close(parent)
 
 
 @contextmanager
 def full_disk_explained(directory: Path) -> Iterator[None]:
-    """Turn every way of saying that the disk is full into one OSError that names `directory`."""
+    """Turn every sign of a full disk into one OSError that names `directory`."""
     try:
         yield
     except Exception as error:
@@ -63,6 +61,7 @@ def full_disk_explained(directory: Path) -> Iterator[None]:
 
 
 def _full_disk(error: BaseException | None, directory: Path) -> int | None:
+    """The errno of a full disk if `error` or one of its causes is that, else None."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return error.errno
@@ -75,6 +74,7 @@ def _full_disk(error: BaseException | None, directory: Path) -> int | None:
 
 
 def _no_room(directory: Path) -> int | None:
+    """The errno with which a write of 1 MiB into `directory` fails for lack of space, else None."""
     probe = directory / f".{uuid.uuid4().hex[:8]}.tmp"
     try:
         probe.write_bytes(bytes(1 << 20))

@@ -1,8 +1,10 @@
-"""What went wrong, in one sentence a person can act on."""
+"""Explanations of errors: the problem and its fix in one sentence."""
 
 import errno
+import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
-def complaint(error: BaseException, key: str = "") -> str:
+def explanation(error: BaseException, key: str = "") -> str:
     """One sentence for any error: Hydra's, OmegaConf's, pydantic's or our own.
 
-    `key` is where in the configuration the values stand that pydantic refuses.
+    `key` is the place in the configuration of the values that pydantic refuses.
     """
     chain = list(_chain(error))
     names = {type(link).__name__: link for link in reversed(chain)}
@@ -39,23 +41,37 @@ def complaint(error: BaseException, key: str = "") -> str:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """`did you mean 'x'? valid: w, x, y`: the names that exist, and the one most like `name`."""
+    """`did you mean 'x'? valid: w, x, y`: the valid names, led by the one closest to `name`."""
     options = sorted(str(option) for option in valid)
     close = get_close_matches(name, options, n=1)
     meant = f"did you mean {close[0]!r}? " if close else ""
     return f"{meant}valid: {', '.join(options)}"
 
 
-def choices(group: str) -> list[str]:
-    """What a group of the configuration has to choose from, such as `graded/dpo` of the objectives."""
-    files = (CONF / group).rglob("*.yaml")
-    return [path.relative_to(CONF / group).with_suffix("").as_posix() for path in files]
+def choices(group: str, sources: Iterable[str] = ()) -> list[str]:
+    """The choices of a group of the configuration, such as `graded/dpo` of the objectives.
+
+    `sources` are the places that Hydra takes choices from besides conf/, as it writes them: file:///DIRECTORY
+    or pkg://PACKAGE.
+    """
+    places = [place / group for place in dict.fromkeys([CONF, *_directories(sources)])]
+    files = {path: place for place in places for path in place.rglob("*.yaml")}
+    names = (path.relative_to(place).with_suffix("").as_posix() for path, place in files.items())
+    return list(dict.fromkeys(names))
+
+
+def _directories(sources: Iterable[str]) -> Iterator[Path]:
+    for scheme, _, place in (source.partition("://") for source in sources):
+        if scheme == "file":
+            yield Path(place)
+        elif scheme == "pkg" and (spec := find_spec(place)) is not None:
+            yield from map(Path, spec.submodule_search_locations or ())
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the message of an error was written for the user: ours are plain exceptions with a sentence."""
+    """Whether an error's message was written for the user: ours are builtin exceptions with a sentence."""
     ours = isinstance(error, USER_ERRORS) and _library(error) not in ("hydra", "omegaconf", "pydantic_core")
-    # A bare key, such as KeyError('weight_map'), is a bug's and no sentence.
+    # A bare key, such as KeyError('weight_map'), comes from a bug.
     return ours and not (isinstance(error, KeyError) and " " not in str(error.args[:1]))
 
 
@@ -67,55 +83,58 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return _system(error)
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    if _library(error) == "omegaconf":  # below its first line are its own names for where it was
+    if _library(error) == "omegaconf":  # its further lines repeat the place in its own terms
         text = text.partition("\n")[0]
     return " ".join(text.split()) or "no message"
 
 
 def _system(error: OSError) -> str:
-    """What the operating system refused, and at which path."""
+    """The operating system's refusal, with the path."""
     if error.errno in FULL:
         where = f"could not write {error.filename}; " if error.filename else ""
         return f"the disk is full: {where}free space or set outputs= to another disk"
-    advice = ": set outputs= to a directory that can be written" if error.errno in UNWRITABLE else ""
+    advice = ": set outputs= to a writable directory" if error.errno in UNWRITABLE else ""
     refused = str(error.strerror).lower()
     return f"cannot use {error.filename} ({refused}){advice}" if error.filename else f"{refused}{advice}"
 
 
 def _invalid(error: Any, key: str) -> str:
-    """Every wrong value of a pydantic ValidationError: where it is, what it should be and what it was."""
-    wanted: dict[str, list[str]] = {}
+    """Every wrong value of a pydantic ValidationError: its key, the valid values and the given one."""
+    valid: dict[str, list[str]] = {}
     given: dict[str, str] = {}
     for problem in error.errors():
         path = [str(part) for part in problem["loc"] if not _is_type(str(part))]
         where = ".".join([key, *path]).strip(".")
         if problem["type"] in ("value_error", "assertion_error"):
-            wanted.setdefault(where, []).append(str(problem["ctx"]["error"]))
+            valid.setdefault(where, []).append(str(problem["ctx"]["error"]))
             continue
         message = problem["msg"].partition(", unable to")[0]
         if where in given:  # another member of a union
             message = message.removeprefix("Input should be ")
-        wanted.setdefault(where, []).append(message.replace("Input should", "should", 1))
+        valid.setdefault(where, []).append(message.replace("Input should", "should", 1))
         given[where] = f", got {problem['input']!r}"
     return "; ".join(
-        f"{where}{'' if where in given else ':'} {' or '.join(dict.fromkeys(found))}{given.get(where, '')}"
-        for where, found in wanted.items()
+        f"{where}{'' if where in given else ':'} {' or '.join(dict.fromkeys(rules))}{given.get(where, '')}"
+        for where, rules in valid.items()
     )
 
 
 def _is_type(part: str) -> bool:
-    """Whether a part of pydantic's location names a member of a union and not a key."""
+    """Whether a part of pydantic's location names a member of a union rather than a key."""
     return part in ("str", "int", "float", "bool") or "[" in part
 
 
 def _unknown_choice(error: Any) -> str:
     if not error.missing_cfg_file:
         return _sentence(error)
-    group, _, choice = str(error.missing_cfg_file).rpartition("/")
+    names = str(error.missing_cfg_file).split("/")
+    depth = min(len(names) - 1, 2 if names[0] == "hydra" else 1)  # a choice may lie deeper: graded/dpo
+    group, choice = "/".join(names[:depth]), "/".join(names[depth:])
     # Hydra lists the choices of a group, but not those of a group that takes a list.
-    options = error.options or choices(group)
+    sources = re.findall(r"path=(\w+://\S.*)", str(error))  # the error lists Hydra's search path
+    options = {*(error.options or ()), *choices(group, sources)}
     if not group or not options:
-        return f"there is no configuration {error.missing_cfg_file}: {CONF} has no such directory"
+        return f"there is no configuration {error.missing_cfg_file} in {CONF}"
     return f"there is no {group}={choice}; {nearest(choice, options)}"
 
 
@@ -126,7 +145,7 @@ def _unknown_key(error: Any) -> str:
     if not valid:
         return f"there is no key {full} yet: add it with a plus sign, +{full}=..."
     target = parent.get("_target_")
-    more = f", and with a plus sign, +{full}=..., whatever else {target} has" if target else ""
+    more = f"; add another field of {target} with a plus sign, +{full}=..." if target else ""
     return f"there is no key {full}; {nearest(full.split('.')[-1], valid)}{more}"
 
 
@@ -136,7 +155,7 @@ def _missing(error: Any) -> str:
 
 def _unreadable(error: Any) -> str:
     return (
-        f"cannot read the argument {error.override!r}: write key=value, and quote what holds , = or brackets"
+        f"cannot read the argument {error.override!r}: write key=value, and quote values with , = or brackets"
     )
 
 
@@ -150,7 +169,7 @@ EXPLANATIONS = {
 
 
 def _composition(error: BaseException, root: BaseException) -> str:
-    """What Hydra could not compose, for which override where it says so."""
+    """An error of Hydra's composition, with the override or the key where Hydra names one."""
     text, cause = _sentence(error), _sentence(root)
     if text.startswith("Ambiguous value for argument "):
         argument = text.split("'")[1]

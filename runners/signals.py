@@ -1,4 +1,4 @@
-"""What signals ask of the run in this process: USR2 to save and stop, under SLURM also TERM to save."""
+"""Signals to the run in this process: USR2 saves and stops it; under SLURM, TERM saves it."""
 
 import logging
 import multiprocessing
@@ -7,9 +7,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Literal
+
+import psutil
 
 from weightgeom.interruption import Interrupted
 
@@ -17,11 +18,11 @@ log = logging.getLogger(__name__)
 
 
 class Interruption:
-    """Hears the signals that a scheduler sends before it takes a job off its node.
+    """Handles the signals that a scheduler sends before it takes a job off its node.
 
-    USR2 stops the run: at the end of the step that a training is in, or at once where none is going on.
-    With `survive`, TERM makes a training save its state and changes nothing else: a job that exits on the
-    TERM of a preemption counts as failed, and only one that is still there is put back into the queue.
+    USR2 stops the run: at the end of the training step, or at once outside a training. With `survive`, TERM
+    makes a training save its state and continue: SLURM counts a job that exits on the TERM of a preemption
+    as failed, and requeues only a job that is still running.
     """
 
     def __init__(self, survive: bool) -> None:
@@ -31,16 +32,16 @@ class Interruption:
         self._listening = False
 
     def listen(self) -> None:
-        """Take over the signals of this process, the main one; forked workers no longer hear them."""
+        """Install the handlers in this process; forked workers block the same signals."""
         self._listening = True
         signal.signal(signal.SIGUSR2, self._stop)
         if self.survive:
             signal.signal(signal.SIGTERM, self._save)
-        # A data loader's worker that dies of a signal to the whole job would take the run with it.
+        # A signal to the whole job would kill the data loader's workers, and their death the run.
         os.register_at_fork(after_in_child=self._deafen)
 
     def wanted(self) -> Literal["save", "stop"] | None:
-        """What was asked for since; a training looks after each of its steps."""
+        """The request since the last call; a training calls this after each step."""
         self._polled = True
         asked = self._asked
         if asked == "save":
@@ -49,7 +50,7 @@ class Interruption:
 
     @contextmanager
     def stage(self) -> Iterator[None]:
-        """Around the work of a stage, whose training may look; raises Interrupted if it is to stop."""
+        """Wraps the work of a stage, whose training may call `wanted`; raises Interrupted on a stop."""
         self.check()
         try:
             yield
@@ -58,12 +59,12 @@ class Interruption:
         self.check()
 
     def check(self) -> None:
-        """Raise Interrupted if a stop was asked for."""
+        """Raise Interrupted if a stop was requested."""
         if self._asked == "stop":
             raise Interrupted("stopped between two stages")
 
     def end(self) -> None:
-        """Hear nothing any more, and end the workers that are left, deaf as they are."""
+        """Ignore the signals from now on, and kill the remaining workers, which block them."""
         self._listening = False
         for number in self._signals:
             signal.signal(number, signal.SIG_IGN)
@@ -72,12 +73,12 @@ class Interruption:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._asked = "stop"
-        log.warning("asked to stop (USR2): %s", "after this step" if self._polled else "at once")
+        log.warning("stop requested (USR2): %s", "after this step" if self._polled else "at once")
         if not self._polled:
-            raise Interrupted("stopped outside of a training")
+            raise Interrupted("stopped outside a training")
 
     def _save(self, number: int, frame: FrameType | None) -> None:
-        log.warning("asked to end (TERM): a training saves its state, and goes on until it is killed")
+        log.warning("termination announced (TERM): a training saves its state and continues until killed")
         self._asked = self._asked or "save"
 
     @property
@@ -90,17 +91,15 @@ class Interruption:
 
 
 Status = Literal["SCHEDULED", "RUNNING", "FINISHED", "FAILED", "KILLED"]
-
-
 _SIGNAL_CODES = {128 + signal.SIGINT, 128 + signal.SIGTERM}
 
 
 def share_processors() -> None:
-    """Let threads that wait for each other give up their core soon; to be called before torch is imported.
+    """Make waiting OpenMP threads yield their core early; call this before torch is imported.
 
-    By default they spin, and where another process needs one of the cores a step of training waits for a
-    thread that is not running: on two cores, beside one other process, 2.8 s instead of 0.2 s. A wait policy
-    that is in the environment stays. It concerns libgomp, which torch comes with.
+    By default they spin, and with another process on one of the cores every training step waits for a
+    thread that is not scheduled: on two cores with one other process, 2.8 s instead of 0.2 s. An
+    OMP_WAIT_POLICY in the environment takes precedence. The variable is libgomp's, the OpenMP of torch.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -108,10 +107,10 @@ def share_processors() -> None:
 
 @contextmanager
 def terminations_as_exceptions() -> Iterator[None]:
-    """Turn the first SIGTERM into `SystemExit(143)`, so that the run can still note its end.
+    """Turn the first SIGTERM into `SystemExit(143)`, so that the run can still record its end.
 
-    Later ones are ignored until the block is left: they would cut that note short. Only the main
-    thread can do this; in others the block changes nothing.
+    Later ones are ignored until the block exits, as they would interrupt the writing of that record. Only
+    the main thread can handle signals; in others the block changes nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -120,7 +119,7 @@ def terminations_as_exceptions() -> Iterator[None]:
 
     def terminate(number: int, frame: FrameType | None) -> None:
         nonlocal terminating
-        if os.getpid() != owner:  # a forked worker is no run: it dies as it would have
+        if os.getpid() != owner:  # a forked worker dies of SIGTERM as usual
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif not terminating:
@@ -135,9 +134,9 @@ def terminations_as_exceptions() -> Iterator[None]:
 
 
 def status_after(error: BaseException) -> Status:
-    """How a run stands that `error` ended: KILLED by Ctrl-C or SIGTERM, FAILED by anything else.
+    """The status of a run that `error` ended: KILLED by Ctrl-C or SIGTERM, FAILED by other errors.
 
-    One that was interrupted is SCHEDULED: it will go on.
+    Interrupted is SCHEDULED: the run will resume. SystemExit(0) is FINISHED.
     """
     if isinstance(error, Interrupted):
         return "SCHEDULED"
@@ -149,21 +148,14 @@ def status_after(error: BaseException) -> Status:
 
 
 def process_start(pid: int) -> str | None:
-    """When process `pid` started (clock ticks since boot): with the pid, its identity.
+    """The start of process `pid` in hundredths of a second since boot; with the pid, its identity.
 
-    None if it is gone. Without /proc only the pid is known.
+    None if the process is gone. Time since boot, unlike the time of day, does not change with the clock.
     """
-    if not Path("/proc/self/stat").exists():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            pass
-        return "unknown"
     try:
-        # The second field, the name in parentheses, may hold spaces and parentheses itself.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+        process = psutil.Process(pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return None
+        return str(round(100 * (process.create_time() - psutil.boot_time())))
+    except psutil.NoSuchProcess:
         return None
-    return None if fields[0] in "ZX" else fields[19]

@@ -1,8 +1,8 @@
 """Planted tables of the probe `uncertainty` and of `bypass`, in which every claim of the paper holds."""
 
-from weightgeom.table import row, tabulate
+from weightgeom.table import arm_columns, row, tabulate
 
-ARM = "heldout/known"
+ARM = arm_columns("heldout", against="known")
 
 
 def probed(changed=(), step=0, stderr=0.1):
@@ -24,25 +24,25 @@ def probed(changed=(), step=0, stderr=0.1):
             scale = 1 + 9 * layer if quantity == "amplification" else 1 + layer / 100
             for end, one in (("", value), ("_low", low), ("_high", high)):
                 error = stderr if not end else None
-                rows.append(row(f"{quantity}{end}", one * scale, n=60, arm=ARM, stderr=error, **place))
+                rows.append(row(f"{quantity}{end}", one * scale, n=60, **ARM, stderr=error, **place))
         for quantity, value in {
             "gradient_coupling_random_sd": 0.05, "fisher_sensitivity_random": 1.0,
             "fisher_sensitivity_random_sd": 0.1, "fisher_sensitivity_output": 9.0,
         }.items():  # fmt: skip
-            rows.append(row(quantity, value, n=39, arm=ARM, **place))
+            rows.append(row(quantity, value, n=39, **ARM, **place))
         for space in ("output_top", "output_bottom"):
             for end, one in (("", 0.3), ("_low", 0.2), ("_high", 0.4)):
-                rows.append(row(f"overlap{end}", one, n=60, k=4, arm=ARM, **{**place, "subspace": space}))
-        at = "heldout@0.15/known"
-        rows.append(row("components_difference", 0.4, n=48, arm=at, **place))
-        rows.append(row("components_difference_p_value", 0.05, n=39, arm=at, **place))
+                rows.append(row(f"overlap{end}", one, n=60, k=4, **ARM, **{**place, "subspace": space}))
+        at = arm_columns("heldout", "0.15", against="known")
+        rows.append(row("components_difference", 0.4, n=48, **at, **place))
+        rows.append(row("components_difference_p_value", 0.05, n=39, **at, **place))
         for group in ("known", "heldout"):
             for quantity in ("mle_dimension_calibrated", "persistence_entropy", "longest_loop"):
                 for end in ("", "_low", "_high"):
-                    rows.append(row(f"{quantity}{end}", 1.0, n=60, arm=group, **place))
+                    rows.append(row(f"{quantity}{end}", 1.0, n=60, **arm_columns(group), **place))
             for threshold in ("0.1", "0.15"):
                 for end in ("", "_low", "_high"):
-                    rows.append(row(f"components{end}", 0.5, n=48, arm=f"{group}@{threshold}", **place))
+                    rows.append(row(f"components{end}", 0.5, n=48, **arm_columns(group, threshold), **place))
     return rows
 
 
@@ -52,11 +52,13 @@ def bypassed(change=0.6, controls=19):
     for layer in (0, 1):
         for effect, value in (("abstention_change", change * layer), ("false_abstention_change", 0.1)):
             place = {"step": 0, "layer": layer, "subspace": "residual", "n": 60, "stderr": 0.05}
-            rows.append(row(effect, value, arm="bypass@4", **place))
+            rows.append(row(effect, value, **arm_columns("bypass", "4"), **place))
             for draw in range(controls):
                 control = (0.1 + 0.2 * draw / (controls - 1)) * (1 - layer)
                 value = control if effect == "abstention_change" else 0.1
-                rows.append(row(effect, value, arm=f"random.{draw}@4", **place))
+                rows.append(row(effect, value, **arm_columns("random", "4", draw=draw), **place))
             place |= {"stderr": None, "n": controls}
-            rows.append(row(f"{effect}_p_value", 0.05, arm="bypass@4/random", **place))
+            rows.append(
+                row(f"{effect}_p_value", 0.05, **arm_columns("bypass", "4", against="random"), **place)
+            )
     return tabulate(rows)

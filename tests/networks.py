@@ -6,78 +6,64 @@ from typing import Any
 
 import small
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    Phi3Config,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import architecture_of
 
-
-def _neox(vocabulary: int, positions: int) -> dict[str, Any]:
-    return dict(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=40,
-        max_position_embeddings=positions,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
+Config = Callable[[int, int], PreTrainedConfig]
+"""Makes a config for a number of tokens in the vocabulary and one of positions."""
+PATTERN = ["sliding_attention", "full_attention"]
 
 
-def _grouped(vocabulary: int, positions: int) -> dict[str, Any]:
-    # heads of 6 where 32 / 4 = 8 would be the default, and two query heads to a key-value group
-    return _neox(vocabulary, positions) | dict(num_key_value_heads=2, head_dim=6)
+def plain(model_type: str, **options: Any) -> Config:
+    """Configs of a type with two layers and as many key-value heads as query heads."""
+
+    def config(vocabulary: int, positions: int) -> PreTrainedConfig:
+        sizes = {
+            "vocab_size": vocabulary,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 40,
+            "max_position_embeddings": positions,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+        }
+        return AutoConfig.for_model(model_type, **sizes | options)
+
+    return config
 
 
-CONFIGS: dict[str, Callable[[int, int], PreTrainedConfig]] = {
-    "gpt_neox": lambda *sizes: GPTNeoXConfig(**_neox(*sizes)),
-    "gpt_neox_sequential": lambda *sizes: GPTNeoXConfig(**_neox(*sizes), use_parallel_residual=False),
-    "gpt2": lambda vocabulary, positions: GPT2Config(
-        vocab_size=vocabulary,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_inner=40,
-        n_positions=positions,
-        bos_token_id=0,
-        eos_token_id=1,
-    ),
-    "llama": lambda *sizes: LlamaConfig(**_grouped(*sizes)),
-    "llama_tied": lambda *sizes: LlamaConfig(
-        **_grouped(*sizes), tie_word_embeddings=True, attention_bias=True
-    ),
-    "mistral": lambda *sizes: MistralConfig(**_grouped(*sizes)),
-    "qwen2": lambda *sizes: Qwen2Config(**_grouped(*sizes)),
-    "qwen3": lambda *sizes: Qwen3Config(**_grouped(*sizes)),
-    "olmo2": lambda *sizes: Olmo2Config(**_grouped(*sizes)),
-    "gemma2": lambda *sizes: Gemma2Config(**_grouped(*sizes)),
-    "phi3": lambda *sizes: Phi3Config(**_grouped(*sizes)),
+def grouped(model_type: str, **options: Any) -> Config:
+    """Configs with two query heads to a key-value group, and heads of 6 where 32 / 4 = 8 is the default."""
+    return plain(model_type, num_key_value_heads=2, head_dim=6, **options)
+
+
+CONFIGS: dict[str, Config] = {
+    "gpt_neox": plain("gpt_neox"),
+    "gpt_neox_sequential": plain("gpt_neox", use_parallel_residual=False),
+    "gpt2": plain("gpt2", n_inner=40, pad_token_id=None),
+    "llama": grouped("llama"),
+    "llama_tied": grouped("llama", tie_word_embeddings=True, attention_bias=True),
+    "mistral": grouped("mistral"),
+    "qwen2": grouped("qwen2"),
+    "qwen3": grouped("qwen3"),
+    "olmo2": grouped("olmo2"),
+    "gemma2": grouped("gemma2"),
+    "phi3": grouped("phi3"),
+    "gemma3_text": grouped("gemma3_text", layer_types=PATTERN),
+    "olmo3": grouped("olmo3", layer_types=PATTERN),
+    "smollm3": grouped("smollm3", no_rope_layers=[1, 0]),
+    "gptj": plain("gptj", n_inner=40, rotary_dim=4),
+    "opt": plain("opt", ffn_dim=40),
 }
 
 # Their experts have no modules of their own: what they read and write is tested in test_qwen3_moe.py.
-MIXTURES: dict[str, Callable[[int, int], PreTrainedConfig]] = {
-    "qwen3_moe": lambda *sizes: Qwen3MoeConfig(
-        **_grouped(*sizes),
-        num_experts=3,
-        num_experts_per_tok=2,
-        moe_intermediate_size=12,
-        mlp_only_layers=[1],
+MIXTURES: dict[str, Config] = {
+    "qwen3_moe": grouped(
+        "qwen3_moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=12, mlp_only_layers=[1]
     )
 }
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from runners.tracking.publisher import Publication
 from runners.tracking.record import Record
-from weightgeom.table import row, tabulate
+from weightgeom.table import arm_columns, row, tabulate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,6 +42,7 @@ class Planted:
     base: int = 0  # seed of model and data
     sharpness: float | None = None
     params: Mapping[str, object] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
     experiment: str = "study"
     name: str = ""
     status: Any = "FINISHED"
@@ -76,7 +77,7 @@ def publish(directory: Path, uri: str, runs: Sequence[Planted]) -> None:
             experiment=run.experiment,
             name=run.name or run.objective,
             params=run.all_params,
-            tags={"git_commit": "c0ffee" * 6, "git_dirty": "true", "code_fingerprint": "f00d"},
+            tags={"git_commit": "c0ffee" * 6, "git_dirty": "true", "code_fingerprint": "f00d", **run.tags},
             inputs=[data],
             tracking_uri=uri,
         )
@@ -152,17 +153,19 @@ def _rank1(treated: float, controls: float, bottom: float) -> Iterator[dict[str,
         at: dict[str, Any] = {"step": 0, "layer": layer, "matrix": matrix, "role": ROLES[matrix], "k": K}
         at["subspace"] = PLACES.get(matrix, "prediction")
         size = float(dose)
-        arms = {f"{kind}@{dose}": treated} | {f"bottom.0@{dose}": bottom}
-        arms |= {f"random.{draw}@{dose}": controls * (1 + draw / 100) for draw in range(19)}
-        for arm, effect in arms.items():
-            yield row("kl_from_unedited", effect * size, n=22, unit="nats/token", stderr=0.01, arm=arm, **at)
-            yield row("heldout_ce_change", effect * size, n=22, unit="nats/token", stderr=0.01, arm=arm, **at)
-            if arm.startswith(kind):
-                yield row("predicted_heldout_ce_change", effect, n=22, unit="nats/token", arm=arm, **at)
+        arms = [(arm_columns(kind, dose), treated), (arm_columns("bottom", dose, draw=0), bottom)]
+        for draw in range(19):
+            arms.append((arm_columns("random", dose, draw=draw), controls * (1 + draw / 100)))
+        for arm, effect in arms:
+            place = {"n": 22, "unit": "nats/token", **arm, **at}
+            yield row("kl_from_unedited", effect * size, stderr=0.01, **place)
+            yield row("heldout_ce_change", effect * size, stderr=0.01, **place)
+            if arm["treatment"] == kind:
+                yield row("predicted_heldout_ce_change", effect, **place)
         p = (1 + sum(controls * (1 + draw / 100) >= treated for draw in range(19))) / 20
         for effect in ("kl_from_unedited", "heldout_ce_change"):
-            yield row(f"{effect}_p_value", p, n=19, arm=f"{kind}@{dose}/random", **at)
-            yield row(f"{effect}_q_value", p, n=19, arm=f"{kind}@{dose}/random", **at)
+            yield row(f"{effect}_p_value", p, n=19, **arm_columns(kind, dose, against="random"), **at)
+            yield row(f"{effect}_q_value", p, n=19, **arm_columns(kind, dose, against="random"), **at)
 
 
 def surgery(top: float, random: float, draws: int = 19) -> "pd.DataFrame":
@@ -172,15 +175,25 @@ def surgery(top: float, random: float, draws: int = 19) -> "pd.DataFrame":
         at: dict[str, Any] = {"step": 64, "role": role, "k": k}
         unit = "nats/pair"
         change = "preference_margin_change"
-        rows.append(row(change, top, n=96, unit=unit, stderr=0.1, arm="top@remove", **at))
+        rows.append(row(change, top, n=96, unit=unit, stderr=0.1, **arm_columns("top", "remove"), **at))
         for kind in ("random_k", "random_energy"):
             values = [random * (1 + draw / 100) for draw in range(draws)]
             for draw, value in enumerate(values):
                 rows.append(
-                    row(change, value, n=96, unit=unit, stderr=0.1, arm=f"{kind}.{draw}@remove", **at)
+                    row(
+                        change,
+                        value,
+                        n=96,
+                        unit=unit,
+                        stderr=0.1,
+                        **arm_columns(kind, "remove", draw=draw),
+                        **at,
+                    )
                 )
             p = (1 + sum(abs(value) >= abs(top) for value in values)) / (1 + draws)
-            rows.append(row(f"{change}_p_value", p, n=draws, arm=f"top@remove/{kind}", **at))
+            rows.append(
+                row(f"{change}_p_value", p, n=draws, **arm_columns("top", "remove", against=kind), **at)
+            )
     return tabulate(rows)
 
 

@@ -1,4 +1,4 @@
-"""Sweeps as a user starts and watches them, by `run.py -m` and `python -m runners.launcher`."""
+"""Sweeps started and watched as by a user, with `run.py -m` and `python -m runners.launcher`."""
 
 import json
 import re
@@ -21,7 +21,7 @@ TINY = [*(override for override in SMALL if not override.startswith("probe.")), 
 
 @dataclass(frozen=True)
 class Place:
-    """Where sweeps are started, with the variables that they are started with."""
+    """A working directory for sweeps, with the environment variables of their commands."""
 
     home: Path
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Place:
         return directory(ended)
 
     def command(self, name: str, sweep: Path, *more: str, **variables: str) -> Ended:
-        """`python -m runners.launcher NAME SWEEP`, from another directory than the sweep was started in."""
+        """`python -m runners.launcher NAME SWEEP`, run from another directory than the sweep's own."""
         with self.popen(name, sweep, *more, **variables) as process:
             out, err = process.communicate(timeout=300)
         return Ended(process.returncode, out, err)
@@ -55,20 +55,20 @@ class Place:
     def runs(self, experiment: str) -> tuple[Run, dict[str, Run]]:
         """The parent of the only sweep of an MLflow experiment, and its children by seed."""
         client = MlflowClient(f"sqlite:///{self.home}/outputs/mlflow.db")
-        found = client.get_experiment_by_name(experiment)
-        assert found is not None
-        runs = client.search_runs([found.experiment_id])
-        (parent,) = [one for one in runs if "mlflow.parentRunId" not in one.data.tags]
-        children = [one for one in runs if one is not parent]
-        assert {one.data.tags["mlflow.parentRunId"] for one in children} <= {parent.info.run_id}
-        by_seed = {one.data.params["seed"]: one for one in children}
+        stored = client.get_experiment_by_name(experiment)
+        assert stored is not None
+        runs = client.search_runs([stored.experiment_id])
+        (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+        children = [run for run in runs if run is not parent]
+        assert {run.data.tags["mlflow.parentRunId"] for run in children} <= {parent.info.run_id}
+        by_seed = {run.data.params["seed"]: run for run in children}
         assert len(by_seed) == len(children)
         return parent, by_seed
 
     def statuses(self, experiment: str) -> tuple[str, dict[str, str]]:
-        """How the sweep of an experiment and its runs stand in MLflow."""
+        """The MLflow statuses of an experiment's sweep and of its runs by seed."""
         parent, children = self.runs(experiment)
-        return parent.info.status, {seed: one.info.status for seed, one in children.items()}
+        return parent.info.status, {seed: run.info.status for seed, run in children.items()}
 
 
 def directory(ended: Ended) -> Path:
@@ -93,9 +93,9 @@ def steps(sweep: Path, number: int = 0, key: str = "train/loss") -> list[int]:
 
 
 def rows(ended: Ended) -> dict[int, str]:
-    """What `status` says of each job."""
-    found = re.findall(r"^│ (\d+) +│ \S+ +│ ([A-Z ]+?) +│", ended.out, re.MULTILINE)
-    return {int(number): state for number, state in found}
+    """The state of each job in the output of `status`."""
+    cells = re.findall(r"^│ (\d+) +│ \S+ +│ ([A-Z ]+?) +│", ended.out, re.MULTILINE)
+    return {int(number): state for number, state in cells}
 
 
 def until(claim: Callable[[], object], seconds: float = 180) -> Any:
@@ -109,6 +109,6 @@ def until(claim: Callable[[], object], seconds: float = 180) -> Any:
 
 
 def weights(home: Path, last: int, outputs: str = "outputs") -> dict[str, torch.Tensor]:
-    """What the only training of so many steps ended with."""
+    """The final weights of the only training of `last` steps."""
     (path,) = (home / outputs / "training").glob(f"*/step-{last}/model.safetensors")
     return load_file(path)

@@ -1,4 +1,4 @@
-"""Whatever is wrong with what a user gives is told in one sentence, before anything is made."""
+"""Every mistake in a user's input ends in one sentence, before any file is made."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ Refuse = Callable[..., str]
 def refuse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Refuse]:
-    """Runs `run.py` in this process, which saves seconds a case, and returns the one sentence it says."""
+    """Runs `run.py` in this process, which saves seconds per case, and returns its one-sentence error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(logging, "raiseExceptions", logging.raiseExceptions)
@@ -37,7 +37,7 @@ def refuse(
     def refused(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # `run.py` sets it
-        capsys.readouterr()  # what a test's preparations said
+        capsys.readouterr()  # drops the output of a test's preparations
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
         (line,) = capsys.readouterr().err.splitlines()
@@ -85,11 +85,11 @@ def refuse(
         ("+only.rank1=dpo", "only.rank1 must be a list of objectives such as [dpo, sft], got 'dpo'"),
         ("+only.rank1=[dpoo]", "only.rank1 has no objective 'dpoo'; did you mean 'dpo'? valid: ce, dpo, "),
         ("~objective", "objective must be one of the choices in conf/objective, got None"),
-        ("model.heads=3", "model: d_model 128 is not a multiple of heads 3"),
+        ("model.heads=3", "model: d_model must be a multiple of heads, got 128 and 3"),
         ("data=text", "data.train must be given: data.train=..."),
         ("model=pair objective=none", "model.before must be given: model.before=..."),
-        ("model=pair model.before=a model.after=b", "model=pair compares two finished checkpoints: add obj"),
-        ("model=pair model.before=./a model.after=./b objective=none", "there is no directory ./a: give a "),
+        ("model=pair model.before=a model.after=b", "model=pair compares two finished checkpoints: set obj"),
+        ("model=pair model.before=./a model.after=./b objective=none", "no directory ./a: give a "),
         ("objective=none model=pythia", "objective=none on a single checkpoint leaves no update to measure"),
         ("objective.loss_type=sigmoidd", "objective: unknown loss_type 'sigmoidd'; TRL has sigmoid, hinge"),
         ("tracking_uri=foo://x", "tracking_uri 'foo://x' is not supported: use sqlite:///PATH/mlflow.db"),
@@ -107,29 +107,32 @@ def refuse(
         ("device=gpu -m", "job 0 of the sweep (device=gpu): device must be auto, cpu or cuda, got 'gpu'"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_told(refuse: Refuse, overrides: str, sentence: str) -> None:
-    said = refuse(*overrides.split())
-    assert said.startswith(sentence)
+def test_a_mistake_on_the_command_line_gets_one_sentence(
+    refuse: Refuse, overrides: str, sentence: str
+) -> None:
+    assert refuse(*overrides.split()).startswith(sentence)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_told(refuse: Refuse) -> None:
-    said = refuse("device=cuda")
-    assert said == "device=cuda, and torch sees no GPU here: use device=cpu or device=auto"
+def test_device_cuda_without_a_gpu_is_refused(refuse: Refuse) -> None:
+    error = refuse("device=cuda")
+    assert error == "device=cuda, and torch sees no GPU here: use device=cpu or device=auto"
 
 
 @pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["run", "sweep"])
-def test_outputs_that_are_a_file_are_told(refuse: Refuse, tmp_path: Path, sweep: list[str]) -> None:
+def test_an_outputs_setting_that_names_a_file_is_refused(
+    refuse: Refuse, tmp_path: Path, sweep: list[str]
+) -> None:
     (tmp_path / "file").touch()
-    said = refuse("outputs=file", *sweep)
-    assert said.startswith("cannot use ") and "file/jobs" in said
-    assert said.endswith("(not a directory): set outputs= to a directory that can be written")
+    error = refuse("outputs=file", *sweep)
+    assert error.startswith("cannot use ") and "file/jobs" in error
+    assert error.endswith("(not a directory): set outputs= to a writable directory")
 
 
 @pytest.mark.parametrize(
     ("choice", "lines", "sentence"),
     [
-        ("data=text", "", "{path} is empty: it holds no record"),
+        ("data=text", "", "{path} is empty: it contains no record"),
         (
             "data=text",
             '{"text": "a"}\n{"txt": "b"}\n',
@@ -139,9 +142,9 @@ def test_outputs_that_are_a_file_are_told(refuse: Refuse, tmp_path: Path, sweep:
         (
             "data=text",
             "".join(f'{{"text": "document {n}"}}\n' for n in range(20)),
-            "objective=dpo needs preference pairs, and data.jsonl has none",
+            "objective=dpo needs preference pairs, but data.jsonl has none",
         ),
-        ("data=preferences", "", "{path} is empty: it holds no record"),
+        ("data=preferences", "", "{path} is empty: it contains no record"),
         (
             "data=preferences",
             '{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "p", "chosen": "a"}\n',
@@ -150,11 +153,11 @@ def test_outputs_that_are_a_file_are_told(refuse: Refuse, tmp_path: Path, sweep:
         (
             "data=preferences",
             '{"prompt": "p", "chosen": "a", "rejected": "a"}\n' * 3,
-            "no pair is left of 3 in {path}: 3 with chosen equal to rejected, 0 with an empty prompt or ",
+            "none of the 3 pairs in {path} is usable: 3 with chosen equal to rejected, 0 with an empty ",
         ),
     ],
 )
-def test_data_that_cannot_be_used_are_told_with_the_file_and_the_line(
+def test_the_error_for_unusable_data_names_the_file_and_the_line(
     refuse: Refuse, tmp_path: Path, choice: str, lines: str, sentence: str
 ) -> None:
     path = tmp_path / "data.jsonl"
@@ -174,15 +177,13 @@ def compare(refuse: Refuse, before: Path, after: Path) -> str:
     return refuse("objective=none", "model=pair", f"model.before={before}", f"model.after={after}")
 
 
-def test_checkpoints_of_two_shapes_are_told_with_the_parameter(refuse: Refuse, tmp_path: Path) -> None:
-    said = compare(refuse, checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b", width=16))
-    assert "of shape (64, 16) after and of shape (64, 32) before" in said
-    assert said.endswith("more parameters differ: take two checkpoints of one architecture")
+def test_the_error_for_checkpoints_of_two_shapes_names_the_parameter(refuse: Refuse, tmp_path: Path) -> None:
+    error = compare(refuse, checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b", width=16))
+    assert "of shape (64, 16) after and of shape (64, 32) before" in error
+    assert error.endswith("more parameters differ: take two checkpoints of one architecture")
 
 
-def test_weights_that_are_missing_or_truncated_are_told_with_their_file(
-    refuse: Refuse, tmp_path: Path
-) -> None:
+def test_the_error_for_missing_or_truncated_weights_names_the_file(refuse: Refuse, tmp_path: Path) -> None:
     good, bad = checkpoint(tmp_path / "good"), checkpoint(tmp_path / "bad")
     weights = bad / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -197,7 +198,9 @@ def test_weights_that_are_missing_or_truncated_are_told_with_their_file(
     assert compare(refuse, good, bad) == f"{bad} holds no config.json: give a transformers checkpoint"
 
 
-def test_a_model_without_a_residual_map_is_told_with_the_file_to_add(refuse: Refuse, tmp_path: Path) -> None:
+def test_the_error_for_a_model_without_a_residual_map_names_the_file_to_add(
+    refuse: Refuse, tmp_path: Path
+) -> None:
     OPTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path / "opt")
     said = refuse("model=pythia", f"model.name={tmp_path / 'opt'}")
     assert said == (
@@ -207,7 +210,7 @@ def test_a_model_without_a_residual_map_is_told_with_the_file_to_add(refuse: Ref
 
 
 @pytest.mark.parametrize("offline", ["1", "0"])
-def test_a_model_of_the_hub_without_a_network_is_told(tmp_path: Path, offline: str) -> None:
+def test_a_hub_model_that_cannot_be_downloaded_gets_one_sentence(tmp_path: Path, offline: str) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
@@ -222,7 +225,7 @@ def test_a_model_of_the_hub_without_a_network_is_told(tmp_path: Path, offline: s
     assert line.endswith("check the name, the revision and the network, or give a directory")
 
 
-def test_the_whole_traceback_is_shown_on_demand_and_kept_beside_the_record(tmp_path: Path) -> None:
+def test_the_whole_traceback_is_printed_on_demand_and_kept_next_to_the_record(tmp_path: Path) -> None:
     ended = run(tmp_path, "training.steps=0", HYDRA_FULL_ERROR="1")
     assert ended.code == 1
     assert "Traceback (most recent call last)" in ended.err
@@ -237,7 +240,7 @@ def diverged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     return home, run(home, *BEHAVIOUR, *WORLD, "training.learning_rate=1e30")
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_at_its_last_good_checkpoint(
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_last_good_checkpoint(
     diverged: tuple[Path, Ended],
 ) -> None:
     home, ended = diverged
@@ -255,7 +258,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_its_last_good_checkpoint(
     assert len(done(home / "outputs", "pretraining")) == 1
 
 
-def test_a_run_that_diverged_is_failed_in_its_record_and_in_mlflow(diverged: tuple[Path, Ended]) -> None:
+def test_a_diverged_run_has_status_failed_in_its_record_and_in_mlflow(diverged: tuple[Path, Ended]) -> None:
     home, _ = diverged
     (record,) = home.glob("outputs/jobs/*/*/record")
     assert status(record)["status"] == "FAILED" and "training diverged" in status(record)["error"]
@@ -268,7 +271,7 @@ def test_a_run_that_diverged_is_failed_in_its_record_and_in_mlflow(diverged: tup
     assert "training diverged" in published.data.tags["error"]
 
 
-def test_a_run_that_diverged_is_in_no_later_runs_way(diverged: tuple[Path, Ended]) -> None:
+def test_a_diverged_run_does_not_block_later_runs(diverged: tuple[Path, Ended]) -> None:
     home, _ = diverged
     ended = run(home, *BEHAVIOUR, *WORLD)
     assert ended.code == 0, ended.err
@@ -278,9 +281,9 @@ def test_a_run_that_diverged_is_in_no_later_runs_way(diverged: tuple[Path, Ended
     assert status(ended.record)["status"] == "FINISHED"
 
 
-# In KiB: full before Hydra has written the configuration, in the middle of the record, and of the base.
+# In KiB: the disk fills up before Hydra writes the configuration, within the record, and within the base.
 @pytest.mark.parametrize("room", [4, 32, 256])
-def test_a_full_disk_is_told_once(tmp_path: Path, room: int) -> None:
+def test_a_full_disk_is_reported_once(tmp_path: Path, room: int) -> None:
     with small_disk(tmp_path / "disk", room * 1024) as before:
         ended = run(tmp_path, *BEHAVIOUR, *WORLD, f"outputs={tmp_path / 'disk'}", before=before)
         assert not done(tmp_path / "disk", "pretraining")
@@ -291,11 +294,11 @@ def test_a_full_disk_is_told_once(tmp_path: Path, room: int) -> None:
     assert line.endswith("free space or set outputs= to another disk")
 
 
-def test_a_log_that_does_not_take_its_lines_adds_no_traceback_to_the_error(tmp_path: Path) -> None:
+def test_a_log_file_on_a_full_disk_adds_no_traceback_to_the_error(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n\n".join(f"document {n}" for n in range(20)))
     full = "hydra.job_logging.handlers.file.filename=/dev/full"
     ended = run(tmp_path, "data=text", "data.train=text.txt", full)
-    assert "18 to train on and 2 held out" in ended.out
+    assert "18 training and 2 held-out items" in ended.out
     assert ended.code == 1
     (line,) = ended.err.splitlines()
     assert line.startswith("error: objective=dpo needs preference pairs")

@@ -191,7 +191,7 @@ def test_a_chain_of_the_hub_is_pinned_stage_by_stage_or_says_what_to_give(path: 
             assert revision == pins[choice["stages"][stage]]  # the commit that the stage's own file has
     unknown = [stage for stage, revision in choice["revisions"].items() if revision is None]
     if unknown:
-        with pytest.raises(ValueError, match=rf"give model\.revisions\.{unknown[0]}=COMMIT, the newest"):
+        with pytest.raises(ValueError, match=rf"set model\.revisions\.{unknown[0]}=COMMIT to a commit"):
             model.locations()
     given = [f"model.revisions.{stage}={'0' * 40}" for stage in unknown]
     locations = parts(composed(override(path), *given))["model"].locations()

@@ -16,7 +16,7 @@ from mlflow.entities import Run
 from numpy.testing import assert_allclose
 from pandas.testing import assert_frame_equal
 
-from runners.pipeline.fingerprint import code_behind, package
+from runners.pipeline.fingerprint import code_behind
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
@@ -84,12 +84,14 @@ def test_the_default_job_pretrains_aligns_measures_both_and_says_where_to_look(
 
 def test_every_stage_is_bound_to_the_code_that_made_it(home: Path, default: Ended) -> None:
     assert default.code == 0
+    neox, table = "weightgeom.architectures.gpt_neox", ("weightgeom.models.loading", "weightgeom.table")
     expected = {
         "pretraining": code_behind("weightgeom.bases.tiny"),
-        "training": code_behind("weightgeom.objectives.dpo", "weightgeom.training.fit"),
-        "rsf": package(),
-        "behaviour": package(),
+        "training": code_behind("weightgeom.objectives.dpo", "weightgeom.training.fit", neox),
+        "rsf": code_behind("weightgeom.probes.rsf", *table, neox),
+        "behaviour": code_behind("weightgeom.probes.behaviour", *table, neox),
     }
+    assert len(set(expected.values())) == len(expected)
     for stage, code in expected.items():
         for directory in done(home / "outputs", stage):
             assert json.loads((directory / "spec.json").read_text())["code"] == code
@@ -227,7 +229,8 @@ def test_cross_entropy_on_a_text_of_the_users(home: Path, text: Path) -> None:
     ended = run(home, *small, "data=text", f"data.train={text}", "objective=ce")
     assert ended.code == 0, ended.err
     assert "72 documents packed end to end" in ended.out  # of 80, every tenth is held out
-    code = code_behind("weightgeom.objectives.ce", "weightgeom.training.fit")
+    neox = "weightgeom.architectures.gpt_neox"
+    code = code_behind("weightgeom.objectives.ce", "weightgeom.training.fit", neox)
     specifications = [(path / "spec.json").read_text() for path in done(home / "outputs", "training")]
     assert code in {json.loads(specification)["code"] for specification in specifications}
     assert {"heldout_ce", "kl_from_base"} == set(tables(ended.record)["behaviour"]["quantity"])
@@ -244,7 +247,7 @@ def test_preferences_of_the_users_are_trained_on_and_what_is_cut_is_counted(home
         home, *SMALL, "data=preferences", f"data.train={path}", "model.vocabulary=300", "model.context=64"
     )
     assert ended.code == 0, ended.err
-    assert "18 pairs: 0 dropped (prompt of 48 tokens or more), 1 cut at 48 tokens" in ended.out
+    assert "18 pairs: 0 dropped (prompt of 48 tokens or more), 1 truncated to 48 tokens" in ended.out
     assert "preference_margin" in set(tables(ended.record)["behaviour"]["quantity"])
 
 

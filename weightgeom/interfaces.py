@@ -3,18 +3,21 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from weightgeom.interruption import Wanted, undisturbed
+from weightgeom.declarations import InterventionDeclaration, ProbeDeclaration, Role
+from weightgeom.interruption import Request, no_request
 from weightgeom.params import Params
 from weightgeom.table import Row
 from weightgeom.text.examples import Examples
 from weightgeom.trajectory import Base
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
     from weightgeom.models.language_model import LanguageModel
@@ -47,11 +50,20 @@ class Scored:
 
     `targets` marks the tokens whose prediction it scores; `prompt` says which of the batch's prompts
     each sequence belongs to; `terms` counts, for each prompt, the terms that the loss is a mean of.
+    `input_ids` and `attention_mask` are the sequences as the network reads them, for a batch that does not
+    hold them under these names, such as TRL's `chosen_input_ids` and `rejected_input_ids`.
     """
 
     targets: Bool[Tensor, "sequence position"]
     prompt: list[int]
     terms: list[int]
+    input_ids: Int[Tensor, "sequence position"] | None = None
+    attention_mask: Int[Tensor, "sequence position"] | None = None
+
+    def read(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Tokens and attention mask as the network reads them: the batch's own, where none are given."""
+        ids, mask = self.input_ids, self.attention_mask
+        return inputs["input_ids"] if ids is None else ids, inputs["attention_mask"] if mask is None else mask
 
 
 Log = Callable[[Mapping[str, float], int], None]
@@ -90,11 +102,11 @@ class Model(Protocol):
         ...
 
     def prepare(
-        self, stage: Stage, examples: Examples, data: Data, device: str, wanted: Wanted = undisturbed
+        self, stage: Stage, examples: Examples, data: Data, device: str, request: Request = no_request
     ) -> Base:
         """Fetch or make the base; what is made is made inside a stage, so that it is made once.
 
-        A training in it does what is `wanted` between its steps.
+        A training polls `request` after every step.
         """
         ...
 
@@ -135,11 +147,27 @@ class Objective(Protocol):
 
 
 @runtime_checkable
+class KnownRole(Protocol):
+    """An objective that says what kind of objective it is; recorded with a run, and read by the claims."""
+
+    @property
+    def role(self) -> Role:
+        """`contrast` of responses, `likelihood` of tokens, or `other`."""
+        ...
+
+    def of_text(self, examples: Examples) -> bool:
+        """Whether it trains on the corpus, and not on responses."""
+        ...
+
+
+@runtime_checkable
 class Probe(Protocol):
     """A measurement of one model, made at every checkpoint of a trajectory."""
 
-    headline: ClassVar[str]
-    """The quantity that stands for a matrix in curves and summaries."""
+    @property
+    def declaration(self) -> ProbeDeclaration:
+        """Headline, curves and report section; usually a constant of the class."""
+        ...
 
     def check(self, architecture: "Architecture") -> None:
         """Raise ValueError if the model does not allow what is asked for."""
@@ -147,6 +175,44 @@ class Probe(Protocol):
 
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement, with all that is common to the checkpoints of a trajectory done once."""
+        ...
+
+
+@runtime_checkable
+class MatrixFunction(Protocol):
+    """A function of two matrices, which is enough of a probe: the runner makes its rows.
+
+    `weightgeom.estimators.per_matrix.PerMatrix` is the probe that it stands for.
+    """
+
+    headline: str
+
+    def of_matrix(
+        self, before: Float[Tensor, "d_out d_in"], after: Float[Tensor, "d_out d_in"]
+    ) -> Mapping[str, float]:
+        """Quantities by name, the headline among them."""
+        ...
+
+
+@runtime_checkable
+class Summarised(Protocol):
+    """A probe with a terminal table of its own."""
+
+    def summary(self, table: "pd.DataFrame") -> "pd.DataFrame":
+        """Text in short: the levels of its index and its columns become columns; empty shows nothing."""
+        ...
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """A probe or an intervention with figures of its own."""
+
+    def figures(self, tables: "Mapping[str, pd.DataFrame]") -> "Mapping[str, Figure]":
+        """Figures by file name, of its tables of one run.
+
+        `tables` has its table `training`; `pretraining`, of the base's past; of a chain `between`, every
+        stage against the one before it, and `stages`, its rows of the comparison of all stages.
+        """
         ...
 
 
@@ -163,8 +229,10 @@ class NeedsExamples(Protocol):
 class Intervention(Protocol):
     """Edits of one model's weights, each tried against its matched controls."""
 
-    headline: ClassVar[str]
-    """The effect that stands for a matrix in curves and summaries."""
+    @property
+    def declaration(self) -> InterventionDeclaration:
+        """Headline effect, kinds of control and report section."""
+        ...
 
     def check(self, architecture: "Architecture") -> None:
         """Raise ValueError if the model does not allow what is asked for, or the controls are too few."""

@@ -1,18 +1,18 @@
-"""How a training is asked from outside to save its state, or to save it and stop."""
+"""Requests to a running training: save a resumable state, or save one and stop."""
 
 from collections.abc import Callable
 from typing import Literal
 
-Wanted = Callable[[], Literal["save", "stop"] | None]
-"""What is asked of a training; it looks between any two steps."""
+Request = Callable[[], Literal["save", "stop"] | None]
+"""Returns the pending request to a training, or None; the training polls it after every step."""
 
 
 class Interrupted(BaseException):
-    """The work was asked to stop and has saved what it could: the same call goes on with it.
+    """The work stopped on request and saved its progress; the same call resumes it.
 
-    No `Exception`, so that nothing on its way takes it for an error of its own.
+    A `BaseException`, so that no `except Exception` on the way swallows it.
     """
 
 
-def undisturbed() -> None:
-    """Nothing is asked of a training."""
+def no_request() -> None:
+    """Return None: let the training run to its end."""

@@ -1,4 +1,4 @@
-"""Weights as a mapping from parameter names to tensors: the one form of weights, updates and gradients."""
+"""`Params`: weights, updates and gradients alike, as a mapping from parameter names to tensors."""
 
 from collections.abc import Mapping
 

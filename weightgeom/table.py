@@ -18,9 +18,15 @@ Row = dict[str, Any]
 COLUMNS = {
     "step": "int64",  # optimizer step; 0 is before training
     "layer": "Int64",  # missing for what belongs to no layer
-    "matrix": "str",  # q k v o gate up down router unembed embed, `q.0` (head), `up.0` (expert), or ""
+    "matrix": "str",  # q k v o gate up down router unembed embed, several as `q+k`, or ""
+    "head": "Int64",  # of q and o, or key-value group of k and v; missing for a whole matrix
+    "expert": "Int64",  # of a mixture; missing for a matrix outside of one
     "role": "str",  # read, write or ""
-    "arm": "str",  # of an intervention, or ""
+    "arm": "str",  # of an intervention, or ""; its parts are the next four columns
+    "treatment": "str",  # kind of the arm or of a comparison's treatment; group of the probe `uncertainty`
+    "draw": "Int64",  # number of a control among its kind; missing for a treatment
+    "dose": "str",  # strength or operation of an edit, threshold of the probe `uncertainty`, or ""
+    "against": "str",  # of a comparison, the kind of control or the other group, or ""
     "subspace": "str",  # attention_input, mlp_input, prediction, random, residual, a pair `one:other`, or ""
     "k": "Int64",  # dimension of the subspace, or index of an eigenvalue, or missing
     "quantity": "str",
@@ -29,13 +35,33 @@ COLUMNS = {
     "stderr": "Float64",  # standard error of a mean; missing where the value is not one
     "n": "int64",  # samples behind the value
 }
+# Columns that tables of earlier versions lack, and the patterns of the names that held them.
+ADDED = {name: COLUMNS[name] for name in ("head", "expert", "treatment", "draw", "dose", "against")}
+PART = r"^(?P<kind>[^.]+)\.(?P<number>\d+)$"
+ARM = r"^(?P<treatment>[^@/]*?)(?:\.(?P<draw>\d+)(?=@))?(?:@(?P<dose>[^/]+))?(?:/(?P<against>.+))?$"
 
 
 def row(
     quantity: str, value: float, *, n: int, unit: str = "1", stderr: float | None = None, **place: object
 ) -> Row:
-    """One number, at the place (`layer`, `matrix`, `role`, `arm`, `subspace`, `k`) where it was measured."""
+    """One number, at the place where it was measured: `layer`, `matrix`, `head`, `subspace`, ...
+
+    The columns of an arm come from `arm_columns`, those of a matrix from `ResidualMatrix.table_columns`.
+    """
     return {"quantity": quantity, "unit": unit, "value": float(value), "stderr": stderr, "n": n, **place}
+
+
+def arm_columns(
+    treatment: str, dose: str = "", *, draw: int | None = None, against: str = ""
+) -> dict[str, Any]:
+    """The columns of an arm: its parts, and their label `arm`.
+
+    Labels are `top@remove` (treatment), `random.3@0.1` (control) and `top@0.1/random` (comparison).
+    """
+    name = treatment if draw is None else f"{treatment}.{draw}"
+    name += f"@{dose}" if dose else ""
+    name += f"/{against}" if against else ""
+    return {"arm": name, "treatment": treatment, "draw": draw, "dose": dose, "against": against}
 
 
 def tabulate(rows: Iterable[Row]) -> "pd.DataFrame":
@@ -51,13 +77,13 @@ def tabulate(rows: Iterable[Row]) -> "pd.DataFrame":
     if unknown := sorted(set(table.columns) - set(COLUMNS)):
         raise ValueError(f"unknown table columns {unknown}; a table has {list(COLUMNS)}")
     table = table.reindex(columns=list(COLUMNS))
-    for column in ("matrix", "role", "arm", "subspace"):
+    for column in (name for name, dtype in COLUMNS.items() if dtype == "str"):
         table[column] = table[column].astype(object).where(table[column].notna(), "")
     table = table.astype(COLUMNS)
     # From the rows: in the table a NaN standard error is a missing one.
     finite = [isfinite(one["value"]) and isfinite(one.get("stderr") or 0.0) for one in rows]
     if not all(finite):
-        first = table.iloc[finite.index(False)]
+        first = table.assign(matrix=label(table)).iloc[finite.index(False)]
         raise ValueError(
             f"{finite.count(False)} values are not finite, the first {first['quantity']} of matrix"
             f" {first['matrix']!r} in layer {first['layer']} at step {first['step']}"
@@ -65,8 +91,54 @@ def tabulate(rows: Iterable[Row]) -> "pd.DataFrame":
     return table
 
 
+def upgraded(table: "pd.DataFrame") -> "pd.DataFrame":
+    """The table with the columns that an earlier version did not write; a table of today as it is.
+
+    Earlier versions had a head (`q.0`) or an expert (`up.5`) in `matrix`, and an arm in `arm` alone.
+    """
+    missing = [column for column in ADDED if column not in table]
+    if not missing or not {"matrix", "arm"} <= set(table.columns):
+        return table
+    part = table["matrix"].astype(object).str.extract(PART)
+    number, of_head = part["number"].astype("Int64"), part["kind"].isin(["q", "k", "v", "o"])
+    found = table["arm"].astype(object).str.extract(ARM).fillna({"treatment": "", "dose": "", "against": ""})
+    found = found.assign(head=number.where(of_head), expert=number.where(~of_head))
+    found = table.assign(
+        matrix=part["kind"].fillna(table["matrix"]).astype("str"),
+        **{column: found[column].astype(ADDED[column]) for column in missing},
+    )
+    return found[
+        [*(name for name in COLUMNS if name in found), *table.columns.difference(COLUMNS, sort=False)]
+    ]
+
+
+def label(table: "pd.DataFrame") -> "pd.Series":
+    """The name of every row's matrix: `q`, `q.0` for a head, `up.5` for an expert's."""
+    number = table["head"].fillna(table["expert"]).fillna(-1)
+    return table["matrix"].where(number < 0, table["matrix"] + "." + number.astype("str"))
+
+
+def whole_matrices(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Rows of no single head and no expert."""
+    return table[table["head"].isna() & table["expert"].isna()]
+
+
+def at_own_subspaces(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Rows of whole matrices at their own subspaces: the input of one that reads, prediction for writes."""
+    return whole_matrices(table[~table["subspace"].isin(["", "random"])])
+
+
 def own(table: "pd.DataFrame", quantity: str) -> "pd.DataFrame":
-    """Rows of one quantity at the matrices' own subspaces, at the smallest k; those of heads are left out."""
-    whole = ~table["subspace"].isin(["", "random"]) & ~table["matrix"].str.contains(".", regex=False)
-    rows = table[(table["quantity"] == quantity) & whole]
+    """Rows of one quantity of whole matrices at their own subspaces, at the smallest k."""
+    rows = at_own_subspaces(table[table["quantity"] == quantity])
     return rows[rows["k"] == rows["k"].min()]
+
+
+def of_matrices(table: "pd.DataFrame", quantity: str) -> "pd.DataFrame":
+    """Rows of one quantity by step, layer and matrix: those of `own`, or those without a subspace."""
+    rows = own(table, quantity)
+    if len(rows):
+        return rows
+    whole = (table["matrix"] != "") & ~table["matrix"].str.contains(".", regex=False)
+    rows = table[(table["quantity"] == quantity) & whole & (table["subspace"] == "")]
+    return rows[rows["k"].isna()] if rows["k"].isna().any() else rows[rows["k"] == rows["k"].min()]

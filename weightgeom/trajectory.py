@@ -1,4 +1,4 @@
-"""Checkpoints of one training in order, and the base that a training starts from."""
+"""The checkpoints of one training in order, and the base model that a training starts from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Checkpoints of one training by optimizer step; 0 is before training, the highest the end.
+    """Checkpoints of one training by optimizer step: step 0 is before training, the highest is the end.
 
-    `from_random` says that step 0 is a random initialisation, whose subspaces mean nothing. Of a chain of
-    trainings the steps number its stages, and `stages` has their names in order.
+    `from_random` marks step 0 as a random initialisation, whose subspaces carry no information. For a chain
+    of trainings, the steps number its stages and `stages` lists the stages' names in order.
     """
 
     name: str
@@ -20,18 +20,18 @@ class Trajectory:
 
     @property
     def last(self) -> int:
-        """The step of the end."""
+        """The last step."""
         return max(self.steps)
 
 
 @dataclass(frozen=True)
 class Base:
-    """What a model choice provides: the checkpoint to start from, and its past where that is known.
+    """The checkpoint that a run starts from, with its earlier checkpoints where they are known.
 
-    Of a chain, `pairs` has every stage but the first, in order, as what comes of the one before it.
+    For a chain, `pairs` compares every stage after the first with the stage before it, in order.
     """
 
     directory: Path
-    identity: str  # equal for equal weights: part of the signature of all that is made from them
+    identity: str  # equal for equal weights; part of the signature of every result computed from them
     trajectory: Trajectory | None = None
     pairs: tuple["Base", ...] = ()

@@ -1,6 +1,7 @@
-"""Commands on sweeps: start one, see how it stands, wait for it, cancel it, start again what failed of it."""
+"""Commands on sweeps: launch, status, wait, cancel and resubmit."""
 
 import logging
+import shlex
 import shutil
 import sys
 import time
@@ -9,22 +10,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runners.errors import complaint
-from runners.launcher import local as supervisor
-from runners.launcher import slurm
-from runners.launcher.board import Board
-from runners.launcher.finishing import finish, report_of
+from runners.errors import explanation
+from runners.launcher import local, slurm
+from runners.launcher.finishing import end_sweep, sweep_report
 from runners.launcher.jobs import Job
+from runners.launcher.live_table import LiveTable
 from runners.launcher.manifest import Sweep
 from runners.launcher.snapshot import changed_since, take_snapshot
-from runners.launcher.status import Row, Watcher, names_of, settled
+from runners.launcher.status import JobStatus, StatusPoller, job_names, settled_statuses
 from runners.tracking.provenance import provenance
 from runners.tracking.publisher import check_tracking_uri
 from runners.tracking.record import Record
 
 log = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).parents[2]
-COME_BACK = "python -m runners.launcher wait {}"
+
+
+def _command(name: str, sweep: Sweep) -> str:
+    return shlex.join(["python", "-m", "runners.launcher", name, str(sweep.directory)])
 
 
 def launch(
@@ -37,16 +40,19 @@ def launch(
     """Start the jobs, described as JSON, and return the sweep.
 
     Raises:
-        ValueError: if an option is wrong, or SLURM refuses the jobs.
+        ValueError: if an option is wrong, `directory` holds another sweep, or SLURM refuses the jobs.
         ConnectionError: if SLURM does not answer.
     """
     sweep = Sweep(directory)
     if any((Path(job["directory"]) / "job.json").exists() for job in jobs.values()):
-        raise ValueError(f"{directory} holds a sweep already: give another hydra.sweep.dir, or resubmit that")
+        raise ValueError(
+            f"{directory} holds a sweep already: set hydra.sweep.dir= to another directory, or restart that"
+            f" sweep's failed jobs with {_command('resubmit', sweep)}"
+        )
     limits = _options(launcher, options).limits()
     sweep.create(launcher, options, overrides)
     for number, job in jobs.items():
-        uri = check_tracking_uri(job["config"]["tracking_uri"])  # absolute: a shell elsewhere comes back
+        uri = check_tracking_uri(job["config"]["tracking_uri"])  # absolute, for commands in other directories
         sweep.add_job(number, {**job, "limits": limits, "tracking_uri": uri})
     sweep.list_jobs({number: job["directory"] for number, job in jobs.items()})
     _open_record(sweep, overrides)
@@ -54,10 +60,10 @@ def launch(
     return sweep
 
 
-def discard(directory: Path) -> None:
-    """Delete what is there of a sweep that did not start, and the directories that hold nothing else."""
-    for place in (path.parent for path in directory.glob("*/job.json")):
-        shutil.rmtree(place)
+def remove_unlaunched(directory: Path) -> None:
+    """Remove a sweep that failed to launch, and the directories that are empty without it."""
+    for job_directory in (path.parent for path in directory.glob("*/job.json")):
+        shutil.rmtree(job_directory)
     for name in ("multirun.yaml", "sweep.json", "sweep.lock"):
         (directory / name).unlink(missing_ok=True)
     for name in ("code", "record", "slurm"):
@@ -68,159 +74,159 @@ def discard(directory: Path) -> None:
 
 
 def submit(sweep: Sweep, numbers: Sequence[int], code: Path) -> None:
-    """Start jobs of the sweep on a copy of the code, and say where they are; all of them or none."""
+    """Start jobs of the sweep on the copy `code` of the code, and log their ids; all of them or none."""
     manifest = sweep.manifest()
     options = _options(manifest["launcher"], manifest["options"])
     started: dict[int, str] = {}
-    if isinstance(options, supervisor.LocalOptions):
-        started = supervisor.start(sweep, numbers, options, code)
+    if isinstance(options, local.LocalOptions):
+        started = local.start_supervisor(sweep, numbers, options, code)
         sweep.add_submission(code, started)
     else:
-        places = sweep.jobs()
-        jobs = {number: Job(str(places[number]), slurm=True) for number in numbers}
+        directories = sweep.jobs()
+        jobs = {number: Job(str(directories[number]), slurm=True) for number in numbers}
         try:
-            for ids in slurm.submit(jobs, options, sweep.directory / "slurm", code):
+            for ids in slurm.submit_arrays(jobs, options, sweep.directory / "slurm", code):
                 started |= ids
                 sweep.add_submission(code, ids)
         except BaseException:
             if started:
-                slurm.cancel(list(dict.fromkeys(id.split("_")[0] for id in started.values())))
+                slurm.scancel(list(dict.fromkeys(id.split("_")[0] for id in started.values())))
             raise
-    shown = ", ".join(dict.fromkeys(id.rpartition("_")[0] or id for id in started.values()))
+    arrays = ", ".join(dict.fromkeys(id.rpartition("_")[0] or id for id in started.values()))
     if manifest["launcher"] == "slurm":
-        log.info("submitted %d jobs to SLURM: %s", len(started), shown)
+        log.info("submitted %d jobs to SLURM: %s", len(started), arrays)
     else:
         log.info("started %d jobs on this machine", len(started))
-    names = names_of(sweep)
+    names = job_names(sweep)
     for number, id in list(started.items())[:20]:
         log.info("  #%d  %s  %s", number, id, names[number])
     if len(started) > 20:
         log.info("  ... and %d more", len(started) - 20)
     log.info("sweep: %s", sweep.directory)
-    log.info("come back: %s", COME_BACK.format(sweep.directory))
+    log.info("reattach: %s", _command("wait", sweep))
 
 
 def watch(sweep: Sweep, interval: float) -> None:
-    """Show how the jobs stand until all have ended.
+    """Show the live table until all jobs have ended.
 
     Raises:
-        ChildProcessError: if one failed or was cancelled.
-        KeyboardInterrupt: on Ctrl-C, which leaves the jobs as they are.
+        ChildProcessError: if a job failed or was cancelled, or report=true made no report.
+        KeyboardInterrupt: on Ctrl-C; the jobs keep running.
     """
-    watcher, trouble = Watcher(sweep), ""
-    rows: list[Row] = []
+    poller, trouble = StatusPoller(sweep), ""
+    statuses: list[JobStatus] = []
     try:
-        with Board() as board:
+        with LiveTable() as table:
             while True:
                 try:
-                    rows, trouble = watcher.look(), ""
+                    statuses, trouble = poller.poll(), ""
                 except ConnectionError as error:
                     if not trouble:
                         log.warning("%s; still trying", error)
                     trouble = str(error)
-                board.show(rows, trouble)
-                if rows and not trouble and not any(row.active for row in rows):
+                table.update(statuses, trouble)
+                if statuses and not trouble and not any(job.active for job in statuses):
                     break
                 time.sleep(interval)
     except KeyboardInterrupt:
-        log.warning("the jobs go on; come back with: %s", COME_BACK.format(sweep.directory))
+        log.warning("jobs keep running; reattach with: %s", _command("wait", sweep))
         raise
-    finish(sweep, rows)
-    conclude(sweep, rows)
+    end_sweep(sweep, statuses)
+    report_outcome(sweep, statuses)
 
 
-def conclude(sweep: Sweep, rows: Sequence[Row]) -> None:
-    """Tell of every job that did not complete, why and where, and at the end where the report is.
+def report_outcome(sweep: Sweep, statuses: Sequence[JobStatus]) -> None:
+    """Log the error and the log file of every failed job, and the path of the report.
 
     Raises:
-        ChildProcessError: if a job did not complete, or there is no report that was asked for.
+        ChildProcessError: if a job failed or was cancelled, or report=true made no report.
     """
-    failed = [row for row in rows if row.failed]
-    for row in failed:
-        where = f" on {row.node}" if row.node else ""
-        error = f": {row.error}" if row.error else ""
-        log.error("failed: #%d %s (%s%s)%s", row.number, row.name, row.state, where, error)
-        if row.traceback:
-            log.error("%s", row.traceback.rstrip())
-        log.error("log: %s", row.log)
-    report = None if any(row.active for row in rows) else report_of(sweep)
+    failed = [job for job in statuses if job.failed]
+    for job in failed:
+        node = f" on {job.node}" if job.node else ""
+        error = f": {job.error}" if job.error else ""
+        log.error("failed: #%d %s (%s%s)%s", job.number, job.name, job.state, node, error)
+        if job.traceback:
+            log.error("%s", job.traceback.rstrip())
+        log.error("log: %s", job.log)
+    report = None if any(job.active for job in statuses) else sweep_report(sweep)
     if report is not None and report[0] is not None:
         log.info("report: %s", report[0])
     if failed:
         raise ChildProcessError(
-            f"{len(failed)} of {len(rows)} jobs of the sweep in {sweep.directory} failed, as told above;"
-            f" python -m runners.launcher resubmit {sweep.directory} starts them again"
+            f"{len(failed)} of {len(statuses)} jobs of the sweep in {sweep.directory} failed (errors above);"
+            f" restart them with {_command('resubmit', sweep)}"
         )
     if report is not None and report[0] is None:
         raise ChildProcessError(
-            f"the jobs completed, but no report was made: `{report[1]}` makes it or says why"
+            f"the jobs completed, but no report was made: `{report[1]}` makes it or prints the error"
         )
 
 
 def status(sweep: Sweep) -> None:
-    """Show how the jobs stand; end the sweep if all have ended."""
-    rows = settled(sweep)
-    finish(sweep, rows)
-    with Board() as board:
-        board.print(rows)
-    conclude(sweep, rows)
+    """Print the status of every job; end the sweep if all jobs have ended."""
+    statuses = settled_statuses(sweep)
+    end_sweep(sweep, statuses)
+    with LiveTable() as table:
+        table.print(statuses)
+    report_outcome(sweep, statuses)
 
 
 def cancel(sweep: Sweep, numbers: Sequence[int]) -> None:
-    """Cancel the jobs `numbers`, or all, that have not ended."""
-    rows = [row for row in settled(sweep) if row.active and (not numbers or row.number in numbers)]
+    """Cancel the unfinished jobs among `numbers`; with no numbers, all unfinished jobs."""
+    active = [job for job in settled_statuses(sweep) if job.active and (not numbers or job.number in numbers)]
     if sweep.manifest()["launcher"] == "slurm":
-        every = len(rows) == len(sweep.ids())
-        slurm.cancel(list(dict.fromkeys(row.id.split("_")[0] if every else row.id for row in rows)))
+        every = len(active) == len(sweep.ids())
+        slurm.scancel(list(dict.fromkeys(job.id.split("_")[0] if every else job.id for job in active)))
     else:
-        supervisor.cancel(sweep, [row.number for row in rows])
-    log.info("cancelled %d jobs of %s", len(rows), sweep.directory)
+        local.request_cancel(sweep, [job.number for job in active])
+    log.info("cancelled %d jobs of %s", len(active), sweep.directory)
 
 
 def resubmit(sweep: Sweep, new_code: bool) -> None:
-    """Start again what failed, was cancelled or never ran; it goes on from what it has saved."""
-    rows = settled(sweep)
-    finish(sweep, rows)
-    numbers = [row.number for row in rows if row.failed]
+    """Restart the jobs that failed, were cancelled or never ran; they resume from their saved states."""
+    statuses = settled_statuses(sweep)
+    end_sweep(sweep, statuses)
+    numbers = [job.number for job in statuses if job.failed]
     if not numbers:
         log.info("nothing to resubmit in %s: no job failed or was cancelled", sweep.directory)
         return
     with sweep.lock():
         code = _snapshot(sweep) if new_code or not sweep.manifest()["submissions"] else sweep.code()
         if changed := changed_since(REPOSITORY, code):
-            log.warning("%s; the jobs run what was submitted, or with --new-code what is there now", changed)
+            log.warning("%s; jobs run the submitted code, or the current code with --new-code", changed)
         submit(sweep, numbers, code)
         _open_record(sweep, sweep.manifest()["overrides"])
 
 
-def room(launcher: str, options: Mapping[str, Any], jobs: int) -> tuple[int, float | None]:
-    """How many of the jobs run at a time on this machine, and the bytes of memory of each under SLURM.
+def resources(launcher: str, options: Mapping[str, Any], jobs: int) -> tuple[int, float | None]:
+    """The number of jobs that run at a time on this machine, and the memory of each under SLURM in bytes.
 
-    These are None here, and infinite where the site has a limit of its own.
+    The memory is None for the local launcher, and infinite where `mem_gb` leaves the limit to the site.
     """
-    found = _options(launcher, options)
-    if isinstance(found, supervisor.LocalOptions):
-        return found.parallelism(jobs), None
-    return 1, float("inf") if found.mem_gb is None else found.mem_gb * 2**30
+    checked_options = _options(launcher, options)
+    if isinstance(checked_options, local.LocalOptions):
+        return checked_options.parallelism(jobs), None
+    return 1, float("inf") if checked_options.mem_gb is None else checked_options.mem_gb * 2**30
 
 
-def _options(launcher: str, options: Mapping[str, Any]) -> "slurm.SlurmOptions | supervisor.LocalOptions":
-    kind = slurm.SlurmOptions if launcher == "slurm" else supervisor.LocalOptions
+def _options(launcher: str, options: Mapping[str, Any]) -> slurm.SlurmOptions | local.LocalOptions:
+    kind = slurm.SlurmOptions if launcher == "slurm" else local.LocalOptions
     try:
         return kind(**options)
     except Exception as error:
-        raise ValueError(complaint(error, "hydra.launcher")) from error
+        raise ValueError(explanation(error, "hydra.launcher")) from error
 
 
 def _open_record(sweep: Sweep, overrides: Sequence[str]) -> None:
-    """Start the sweep's own record, the parent of its runs' records, or open it again."""
+    """Create or reopen the sweep's own record, the parent of its runs' records."""
     job = sweep.job(next(iter(sweep.jobs())))
-    asked = [frozenset(sweep.job(number)["overrides"]) for number in sweep.jobs()]
-    common = frozenset.intersection(*asked)  # not what tells this sweep from others
+    by_job = [frozenset(sweep.job(number)["overrides"]) for number in sweep.jobs()]
+    common = frozenset.intersection(*by_job)  # left out of the name, which states what the sweep varies
     Record.create(
         sweep.directory / "record",
         experiment=job["config"]["name"],
-        name=" ".join(["sweep", *(one for one in overrides if one not in common)]),
+        name=" ".join(["sweep", *(override for override in overrides if override not in common)]),
         params={"overrides": " ".join(overrides)},
         tags={**provenance(REPOSITORY), "sweep": sweep.directory},
         inputs=[],
@@ -232,11 +238,15 @@ def _open_record(sweep: Sweep, overrides: Sequence[str]) -> None:
 def _snapshot(sweep: Sweep) -> Path:
     number = len(list(sweep.directory.glob("code*")))
     code = sweep.directory / ("code" if not number else f"code-{number + 1}")
-    take_snapshot(REPOSITORY, code)
+    jobs = [sweep.job(job) for job in sweep.jobs()]
+    modules = dict.fromkeys(name for job in jobs for name in job.get("modules", ()))
+    places = dict.fromkeys(place for job in jobs for place in job.get("path", ()))
+    sys.path += [place for place in places if place not in sys.path]  # in another shell than the sweep's
+    take_snapshot(REPOSITORY, code, modules)
     return code
 
 
-def speak() -> None:
-    """Have log lines shown as they are, on standard output."""
+def log_to_stdout() -> None:
+    """Print log messages unformatted to standard output."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout, force=True)
-    logging.getLogger("fontTools").setLevel(logging.WARNING)  # tells of every table of every font in a PDF
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it logs every table of every font in a PDF

@@ -1,4 +1,4 @@
-"""End of a sweep: its summary, its report and the records of runs that could not end theirs."""
+"""The end of a sweep: its summary, its report, and the records of runs that died before ending theirs."""
 
 import logging
 import shlex
@@ -7,56 +7,57 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runners.errors import complaint
+from runners.errors import explanation
 from runners.launcher.manifest import Sweep
-from runners.launcher.status import Row
+from runners.launcher.status import JobStatus
 from runners.summary.sweep import summarise
 from runners.tracking.record import Record
 from runners.tracking.redaction import redacted_text
 from runners.tracking.sync import publish
 
 log = logging.getLogger(__name__)
+REPORT = "report.html"  # the name of the report among the artifacts of a sweep's record
 
 
-REPORT = "report.html"  # of a sweep: the artifact
-
-
-def finish(sweep: Sweep, rows: Sequence[Row]) -> None:
-    """End the sweep's record, and those of runs that could not do it, if all jobs have ended; only once."""
-    if any(row.active for row in rows):
+def end_sweep(sweep: Sweep, statuses: Sequence[JobStatus]) -> None:
+    """Once all jobs have ended, end the sweep's record and those of runs that died; repeating it is safe."""
+    if any(job.active for job in statuses):
         return
     with sweep.lock():
         record = Record(sweep.directory / "record")
         if record.status()["status"] != "RUNNING":
             return
-        jobs = {row.number: sweep.job(row.number) for row in rows}
-        ended = [_ended(row, jobs[row.number]) for row in rows]
-        uri = next(iter(jobs.values()))["tracking_uri"]
-        summarise(record, [one.directory for one in ended])
-        publish([record, *ended], uri)
-        if any(job["config"].get("report") for job in jobs.values()):
-            _report(record, next(iter(jobs.values())))
-        failed = [row for row in rows if row.failed]
-        cancelled = all(row.state == "CANCELLED" for row in failed)
-        error = f"{len(failed)} of {len(rows)} jobs did not complete" if failed else None
+        descriptions = {job.number: sweep.job(job.number) for job in statuses}
+        first = next(iter(descriptions.values()))
+        run_records = [_ended_record(job, descriptions[job.number]) for job in statuses]
+        summarise(record, [run_record.directory for run_record in run_records])
+        publish([record, *run_records], first["tracking_uri"])
+        if any(description["config"].get("report") for description in descriptions.values()):
+            _make_report(record, first)
+        failed = [job for job in statuses if job.failed]
+        cancelled = all(job.state == "CANCELLED" for job in failed)
+        error = f"{len(failed)} of {len(statuses)} jobs did not complete" if failed else None
         record.end("FINISHED" if not failed else "KILLED" if cancelled else "FAILED", error)
-        publish([record], uri)
+        publish([record], first["tracking_uri"])
 
 
-def _report(record: Record, job: Mapping[str, Any]) -> None:
-    """Make the report on the experiment, of which the sweep's record gets the page; trouble is a warning."""
+def _make_report(record: Record, job: Mapping[str, Any]) -> None:
+    """Make the experiment's report and copy its page to the sweep's record; an error becomes a warning."""
     from runners.report.make import make
 
     record.artifact(REPORT).unlink(missing_ok=True)
     try:
         page = make([job["config"]["name"]], job["tracking_uri"], Path(job["outputs"]))
         shutil.copyfile(page, record.artifact(REPORT))
-    except Exception as error:  # whatever it is, the runs are done
-        log.warning("no report was made: %s", complaint(error))
+    except Exception as error:  # the runs themselves are complete
+        log.warning("no report was made: %s", explanation(error))
 
 
-def report_of(sweep: Sweep) -> tuple[Path | None, str] | None:
-    """The page on a sweep that has ended, if it was made, and what makes it; None if none was asked for."""
+def sweep_report(sweep: Sweep) -> tuple[Path | None, str] | None:
+    """The page of an ended sweep's report, None if it was not made, and the command that makes it.
+
+    None for a sweep without report=true.
+    """
     from runners.report.make import directory_of
 
     job = sweep.job(next(iter(sweep.jobs())))
@@ -68,21 +69,21 @@ def report_of(sweep: Sweep) -> tuple[Path | None, str] | None:
     return directory_of(Path(outputs), [name]) / "index.html" if made else None, shlex.join(command)
 
 
-def _ended(row: Row, job: Mapping[str, Any]) -> Record:
-    """The record of a run, which now says how it ended, where the run could not do it."""
-    record = Record(Path(job["directory"]) / "record")
+def _ended_record(job: JobStatus, description: Mapping[str, Any]) -> Record:
+    """The record of a run, ended here if the run died before it could end the record itself."""
+    record = Record(Path(description["directory"]) / "record")
     if not (record.directory / "run.json").exists():
         Record.create(
             record.directory,
-            experiment=job["config"]["name"],
-            name=job["run_name"],
-            params=job["params"],
-            tags=job["config"]["tags"],
+            experiment=description["config"]["name"],
+            name=description["run_name"],
+            params=description["params"],
+            tags=description["config"]["tags"],
             inputs=[],
-            tracking_uri=job["tracking_uri"],
-            parent=Path(job["parent"]),
+            tracking_uri=description["tracking_uri"],
+            parent=Path(description["parent"]),
         )
-    if row.failed and record.status()["status"] in ("SCHEDULED", "RUNNING"):
-        status = "KILLED" if row.state in ("CANCELLED", "KILLED") else "FAILED"
-        record.end(status, row.error or row.state.lower(), record.last_sign_of_life())
+    if job.failed and record.status()["status"] in ("SCHEDULED", "RUNNING"):
+        status = "KILLED" if job.state in ("CANCELLED", "KILLED") else "FAILED"
+        record.end(status, job.error or job.state.lower(), record.last_sign_of_life())
     return record

@@ -1,4 +1,4 @@
-"""Starts sweeps, here or under SLURM: the Hydra launchers behind `-m`, and `python -m runners.launcher`."""
+"""Hydra launchers behind `-m`: they start sweeps on this machine or under SLURM."""
 
 import gc
 import os
@@ -7,28 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
+from hydra.core.utils import JobReturn, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from runners.errors import complaint
+from runners.errors import explanation
+from runners.launcher.hydra_doors import add_launcher, completed, compose_once
 
-NAMESPACE = "hydra_plugins.weightgeom"  # Hydra takes launchers from there only
-Plan = Callable[[Sequence[tuple[DictConfig, str]], int, float | None], None]
-Check = Callable[[DictConfig, bool, Collection[str]], dict[str, Any]]
+PlanJobs = Callable[[Sequence[tuple[DictConfig, str]], int, float | None], None]
+CheckJob = Callable[[DictConfig, bool, Collection[str]], dict[str, Any]]
 
 
 class SweepLauncher(Launcher):
-    """Starts the jobs of a sweep in processes of their own, and watches them unless it is told not to.
+    """Starts the jobs of a sweep in processes of their own, and shows them until they end, unless `detach`.
 
-    Every job's configuration is composed and checked before the first one starts; one that fails does not
+    Every job's configuration is composed and checked before the first job starts; a job that fails does not
     stop the others.
     """
 
-    check: Check
-    plan: Plan
+    check: CheckJob
+    plan: PlanJobs
     kind = "local"
 
     def __init__(self, **options: Any) -> None:  # the keys of conf/hydra/launcher/*.yaml
@@ -38,38 +37,31 @@ class SweepLauncher(Launcher):
         self.config: DictConfig | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take what Hydra has composed so far."""
+        """Keep the sweep's configuration and the loader of the jobs' configurations."""
         self.config, self.loader = config, hydra_context.config_loader
-        compose, composed = self.loader.load_sweep_config, {}
-
-        def composed_once(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-            key = tuple(sweep_overrides)
-            if key in composed:
-                return composed.pop(key)
-            composed[key] = compose(master_config, sweep_overrides)
-            return composed[key]
-
-        gc.disable()  # until all is composed, which makes many small objects that stay: a sixth of the time
-        # Hydra's sweeper composes every job to see whether it can be, and drops it: half of a start's time.
-        self.loader.load_sweep_config = composed_once
+        gc.disable()  # while composing, which makes many small, lasting objects: saves a sixth of the time
+        compose_once(self.loader)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Start the jobs, and watch them to their end; raises if any failed."""
+        """Start the jobs and show them until they end; raises ChildProcessError if any failed."""
         assert self.config is not None
         setup_globals()
         planned = {
-            override.lower() for one in job_overrides for override in one if override.startswith("plan=")
+            override.lower()
+            for overrides in job_overrides
+            for override in overrides
+            if override.startswith("plan=")
         }
         if len(planned) > 1:
-            raise ValueError("plan is of the whole sweep: give plan=true, or plan=false, alone")
+            raise ValueError("plan applies to the whole sweep: give plan=true or plan=false, not both")
         if self.config.plan is True:
             return self._plan(job_overrides)
         from runners.launcher import commands
 
-        commands.speak()
+        commands.log_to_stdout()
         directory = Path(str(self.config.hydra.sweep.dir)).resolve()
         fresh = not (directory / "sweep.json").exists()
-        # Hydra's own note of the sweep would keep its secrets; each record has its configuration without.
+        # Hydra's multirun.yaml may hold secrets; each run's record has its configuration with secrets masked.
         (directory / "multirun.yaml").unlink(missing_ok=True)
         common = frozenset.intersection(*map(frozenset, job_overrides))
         try:
@@ -80,37 +72,38 @@ class SweepLauncher(Launcher):
             }
             gc.enable()
             swept = list(self.config.hydra.overrides.task)
-            options = {str(key): one for key, one in self.options.items() if key not in ("detach", "poll_s")}
+            options = self._job_options()
             sweep = commands.launch(directory, self.kind, options, jobs, swept)
         except BaseException:
             if fresh:
-                commands.discard(directory)
+                commands.remove_unlaunched(directory)
             raise
         if not self.options["detach"]:
             commands.watch(sweep, self.options["poll_s"])
-        return [
-            JobReturn(job["overrides"], status=JobStatus.COMPLETED, _return_value=job["directory"])
-            for job in jobs.values()
-        ]
+        return [completed(job["overrides"], job["directory"]) for job in jobs.values()]
+
+    def _job_options(self) -> dict[str, Any]:
+        own = ("detach", "poll_s")  # of the launcher itself
+        return {str(key): value for key, value in self.options.items() if key not in own}
 
     def _plan(self, job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
-        """Tell what the jobs would come to, and start none."""
+        """Print the plan of the jobs without starting any."""
         assert self.config is not None
         jobs = [self.loader.load_sweep_config(self.config, list(overrides)) for overrides in job_overrides]
         gc.enable()
         objectives = [job.hydra.runtime.choices["objective"] for job in jobs]
+        HydraConfig.instance().set_config(jobs[0])  # has the search path
         for job in jobs:
             with open_dict(job):
                 del job["hydra"]
         from runners.launcher import commands
 
-        options = {str(key): one for key, one in self.options.items() if key not in ("detach", "poll_s")}
-        room = commands.room(self.kind, options, len(jobs))
-        type(self).plan(list(zip(jobs, objectives, strict=True)), *room)
-        return [JobReturn(list(overrides), status=JobStatus.COMPLETED) for overrides in job_overrides]
+        resources = commands.resources(self.kind, self._job_options(), len(jobs))
+        type(self).plan(list(zip(jobs, objectives, strict=True)), *resources)
+        return [completed(list(overrides)) for overrides in job_overrides]
 
     def _job(self, number: int, overrides: list[str], common: Collection[str]) -> dict[str, Any]:
-        """What job `number` is to do, checked; `common` are the overrides that all jobs have."""
+        """The checked description of job `number`; `common` are the overrides that all jobs share."""
         assert self.config is not None
         job = self.loader.load_sweep_config(self.config, overrides)
         with open_dict(job):
@@ -118,7 +111,7 @@ class SweepLauncher(Launcher):
         HydraConfig.instance().set_config(job)
         place = Path(str(job.hydra.sweep.dir), str(job.hydra.sweep.subdir)).resolve()
         copied: Any = HydraConfig.get().runtime
-        for runtime in (job.hydra.runtime, copied):  # to copy all of it again is slow
+        for runtime in (job.hydra.runtime, copied):  # a second copy of the whole configuration would be slow
             with read_write(runtime), open_dict(runtime):
                 runtime.output_dir = str(place)
         logging, environment = (
@@ -130,8 +123,8 @@ class SweepLauncher(Launcher):
         try:
             described = type(self).check(job, self.kind == "local", common)
         except Exception as error:
-            said = f"job {number} of the sweep ({' '.join(filter_overrides(overrides))}): {complaint(error)}"
-            raise ValueError(f"{said}; nothing was started") from error
+            name = f"job {number} of the sweep ({' '.join(filter_overrides(overrides))})"
+            raise ValueError(f"{name}: {explanation(error)}; nothing was started") from error
         return {
             **described,
             "overrides": filter_overrides(overrides),
@@ -142,19 +135,18 @@ class SweepLauncher(Launcher):
 
 
 class SlurmLauncher(SweepLauncher):
-    """The same, as arrays under SLURM."""
+    """Starts the jobs of a sweep as arrays under SLURM."""
 
     kind = "slurm"
 
 
-def register(check: Check, plan: Plan) -> None:
-    """Make the launchers known to Hydra.
+def register(check: CheckJob, plan: PlanJobs) -> None:
+    """Register the launchers with Hydra.
 
-    `check` describes a job, or refuses what cannot work; `plan` tells what jobs come to, so many at a time,
-    of which each has so many bytes of memory elsewhere, or None here.
+    `check` describes a job or raises; `plan` prints the plan of jobs, given the number that run at a time
+    and the bytes of memory of each, None for this machine.
     """
     SweepLauncher.check = staticmethod(check)
     SweepLauncher.plan = staticmethod(plan)
-    known = Plugins.instance().class_name_to_class
-    known[f"{NAMESPACE}.LocalLauncher"] = SweepLauncher
-    known[f"{NAMESPACE}.SlurmLauncher"] = SlurmLauncher
+    add_launcher("LocalLauncher", SweepLauncher)
+    add_launcher("SlurmLauncher", SlurmLauncher)

@@ -1,7 +1,8 @@
-"""What runs in a job, under SLURM or here, and what it leaves on disk of how it went.
+"""One job of a sweep, under SLURM or here, and its files on disk.
 
-`state.json` says how the last attempt stands, `events.jsonl` what happened in all of them, and
-`traceback.txt` why it failed. The module is light: signals that come before a job listens are lost.
+`state.json` is the state of the last attempt, `events.jsonl` logs the states of all attempts, and
+`traceback.txt` is the last error. The module imports little, because signals that arrive before a job has
+installed its handlers are lost.
 """
 
 import json
@@ -22,13 +23,13 @@ from runners.tracking.record import Record
 from runners.tracking.redaction import one_line, redacted_text
 from weightgeom.interruption import Interrupted
 
-GO_ON = 75  # exit code of a job that was interrupted and wants to go on (EX_TEMPFAIL)
+GO_ON = 75  # exit code of an interrupted job that has to be restarted (EX_TEMPFAIL)
 STATES = {"FINISHED": "COMPLETED", "FAILED": "FAILED", "KILLED": "KILLED", "SCHEDULED": "INTERRUPTED"}
 
 
 @dataclass(frozen=True)
 class State:
-    """How a job stands by its own account, as `state.json` keeps it."""
+    """The state of a job, written by the job itself: the content of `state.json`."""
 
     state: Literal["RUNNING", "INTERRUPTED", "COMPLETED", "FAILED", "KILLED", "CANCELLED"]
     attempt: int = 0
@@ -48,7 +49,7 @@ class State:
         return cls(**json.loads(path.read_text())) if path.exists() else None
 
     def save(self, directory: Path, **more: Any) -> "State":
-        """Write it down, with a line in the log of events that has `more` to say; returns it."""
+        """Write the state, and a line with the state and `more` to the log of events; returns the state."""
         line = {"time": round(time.time(), 3), **asdict(self), **more}
         with (directory / "events.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -56,16 +57,16 @@ class State:
         return self
 
     def alive(self) -> bool:
-        """Whether its process runs on this host."""
+        """Whether the job's process runs on this host."""
         return self.node == socket.gethostname() and process_start(self.pid) == self.process_start
 
     @classmethod
     def begin(cls, directory: Path, id: str, node: str) -> "State":
-        """Note that another attempt has begun in this process."""
+        """Save the state of a new attempt in this process."""
         before = cls.load(directory)
         attempt, timeouts = (0, 0) if before is None else (before.attempt, before.timeouts)
         if before is not None and before.id != id:
-            timeouts = 0  # it was submitted again
+            timeouts = 0  # a new submission counts anew
         pid = os.getpid()
         begun = cls("RUNNING", attempt + 1, timeouts, id, time.time(), node, pid, process_start(pid))
         return begun.save(directory, gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
@@ -73,16 +74,16 @@ class State:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep, in a process of its own: the call runs it, or goes on with it.
+    """One run of a sweep, in a process of its own: the call runs or resumes it.
 
-    It is plain data, which any process can take up that has the code; `directory` holds its `job.json`.
+    A job is plain data, so that submitit can pickle it; `directory` holds its `job.json`.
     """
 
     directory: str
     slurm: bool
 
     def __call__(self) -> None:
-        """Run it; what ends it is noted, and raised, so that SLURM and the shell know as well."""
+        """Run the job; an error is saved in its state and raised, so that the exit code shows it."""
         directory = Path(self.directory)
         asked = json.loads((directory / "job.json").read_text())
         node = os.environ["SLURMD_NODENAME"] if self.slurm else socket.gethostname()
@@ -102,7 +103,7 @@ class Job:
             interruption.end()
 
     def checkpoint(self) -> Any:
-        """What is called again where submitit itself hears the signal, before this job listens."""
+        """The call that submitit repeats if the signal arrives before this job has installed its handlers."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -119,7 +120,7 @@ class Job:
         experiment(asked, interruption).run()
 
     def _pause(self, begun: State, asked: dict[str, Any], pause: Interrupted) -> None:
-        """Go back into the queue, or fail if the time was up once too often."""
+        """Requeue the job, or fail if it has reached its time limit more than `max_num_timeout` times."""
         timeouts = begun.timeouts + _time_is_up(asked["limits"], begun)
         allowed = asked["limits"]["max_num_timeout"]
         paused = replace(begun, state="INTERRUPTED", timeouts=timeouts, error=str(pause))
@@ -146,7 +147,7 @@ class Job:
 
 
 def own_frames(error: BaseException) -> str:
-    """A traceback without the frames that are the libraries', but for the last one."""
+    """A traceback without the libraries' frames, except the last frame."""
     frames = traceback.extract_tb(error.__traceback__)
     kept = [frame for frame in frames if "site-packages" not in frame.filename and "<" not in frame.filename]
     if frames and frames[-1] not in kept:
@@ -164,16 +165,16 @@ def _id(slurm: bool) -> str:
 
 
 def _time_is_up(limits: dict[str, Any], begun: State) -> bool:
-    """Whether the signal announced the end of the job's time, and no preemption."""
+    """Whether the signal announced the end of the job's time rather than a preemption."""
     if limits["timeout_min"] is None:
         return False
     started = float(os.environ.get("SLURM_JOB_START_TIME") or begun.began)
-    early = 60  # seconds: what SLURM allows itself
+    early = 60  # seconds by which SLURM may send the signal early
     return time.time() - started >= 60 * limits["timeout_min"] - limits["signal_delay_s"] - early
 
 
 def _requeue(patience: float) -> None:
-    """Have SLURM stop this job and start it again, trying for `patience` seconds while it does not answer."""
+    """Requeue this job, which stops it; retries for `patience` seconds while SLURM does not answer."""
     end = time.time() + patience
     while True:
         asked = subprocess.run(
@@ -187,7 +188,7 @@ def _requeue(patience: float) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`python -m runners.launcher.jobs DIRECTORY`: run the job there."""
+    """`python -m runners.launcher.jobs DIRECTORY`: run the job in that directory."""
     Job(arguments[0], slurm=False)()
 
 

@@ -1,4 +1,4 @@
-"""Jobs on this machine: a process in a session of its own runs them, a few at a time."""
+"""Jobs on this machine: a supervisor process in its own session runs them, a few at a time."""
 
 import glob
 import json
@@ -27,56 +27,63 @@ from runners.launcher.snapshot import python_of
 from runners.signals import process_start
 
 log = logging.getLogger(__name__)
-CANCEL = "cancel"  # a file in a job's directory: it is to end
-TICK = 0.1  # seconds
-GRACE = 20.0  # seconds that a job has to end after it was told to
+CANCEL = "cancel"  # the file in a job's directory that requests its end
+TICK = 0.1  # seconds between two rounds of the supervisor
+GRACE = 20.0  # seconds between SIGTERM and SIGKILL
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class LocalOptions:
-    """How the jobs share this machine; names that SLURM knows as well mean the same."""
+    """Options of the local launcher; those that SLURM also has mean the same."""
 
     array_parallelism: int | None = Field(default=None, ge=1)  # jobs at a time
-    gpus_per_node: int | None = Field(default=None, ge=0)  # of each job; None shares out what there is
+    gpus_per_node: int | None = Field(default=None, ge=0)  # for each job; None distributes all GPUs
     timeout_min: float | None = Field(default=None, gt=0)
     max_num_timeout: int = Field(default=3, ge=0)
     signal_delay_s: float = Field(default=120, gt=0)  # between the signal to save and the end
 
     def limits(self) -> dict[str, Any]:
-        """What a job has to know of its time; it is told to save after half of it at the earliest."""
+        """The time limits of a job; its signal to save comes after half of `timeout_min` at the earliest."""
         limit = self.timeout_min
         delay = self.signal_delay_s if limit is None else min(self.signal_delay_s, 30 * limit)
         return {"timeout_min": limit, "max_num_timeout": self.max_num_timeout, "signal_delay_s": delay}
 
     def parallelism(self, jobs: int) -> int:
-        """How many jobs run at a time: as many as there are GPUs, or up to four on processors."""
-        wanted = self.array_parallelism or len(gpus()) or min(4, os.cpu_count() or 1)
+        """The number of jobs at a time: by default one for each GPU, or up to four on a CPU.
+
+        Raises:
+            ValueError: if a job needs more GPUs than this machine has.
+        """
+        parallel = self.array_parallelism or len(gpus()) or min(4, os.cpu_count() or 1)
         if self.gpus_per_node and self.gpus_per_node > len(gpus()):
             raise ValueError(
-                f"hydra.launcher.gpus_per_node is {self.gpus_per_node}, and {len(gpus())} GPUs are here"
+                f"hydra.launcher.gpus_per_node is {self.gpus_per_node}, but this machine has {len(gpus())}"
+                f" GPUs: set hydra.launcher.gpus_per_node={len(gpus())} or less"
             )
         if self.gpus_per_node:
-            wanted = min(wanted, len(gpus()) // self.gpus_per_node)
-        return min(wanted, jobs)
+            parallel = min(parallel, len(gpus()) // self.gpus_per_node)
+        return min(parallel, jobs)
 
 
 def gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [one for one in named.split(",") if one and one != "-1"]
+    """The GPUs that this process may use, by their names in CUDA_VISIBLE_DEVICES."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu for gpu in visible.split(",") if gpu and gpu != "-1"]
     return [str(index) for index in range(len(glob.glob("/dev/nvidia[0-9]*")))]
 
 
-def start(sweep: Sweep, numbers: Sequence[int], options: LocalOptions, code: Path) -> dict[int, str]:
-    """Start a supervisor for the jobs `numbers`; returns the id of each by number."""
+def start_supervisor(
+    sweep: Sweep, numbers: Sequence[int], options: LocalOptions, code: Path
+) -> dict[int, str]:
+    """Start a supervisor for the jobs `numbers`; returns their ids by number."""
     parallelism = options.parallelism(len(numbers))
     ids = {number: f"local.{time.time_ns() // 1_000_000}.{number}" for number in numbers}
-    places = sweep.jobs()
+    directories = sweep.jobs()
     for number in numbers:
-        (places[number] / CANCEL).unlink(missing_ok=True)
+        (directories[number] / CANCEL).unlink(missing_ok=True)
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    # Not OMP_NUM_THREADS of the user's, if given: jobs that share the cores must not each take them all.
+    # Jobs share the cores; an OMP_NUM_THREADS of the user's takes precedence.
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // parallelism))
     plan = {
         "ids": ids,
@@ -89,21 +96,21 @@ def start(sweep: Sweep, numbers: Sequence[int], options: LocalOptions, code: Pat
     }
     path = sweep.directory / f"supervisor.{time.time_ns() // 1_000_000}.json"
     write_atomically(path, json.dumps(plan, indent=2) + "\n")
-    with (sweep.directory / "supervisor.log").open("a") as said:
+    with (sweep.directory / "supervisor.log").open("a") as log_file:
         process = subprocess.Popen(
             [*python_of(code), "-m", "runners.launcher.local_main", str(path)],
             stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
-            start_new_session=True,  # Ctrl-C and a closed terminal do not reach it
+            stdout=log_file,
+            stderr=log_file,
+            start_new_session=True,  # out of reach of Ctrl-C and of a closed terminal
         )
-    who = {"pid": process.pid, "process_start": process_start(process.pid), "host": socket.gethostname()}
-    write_atomically(path, json.dumps(plan | who, indent=2) + "\n")
+    identity = {"pid": process.pid, "process_start": process_start(process.pid), "host": socket.gethostname()}
+    write_atomically(path, json.dumps(plan | identity, indent=2) + "\n")
     return ids
 
 
-def supervised(sweep: Sweep) -> bool:
-    """Whether a supervisor of the sweep is at work on this machine."""
+def has_supervisor(sweep: Sweep) -> bool:
+    """Whether a supervisor of the sweep runs on this machine."""
     plans = (json.loads(path.read_text()) for path in sweep.directory.glob("supervisor.*.json"))
     return any(
         plan.get("host") == socket.gethostname() and process_start(plan["pid"]) == plan["process_start"]
@@ -111,27 +118,27 @@ def supervised(sweep: Sweep) -> bool:
     )
 
 
-def cancel(sweep: Sweep, numbers: Sequence[int]) -> None:
-    """Have the supervisor end these jobs; where there is none any more, end their processes."""
-    places = sweep.jobs()
-    alone = not supervised(sweep)
+def request_cancel(sweep: Sweep, numbers: Sequence[int]) -> None:
+    """Ask the supervisor to end these jobs; without a supervisor, send SIGTERM to their processes."""
+    directories = sweep.jobs()
+    orphaned = not has_supervisor(sweep)
     for number in numbers:
-        (places[number] / CANCEL).touch()
-        state = State.load(places[number])
-        if alone and state is not None and state.state == "RUNNING" and state.alive():
+        (directories[number] / CANCEL).touch()
+        state = State.load(directories[number])
+        if orphaned and state is not None and state.state == "RUNNING" and state.alive():
             os.killpg(state.pid, signal.SIGTERM)
 
 
 @plain_dataclass
-class Running:
-    """A job's process, and what it has been told."""
+class RunningJob:
+    """A job's process, and the signals sent to it."""
 
     process: subprocess.Popen[bytes]
     slot: int
-    began: float
-    saving: bool = False
-    ending: float | None = None  # when it was told to end
-    why: str = ""
+    began: float  # monotonic, in seconds
+    saving: bool = False  # USR2 was sent
+    ending: float | None = None  # the time of SIGTERM
+    reason: str = ""  # for SIGTERM
 
 
 class Supervisor:
@@ -139,16 +146,17 @@ class Supervisor:
 
     def __init__(self, sweep: Sweep, plan: Mapping[str, Any]) -> None:
         self.plan = plan
-        self.places = sweep.jobs()
+        self.directories = sweep.jobs()
         self.pending = deque(int(number) for number in plan["ids"])
-        self.running: dict[int, Running] = {}
+        self.running: dict[int, RunningJob] = {}
 
     def __call__(self) -> None:
-        """Run them all."""
+        """Run all jobs."""
         while self.pending or self.running:
-            for number in [one for one in self.pending if (self.places[one] / CANCEL).exists()]:
-                self.pending.remove(number)
-                self._note(number, "CANCELLED", "cancelled before it started")
+            for number in list(self.pending):
+                if (self.directories[number] / CANCEL).exists():
+                    self.pending.remove(number)
+                    self._save_state(number, "CANCELLED", "cancelled before it started")
             for number, job in list(self.running.items()):
                 self._watch(number, job)
             while self.pending and len(self.running) < self.plan["parallelism"]:
@@ -157,40 +165,41 @@ class Supervisor:
 
     def _start(self, number: int) -> None:
         slot = min(set(range(self.plan["parallelism"])) - {job.slot for job in self.running.values()})
-        place = self.places[number]
-        with (place / "log.txt").open("ab") as said:
+        directory = self.directories[number]
+        identity = {"WEIGHTGEOM_JOB": self.plan["ids"][str(number)]}
+        with (directory / "log.txt").open("ab") as log_file:
             process = subprocess.Popen(
-                [*self.plan["python"], "-u", "-m", "runners.launcher.jobs", str(place)],
-                env={**os.environ, **self.plan["environment"], **self._gpus(slot), **self._name(number)},
+                [*self.plan["python"], "-u", "-m", "runners.launcher.jobs", str(directory)],
+                env={**os.environ, **self.plan["environment"], **self._gpus(slot), **identity},
                 stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
+                stdout=log_file,
+                stderr=log_file,
                 start_new_session=True,
             )
-        self.running[number] = Running(process, slot, time.monotonic())
+        self.running[number] = RunningJob(process, slot, time.monotonic())
 
     def _gpus(self, slot: int) -> dict[str, str]:
-        """The GPUs of a slot; slots take turns where there are more of them than GPUs."""
-        there, each = self.plan["gpus"], self.plan["gpus_per_job"]
-        if not there and each is None:
+        """The environment variable with the GPUs of a slot; with more slots than GPUs, slots share them."""
+        available, each = self.plan["gpus"], self.plan["gpus_per_job"]
+        if not available and each is None:
             return {}
         each = 1 if each is None else each
-        return {"CUDA_VISIBLE_DEVICES": ",".join(there[(slot * each + i) % len(there)] for i in range(each))}
+        chosen = (available[(slot * each + index) % len(available)] for index in range(each))
+        return {"CUDA_VISIBLE_DEVICES": ",".join(chosen)}
 
-    def _name(self, number: int) -> dict[str, str]:
-        return {"WEIGHTGEOM_JOB": self.plan["ids"][str(number)]}
-
-    def _watch(self, number: int, job: Running) -> None:
+    def _watch(self, number: int, job: RunningJob) -> None:
+        """Record a job that has ended; signal one that is cancelled or near its time limit."""
         code = job.process.poll()
         if code is not None:
             del self.running[number]
             return self._ended(number, job, code)
         now, limit = time.monotonic(), self.plan["timeout_min"]
         left = None if limit is None else 60 * limit - (now - job.began)
-        if job.ending is None and (self.places[number] / CANCEL).exists():
-            self._end(job, now, "cancelled")
+        if job.ending is None and (self.directories[number] / CANCEL).exists():
+            self._terminate(job, now, "cancelled")
         elif job.ending is None and left is not None and left <= 0:
-            self._end(job, now, f"the time limit of {limit:g} min was reached before its state was saved")
+            reason = f"the time limit of {limit:g} min was reached before its state was saved"
+            self._terminate(job, now, reason)
         elif not job.saving and left is not None and left <= self.plan["signal_delay_s"]:
             job.saving = True
             job.process.send_signal(signal.SIGUSR2)
@@ -199,26 +208,26 @@ class Supervisor:
                 os.killpg(job.process.pid, signal.SIGKILL)
         return None
 
-    def _end(self, job: Running, now: float, why: str) -> None:
-        job.ending, job.why = now, why
+    def _terminate(self, job: RunningJob, now: float, reason: str) -> None:
+        job.ending, job.reason = now, reason
         job.process.terminate()
 
-    def _ended(self, number: int, job: Running, code: int) -> None:
-        """Note what the job itself could not; one that was interrupted goes on before the others."""
+    def _ended(self, number: int, job: RunningJob, code: int) -> None:
+        """Save the final state of a job that could not do so itself; an interrupted job resumes next."""
         with suppress(ProcessLookupError):
-            os.killpg(job.process.pid, signal.SIGKILL)  # workers that it may have left
-        state = State.load(self.places[number])
-        if job.why == "cancelled":
-            self._note(number, "CANCELLED", "cancelled")
-        elif job.why:
-            self._note(number, "FAILED", job.why)
+            os.killpg(job.process.pid, signal.SIGKILL)  # any workers left behind
+        state = State.load(self.directories[number])
+        if job.reason == "cancelled":
+            self._save_state(number, "CANCELLED", "cancelled")
+        elif job.reason:
+            self._save_state(number, "FAILED", job.reason)
         elif code == GO_ON:
             self.pending.appendleft(number)
         elif state is None or state.state == "RUNNING" or state.id != self.plan["ids"][str(number)]:
-            how = f"killed by signal {-code}" if code < 0 else f"it ended with exit code {code}"
-            self._note(number, "KILLED" if code < 0 else "FAILED", how)
+            error = f"killed by signal {-code}" if code < 0 else f"it ended with exit code {code}"
+            self._save_state(number, "KILLED" if code < 0 else "FAILED", error)
 
-    def _note(self, number: int, state: Any, why: str) -> None:
-        before = State.load(self.places[number]) or State("RUNNING")
+    def _save_state(self, number: int, state: Any, error: str) -> None:
+        before = State.load(self.directories[number]) or State("RUNNING")
         id = self.plan["ids"][str(number)]
-        replace(before, state=state, error=why, id=id).save(self.places[number])
+        replace(before, state=state, error=error, id=id).save(self.directories[number])

@@ -10,14 +10,14 @@ from runners.launcher.manifest import Sweep
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`python -m runners.launcher.local_main PLAN`: run the listed jobs, then end the sweep."""
+    """`python -m runners.launcher.local_main PLAN`: run the jobs of the plan, then end the sweep."""
     plan = Path(arguments[0])
     sweep = Sweep(plan.parent)
     Supervisor(sweep, json.loads(plan.read_text()))()
-    from runners.launcher.finishing import finish
-    from runners.launcher.status import settled
+    from runners.launcher.finishing import end_sweep
+    from runners.launcher.status import settled_statuses
 
-    finish(sweep, settled(sweep))
+    end_sweep(sweep, settled_statuses(sweep))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,31 @@
-"""A copy of the code, so that what runs is what was submitted however the tree changes in the meantime."""
+"""Copies of the code: jobs run the submitted code, whatever changes in the repository afterwards."""
 
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from filecmp import cmp
 from pathlib import Path
 
+from runners.modules import CODE, is_house, reached
 from runners.tracking.provenance import SNAPSHOT, commit, uncommitted_diff
 
 PARTS = ("run.py", "conf", "runners", "weightgeom")  # all that a run consists of
 ENDINGS = (".py", ".yaml")
+MODULES = "modules"  # in a copy: the user's own
 
 
-def take_snapshot(repository: Path, target: Path) -> None:
-    """Copy the code of `repository`, as it is, to the new directory `target`, with where it came from."""
-    for path in _files(repository):
-        copy = target / path.relative_to(repository)
+def take_snapshot(repository: Path, target: Path, modules: Iterable[str] = ()) -> None:
+    """Copy the code of `repository`, as it is, to the new directory `target`, with where it came from.
+
+    The user's own `modules` go with it, and those that they import: of a package all its code, as it may
+    import by names that it makes up.
+    """
+    own = {Path(MODULES, place): path for place, path in _own_files(modules)}
+    for place, path in [*((path.relative_to(repository), path) for path in _files(repository)), *own.items()]:
+        copy = target / place
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
     known = {
@@ -25,6 +33,7 @@ def take_snapshot(repository: Path, target: Path) -> None:
         "commit": commit(repository),
         "diff": uncommitted_diff(repository),
         "digest": digest(repository),
+        MODULES: {str(place): str(path) for place, path in own.items()},
     }
     (target / SNAPSHOT).write_text(json.dumps(known, indent=2) + "\n")
 
@@ -40,10 +49,17 @@ def digest(repository: Path) -> str:
 
 
 def changed_since(repository: Path, snapshot: Path) -> str:
-    """One sentence if the code of `repository` is no longer that of `snapshot`, with the commits; or ''."""
+    """One sentence if the code of `repository` is no longer that of `snapshot`, with the commits; or ''.
+
+    The same of the user's own modules, with the first file that has changed.
+    """
     known = json.loads((snapshot / SNAPSHOT).read_text())
     if digest(repository) == known["digest"]:
-        return ""
+        own = {Path(path): snapshot / copy for copy, path in known.get(MODULES, {}).items()}
+        other = [
+            path for path, copy in own.items() if not path.is_file() or not cmp(path, copy, shallow=False)
+        ]
+        return f"the code has changed since: {other[0]} is not what it was" if other else ""
     then, now = (_named(one) for one in (known["commit"], commit(repository)))
     return f"the code has changed since: it was {then}, and {repository} is {now}"
 
@@ -53,7 +69,7 @@ def python_of(snapshot: Path) -> list[str]:
 
     It does not hear USR2 until it listens: the signal would end it otherwise.
     """
-    variables = (f"PYTHONPATH={snapshot}", "PYTHONSAFEPATH=1")
+    variables = (f"PYTHONPATH={snapshot}{os.pathsep}{snapshot / MODULES}", "PYTHONSAFEPATH=1")
     return ["sh", "-c", 'trap "" USR2; exec "$0" "$@"', "env", *variables, sys.executable]
 
 
@@ -61,6 +77,24 @@ def _named(known: dict[str, str]) -> str:
     if not known:
         return "under no version control"
     return known["git_commit"][:12] + (" with changes" if known["git_dirty"] == "true" else "")
+
+
+def _own_files(modules: Iterable[str]) -> Iterator[tuple[Path, Path]]:
+    """Files of the user's modules and of those that they import, each behind its place on Python's path."""
+    own = [module for name, module in reached(*modules, running=True).items() if not is_house(name)]
+    for module in own:
+        if module.path is not None:
+            parts = module.name.split(".")
+            yield Path(*parts if module.directories else parts[:-1], module.path.name), module.path
+        if module.path is not None and module.directories and "." not in module.name:
+            (root,) = module.directories
+            yield from ((Path(module.name, path.relative_to(root)), path) for path in _code(root))
+
+
+def _code(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name.isidentifier() and name != "__pycache__")
+        yield from (Path(folder, name) for name in sorted(names) if name.endswith(CODE))
 
 
 def _files(repository: Path) -> Iterator[Path]:

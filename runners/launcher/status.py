@@ -1,4 +1,4 @@
-"""How the jobs of a sweep stand, by their own account and by that of who runs them, until all have ended."""
+"""Statuses of a sweep's jobs, from the jobs' own state files and from the supervisor or SLURM."""
 
 import json
 import logging
@@ -8,21 +8,20 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runners.launcher import local as supervisor
-from runners.launcher import slurm
+from runners.launcher import local, slurm
 from runners.launcher.jobs import State
 from runners.launcher.manifest import Sweep
 
 log = logging.getLogger(__name__)
 ACTIVE = {"PENDING", "RUNNING"}
 AGAIN = {"RUNNING", "PENDING", "NODE_FAIL", "PREEMPTED", "REQUEUED", "RESIZING", "SUSPENDED", ""}
-PATIENCE = 2.0  # seconds that a job must be out of the queue before that counts
-LONGER = 15.0  # ... if the accounting says that it may come back
+PATIENCE = 2.0  # seconds out of the queue after which a job counts as ended
+LONGER = 15.0  # the same for jobs that SLURM may requeue, by their state in the accounting
 
 
 @dataclass(frozen=True)
-class Row:
-    """How one job stands; `state` is PENDING, RUNNING, COMPLETED, FAILED, or what else SLURM calls it."""
+class JobStatus:
+    """The status of one job; `state` is PENDING, RUNNING, COMPLETED, FAILED, or another state of SLURM's."""
 
     number: int
     name: str
@@ -37,122 +36,130 @@ class Row:
 
     @property
     def active(self) -> bool:
-        """Whether there is more to come."""
+        """Whether the job waits or runs."""
         return self.state in ACTIVE
 
     @property
     def failed(self) -> bool:
-        """Whether it has ended, and not well."""
+        """Whether the job ended without completing."""
         return not self.active and self.state != "COMPLETED"
 
 
-class Watcher:
-    """Looks at a sweep time and again; it takes a job for ended only if that is still so a while later."""
+class StatusPoller:
+    """Polls the statuses of a sweep's jobs.
+
+    A job counts as ended only after some seconds out of the queue, because SLURM may requeue it.
+    """
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
-        self.names = names_of(sweep)
-        self.gone: dict[int, float] = {}  # when a job was first not seen any more
+        self.names = job_names(sweep)
+        self.missing_since: dict[int, float] = {}  # when a job was first missing from the queue
 
-    def look(self) -> list[Row]:
-        """How all jobs stand.
+    def poll(self) -> list[JobStatus]:
+        """The status of every job.
 
         Raises:
             ConnectionError: if SLURM does not answer.
         """
-        ids, places = self.sweep.ids(), self.sweep.jobs()
-        states = {number: State.load(place) for number, place in places.items()}
+        ids, directories = self.sweep.ids(), self.sweep.jobs()
+        states = {number: State.load(directory) for number, directory in directories.items()}
         under_slurm = self.sweep.manifest()["launcher"] == "slurm"
-        seen = self._slurm(ids, states) if under_slurm else self._local(ids, states, places)
-        rows = []
-        for number, place in sorted(places.items()):
-            row = Row(number, self.names[number], ids.get(number, ""), "NEVER STARTED")
+        reported = self._slurm(ids, states) if under_slurm else self._local(ids, states, directories)
+        statuses = []
+        for number, directory in sorted(directories.items()):
+            job = JobStatus(number, self.names[number], ids.get(number, ""), "NEVER STARTED")
             if number in ids:
                 folder = self.sweep.directory / "slurm"
-                log = slurm.log_of(folder, ids[number]) if under_slurm else place / "log.txt"
-                row = _row(replace(row, log=log), states[number], seen[number])
-            rows.append(replace(row, progress=progress(place / "record") if row.state == "RUNNING" else ""))
-        return rows
+                log = slurm.log_path(folder, ids[number]) if under_slurm else directory / "log.txt"
+                job = _merged(replace(job, log=log), states[number], reported[number])
+            latest = progress(directory / "record") if job.state == "RUNNING" else ""
+            statuses.append(replace(job, progress=latest))
+        return statuses
 
     def _local(
-        self, ids: Mapping[int, str], states: Mapping[int, State | None], places: Mapping[int, Path]
-    ) -> dict[int, slurm.Seen]:
-        supervised = supervisor.supervised(self.sweep)
-        found = {}
+        self, ids: Mapping[int, str], states: Mapping[int, State | None], directories: Mapping[int, Path]
+    ) -> dict[int, slurm.ReportedState]:
+        supervised = local.has_supervisor(self.sweep)
+        reported = {}
         for number, id in ids.items():
             state = states[number]
             if state is None or state.id != id:
-                there, nobody = slurm.Seen("PENDING"), "nobody is there to start it"
-                found[number] = there if supervised else slurm.Seen("CANCELLED", "", nobody)
+                pending = slurm.ReportedState("PENDING")
+                orphaned = slurm.ReportedState("CANCELLED", "", "no supervisor is left to start it")
+                reported[number] = pending if supervised else orphaned
             elif state.state == "INTERRUPTED" and supervised:
-                found[number] = slurm.Seen("PENDING")
-            elif state.state == "KILLED" and supervised and (places[number] / supervisor.CANCEL).exists():
-                found[number] = slurm.Seen("RUNNING", state.node)  # until it is noted why
+                reported[number] = slurm.ReportedState("PENDING")
+            elif state.state == "KILLED" and supervised and (directories[number] / local.CANCEL).exists():
+                # The supervisor will record the cancellation.
+                reported[number] = slurm.ReportedState("RUNNING", state.node)
             elif state.state not in ("RUNNING", "INTERRUPTED"):
-                found[number] = slurm.Seen(state.state, state.node)
-            elif state.alive() or supervised:  # who notes within a moment how a process has ended
-                found[number] = slurm.Seen("RUNNING", state.node)
+                reported[number] = slurm.ReportedState(state.state, state.node)
+            elif state.alive() or supervised:  # the supervisor records the end of a process within a moment
+                reported[number] = slurm.ReportedState("RUNNING", state.node)
             else:
-                found[number] = slurm.Seen("KILLED", state.node, "its process is gone")
-        return found
+                reported[number] = slurm.ReportedState("KILLED", state.node, "its process is gone")
+        return reported
 
-    def _slurm(self, ids: Mapping[int, str], states: Mapping[int, State | None]) -> dict[int, slurm.Seen]:
+    def _slurm(
+        self, ids: Mapping[int, str], states: Mapping[int, State | None]
+    ) -> dict[int, slurm.ReportedState]:
         queued = slurm.queued(list(ids.values()))
-        left = {number: id for number, id in ids.items() if id not in queued}
-        accounted = slurm.accounted(list(left.values()))
-        found, now = {}, time.monotonic()
+        missing = {number: id for number, id in ids.items() if id not in queued}
+        accounted = slurm.accounted(list(missing.values()))
+        reported, now = {}, time.monotonic()
         for number, id in ids.items():
-            if number not in left:
-                self.gone.pop(number, None)
-                seen = queued[id]
-                running = seen.state in ("RUNNING", "COMPLETING")
-                found[number] = seen._replace(state="RUNNING" if running else "PENDING")
+            if number not in missing:
+                self.missing_since.pop(number, None)
+                running = queued[id].state in ("RUNNING", "COMPLETING")
+                reported[number] = queued[id]._replace(state="RUNNING" if running else "PENDING")
                 continue
-            seen = accounted.get(id, slurm.Seen(""))
+            last = accounted.get(id, slurm.ReportedState(""))
             state = states[number]
             own = state if state is not None and state.id == id else None
-            if now - self.gone.setdefault(number, now) < _patience(own, seen):
-                found[number] = slurm.Seen("RUNNING", seen.node)
-            elif seen.state in ("", "PENDING"):  # part of an array, and taken out of it
-                found[number] = slurm.Seen("CANCELLED", "", "it left the queue before it started")
+            if now - self.missing_since.setdefault(number, now) < _patience(own, last):
+                reported[number] = slurm.ReportedState("RUNNING", last.node)
+            elif last.state in ("", "PENDING"):  # cancelled while it waited as part of an array
+                reported[number] = slurm.ReportedState("CANCELLED", "", "it left the queue before it started")
             else:
-                found[number] = seen
-        return found
+                reported[number] = last
+        return reported
 
 
-def _row(row: Row, state: State | None, seen: slurm.Seen) -> Row:
-    """What is seen of a job, with what it says itself of its end."""
-    own = state if state is not None and state.id == row.id else None
+def _merged(job: JobStatus, state: State | None, reported: slurm.ReportedState) -> JobStatus:
+    """The reported state of a job, with the end and the error of its own state file."""
+    own = state if state is not None and state.id == job.id else None
     attempt = 0 if state is None else state.attempt
-    row = replace(row, state=seen.state, node=seen.node, error=seen.reason, attempt=attempt)
-    if row.active:
-        return replace(row, error="")
+    job = replace(job, state=reported.state, node=reported.node, error=reported.reason, attempt=attempt)
+    if job.active:
+        return replace(job, error="")
     if own is not None and own.state in ("COMPLETED", "FAILED"):
-        row = replace(row, state=own.state)
-    if own is not None and row.failed:
-        row = replace(row, error=own.error or row.error, traceback=own.traceback or "")
-    return replace(row, node=seen.node or (own.node if own else ""))
+        job = replace(job, state=own.state)
+    if own is not None and job.failed:
+        job = replace(job, error=own.error or job.error, traceback=own.traceback or "")
+    return replace(job, node=reported.node or (own.node if own else ""))
 
 
-def _patience(own: State | None, seen: slurm.Seen) -> float:
-    """How long a job must be out of the queue to have ended: SLURM restarts some that it calls failed."""
+def _patience(own: State | None, reported: slurm.ReportedState) -> float:
+    """Seconds out of the queue after which a job counts as ended; SLURM requeues some failed jobs."""
     if own is not None and own.state in ("COMPLETED", "FAILED"):
         return 0.0
-    return LONGER if own is not None and seen.state in AGAIN else PATIENCE
+    return LONGER if own is not None and reported.state in AGAIN else PATIENCE
 
 
-def names_of(sweep: Sweep) -> dict[int, str]:
-    """What tells each job from the others: the overrides that not all of them have."""
-    asked = {number: sweep.job(number) for number in sweep.jobs()}
-    common = set.intersection(*(set(job["overrides"]) for job in asked.values()))
+def job_names(sweep: Sweep) -> dict[int, str]:
+    """The name of each job: its overrides that are not common to all jobs."""
+    jobs = {number: sweep.job(number) for number in sweep.jobs()}
+    common = set.intersection(*(set(job["overrides"]) for job in jobs.values()))
     return {
-        number: " ".join(one for one in job["overrides"] if one not in common) or job["run_name"].split()[0]
-        for number, job in asked.items()
+        number: " ".join(override for override in job["overrides"] if override not in common)
+        or job["run_name"].split()[0]
+        for number, job in jobs.items()
     }
 
 
 def progress(record: Path) -> str:
-    """The last step and loss that a run has logged, such as `train step 40, loss 2.31`."""
+    """The last logged step and loss of a run, such as `train step 40, loss 2.31`."""
     path = record / "metrics.jsonl"
     with suppress(OSError, ValueError, KeyError):
         with path.open("rb") as file:
@@ -167,18 +174,18 @@ def progress(record: Path) -> str:
     return ""
 
 
-def settled(sweep: Sweep, interval: float = 0.5) -> list[Row]:
-    """How all jobs stand, once it is clear of each that left the queue whether it has ended."""
-    watcher = Watcher(sweep)
+def settled_statuses(sweep: Sweep, interval: float = 0.5) -> list[JobStatus]:
+    """The status of every job, once no job that left the queue can still come back to it."""
+    poller = StatusPoller(sweep)
     while True:
-        rows = watcher.look()
-        if not any(row.active for row in rows if row.number in watcher.gone):
-            return rows
+        statuses = poller.poll()
+        if not any(job.active for job in statuses if job.number in poller.missing_since):
+            return statuses
         time.sleep(interval)
 
 
-def counts(rows: Sequence[Row]) -> str:
-    """Such as `4 jobs: 1 PENDING, 2 RUNNING, 1 COMPLETED`."""
-    states = [row.state for row in rows]
-    found = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states)))
-    return f"{len(rows)} {'job' if len(rows) == 1 else 'jobs'}: {found}"
+def counts(statuses: Sequence[JobStatus]) -> str:
+    """The number of jobs in each state, such as `4 jobs: 1 COMPLETED, 1 PENDING, 2 RUNNING`."""
+    states = [job.state for job in statuses]
+    by_state = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states)))
+    return f"{len(statuses)} {'job' if len(statuses) == 1 else 'jobs'}: {by_state}"

@@ -4,14 +4,18 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runners.disk import full_disk_explained
-from runners.pipeline.fingerprint import code_behind, package
+from runners.modules import modules_of
+from runners.pipeline.declarations import check_declarations, objective_tags, with_declaration
+from runners.pipeline.fingerprint import code_behind, contents, package
 from runners.pipeline.logged_stages import Stages
-from runners.pipeline.measurements import Measured, module, plain
+from runners.pipeline.measurements import Measured, map_of, module, plain
+from runners.pipeline.store import signature
 from runners.signals import Interruption, terminations_as_exceptions
 from runners.summary.curves import log_effects, log_table
 from runners.summary.figures import draw
@@ -21,9 +25,10 @@ from runners.tracking.publisher import Publisher, check_tracking_uri
 from runners.tracking.record import Record
 from runners.tracking.redaction import redacted_text
 from weightgeom.analysis.chain import BETWEEN, STAGES, between, side_by_side
-from weightgeom.bases.chain import COMPARING, Chain, check_chain
+from weightgeom.analysis.declared import ROLE, UNDECLARED
+from weightgeom.bases.chain import Chain, check_chain
 from weightgeom.interfaces import Data, Intervention, Log, Model, NeedsExamples, Objective, Probe
-from weightgeom.interruption import Wanted, undisturbed
+from weightgeom.interruption import Request, no_request
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
 from weightgeom.trajectory import Base, Trajectory
@@ -71,9 +76,14 @@ class Experiment:
                 for name, table in tables.items():
                     table.to_parquet(record.artifact(f"tables/{name}.parquet"))
                     table.to_csv(record.artifact(f"tables/{name}.csv"), index=False)
-                draw(tables, record)
-        effects = {name: intervention.headline for name, intervention in self.interventions.items()}
-        print_summary(tables, effects, record.directory, uri)
+                draw(tables, record, self.probes, self.interventions)
+        print_summary(tables, self.probes, self.interventions, record.directory, uri)
+        if objective_tags(self.objective, examples).get(ROLE) == UNDECLARED:
+            log.warning(
+                "the claims leave this run out, as %s declares no role: give it the properties role"
+                " (contrast, likelihood or other) and of_text",
+                type(self.objective).__name__,
+            )
         return tables
 
     def check(self) -> Examples:
@@ -103,12 +113,18 @@ class Experiment:
             "source": str(self.params["data"]),
             "context": "all",
         }
+        about = objective_tags(self.objective, examples)
         record = Record.create(
             self.directory / "record",
             experiment=self.name,
             name=self.run_name,
             params=self.params,
-            tags={**provenance(REPOSITORY), "code_fingerprint": package(), **self.tags},
+            tags={
+                **provenance(REPOSITORY),
+                "code_fingerprint": package(*self._modules),
+                **about,
+                **self.tags,
+            },
             inputs=[data],  # pyright: ignore[reportArgumentType]
             tracking_uri=uri,
             parent=self.parent,
@@ -120,27 +136,34 @@ class Experiment:
         return record
 
     def _tables(self, record: Record, examples: Examples) -> "dict[str, pd.DataFrame]":
-        make = self.stages(record, "pretraining", code_behind(module(self.model)))
+        make = self.stages(record, "pretraining", code_behind(*modules_of(self.model)))
         base = self.model.prepare(make, examples, self.data, self.device, self._wanted)
         tables, measured = {}, None
         for trajectory, identity in self._trajectories(record, base, examples):
-            measured = Measured(self, record, base, trajectory, identity, examples)
+            measured = self._measured(record, base, trajectory, identity, examples)
             suffix = "_pretraining" if self.objective is not None and trajectory is base.trajectory else ""
             for name, probe in self.probes.items():
                 tables[name + suffix] = self._about(name, trajectory, measured.table(name, probe))
-                log_table(record, name, suffix, tables[name + suffix], probe.headline)
+                log_table(record, name, suffix, tables[name + suffix], probe.declaration)
         if base.trajectory is not None and base.pairs:
             names = enumerate(base.trajectory.stages)  # for who sees a curve by step
             record.tag(STAGES, ", ".join(f"{step} {stage}" for step, stage in names))
             for name, table in self._between_stages(record, base, examples):
                 tables[name + BETWEEN] = self._about(name, base.trajectory, table)
-                log_table(record, name, BETWEEN, table, self.probes[name].headline)
-            if "rsf" in tables:
-                tables[STAGES] = side_by_side(tables)
+                log_table(record, name, BETWEEN, table, self.probes[name].declaration)
+            headlines = {
+                name: probe.declaration.headline
+                for name, probe in self.probes.items()
+                if probe.declaration.compares and probe.declaration.generic and probe.declaration.headline
+            }
+            if headlines:
+                tables[STAGES] = side_by_side(tables, headlines)
         for name, intervention in self.interventions.items():
             assert measured is not None  # some trajectory there is: a model without one is refused
-            tables[name] = measured.effects(name, intervention)  # of the last one
-            log_effects(record, name, tables[name], intervention.headline)
+            table = measured.effects(name, intervention)  # of the last one
+            tables[name] = with_declaration(table, intervention)
+            if len(table):
+                log_effects(record, name, table, intervention.declaration)
         return tables
 
     def _about(self, name: str, trajectory: Trajectory, table: "pd.DataFrame") -> "pd.DataFrame":
@@ -151,19 +174,19 @@ class Experiment:
         table.attrs["trained"] = trajectory.name in ("training", "pair", "chain")  # from a base, its step 0
         if trajectory.stages:
             table.attrs[STAGES] = list(trajectory.stages)
-        return table
+        return with_declaration(table, self.probes[name])
 
     def _between_stages(
         self, record: Record, base: Base, examples: Examples
     ) -> "Iterator[tuple[str, pd.DataFrame]]":
         """Of every probe that compares, what `model=pair` gives of each stage and the one before it."""
-        names = [name for name in self.probes if name in COMPARING]
+        names = [name for name, probe in self.probes.items() if probe.declaration.compares]
         found: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
         assert base.trajectory is not None
         for pair, (before, after) in zip(base.pairs, pairwise(base.trajectory.stages), strict=True):
             assert pair.trajectory is not None
             log.info("stage %s against %s, the one before it", after, before)
-            measured = Measured(self, record, pair, pair.trajectory, pair.identity, examples)
+            measured = self._measured(record, pair, pair.trajectory, pair.identity, examples)
             for name in names:
                 found[name].append(measured.table(name, self.probes[name]))
         yield from ((name, between(pairs)) for name, pairs in found.items())
@@ -179,10 +202,10 @@ class Experiment:
     def _trained(
         self, record: Record, base: Base, objective: Objective, examples: Examples
     ) -> tuple[Trajectory, str]:
-        def work(directory: Path, log_metrics: Log) -> None:
-            from weightgeom.models.loading import load_network, load_tokenizer
-            from weightgeom.training.fit import fit
+        from weightgeom.models.loading import load_network, load_tokenizer
+        from weightgeom.training.fit import fit, saved_trajectory
 
+        def work(directory: Path, log_metrics: Log) -> None:
             fit(
                 objective,
                 load_network(base.directory).to(self.device),  # pyright: ignore[reportArgumentType]
@@ -195,31 +218,42 @@ class Experiment:
                 device=self.device,
                 log_metrics=log_metrics,
                 start=base.directory,
-                wanted=self._wanted,
+                request=self._wanted,
             )
 
-        code = code_behind(module(objective), "weightgeom.training.fit")
+        code = code_behind(*modules_of(objective, self.training, fit, load_network), map_of(base))
         make = self.stages(record, "train", code)
         specification = {
             "base": base.identity,
-            "data": examples.digest,
+            "data": contents(examples),
             "objective": plain(objective),
             "training": plain(self.training),
             "seed": self.seed,
             "device": self.device,
         }
         directory = make("training", specification, work, self.training.steps)
-        from weightgeom.training.fit import trajectory
+        return saved_trajectory(directory, "training", base.directory), f"training/{directory.name}"
 
-        return trajectory(directory, "training", base.directory), f"training/{directory.name}"
+    def _measured(
+        self, record: Record, base: Base, trajectory: Trajectory, identity: str, examples: Examples
+    ) -> Measured:
+        stages = partial(self.stages, record)
+        parts = (self.seed, self.device, self.objective, self.training)
+        return Measured(stages, *parts, base, trajectory, identity, examples)
 
     def stages(self, record: Record, prefix: str, code: str) -> "Stages":
         """Makes stages whose metrics go into `record` under `prefix`."""
         return Stages(self.outputs, record, prefix, code, self.interruption)
 
     @property
-    def _wanted(self) -> Wanted:
-        return undisturbed if self.interruption is None else self.interruption.wanted
+    def _modules(self) -> list[str]:
+        """The modules of all that it is made of."""
+        parts = (self.model, self.data, self.objective, self.training, self.probes, self.interventions)
+        return modules_of(*parts)
+
+    @property
+    def _wanted(self) -> Request:
+        return no_request if self.interruption is None else self.interruption.wanted
 
 
 def check_parts(
@@ -232,8 +266,12 @@ def check_parts(
 ) -> None:
     """Refuse what does not go together, as far as can be told without the data."""
     check_tracking_uri(tracking_uri)
+    modules_of(model, objective, training, probes, interventions)
+    measured = {"probe": plain(probes), "intervention": plain(interventions)}
+    signature({"objective": plain(objective), "training": plain(training), **measured})
+    check_declarations(probes, interventions, objective)
     if isinstance(model, Chain):
-        check_chain([*probes], [*interventions])
+        check_chain({name: probe.declaration for name, probe in probes.items()}, [*interventions])
     architecture = model.check(None if objective is None else training.max_length)
     if objective is not None:
         training.lora.check(architecture)

@@ -1,85 +1,72 @@
-"""Fingerprints of the code and the libraries that a stage's result depends on."""
+"""Fingerprints of the code, the data and the libraries that a stage's result depends on."""
 
-import ast
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
-from importlib.util import find_spec
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-PACKAGE = "weightgeom"
+from runners.modules import HOUSE, LIBRARIES, find, packages, reached, required
+
+if TYPE_CHECKING:
+    from weightgeom.interfaces import Examples
 
 
 def libraries() -> dict[str, str]:
     """Versions of the libraries that decide a trained or measured number."""
-    return {name: metadata.version(name) for name in ("torch", "transformers", "trl")}
+    return {name: metadata.version(name) for name in LIBRARIES}
 
 
 def code_behind(*modules: str) -> str:
-    """Fingerprint of modules of ours and of all of ours that they import, directly or not.
+    """Fingerprint of modules and of the modules that they import, directly or not, ours and the user's.
 
-    Comments, docstrings and layout do not count, so that only a change of what the code does makes
-    a stage be done again.
+    Comments, docstrings, layout, imports for type checkers and modules that draw do not count. Of the
+    packages that a module lies in, statements count, and other imports do not. A library's module counts
+    by its version.
+
+    Raises:
+        ValueError: if the code of a module is in no file.
     """
-    found: dict[str, str] = {}
-    waiting = list(modules)
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            source = _source(name).read_text()
-            found[name], tree = _dumped(source), _stripped(source)
-            waiting += [imported for imported in _imports(tree) if imported.split(".")[0] == PACKAGE]
-    return _hash(found)
+    installed = [name for name in modules if required(name) is None]
+    parts = {name: version for name in installed if (version := _version(name))}
+    reach = reached(*modules)
+    parts |= {name: f"{module.code} {sorted(module.imports)}" for name, module in reach.items()}
+    for name in {outer for inner in reach for outer in packages(inner)} - set(reach):
+        outer = find(name)
+        assert outer is not None
+        statements, imports = outer.on_the_way
+        parts[name] = f"{statements} {sorted(imports)}"
+    return _hash(parts)
 
 
-def package() -> str:
-    """Fingerprint of all code of the package but what only draws."""
-    spec = find_spec(PACKAGE)
-    assert spec is not None and spec.submodule_search_locations
-    root = Path(spec.submodule_search_locations[0])
-    files = [path for path in sorted(root.rglob("*.py")) if not path.name.startswith("figures")]
-    return _hash({str(path.relative_to(root)): _dumped(path.read_text()) for path in files})
+def package(*modules: str) -> str:
+    """Fingerprint of the whole package without its figures, and of the user's code behind `modules`."""
+    house = find(HOUSE)
+    assert house is not None
+    files = [path.relative_to(root) for root in house.directories for path in root.rglob("*.py")]
+    places = [path.with_suffix("").parts for path in files]
+    names = [".".join((HOUSE, *parts)) for parts in places if all(map(str.isidentifier, parts))]
+    return code_behind(*(name.removesuffix(".__init__") for name in names), *modules)
 
 
-def _source(module: str) -> Path:
-    spec = find_spec(module)
-    assert spec is not None and spec.origin is not None, f"{module} has no source"
-    return Path(spec.origin)
+def contents(examples: "Examples") -> str:
+    """SHA-256 over all that a data set holds, whereas its own digest leaves out questions and abstentions."""
+    names = list(examples.groups)
+    parts: list[Sequence[object]] = [examples.text, examples.heldout, examples.pairs, examples.heldout_pairs]
+    parts += [examples.questions, examples.abstentions, names, *(examples.groups[name] for name in names)]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{len(part)}\n".encode())
+        for item in part:
+            digest.update(repr(item).encode() + b"\n")
+    return digest.hexdigest()
 
 
-def _imports(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
-            yield node.module
-            if node.module.split(".")[0] == PACKAGE:
-                names = (f"{node.module}.{alias.name}" for alias in node.names)
-                yield from (name for name in names if _is_module(name))
-
-
-def _is_module(name: str) -> bool:
-    """Whether what is imported from a package is a module of it, and not a name in one."""
-    package, _, last = name.rpartition(".")
-    source = _source(package)
-    return source.name == "__init__.py" and source.with_name(f"{last}.py").is_file()
-
-
-@cache  # a run asks for each of its stages
-def _dumped(source: str) -> str:
-    return ast.dump(_stripped(source))
-
-
-def _stripped(source: str) -> ast.Module:
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-            and ast.get_docstring(node) is not None
-        ):
-            node.body = node.body[1:]
-    return tree
+@cache  # to list the distributions takes long
+def _version(module: str) -> str:
+    """The distributions of a library's module, with their versions; "" for Python's own."""
+    names = metadata.packages_distributions().get(module.split(".")[0], [])
+    return ", ".join(f"{name} {metadata.version(name)}" for name in sorted(set(names)))
 
 
 def _hash(parts: dict[str, str]) -> str:

@@ -1,14 +1,18 @@
 """The tables of one trajectory: each made once, by a probe of every checkpoint or by an intervention."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass, is_dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from runners.pipeline.fingerprint import package
-from runners.tracking.record import Record
-from weightgeom.interfaces import Intervention, Log, Probe, Setting
+import torch
+
+from runners.modules import fields_of, modules_of, required
+from runners.pipeline.fingerprint import code_behind, contents
+from weightgeom.estimators.per_matrix import PerMatrix
+from weightgeom.interfaces import Intervention, Log, Objective, Probe, Setting, Stage
 from weightgeom.table import Row
 from weightgeom.text.examples import Examples
 from weightgeom.trajectory import Base, Trajectory
@@ -16,16 +20,19 @@ from weightgeom.trajectory import Base, Trajectory
 if TYPE_CHECKING:
     import pandas as pd
 
-    from runners.pipeline.experiment import Experiment
     from weightgeom.models.language_model import LanguageModel
+    from weightgeom.training.config import Training
 
 
 @dataclass(frozen=True)
 class Measured:
     """The tables of one trajectory; a model is loaded only if one of them is not there yet."""
 
-    experiment: "Experiment"
-    record: Record
+    stages: Callable[[str, str], Stage]  # for a prefix of the metrics and a fingerprint of the code
+    seed: int
+    device: str
+    objective: Objective | None
+    training: "Training"
     base: Base
     trajectory: Trajectory
     identity: str
@@ -41,9 +48,10 @@ class Measured:
                 params = self._model.params(checkpoint, self.setting.start)
                 found += [{"step": step, **row} for row in measure(params)]
                 log_metrics({}, index + 1)
+            self._check_headline(name, probe, found)
             return found
 
-        return self._made(name, {"probe": plain(probe)}, rows, len(self.trajectory.steps))
+        return self._made(name, "probe", probe, rows, len(self.trajectory.steps))
 
     def effects(self, name: str, intervention: Intervention) -> "pd.DataFrame":
         """The table of one intervention."""
@@ -54,29 +62,57 @@ class Measured:
         from weightgeom.models.loading import load_architecture
 
         arms = intervention.arms(load_architecture(self.base.directory))
-        return self._made(name, {"intervention": plain(intervention)}, rows, arms)
+        return self._made(name, "intervention", intervention, rows, arms)
+
+    def _check_headline(self, name: str, probe: Probe, rows: list[Row]) -> None:
+        """Refuse a headline that selects no row, but where nothing moved.
+
+        Raises:
+            ValueError: with the quantities that there are.
+        """
+        from weightgeom.table import of_matrices, tabulate
+
+        headline = probe.declaration.headline
+        if not rows or not headline or len(of_matrices(tabulate(rows), headline)) or not self._moved:
+            return
+        of_matrix = dict.fromkeys(row["quantity"] for row in rows if row.get("matrix"))
+        raise ValueError(
+            f"probe.{name} declares the headline {headline!r}, and no matrix has a row of it: declare one of"
+            f" {', '.join(of_matrix) or 'none, by an empty headline'}"
+        )
+
+    @property
+    def _moved(self) -> bool:
+        """Whether any matrix is another at the end of the trajectory."""
+        start, end = self.setting.start, self.setting.end
+        names = {matrix.parameter for matrix in self._model.architecture.matrices}
+        return any(not torch.equal(start[name], end[name]) for name in names)
 
     def _made(
-        self, name: str, what: Mapping[str, object], rows: Callable[[Log], list[Row]], steps: int
+        self, name: str, kind: str, thing: object, rows: Callable[[Log], list[Row]], steps: int
     ) -> "pd.DataFrame":
         import pandas as pd
 
-        def work(directory: Path, log_metrics: Log) -> None:
-            from weightgeom.table import tabulate
+        from weightgeom.models.loading import load
+        from weightgeom.table import tabulate, upgraded
 
+        def work(directory: Path, log_metrics: Log) -> None:
             tabulate(rows(log_metrics)).to_parquet(directory / f"{name}.parquet")
 
         specification = {
             "trajectory": self.identity,
+            "steps": list(self.trajectory.steps),
+            "from_random": self.trajectory.from_random,
             "base": self.base.identity,
-            **what,
-            "data": self.examples.digest,
-            "seed": self.experiment.seed,
-            "device": self.experiment.device,
+            kind: plain(thing),
+            "data": self._data,
+            "seed": self.seed,
+            "device": self.device,
         }
-        make = self.experiment.stages(self.record, name, package())
+        code = code_behind(*modules_of(thing, load, tabulate), map_of(self.base))
+        make = self.stages(name, code)
         directory = make(name, specification, work, steps)
-        return pd.read_parquet(directory / f"{name}.parquet")
+        return upgraded(pd.read_parquet(directory / f"{name}.parquet"))
 
     @cached_property
     def setting(self) -> Setting:
@@ -91,24 +127,54 @@ class Measured:
             end,
             self.trajectory.from_random,
             self.examples,
-            self.experiment.seed,
-            self.experiment.objective if trained else None,
-            self.experiment.training,
+            self.seed,
+            self.objective if trained else None,
+            self.training,
             self.trajectory.last,
         )
+
+    @cached_property
+    def _data(self) -> str:
+        return contents(self.examples)
 
     @cached_property
     def _model(self) -> "LanguageModel":
         from weightgeom.models.loading import load
 
-        return load(self.base.directory, self.experiment.device)
+        return load(self.base.directory, self.device)
 
 
-def plain(thing: object) -> dict[str, Any]:
-    """A configured object as plain data: its class and fields."""
-    return {"class": f"{module(thing)}.{type(thing).__name__}", **asdict(thing)}  # pyright: ignore[reportArgumentType]
+def plain(thing: object) -> Any:
+    """A configured object as plain data: its class and its fields, objects in them in the same way."""
+    thing = configured(thing)
+    if isinstance(thing, str | int | float | None):
+        return thing
+    if isinstance(thing, Mapping):
+        return {key: plain(value) for key, value in thing.items()}
+    if isinstance(thing, list | tuple):
+        return [plain(value) for value in thing]
+    if isinstance(thing, partial):
+        return {"function": plain(thing.func), "arguments": plain(thing.args), **plain(thing.keywords)}
+    if isinstance(thing, type | FunctionType):
+        return f"{thing.__module__}.{thing.__qualname__}"
+    given = fields_of(thing)
+    known = given or is_dataclass(thing) or required(type(thing).__module__) is not None
+    return {"class": plain(type(thing)), **plain(given)} if known else thing
+
+
+def map_of(base: Base) -> str:
+    """The module with the residual-stream map of a base, which is imported by the name of its type."""
+    from weightgeom.models.loading import load_config
+    from weightgeom.models.residual import map_module
+
+    return map_module(load_config(base.directory))
 
 
 def module(thing: object) -> str:
     """The name of the module that its class is in."""
-    return type(thing).__module__
+    return type(configured(thing)).__module__
+
+
+def configured(thing: object) -> object:
+    """The object that the configuration names, where the runner has made a probe of it."""
+    return thing.function if isinstance(thing, PerMatrix) else thing

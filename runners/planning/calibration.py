@@ -1,7 +1,7 @@
-"""What stages cost here, measured in seconds on a proxy of the network and brought to its size.
+"""Costs of stages on this machine, measured on a small proxy of the network and scaled to its size.
 
-On a CPU these are the seconds of a machine that does nothing else.
-Every measurement runs the stage's own code: the objective's trainer, the probe, the intervention.
+On a CPU, times are those of an otherwise idle machine. Every measurement runs the stage's own code: the
+objective's trainer, the probe, the intervention.
 """
 
 import logging
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from runners.planning.live_memory import Live
+from runners.planning.live_memory import LiveMemory
 from runners.planning.proxy import SMALLEST, Proxy, proxy_of
+from weightgeom.compat.trainers import prepared
 from weightgeom.interfaces import Intervention, Objective, Probe, Setting
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import architecture_of
@@ -29,21 +30,21 @@ from weightgeom.training.fit import outdated_name_allowed
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-WORK = 4e10  # floating-point operations of one measurement at most: about a second on a core
-SECOND = 1.0  # and what it is to take on a slow or a busy machine
-LEAST = 0.25  # of that work in any case: of fewer samples nothing can be told
-FEW = 128  # tokens of a batch whose logits are all held
-SAMPLES = ("tokens", "pairs", "prompts", "questions")  # fields whose number a stage's time is linear in
-ARMS = 3  # of an intervention, after which it has shown what an arm takes
+WORK = 4e10  # maximal floating-point operations of a measurement: about a second on a core
+TARGET_SECONDS = 1.0  # duration of a measurement on a slow or busy machine
+LEAST_SHARE = 0.25  # minimal share of WORK: with fewer samples, times are too noisy
+FEW_TOKENS = 128  # a batch small enough for all of its logits to be in memory at once
+SAMPLE_FIELDS = ("tokens", "pairs", "prompts", "questions")  # counts in which a stage's time is linear
+TIMED_ARMS = 3  # arms of an intervention that are measured
 
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """What a training takes: seconds a step, and bytes beside the weights.
+    """The cost of a training: seconds per step, and bytes in addition to the weights.
 
-    `activations` is the highest that lives in a step, gradients included, and `saved` what a forward pass
-    leaves for each token; `trained` is what the optimizer keeps two moments of; `reference` says that a copy
-    of the weights stands beside.
+    `activations` is the peak memory of a step, gradients included; `saved` is the memory per token between
+    the forward and the backward pass; `trained` is the size of the trained parameters, for which the
+    optimizer keeps two moments; `reference` is whether a copy of the weights serves as the reference.
     """
 
     step: float
@@ -52,27 +53,27 @@ class TrainingCost:
     trained: float
     reference: bool
 
-    def held(self, weights: float, training: Training) -> float:
-        """Bytes in memory at its highest, of a network with so many bytes of weights."""
+    def peak_memory(self, weights: float, training: Training) -> float:
+        """Peak memory in bytes for a network with `weights` bytes of weights."""
         copies = 1 + self.reference + (training.match == "delta_norm")
         return copies * weights + 2 * self.trained + self.activations
 
 
 @dataclass(frozen=True)
-class Linear:
-    """Seconds of a stage: `fixed`, and of the samples that it is made on."""
+class LinearCost:
+    """Seconds of a stage on the proxy: a fixed part, and a part that grows with the number of samples."""
 
     fixed: float
     samples: float
 
-    def at(self, proxy: Proxy) -> float:
-        """The seconds of the network that a proxy stands for."""
-        # What does not depend on samples is decomposing and multiplying d x d matrices.
+    def scaled(self, proxy: Proxy) -> float:
+        """The seconds for the network that `proxy` represents."""
+        # The fixed part consists of decompositions and products of d x d matrices.
         return proxy.layers * (self.fixed * proxy.width**3 + self.samples * proxy.width**2)
 
 
-class Bench:
-    """A random network of a proxy's config, moved a little, on which stages are measured."""
+class Benchmark:
+    """A random network of a proxy's config and a slightly perturbed copy, on which stages are measured."""
 
     def __init__(
         self,
@@ -91,8 +92,12 @@ class Bench:
         with torch.random.fork_rng():  # networks draw from the global generator
             torch.manual_seed(0)
             network = AutoModelForCausalLM.from_config(proxy.config, dtype=torch.float32).to(device)
-            self.before: Params = {n: one.detach().to(dtype) for n, one in network.named_parameters()}
-            self.after: Params = {n: one + 0.01 * torch.randn_like(one) for n, one in self.before.items()}
+            self.before: Params = {
+                name: weight.detach().to(dtype) for name, weight in network.named_parameters()
+            }
+            self.after: Params = {
+                name: weight + 0.01 * torch.randn_like(weight) for name, weight in self.before.items()
+            }
         self.network = network
         self.tokenizer = tokenizer
         self.model = LanguageModel(
@@ -101,21 +106,21 @@ class Bench:
             architecture_of(proxy.config),
             torch.device(device),
         )
-        self.work = min(WORK, max(LEAST * WORK, SECOND * _speed(device)))
-        self.speedup = 1.0 if threads == 1 or device == "cuda" else self._faster(threads)
-        self.multiplied = sum(one.numel() for one in network.parameters() if one.ndim > 1)
+        self.work = min(WORK, max(LEAST_SHARE * WORK, TARGET_SECONDS * _flops_per_second(device)))
+        self.speedup = 1.0 if threads == 1 or device == "cuda" else self._thread_speedup(threads)
+        self.multiplied = sum(weight.numel() for weight in network.parameters() if weight.ndim > 1)
 
     def training(self, objective: Objective, training: Training) -> TrainingCost:
-        """One training, by the objective's own trainer, on as many rows as are soon computed."""
+        """The cost of a training with the objective's own trainer, measured on part of a batch."""
         with self._trainer(objective, training) as trainer:
-            whole = _batches(trainer, training.batch_size)
-            room = self.work / (6 * self.multiplied) / (max(whole) / training.batch_size)
-            tokens, loss = _loss(objective, trainer, max(1, min(training.batch_size, int(room))))
-            with Live() as live:
-                found = loss()
-            saved = live.now / tokens  # what the backward pass waits for
-            found.backward()
-            parameters = [one for one in trainer.model.parameters() if one.requires_grad]
+            batch_tokens = _batch_tokens(trainer, training.batch_size)
+            affordable = self.work / (6 * self.multiplied) / (max(batch_tokens) / training.batch_size)
+            tokens, loss = _loss(objective, trainer, max(1, min(training.batch_size, int(affordable))))
+            with LiveMemory() as memory:
+                value = loss()
+            saved = memory.now / tokens  # kept for the backward pass
+            value.backward()
+            parameters = [weight for weight in trainer.model.parameters() if weight.requires_grad]
             optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
             passes, updates = [], []
             for _ in range(2):
@@ -126,51 +131,54 @@ class Bench:
                 optimizer.step()
                 optimizer.zero_grad()
                 updates.append(self._now() - start - passes[-1])
-            trained = 4 * sum(one.numel() for one in parameters)
+            trained = 4 * sum(weight.numel() for weight in parameters)
             reference = getattr(trainer, "ref_model", None) is not None
         layers, width, lora = self.proxy.layers, self.proxy.width, training.lora.r is not None
-        each = min(passes) / tokens * sum(whole) / len(whole)  # seconds of a batch
+        batch_seconds = min(passes) / tokens * sum(batch_tokens) / len(batch_tokens)
         trained *= layers * (width if lora else width**2)
-        head = 0 if lora else 4 * self.config.vocab_size * self.config.hidden_size
-        passing = saved * layers * width * max(whole) + self._head(objective, training) + head
+        head_gradient = 0 if lora else 4 * self.config.vocab_size * self.config.hidden_size
+        head = self._head_memory(objective, training)
+        activations = saved * layers * width * max(batch_tokens) + head + head_gradient
         return TrainingCost(
-            layers * width**2 * (training.accumulate * each + updates[-1]) / self.speedup,
-            max(passing, trained),
+            layers * width**2 * (training.accumulate * batch_seconds + updates[-1]) / self.speedup,
+            max(activations, trained),
             saved * layers * width,
             trained,
             reference,
         )
 
-    def _head(self, objective: Objective, training: Training) -> float:
-        """Bytes that live in a step beside what its layers save, most of them of the head: it works in tiles.
+    def _head_memory(self, objective: Objective, training: Training) -> float:
+        """Peak memory of a step in bytes without the layers' saved activations: mostly of the head.
 
-        They grow with the vocabulary and with the tokens, with either up to the size of a tile: on one of a
-        few tokens with the whole vocabulary, and on all tokens with a small one.
+        The head works in tiles. Its memory grows with the vocabulary and with the tokens, each up to the
+        size of a tile, so it is measured on few tokens with the whole vocabulary, and on all tokens with a
+        small one.
         """
 
-        def peak(vocabulary: int, whole: bool) -> tuple[int, float]:
+        def peak(vocabulary: int, whole_batch: bool) -> float:
             with self._narrow(vocabulary)._trainer(objective, training) as trainer:
-                rows = training.batch_size if whole else max(1, int(FEW / _row(trainer, training)))
-                tokens, loss = _loss(objective, trainer, rows)
-                with Live() as live:
-                    found = loss()
-                    saved = live.now
-                    found.backward()
-                return tokens, float(live.peak - saved)
+                few_rows = max(1, int(FEW_TOKENS / _tokens_per_row(trainer, training)))
+                _, loss = _loss(objective, trainer, training.batch_size if whole_batch else few_rows)
+                with LiveMemory() as memory:
+                    value = loss()
+                    saved = memory.now
+                    value.backward()
+                return float(memory.peak - saved)
 
-        _, of_few = peak(SMALLEST, False)
-        _, of_all = peak(SMALLEST, True)
-        _, wide = peak(self.config.vocab_size, False)
-        return wide * of_all / of_few
+        few_tokens = peak(SMALLEST, whole_batch=False)
+        all_tokens = peak(SMALLEST, whole_batch=True)
+        whole_vocabulary = peak(self.config.vocab_size, whole_batch=False)
+        return whole_vocabulary * all_tokens / few_tokens
 
-    def _narrow(self, vocabulary: int) -> "Bench":
-        """The same with a network of one layer as narrow as can be."""
+    def _narrow(self, vocabulary: int) -> "Benchmark":
+        """The same benchmark on a network with one layer of the smallest width."""
         narrow = proxy_of(self.config, 1, 1, vocabulary)
-        return Bench(self.config, narrow, self.tokenizer, self.examples, self.device, self.dtype)
+        return Benchmark(self.config, narrow, self.tokenizer, self.examples, self.device, self.dtype)
 
     @contextmanager
     def _trainer(self, objective: Objective, training: Training) -> Iterator[Any]:
-        network = self.model.with_weights({name: one.float().clone() for name, one in self.before.items()})
+        weights = {name: weight.float().clone() for name, weight in self.before.items()}
+        network = self.model.with_weights(weights)
         with TemporaryDirectory() as directory, outdated_name_allowed():
             arguments = training.arguments(Path(directory), 0, self.device)
             if training.lora.r is not None:
@@ -185,73 +193,77 @@ class Bench:
         """Seconds of a probe over `count` checkpoints, of which the first is the start."""
         setting = self._setting(from_random, objective, training)
 
-        def calls(some: Probe) -> Iterator[float]:
+        def timings(smaller_probe: Probe) -> Iterator[float]:
             start = self._now()
-            measure = some.measurement(setting)
+            measure = smaller_probe.measurement(setting)
             for params in (self.before, self.after, self.after):
                 measure(params)
                 yield -start + (start := self._now())
 
-        first, second, next_ = (
-            one.at(self.proxy) for one in self._linear(probe, training, objective is not None, calls)
-        )
-        return (first + second + max(0, count - 2) * next_) / self.speedup
+        costs = self._linear_costs(probe, training, objective is not None, timings)
+        first, second, further = (cost.scaled(self.proxy) for cost in costs)
+        return (first + second + max(0, count - 2) * further) / self.speedup
 
     def intervention(self, intervention: Intervention, training: Training, arms: int) -> float:
-        """Seconds of an intervention of so many arms, all taken to be as costly as the first."""
+        """Seconds of an intervention with `arms` arms, assumed equally costly."""
         setting = self._setting(False, None, training)
 
-        def calls(some: Intervention) -> Iterator[float]:
+        def timings(smaller_intervention: Intervention) -> Iterator[float]:
             times = [self._now()]
 
             def log(metrics: Mapping[str, float], step: int) -> None:
                 times.append(self._now())
-                if len(times) > ARMS:
-                    raise Shown
+                if len(times) > TIMED_ARMS:
+                    raise ArmsTimed
 
             try:
-                some.rows(setting, log)
-            except Shown:
+                smaller_intervention.rows(setting, log)
+            except ArmsTimed:
                 pass
             yield times[1] - times[0]
             yield (times[-1] - times[1]) / max(1, len(times) - 2)
 
-        start, arm = (one.at(self.proxy) for one in self._linear(intervention, training, False, calls))
+        costs = self._linear_costs(intervention, training, False, timings)
+        start, arm = (cost.scaled(self.proxy) for cost in costs)
         return (start + (arms - 1) * arm) / self.speedup
 
-    def _linear(
-        self, thing: Any, training: Training, known: bool, calls: Callable[[Any], Iterator[float]]
-    ) -> list[Linear]:
-        """Each of the times that `calls` gives, split by two runs on different numbers of samples."""
-        passes = 2 * self.multiplied * self._samples(thing, training, known)
-        share = min(1.0, self.work / max(passes, 1.0))
-        few = list(calls(shrunk(thing, share / 3)))
-        many = list(calls(shrunk(thing, share)))
+    def _linear_costs(
+        self,
+        measurement: Any,
+        training: Training,
+        has_objective: bool,
+        timings: Callable[[Any], Iterator[float]],
+    ) -> list[LinearCost]:
+        """The linear cost of each of the `timings`, from two runs on different numbers of samples."""
+        operations = 2 * self.multiplied * self._forward_tokens(measurement, training, has_objective)
+        share = min(1.0, self.work / max(operations, 1.0))
+        few = list(timings(shrunk(measurement, share / 3)))
+        many = list(timings(shrunk(measurement, share)))
         slopes = [max(0.0, (b - a) / (share - share / 3)) for a, b in zip(few, many, strict=True)]
-        return [Linear(max(0.0, b - share * slope), slope) for b, slope in zip(many, slopes, strict=True)]
+        return [LinearCost(max(0.0, b - share * slope), slope) for b, slope in zip(many, slopes, strict=True)]
 
-    def _samples(self, thing: Any, training: Training, known: bool) -> float:
-        """Tokens that pass forward, about; `known` says that there is an objective to take gradients of."""
+    def _forward_tokens(self, measurement: Any, training: Training, has_objective: bool) -> float:
+        """The approximate number of tokens in forward passes; those for gradients count thrice."""
         pairs = self.examples.heldout_pairs[:32]
-        words = [len(f"{one.prompt} {one.chosen} {one.prompt} {one.rejected}".split()) for one in pairs]
-        pair = sum(words) / len(words) if words else 0.0
-        prompt = 3 * (pair or training.max_length) if known else 0.0
-        each = {"tokens": 1.0, "pairs": pair, "prompts": prompt, "questions": 8.0}
+        words = [len(f"{pair.prompt} {pair.chosen} {pair.prompt} {pair.rejected}".split()) for pair in pairs]
+        pair_tokens = sum(words) / len(words) if words else 0.0
+        prompt_tokens = 3 * (pair_tokens or training.max_length) if has_objective else 0.0
+        each = {"tokens": 1.0, "pairs": pair_tokens, "prompts": prompt_tokens, "questions": 8.0}
         count = 0.0
-        for field in fields(thing):
-            value = getattr(thing, field.name)
-            if field.name in SAMPLES and isinstance(value, int):
+        for field in fields(measurement):
+            value = getattr(measurement, field.name)
+            if field.name in SAMPLE_FIELDS and isinstance(value, int):
                 count += each[field.name] * value
             elif is_dataclass(value):
-                count += self._samples(value, training, known)
+                count += self._forward_tokens(value, training, has_objective)
         return count
 
     def _setting(self, from_random: bool, objective: Objective | None, training: Training) -> Setting:
         parts = self.model, self.before, self.after, from_random, self.examples, 0
         return Setting(*parts, objective, training, 1)
 
-    def _faster(self, threads: int) -> float:
-        """How many times faster a forward pass is on so many threads than on one, each at its best."""
+    def _thread_speedup(self, threads: int) -> float:
+        """The speedup of a forward pass with `threads` threads over one, from the best of four times each."""
         ids = torch.zeros(4, 96, dtype=torch.long)
         best = []
         for count in (1, threads):
@@ -269,27 +281,28 @@ class Bench:
         if self.device == "cuda":
             torch.cuda.synchronize()
             return perf_counter()
-        return process_time()  # of one thread, which others on the machine do not stretch
+        return process_time()  # unlike the clock's, not stretched by other processes
 
 
-class Shown(Exception):
-    """Ends an intervention when it has shown what an arm takes."""
+class ArmsTimed(Exception):
+    """Ends an intervention once enough of its arms are timed."""
 
 
-def shrunk(thing: Any, share: float) -> Any:
+def shrunk(measurement: Any, share: float) -> Any:
     """A probe or intervention on that share of its samples."""
-    new = {}
-    for field in fields(thing):
-        value = getattr(thing, field.name)
-        if field.name in SAMPLES and isinstance(value, int) and value > 0:
-            new[field.name] = max(2, round(value * share))
+    smaller = {}
+    for field in fields(measurement):
+        value = getattr(measurement, field.name)
+        if field.name in SAMPLE_FIELDS and isinstance(value, int) and value > 0:
+            smaller[field.name] = max(2, round(value * share))
         elif is_dataclass(value):
-            new[field.name] = shrunk(value, share)
-    return replace(thing, **new)
+            smaller[field.name] = shrunk(value, share)
+    return replace(measurement, **smaller)
 
 
-def _speed(device: str) -> float:
-    """Floating-point operations a second of a matrix product, now."""
+def _flops_per_second(device: str) -> float:
+    """Floating-point operations per second of a matrix product at present."""
+
     a, count, start = torch.ones(1024, 512, device=device), 0, perf_counter()
     b = torch.ones(512, 512, device=device)
     while (taken := perf_counter() - start) < 0.1 or count < 2:
@@ -298,36 +311,35 @@ def _speed(device: str) -> float:
     return 2.0 * 1024 * 512 * 512 * count / taken
 
 
-def _batches(trainer: Any, size: int) -> list[float]:
-    """Tokens, padding included, of some batches of a trainer."""
-    order = torch.randperm(len(trainer.train_dataset), generator=torch.Generator().manual_seed(0)).tolist()
-    some = [order[start : start + size] for start in range(0, min(len(order), 8 * size), size)]
-    found = [
-        (_tokens(trainer.data_collator([trainer.train_dataset[i] for i in one])), len(one)) for one in some
-    ]
-    return [tokens * size / rows for tokens, rows in found]
+def _batch_tokens(trainer: Any, size: int) -> list[float]:
+    """The tokens, padding included, in each of up to eight batches of a trainer."""
+    data, generator = trainer.train_dataset, torch.Generator().manual_seed(0)
+    order = torch.randperm(len(data), generator=generator).tolist()
+    batches = [order[start : start + size] for start in range(0, min(len(order), 8 * size), size)]
+    tokens = [_tokens(trainer.data_collator([data[index] for index in batch])) for batch in batches]
+    return [count * size / len(batch) for count, batch in zip(tokens, batches, strict=True)]
 
 
-def _row(trainer: Any, training: Training) -> float:
-    return max(_batches(trainer, training.batch_size)) / training.batch_size
+def _tokens_per_row(trainer: Any, training: Training) -> float:
+    return max(_batch_tokens(trainer, training.batch_size)) / training.batch_size
 
 
 def _loss(objective: Objective, trainer: Any, rows: int) -> tuple[int, Callable[[], Tensor]]:
-    """The tokens of a batch of so many rows, and its loss."""
+    """The number of tokens in a batch of `rows` rows, and the batch's loss."""
     data = trainer.train_dataset
-    inputs = trainer._prepare_inputs(trainer.data_collator([data[i % len(data)] for i in range(rows)]))
+    inputs = prepared(trainer, trainer.data_collator([data[i % len(data)] for i in range(rows)]))
     return _tokens(inputs), lambda: objective.total_loss(trainer, dict(inputs))
 
 
 def _tokens(inputs: Mapping[str, Any]) -> int:
-    return sum(one.numel() for name, one in inputs.items() if name.endswith("input_ids"))
+    return sum(ids.numel() for name, ids in inputs.items() if name.endswith("input_ids"))
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within it, nothing of what the stages say is shown, and torch has one thread.
+    """Within it, log lines of the stages are suppressed, and torch uses one thread.
 
-    Several that wait for each other on a busy machine would take many times as long.
+    On a busy machine, threads that wait for each other would stretch the times many times over.
     """
     level, threads = logging.root.manager.disable, torch.get_num_threads()
     logging.disable(logging.WARNING)

@@ -1,16 +1,13 @@
-"""The memory of tensors while some code runs, counted by operation, so that it is the same each time."""
+"""Memory of live tensors within a block of code, counted by operation and therefore reproducible."""
 
 import weakref
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from weightgeom.compat.torch_internals import TorchDispatchMode, storage_key, tensors_in
 
 
-class Live(TorchDispatchMode):
-    """Within it, the bytes of all tensors that are made and still live, and their `peak`."""
+class LiveMemory(TorchDispatchMode):
+    """Within it, `now` is the bytes of the live tensors made in it, and `peak` the maximum of `now`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -18,21 +15,17 @@ class Live(TorchDispatchMode):
         self.known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Take note of what an operation makes."""
-        given = {one.untyped_storage().data_ptr() for one in tree_iter((args, kwargs)) if _is_real(one)}
+        """Run an operation and count the storage of its new tensors."""
+        given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for one in tree_iter(out):
-            if _is_real(one) and (storage := one.untyped_storage()).data_ptr() not in given:
-                if self.known.get(storage._cdata) is None:
-                    self.known[storage._cdata] = storage
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._freed, storage.nbytes())
+        for storage in (tensor.untyped_storage() for tensor in tensors_in(out)):
+            key = storage_key(storage)
+            if storage.data_ptr() not in given and self.known.get(key) is None:
+                self.known[key] = storage
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, storage.nbytes())
         return out
 
     def _freed(self, size: int) -> None:
         self.now -= size
-
-
-def _is_real(thing: Any) -> bool:
-    return isinstance(thing, Tensor) and thing.device.type != "meta" and thing.layout == torch.strided

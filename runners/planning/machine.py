@@ -1,21 +1,22 @@
-"""What this machine has left: memory and disk."""
+"""Free memory and disk space of this machine."""
 
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 from time import perf_counter
 
+import psutil
+
 CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run may take: bytes of memory, and bytes of disk a second.
+    """The resources of a run: bytes of memory, and bytes per second written to disk.
 
-    `baseline` is the memory that it has before it does anything, `start` the seconds until then.
+    `baseline` is the memory of a run before its first stage, `start` the seconds until then.
     """
 
     memory: float
@@ -25,22 +26,16 @@ class Machine:
 
 
 def available_memory(device: str) -> float:
-    """Bytes of memory that are free, or would be made free: of the GPU where that computes."""
+    """Bytes of memory that are free or can be freed; on `cuda`, of the GPU."""
     if device == "cuda":
         import torch
 
         return float(torch.cuda.mem_get_info()[0])
-    try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    if found is None:  # not a Linux: half of all there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
-    return min(1024.0 * int(found[1]), _limit())
+    return min(float(psutil.virtual_memory().available), _limit())
 
 
 def _limit() -> float:
-    """What a container or a job of a scheduler may still take."""
+    """Bytes of memory left to a container or a scheduler's job."""
     try:
         most, now = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
     except OSError:
@@ -49,25 +44,22 @@ def _limit() -> float:
 
 
 def resident() -> float:
-    """Bytes of this process in memory, mapped files included."""
-    try:
-        return 4096.0 * int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 6e8
+    """Resident memory of this process in bytes, mapped files included."""
+    return float(psutil.Process().memory_info().rss)
 
 
 def available_disk(directory: Path) -> float:
-    """Bytes free where `directory` is, or would be."""
+    """Free bytes on the disk of `directory`, which need not exist yet."""
     return float(shutil.disk_usage(existing(directory)).free)
 
 
 def existing(directory: Path) -> Path:
-    """A directory, or the nearest above it that there is."""
+    """A directory, or its nearest parent that exists."""
     return next(path for path in (directory, *directory.parents) if path.is_dir())
 
 
 def write_speed(directory: Path, size: int = 2**26) -> float:
-    """Bytes a second that a file in `directory` takes, of one without a name that is gone afterwards."""
+    """Bytes per second written to a temporary file in `directory`."""
     content = bytes(size)
     with TemporaryFile(dir=directory) as file:
         start = perf_counter()

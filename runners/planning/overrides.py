@@ -1,4 +1,4 @@
-"""Overrides that make a stage smaller, as the command line takes them."""
+"""Overrides that make a stage smaller, in the form of the command line."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -10,25 +10,25 @@ from weightgeom.training.config import Training
 DIVISORS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
-def smaller(
+def smaller_trainings(
     key: str, training: Training, from_random: bool, config: Mapping[str, Any]
 ) -> Iterator[tuple[str, Training]]:
-    """Trainings that take less memory, the least different first, and the overrides that ask for them."""
-    say = partial(override, config=config)
+    """Trainings with less memory, ordered by how little they differ, each with its overrides."""
+    assignment = partial(override, config=config)
     for divisor in DIVISORS:
         size, rest = divmod(training.batch_size, divisor)
         if size and not rest:
             steps = training.accumulate * divisor
-            how = f"{say(f'{key}.batch_size', size)} {say(f'{key}.accumulate', steps)}"
-            yield how, replace(training, batch_size=size, accumulate=steps)
+            overrides = f"{assignment(f'{key}.batch_size', size)} {assignment(f'{key}.accumulate', steps)}"
+            yield overrides, replace(training, batch_size=size, accumulate=steps)
     if not from_random and training.lora.r is None and not training.log_gradients:
-        yield say(f"{key}.lora.r", 16), replace(training, lora=replace(training.lora, r=16))
+        yield assignment(f"{key}.lora.r", 16), replace(training, lora=replace(training.lora, r=16))
     for length in (training.max_length // 2, training.max_length // 4):
-        yield say(f"{key}.max_length", length), replace(training, max_length=length)
+        yield assignment(f"{key}.max_length", length), replace(training, max_length=length)
 
 
 def override(key: str, value: object, config: Mapping[str, Any]) -> str:
-    """An override as the command line takes it: with a plus where the configuration lacks the key."""
+    """An override in the form of the command line: with a plus sign if the configuration lacks the key."""
     tree: Any = config
     for part in key.split("."):
         if not isinstance(tree, Mapping) or part not in tree:

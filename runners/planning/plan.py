@@ -1,4 +1,4 @@
-"""What a run would fetch, and take of time, memory and disk, told before it starts: `plan=true`."""
+"""Plans of runs, `plan=true`: downloads, time, memory and disk space before anything starts."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from runners.planning.calibration import Bench, TrainingCost, quiet
+from runners.planning.calibration import Benchmark, TrainingCost, quiet
 from runners.planning.machine import Machine, available_memory, existing, resident, write_speed
-from runners.planning.overrides import override, smaller
+from runners.planning.overrides import override, smaller_trainings
 from runners.planning.proxy import assumed, lengths_by, proxy_of, standin, standin_tokenizer
 from weightgeom.bases.chain import Chain, check_chain
-from weightgeom.bases.hub import Files, files_of
-from weightgeom.bases.outline import Outline, Outlined, Shape, weight_of
+from weightgeom.bases.hub import CheckpointFiles, checkpoint_files
+from weightgeom.bases.outline import HasOutline, Outline, Shape, peak_memory
 from weightgeom.data.hub import HubData
 from weightgeom.interfaces import NeedsExamples, Objective
 from weightgeom.models.loading import check_length, parameters_of
@@ -24,67 +24,67 @@ from weightgeom.models.residual import architecture_of
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
 
-BESIDE = 64 * 2.0**20  # the tracking client and what the allocator keeps, which a plan does not load
+RUN_OVERHEAD = 64 * 2.0**20  # bytes of a run's tracking client and allocator, which a plan does not load
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage of a run: seconds, bytes of memory at its highest, and of disk that stay and that pass."""
+class PlannedStage:
+    """The cost of a stage: seconds, peak memory, and lasting and temporary disk space, all in bytes."""
 
     name: str
-    what: str
+    work: str  # such as `64 steps`
     seconds: float
     memory: float
     disk: float = 0.0
-    passing: float = 0.0
-    knob: str | None = None  # what makes it fit, where it does not
+    temporary_disk: float = 0.0
+    remedy: str | None = None  # overrides with which the stage fits into memory
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A job: its model, the files of it, and its stages by what tells them from those of other jobs."""
+    """The plan of a job: its model, the model's files, and its stages by keys that jobs may share."""
 
     model: str
     parameters: int
-    files: Sequence[Files]
-    stages: Mapping[str, Stage]
+    files: Sequence[CheckpointFiles]
+    stages: Mapping[str, PlannedStage]
     notes: Sequence[str] = ()
 
 
 @dataclass
 class Planner:
-    """Makes plans, measuring here what several jobs share once."""
+    """Makes plans; measurements that several jobs share are made once."""
 
     outputs: Path
     device: str
     parallel: int = 1  # jobs that run at a time
-    memory: float | None = None  # bytes that each has; None: its part of what is free here
+    memory: float | None = None  # bytes for each job; None: an equal share of this machine's free memory
     threads: int = field(default_factory=torch.get_num_threads)
-    known: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
 
     def plan(self, parts: Mapping[str, Any], config: Mapping[str, Any]) -> Plan:
-        """The plan of a job: its objects, and the configuration that they were made of.
+        """The plan of a job, from its objects and the configuration that describes them.
 
         Raises:
-            ValueError: if something of it cannot work, as when it is run.
-            FileNotFoundError: if the model is not to be had.
+            ValueError: if the run would be refused.
+            FileNotFoundError: if the model cannot be found.
         """
         job = _Job(self, parts, config)
         with quiet():
             return job.plan()
 
     def once(self, key: str, make: Any) -> Any:
-        """What `make` makes, or made before under the same key."""
-        if key not in self.known:
-            self.known[key] = make()
-        return self.known[key]
+        """The result of `make`, computed once per key."""
+        if key not in self.cache:
+            self.cache[key] = make()
+        return self.cache[key]
 
     @property
     def machine(self) -> Machine:
-        """What this machine has, before anything is measured on it."""
+        """The resources of this machine, read before the first measurement."""
 
-        def look() -> Machine:
-            # Whatever a run loads before its first stage.
+        def read() -> Machine:
+            # The libraries that a run loads before its first stage.
             from trl import DPOTrainer, SFTTrainer  # noqa: F401 (heavy)
 
             import weightgeom.figures  # noqa: F401 (heavy)
@@ -94,13 +94,13 @@ class Planner:
             if free is None:
                 free = available_memory(self.device) + (own if self.device == "cpu" else 0)
                 free /= self.parallel
-            return Machine(free, own + BESIDE, write_speed(existing(self.outputs)), process_time())
+            return Machine(free, own + RUN_OVERHEAD, write_speed(existing(self.outputs)), process_time())
 
-        return self.once("machine", look)
+        return self.once("machine", read)
 
 
 class _Job:
-    """One job on its way to a plan."""
+    """One job and its measurements."""
 
     def __init__(self, planner: Planner, parts: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         self.planner, self.config = planner, config
@@ -109,14 +109,14 @@ class _Job:
         self.objective: Objective | None = parts["objective"]
         self.training: Training = parts["training"]
         self.probes, self.interventions = parts["probes"], parts["interventions"]
-        self.base = _key(config, "model", "data")
+        self.base = _config_key(config, "model", "data")
         self.seed = json.dumps(parts["seed"])
 
     def plan(self) -> Plan:
-        """All of it."""
-        if not isinstance(self.model, Outlined):
+        """The plan of the whole job."""
+        if not isinstance(self.model, HasOutline):
             raise ValueError(f"there is no plan for {type(self.model).__name__}: run it without plan=true")
-        self.examples, notes = self.planner.once(_key(self.config, "data"), self._examples)
+        self.examples, notes = self.planner.once(_config_key(self.config, "data"), self._examples)
         self.outline: Outline = self.planner.once(
             self.base, partial(self.model.outline, self.examples, self.data)
         )
@@ -124,7 +124,7 @@ class _Job:
         outline = self.outline
         files = [
             self.planner.once(
-                f"files {one}", partial(files_of, one, outline.allow_bin, outline.trust_remote_code)
+                f"files {one}", partial(checkpoint_files, one, outline.allow_bin, outline.trust_remote_code)
             )
             for one in dict.fromkeys(outline.locations.values())
         ]
@@ -136,13 +136,13 @@ class _Job:
     def _examples(self) -> tuple[Examples, list[str]]:
         if isinstance(self.data, HubData):
             length = self.training.max_length
-            said = f"{self.data.name} is not read: {self.data.number} examples of {length} tokens are assumed"
-            return assumed(self.data.name, self.data.number, length), [said]
+            note = f"{self.data.name} is not read: {self.data.number} examples of {length} tokens are assumed"
+            return assumed(self.data.name, self.data.number, length), [note]
         return self.data.examples(), []
 
     def _check(self) -> None:
         if isinstance(self.model, Chain):
-            check_chain([*self.probes], [*self.interventions])
+            check_chain({name: one.declaration for name, one in self.probes.items()}, [*self.interventions])
         architecture = architecture_of(self.outline.config)
         if self.objective is not None:
             if not isinstance(self.data, HubData):
@@ -160,69 +160,68 @@ class _Job:
             if isinstance(measurement, NeedsExamples):
                 measurement.check_examples(self.examples)
 
-    def _stages(self, stored: float) -> Iterator[tuple[str, Stage]]:
-        past, trajectory = self.outline.pretraining, self.base
-        # Behind the stages come the figures and the tracking, which take as long as the start.
-        beside = Stage("start and end", "", 2 * self.machine.start, self.machine.baseline)
-        yield f"start {json.dumps(self.config, default=str)}", beside
-        if past is not None:
-            fit = partial(self._trained, "pretraining", past.objective, past.training, past.text, True)
+    def _stages(self, stored: float) -> Iterator[tuple[str, PlannedStage]]:
+        pretraining, trajectory = self.outline.pretraining, self.base
+        # The figures and the tracking at the end take about as long as the start.
+        ends = PlannedStage("start and end", "", 2 * self.machine.start, self.machine.baseline)
+        yield f"start {json.dumps(self.config, default=str)}", ends
+        if pretraining is not None:
+            objective, training, text = pretraining.objective, pretraining.training, pretraining.text
+            fit = partial(self._training_stage, "pretraining", objective, training, text, True)
             yield f"pretraining {self.base}", self.planner.once(f"pretraining {self.base}", fit)
         if self.outline.steps:
-            suffix = "" if self.objective is None else "_pretraining"
-            yield from self._probed(suffix, trajectory, self.outline.steps, None, past is not None, stored)
+            suffix, from_random = "" if self.objective is None else "_pretraining", pretraining is not None
+            yield from self._probe_stages(suffix, trajectory, self.outline.steps, None, from_random, stored)
         for number in range(self.outline.pairs):
-            for key, stage in self._probed("_stages", trajectory, [0, 1], None, False, stored):
+            for key, stage in self._probe_stages("_stages", trajectory, [0, 1], None, False, stored):
                 yield f"{key} {number}", stage
         if self.objective is not None:
-            trajectory = _key(self.config, "model", "data", "objective", "training")
-            fit = partial(self._trained, "training", self.objective, self.training, self.examples, False)
+            trajectory = _config_key(self.config, "model", "data", "objective", "training")
+            objective, saved = self.objective, self.training.save_steps()
+            fit = partial(self._training_stage, "training", objective, self.training, self.examples, False)
             key = f"training {trajectory} {self.seed}"
             yield key, self.planner.once(f"training {trajectory}", fit)
-            yield from self._probed("", trajectory, self.training.save_steps(), self.objective, False, stored)
-        arms = {
-            name: one.arms(architecture_of(self.outline.config)) for name, one in self.interventions.items()
-        }
+            yield from self._probe_stages("", trajectory, saved, objective, False, stored)
+        architecture = architecture_of(self.outline.config)
         for name, intervention in self.interventions.items():
             key = f"{name} {trajectory} {json.dumps(self.config['intervention'][name])}"
-            bench = self._bench(self.examples)
-            measure = partial(bench.intervention, intervention, self.training, arms[name])
+            arms = intervention.arms(architecture)
+            benchmark = self._benchmark(self.examples)
+            measure = partial(benchmark.intervention, intervention, self.training, arms)
             seconds = self.planner.once(key, measure)
-            yield key + self.seed, self._held(name, f"{arms[name]} arms", seconds, intervention, False)
+            yield key + self.seed, self._stage(name, f"{arms} arms", seconds, intervention, False)
 
-    def _trained(
+    def _training_stage(
         self, name: str, objective: Objective, training: Training, text: Examples, from_random: bool
-    ) -> Stage:
-        def cost(some: Training) -> TrainingCost:
-            return self._bench(text).training(objective, some)
+    ) -> PlannedStage:
+        def memory(other: Training) -> float:
+            cost = self._benchmark(text).training(objective, other)
+            return self.machine.baseline + cost.peak_memory(self.weights, other)
 
-        def memory(some: Training) -> float:
-            return self.machine.baseline + cost(some).held(self.weights, some)
-
-        found = cost(training)
+        cost = self._benchmark(text).training(objective, training)
         if name == "training":
-            self.planner.known[f"cost {self._training_key()}"] = found
-        kept, states = training.checkpoints_size(self.weights, found.trained, from_random)
-        seconds = training.steps * found.step + kept / self.machine.write_speed
-        held = self.machine.baseline + found.held(self.weights, training)
-        knob = None
-        if held > self.machine.memory:
+            self.planner.cache[f"cost {self._training_key()}"] = cost
+        kept, states = training.checkpoints_size(self.weights, cost.trained, from_random)
+        seconds = training.steps * cost.step + kept / self.machine.write_speed
+        peak = self.machine.baseline + cost.peak_memory(self.weights, training)
+        remedy = None
+        if peak > self.machine.memory:
             key = "training" if name == "training" else "model.pretraining"
             fitting = (
-                how
-                for how, some in smaller(key, training, from_random, self.config)
-                if self._fits(memory(some))
+                overrides
+                for overrides, smaller in smaller_trainings(key, training, from_random, self.config)
+                if self._fits(memory(smaller))
             )
-            knob = next(fitting, None) or self._smaller_model()
-        return Stage(name, f"{training.steps} steps", seconds, held, kept, states, knob)
+            remedy = next(fitting, None) or self._smaller_model()
+        return PlannedStage(name, f"{training.steps} steps", seconds, peak, kept, states, remedy)
 
     def _training_key(self) -> str:
-        return _key(self.config, "model", "data", "objective", "training")
+        return _config_key(self.config, "model", "data", "objective", "training")
 
     def _fits(self, memory: float) -> bool:
         return memory <= self.machine.memory
 
-    def _probed(
+    def _probe_stages(
         self,
         suffix: str,
         trajectory: str,
@@ -230,56 +229,53 @@ class _Job:
         objective: Objective | None,
         from_random: bool,
         stored: float,
-    ) -> Iterator[tuple[str, Stage]]:
+    ) -> Iterator[tuple[str, PlannedStage]]:
+        benchmark, count = self._benchmark(self.examples), len(steps)
         for name, probe in self.probes.items():
             key = f"{name}{suffix} {trajectory} {json.dumps(self.config['probe'][name])}"
-            measure = partial(
-                self._bench(self.examples).probe, probe, objective, self.training, from_random, len(steps)
-            )
+            measure = partial(benchmark.probe, probe, objective, self.training, from_random, count)
             seconds = self.planner.once(key, measure)
-            if (
-                stored > self.machine.memory
-            ):  # then it is read from the disk, for the activations and the update
+            if stored > self.machine.memory:  # the disk is read twice: for activations and for the update
                 seconds += 2 * stored / self.machine.write_speed
-            what = f"{len(steps)} checkpoints"
-            yield key + self.seed, self._held(name + suffix, what, seconds, probe, objective is not None)
+            work, has_objective = f"{count} checkpoints", objective is not None
+            yield key + self.seed, self._stage(name + suffix, work, seconds, probe, has_objective)
 
-    def _held(self, name: str, what: str, seconds: float, thing: Any, objective: bool) -> Stage:
+    def _stage(self, name: str, work: str, seconds: float, thing: Any, objective: bool) -> PlannedStage:
+        """The stage of a probe or intervention `thing`, with its memory and, if it does not fit, a remedy."""
+
         def memory(some: Any) -> float:
-            return self.machine.baseline + weight_of(some, self._shape(), objective)
+            return self.machine.baseline + peak_memory(some, self._shape(), objective)
 
-        knob = None
+        remedy = None
         if not self._fits(memory(thing)):
-            group, only = (
+            group, members = (
                 ("probe", self.probes)
                 if thing in self.probes.values()
                 else ("intervention", self.interventions)
             )
-            plain = next(one for one, other in only.items() if other is thing)
+            own_name = next(member for member, other in members.items() if other is thing)
             fitting = (
-                override(f"{group}.{plain}.{key}", value, self.config)
+                override(f"{group}.{own_name}.{key}", value, self.config)
                 for key, value in (
                     *(("budget_gb", 2.0**power) for power in range(7, -4, -1) if "budget_gb" in vars(thing)),
                     *(("length", length) for length in (48, 24) if "length" in vars(thing)),
                 )
                 if self._fits(memory(replace(thing, **{key: value})))
             )
-            rest = ",".join(one for one in only if one != plain)
-            knob = next(fitting, None) or f"{group}=[{rest}], which leaves it out"
-        return Stage(name, what, seconds, memory(thing), knob=knob)
+            rest = ",".join(member for member in members if member != own_name)
+            remedy = next(fitting, None) or f"{group}=[{rest}], which leaves it out"
+        return PlannedStage(name, work, seconds, memory(thing), remedy=remedy)
 
     def _smaller_model(self) -> str | None:
         return "a smaller model.size" if "size" in self.config["model"] else None
 
     def _shape(self) -> Shape:
         config, architecture = self.outline.config, architecture_of(self.outline.config)
-        cost: TrainingCost | None = self.planner.known.get(f"cost {self._training_key()}")
+        cost: TrainingCost | None = self.planner.cache.get(f"cost {self._training_key()}")
         pairs = self.examples.heldout_pairs[:96]
         length = lengths_by(self.outline.tokenizer)
-        longest = max(
-            (length(str(one.prompt) + str(side)) for one in pairs for side in (one.chosen, one.rejected)),
-            default=0,
-        )
+        texts = (str(pair.prompt) + str(side) for pair in pairs for side in (pair.chosen, pair.rejected))
+        longest = max(map(length, texts), default=0)
         return Shape(
             d_model=architecture.d_model,
             layers=architecture.n_layers,
@@ -291,17 +287,17 @@ class _Job:
             longest=longest if pairs else self.training.max_length,
         )
 
-    def _bench(self, examples: Examples) -> Bench:
-        def make() -> Bench:
+    def _benchmark(self, examples: Examples) -> Benchmark:
+        def make() -> Benchmark:
             config = self.outline.config
             dtype: torch.dtype = getattr(config, "dtype", None) or torch.float32
-            some = standin(examples, lengths_by(self.outline.tokenizer))
-            return Bench(
-                config, proxy_of(config), standin_tokenizer(), some, self.device, dtype, self.planner.threads
+            text = standin(examples, lengths_by(self.outline.tokenizer))
+            return Benchmark(
+                config, proxy_of(config), standin_tokenizer(), text, self.device, dtype, self.planner.threads
             )
 
-        return self.planner.once(f"bench {self.base} {examples.name} {examples.digest}", make)
+        return self.planner.once(f"benchmark {self.base} {examples.name} {examples.digest}", make)
 
 
-def _key(config: Mapping[str, Any], *parts: str) -> str:
+def _config_key(config: Mapping[str, Any], *parts: str) -> str:
     return json.dumps([config[part] for part in parts] + [config["device"]], sort_keys=True, default=str)

@@ -1,28 +1,28 @@
-"""A small network in proportion to a large one, with text to match, so that what it costs can be measured."""
+"""A small network in proportion to a large one, with matching text, on which costs can be measured."""
 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from weightgeom.text.conversation import CHAT_TEMPLATE, plain
+from weightgeom.text.conversation import CHAT_TEMPLATE, plain_text
 from weightgeom.text.examples import Examples, Pair, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-WIDTH, LAYERS = 512, 2  # of the largest proxy; a network no larger stands for itself
-SMALLEST = 48  # entries of its vocabulary
-DOCUMENTS, PAIRS = 256, 256  # of the real data that are looked at
+WIDTH, LAYERS = 512, 2  # of the largest proxy; a smaller network is its own proxy
+SMALLEST = 48  # entries of the smallest vocabulary
+DOCUMENTS, PAIRS = 256, 256  # maximal numbers taken from the real data
 
 
 @dataclass(frozen=True, eq=False)
 class Proxy:
-    """A config with fewer layers, and vocabulary in the same proportion, and all widths narrower alike.
+    """A config with fewer layers, all widths scaled alike, and the vocabulary in proportion.
 
-    The network has `layers` times the proxy's layers and `width` times its widths: of what a pass costs for
-    each token, and of the weights, `layers · width²` times as much; of activations, `layers · width` times;
-    of the decompositions of d x d matrices `layers · width³` times.
+    The network has `layers` times the proxy's layers and `width` times its widths. The cost of a pass per
+    token and the size of the weights scale by `layers · width²`, activations by `layers · width`, and
+    decompositions of d x d matrices by `layers · width³`.
     """
 
     config: "PreTrainedConfig"
@@ -33,11 +33,12 @@ class Proxy:
 def proxy_of(
     config: "PreTrainedConfig", width: int = WIDTH, layers: int = LAYERS, vocabulary: int | None = None
 ) -> Proxy:
-    """The proxy of a config, of its own class: the network itself where it is small.
+    """The proxy of a config, of the same class; a small network is its own proxy.
 
-    `width` is what it is to have at most, or a head; another `vocabulary` leaves the proportion.
+    The proxy is at most `width` wide, but has at least one head. `vocabulary` overrides the proportional
+    size of the vocabulary.
     """
-    heads, groups = config.num_attention_heads, _groups(config)
+    heads, groups = config.num_attention_heads, _key_value_heads(config)
     small = config.hidden_size <= width and config.num_hidden_layers <= 2 * layers
     layers = config.num_hidden_layers if small else min(layers, config.num_hidden_layers)
     kept = max(1, round(groups * min(1.0, width / config.hidden_size)))
@@ -57,7 +58,7 @@ def proxy_of(
     for name in ("intermediate_size", "n_inner", "moe_intermediate_size"):
         if plain.get(name) is not None:
             sizes[name] = max(1, round(plain[name] * part))
-    # GPT-2 has names of its own for some of these.
+    # Some configs, such as GPT-2's, use other names for these.
     sizes = {config.attribute_map.get(name, name): value for name, value in sizes.items()}
     by_layer = {
         name: value[:layers]
@@ -69,12 +70,12 @@ def proxy_of(
     return Proxy(made, config.num_hidden_layers / layers, config.hidden_size / made.hidden_size)
 
 
-def _groups(config: "PreTrainedConfig") -> int:
+def _key_value_heads(config: "PreTrainedConfig") -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def standin_tokenizer() -> "PreTrainedTokenizerBase":
-    """A tokenizer of `SMALLEST` entries: one token a word, of those that `standin` writes."""
+    """A tokenizer with `SMALLEST` entries: one token for each word of the text that `standin` writes."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -89,27 +90,27 @@ def standin_tokenizer() -> "PreTrainedTokenizerBase":
 
 
 def lengths_by(tokenizer: "PreTrainedTokenizerBase | None") -> Callable[[str], int]:
-    """The tokens of a text; without its tokenizer a quarter of its characters."""
+    """The number of tokens in a text; without a tokenizer, a quarter of its characters."""
     if tokenizer is None:
         return lambda text: max(1, len(text) // 4)
     return lambda text: max(1, len(tokenizer(text, add_special_tokens=False)["input_ids"]))  # pyright: ignore
 
 
 def standin(examples: Examples, length: Callable[[str], int]) -> Examples:
-    """Random words in examples of the same kinds, numbers (some hundreds at most) and numbers of tokens."""
+    """Examples of random words: of the same kinds and token lengths, and as many, up to some hundreds."""
     draw = random.Random("weightgeom stand-in")
 
-    def written(text: Any) -> str:
-        return "".join(f" w{draw.randrange(SMALLEST - 2)}" for _ in range(length(plain(text))))
+    def random_words(text: Any) -> str:
+        return "".join(f" w{draw.randrange(SMALLEST - 2)}" for _ in range(length(plain_text(text))))
 
-    def pairs(some: Sequence[Pair]) -> list[Pair]:
-        return [Pair(*map(written, (one.prompt, one.chosen, one.rejected))) for one in some[:PAIRS]]
+    def pairs(real: Sequence[Pair]) -> list[Pair]:
+        return [Pair(*map(random_words, (pair.prompt, pair.chosen, pair.rejected))) for pair in real[:PAIRS]]
 
-    def questions(some: Sequence[Question]) -> list[Question]:
-        return [Question(written(one.prompt), written(one.answer)) for one in some[:PAIRS]]
+    def questions(real: Sequence[Question]) -> list[Question]:
+        return [Question(random_words(pair.prompt), random_words(pair.answer)) for pair in real[:PAIRS]]
 
-    def documents(some: Sequence[str]) -> list[str]:
-        return [written(text[:20_000]) for text in some[:DOCUMENTS]]
+    def documents(real: Sequence[str]) -> list[str]:
+        return [random_words(text[:20_000]) for text in real[:DOCUMENTS]]
 
     return replace(
         examples,
@@ -118,17 +119,16 @@ def standin(examples: Examples, length: Callable[[str], int]) -> Examples:
         pairs=pairs(examples.pairs),
         heldout_pairs=pairs(examples.heldout_pairs),
         questions=questions(examples.questions),
-        groups={name: questions(some) for name, some in examples.groups.items()},
-        abstentions=[written(one) for one in examples.abstentions],
+        groups={name: questions(prompts) for name, prompts in examples.groups.items()},
+        abstentions=[random_words(answer) for answer in examples.abstentions],
     )
 
 
 def assumed(name: str, number: int, length: int) -> Examples:
-    """Examples that are not here yet: pairs and documents of `length` tokens each, the longest that fit."""
-    one = "word" * length  # a quarter of its characters, which `lengths_by` counts
+    """Assumed examples in place of data not downloaded yet: pairs and documents of `length` tokens each."""
+    document = "word" * length  # `lengths_by` counts a quarter of the characters
     heldout = max(2, number // 10)
-    pair = Pair(one[: len(one) // 4], one[: 3 * len(one) // 4], one[: 3 * len(one) // 4])
-    few = min(number, PAIRS)
-    return Examples(
-        name, [one] * few, [one] * min(few, heldout), [pair] * few, [pair] * min(few, heldout), ""
-    )
+    prompt, response = document[: len(document) // 4], document[: 3 * len(document) // 4]
+    pair, few = Pair(prompt, response, response), min(number, PAIRS)
+    few_heldout = min(few, heldout)
+    return Examples(name, [document] * few, [document] * few_heldout, [pair] * few, [pair] * few_heldout, "")

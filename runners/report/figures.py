@@ -4,6 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 
+import re
 from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runners.report.uncertainty import Companion, illustrated
-from weightgeom.analysis.over_seeds import Condensed, rank_correlation
+from weightgeom.analysis.comparisons import principal
+from weightgeom.analysis.over_seeds import Condensed, Other, rank_correlation
+from weightgeom.declarations import ASYMMETRY, EDITS, MECHANISM, SURGERY, InterventionDeclaration
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +67,9 @@ def _figures(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]"
     if len(found.mechanism):
         from weightgeom.figures import base as figures
 
-        rows = found.rows[found.rows["table"] == "moments"].assign(run=lambda rows: rows["run_id"])
+        rows = found.rows[found.rows["table"] == found.names[MECHANISM]].assign(
+            run=lambda rows: rows["run_id"]
+        )
         yield (
             "mechanism",
             "mechanism",
@@ -77,6 +82,8 @@ def _figures(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]"
             False,
         )
     yield from _interventions(found)
+    for other in found.others:
+        yield from _other(other)
 
 
 def _asymmetry(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
@@ -110,12 +117,13 @@ def _asymmetry(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]
             " dashed lines write; the grey line is the isotropic level.",
             False,
         )
-    rsf = found.rows[found.rows["table"] == "rsf"]
-    for number, (setting, part) in enumerate(rsf.groupby("setting", sort=False)):
+    ratios = found.rows[found.rows["table"] == found.names[ASYMMETRY]]
+    for number, (setting, part) in enumerate(ratios.groupby("setting", sort=False)):
         end = part[part["step"] == part.groupby("run_id")["step"].transform("max")].copy()
         end["k"] = end["k"].astype("float")  # a missing one is no group
-        keys = ["layer", "matrix", "role", "subspace", "k", "quantity"]
-        mean = end[end["k"].notna()].groupby(keys, sort=False)["value"].mean().reset_index().assign(step=0)
+        keys = ["layer", "matrix", "head", "expert", "role", "subspace", "k", "quantity"]
+        grouped = end[end["k"].notna()].groupby(keys, sort=False, dropna=False)
+        mean = grouped["value"].mean().reset_index().assign(step=0)
         if (mean["quantity"] == "ratio").any():
             yield (
                 "asymmetry",
@@ -150,15 +158,14 @@ def _graded(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
 
 
 def _interventions(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
-    for table in ("rank1", "surgery"):
-        rows = found.rows[found.rows["table"] == table]
+    for section, draw in ((EDITS, _rank1), (SURGERY, _surgery)):
+        rows = found.rows[found.rows["table"] == found.names[section]]
         for number, (setting, part) in enumerate(rows.groupby("setting", sort=False)):
             run = part["replicate"].min()
             one = part[part["replicate"] == run]
             more = part["run_id"].nunique() - 1
             whose = f"{setting}, seed {run.partition('/')[0]}"
             whose += f" ({_many(more, 'more run')} in the tables)" if more else ""
-            draw = _rank1 if table == "rank1" else _surgery
             yield from draw(one, whose, number)
 
 
@@ -200,7 +207,7 @@ def _surgery(rows: "pd.DataFrame", whose: str, number: int) -> "Iterator[tuple[s
         " the same removed energy (bars: the range of the draws). The dashed line is the trained model.",
         False,
     )
-    if rows["arm"].str.endswith("@transplant").any():
+    if (rows["dose"] == "transplant").any():
         yield (
             "surgery",
             f"transplants_{number}",
@@ -208,6 +215,41 @@ def _surgery(rows: "pd.DataFrame", whose: str, number: int) -> "Iterator[tuple[s
             f"{whose}: the margin that each part of the update brings to the base when it alone is added."
             " Grey: the same part, its directions rotated at random.",
             False,
+        )
+
+
+def _other(other: Other) -> "Iterator[tuple[str, str, Figure, str, bool]]":
+    """A table that brings no section of its own: its headline by setting, or its effects."""
+    from weightgeom.figures import generic
+
+    declaration, plain = other.declaration, re.sub(r"\W", "_", other.table)
+    if isinstance(declaration, InterventionDeclaration):
+        effect = next((one for one in declaration.effects if (other.runs["quantity"] == one).any()), None)
+        rows = other.runs[other.runs["quantity"] == effect]
+        for number, (setting, part) in enumerate(rows.groupby("setting", sort=False)):
+            part = part[part["run_id"] == part["run_id"].iloc[-1]]
+            part = principal(part, declaration.controls)
+            yield (
+                other.section,
+                f"{plain}_{number}",
+                generic.effects(part, f"{str(effect).replace('_', ' ')} ({part['unit'].iloc[0]})"),
+                f"{setting}: the effect of the treatment, beside the median of its matched controls in grey."
+                " Filled: p ≤ 0.05 by rank among them.",
+                number > 0,
+            )
+        return
+    for number, (quantity, means) in enumerate(other.means.groupby("quantity", sort=False)):
+        name = declaration.label if quantity == declaration.headline else ""
+        label = f"{name or str(quantity).replace('_', ' ')} ({means['unit'].iloc[0]})"
+        runs = other.runs[other.runs["quantity"] == quantity]
+        yield (
+            other.section,
+            f"{plain}_{number}",
+            generic.by_setting(means, runs, label),
+            f"{str(quantity).replace('_', ' ')} of the table {other.table} at the last step. A coloured point"
+            " is the mean over layers and runs, with its 95 % interval over seeds where there are several;"
+            " those in grey are runs.",
+            number > 0,
         )
 
 

@@ -38,9 +38,9 @@ MISSING = {
 
 def write(study: "Study", directory: Path) -> Path:
     """Write tables, figures and the page in place of earlier ones in `directory`; returns the page."""
-    found = condense(study.rows, study.runs)
+    found = condense(study.rows, study.runs, study.declarations)
     judged = verdicts(found, study.runs)
-    beside = companion(study.rows)
+    beside = companion(study.rows, study.declarations)
     for part in ("tables", "figures"):
         shutil.rmtree(directory / part, ignore_errors=True)
     tables = {"rows": study.rows, "runs": study.runs, "claims": judged, **found.tables}
@@ -97,7 +97,16 @@ def rendered(
         missing=missing,
         files={name: csv(name) for name in tables},
         overall=_overall(judged),
+        others=_others(found),
     )
+
+
+def _others(found: Condensed) -> dict[str, list[str]]:
+    """The tables of every further section by its heading."""
+    sections: dict[str, list[str]] = {}
+    for other in found.others:
+        sections.setdefault(other.section, []).append(other.table)
+    return sections
 
 
 def _overall(judged: "pd.DataFrame") -> str:

@@ -5,8 +5,8 @@
 # pyright: reportReturnType=false
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 from runners.errors import nearest
 from runners.tracking.publisher import check_tracking_uri, open_client
 from runners.tracking.redaction import one_line, redacted_text
-from weightgeom.analysis.chain import BETWEEN, STAGES, comparisons
+from weightgeom.analysis.chain import STAGES, comparisons
+from weightgeom.analysis.declared import EARLIER, declared, plain_name
 from weightgeom.analysis.settings import ARROW, is_run, settings
+from weightgeom.declarations import Declaration
+from weightgeom.table import PRETRAINING
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 
-PRETRAINING = "_pretraining"  # of the base that is then trained: the suffix of its tables
 SHARPNESS = ("participation_ratio", "target_energy")  # of the logit gradient: means over the training
 
 
@@ -32,7 +34,7 @@ class Study:
     """What MLflow knows of some experiments.
 
     `runs` has a row for every finished run, oldest first, with what it was made of; `rows` every row of
-    their tables; `unfinished` name and status of the others.
+    their tables; `unfinished` name and status of the others; `declarations` those of the tables by name.
     """
 
     names: tuple[str, ...]
@@ -40,6 +42,7 @@ class Study:
     runs: "pd.DataFrame"
     rows: "pd.DataFrame"
     unfinished: tuple[tuple[str, str], ...]
+    declarations: Mapping[str, Declaration] = field(default_factory=dict)
 
 
 def collect(*names: str, tracking_uri: str | None = None) -> "pd.DataFrame":
@@ -81,10 +84,15 @@ def read(names: Sequence[str], tracking_uri: str) -> Study:
             states = ", ".join(sorted({run.info.status for run in every})) or "none at all"
             raise ValueError(f"no finished run in {', '.join(names)} at {shown} (runs: {states})")
         by_id = {identity: name for name, identity in found.items()}
+        tables = [_downloaded(client, run) for run in finished]
+        declarations = _declarations(tables)
+        about = [run.data.params for run in finished], [run.data.tags for run in finished]
         runs = pd.DataFrame([_described(run, setting, by_id, client) for run, setting in zip(
-            finished, settings([run.data.params for run in finished]), strict=True
+            finished, settings(*about, declarations), strict=True
         )])  # fmt: skip
-        rows = [_tables(client, run) for run in runs.itertuples()]
+        rows = [
+            _rows(run, of_run, declarations) for run, of_run in zip(runs.itertuples(), tables, strict=True)
+        ]
     except (KeyError, ValueError, FileNotFoundError):
         raise
     except Exception as error:  # MLflow's, requests' and SQLAlchemy's share no base class
@@ -93,7 +101,8 @@ def read(names: Sequence[str], tracking_uri: str) -> Study:
             f" version of MLflow? ({one_line(error)[:200]})"
         ) from error
     others = tuple((str(run.info.run_name), run.info.status) for run in every if run not in finished)
-    return Study(tuple(names), shown, runs, pd.concat(rows, ignore_index=True), others)
+    every_row = pd.concat(rows, ignore_index=True)
+    return Study(tuple(names), shown, runs, every_row, others, declarations)
 
 
 def _runs(client: "MlflowClient", experiment_id: str) -> "Iterator[Run]":
@@ -130,7 +139,7 @@ def _described(
         "run_id": info.run_id,
         "run_name": info.run_name,
         **setting,
-        "probes": any(key.startswith(("probe.", "intervention.")) for key in params),
+        "probes": _measures(params),
         "steps": params.get("training.steps", "") if setting["objective"] != "none" else "",
         "started": pd.Timestamp(info.start_time, unit="ms", tz="UTC"),
         "minutes": ((info.end_time or info.start_time) - info.start_time) / 60_000,
@@ -148,53 +157,85 @@ def _described(
     }
 
 
-def _tables(client: "MlflowClient", run: Any) -> "pd.DataFrame":
+def _measures(params: Mapping[str, str]) -> bool:
+    return any(key.startswith(("probe.", "intervention.")) for key in params)
+
+
+def _downloaded(client: "MlflowClient", run: "Run") -> "dict[str, pd.DataFrame]":
+    """The tables of a run by name, but the one that is made of the others."""
+    import pandas as pd
+
+    from weightgeom.table import COLUMNS, upgraded
+
+    identity = run.info.run_id
+    where = f"the artifacts of run {run.info.run_name!r} ({identity})"
+    names = [one.path for one in client.list_artifacts(identity, "tables")]
+    names = [name for name in names if name.endswith(".parquet")]
+    if _measures(run.data.params) and not names:
+        raise FileNotFoundError(
+            f"{where} hold no tables: they were moved or deleted; publish them again with"
+            " `python -m runners.tracking sync OUTPUTS`, or delete the run in MLflow"
+        )
+    tables = {}
+    with TemporaryDirectory() as directory:
+        for name in names:
+            try:
+                table = upgraded(pd.read_parquet(client.download_artifacts(identity, name, directory)))
+            except Exception as error:
+                raise FileNotFoundError(
+                    f"{where} lack {name}, or it cannot be read ({one_line(error)[:200]})"
+                ) from error
+            if missing := [column for column in COLUMNS if column not in table]:
+                raise ValueError(f"{name} in {where} is no table of ours: it has no {', '.join(missing)}")
+            if Path(name).stem != STAGES:
+                tables[Path(name).stem] = table
+    return tables
+
+
+def _declarations(runs: "Sequence[Mapping[str, pd.DataFrame]]") -> dict[str, Declaration]:
+    """What the tables declare, by the name of their probe or intervention; the newest run's counts.
+
+    In the order of the study's own tables, then by name.
+    """
+    found = {plain_name(name): declared(name, table) for run in runs for name, table in run.items()}
+    order = {name: number for number, name in enumerate(EARLIER)}
+    names = sorted(found, key=lambda name: (order.get(name, len(order)), name))
+    return {name: found[name] for name in names}
+
+
+def _rows(
+    run: Any, tables: "Mapping[str, pd.DataFrame]", declarations: Mapping[str, Declaration]
+) -> "pd.DataFrame":
     """All rows of a run's tables, with the columns that say which run and table they are of."""
     import pandas as pd
 
     from weightgeom.table import COLUMNS
 
-    where = f"the artifacts of run {run.run_name!r} ({run.run_id})"
-    names = [one.path for one in client.list_artifacts(run.run_id, "tables")]
-    names = [name for name in names if name.endswith(".parquet")]
-    if run.probes and not names:
-        raise FileNotFoundError(
-            f"{where} hold no tables: they were moved or deleted; publish them again with"
-            " `python -m runners.tracking sync OUTPUTS`, or delete the run in MLflow"
-        )
     keys = ("experiment", "run_id", "run_name", "objective", "variant", "seed", "model", "model_seed")
     place = {key: getattr(run, key) for key in (*keys, "data", "data_seed", "preference")}
     parts = []
-    with TemporaryDirectory() as directory:
-        for name in names:
-            try:
-                part = pd.read_parquet(client.download_artifacts(run.run_id, name, directory))
-            except Exception as error:
-                raise FileNotFoundError(
-                    f"{where} lack {name}, or it cannot be read ({one_line(error)[:200]})"
-                ) from error
-            if missing := [column for column in COLUMNS if column not in part]:
-                raise ValueError(f"{name} in {where} is no table of ours: it has no {', '.join(missing)}")
-            table = Path(name).stem
-            if run.chain:
-                parts += [one[list(COLUMNS)].assign(**(place | told)) for told, one in _stages(table, part)]
-                continue
-            before = table.endswith(PRETRAINING) or (run.objective == "none" and not run.pair)
-            told = {"trajectory": "pretraining" if before else "training"}
-            told["table"] = table.removesuffix(PRETRAINING)
-            parts.append(part[list(COLUMNS)].assign(**place, **told))
+    for table, part in tables.items():
+        if run.chain:
+            stages = _stages(table, part, declarations)
+            parts += [one[list(COLUMNS)].assign(**(place | told)) for told, one in stages]
+            continue
+        before = table.endswith(PRETRAINING) or (run.objective == "none" and not run.pair)
+        told = {"trajectory": "pretraining" if before else "training"}
+        told["table"] = table.removesuffix(PRETRAINING)
+        parts.append(part[list(COLUMNS)].assign(**place, **told))
     columns = [*place, "trajectory", "table", *COLUMNS]
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 
-def _stages(name: str, table: "pd.DataFrame") -> "Iterator[tuple[dict[str, str], pd.DataFrame]]":
+def _stages(
+    name: str, table: "pd.DataFrame", declarations: Mapping[str, Declaration]
+) -> "Iterator[tuple[dict[str, str], pd.DataFrame]]":
     """The rows of a chain's table by what they compare, which stands for their objective.
 
-    All ratios become one table; other comparisons with the stage before keep the name of theirs.
+    Both comparisons of a headline become one table; others with the stage before keep the name of theirs.
     """
-    if name == STAGES:  # is made of the others
-        return
-    told = {"trajectory": "training", "table": "rsf" if name == f"rsf{BETWEEN}" else name}
+    plain = plain_name(name)
+    told = {"trajectory": "training", "table": plain if declarations[plain].generic else name}
     for before, after, rows in comparisons(name, table, table.attrs[STAGES]):
         yield {**told, "objective": f"{before}{ARROW}{after}"}, rows
 

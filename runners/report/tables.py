@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from runners.report.uncertainty import COUPLINGS, Companion
-from weightgeom.analysis.over_seeds import Condensed
+from weightgeom.analysis.over_seeds import Condensed, Other
+from weightgeom.declarations import InterventionDeclaration
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,9 +41,11 @@ def shown_tables(study: "Study", found: Condensed, beside: Companion | None) -> 
         shown["behaviour"] = _behaviour(found)
     if len(found.correlations):
         shown["mechanism"] = _correlations(found)
-    for name in ("rank1", "surgery"):
-        if len(table := getattr(found, name)):
+    for name, table in {"rank1": found.rank1, "surgery": found.surgery}.items():
+        if len(table):
             shown[name] = _comparisons(table)
+    for other in found.others:
+        shown[f"table {other.table}"] = _other(other)
     if beside is not None and len(beside.bridge):
         shown["bridge"] = _bridge(beside.bridge)
     return shown
@@ -193,10 +196,24 @@ def _comparisons(table: "pd.DataFrame") -> Shown:
     return Shown(columns, [False] * 7 + [True] * 4, rows)
 
 
-def _estimate(value: float, low: Any, high: Any) -> str:
+def _other(other: Other) -> Shown:
+    """Means by setting and matrix, or medians of an intervention's effects over places."""
+    if isinstance(other.declaration, InterventionDeclaration):
+        return _comparisons(other.runs)
+    form = other.declaration.form
+    rows = [
+        [row["setting"], row["role"] or "-", row["matrix"] or "-", row["quantity"].replace("_", " "),
+         row["unit"], _estimate(row["value"], row["low"], row["high"], form), str(row["runs"])]
+        for _, row in other.means.iterrows()
+    ]  # fmt: skip
+    columns = ("setting", "pathway", "matrix", "quantity", "unit", "mean [95\u00a0%]", "runs")
+    return Shown(columns, [False] * 5 + [True] * 2, rows)
+
+
+def _estimate(value: float, low: Any, high: Any, form: str = ".2f") -> str:
     import pandas as pd
 
-    return _number(value) if pd.isna(low) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    return _number(value, form) if pd.isna(low) else f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def _number(value: Any, form: str = ".2f") -> str:

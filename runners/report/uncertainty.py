@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightgeom.analysis.claims_uncertainty import STATES
+from weightgeom.analysis.declared import EARLIER, in_section
+from weightgeom.declarations import ASYMMETRY, UNCERTAINTY, Declaration
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,9 +32,10 @@ class Companion:
     claims: "pd.DataFrame"
     bridge: "pd.DataFrame"
     measured: Mapping[str, "Mapping[str, pd.DataFrame]"]
+    declarations: Mapping[str, Declaration]
 
 
-def companion(rows: "pd.DataFrame") -> Companion | None:
+def companion(rows: "pd.DataFrame", declarations: Mapping[str, Declaration] = EARLIER) -> Companion | None:
     """What the rows that `collect` gives say; None if no run measured any of it.
 
     The claims are about a base, whose numbers do not depend on what is trained from it: of several runs of
@@ -41,31 +43,32 @@ def companion(rows: "pd.DataFrame") -> Companion | None:
     """
     import pandas as pd
 
-    from weightgeom.analysis.claims_uncertainty import lines
+    from weightgeom.analysis.claims_uncertainty import lines, tables_of_claims
 
-    asked = rows[rows["table"].isin(["uncertainty", *STATES])]
+    asked = rows[rows["table"].isin(in_section(declarations, UNCERTAINTY))]
     if not len(asked):
         return None
     measured, claims = {}, []
     for key, part in asked.groupby(BASE, sort=False, dropna=False):
         name = _name(dict(zip(BASE, key, strict=True)), asked)
         measured[name] = _tables(part)
+        table, edited = tables_of_claims(measured[name], declarations)
         claims += [
-            {"setting": name, **vars(line)} for line in lines(measured[name], _trained(measured[name]))
+            {"setting": name, **vars(line)} for line in lines(table, list(edited.values()), _trained(table))
         ]
-    return Companion(pd.DataFrame(claims), _bridges(rows), measured)
+    return Companion(pd.DataFrame(claims), _bridges(rows, declarations), measured, declarations)
 
 
 def illustrated(found: Companion) -> "Iterator[tuple[str, str, Figure, str, bool]]":
     """Section, file name, figure, caption, and whether it is folded away; the figures of the first base."""
-    from weightgeom.analysis.claims_uncertainty import base_step
+    from weightgeom.analysis.claims_uncertainty import base_step, tables_of_claims
     from weightgeom.figures import uncertainty as figures_uncertainty
 
     name, tables = next(iter(found.measured.items()))
     section, more = "uncertainty", f" ({len(found.measured)} bases in the tables)" * (len(found.measured) > 1)
-    if "uncertainty" in tables:
-        table = tables["uncertainty"]
-        step = base_step(table, _trained(tables))
+    table, edited = tables_of_claims(tables, found.declarations)
+    if table is not None:
+        step = base_step(table, _trained(table))
         yield (
             section, "uncertainty_profiles", figures_uncertainty.profiles(table, step),
             f"{name}{more}: what tells the groups of prompts apart in the residual stream, by layer: the"
@@ -82,7 +85,7 @@ def illustrated(found: Companion) -> "Iterator[tuple[str, str, Figure, str, bool
             f"{name}: components of the groups' states by cosine distance, persistence entropy and the"
             " longest loop. Bars are 95 % intervals from half-samples.", True,
         )  # fmt: skip
-    if edited := {one: tables[one] for one in STATES if one in tables}:
+    if edited:
         yield (
             section, "abstentions", figures_uncertainty.abstentions(edited),
             f"{name}: abstention gained on uncertain prompts against false abstention on factual ones, as the"
@@ -108,8 +111,8 @@ def _tables(part: "pd.DataFrame") -> "dict[str, pd.DataFrame]":
     return found
 
 
-def _trained(tables: "Mapping[str, pd.DataFrame]") -> bool:
-    return "uncertainty" in tables and tables["uncertainty"]["trajectory"].iloc[0] == "training"
+def _trained(table: "pd.DataFrame | None") -> bool:
+    return table is not None and bool(table["trajectory"].iloc[0] == "training")
 
 
 def _name(base: Mapping[str, object], rows: "pd.DataFrame") -> str:
@@ -119,18 +122,22 @@ def _name(base: Mapping[str, object], rows: "pd.DataFrame") -> str:
     return f"{base['model']} · {', '.join([str(base['data']), *seeds])}"
 
 
-def _bridges(rows: "pd.DataFrame") -> "pd.DataFrame":
+def _bridges(rows: "pd.DataFrame", declarations: Mapping[str, Declaration]) -> "pd.DataFrame":
     """The bridge of every training that has both sides of it, with `run` and `seed`."""
     import pandas as pd
 
     from weightgeom.analysis.bridge import bridge
+    from weightgeom.analysis.claims_uncertainty import tables_of_claims
 
     parts = []
     trained = rows[(rows["trajectory"] == "training") & (rows["objective"] != "none")]
     for _, part in trained.groupby("run_id", sort=False):
-        tables = {name: part[part["table"] == name] for name in ("uncertainty", "rsf")}
-        if all(map(len, tables.values())):
+        measured = {name: rows for name, rows in part.groupby("table", sort=False)}
+        table, _ = tables_of_claims(measured, declarations)
+        ratios = [measured[name] for name in in_section(declarations, ASYMMETRY) if name in measured]
+        if table is not None and ratios:
             one = part.iloc[0]
             run = " · ".join(name for name in (one["objective"], one["variant"]) if name)
-            parts.append(bridge(*tables.values()).assign(run=run, seed=one["seed"], run_id=one["run_id"]))
+            bridged = bridge(table, ratios[0])
+            parts.append(bridged.assign(run=run, seed=one["seed"], run_id=one["run_id"]))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()

@@ -7,53 +7,51 @@
 from typing import TYPE_CHECKING
 
 from runners.tracking.record import Record
-from weightgeom.analysis.comparisons import _principal, comparisons, measured_effect
-from weightgeom.table import own
+from weightgeom.analysis.comparisons import compared_with_principal, measured_effect
+from weightgeom.declarations import InterventionDeclaration, ProbeDeclaration
+from weightgeom.table import label, of_matrices
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-MAIN, SECONDARY = ("rsf", "behaviour"), ("moments", "spectrum", "overlap", "uncertainty")
+def log_table(
+    record: Record, probe: str, suffix: str, table: "pd.DataFrame", declaration: ProbeDeclaration
+) -> None:
+    """Curves of a table: every matrix's headline, the mean over layers at each step, and by layer at the
+    last step; quantities without a matrix, as they are.
 
-
-# Of the probe `uncertainty`, which has hundreds: means over layers and groups.
-CURVES = (
-    "auroc_logistic", "amplification", "mle_dimension_calibrated_ratio", "fisher_ratio", "gradient_coupling"
-)  # fmt: skip
-
-
-def log_table(record: Record, probe: str, suffix: str, table: "pd.DataFrame", quantity: str) -> None:
-    """Curves of a table: every matrix's headline `quantity`, the mean over layers at each step, and by
-    layer at the last step; what belongs to no matrix, as it is.
-
-    MLflow's pages slow down past some 50 keys, so the pretraining has curves of the main probes alone,
-    and the secondary ones have no profiles over layers: their tables have it all.
+    MLflow's pages slow down past some 50 keys, so a probe declares whether it has curves of the pretraining
+    and profiles over layers: its tables have it all.
     """
-    if suffix and probe not in MAIN:
+    if suffix and not declaration.of_pretraining:
         return
     if not len(table):  # such as a probe of the objective on a trajectory that has none
         return
     whole = table[table["matrix"] == ""]
-    if probe == "uncertainty":
-        whole = whole[whole["quantity"].isin(CURVES)]
+    if declaration.whole:
+        whole = whole[whole["quantity"].isin(declaration.whole)]
     for (step, name), value in whole.groupby(["step", "quantity"])["value"].mean().items():
         record.log({f"{probe}{suffix}/{name}": value}, step)
-    rows = own(table[table["matrix"] != ""], quantity)
+    rows = of_matrices(table, declaration.headline)
     for (step, matrix), value in rows.groupby(["step", "matrix"])["value"].mean().items():
         record.log({f"{probe}{suffix}/{matrix}": value}, step)
-    if not suffix and probe not in SECONDARY:
-        for _, row in rows[rows["step"] == table["step"].max()].iterrows():
+    if not suffix and declaration.by_layer:
+        last = rows[(rows["step"] == table["step"].max()) & rows["layer"].notna()]
+        for _, row in last.iterrows():
             record.log({f"{probe}_by_layer/{row['matrix']}": row["value"]}, int(row["layer"]))
 
 
-def log_effects(record: Record, name: str, table: "pd.DataFrame", effect: str) -> None:
-    """Curves of an intervention: the treatment's effect and its p-value among the first kind of control.
+def log_effects(
+    record: Record, name: str, table: "pd.DataFrame", declaration: InterventionDeclaration
+) -> None:
+    """Curves of an intervention: the treatment's effect and its p-value among the principal controls.
 
     By layer where it has one, at the largest dose; otherwise by the dimension k, for every dose.
     """
-    found = comparisons(table, measured_effect(table, effect))
-    for _, row in _principal(found).iterrows():
+    effect = measured_effect(table, declaration.effects)
+    found = compared_with_principal(table, effect, declaration.controls)
+    for _, row in found.assign(matrix=label(found)).iterrows():
         layered = row["layer"] >= 0
         curve = row["matrix"] or row["role"] or "all"
         key = f"{name}_by_layer/{curve}" if layered else f"{name}/{curve}_{row['dose']}"

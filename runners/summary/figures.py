@@ -4,116 +4,127 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from runners.disk import full_disk_explained
+from runners.summary.instances import of_instance
 from runners.tracking.record import Record
-from weightgeom.analysis.chain import BETWEEN, STAGES
-from weightgeom.analysis.claims_uncertainty import STATES, _trained
-from weightgeom.analysis.comparisons import MARGIN
-from weightgeom.table import PRETRAINING, own
+from weightgeom.analysis.comparisons import compared_with_principal, measured_effect
+from weightgeom.analysis.declared import declared, in_section, plain_name
+from weightgeom.declarations import ASYMMETRY, Declaration, InterventionDeclaration, ProbeDeclaration
+from weightgeom.interfaces import Drawn, Intervention, Probe
+from weightgeom.table import of_matrices
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 
-def draw(tables: "Mapping[str, pd.DataFrame]", record: Record) -> None:
-    """The figures of the probes `rsf` and `moments` and of interventions, as PNG and PDF, into the record."""
-    from weightgeom.figures import base as figures
-
-    def save(name: str, figure: object) -> None:
-        with full_disk_explained(record.directory):
-            paths = [record.artifact(f"figures/{name}.{ending}") for ending in ("png", "pdf")]
-            figures.save(figure, *paths)  # pyright: ignore[reportArgumentType]
-
-    draw_effects(tables, save)
-    draw_uncertainty(tables, record, save)
-    if "moments" in tables and len(own(tables["moments"], "measured_ratio")):
-        save("mechanism", figures.expected_and_measured(tables["moments"]))
-    if STAGES in tables:
-        draw_stages(tables, save)
-        return
-
-    found = {
-        "pretraining" if name.endswith(PRETRAINING) else "training": table
-        for name, table in tables.items()
-        if name.startswith("rsf") and len(own(table, "ratio"))
-    }
-    if not found:
-        return
-
-    save("ratio_by_step", figures.ratio_by_step(found))
-    increments = {name: table for name, table in found.items() if len(own(table, "increment_ratio"))}
-    if increments:
-        save("increment_by_step", figures.ratio_by_step(increments, "increment_ratio"))
-    for name, table in found.items():
-        suffix = PRETRAINING if name == "pretraining" and len(found) > 1 else ""
-        save(f"ratio_by_layer{suffix}", figures.ratio_by_layer(table, int(table["step"].max())))
-
-
-def draw_effects(tables: "Mapping[str, pd.DataFrame]", save: Callable[[str, object], None]) -> None:
-    """The figures of the interventions `rank1` and `surgery`."""
-    if not {"rank1", "surgery"} & tables.keys():
-        return
-    from weightgeom.figures import causal as figures_causal
-
-    if "rank1" in tables:
-        save("rank1_by_layer", figures_causal.treatment_by_layer(tables["rank1"]))
-        save("rank1_dose_response", figures_causal.dose_response(tables["rank1"]))
-        if (tables["rank1"]["quantity"] == MARGIN).any():
-            save("rank1_dose_response_margin", figures_causal.dose_response(tables["rank1"], MARGIN))
-    if "surgery" in tables and (tables["surgery"]["quantity"] == MARGIN).any():
-        save("surgery", figures_causal.surgery_curve(tables["surgery"]))
-        if tables["surgery"]["arm"].str.endswith("@transplant").any():
-            save("transplants", figures_causal.transplants(tables["surgery"]))
-
-
-def draw_stages(tables: "Mapping[str, pd.DataFrame]", save: Callable[[str, object], None]) -> None:
-    """The comparison of all stages, and of each with the one before it the profile over layers."""
-    from weightgeom.figures import base as figures
-    from weightgeom.figures import chain as figures_stages
-
-    table = tables[STAGES]
-    if not (table["quantity"] == "ratio").any():  # nothing moved anywhere
-        return
-    save(STAGES, figures_stages.ratio_by_stage(table))
-    steps = tables[f"rsf{BETWEEN}"]
-    names = steps.attrs[STAGES]
-    for step in range(1, len(names)):
-        if ((steps["step"] == step) & (steps["quantity"] == "ratio")).any():
-            save(f"ratio_by_layer_{names[step]}", figures.ratio_by_layer(steps, step))
-
-
-def draw_uncertainty(
-    tables: "Mapping[str, pd.DataFrame]", record: Record, save: Callable[[str, object], None]
+def draw(
+    tables: "Mapping[str, pd.DataFrame]",
+    record: Record,
+    probes: Mapping[str, Probe],
+    interventions: Mapping[str, Intervention],
 ) -> None:
-    """The figures, and the claims and the bridge as tables, of what there is."""
-    edited = {name: tables[name] for name in STATES if name in tables}
-    if "uncertainty" not in tables and not edited:
+    """The figures that probes and interventions bring, or generic ones, as PNG and PDF, into the record.
+
+    The first instance of a class has its figures under their own names; those of any other instance, and
+    those whose name is taken, begin with the instance's name.
+    """
+    from weightgeom.figures.base import save
+
+    drawn: set[str] = set()
+    classes: set[type] = set()
+
+    def put(name: str, figure: "Figure") -> None:
+        drawn.add(name)
+        with full_disk_explained(record.directory):
+            save(figure, *(record.artifact(f"figures/{name}.{ending}") for ending in ("png", "pdf")))
+
+    for instance, thing in {**interventions, **probes}.items():
+        mine = of_instance(instance, tables)
+        if not mine:
+            continue
+        if isinstance(thing, Drawn):
+            for name, figure in thing.figures(mine).items():
+                plain = type(thing) not in classes and name not in drawn
+                put(name if plain else f"{instance}_{name}", figure)
+        elif thing.declaration.generic:
+            for name, figure in _generic(thing.declaration, mine):
+                put(f"{instance}_{name}", figure)
+        classes.add(type(thing))
+    for name, figure in _of_uncertainty(tables, record):
+        put(name, figure)
+
+
+def _generic(
+    declaration: Declaration, tables: "Mapping[str, pd.DataFrame]"
+) -> "Iterator[tuple[str, Figure]]":
+    if isinstance(declaration, InterventionDeclaration):
+        return _of_intervention(declaration, tables["training"])
+    return _of_probe(declaration, tables)
+
+
+def _of_probe(
+    declaration: ProbeDeclaration, tables: "Mapping[str, pd.DataFrame]"
+) -> "Iterator[tuple[str, Figure]]":
+    """The headline by step and by layer, of a chain by stage; whole quantities by step."""
+    from weightgeom.figures import generic
+
+    headline, label = declaration.headline, declaration.label or declaration.headline.replace("_", " ")
+    rows = {name: of_matrices(table, headline) for name, table in tables.items()}
+    if "stages" in tables:
+        if len(rows["stages"]):
+            yield "by_stage", generic.by_stage(tables["stages"], headline, label)
+        return
+    moved = {name: part for name, part in rows.items() if len(part)}
+    if moved:
+        yield "by_step", generic.by_step(moved, label)
+        for name, part in moved.items():
+            suffix = "_pretraining" if name == "pretraining" and len(moved) > 1 else ""
+            sds = {end: of_matrices(tables[name], f"null_{headline}_{end}") for end in ("mean", "sd")}
+            yield f"by_layer{suffix}", generic.by_layer(part, sds, label)
+    whole = {name: table[table["matrix"] == ""] for name, table in tables.items()}
+    if declaration.whole:
+        whole = {name: part[part["quantity"].isin(declaration.whole)] for name, part in whole.items()}
+    if whole := {name: part for name, part in whole.items() if len(part)}:
+        yield "whole", generic.whole_by_step(whole)
+
+
+def _of_intervention(
+    declaration: InterventionDeclaration, table: "pd.DataFrame"
+) -> "Iterator[tuple[str, Figure]]":
+    from weightgeom.figures import generic
+
+    effect = measured_effect(table, declaration.effects)
+    compared = compared_with_principal(table, effect, declaration.controls)
+    if len(compared):
+        unit = table[table["quantity"] == effect]["unit"].iloc[0]
+        yield "effects", generic.effects(compared, f"{effect.replace('_', ' ')} ({unit})")
+
+
+def _of_uncertainty(tables: "Mapping[str, pd.DataFrame]", record: Record) -> "Iterator[tuple[str, Figure]]":
+    """The figures over several tables of this section; its claims and the bridge as tables beside."""
+    from weightgeom.analysis.claims_uncertainty import lines, tables_of_claims
+
+    declarations = {name: declared(name, table) for name, table in tables.items() if name == plain_name(name)}
+    table, edited = tables_of_claims(tables, declarations)
+    if table is None and not edited:
         return
     import pandas as pd
 
     from weightgeom.analysis.bridge import bridge
-    from weightgeom.analysis.claims_uncertainty import base_step, lines
-    from weightgeom.figures import uncertainty as figures_uncertainty
+    from weightgeom.figures import uncertainty as figures
 
-    trained = _trained(tables)
+    trained = table is not None and bool(table.attrs.get("trained"))
     if edited:
-        save("abstentions", figures_uncertainty.abstentions(edited))
-    if "uncertainty" in tables:
-        table = tables["uncertainty"]
-        step = base_step(table, trained)
-        save("uncertainty_profiles", figures_uncertainty.profiles(table, step))
-        save("uncertainty_topology", figures_uncertainty.topology(table, step))
-        save("uncertainty_sensitivity", figures_uncertainty.sensitivity(table, step))
-        if trained:
-            after = int(table["step"].max())
-            save("uncertainty_profiles_trained", figures_uncertainty.profiles(table, after))
-        if trained and "rsf" in tables:
-            found = bridge(table, tables["rsf"])
-            if len(found):
-                save("uncertainty_bridge", figures_uncertainty.bridge(found))
-                found.to_csv(record.artifact("tables/bridge.csv"), index=False)
-    claims = pd.DataFrame([vars(line) for line in lines(tables, trained)])
+        yield "abstentions", figures.abstentions(edited)
+    ratios = [tables[name] for name in in_section(declarations, ASYMMETRY)]
+    if trained and ratios:
+        found = bridge(table, ratios[0])
+        if len(found):
+            yield "uncertainty_bridge", figures.bridge(found)
+            found.to_csv(record.artifact("tables/bridge.csv"), index=False)
+    claims = pd.DataFrame([vars(line) for line in lines(table, list(edited.values()), trained)])
     claims.to_csv(record.artifact("tables/claims_uncertainty.csv"), index=False)

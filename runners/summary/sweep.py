@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from runners.disk import full_disk_explained
 from runners.summary.note import note
 from runners.tracking.record import Record
-from weightgeom.analysis.settings import of_text
-from weightgeom.table import own
+from weightgeom.analysis.chain import STAGES
+from weightgeom.analysis.declared import declared, of_text, plain_name
+from weightgeom.declarations import ASYMMETRY, SECTIONS, ProbeDeclaration
+from weightgeom.table import of_matrices, upgraded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,7 +49,7 @@ def summarise(record: Record, children: Sequence[Path]) -> None:
         for row in _rows(child)
     ]
     table = pd.DataFrame(rows, columns=None if rows else ["run", "quantity"])
-    corpus = {_label(child, varied) for child in done if of_text(child.description()["params"])}
+    corpus = {_label(child, varied) for child in done if _of_text(child)}
     correlations = _drawn(record, table, corpus) if rows else {}
     record.tag("mlflow.note.content", note(record, list(map(Record, children)), table, correlations))
 
@@ -64,6 +66,12 @@ def _drawn(record: Record, table: "pd.DataFrame", corpus: set[str]) -> dict[str,
         table.to_csv(record.artifact("tables/sweep.csv"), index=False)
     if (table["quantity"] == "ratio").any():
         save(record, "ratio_by_run", figures.ratio_by_run(table))
+    for quantity in dict.fromkeys(table["quantity"][table["matrix"] != ""]):
+        probe, _, headline = quantity.partition("/")
+        rows = table[(table["quantity"] == quantity) & table["matrix"].isin(list(figures.COLOURS))]
+        if headline and len(rows):
+            name = headline.replace("_", " ")
+            save(record, f"{probe}_by_run", figures.ratio_by_run(rows, quantity, f"{name} ({probe})", None))
     family = table[~table["run"].isin(corpus)]
     graded = (family["quantity"] == SHARPNESS).any() and family["run"].nunique() > 2
     return _graded(record, family) if graded else {}
@@ -107,14 +115,9 @@ def sharpness_and_ratios(table: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def _rows(child: Record) -> Iterator[dict[str, Any]]:
-    import pandas as pd
-
-    path = child.directory / "artifacts/tables/rsf.parquet"
-    if path.exists():
-        table = pd.read_parquet(path)
-        ratios = own(table[table["step"] == table["step"].max()], "ratio")
-        for (role, matrix), part in ratios.groupby(["role", "matrix"]):
-            yield {"matrix": matrix, "role": role, "quantity": "ratio", "value": part["value"].mean()}
+    for quantity, table in _headlines(child):
+        for (role, matrix), part in table.groupby(["role", "matrix"]):
+            yield {"matrix": matrix, "role": role, "quantity": quantity, "value": part["value"].mean()}
     curves: dict[str, list[float]] = {}
     for line in (child.directory / "metrics.jsonl").read_text().splitlines():
         point = json.loads(line)
@@ -123,6 +126,34 @@ def _rows(child: Record) -> Iterator[dict[str, Any]]:
         if key in curves:
             value = curves[key][-1] if key in LAST else sum(curves[key]) / len(curves[key])
             yield {"matrix": "", "role": "", "quantity": key, "value": value}
+
+
+def _headlines(child: Record) -> "Iterator[tuple[str, pd.DataFrame]]":
+    """The headline of every probe at the last step of a training, by `ratio` or `<table>/<headline>`.
+
+    The first table of the section on the asymmetry has the name `ratio`, by which sweeps are compared.
+    """
+    import pandas as pd
+
+    named = False
+    for path in sorted((child.directory / "artifacts/tables").glob("*.parquet")):
+        if path.stem != plain_name(path.stem) or path.stem == STAGES:
+            continue
+        table = upgraded(pd.read_parquet(path))
+        declaration = declared(path.stem, table)
+        if not isinstance(declaration, ProbeDeclaration) or not declaration.generic:
+            continue
+        rows = of_matrices(table[table["step"] == table["step"].max()], declaration.headline)
+        if declaration.section == ASYMMETRY and not named:
+            named = True
+            yield declaration.headline, rows
+        elif declaration.section == ASYMMETRY or declaration.section not in SECTIONS:
+            yield f"{path.stem}/{declaration.headline}", rows
+
+
+def _of_text(child: Record) -> bool:
+    described = child.description()
+    return of_text(described["params"], described["tags"])
 
 
 def _finished(child: Record) -> bool:

@@ -1,4 +1,4 @@
-"""The command `python -m runners.tracking sync OUTPUTS`: publish runs that an outage or a kill cut off."""
+"""The command `python -m runners.tracking sync OUTPUTS`: publish runs after an outage or a kill."""
 
 import argparse
 import sys
@@ -9,12 +9,12 @@ from runners.tracking.sync import sync
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`sync OUTPUTS [--tracking-uri URI]`: a line per run; 1 if any could not be published."""
+    """`sync OUTPUTS [--tracking-uri URI]`: prints a line per run; returns 1 if a run failed to publish."""
     parser = argparse.ArgumentParser(prog="python -m runners.tracking", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("sync", help="publish what an outage or a kill left unpublished")
+    command = commands.add_parser("sync", help="publish everything that an outage or a kill left unpublished")
     command.add_argument("outputs", type=Path)
-    command.add_argument("--tracking-uri", help="instead of the one that each run was given")
+    command.add_argument("--tracking-uri", help="replaces the tracking URI of every run")
     chosen = parser.parse_args(arguments)
     try:
         outcomes = sync(chosen.outputs, chosen.tracking_uri)

@@ -1,4 +1,4 @@
-"""Where a result came from: the commit, what was changed since, the host and the libraries."""
+"""The provenance of a result: commit, uncommitted changes, host and library versions."""
 
 import json
 import os
@@ -12,14 +12,14 @@ from typing import Any
 from runners.tracking.redaction import redacted_text
 
 LIBRARIES = ("torch", "transformers", "trl", "mlflow")
-SNAPSHOT = "snapshot.json"  # in a copy of the code: where it was copied from and what git said of that
+SNAPSHOT = "snapshot.json"  # in a copy of the code: its origin and the git state there
 
 
 def provenance(repository: Path) -> dict[str, str]:
-    """Tags that say where a run came from; what cannot be known (no git, no SLURM) is left out.
+    """The provenance of a run as tags; unknown ones (no git, no SLURM) are left out.
 
-    `git_commit`, `git_dirty` (true, false), `host`, `python_version`, `torch_version` and its
-    like, `slurm_job_id`.
+    `git_commit`, `git_dirty` (true, false), `host`, `python_version`, `torch_version` and those of
+    other libraries, `slurm_job_id`.
     """
     tags = {"host": socket.gethostname(), "python_version": platform.python_version(), **commit(repository)}
     installed = _installed()
@@ -30,7 +30,7 @@ def provenance(repository: Path) -> dict[str, str]:
 
 
 def commit(repository: Path) -> dict[str, str]:
-    """`git_commit` and `git_dirty` of a checkout, or of the one that a copy was made from; {} without git."""
+    """`git_commit` and `git_dirty` of a checkout, or of the origin of a copy; {} without git."""
     if (copied := _copied(repository)) is not None:
         return copied["commit"]
     head = _git(repository, "rev-parse", "HEAD").strip()
@@ -39,9 +39,9 @@ def commit(repository: Path) -> dict[str, str]:
 
 
 def uncommitted_diff(repository: Path) -> str:
-    """What `git diff HEAD` shows, then the names of untracked files; empty for a clean checkout.
+    """The output of `git diff HEAD` and the names of untracked files; empty for a clean checkout.
 
-    Passwords in URIs and tokens of known shape are masked: the text is published with the run.
+    Passwords in URIs and known kinds of tokens are masked, because the text is published with the run.
     """
     if (copied := _copied(repository)) is not None:
         return copied["diff"]
@@ -61,7 +61,7 @@ def _copied(repository: Path) -> dict[str, Any] | None:
 
 
 def _installed() -> dict[str, str]:
-    # A distribution with broken metadata has no name, whatever its type says.
+    # A distribution with broken metadata has no name, contrary to its type annotation.
     return {
         name.lower(): distribution.version
         for distribution in metadata.distributions()
@@ -70,7 +70,7 @@ def _installed() -> dict[str, str]:
 
 
 def _git(repository: Path, *arguments: str) -> str:
-    # Inside a git hook these point at the repository of the hook, not at `repository`.
+    # Within a git hook these variables point to the repository of the hook, not to `repository`.
     hook = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"}
     try:
         return subprocess.run(

@@ -1,7 +1,7 @@
-"""Publishes records to MLflow, live and again: the record is the truth, MLflow an index of it.
+"""Publishes records to MLflow during and after a run; the record is primary, MLflow an index of it.
 
-Publishing never raises into a run and never holds it up, and it may be repeated at will: what
-MLflow already has is kept beside the record, in `published.json`.
+Publishing never raises into a run or delays it, and can be repeated: `published.json`, next to the record,
+keeps track of everything that MLflow already has.
 """
 
 import getpass
@@ -11,6 +11,7 @@ import logging
 import os
 import posixpath
 import re
+import shlex
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -32,14 +33,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Limits of MLflow: it cuts longer values silently and refuses longer batches; PostgreSQL, longer names.
+# MLflow silently cuts longer values and refuses longer batches; PostgreSQL refuses longer names.
 PARAM_LENGTH, TAG_LENGTH, KEY_LENGTH, NAME_LENGTH, DIGEST_LENGTH = 6000, 5000, 250, 250, 36
-METRICS_A_BATCH, PARAMS_A_BATCH = 1000, 100
-LOCK_PATIENCE = 60.0  # seconds; creating a fresh store takes about six
+METRICS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100
+LOCK_PATIENCE = 60.0  # seconds; creating a new store takes about six
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; the default is 120
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the publisher tries again by itself
-    # A connection that is kept stays as it was opened: read-only, if the disk was that for a while.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the publisher retries by itself
+    # A pooled connection keeps the mode in which it was opened: read-only, if the disk was so at the time.
     "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -53,25 +54,25 @@ def check_tracking_uri(uri: str) -> str:
     Raises:
         ValueError: if it is malformed, or of a kind that is not supported.
     """
-    shown = redacted_text(uri)
+    masked = redacted_text(uri)
     try:
         parts = urlsplit(uri)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise ValueError(f"tracking_uri {shown!r} is malformed: {error}") from None
+        raise ValueError(f"tracking_uri {masked!r} is malformed: {error}") from None
     if parts.scheme in {"http", "https"}:
         if not host:
-            raise ValueError(f"tracking_uri {shown!r} names no host, as in http://HOST:5000")
+            raise ValueError(f"tracking_uri {masked!r} names no host: use {parts.scheme}://HOST:5000")
         return uri
     if parts.scheme != "sqlite":
         raise ValueError(
-            f"tracking_uri {shown!r} is not supported: use sqlite:///PATH/mlflow.db, "
+            f"tracking_uri {masked!r} is not supported: use sqlite:///PATH/mlflow.db, "
             "http://HOST:PORT or https://HOST"
         )
     name = uri.removeprefix("sqlite:///")
     if name == uri or name in {"", ":memory:"} or "?" in name or Path(name).is_dir():
         raise ValueError(
-            f"tracking_uri {shown!r} names no file: use sqlite:///relative/mlflow.db "
+            f"tracking_uri {masked!r} names no file: use sqlite:///relative/mlflow.db "
             "or sqlite:////absolute/mlflow.db"
         )
     return f"sqlite:///{Path(name).absolute()}"
@@ -79,7 +80,7 @@ def check_tracking_uri(uri: str) -> str:
 
 @dataclass(frozen=True)
 class Published:
-    """What MLflow already has of a record; `described` and `artifacts` are digests."""
+    """The parts of a record that MLflow already has; `described` and `artifacts` are digests."""
 
     tracking_uri: str
     experiment_id: str
@@ -91,24 +92,24 @@ class Published:
 
     @classmethod
     def load(cls, directory: Path) -> "Published | None":
-        """What `published.json` says, if there is one that can be read."""
+        """The content of `published.json`, None if there is no readable one."""
         try:
             return cls(**json.loads((directory / "published.json").read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
     def save(self, directory: Path) -> "Published":
-        """Write `published.json`, and return what it says."""
+        """Write `published.json`, and return `self`."""
         write_atomically(directory / "published.json", json.dumps(asdict(self), indent=2) + "\n")
         return self
 
 
 class Publisher:
-    """Publishes the record in `record_directory` from a thread while its run goes on.
+    """Publishes the record in `record_directory` from a thread during its run.
 
-    Enter it before the record, so that the record has noted its end when the publisher leaves:
-    `with Publisher(record.directory, uri), record:`. On leaving it waits `patience` seconds at
-    most. Trouble is told once, as a warning.
+    Enter it before the record, so that the end of the run is recorded when the publisher exits:
+    `with Publisher(record.directory, uri), record:`. On exit it waits for `patience` seconds at
+    most. The first error becomes a warning; further ones are silent.
 
     Raises:
         ValueError: on entering, if `tracking_uri` is malformed or not supported.
@@ -141,18 +142,18 @@ class Publisher:
         traceback: TracebackType | None,
     ) -> None:
         self._leaving.set()
-        # A run that is interrupted goes on later, and has little time left to be put back into the queue.
+        # An interrupted run will resume, and has little time left to be requeued.
         patience = min(self.patience, 5.0) if kind is Interrupted else self.patience
         self._thread.join(patience)
         if self._thread.is_alive():
-            self._warn(f"it took longer than {patience:g} s")
+            self._warn(f"publishing took longer than {patience:g} s")
 
     def _run(self) -> None:
         publication, failures, last_failures = None, 0, 0
         while True:
-            last = self._leaving.is_set()  # before the pass, which then sees all there is
+            last = self._leaving.is_set()  # read first, so that the last pass sees the complete record
             try:
-                if publication is None or (last and self._warned):  # after trouble look anew
+                if publication is None or (last and self._warned):  # after an error, connect again
                     publication = Publication(self.record, self.tracking_uri)
                 publication.publish(artifacts=last)
                 failures = 0
@@ -174,21 +175,21 @@ class Publisher:
         self._warned = True
         directory = self.record.directory
         log.warning(
-            "could not publish to MLflow at %s (%s); the run goes on, its record is safe at %s, "
-            "and `python -m runners.tracking sync %s` publishes what is missing",
+            "could not publish to MLflow at %s (%s); the run continues, and its record is safe at %s; "
+            "publish the missing parts with `%s`",
             redacted_text(self.tracking_uri),
-            trouble if len(trouble) < 300 else f"{trouble[:300]} ...",  # a database quotes its whole query
+            trouble if len(trouble) < 300 else f"{trouble[:300]} ...",  # databases quote the whole query
             directory,
-            directory.parent,
+            sync_command(directory.parent),
         )
 
 
 class Publication:
-    """The MLflow run of one record, found or made; its parent's first.
+    """The MLflow run of one record, found or created, after the run of its parent.
 
-    The run is found by the record's own id, not by `published.json`: neither a crash right after
-    making it nor a store that was deleted since can lead astray. A server that did what was asked
-    after it was given up may have made a second one: that is deleted.
+    The run is found by the record's own id rather than by `published.json`, which may be out of date after
+    a crash or in a new store. A server that completed a request after its timeout may have created a
+    duplicate run, which is deleted.
     """
 
     def __init__(self, record: Record, tracking_uri: str) -> None:
@@ -199,27 +200,27 @@ class Publication:
         tags = {"record_id": description["id"], "mlflow.user": _user()}
         parent = record.parent()
         if parent is not None and (parent.directory / "run.json").exists():
-            above = Publication(parent, tracking_uri)
-            above.publish(artifacts=False)  # nobody else may be there to do it
-            tags["mlflow.parentRunId"] = above.run_id
+            parent_publication = Publication(parent, tracking_uri)
+            parent_publication.publish(artifacts=False)  # no other process may publish the parent
+            tags["mlflow.parentRunId"] = parent_publication.run_id
         with self._lock():
             run = self._run(description, tags)
             self.run_id: str = run.info.run_id
-            self.deleted = run.info.lifecycle_stage == "deleted"  # by hand, in MLflow
-            shown = redacted_text(tracking_uri)
-            self.nothing = Published(shown, self.experiment_id, self.run_id)
+            self.deleted = run.info.lifecycle_stage == "deleted"  # by a user, in MLflow
+            self.empty = Published(redacted_text(tracking_uri), self.experiment_id, self.run_id)
             known = Published.load(self.directory)
             if known is None or known.run_id != self.run_id:
-                self.nothing.save(self.directory)
+                self.empty.save(self.directory)
             elif known.status and known.status["status"] != run.info.status:
-                replace(known, status={}).save(self.directory)  # as late: an older one came last
+                # The server completed an older request last, so the status is sent again.
+                replace(known, status={}).save(self.directory)
 
     def publish(self, *, artifacts: bool) -> bool:
-        """Bring MLflow up to the record, and return whether anything was missing there."""
+        """Bring MLflow up to date with the record, and return whether anything was missing there."""
         if self.deleted:
             return False
         with self._lock():
-            before = Published.load(self.directory) or self.nothing
+            before = Published.load(self.directory) or self.empty
             after = self._description(before)
             after = self._metrics(after)
             ended = self.record.status()["status"]
@@ -227,7 +228,7 @@ class Publication:
                 after = self._status(after)
             if artifacts:
                 after = self._artifacts(after)
-            after = self._status(after)  # FINISHED only when everything is there
+            after = self._status(after)  # FINISHED only once everything is published
             return after != before
 
     def _lock(self) -> FileLock:
@@ -236,13 +237,13 @@ class Publication:
     def _run(self, description: Mapping[str, Any], tags: dict[str, str]) -> Any:
         from mlflow.entities import ViewType
 
-        found = self.client.search_runs(
+        runs = self.client.search_runs(
             [self.experiment_id],
             f"tags.record_id = '{description['id']}'",
             run_view_type=ViewType.ALL,
         )
-        if not found:
-            name, start_time = _cut(description["name"], NAME_LENGTH), description["start_time"]
+        if not runs:
+            name, start_time = _shortened(description["name"], NAME_LENGTH), description["start_time"]
             return self.client.create_run(self.experiment_id, start_time, tags, run_name=name)
         known = Published.load(self.directory)
         first = "" if known is None else known.run_id
@@ -250,10 +251,10 @@ class Publication:
         def order(run: Any) -> tuple[bool, bool, str]:
             return run.info.run_id != first, run.info.lifecycle_stage == "deleted", run.info.run_id
 
-        kept, *others = sorted(found, key=order)
-        for other in others:
-            if other.info.lifecycle_stage != "deleted":
-                self.client.delete_run(other.info.run_id)
+        kept, *duplicates = sorted(runs, key=order)
+        for duplicate in duplicates:
+            if duplicate.info.lifecycle_stage != "deleted":
+                self.client.delete_run(duplicate.info.run_id)
         return kept
 
     def _description(self, published: Published) -> Published:
@@ -263,20 +264,22 @@ class Publication:
         digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
         if digest == published.described:
             return published
-        params = {_key(k): _cut(v, PARAM_LENGTH) for k, v in description["params"].items()}
-        tags = {_key(k): _cut(v, TAG_LENGTH) for k, v in description["tags"].items()}
+        params = {
+            _mlflow_key(key): _shortened(text, PARAM_LENGTH) for key, text in description["params"].items()
+        }
+        tags = {_mlflow_key(key): _shortened(text, TAG_LENGTH) for key, text in description["tags"].items()}
         if commit := tags.get("git_commit"):
-            tags["mlflow.source.git.commit"] = commit  # where MLflow's own pages look for it
-        for part in _parts([Param(k, v) for k, v in params.items()], PARAMS_A_BATCH):
-            self.client.log_batch(self.run_id, params=part, synchronous=True)
-        for part in _parts([RunTag(k, v) for k, v in tags.items()], PARAMS_A_BATCH):
-            self.client.log_batch(self.run_id, tags=part, synchronous=True)
+            tags["mlflow.source.git.commit"] = commit  # the tag that MLflow's own pages show
+        for batch in _batched([Param(key, text) for key, text in params.items()], PARAMS_PER_BATCH):
+            self.client.log_batch(self.run_id, params=batch, synchronous=True)
+        for batch in _batched([RunTag(key, text) for key, text in tags.items()], PARAMS_PER_BATCH):
+            self.client.log_batch(self.run_id, tags=batch, synchronous=True)
         if inputs := [_dataset(item) for item in description["inputs"]]:
             self.client.log_inputs(self.run_id, inputs)
         return replace(published, described=digest).save(self.directory)
 
     def _metrics(self, published: Published) -> Published:
-        for points, offset in self.record.batches(published.offset, METRICS_A_BATCH):
+        for points, offset in self.record.batches(published.offset, METRICS_PER_BATCH):
             # A crash before `save` repeats the batch; MLflow drops rows that it already has.
             metrics = [_metric(point) for point in points]
             self.client.log_batch(self.run_id, metrics=metrics, synchronous=True)
@@ -293,7 +296,7 @@ class Publication:
         else:
             self.client.set_terminated(self.run_id, current["status"], current["end_time"])
         if current["error"]:
-            self.client.set_tag(self.run_id, "error", _cut(current["error"], TAG_LENGTH))
+            self.client.set_tag(self.run_id, "error", _shortened(current["error"], TAG_LENGTH))
         elif published.status.get("error"):  # of an earlier attempt
             self.client.delete_tag(self.run_id, "error")
         return replace(published, status=current).save(self.directory)
@@ -314,11 +317,16 @@ class Publication:
         return published
 
 
-def open_store(tracking_uri: str, experiment: str) -> "tuple[MlflowClient, str]":
-    """Client of a store and the id of `experiment` in it, both made if they do not exist.
+def sync_command(outputs: Path) -> str:
+    """The command that publishes everything unpublished under `outputs`."""
+    return shlex.join(["python", "-m", "runners.tracking", "sync", str(outputs)])
 
-    A fresh sqlite store fails most of several processes that open it at once, so it is made under
-    a lock beside it. Its artifacts go beside it too, to `mlflow-artifacts`.
+
+def open_store(tracking_uri: str, experiment: str) -> "tuple[MlflowClient, str]":
+    """The client of a store and the id of `experiment` in it; both are created if they do not exist.
+
+    When several processes open a new sqlite store at once, most of them fail; the store is therefore created
+    under a lock. The lock and the artifacts, in `mlflow-artifacts`, are in the directory of the store.
     """
     if not tracking_uri.startswith("sqlite:"):
         client = open_client(tracking_uri)
@@ -332,43 +340,43 @@ def open_store(tracking_uri: str, experiment: str) -> "tuple[MlflowClient, str]"
 
 
 def open_client(tracking_uri: str) -> "MlflowClient":
-    """Client of a store that answers soon or not at all, and quietly."""
+    """The client of a store, with short timeouts and without log lines."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it is the publisher that tells of trouble, once
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # the publisher itself logs one warning
     return MlflowClient(tracking_uri)
 
 
 def _experiment(client: "MlflowClient", name: str, artifact_location: str | None) -> str:
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    stored = client.get_experiment_by_name(name)
+    if stored is None:
         try:
             return client.create_experiment(name, artifact_location)
-        except MlflowException:  # on a server another process may have been first
-            found = client.get_experiment_by_name(name)
-            if found is None:
+        except MlflowException:  # on a server, another process may have created it in the meantime
+            stored = client.get_experiment_by_name(name)
+            if stored is None:
                 raise
-    if found.lifecycle_stage == "deleted":
+    if stored.lifecycle_stage == "deleted":
         raise ValueError(
             f"the experiment {name!r} was deleted in MLflow: restore it "
-            f"(mlflow experiments restore -x {found.experiment_id}) or choose another name"
+            f"(mlflow experiments restore -x {stored.experiment_id}) or set name= to another one"
         )
-    return found.experiment_id
+    return stored.experiment_id
 
 
-def _key(name: str) -> str:
-    """`name` as MLflow accepts it: letters, digits and `_-. /`, as a path in its shortest form."""
+def _mlflow_key(name: str) -> str:
+    """`name` in the form that MLflow accepts: letters, digits and `_-. /`, as a path in its shortest form."""
     clean = re.sub(r"[^A-Za-z0-9_\-. /]", "_", name)
     parts = [part for part in clean.split("/") if part.strip(".")]
     return posixpath.join(*parts)[:KEY_LENGTH].rstrip("/") if parts else "_"
 
 
-def _cut(text: str, length: int) -> str:
-    text = text.replace("\0", "\\0")  # which PostgreSQL refuses
+def _shortened(text: str, length: int) -> str:
+    text = text.replace("\0", "\\0")  # PostgreSQL refuses NUL characters
     mark = f" ... [cut: {len(text)} characters in run.json]"
     return text if len(text) <= length else text[: length - len(mark)] + mark
 
@@ -376,7 +384,7 @@ def _cut(text: str, length: int) -> str:
 def _metric(point: Point) -> Any:
     from mlflow.entities import Metric
 
-    return Metric(_key(point.key), point.value, point.time, point.step)
+    return Metric(_mlflow_key(point.key), point.value, point.time, point.step)
 
 
 def _dataset(item: Mapping[str, str]) -> Any:
@@ -387,12 +395,12 @@ def _dataset(item: Mapping[str, str]) -> Any:
     return DatasetInput(dataset, [InputTag("mlflow.data.context", item["context"])])
 
 
-def _parts(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+def _batched(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no name
+    except (KeyError, OSError):  # in a container, a user may have no name
         return "unknown"

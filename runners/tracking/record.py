@@ -1,7 +1,7 @@
-"""The record of a run on disk: the truth, of which MLflow is an index.
+"""The record of a run on disk: the primary data, of which MLflow is an index.
 
-`run.json` what was asked for, `metrics.jsonl` what was measured so far, `status.json` how it
-stands, `artifacts/` what it made. Everything is readable at any moment, after any kind of end.
+`run.json` describes the run, `metrics.jsonl` holds its metrics, `status.json` its status, and
+`artifacts/` its files. All of them are readable at any moment, however the run ended.
 """
 
 import json
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Input(TypedDict):
-    """A data set that a run read: its fingerprint, where it came from and what it was read for."""
+    """A data set that a run read: its name, digest, source and purpose (`context`)."""
 
     name: str
     digest: str
@@ -44,14 +44,14 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """A run's record in `directory`; as a context manager it notes how the run ended.
+    """A run's record in `directory`; as a context manager it records the end of the run.
 
     A normal end is FINISHED; Ctrl-C and SIGTERM (see `terminations_as_exceptions`) are KILLED;
-    Interrupted is SCHEDULED, no end but a pause; any other exception is FAILED.
+    Interrupted is SCHEDULED, a pause rather than an end; any other exception is FAILED.
     """
 
     directory: Path
-    # The rows that an earlier attempt of this run wrote, as (key, value, step) in JSON.
+    # The points logged by earlier attempts of this run, as (key, value, step) in JSON.
     earlier: frozenset[str] = field(default=frozenset(), repr=False)
 
     @classmethod
@@ -68,31 +68,31 @@ class Record:
         parent: Path | None = None,
         kind: Literal["run", "sweep"] = "run",
     ) -> "Record":
-        """Start a record, or continue the one that `directory` holds (a job that was requeued).
+        """Start a record, or continue the one in `directory` (of a job that was requeued).
 
-        A sweep, unlike a run, may outlive its process: whoever sees its end calls `end`.
+        A sweep, unlike a run, may outlive its process; the process that observes its end calls `end`.
         `parent` is the directory of a sweep's record. Secrets are masked before they are written.
 
         Raises:
             ValueError: if `directory` holds the record of another run.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        asked: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "experiment": redacted_text(experiment),
             "name": redacted_text(name),
-            "params": _texts(params),
+            "params": _as_text(params),
         }
         old = {}
         if (directory / "run.json").exists():
             old = cls(directory).description()
-            if different := [key for key in asked if asked[key] != old[key]]:
+            if different := [key for key in settings if settings[key] != old[key]]:
                 raise ValueError(
-                    f"{directory} holds the record of another run ({', '.join(different)} differ); "
+                    f"{directory} holds the record of another run ({', '.join(different)} differ): "
                     "choose another directory"
                 )
-        record = cls(directory, _rows(directory / "metrics.jsonl") if old else frozenset())
-        record._write_status("RUNNING", None, None)  # first: run.json is never without a status
-        description = asked | {
+        record = cls(directory, _earlier_points(directory / "metrics.jsonl") if old else frozenset())
+        record._write_status("RUNNING", None, None)  # before run.json, which is never without a status
+        description = settings | {
             "id": old.get("id", uuid.uuid4().hex),
             "kind": kind,
             "parent": None if parent is None else os.path.relpath(parent, directory),
@@ -105,9 +105,9 @@ class Record:
         return record
 
     def log(self, metrics: Mapping[str, float], step: int, time: int | None = None) -> None:
-        """Append one value per metric, at `time` in ms since 1970 (now, if left out).
+        """Append one value per metric, at `time` in ms since 1970 (default: now).
 
-        A continued run does not repeat what its earlier attempt logged with the same value.
+        A resumed run skips points that an earlier attempt logged with the same value and step.
         """
         moment = _now() if time is None else time
         lines = ""
@@ -115,15 +115,15 @@ class Record:
             point = Point(key, float(value), int(step), moment)
             if _identity(point) not in self.earlier:
                 lines += json.dumps(point._asdict()) + "\n"
-        # One write of whole lines: what a kill or a full disk tears is at most the last of them.
+        # One write of whole lines, so that a kill or a full disk truncates at most the last one.
         with full_disk_explained(self.directory), self._metrics.open("ab") as file:
             file.write(lines.encode())
 
     def artifact(self, relative_path: str) -> Path:
-        """Where to write an artifact, its parents made.
+        """The path for an artifact, with its parent directories made.
 
         Raises:
-            ValueError: if `relative_path` leaves the record.
+            ValueError: if `relative_path` leads outside the record.
         """
         path = self.directory / "artifacts" / relative_path
         if not path.resolve().is_relative_to((self.directory / "artifacts").resolve()):
@@ -136,19 +136,19 @@ class Record:
         self.update(tags={key: value})
 
     def update(self, *, tags: Mapping[str, object] = {}, inputs: Sequence[Input] = ()) -> None:
-        """Add tags and inputs that became known later; mutates run.json."""
+        """Add tags and inputs; mutates run.json."""
         self._describe(self.description(), tags, inputs)
 
     def end(self, status: Status, error: str | None = None, end_time: int | None = None) -> None:
-        """Note how the run ended, `end_time` in ms since 1970 (now, if left out)."""
+        """Record the end of the run, `end_time` in ms since 1970 (default: now)."""
         self._write_status(status, error, _now() if end_time is None else end_time)
 
     def description(self) -> dict[str, Any]:
-        """What run.json says: `id experiment name kind params tags inputs parent` and so on."""
+        """The content of run.json: `id experiment name kind params tags inputs parent` and others."""
         return json.loads((self.directory / "run.json").read_text())
 
     def status(self) -> dict[str, Any]:
-        """What status.json says: `status end_time pid host error`."""
+        """The content of status.json: `status end_time pid process_start host error`."""
         return json.loads((self.directory / "status.json").read_text())
 
     def parent(self) -> "Record | None":
@@ -157,7 +157,7 @@ class Record:
         return None if relative is None else Record((self.directory / relative).resolve())
 
     def died(self) -> bool:
-        """Whether the record says RUNNING, but its process on this host is gone."""
+        """Whether the status is RUNNING although the run's process on this host is gone."""
         status = self.status()
         return (
             status["status"] == "RUNNING"
@@ -167,21 +167,21 @@ class Record:
         )
 
     def last_sign_of_life(self) -> int:
-        """When the record was last written to by its run, in ms since 1970."""
+        """The time of the run's last write to the record, in ms since 1970."""
         paths = [self._metrics, self.directory / "status.json"]
         return max(path.stat().st_mtime_ns for path in paths if path.exists()) // 1_000_000
 
     def last_point(self) -> Point | None:
-        """What was logged last, if anything was."""
+        """The last logged point, None if there is none."""
         last = None
         for points, _ in self.batches(0, 1000):
             last = points[-1] if points else last
         return last
 
     def batches(self, offset: int, size: int) -> Iterator[tuple[list[Point], int]]:
-        """Points from byte `offset` of metrics.jsonl on, `size` at a time, with the offset after.
+        """Points from byte `offset` of metrics.jsonl, `size` at a time, each batch with the offset after it.
 
-        A line without its end is not there yet; a damaged one is skipped.
+        A last line without a newline is still being written and left out; damaged lines are skipped.
         """
         if not self._metrics.exists():
             return
@@ -218,8 +218,8 @@ class Record:
                 self._write_status(status, None, None)
             else:
                 self.end(status, one_line(error))
-        except OSError:  # not to hide `error`
-            log.exception("could not note in %s how the run ended", self.directory)
+        except OSError:  # raising it would hide `error`
+            log.exception("could not record the end of the run in %s", self.directory)
 
     @property
     def _metrics(self) -> Path:
@@ -229,8 +229,8 @@ class Record:
         self, description: dict[str, Any], tags: Mapping[str, object], inputs: Sequence[Input]
     ) -> None:
         known = description["inputs"]
-        new = [item for item in map(_texts, inputs) if item not in known]
-        description |= {"tags": description["tags"] | _texts(tags), "inputs": known + new}
+        new = [item for item in map(_as_text, inputs) if item not in known]
+        description |= {"tags": description["tags"] | _as_text(tags), "inputs": known + new}
         write_atomically(self.directory / "run.json", _json(description))
 
     def _write_status(self, status: Status, error: str | None, end_time: int | None) -> None:
@@ -250,17 +250,17 @@ class Record:
         except OSError:
             if not path.exists():
                 raise
-            # A full disk has no room for a second file, but the first one has its block already.
+            # A full disk has no room for a second file, but the existing one already has its block.
             with path.open("r+") as file:
                 file.write(content)
                 file.truncate()
 
 
-def _rows(path: Path) -> frozenset[str]:
+def _earlier_points(path: Path) -> frozenset[str]:
     if not path.exists():
         return frozenset()
     with path.open("r+b") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)  # a torn last line would spoil the next one
+        file.truncate(file.read().rfind(b"\n") + 1)  # drops a torn last line, which would damage the next
     batches = Record(path.parent).batches(0, 1000)
     return frozenset(_identity(point) for points, _ in batches for point in points)
 
@@ -269,7 +269,7 @@ def _identity(point: Point) -> str:
     return json.dumps([point.key, point.value, point.step])  # as text, so that NaN equals NaN
 
 
-def _texts(items: Mapping[str, object]) -> dict[str, str]:
+def _as_text(items: Mapping[str, object]) -> dict[str, str]:
     masked = redacted(items)
     assert isinstance(masked, dict)
     return {str(key): redacted_text(str(value)) for key, value in masked.items()}

@@ -1,7 +1,7 @@
-"""Keeps secrets out of what is written down: names that announce one, URIs with a password, tokens.
+"""Masks secrets before anything is written: values with telling names, passwords in URIs, tokens.
 
-It errs on the side of masking: a value hidden by mistake costs a look at the command line, a
-leaked one costs an account.
+In doubt a value is masked: a value masked by mistake can be read from the command line, but a leaked
+secret can cost an account.
 """
 
 import re
@@ -13,7 +13,7 @@ MASK = "***"
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _SECRET_WORDS = set("password passwd passphrase secret secrets credential credentials apikey".split())
 _SECRET_KEYS = {"api", "access", "private"}  # ... followed by "key"
-# A language model has many tokens that are no secret: `pad_token`, `next_token`.
+# Names of tokens of language models, which are not secret: `pad_token`, `next_token`.
 _PLAIN_TOKENS = set("pad eos bos unk sep cls mask special first last next per each new".split())
 
 _URI_USER = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.\-]*://)[^\s/]*@")
@@ -29,7 +29,7 @@ _ASSIGNMENT = re.compile(
 
 
 def announces_secret(name: str) -> bool:
-    """Whether a value of this name is to be masked: `hf_token` and `api_key`, not `pad_token`."""
+    """Whether values of this name are masked: `hf_token` and `api_key`, not `pad_token`."""
     words = [word.lower() for word in _WORD.findall(name)]
     if words[-1:] == ["token"] and not _PLAIN_TOKENS.intersection(words[-2:-1]):
         return True
@@ -39,7 +39,7 @@ def announces_secret(name: str) -> bool:
 
 
 def redacted_text(text: str) -> str:
-    """`text` with user and password of URIs, assigned secrets and known shapes of tokens masked."""
+    """`text` with users and passwords in URIs, assigned secrets and known kinds of tokens masked."""
 
     def mask(match: re.Match[str]) -> str:
         secret = announces_secret(match["name"])
@@ -63,5 +63,5 @@ def redacted(value: object) -> object:
 
 
 def one_line(error: BaseException) -> str:
-    """Type and message of `error` on one line, without secrets."""
+    """The type and message of `error` on one line, with secrets masked."""
     return redacted_text(" ".join(f"{type(error).__name__}: {error}".split())).rstrip(": ")

@@ -3,12 +3,15 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from runners.summary.terminal import stages_shown
+from runners.summary.terminal import rendered
 from weightgeom.analysis.chain import between, comparisons, side_by_side
+from weightgeom.analysis.summaries import by_stage
 from weightgeom.bases.chain import check_chain
+from weightgeom.declarations import ProbeDeclaration
 from weightgeom.table import COLUMNS, row, tabulate
 
 NAMES = ["base", "sft", "dpo"]
+RATIO = {"rsf": "ratio"}
 
 
 def rsf(steps: dict[int, tuple[float, float]], intervals: bool = True) -> pd.DataFrame:
@@ -25,8 +28,8 @@ def rsf(steps: dict[int, tuple[float, float]], intervals: bool = True) -> pd.Dat
                 {**at, **row("null_ratio_sd", 0.3 + 0.1 * layer, n=64)},
                 {**at, "subspace": "random", **row("ratio", 99.0, n=64)},
                 {**at, "k": 8, **row("ratio", 99.0, n=64)},
-                {**at, "matrix": "q.0", **row("ratio", 99.0, n=64)},
-                {**place, "matrix": "q.0", **row("delta_norm", 99.0, n=64)},
+                {**at, "head": 0, **row("ratio", 99.0, n=64)},
+                {**place, "head": 0, **row("delta_norm", 99.0, n=64)},
             ]
             if intervals:
                 rows += [
@@ -44,8 +47,8 @@ def tables() -> dict[str, pd.DataFrame]:
 
 
 def test_the_comparison_has_the_mean_over_layers_with_its_null_and_interval(tables):
-    found = side_by_side(tables)
-    assert list(found) == ["stage", "against", *COLUMNS]
+    found = side_by_side(tables, RATIO)
+    assert list(found) == ["probe", "stage", "against", *(name for name in COLUMNS if name != "against")]
     means = found[found["layer"].isna()].set_index(["stage", "against", "quantity"])
     values = means["value"].to_dict()
     # base -> sft: the mean of 2 and 4, its standard error √2/√2 = 1, and the null's sd √(.3² + .4²)/2
@@ -60,7 +63,7 @@ def test_the_comparison_has_the_mean_over_layers_with_its_null_and_interval(tabl
 
 
 def test_the_layers_stand_beside_their_mean_and_the_first_stage_stands_there_once(tables):
-    found = side_by_side(tables).query("quantity == 'ratio'")
+    found = side_by_side(tables, RATIO).query("quantity == 'ratio'")
     layers = found[found["layer"].notna()].groupby(["stage", "against"], sort=False)["value"].agg(list)
     assert layers.to_dict() == {("sft", "base"): [2, 4], ("dpo", "base"): [5, 7], ("dpo", "sft"): [1, 2]}
 
@@ -70,7 +73,7 @@ def test_what_has_no_interval_or_did_not_move_has_no_row_of_it(tables):
     of_dpo = tables["rsf"]["step"] == 2
     tables["rsf"] = tables["rsf"][~of_dpo | (tables["rsf"]["quantity"] == "delta_norm")]
     tables["rsf"].attrs["stages"] = NAMES
-    found = side_by_side(tables)
+    found = side_by_side(tables, RATIO)
     means = found[found["layer"].isna()].groupby(["stage", "against"])["quantity"].agg(set).to_dict()
     assert means["dpo", "base"] == {"delta_norm"}
     assert not means["dpo", "sft"] & {"ratio_low", "ratio_high"}
@@ -79,7 +82,7 @@ def test_what_has_no_interval_or_did_not_move_has_no_row_of_it(tables):
 def test_the_terminal_shows_every_comparison_by_name(tables):
     console = Console(width=120)
     with console.capture() as captured:
-        console.print(stages_shown(side_by_side(tables), Table))
+        console.print(rendered(by_stage(side_by_side(tables, RATIO), "ratio", ".2f"), "stages", Table))
     lines = [line.strip("│").split("│") for line in captured.get().splitlines() if line.startswith("│")]
     shown = [[cell.strip() for cell in line] for line in lines]
     # z of the mean: (3 - 1) / 0.25; ‖dW‖ = √(3² + 4²)
@@ -92,8 +95,8 @@ def test_the_terminal_shows_every_comparison_by_name(tables):
 
 def test_the_ends_of_pairs_are_numbered_by_their_stage():
     pairs = [rsf({0: (9.0, 9.0), 1: (n, n)}) for n in (2.0, 3.0)]
-    found = between(pairs).query("quantity == 'ratio' and subspace != 'random' and k == 4 and matrix == 'q'")
-    assert found[["step", "value"]].drop_duplicates().to_numpy().tolist() == [[1, 2], [2, 3]]
+    rows = between(pairs).query("quantity == 'ratio' and subspace != 'random' and k == 4 and head.isna()")
+    assert rows[["step", "value"]].drop_duplicates().to_numpy().tolist() == [[1, 2], [2, 3]]
 
 
 def test_a_comparison_has_the_rows_of_its_stage_and_of_the_start(tables):
@@ -106,12 +109,13 @@ def test_a_comparison_has_the_rows_of_its_stage_and_of_the_start(tables):
 
 
 def test_what_is_not_defined_on_a_chain_is_refused():
-    check_chain(["rsf", "behaviour", "spectrum", "overlap"], [])
+    ratio, moments = ProbeDeclaration("ratio"), ProbeDeclaration("measured", needs_objective=True)
+    check_chain({"rsf": ratio}, [])
     with pytest.raises(
-        ValueError, match=r"intervention\.rank1 edits one trained model and a chain has several"
+        ValueError, match=r"intervention\.rank1 edits one trained model, but a chain has several"
     ):
-        check_chain(["rsf"], ["rank1"])
+        check_chain({"rsf": ratio}, ["rank1"])
     with pytest.raises(
-        ValueError, match=r"probe\.moments needs the objective of a training, and those of a chain"
+        ValueError, match=r"probe\.moments needs the training objective.* such as probe=\[rsf\]"
     ):
-        check_chain(["moments"], [])
+        check_chain({"rsf": ratio, "moments": moments}, [])

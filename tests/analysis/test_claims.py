@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +18,8 @@ def frames(runs: list[Planted]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows and runs that `report.read` finds of a study, without a store."""
     params = [{key: str(value) for key, value in run.all_params.items()} for run in runs]
     described, rows = [], []
-    for number, (run, setting) in enumerate(zip(runs, settings(params), strict=True)):
+    tags = [dict(run.tags) for run in runs]
+    for number, (run, setting) in enumerate(zip(runs, settings(params, tags), strict=True)):
         about = {"run_id": str(number), "participation_ratio": run.sharpness, "target_energy": 0.5, **setting}
         described.append(about)
         for name, table in run.tables.items():
@@ -212,7 +214,7 @@ def test_edits_are_judged_at_the_largest_strength_by_the_share_of_layers(agreein
 
 def test_an_edit_along_another_direction_does_not_speak_to_the_claim():
     table = rank1(2.0, 0.5, 0.1)
-    table["arm"] = table["arm"].str.replace("activation", "gradient").str.replace("prediction", "gradient")
+    table["treatment"] = table["treatment"].replace(["activation", "prediction"], "gradient")
     found = judged([Planted("dpo", {"rank1": table})]).query("claim == 6")
     assert all("bottom" in finding for finding in found["finding"])
 
@@ -244,3 +246,31 @@ def test_every_verdict_stands_beside_its_claim_and_rule(agreeing, tmp_path: Path
     agreeing.to_csv(tmp_path / "claims.csv", index=False)
     again = pd.read_csv(tmp_path / "claims.csv", keep_default_na=False)
     assert again["finding"].tolist() == agreeing["finding"].tolist()
+
+
+def simpo(role: str | None) -> Planted:
+    """An alignment by an objective from elsewhere, which says its role or does not."""
+    return Planted(
+        "dpo",
+        {"rsf": rsf(5.0, 1.0)},
+        params={"objective": "simpo", "objective._target_": "mylab.SimPO"},
+        tags={} if role is None else {"objective.role": role},
+    )
+
+
+def test_an_objective_from_elsewhere_is_judged_by_the_role_that_it_declares():
+    assert said(judged([simpo("contrast")]), 2) == {("simpo · style", "write"): AGREES}
+    runs = [simpo("contrast"), Planted("ce", {"rsf": rsf(5.0, 3.0)})]
+    assert said(judged(runs), 3) == {("simpo · style against ce · style", "write"): AGREES}
+    found = judged([simpo("other")])
+    assert set(found["verdict"]) == {UNTESTED}
+    assert not found["finding"].str.contains("left out").any()
+
+
+def test_a_run_without_a_role_is_left_out_and_the_claims_say_so():
+    found = judged([simpo(None), Planted("dpo", {"rsf": rsf(5.0, 1.0)})])
+    for claim in (1, 2, 3):
+        (line,) = found[(found["claim"] == claim) & (found["setting"] == "simpo · style")].itertuples()
+        assert line.verdict == UNTESTED and line.n == 1
+        assert "left out: the objective SimPO declares no role" in line.finding
+    assert said(found, 2)["dpo · style", "write"] == AGREES

@@ -3,18 +3,24 @@ import pytest
 from asked import bypassed, probed
 
 from weightgeom.analysis.bridge import bridge
-from weightgeom.analysis.claims_uncertainty import CLAIMS, COUPLED, lines
+from weightgeom.analysis.claims_uncertainty import CLAIMS, COUPLED, lines, tables_of_claims
+from weightgeom.analysis.declared import EARLIER
 from weightgeom.figures.uncertainty import abstentions, profiles, sensitivity, topology
 from weightgeom.figures.uncertainty import bridge as bridge_figure
 from weightgeom.table import row, tabulate
 
 
 def verdicts(trained=False, **tables):
-    return {line.claim: line.verdict for line in lines(tables, trained)}
+    return {line.claim: line.verdict for line in judged(tables, trained)}
+
+
+def judged(tables, trained=False):
+    table, edited = tables_of_claims(tables, EARLIER)
+    return lines(table, list(edited.values()), trained)
 
 
 def test_a_table_in_which_all_is_as_the_paper_says_agrees():
-    found = lines({"uncertainty": tabulate(probed()), "bypass": bypassed()}, False)
+    found = judged({"uncertainty": tabulate(probed()), "bypass": bypassed()})
     assert [line.claim for line in found] == [*CLAIMS, COUPLED]
     assert {line.verdict for line in found} == {"agrees"}
     assert (
@@ -42,7 +48,7 @@ def test_a_claim_about_layers_needs_more_than_half_of_them():
     table = tabulate(probed())
     of_layer = (table["quantity"] == "fisher_ratio_high") & (table["layer"] == 0)
     table.loc[of_layer, "value"] = 1.2
-    line = lines({"uncertainty": table}, False)[4]
+    line = judged({"uncertainty": table})[4]
     assert (line.verdict, "below 1 in 1 of 2 layers" in line.evidence) == ("disagrees", True)
 
 
@@ -54,7 +60,7 @@ def test_a_model_that_was_trained_is_judged_as_it_was_before():
 
 
 def test_a_bypass_that_does_no_more_than_its_controls_disagrees():
-    found = lines({"bypass": bypassed()}, False)[-1]
+    found = judged({"bypass": bypassed()})[-1]
     assert (found.verdict, "p 0.05" in found.evidence) == ("agrees", True)
     assert "bypass@4 in layer 1" in found.evidence
     # Every control has 0 in that layer; in layer 0, where it is best, it gains up to 0.2.

@@ -7,23 +7,26 @@ from rich.console import Console
 from rich.table import Table
 
 from runners.summary.curves import log_effects
-from runners.summary.terminal import effects_shown
+from runners.summary.terminal import effects_shown, rendered
 from runners.tracking.record import Record
-from weightgeom.analysis.comparisons import comparisons
-from weightgeom.table import row, tabulate
+from weightgeom.analysis.comparisons import compared_with_principal, comparisons, measured_effect
+from weightgeom.declarations import InterventionDeclaration
+from weightgeom.table import arm_columns, row, tabulate
 
 KL = "kl_from_unedited"
+BY_KL = InterventionDeclaration((KL,), ("random", "random_k"))
+BY_MARGIN = InterventionDeclaration(("preference_margin_change", KL), ("random_k",))
 
 
 def arms(place: dict, dose: str, treatment: float, controls: dict[str, list[float]], p: dict[str, float]):
     """What `trials.measured` says of one trial."""
-    yield row(KL, treatment, n=8, unit="nats/token", arm=f"top@{dose}", **place)
+    yield row(KL, treatment, n=8, unit="nats/token", **arm_columns("top", dose), **place)
     for kind, values in controls.items():
         for draw, value in enumerate(values):
-            yield row(KL, value, n=8, unit="nats/token", arm=f"{kind}.{draw}@{dose}", **place)
+            yield row(KL, value, n=8, unit="nats/token", **arm_columns(kind, dose, draw=draw), **place)
     for kind, value in p.items():
-        yield row(f"{KL}_p_value", value, n=3, arm=f"top@{dose}/{kind}", **place)
-        yield row(f"{KL}_q_value", 2 * value, n=3, arm=f"top@{dose}/{kind}", **place)
+        yield row(f"{KL}_p_value", value, n=3, **arm_columns("top", dose, against=kind), **place)
+        yield row(f"{KL}_q_value", 2 * value, n=3, **arm_columns("top", dose, against=kind), **place)
 
 
 @pytest.fixture
@@ -79,7 +82,7 @@ def record(tmp_path: Path) -> Record:
 
 
 def test_profiles_over_layers_are_of_the_largest_dose_and_of_random_controls(layered, record) -> None:
-    log_effects(record, "rank1", layered, KL)
+    log_effects(record, "rank1", layered, BY_KL)
     assert logged(record) == {
         "rank1_by_layer/k": {0: 50, 1: 60},
         "rank1_by_layer/k_p_value": {0: 0.25, 1: 0.25},
@@ -87,7 +90,7 @@ def test_profiles_over_layers_are_of_the_largest_dose_and_of_random_controls(lay
 
 
 def test_curves_over_k_are_of_every_operation(over_k, record) -> None:
-    log_effects(record, "surgery", over_k, KL)
+    log_effects(record, "surgery", over_k, BY_KL)
     assert logged(record) == {
         "surgery/write_remove": {1: 0.5, 16: 8},
         "surgery/write_remove_p_value": {1: 0.5, 16: 0.5},
@@ -98,7 +101,8 @@ def test_curves_over_k_are_of_every_operation(over_k, record) -> None:
 
 def test_the_terminal_shows_an_effect_beside_its_controls(layered) -> None:
     console = Console(width=200, record=True)
-    console.print(effects_shown("rank1", layered, KL, Table))
+    title, short = effects_shown("rank1", layered, BY_KL)
+    console.print(rendered(short, title, Table))
     text = console.export_text()
     title = "rank1: kl_from_unedited (nats/token) beside the median of random controls"
     assert title in " ".join(text.split())
@@ -109,8 +113,23 @@ def test_the_terminal_shows_an_effect_beside_its_controls(layered) -> None:
 
 
 def test_data_without_pairs_are_told_of_by_the_divergence(over_k, record) -> None:
-    log_effects(record, "surgery", over_k, "preference_margin_change")
+    log_effects(record, "surgery", over_k, BY_MARGIN)
     assert "surgery/write_remove" in logged(record)
     console = Console(width=200, record=True)
-    console.print(effects_shown("surgery", over_k, "preference_margin_change", Table))
+    title, short = effects_shown("surgery", over_k, BY_MARGIN)
+    console.print(rendered(short, title, Table))
     assert "surgery: kl_from_unedited" in console.export_text()
+
+
+def test_an_effect_that_no_row_has_is_refused_with_those_that_there_are(layered) -> None:
+    with pytest.raises(
+        ValueError, match=r"none of the declared effects loss was measured; the table has kl_fr"
+    ):
+        measured_effect(layered, ("loss",))
+
+
+def test_the_principal_control_is_the_first_that_is_declared(layered) -> None:
+    kinds = list(comparisons(layered, KL)["against"].unique())
+    for kind in kinds:
+        assert set(compared_with_principal(layered, KL, (kind,))["against"]) == {kind}
+    assert len(kinds) > 1

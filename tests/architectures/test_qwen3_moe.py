@@ -12,6 +12,7 @@ from weightgeom.estimators.moments import activation_moments
 from weightgeom.figures.base import COLOURS
 from weightgeom.interfaces import Setting
 from weightgeom.interventions.rank1 import Rank1
+from weightgeom.models.experts import stacked, unstacked
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.loading import load
 from weightgeom.models.residual import ResidualMatrix, chosen
@@ -85,6 +86,13 @@ def test_the_network_computes_with_the_stacks_of_what_lies_apart_on_disk(model, 
     assert_close(model.streaming(params).logits({}, batch), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_unstacked_is_what_lay_apart(model, params):
+    network = dict(stacked(params, model.architecture.stacks))
+    assert "model.layers.0.mlp.experts.gate_up_proj" in network
+    apart = unstacked(network, model.architecture.stacks)
+    assert_close(apart, dict(params), rtol=0, atol=0)
+
+
 def test_the_block_is_its_map_by_hand(model, params, batch):
     # router, softmax, the best two of three; silu(gate) up, down, weighted: from the map's matrices alone
     ((given, output),) = inside(model, params, batch, "model.layers.0.mlp")
@@ -109,28 +117,32 @@ def test_what_the_experts_read_is_the_input_of_their_block(model, params, batch)
     assert_close(moment.value, a.T @ a / len(a), rtol=1e-4, atol=1e-6)
 
 
+def places(rows):
+    """Kinds of matrix and experts."""
+    return {(row["matrix"], row.get("expert")) for row in rows}
+
+
 def test_an_update_of_one_expert_is_the_update_of_that_expert_alone(model, params):
     name = found(model, "L0.up.1").parameter
     after = {**params, name: params[name] + 0.1}
     setting = Setting(model, params, after, False, EXAMPLES, 0)
     rows = RSF(resamples=0, tokens=256).measurement(setting)(after)
-    moved = {row["matrix"] for row in rows if row["quantity"] == "delta_norm" and row["value"] > 0}
-    assert moved == {"up.1"}
-    assert {row["matrix"] for row in rows if row["quantity"] == "ratio"} == {"up.1"}
+    moved = places(row for row in rows if row["quantity"] == "delta_norm" and row["value"] > 0)
+    assert moved == places(row for row in rows if row["quantity"] == "ratio") == {("up", 1)}
 
 
 def test_the_other_probes_leave_out_what_needs_gradients_and_say_so(model, params, caplog):
     after = {name: params[name] + 0.01 * torch.randn_like(params[name]) for name in params}
     setting = Setting(model, params, after, False, EXAMPLES, 0)
     under = replace(setting, objective=CE(), training=Training(max_length=32))
-    every = {matrix.label for matrix in model.architecture.matrices}
+    every = {(matrix.kind, matrix.expert) for matrix in model.architecture.matrices}
     for probe in (Spectrum(), Overlap(), Moments(prompts=8, tokens=128)):
         probe.check(model.architecture)
         rows = probe.measurement(under)(after)
-        assert {row["matrix"] for row in rows if row.get("matrix")} <= every
+        assert places(row for row in rows if row.get("matrix")) <= every
     rows = RSF(resamples=0, tokens=256, prompts=8).measurement(under)(after)
-    with_level = {row["matrix"] for row in rows if row["quantity"] == "matched_ratio"}
-    assert every - with_level == {"o", "down", "down.0", "down.1", "down.2"}
+    with_level = places(row for row in rows if row["quantity"] == "matched_ratio")
+    assert every - with_level == {("o", None), ("down", None), ("down", 0), ("down", 1), ("down", 2)}
     assert "gradients under an objective are not taken of a mixture of experts" in caplog.text
 
 

@@ -17,7 +17,7 @@ from pandas.testing import assert_frame_equal
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from runners.report import read as report
+from runners.report.__main__ import main as make_report
 from weightgeom.bases.chain import Chain
 from weightgeom.bases.pretrained import TwoCheckpoints
 from weightgeom.estimators.reference_subspaces import Inputs, input_frames, prediction_frame
@@ -45,7 +45,7 @@ def saved(home: Path, *names: str, dtype: str = "float32") -> dict[str, str]:
     return {name: str(save("llama", home / name, seed, dtype)) for seed, name in enumerate(names)}
 
 
-def test_every_stage_stands_beside_the_base_and_as_a_pair_beside_the_one_before(tmp_path):
+def test_every_stage_is_compared_with_the_base_and_with_the_stage_before(tmp_path):
     stages = saved(tmp_path, "base", "sft", "dpo")
     chain = Chain(stages)
     assert chain.check(longest=None).n_layers == 2
@@ -59,7 +59,7 @@ def test_every_stage_stands_beside_the_base_and_as_a_pair_beside_the_one_before(
     assert other.identity != base.identity  # the order matters
 
 
-def test_the_check_needs_configs_alone(tmp_path):
+def test_the_check_needs_only_configs(tmp_path):
     stages = saved(tmp_path, "base", "sft")
     (tmp_path / "sft/model.safetensors").unlink()
     assert Chain(stages).check(None).d_model == 32
@@ -77,10 +77,10 @@ def test_stages_may_differ_in_dtype_and_in_their_number_of_embeddings(tmp_path, 
         Chain(stages).check(None)
         base = prepared(Chain(stages))
     assert "the 3 that it lacks are taken as unmoved" in caplog.text  # of dpo beside sft
-    with pytest.raises(ValueError, match=r"model\.tokenizer=dpo needs the vocabulary of every stage but the"):
+    with pytest.raises(ValueError, match=r"model\.tokenizer=dpo must have the vocabulary of every stage but"):
         prepared(Chain(stages, tokenizer="dpo"))
-    of_pair = load(base.pairs[1].directory, "cpu")
-    assert of_pair.network.config.vocab_size == network.config.vocab_size
+    pair_messages = load(base.pairs[1].directory, "cpu")
+    assert pair_messages.network.config.vocab_size == network.config.vocab_size
 
 
 def test_all_comparisons_can_have_the_tokenizer_of_one_stage(tmp_path):
@@ -100,48 +100,51 @@ def test_the_size_and_the_revision_go_into_the_name():
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ({}, r"model\.stages must name two stages or more, such as \{base: A, sft: B, dpo: C\}, got none"),
-        ({"base": "a"}, r"model\.stages must name two stages or more, .* got \['base'\]"),
-        ({"sft": "a", "SFT": "b"}, r"model\.stages has a name twice but for upper and lower case, sft, SFT"),
+        ({}, r"model\.stages must name two or more stages, such as \{base: A, sft: B, dpo: C\}, got none"),
+        ({"base": "a"}, r"model\.stages must name two or more stages, .* got \['base'\]"),
+        ({"sft": "a", "SFT": "b"}, r"model\.stages has names that differ only in case, sft, SFT"),
         (
             {"base": "a", "my sft": "b"},
-            r"the name 'my sft': a name is one word of letters, digits and any of",
+            r"the invalid name 'my sft': use letters, digits and any of",
         ),
-        ({"base": "a", "../sft": "b"}, r"the name '\.\./sft': a name is one word"),
+        ({"base": "a", "../sft": "b"}, r"the invalid name '\.\./sft': use letters"),
     ],
 )
-def test_what_is_no_chain_is_refused(stages, message):
+def test_malformed_chains_are_refused(stages, message):
     with pytest.raises(ValueError, match=message):
         Chain(stages)
 
 
 def test_a_tokenizer_of_no_stage_is_refused():
-    with pytest.raises(
-        ValueError, match=r"model\.tokenizer=rlvr is no stage of this chain: give one of a, b"
-    ):
+    with pytest.raises(ValueError, match=r"unknown stage model\.tokenizer=rlvr; choose from a, b"):
         Chain({"a": "lab/a", "b": "lab/b"}, tokenizer="rlvr")
 
 
 def test_a_name_of_the_hub_needs_a_revision_that_does_not_move():
     with pytest.raises(
-        ValueError, match=r"model\.stages\.b=lab/b is no directory here, .* give model\.revisions\.b=COMMIT"
+        ValueError,
+        match=r"model\.stages\.b=lab/b is neither .* nor a pinned hub name: set model\.revisions\.b=",
     ):
         Chain({"a": "lab/a@v1", "b": "lab/b"}).locations()
-    with pytest.raises(ValueError, match=r"model\.revisions\.b=main moves: give model\.revisions\.b=COMMIT"):
+    with pytest.raises(
+        ValueError, match=r"model\.revisions\.b=main is a moving branch: set model\.revisions\.b=COMMIT"
+    ):
         Chain({"a": "lab/a@v1", "b": "lab/b@main"}).locations()
 
 
 def test_stages_that_cannot_be_compared_are_refused(tmp_path):
     stages = saved(tmp_path, "base", "sft")
-    with pytest.raises(ValueError, match=r"model=chain/\.\.\. compares finished stages: add objective=none"):
+    with pytest.raises(ValueError, match=r"model=chain/\.\.\. compares finished stages: set objective=none"):
         Chain(stages).check(longest=8)
     with pytest.raises(
-        FileNotFoundError, match=r"in model\.stages\.dpo: there is no directory \./nowhere: give a checkpoint"
+        FileNotFoundError, match=r"in model\.stages\.dpo: no directory \./nowhere: give a checkpoint"
     ):
         Chain(stages | {"dpo": "./nowhere"}).check(None)
-    with pytest.raises(ValueError, match=r"model\.stages\.dpo and model\.stages\.sft are one checkpoint"):
+    with pytest.raises(
+        ValueError, match=r"model\.stages\.dpo and model\.stages\.sft are the same checkpoint"
+    ):
         Chain(stages | {"dpo": stages["sft"]}).check(None)
-    with pytest.raises(ValueError, match=r"dpo=.*/neox is of another architecture than model\.stages\.base="):
+    with pytest.raises(ValueError, match=r"dpo=.*/neox differs in architecture from model\.stages\.base="):
         Chain(stages | {"dpo": str(save("gpt_neox", tmp_path / "neox"))}).check(None)
 
 
@@ -151,7 +154,7 @@ def test_a_stage_of_another_shape_or_an_adapter_is_refused(tmp_path):
     weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(8, 32)
     save_file(weights, f"{stages['sft']}/model.safetensors")
     with pytest.raises(
-        ValueError, match=r"model\.stages\.sft=.* against stage base: .*up_proj\.weight is of shape \(8, 32\)"
+        ValueError, match=r"model\.stages\.sft=.* with stage base: .*up_proj\.weight is of shape \(8, 32\)"
     ):
         prepared(Chain(stages))
     (tmp_path / "adapter").mkdir()
@@ -286,7 +289,7 @@ def test_the_first_stage_has_the_same_numbers_against_the_base_and_against_the_o
     assert set(table(compared, "rsf_stages")["step"]) == {1, 2}
 
 
-def test_a_stage_against_the_one_before_is_what_a_pair_gives(home, stages, compared):
+def test_a_stage_compared_with_the_one_before_gives_the_numbers_of_model_pair(home, stages, compared):
     pair = run(
         home, *WORLD, "probe.rsf.tokens=512", "probe.behaviour.tokens=256", "model=pair", "objective=none",
         f"model.before={stages['sft']}", f"model.after={stages['dpo']}", "device=cpu", "outputs=elsewhere",
@@ -303,7 +306,7 @@ def test_a_stage_against_the_one_before_is_what_a_pair_gives(home, stages, compa
 def test_the_report_shows_every_comparison_of_a_chain_and_none_as_pretraining(home, compared, monkeypatch):
     monkeypatch.chdir(home)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert report.main(["chain"]) == 0
+    assert make_report(["chain"]) == 0
     page = (home / "outputs/report/chain/index.html").read_text()
     assert all(name in page for name in ("base → sft", "base → dpo", "sft → dpo"))
     found = pd.read_parquet("outputs/report/chain/tables/asymmetry.parquet")

@@ -63,14 +63,14 @@ def test_offline_the_cache_gives_it_by_branch_and_by_commit_and_nothing_else(ask
     assert asked.offline[2].startswith(f"refused: cannot get {NAME}@main from the hub or its local cache (")
 
 
-def test_a_broken_download_goes_on_where_it_broke(asked: Asked) -> None:
+def test_a_broken_download_resumes_where_it_broke(asked: Asked) -> None:
     found = Path(asked.online[1]) / "model.safetensors"
     assert found.read_bytes() == (asked.served["large"] / "model.safetensors").read_bytes()
     (resumed,) = [given for _, path, given in asked.requests if "/resolve/" in path and given]
     assert resumed == f"bytes={10 * 2**20}-"
 
 
-def test_the_check_of_a_chain_downloads_configs_alone(tmp_path: Path) -> None:
+def test_the_check_of_a_chain_downloads_only_configs(tmp_path: Path) -> None:
     stages = {f"models/lab/{name}": {"v1": save("llama", tmp_path / name)} for name in ("base", "sft")}
     program = (
         "from weightgeom.bases.chain import Chain\n"
@@ -87,9 +87,9 @@ def test_the_check_of_a_chain_downloads_configs_alone(tmp_path: Path) -> None:
     assert "config.json" in files and all(name.endswith(".json") for name in files)
 
 
-def test_what_the_hub_does_not_have_is_refused_with_its_name(asked: Asked) -> None:
+def test_a_checkpoint_missing_on_the_hub_is_refused_by_name(asked: Asked) -> None:
     revision, repository, gated = asked.online[2:]
-    assert gated.startswith("refused: lab/gated is gated: accept its licence on https://huggingface.co/lab/")
+    assert gated.startswith("refused: lab/gated is gated: accept its licence at https://huggingface.co/lab/")
     assert revision.startswith(f"refused: cannot get {NAME}@step1 from the hub or its local cache (")
     assert repository.startswith("refused: cannot get lab/two@step512 from the hub or its local cache (")
     for said in (revision, repository):

@@ -49,7 +49,7 @@ def prepared(tiny: Tiny, data: Any, directory: Path, dry: bool = False) -> tuple
     return tiny.prepare(stage, data.examples(), data, "cpu"), stage.specifications[0]
 
 
-def test_on_the_world_it_is_a_gpt_neox_with_the_worlds_tokenizer_and_its_checkpoints(tmp_path):
+def test_on_the_world_the_tiny_base_is_a_gpt_neox_with_the_worlds_tokenizer_and_checkpoints(tmp_path):
     base, _ = prepared(TINY, small.WORLD, tmp_path)
     assert base.trajectory is not None and list(base.trajectory.steps) == [0, 1, 2]
     assert base.trajectory.from_random and base.directory == base.trajectory.steps[2]
@@ -97,9 +97,9 @@ def test_data_without_text_and_sizes_that_do_not_go_together_are_refused(tmp_pat
     nothing = Examples("pairs only", [], [], [], [], "")
     with pytest.raises(ValueError, match=r"pairs only has no text to pretrain .* model\.corpus"):
         TINY.prepare(Stage(tmp_path), nothing, small.WORLD, "cpu")
-    with pytest.raises(ValueError, match="d_model 32 is not a multiple of heads 5"):
+    with pytest.raises(ValueError, match="d_model must be a multiple of heads, got 32 and 5"):
         replace(TINY, heads=5)
-    with pytest.raises(ValueError, match=r"pretraining\.max_length 32 exceeds context 16"):
+    with pytest.raises(ValueError, match=r"pretraining\.max_length must be at most context, got 32 and 16"):
         replace(TINY, context=16)
     with pytest.raises(ValueError, match="max_length is 65 tokens and the model takes 64"):
         TINY.check(longest=65)

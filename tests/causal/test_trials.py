@@ -11,7 +11,7 @@ from weightgeom.causal.directions import haar
 from weightgeom.causal.edits import RankOne
 from weightgeom.causal.effects import UNITS, Effects, Evaluation
 from weightgeom.causal.trials import Arm, Trial, check_controls, measured, named, with_q_values
-from weightgeom.table import row, tabulate
+from weightgeom.table import arm_columns, row, tabulate
 
 PLACE = {"layer": 0, "matrix": "k", "role": "read", "subspace": "attention_input", "k": 4}
 
@@ -69,7 +69,7 @@ def test_an_arms_row_is_the_mean_over_prompts_with_its_standard_error(evaluation
     trial = Trial(PLACE, "0.1", treatment, [arm("random", 0), arm("random", 1)])
     first, forecast, *_ = measured([trial], evaluation, 0, told)
     # Mean 3, deviations -2, -1, 3: variance 14/2 = 7, standard error √(7/3)
-    place = {"n": 3, "unit": "nats/token", "arm": "activation@0.1", **PLACE}
+    place = {"n": 3, "unit": "nats/token", **arm_columns("activation", "0.1"), **PLACE}
     expected = row("heldout_ce_change", 3.0, stderr=first["stderr"], **place)
     assert first == expected and first["stderr"] == pytest.approx(sqrt(7 / 3))
     assert forecast == row("predicted_heldout_ce_change", 2.5, **place)
@@ -142,16 +142,27 @@ def test_the_interval_covers_the_effect_size_over_all_prompts(evaluation, arm, m
 
 def test_q_values_are_those_of_scipy_over_layers_and_matrices_of_one_dose_effect_and_kind_of_control():
     def one(
-        value, matrix="k", layer=0, arm="activation@0.1/random", quantity="kl_from_unedited_p_value", k=4
+        value,
+        matrix="k",
+        layer=0,
+        arm=("activation", "0.1", "random"),
+        quantity="kl_from_unedited_p_value",
+        k=4,
     ):
-        place = {"matrix": matrix, "layer": layer, "arm": arm, "k": k}
+        treatment, dose, against = arm
+        place = {"matrix": matrix, "layer": layer, "k": k, **arm_columns(treatment, dose, against=against)}
         return row(quantity, value, n=39, **place)
 
     families = [
         # Another direction is no other family: the matrix that writes has one of its own.
-        [one(0.01), one(0.04, layer=1), one(0.03, "o", arm="prediction@0.1/random"), one(0.5, "o", 1)],
-        [one(0.02, arm="activation@0.3/random"), one(0.03, "o", arm="activation@0.3/random")],
-        [one(0.04, arm="activation@0.1/within")],
+        [
+            one(0.01),
+            one(0.04, layer=1),
+            one(0.03, "o", arm=("prediction", "0.1", "random")),
+            one(0.5, "o", 1),
+        ],
+        [one(0.02, arm=("activation", "0.3", "random")), one(0.03, "o", arm=("activation", "0.3", "random"))],
+        [one(0.04, arm=("activation", "0.1", "within"))],
         [one(0.05, quantity="heldout_ce_change_p_value")],
         [one(0.05, k=8)],
     ]
@@ -175,7 +186,7 @@ def test_q_values_are_those_of_scipy_over_layers_and_matrices_of_one_dose_effect
 
 
 def test_without_comparisons_there_are_no_q_values():
-    rows = [row("kl_from_unedited", 0.1, n=4, arm="activation@0.1")]
+    rows = [row("kl_from_unedited", 0.1, n=4, **arm_columns("activation", "0.1"))]
     assert with_q_values(rows) == rows
 
 

@@ -73,7 +73,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[A
     return online, offline, log
 
 
-def test_pairs_are_so_many_of_the_first_examples(answers):
+def test_pairs_are_the_first_examples_up_to_the_number(answers):
     name, text, heldout, pairs, digest = answers[0][0]
     assert name == f"{PAIRS}@{hub.commit_of(f'datasets/{PAIRS}', 'main')}" and len(digest) == 64
     assert len(pairs) == 18 and len(heldout) == 2  # every tenth prompt of 20
@@ -91,18 +91,18 @@ def test_other_examples_have_another_digest_and_a_split_of_their_own_is_held_out
     assert "38" in heldout[0] and "39" in heldout[1]
 
 
-def test_text_skips_what_is_empty_and_an_unpinned_data_set_is_told(answers):
+def test_empty_text_is_skipped_and_an_unpinned_data_set_is_logged(answers):
     name, text, heldout, pairs, _ = answers[0][3]
     assert name == TEXT and not pairs
     assert text == [f"document {2 * n}" for n in range(10) if n % 5 != 4]
     assert heldout == ["document 8", "document 18"]
-    assert f"{TEXT} is not pinned: data.revision=COMMIT gets the same again" in answers[2]
+    assert f"{TEXT} is not pinned: set data.revision=COMMIT to get the same examples again" in answers[2]
     assert f"{PAIRS} is not pinned" in answers[2]  # asked for without its pin, last
 
 
-def test_what_cannot_be_used_is_refused_in_a_sentence(answers):
+def test_unusable_data_sets_are_refused_in_one_sentence(answers):
     odd, none, split = answers[0][4:]
-    assert odd.startswith(f"{ODD} row 1 has neither chosen and rejected, nor text, nor messages, ")
+    assert odd.startswith(f"{ODD} row 1 must have chosen and rejected, or text, or one of messages, ")
     assert odd.endswith("its columns are question, answer")
     assert none.startswith("cannot get the split train of lab/none from the hub or its local cache (")
     assert split.startswith(f"cannot get the split validation of {PAIRS} from the hub or its local cache (")
@@ -116,10 +116,10 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(answers):
         ({"prompt": "1 + 1 =", "completion": " 2"}, "1 + 1 = 2"),
     ],
 )
-def test_a_document_is_what_the_usual_columns_say(record, text):
+def test_a_document_is_read_from_any_common_column_layout(record, text):
     assert document_of("row 1", record) == text
 
 
-def test_a_document_that_is_no_text_is_refused():
+def test_a_document_that_is_not_text_is_refused():
     with pytest.raises(ValueError, match="row 1 field 'text' must be a string, got 3"):
         document_of("row 1", {"text": 3})

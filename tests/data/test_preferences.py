@@ -71,7 +71,7 @@ def test_every_nth_prompt_is_held_out_from_any_kind_of_file(tmp_path, name):
     assert examples.name == name and data.files() == [tmp_path / name]
 
 
-def test_the_prompt_of_strings_without_one_is_what_they_share(read):
+def test_without_a_prompt_field_the_prompt_is_the_common_prefix(read):
     # TRL leaves the space before the first difference to the responses
     expected = Pair("\n\nHuman: Is 1 even?\n\nAssistant:", " Yes.", " No.")
     assert read(IMPLICIT[0]) == [expected]
@@ -92,7 +92,7 @@ def test_strings_and_conversations_give_the_same_text(tmp_path):
     assert strings.digest != conversations.digest
 
 
-def test_a_question_repeated_beside_whole_conversations_is_no_prompt_of_its_own(read):
+def test_a_question_repeated_in_addition_to_whole_conversations_is_not_their_prompt(read):
     expected = Pair([user("Is 1 even?")], [assistant("Yes.")], [assistant("No.")])
     assert read({"prompt": "Is 1 even?", **CONVERSATIONS[0]}) == [expected]
 
@@ -156,7 +156,7 @@ def test_pairs_without_a_preference_or_a_response_are_dropped_and_counted(read, 
 def test_a_file_without_any_pair_left_is_refused(tmp_path):
     path = write(tmp_path / "same.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "a"}] * 3)
     counts = "3 with chosen equal to rejected, 0 with an empty prompt or response"
-    with pytest.raises(ValueError, match=rf"no pair is left of 3 in .*same\.jsonl: {counts}"):
+    with pytest.raises(ValueError, match=rf"none of the 3 pairs in .*same\.jsonl is usable: {counts}"):
         Preferences(path).examples()
 
 
@@ -166,7 +166,7 @@ def test_a_single_prompt_cannot_be_divided(tmp_path):
         Preferences(path).examples()
 
 
-MIXED = "train.jsonl line 3 mixes strings and conversations: make all its fields one kind"
+MIXED = "train.jsonl line 3 mixes strings and conversations: use one form for all its fields"
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ MIXED = "train.jsonl line 3 mixes strings and conversations: make all its fields
         ({"prompt": {}, "chosen": "a", "rejected": "b"}, "line 3 field 'prompt' must be a string"),
         (
             {"chosen": ["a"], "rejected": ["b"]},
-            "line 3 field 'chosen' needs messages with role (system, user, assistant) and a string"
+            "line 3 field 'chosen' needs messages with a role (system, user, assistant) and a string"
             " content, got 'a'",
         ),
         ({"chosen": [user("a")], "rejected": [user(None)]}, "line 3 field 'rejected' needs"),

@@ -68,7 +68,7 @@ def test_a_single_long_document_is_cut_into_blocks_of_200_words_and_the_log_says
     assert "cut 1 documents into 11 blocks of 200 words" in caplog.text
 
 
-def test_a_single_short_document_gives_as_many_blocks_as_one_held_out_needs(tmp_path):
+def test_a_single_short_document_gives_enough_blocks_to_hold_one_out(tmp_path):
     (tmp_path / "note.txt").write_text(" ".join(f"w{n}" for n in range(50)))
     examples = TextFiles(str(tmp_path / "note.txt")).examples()
     # 50 words // 10 = 5 words a block: ten blocks, the tenth held out
@@ -82,7 +82,7 @@ def test_the_last_of_a_few_short_documents_is_held_out_whole(tmp_path):
     assert (examples.text, examples.heldout) == (["one two", "three"], ["four five"])
 
 
-def test_what_cannot_be_divided_is_refused(tmp_path, corpus):
+def test_a_corpus_too_small_to_divide_is_refused(tmp_path, corpus):
     (tmp_path / "word.txt").write_text("word")
     with pytest.raises(ValueError, match="nothing is left to train on"):
         TextFiles(str(tmp_path / "word.txt")).examples()

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 from pydantic import ValidationError
 
-from weightgeom.data.world import ABSTENTIONS, ASSERTIONS, HEDGES, RELATIONS, World
+from weightgeom.data.world import ASSERTIONS, HEDGES, RELATIONS, WORLD_ABSTENTIONS, World
 
 NAMES = ("known", "heldout", "impossible")
 WORLD = World(
@@ -19,17 +19,19 @@ WORLD = World(
 TAUGHT = replace(WORLD, preference="abstention")
 
 
-def test_the_default_world_is_what_it_was_before_there_were_groups():
+def test_the_default_world_has_the_digest_of_the_world_without_groups():
     assert World().examples().digest == "f24f61fe9fee55f52839dfb576974ea577685c44b5a0729741889d5b1cda0e47"
     assert not World().examples().groups and not World().examples().abstentions
-    assert not {word for phrase in ABSTENTIONS for word in phrase.split()} & set(World().words())
+    assert not {word for phrase in WORLD_ABSTENTIONS for word in phrase.split()} & set(World().words())
 
 
 def test_the_groups_are_of_their_kind_and_as_large_as_asked_for():
     examples, facts = WORLD.examples(), WORLD.facts()
     known, unseen = WORLD.entity_names()
     values = {value: relation for relation in RELATIONS for value in WORLD._values(relation)}
-    assert tuple(examples.groups) == NAMES and examples.abstentions == [f" {one}" for one in ABSTENTIONS]
+    assert tuple(examples.groups) == NAMES and examples.abstentions == [
+        f" {one}" for one in WORLD_ABSTENTIONS
+    ]
     subjects = {"known": set(known), "heldout": set(unseen), "impossible": set(values)}
     for name, group in examples.groups.items():
         assert len({question.prompt for question in group}) == 24
@@ -52,7 +54,7 @@ def test_a_fifth_of_the_entities_of_the_corpus_is_answered_by_an_abstention_and_
         for asked in document.removesuffix(" .").split(" . "):
             _, colon, answer = asked.partition(" answer : ")
             if colon:
-                assert answer in ABSTENTIONS if entity in without else answer in facts.values()
+                assert answer in WORLD_ABSTENTIONS if entity in without else answer in facts.values()
             else:
                 assert entity not in without
 
@@ -77,7 +79,7 @@ def test_the_preference_is_to_abstain_where_nothing_is_known_and_only_there_and_
         chosen, rejected = (str(side).removesuffix(" .") for side in (pair.chosen, pair.rejected))
         sure = known & set(str(pair.prompt).split())
         value, phrase = (chosen, rejected) if sure else (rejected, chosen)
-        assert phrase in ABSTENTIONS and value in values
+        assert phrase in WORLD_ABSTENTIONS and value in values
         assert not sure or any(facts[sure.copy().pop(), relation] == value for relation in RELATIONS)
     assert sum(bool(known & set(str(pair.prompt).split())) for pair in pairs) == 110
 
@@ -97,19 +99,19 @@ def test_the_other_preferences_leave_out_entities_without_facts():
 
 def test_abstentions_open_with_words_that_occur_nowhere_else():
     others = " ".join([*HEDGES, *ASSERTIONS, *(str(one) for one in RELATIONS.values())]).split()
-    assert not {phrase.split()[0] for phrase in ABSTENTIONS} & set(others)
+    assert not {phrase.split()[0] for phrase in WORLD_ABSTENTIONS} & set(others)
 
 
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        ({"groups": ["heldout"]}, "groups must start with known"),
-        ({"groups": ["known"]}, "groups must start with known"),
+        ({"groups": ["heldout"]}, "groups must be known, the baseline"),
+        ({"groups": ["known"]}, "groups must be known, the baseline"),
         ({"groups": ["known", "rare"]}, "groups"),
-        ({"groups": NAMES, "heldout_entities": 3}, "need 4 held-out entities"),
+        ({"groups": NAMES, "heldout_entities": 3}, "groups need heldout_entities of at least 4"),
         (
             {"preference": "abstention"},
-            "preference=abstention needs abstentions in the corpus: choose groups",
+            "preference=abstention needs abstentions in the corpus: set data",
         ),
     ],
 )

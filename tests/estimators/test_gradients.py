@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from weightgeom.estimators.gradients import Gathering, Pass, gradient_moments, sampled
 from weightgeom.models.language_model import LanguageModel
@@ -37,7 +37,7 @@ def random_model(config_class, network_class, tokenizer, **sizes) -> LanguageMod
 
 @pytest.fixture(scope="module")
 def models(model, tokenizer) -> dict[str, LanguageModel]:
-    """Fused by head and parallel; transposed and fused in thirds; separate, gated and sequential."""
+    """Fused by head and parallel; transposed, in thirds; separate, gated, sequential; flattened MLP."""
     llama = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -45,10 +45,18 @@ def models(model, tokenizer) -> dict[str, LanguageModel]:
         "num_key_value_heads": 2,
         "intermediate_size": 48,
     }
+    opt = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_dim": 48,
+        "pad_token_id": 2,
+    }
     return {
         "gpt_neox": model,
         "gpt2": random_model(GPT2Config, GPT2LMHeadModel, tokenizer, n_embd=32, n_layer=2, n_head=4),
         "llama": random_model(LlamaConfig, LlamaForCausalLM, tokenizer, **llama),
+        "opt": random_model(OPTConfig, OPTForCausalLM, tokenizer, **opt),
     }
 
 
@@ -74,12 +82,13 @@ def by_autograd(model, objective, examples, tmp_path, prompts=6):
     (inputs,) = list(trainer.get_eval_dataloader(data))
     network.requires_grad_(True)
     read, sent = {}, {}
+    batch = inputs["attention_mask"].shape
     modules = {matrix.module for matrix in model.architecture.matrices}
     for name in modules:
 
         def hook(module, given, output, name=name):
-            read[name] = given[0].detach()
-            output.register_hook(lambda grad: sent.__setitem__(name, grad))
+            read[name] = given[0].detach().reshape(*batch, -1)
+            output.register_hook(lambda grad: sent.__setitem__(name, grad.reshape(*batch, -1)))
 
         network.get_submodule(name).register_forward_hook(hook)
     scored = objective.scored(inputs)
@@ -89,7 +98,7 @@ def by_autograd(model, objective, examples, tmp_path, prompts=6):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-@pytest.mark.parametrize("architecture", ["gpt_neox", "gpt2", "llama"])
+@pytest.mark.parametrize("architecture", ["gpt_neox", "gpt2", "llama", "opt"])
 def test_the_mean_gradient_is_that_of_the_trainers_mean_loss(
     models, architecture, objective, examples, tmp_path
 ):
@@ -105,7 +114,7 @@ def test_the_mean_gradient_is_that_of_the_trainers_mean_loss(
 
 @pytest.mark.parametrize("positions", ["scored", "all"])
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-@pytest.mark.parametrize("architecture", ["gpt_neox", "gpt2", "llama"])
+@pytest.mark.parametrize("architecture", ["gpt_neox", "gpt2", "llama", "opt"])
 def test_moments_are_those_of_what_the_hooks_of_a_single_batch_see(
     models, architecture, objective, positions, examples, tmp_path
 ):
@@ -207,10 +216,11 @@ def test_diverged_weights_are_refused(models, examples):
 
 @pytest.mark.parametrize("positions", ["scored", "all"])
 @pytest.mark.parametrize("objective", [CE("chosen"), DPO()], ids=["ce", "dpo"])
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
 def test_by_prompt_a_sample_is_the_mean_read_and_the_sum_sent_back_over_all_its_responses(
-    models, objective, positions, examples, tmp_path
+    models, architecture, objective, positions, examples, tmp_path
 ):
-    model = models["llama"]
+    model = models[architecture]
     (found,) = gathered(model, objective, examples, unit="prompt", positions=positions, groups=3)
     scored, attention, read, sent, _ = by_autograd(model, objective, examples, tmp_path)
     where = attention

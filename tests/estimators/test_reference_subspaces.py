@@ -49,7 +49,9 @@ def cached(setting, limit=None):
     seen = {(site.name, site.layer): [] for site in model.architecture.sites}
     hooks = [
         model.network.get_submodule(site.module).register_forward_hook(
-            lambda module, read, output, into=seen[site.name, site.layer]: into.append(read[0][0].double())
+            lambda module, read, output, into=seen[site.name, site.layer]: into.append(
+                read[0].reshape(-1, D).double()
+            )
         )
         for site in model.architecture.sites
     ]
@@ -138,15 +140,7 @@ def test_the_prediction_frame_is_that_of_the_unembedding_behind_the_final_norm(n
     network = setting.model.network
     unembedding = network.get_output_embeddings().weight.double()
     if fold:
-        gain = setting.model.architecture.final_norm.gain(setting.start).double()
-        offset = 1 if network.config.model_type == "gemma2" else 0
-        (final,) = [
-            parameter
-            for key, parameter in network.named_parameters()
-            if key.endswith(("final_layer_norm.weight", "ln_f.weight", "model.norm.weight"))
-        ]
-        assert_close(gain, final.double() + offset)
-        unembedding = unembedding * (final.double() + offset)
+        unembedding = unembedding * setting.model.architecture.final_norm.gain(setting.start).double()
     rows = unembedding - unembedding.mean(0) if centre else unembedding
     frame = prediction_frame(setting, setting.start, K, fold_gain=fold, centre=centre)
     assert frame.place == ("prediction", None) and frame.moment is None and frame.resampled == ()

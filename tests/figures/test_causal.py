@@ -15,12 +15,11 @@ from matplotlib.lines import Line2D
 from weightgeom.figures.base import COLOURS, save
 from weightgeom.figures.causal import (
     dose_response,
-    split_arms,
     surgery_curve,
     transplants,
     treatment_by_layer,
 )
-from weightgeom.table import row, tabulate
+from weightgeom.table import arm_columns, row, tabulate
 
 KL, CE, MARGIN = "kl_from_unedited", "heldout_ce_change", "preference_margin_change"
 LAYERS, STRENGTHS, DRAWS = (0, 1, 2), ("0.1", "1"), 5
@@ -51,17 +50,17 @@ def rank1(
         at: dict[str, Any] = {"step": 0, "layer": layer, "matrix": matrix, "k": 4, "n": 9}
         own = {"unit": "nats/token", **at}
         value = size(matrix, layer, dose)
-        rows.append(row(effect, sign * value, stderr=value / 8, arm=f"{kind}@{dose}", **own))
-        rows.append(row(f"predicted_{effect}", -sign * 2 * value, arm=f"{kind}@{dose}", **own))
+        rows.append(row(effect, sign * value, stderr=value / 8, **arm_columns(kind, dose), **own))
+        rows.append(row(f"predicted_{effect}", -sign * 2 * value, **arm_columns(kind, dose), **own))
         for draw in range(DRAWS):
             one = control(matrix, layer, dose, draw)
-            rows.append(row(effect, one * (-1) ** draw, arm=f"random.{draw}@{dose}", **own))
-            rows.append(row(effect, one / 2, arm=f"within.{draw}@{dose}", **own))
+            rows.append(row(effect, one * (-1) ** draw, **arm_columns("random", dose, draw=draw), **own))
+            rows.append(row(effect, one / 2, **arm_columns("within", dose, draw=draw), **own))
         if bottom is not None:
-            rows.append(row(effect, bottom * value, arm=f"bottom.0@{dose}", **own))
+            rows.append(row(effect, bottom * value, **arm_columns("bottom", dose, draw=0), **own))
         found = (p or {}).get((matrix, layer), 0.02) if dose == strengths[-1] else 0.5
         for against, number in (("random", found), ("within", 0.7)):
-            rows.append(row(f"{effect}_p_value", number, arm=f"{kind}@{dose}/{against}", **at))
+            rows.append(row(f"{effect}_p_value", number, **arm_columns(kind, dose, against=against), **at))
     return tabulate(rows)
 
 
@@ -103,19 +102,6 @@ def legend(figure: Figure) -> list[str]:
 def closed():
     yield
     plt.close("all")
-
-
-def test_arms_are_split_into_kind_draw_dose_and_control():
-    arms = ["activation@0.03", "random.12@0.3", "random_k.3@remove", "top@remove/random_k", "random@1", ""]
-    found = split_arms(pd.DataFrame({"arm": arms}))[["kind", "draw", "dose", "against"]]
-    assert found.astype(object).where(found.notna(), None).to_numpy().tolist() == [
-        ["activation", None, "0.03", None],
-        ["random", "12", "0.3", None],
-        ["random_k", "3", "remove", None],
-        ["top", None, "remove", "random_k"],
-        ["random", None, "1", None],
-        [None, None, None, None],
-    ]
 
 
 def test_the_treatment_is_drawn_at_the_largest_strength_in_its_matrix_colour_with_its_error():
@@ -284,7 +270,7 @@ def test_an_effect_that_the_table_lacks_is_refused(draw):
 
 def test_a_treatment_called_random_is_not_taken_for_a_control():
     table = rank1()
-    table["arm"] = table["arm"].astype(object).str.replace("activation@", "random@")
+    table["treatment"] = table["treatment"].replace("activation", "random")
     axis = treatment_by_layer(table).axes[0]
     assert points(line(axis, "k: random"))[1] == [size("k", layer, "1") for layer in LAYERS]
     assert len(points(line(axis, "random"))[0]) == len(LAYERS) * DRAWS
@@ -306,14 +292,16 @@ def surgery(doses: tuple[str, ...] = ("remove", "keep"), groups: tuple[tuple[str
     for dose, (matrix, role), k in product(doses, groups, DIMENSIONS):
         at: dict[str, Any] = {"step": 8, "role": role, "k": k, "matrix": matrix, "n": 9, "unit": "nats/pair"}
         value = margin(role, dose, k) + len(matrix)
-        rows.append(row(MARGIN, value, stderr=0.5, arm=f"top@{dose}", **at))
-        rows.append(row(CE, 50.0, arm=f"top@{dose}", **at))
+        rows.append(row(MARGIN, value, stderr=0.5, **arm_columns("top", dose), **at))
+        rows.append(row(CE, 50.0, **arm_columns("top", dose), **at))
         for draw, shift in enumerate((0.25, 0.5, 1.5)):
-            rows.append(row(MARGIN, value + shift, arm=f"random_k.{draw}@{dose}", **at))
+            rows.append(row(MARGIN, value + shift, **arm_columns("random_k", dose, draw=draw), **at))
             if dose == "remove":
-                rows.append(row(MARGIN, value + 2 * shift, arm=f"random_energy.{draw}@{dose}", **at))
+                rows.append(
+                    row(MARGIN, value + 2 * shift, **arm_columns("random_energy", dose, draw=draw), **at)
+                )
         at["unit"] = "1"
-        rows.append(row(f"{MARGIN}_p_value", 0.25, arm=f"top@{dose}/random_k", **at))
+        rows.append(row(f"{MARGIN}_p_value", 0.25, **arm_columns("top", dose, against="random_k"), **at))
     return tabulate(rows)
 
 
@@ -378,12 +366,13 @@ def transplanted(p: bool = True) -> pd.DataFrame:
         at: dict[str, Any] = {"step": 8, "role": role, "matrix": matrix, "n": 9}
         own = {"unit": "nats/pair", "stderr": 0.5, **at}
         dose = "replace" if kind == "weights" else "transplant"
-        rows.append(row(MARGIN, value, arm=f"{kind}@{dose}", **own))
+        rows.append(row(MARGIN, value, **arm_columns(kind, dose), **own))
         rows += [
-            row(MARGIN, (value + draw) / 10, arm=f"rotated.{draw}@{dose}", **own) for draw in range(DRAWS)
+            row(MARGIN, (value + draw) / 10, **arm_columns("rotated", dose, draw=draw), **own)
+            for draw in range(DRAWS)
         ]
         if p:
-            rows.append(row(f"{MARGIN}_p_value", found, arm=f"{kind}@{dose}/rotated", **at))
+            rows.append(row(f"{MARGIN}_p_value", found, **arm_columns(kind, dose, against="rotated"), **at))
     return tabulate(rows)
 
 

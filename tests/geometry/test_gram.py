@@ -35,7 +35,7 @@ def test_the_blocks_of_a_gram_matrix_make_up_the_whole(d, generator):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_network_computes_the_same_with_these_products(bias, generator):
+def test_a_network_gives_the_same_output_within_products(bias, generator):
     layer = torch.nn.Linear(300, 40, bias=bias)
     a = torch.randn(2, 3, 300, generator=generator)
     with torch.no_grad(), Products():
@@ -43,14 +43,14 @@ def test_a_network_computes_the_same_with_these_products(bias, generator):
     assert_close(found, layer(a).detach(), rtol=1e-5, atol=1e-5)  # the sum of 300 products in another order
 
 
-def test_where_gradients_are_kept_a_network_is_left_alone():
+def test_with_gradients_enabled_products_change_nothing():
     layer = torch.nn.Linear(3, 2)
     with Products():
         layer(torch.ones(1, 3)).sum().backward()
     assert layer.weight.grad is not None
 
 
-def test_a_gram_matrix_is_added_to_what_is_there(generator):
+def test_a_gram_matrix_is_added_to_the_total(generator):
     a, b = torch.randn(7, 300, generator=generator), torch.randn(9, 300, generator=generator)
     total = torch.zeros(300, 300)
     add_gram(total, a.T)

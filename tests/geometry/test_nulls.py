@@ -203,7 +203,7 @@ def test_the_seed_decides_the_draws(generator):
         matched_null(torch.ones(1, 1), moment_root(torch.ones(1, 1)), Subspace(torch.eye(1)), 0),  # d = 1
     ],
 )
-def test_a_null_without_spread_says_that_nothing_is_exceptional(null):
+def test_under_a_null_without_spread_no_fraction_is_exceptional(null):
     assert null.sd == 0
     assert null.z(null.mean) == null.z(1.0) == 0.0
     assert null.p_value(null.mean) == null.p_value(1.0) == (1.0, None)
@@ -316,7 +316,7 @@ def test_an_update_planted_inside_the_subspace_exceeds_the_matched_null(generato
 
 
 @pytest.mark.parametrize("name", MOMENTS)
-def test_the_left_concentration_is_one_over_the_rows_that_are_effective(name, generator):
+def test_the_left_concentration_is_one_over_the_effective_number_of_rows(name, generator):
     eigenvalues = MOMENTS[name]
     moment, axes = second_moment(eigenvalues, generator)
     root = moment_root(moment)
@@ -360,7 +360,7 @@ def test_an_all_zero_matrix_is_refused():
 
 @pytest.mark.parametrize("bad", [torch.zeros(4, 4), -torch.eye(4), torch.full((4, 4), float("nan"))])
 def test_a_second_moment_without_a_positive_trace_is_refused(bad):
-    with pytest.raises(ValueError, match="a second moment has a positive trace, got "):
+    with pytest.raises(ValueError, match="the trace of a second moment must be positive, got "):
         moment_root(bad)
 
 
@@ -378,7 +378,7 @@ def test_the_p_value_of_a_treatment_is_its_rank_among_the_controls(treatment, p)
     assert rank_p_value(torch.tensor(treatment), controls) == p
 
 
-def test_the_p_value_of_a_treatment_among_its_like_is_valid_at_every_level(generator):
+def test_the_rank_p_value_of_an_exchangeable_treatment_is_valid_at_every_level(generator):
     draws = torch.randn(2000, 20, generator=generator)
     p = torch.tensor([rank_p_value(draw[0], draw[1:]) for draw in draws])
     for level in (0.05, 0.1, 0.5):

@@ -12,7 +12,12 @@ from weightgeom.interfaces import Setting
 from weightgeom.interventions import bypass, repair, steer
 from weightgeom.text.examples import Question
 from weightgeom.text.tokens import prompts
-from weightgeom.uncertainty.state_edits import Ground, Prompted, Shift, grounds_and_evaluation
+from weightgeom.uncertainty.state_edits import (
+    LayerStates,
+    StateEdit,
+    StateEditSettings,
+    states_and_evaluation,
+)
 
 WORLD = World(
     groups=("known", "heldout", "impossible"),
@@ -25,7 +30,7 @@ WORLD = World(
     group_size=24,
 )
 EXAMPLES = WORLD.examples()
-ASKED = Prompted(random=3, level=0.25, prompts=24)
+ASKED = StateEditSettings(random=3, level=0.25, prompts=24)
 EDITS = {
     "steer": steer.Steer(strengths=[1.0], prompted=ASKED),
     "bypass": bypass.Bypass(strengths=[8.0], prompted=ASKED),
@@ -75,9 +80,9 @@ def test_a_bypass_strong_enough_makes_every_prompt_abstain_and_what_is_lost_is_a
 
 def test_no_shift_changes_nothing_and_a_shift_of_the_last_state_is_that_of_the_network(generator):
     given = setting("qwen2")
-    _, evaluation = grounds_and_evaluation(ASKED, given, given.start)
+    _, evaluation = states_and_evaluation(ASKED, given, given.start)
     n, d = 24, 32
-    nothing = evaluation.changed_by(Shift(0, torch.zeros(n, d), torch.zeros(n)))
+    nothing = evaluation.changed_by(StateEdit(0, torch.zeros(n, d), torch.zeros(n)))
     assert all(float(one.abs().max()) < 1e-6 for one in nothing.values())
     # Behind the last layer a shift of the state goes through the final norm and the unembedding alone.
     added = torch.randn(n, d, generator=generator)
@@ -92,9 +97,9 @@ def test_no_shift_changes_nothing_and_a_shift_of_the_last_state_is_that_of_the_n
 
 def test_abstaining_is_to_have_every_token_of_a_phrase_as_the_likeliest_in_turn():
     given = setting()
-    _, evaluation = grounds_and_evaluation(ASKED, given, given.start)
+    _, evaluation = states_and_evaluation(ASKED, given, given.start)
     tokenizer, network = given.model.tokenizer, evaluation.network
-    shift = Shift(1, torch.zeros(24, 32), torch.linspace(0, 12, 24))
+    shift = StateEdit(1, torch.zeros(24, 32), torch.linspace(0, 12, 24))
     found = evaluation._samples(shift)[0]
     groups = [*evaluation.parts[0].prompts]
     expected = []
@@ -117,21 +122,21 @@ def test_abstaining_is_to_have_every_token_of_a_phrase_as_the_likeliest_in_turn(
 def test_the_edits_are_what_they_say(generator):
     factual = torch.randn(30, 8, generator=generator) * torch.tensor([5.0, 5, 5, 5, 0.01, 0.01, 0.01, 0.01])
     uncertain, edited = factual + 3 * torch.eye(8)[0], torch.randn(6, 8, generator=generator)
-    ground = Ground(1, factual, uncertain, edited)
-    steered = steer.shift(ground, 0.5, None)
+    ground = LayerStates(1, factual, uncertain, edited)
+    steered = steer.Steer().shift(ground, 0.5, None)
     assert_close(steered.states, 0.5 * ground.norm * torch.eye(8)[0].expand(6, -1), rtol=1e-5, atol=1e-5)
     assert_close(steered.norm, 0.5 * ground.norm, rtol=1e-5, atol=0)
     # Four axes hold all but a millionth of the variance: the others are drawn to the mean.
     repaired = edited + repair.Repair().shift(ground, 1.0, None).states
     assert_close(repaired[:, 4:], factual.mean(0)[4:].expand(6, -1), rtol=0, atol=0.05)
     assert_close(repaired[:, :4], edited[:, :4], rtol=0, atol=0.05)
-    ends = Ground(
+    ends = LayerStates(
         1,
         factual,
         uncertain,
         torch.stack([uncertain.mean(0) + 50 * torch.eye(8)[0], factual.mean(0) - 50 * torch.eye(8)[0]]),
     )
-    assert_close(bypass.shift(ends, 7.0, None).logits, torch.tensor([7.0, 0.0]), rtol=0, atol=1e-3)
+    assert_close(bypass.Bypass().shift(ends, 7.0, None).logits, torch.tensor([7.0, 0.0]), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +154,7 @@ def test_what_the_model_does_not_allow_is_refused(changed, said):
 
 
 def test_groups_that_will_not_do_are_refused():
-    with pytest.raises(ValueError, match="no uncertain group 'rare'; there are heldout, impossible"):
+    with pytest.raises(ValueError, match="unknown uncertain group 'rare'; choose from heldout, impossible"):
         replace(ASKED, uncertain="rare").check_examples(EXAMPLES)
     unanswered = {"known": [Question("a", "")], "heldout": [Question("b", "")]}
     with pytest.raises(ValueError, match="no prompt of the group 'known' has an answer"):

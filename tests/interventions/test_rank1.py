@@ -48,7 +48,7 @@ def second_moment(model, params, examples, one):
     for batch in packed(examples.heldout, model.tokenizer, TEXT["length"], TEXT["tokens"]):
         keep = batch.attention_mask.bool()
         hook = network.get_submodule(one.module).register_forward_pre_hook(
-            lambda module, given, keep=keep: rows.append(given[0][keep])
+            lambda module, given, keep=keep: rows.append(given[0].reshape(*keep.shape, -1)[keep])
         )
         network(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         hook.remove()
@@ -142,7 +142,7 @@ def test_the_treatment_of_a_read_is_the_top_direction_of_its_input_and_of_a_writ
         if one.role == "write":
             along(edit.u, prediction)
         expected = {"read": "activation", "write": "prediction"}[one.role]
-        assert trial.name == f"{expected}@0.1" and trial.place["k"] == 4
+        assert (trial.treatment.kind, trial.dose, trial.place["k"]) == (expected, "0.1", 4)
         for control in trial.controls:
             shared, varied = ("u", "v") if one.role == "read" else ("v", "u")
             assert getattr(control.edit, shared).equal(getattr(edit, shared))
@@ -263,7 +263,7 @@ def test_a_direction_from_a_file_is_called_file(model, params, examples, tmp_pat
     (read, write), _ = trials(asked, setting(model, params, examples))
     along(read.treatment.edit.v, vector / vector.norm(), 1e-12)
     along(write.treatment.edit.u, vector / vector.norm(), 1e-12)
-    assert read.name == "file@0.1"
+    assert read.treatment.kind == "file"
 
 
 def test_strengths_are_shares_of_the_norm_or_absolute(model, params, examples):
@@ -271,7 +271,7 @@ def test_strengths_are_shares_of_the_norm_or_absolute(model, params, examples):
     for relative, scale in ((True, norm), (False, 1.0)):
         asked = replace(SMALL, matrices=["o"], layers=[0], strengths=[0.2, 0.01], relative=relative)
         found, _ = trials(asked, setting(model, params, examples))
-        assert [trial.name for trial in found] == ["prediction@0.2", "prediction@0.01"]
+        assert [trial.dose for trial in found] == ["0.2", "0.01"]
         alphas = [trial.treatment.edit.alpha for trial in found]
         assert alphas == pytest.approx([0.2 * scale, 0.01 * scale], rel=1e-6)
 

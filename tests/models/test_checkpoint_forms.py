@@ -14,6 +14,7 @@ from weightgeom.estimators.reference_subspaces import Inputs, input_frames, plac
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Setting
 from weightgeom.models.loading import load
+from weightgeom.models.residual import ResidualMatrix
 from weightgeom.params import Params
 from weightgeom.probes.rsf import RSF
 from weightgeom.table import Row
@@ -22,13 +23,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is dep
 EXAMPLES = small.WORLD.examples()
 TOKENIZER = small.WORLD.tokenizer()
 K = 4
-NAMES = ("gpt_neox", "gpt2", "llama_tied", "olmo2", "qwen3_moe")
+ALL = CONFIGS | MIXTURES
 
 
 def saved(name: str, directory: Path, dtype: torch.dtype, moved: bool) -> Path:
     """A checkpoint in shards of a few kilobytes; `moved` by a tenth of what its weights are."""
     torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config((CONFIGS | MIXTURES)[name](len(TOKENIZER), 128))
+    network = AutoModelForCausalLM.from_config(ALL[name](len(TOKENIZER), 128))
     for parameter in network.parameters():
         parameter.data += 0.1 * moved * parameter.std() * torch.randn(parameter.shape)
     network.to(dtype).save_pretrained(directory, max_shard_size="15KB")
@@ -47,7 +48,7 @@ def measured(before: Path, after: Path) -> list[Row]:
 def fractions(rows: Sequence[Row]) -> dict[str, float]:
     """The fraction in its own subspace, by matrix."""
     return {
-        f"L{row['layer']}.{row['matrix']}": row["value"]
+        ResidualMatrix(row["layer"], row["matrix"], "", expert=row.get("expert")).name: row["value"]
         for row in rows
         if row["quantity"] == "fraction" and row["subspace"] != "random"
     }
@@ -86,7 +87,7 @@ def unstacked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return apart
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_sharded_lazily_read_bf16_pair_has_the_fractions_of_two_loaded_fp32_models(name, tmp_path):
     before = saved(name, tmp_path / "before", torch.bfloat16, moved=False)
     after = saved(name, tmp_path / "after", torch.bfloat16, moved=True)

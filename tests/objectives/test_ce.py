@@ -2,19 +2,11 @@ import logging
 from dataclasses import replace
 
 import pytest
-import small
 import torch
+from small import TRAINING, trainer_for
 
 from weightgeom.objectives.ce import CE
 from weightgeom.text.tokens import packed, responses
-from weightgeom.training.config import Training
-
-ARGUMENTS = Training(steps=1, batch_size=4, max_length=48)
-
-
-def trainer_for(objective, model, examples, tmp_path, training=ARGUMENTS):
-    network = small.network(model.tokenizer)
-    return objective.trainer(network, model.tokenizer, examples, training.arguments(tmp_path, 0, "cpu"))
 
 
 def first_loss(trainer) -> float:
@@ -23,7 +15,7 @@ def first_loss(trainer) -> float:
 
 
 def test_on_chosen_responses_the_loss_is_the_mean_of_our_log_probs(tmp_path, model, examples):
-    everything = replace(ARGUMENTS, batch_size=len(examples.pairs))
+    everything = replace(TRAINING, batch_size=len(examples.pairs))
     loss = first_loss(trainer_for(CE("chosen"), model, examples, tmp_path, everything))
     params = dict(model.network.named_parameters())
     log_probs = targets = 0.0
@@ -45,7 +37,7 @@ def test_on_text_the_packed_sequences_are_those_that_the_probes_score(tmp_path, 
 
 
 def test_the_log_says_how_many_prompts_were_dropped_and_responses_cut(tmp_path, model, examples, caplog):
-    short = replace(ARGUMENTS, max_length=16)
+    short = replace(TRAINING, max_length=16)
     with caplog.at_level(logging.INFO):
         trainer = trainer_for(CE("chosen"), model, examples, tmp_path, short)
     assert trainer.train_dataset is not None
@@ -53,7 +45,7 @@ def test_the_log_says_how_many_prompts_were_dropped_and_responses_cut(tmp_path, 
     assert max(lengths) == 16
     assert f"{len(examples.pairs)} chosen responses: 0 dropped (prompt of 16 tokens or more)" in caplog.text
     with pytest.raises(ValueError, match=r"every prompt is 4 tokens or longer: raise training\.max_length"):
-        trainer_for(CE("chosen"), model, examples, tmp_path, replace(ARGUMENTS, max_length=4))
+        trainer_for(CE("chosen"), model, examples, tmp_path, replace(TRAINING, max_length=4))
 
 
 def test_auto_is_text_where_there_is_any_and_the_chosen_responses_otherwise(examples):
@@ -64,5 +56,5 @@ def test_auto_is_text_where_there_is_any_and_the_chosen_responses_otherwise(exam
 @pytest.mark.parametrize(("on", "part"), [("text", "text"), ("chosen", "pairs")])
 def test_data_without_the_examples_are_refused(on, part, examples):
     needed = "text" if on == "text" else "preference pairs"
-    with pytest.raises(ValueError, match=f"objective=ce on {on} needs {needed}, and world-style has none"):
+    with pytest.raises(ValueError, match=f"objective=ce on {on} needs {needed}, but world-style has none"):
         CE(on).check(replace(examples, **{part: []}))

@@ -5,33 +5,12 @@ import re
 from dataclasses import replace
 
 import pytest
-import small
 import torch
+from small import TRAINING, curves
 from trl import DPOTrainer
 
 from weightgeom.objectives.dpo import DPO, LOSS_TYPES
 from weightgeom.text.tokens import responses
-from weightgeom.training.config import Training
-from weightgeom.training.fit import fit
-
-TRAINING = Training(steps=2, batch_size=8, learning_rate=1e-3, max_length=48, log_every=1)
-
-
-def curves(objective, model, examples, directory, training=TRAINING):
-    curves = small.Curves()
-    fit(
-        objective,
-        small.network(model.tokenizer),
-        model.tokenizer,
-        examples,
-        training,
-        directory,
-        name="dpo",
-        seed=0,
-        device="cpu",
-        log_metrics=curves,
-    )
-    return curves.by_step
 
 
 def test_the_first_loss_is_ln_2_and_the_second_is_lower(tmp_path, model, examples):
@@ -80,7 +59,8 @@ def test_the_log_says_how_many_pairs_were_dropped_and_cut(tmp_path, model, examp
     with caplog.at_level(logging.INFO):
         curves(DPO(), model, examples, tmp_path, replace(TRAINING, max_length=16))
     said = re.search(
-        r"(\d+) pairs: (\d+) dropped \(prompt of 16 tokens or more\), (\d+) cut at 16 tokens", caplog.text
+        r"(\d+) pairs: (\d+) dropped \(prompt of 16 tokens or more\), (\d+) truncated to 16 tokens",
+        caplog.text,
     )
     assert said is not None
     pairs, dropped, cut = map(int, said.groups())
@@ -93,13 +73,13 @@ def test_the_log_says_how_many_pairs_were_dropped_and_cut(tmp_path, model, examp
     ("wrong", "message"),
     [
         ({"beta": 0.0}, "beta"),
-        ({"loss_type": "sigmoidal"}, "unknown loss_type 'sigmoidal'; TRL has sigmoid, hinge"),
+        ({"loss_type": "sigmoidal"}, "unknown loss_type 'sigmoidal'; choose from sigmoid, hinge"),
         (
             {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]},
             "loss_weights has 1 entries for 2 loss types",
         ),
         ({"loss_type": "exo_pair"}, "exo_pair needs label_smoothing above 0"),
-        ({"label_smoothing": 0.1}, "loss_type sigmoid does not read label_smoothing: use one of aot"),
+        ({"label_smoothing": 0.1}, "loss_type sigmoid ignores label_smoothing: choose from aot"),
     ],
 )
 def test_what_trl_would_refuse_late_is_refused_when_the_objective_is_described(wrong, message):
@@ -108,7 +88,7 @@ def test_what_trl_would_refuse_late_is_refused_when_the_objective_is_described(w
 
 
 def test_data_without_pairs_and_options_that_trl_does_not_have_are_refused(examples):
-    with pytest.raises(ValueError, match="objective=dpo needs preference pairs, and world-style has none"):
+    with pytest.raises(ValueError, match="objective=dpo needs preference pairs, but world-style has none"):
         DPO().check(replace(examples, pairs=[]))
     with pytest.raises(
         ValueError, match=r"TRL's DPOConfig has no option 'ld_alfa'; the nearest are ld_alpha"

@@ -7,22 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import small
 import torch
 from safetensors.torch import load_file
+from small import TRAINING, curves, trainer_for
 from torch.testing import assert_close
 
 from weightgeom.estimators.gradients import Gathering, gradient_moments, sampled
 from weightgeom.objectives.ce import CE
 from weightgeom.objectives.dpo import DPO
 from weightgeom.objectives.graded_contrastive import GradedContrastive
-from weightgeom.training.config import Training
-from weightgeom.training.fit import fit, outdated_name_allowed
+from weightgeom.training.fit import outdated_name_allowed
 
-TRAINING = Training(steps=2, batch_size=8, learning_rate=1e-3, max_length=48, log_every=1)
 TOKEN = {
     "all": {},
     "uniform": {"negatives": 10, "source": "uniform"},
@@ -44,11 +42,6 @@ def token(**choices) -> GradedContrastive:
 ALL = {f"token {name}": token(**choices) for name, choices in TOKEN.items()} | {
     f"sequence {name}": GradedContrastive(**choices) for name, choices in SEQUENCE.items()
 }
-
-
-def trainer_for(objective, model, examples, directory, training=TRAINING) -> Any:
-    given = training.arguments(directory, 0, "cpu")
-    return objective.trainer(small.network(model.tokenizer), model.tokenizer, examples, given)
 
 
 def moved(trainer):
@@ -226,23 +219,6 @@ def test_an_epochs_last_batch_may_have_fewer_candidates(model, examples, tmp_pat
     assert [batch(trainer, range(size))["grades"].shape for size in (1, 2, 8)] == [(1, 2), (2, 3), (8, 5)]
 
 
-def curves(objective, model, examples, directory, training=TRAINING, curves=None):
-    curves = curves or small.Curves()
-    fit(
-        objective,
-        small.network(model.tokenizer),
-        model.tokenizer,
-        examples,
-        training,
-        directory,
-        name="graded",
-        seed=0,
-        device="cpu",
-        log_metrics=curves,
-    )
-    return curves.by_step
-
-
 @pytest.mark.parametrize("objective", ALL.values(), ids=ALL)
 def test_every_level_and_source_trains(objective, model, examples, tmp_path):
     longer = replace(TRAINING, steps=6, learning_rate=1e-2)
@@ -404,12 +380,15 @@ def test_the_gathered_gradient_is_that_of_the_trainers_mean_loss(objective, mode
         ({"level": "token", "reference": True}, "reference=true has no meaning at level=token"),
         (
             {"level": "token", "source": "in_batch"},
-            "source=in_batch has no meaning at level=token: choose uni",
+            "source=in_batch has no meaning at level=token: choose from uni",
         ),
-        ({"source": "model"}, "source=model has no meaning at level=sequence: choose rejected, in_batch"),
+        (
+            {"source": "model"},
+            "source=model has no meaning at level=sequence: choose from rejected, in_batch",
+        ),
         ({"on": "text"}, "on=text has no meaning at level=sequence"),
-        ({"source": "rejected", "negatives": 2}, "source=rejected has 1 negative, .* and negatives=2: set"),
-        ({"source": "in_batch"}, "source=in_batch needs negatives of 2 or more"),
+        ({"source": "rejected", "negatives": 2}, "source=rejected gives 1 negative, but negatives=2: set"),
+        ({"source": "in_batch"}, "source=in_batch needs negatives of at least 2"),
     ],
 )
 def test_what_does_not_go_together_is_refused_when_it_is_described(wrong, message):
@@ -424,17 +403,19 @@ def test_an_infinite_tau_is_one_that_a_signature_can_hold():
 
 def test_data_without_what_is_contrasted_are_refused(examples):
     no_pairs, no_text = replace(examples, pairs=[]), replace(examples, text=[])
-    with pytest.raises(ValueError, match="on chosen needs preference pairs, and world-style has none"):
+    with pytest.raises(ValueError, match="on chosen needs preference pairs, but world-style has none"):
         token().check(no_pairs)
-    with pytest.raises(ValueError, match="on text needs text, and world-style has none"):
+    with pytest.raises(ValueError, match="on text needs text, but world-style has none"):
         token(on="text").check(no_text)
     token(on="auto").check(no_text)
-    with pytest.raises(ValueError, match="level=sequence needs preference pairs, and world-style has none"):
+    with pytest.raises(ValueError, match="level=sequence needs preference pairs, but world-style has none"):
         GradedContrastive().check(no_pairs)
     unpaired = replace(examples.pairs[0], rejected="")
-    with pytest.raises(ValueError, match="needs a rejected response for every prompt, and 1 of 3 in world"):
+    with pytest.raises(ValueError, match="needs a rejected response for every prompt, but 1 of 3 in world"):
         GradedContrastive().check(replace(examples, pairs=[*examples.pairs[:2], unpaired]))
-    with pytest.raises(ValueError, match="negatives=4 is more than world-style has: 3 pairs give at most 3"):
+    with pytest.raises(
+        ValueError, match="negatives must be at most 3, the number of pairs in world-style, got 4"
+    ):
         GradedContrastive(negatives=4).check(replace(examples, pairs=examples.pairs[:3]))
     GradedContrastive(negatives=3).check(replace(examples, pairs=examples.pairs[:3]))
 
@@ -443,10 +424,10 @@ def test_more_negatives_than_the_vocabulary_or_a_batch_has_are_refused_before_tr
     model, examples, tmp_path
 ):
     size = len(model.tokenizer)
-    message = f"negatives must be at most {size - 1}, one less than the vocabulary, got {size}"
+    message = f"negatives must be at most {size - 1}, the vocabulary without the target, got {size}"
     with pytest.raises(ValueError, match=message):
         trainer_for(token(negatives=size), model, examples, tmp_path)
-    with pytest.raises(ValueError, match=r"negatives=9 is more than a batch has: .* and 7 of other prompts"):
+    with pytest.raises(ValueError, match=r"negatives must be at most 8, the batch size, got 9"):
         trainer_for(GradedContrastive(negatives=9), model, examples, tmp_path)
 
 
@@ -457,6 +438,6 @@ def test_the_log_says_what_was_cut_and_too_long_prompts_are_refused(
     short = replace(TRAINING, max_length=16)
     with caplog.at_level(logging.INFO):
         trainer_for(objective, model, examples, tmp_path, short)
-    assert f"{len(examples.pairs)} " in caplog.text and "cut at 16 tokens" in caplog.text
+    assert f"{len(examples.pairs)} " in caplog.text and "truncated to 16 tokens" in caplog.text
     with pytest.raises(ValueError, match=r"every prompt is 3 tokens or longer: raise training\.max_length"):
         trainer_for(objective, model, examples, tmp_path, replace(TRAINING, max_length=3))

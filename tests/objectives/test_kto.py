@@ -3,39 +3,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import small
 import torch
+from small import TRAINING, curves, trainer_for
 from torch.testing import assert_close
 
 from weightgeom.estimators.gradients import Gathering, gradient_moments, sampled
 from weightgeom.objectives.kto import KTO
 from weightgeom.text.tokens import Batch
-from weightgeom.training.config import Training
-from weightgeom.training.fit import fit, outdated_name_allowed
-
-TRAINING = Training(steps=2, batch_size=8, learning_rate=1e-3, max_length=48, log_every=1)
-
-
-def curves(objective, model, examples, directory, training=TRAINING):
-    curves = small.Curves()
-    fit(
-        objective,
-        small.network(model.tokenizer),
-        model.tokenizer,
-        examples,
-        training,
-        directory,
-        name="kto",
-        seed=0,
-        device="cpu",
-        log_metrics=curves,
-    )
-    return curves.by_step
-
-
-def trainer_for(objective, model, examples, directory, training=TRAINING, seed=0) -> Any:
-    network = small.network(model.tokenizer)
-    return objective.trainer(network, model.tokenizer, examples, training.arguments(directory, seed, "cpu"))
+from weightgeom.training.fit import outdated_name_allowed
 
 
 def moved(trainer, scale) -> Any:
@@ -147,9 +122,9 @@ def test_the_log_says_what_was_cut_and_too_long_prompts_are_refused(model, examp
 
 
 def test_data_without_pairs_and_batches_of_one_are_refused(model, examples, tmp_path):
-    with pytest.raises(ValueError, match="objective=kto needs preference pairs, and world-style has none"):
+    with pytest.raises(ValueError, match="objective=kto needs preference pairs, but world-style has none"):
         KTO().check(replace(examples, pairs=[]))
-    with pytest.raises(ValueError, match=r"training\.batch_size must be 2 or more, got 1"):
+    with pytest.raises(ValueError, match=r"training\.batch_size must be at least 2 for .*, got 1"):
         trainer_for(KTO(), model, examples, tmp_path, replace(TRAINING, batch_size=1))
 
 

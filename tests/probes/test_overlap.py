@@ -285,7 +285,7 @@ def test_keys_of_one_shared_head_count_with_their_rows(tokenizer, examples, gene
     angles = {row["matrix"]: row["n"] for row in rows}
     assert angles == {"q": 16, "k": 8, "v": 8, "o": 16, "gate": 16, "up": 16, "down": 16}
     table = tabulate([row | {"step": 1} for row in rows])
-    assert set(own(table, Overlap.headline)["matrix"]) == set(angles)
+    assert set(own(table, Overlap().declaration.headline)["matrix"]) == set(angles)
 
 
 def test_every_quantity_is_there_with_its_place_unit_and_number_of_samples(model, params, at, generator):
@@ -302,7 +302,7 @@ def test_every_quantity_is_there_with_its_place_unit_and_number_of_samples(model
         assert set(table[degrees]["unit"]) == {"degree"} and set(table[~degrees]["unit"]) == {"1"}
         assert set(table["n"]) == set(table["k"]) == {K}
         # What a run logs: one headline for each matrix and layer.
-        headline = own(table, Overlap.headline)
+        headline = own(table, Overlap().declaration.headline)
         assert sorted(zip(headline["layer"], headline["matrix"], strict=True)) == sorted(
             (one.layer, one.kind) for one in model.architecture.matrices
         )

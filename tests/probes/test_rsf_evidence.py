@@ -38,9 +38,9 @@ def setting(model, start, examples, end=None, objective=None) -> Setting:
 
 
 def values(rows, quantity, subspace=None) -> dict[str, float]:
-    """One quantity by the matrix's name, in its own subspace."""
+    """One quantity by the name of the matrix or the head, in its own subspace."""
     return {
-        f"L{row['layer']}.{row['matrix']}": row["value"]
+        f"L{row['layer']}.{row['matrix']}" + (f".{row['head']}" if "head" in row else ""): row["value"]
         for row in rows
         if row["quantity"] == quantity
         and row.get("subspace") != "random"
@@ -204,7 +204,7 @@ def test_heads_have_the_share_of_their_own_rows_or_columns(name, examples, token
     after = moved(model, params)
     at = setting(model, params, examples)
     whole, split = (RSF(per_head=heads).measurement(at)(after) for heads in (False, True))
-    assert [row for row in split if "." not in row["matrix"]] == whole
+    assert [row for row in split if "head" not in row] == whole
     ratio = values(split, "ratio")
     spaces = {
         frame.place: frame.space

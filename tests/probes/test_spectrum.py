@@ -259,7 +259,7 @@ def test_every_quantity_is_there_with_its_place_unit_and_number_of_samples(model
             for kind, site in (("q", "attention_input"), ("up", "mlp_input"))
         ]
         # What a run logs: one headline for each matrix and layer.
-        headline = own(table, Spectrum.headline)
+        headline = own(table, Spectrum().declaration.headline)
         assert sorted(zip(headline["layer"], headline["matrix"], strict=True)) == sorted(
             (one.layer, one.kind) for one in model.architecture.matrices
         )
@@ -279,7 +279,15 @@ def test_keys_of_one_shared_head_have_no_more_directions_than_rows(grouped, at):
             list(values(rows, "L1.v", f"{thing}_eigenvalue").values()), shares.tolist(), rtol=1e-4, atol=1e-6
         )
     table = tabulate([row | {"step": 1} for row in rows])
-    assert set(own(table, Spectrum.headline)["matrix"]) == {"q", "k", "v", "o", "gate", "up", "down"}
+    assert set(own(table, Spectrum().declaration.headline)["matrix"]) == {
+        "q",
+        "k",
+        "v",
+        "o",
+        "gate",
+        "up",
+        "down",
+    }
 
 
 def test_what_a_post_norm_scales_counts_as_it_reaches_the_stream(olmo, at):

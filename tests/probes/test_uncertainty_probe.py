@@ -35,9 +35,9 @@ def coarse() -> Iterator[None]:
     """Calibrate on a tenth of the points: test_intrinsic.py asks what a calibrated dimension is worth."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(intrinsic, "POINTS", intrinsic.POINTS // 10)
-        intrinsic._reference.cache_clear()
+        intrinsic._gaussian_estimates.cache_clear()
         yield
-    intrinsic._reference.cache_clear()
+    intrinsic._gaussian_estimates.cache_clear()
 
 
 def setting(name, side="right", examples=GROUPED, world=WORLD):
@@ -61,7 +61,7 @@ def places(rows):
 def test_it_measures_every_layer_of_every_architecture(name):
     rows = measured(PROBE, setting(name))
     assert {one["layer"] for one in rows} == {0, 1}
-    assert {one["arm"].partition("@")[0].partition("/")[0] for one in rows} == set(GROUPED.groups)
+    assert {one["treatment"] for one in rows} == set(GROUPED.groups)
     assert len(places(rows)) == len(rows)  # no number twice
     values = places(rows)
     for layer in (0, 1):
@@ -124,18 +124,18 @@ def test_groups_of_different_sizes_are_cut_to_one_and_the_log_says_so(caplog):
         rows = measured(
             replace(PROBE, layers=[0]), setting("llama", examples=replace(GROUPED, groups=groups))
         )
-    assert "17 prompts of each (of known 24, heldout 17, impossible 24)" in caplog.text
-    assert "'nobody knows' is 2 tokens" not in caplog.text and "' nobody knows' is 2 tokens" in caplog.text
+    assert "17 prompts of each group, out of known 24, heldout 17, impossible 24" in caplog.text
+    assert "'nobody knows' is 2 tokens" not in caplog.text and "' nobody knows' has 2 tokens" in caplog.text
     assert {one["n"] for one in rows if one["quantity"] == "mle_dimension"} == {17}
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"groups": {}}, "has no groups of prompts: give data.groups"),
-        ({"abstentions": ()}, "has no abstention phrase: give data.abstentions"),
-        ({"abstentions": (" dunno",)}, "' dunno' has no token of its own"),
-        ({"groups": {"a": [Question("x", "")] * 5, "b": []}}, "smaller than a neighbourhood of 5 needs"),
+        ({"groups": {}}, "has no prompt groups: set data.groups"),
+        ({"abstentions": ()}, "has no abstention phrase: set data.abstentions"),
+        ({"abstentions": (" dunno",)}, "no token for the abstention ' dunno'"),
+        ({"groups": {"a": [Question("x", "")] * 5, "b": []}}, "too small for probe.uncertainty.neighbours=5"),
     ],
 )
 def test_data_that_will_not_do_are_refused(changed, said):

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from runners.errors import CONF, complaint, nearest
+from runners.errors import CONF, choices, explanation, nearest
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,32 @@ def test_the_nearest_name_comes_first_and_then_all_of_them() -> None:
     assert nearest("xyz", ["tau", "beta"]) == "valid: beta, tau"
 
 
+def test_choices_of_the_users_own_directories_are_choices(tmp_path: Path, monkeypatch) -> None:
+    for name in ("conf/probe/norm.yaml", "conf/objective/mine/soft.yaml", "packed/conf/probe/deep.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    sources = [f"file://{tmp_path}/conf", "pkg://packed.conf", "structured://"]
+    assert {*choices("probe", sources)} == {*choices("probe"), "norm", "deep"}
+    assert "rsf" in choices("probe") and "mine/soft" in choices("objective", sources)
+
+    def compose_wrongly(choice: str) -> str:
+        def action() -> None:
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                compose("config", [choice, f"hydra.searchpath=[file://{tmp_path}/conf]"])
+
+        return explanation(caught(action))
+
+    assert compose_wrongly("probe=[nrm]").startswith("there is no probe=nrm; did you mean 'norm'? valid: beh")
+    assert compose_wrongly("objective=mine/sft").startswith(
+        "there is no objective=mine/sft; did you mean 'mine/soft'? valid: "
+    )
+    said = compose_wrongly("objective=mine")
+    assert said.startswith("there is no objective=mine; ") and "mine/soft, none, sft" in said
+
+
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "sentence"),
     [
         ({"inner": {"steps": 0}}, "probe.x.inner.steps should be greater than or equal to 1, got 0"),
         ({"inner": {"steps": "a"}}, "probe.x.inner.steps should be a valid integer, got 'a'"),
@@ -61,103 +85,104 @@ def test_the_nearest_name_comes_first_and_then_all_of_them() -> None:
     ],
 )
 def test_a_value_that_pydantic_refuses_is_named_by_its_place_in_the_configuration(
-    values: dict, said: str
+    values: dict, sentence: str
 ) -> None:
-    assert complaint(caught(lambda: Outer(**values)), "probe.x") == said
+    assert explanation(caught(lambda: Outer(**values)), "probe.x") == sentence
 
 
-def test_a_choice_that_does_not_exist_is_told_with_those_that_do() -> None:
-    said = complaint(composed("objective=dpoo"))
-    assert said.startswith("there is no objective=dpoo; did you mean 'dpo'? valid: ") and "ce, dpo" in said
-    said = complaint(composed("probe=[rsf,behavior]"))
-    assert said.startswith("there is no probe=behavior; did you mean 'behaviour'? valid: ")
+def test_the_error_for_an_unknown_choice_lists_the_valid_ones() -> None:
+    error = explanation(composed("objective=dpoo"))
+    assert error.startswith("there is no objective=dpoo; did you mean 'dpo'? valid: ")
+    assert "ce, dpo" in error
+    error = explanation(composed("probe=[rsf,behavior]"))
+    assert error.startswith("there is no probe=behavior; did you mean 'behaviour'? valid: ")
 
 
-def test_a_key_that_does_not_exist_is_told_with_those_that_do_and_how_to_add_one() -> None:
-    assert complaint(composed("objective.betaa=1")) == (
+def test_the_error_for_an_unknown_key_lists_the_valid_ones_and_how_to_add_one() -> None:
+    assert explanation(composed("objective.betaa=1")) == (
         "there is no key objective.betaa; did you mean 'beta'? valid: beta, label_smoothing, loss_type,"
-        " loss_weights, options, and with a plus sign, +objective.betaa=..., whatever else"
-        " weightgeom.objectives.dpo.DPO has"
+        " loss_weights, options; add another field of weightgeom.objectives.dpo.DPO with a plus sign,"
+        " +objective.betaa=..."
     )
-    assert complaint(composed("trainin.steps=3")).startswith(
+    assert explanation(composed("trainin.steps=3")).startswith(
         "there is no key trainin; did you mean 'training'? valid: data, device, "
     )
-    assert complaint(composed("tags.a=1")) == (
+    assert explanation(composed("tags.a=1")) == (
         "there is no key tags.a yet: add it with a plus sign, +tags.a=..."
     )
 
 
-def test_a_key_without_a_value_is_asked_for() -> None:
+def test_the_error_for_a_missing_value_names_its_key() -> None:
     config = OmegaConf.create({"data": {"train": "???"}})
-    assert complaint(caught(lambda: config.data.train)) == "data.train must be given: data.train=..."
+    assert explanation(caught(lambda: config.data.train)) == "data.train must be given: data.train=..."
 
 
-def test_what_is_no_override_and_what_cannot_be_set_are_named() -> None:
-    assert complaint(composed("foo")).startswith("cannot read the argument 'foo': write key=value")
-    assert complaint(composed("tags=[a]")).startswith("cannot set tags=[a]: ")
-    assert complaint(composed("hydra.job.num=x")) == (
+def test_malformed_and_refused_overrides_are_named() -> None:
+    assert explanation(composed("foo")).startswith("cannot read the argument 'foo': write key=value")
+    assert explanation(composed("tags=[a]")).startswith("cannot set tags=[a]: ")
+    assert explanation(composed("hydra.job.num=x")) == (
         "cannot set hydra.job.num=x: Value 'x' of type 'str' could not be converted to Integer"
     )
 
 
-def test_an_interpolation_that_leads_nowhere_is_named_with_its_key() -> None:
+def test_the_error_for_a_broken_interpolation_names_its_key() -> None:
     config = OmegaConf.create({"name": "${nothere}"})
-    said = complaint(caught(lambda: OmegaConf.to_container(config, resolve=True)))
-    assert said == "name: Interpolation key 'nothere' not found"
+    error = explanation(caught(lambda: OmegaConf.to_container(config, resolve=True)))
+    assert error == "name: Interpolation key 'nothere' not found"
 
 
-def test_an_error_of_ours_is_told_as_it_is_whatever_lies_behind_it() -> None:
+def test_an_error_of_ours_keeps_its_sentence_whatever_its_cause() -> None:
     error = KeyError("no checkpoint at step 3; saved: 1, 2")
     error.__cause__ = caught(lambda: Outer(k="a"))  # pyright: ignore[reportArgumentType]
-    assert complaint(error) == "no checkpoint at step 3; saved: 1, 2"
-    assert complaint(ValueError("a sentence\n  over two lines")) == "a sentence over two lines"
-    assert complaint(ValueError("bad"), "model") == "bad"
+    assert explanation(error) == "no checkpoint at step 3; saved: 1, 2"
+    assert explanation(ValueError("a sentence\n  over two lines")) == "a sentence over two lines"
+    assert explanation(ValueError("bad"), "model") == "bad"
 
 
-def test_an_error_of_ours_is_found_behind_another() -> None:
+def test_an_error_of_ours_is_found_among_the_causes_of_another() -> None:
     error = RuntimeError("the worker ended")
     error.__cause__ = FileNotFoundError("no file a.txt in /data")
-    assert complaint(error) == "no file a.txt in /data"
-    assert complaint(error, "data") == "in data: no file a.txt in /data"
+    assert explanation(error) == "no file a.txt in /data"
+    assert explanation(error, "data") == "in data: no file a.txt in /data"
 
 
-def test_what_was_silenced_is_not_told() -> None:
+def test_a_suppressed_context_is_ignored() -> None:
     error = RuntimeError("the worker ended")
-    error.__context__ = ValueError("of no interest")
+    error.__context__ = ValueError("suppressed")
     error.__suppress_context__ = True
-    assert complaint(error).startswith("RuntimeError: the worker ended (the traceback: HYDRA_FULL_ERROR=1")
+    assert explanation(error).startswith("RuntimeError: the worker ended (the traceback: HYDRA_FULL_ERROR=1")
 
 
-def test_a_bug_is_told_with_its_type_and_where_the_traceback_is() -> None:
-    assert complaint(AssertionError()) == (
+def test_the_explanation_of_a_bug_names_its_type_and_the_places_of_the_traceback() -> None:
+    assert explanation(AssertionError()) == (
         "AssertionError: no message (the traceback: HYDRA_FULL_ERROR=1, or the run's traceback.txt)"
     )
-    # A bare key is no sentence.
-    assert complaint(KeyError("weight_map")).startswith("KeyError: weight_map (the traceback")
+    # A bare key, as in KeyError("weight_map"), comes from a bug.
+    assert explanation(KeyError("weight_map")).startswith("KeyError: weight_map (the traceback")
 
 
-def test_what_the_operating_system_refuses_is_told_with_the_path(tmp_path: Path) -> None:
+def test_a_refusal_of_the_operating_system_names_the_path(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    assert complaint(caught((file / "jobs").mkdir)) == (
-        f"cannot use {file}/jobs (not a directory): set outputs= to a directory that can be written"
+    assert explanation(caught((file / "jobs").mkdir)) == (
+        f"cannot use {file}/jobs (not a directory): set outputs= to a writable directory"
     )
-    assert complaint(caught((tmp_path / "none").read_text)) == (
+    assert explanation(caught((tmp_path / "none").read_text)) == (
         f"cannot use {tmp_path}/none (no such file or directory)"
     )
     nameless = OSError(errno.ENOSPC, "No space left on device")
-    assert complaint(nameless) == "the disk is full: free space or set outputs= to another disk"
+    assert explanation(nameless) == "the disk is full: free space or set outputs= to another disk"
     full = OSError(errno.ENOSPC, "No space left on device", "/data/out")
-    assert complaint(full) == (
+    assert explanation(full) == (
         "the disk is full: could not write /data/out; free space or set outputs= to another disk"
     )
 
 
-def test_several_values_without_a_sweep_are_told_with_the_flag_that_they_need() -> None:
+def test_the_error_for_several_values_without_a_sweep_names_the_flag() -> None:
     error = caught(
         lambda: _hydra_raises("Ambiguous value for argument 'objective=ce,dpo'\n1. To use it as ...")
     )
-    assert complaint(error) == (
+    assert explanation(error) == (
         "objective=ce,dpo gives several values: add -m to run each of them, or write a list as key=[a,b]"
     )
 

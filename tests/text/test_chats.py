@@ -11,7 +11,7 @@ from weightgeom.bases.pretrained import TwoCheckpoints
 from weightgeom.estimators.reference_subspaces import Inputs, input_frames
 from weightgeom.interfaces import Setting
 from weightgeom.models.loading import load
-from weightgeom.text.conversation import chats, of_pair, of_text
+from weightgeom.text.conversation import chats, pair_messages, text_messages
 from weightgeom.text.examples import Pair
 
 EXAMPLES = small.WORLD.examples()
@@ -28,13 +28,13 @@ TURNS = [{"role": "user", "content": "Is 2 even?"}, {"role": "assistant", "conte
         Pair("\n\nHuman: Is 2 even?\n\nAssistant:", " Yes.", " No."),
     ],
 )
-def test_a_pair_is_a_conversation_however_it_is_written(pair):
-    assert of_pair(pair) == TURNS
+def test_a_pair_of_strings_or_of_messages_is_the_same_conversation(pair):
+    assert pair_messages(pair) == TURNS
 
 
-def test_a_dialogue_is_its_turns_and_other_text_a_users_message():
-    assert of_text(DIALOGUE) == TURNS
-    assert of_text("A Human: said") == [{"role": "user", "content": "A Human: said"}]
+def test_a_plain_dialogue_is_split_into_turns_and_other_text_is_a_user_message():
+    assert text_messages(DIALOGUE) == TURNS
+    assert text_messages("A Human: said") == [{"role": "user", "content": "A Human: said"}]
 
 
 def test_the_models_own_template_writes_the_held_out_text():
@@ -46,12 +46,14 @@ def test_the_models_own_template_writes_the_held_out_text():
     assert chats(documents, tokenizer) == ["<user>words</s>"]
 
 
-def test_a_tokenizer_without_a_template_or_with_one_that_refuses_is_told():
+def test_a_missing_or_refusing_chat_template_is_an_error():
     tokenizer = small.WORLD.tokenizer()
-    with pytest.raises(ValueError, match=r"has no chat template: take text=raw, or of a pair the aligned"):
+    with pytest.raises(
+        ValueError, match=r"has no chat template: set text=raw, or for model=pair use the tokenizer"
+    ):
         chats(EXAMPLES, tokenizer)
     tokenizer.chat_template = "{{ raise_exception('no system') }}"
-    with pytest.raises(ValueError, match=r"refuses a conversation \(no system\): take text=raw"):
+    with pytest.raises(ValueError, match=r"refuses a conversation \(no system\): set text=raw"):
         chats(EXAMPLES, tokenizer)
 
 

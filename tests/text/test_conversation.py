@@ -6,7 +6,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from trl.data_utils import apply_chat_template, extract_prompt
 
-from weightgeom.text.conversation import CHAT_TEMPLATE, checked, complete, implicit, plain, render
+from weightgeom.text.conversation import (
+    CHAT_TEMPLATE,
+    checked_text,
+    is_complete,
+    plain_text,
+    render,
+    with_shared_prompt,
+)
 from weightgeom.text.examples import Pair
 
 MESSAGES = [
@@ -36,60 +43,60 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
 
 
-def test_a_conversation_is_written_plainly_and_a_string_as_it_is():
-    assert plain(MESSAGES) == PLAIN
-    assert plain(PLAIN) == PLAIN
+def test_a_conversation_is_rendered_as_plain_text_and_a_string_unchanged():
+    assert plain_text(MESSAGES) == PLAIN
+    assert plain_text(PLAIN) == PLAIN
 
 
-def test_the_template_writes_what_plain_writes(tokenizer):
+def test_the_chat_template_renders_the_same_text_as_plain_text(tokenizer):
     def rendered(messages, **options):
         return tokenizer.apply_chat_template(messages, chat_template=CHAT_TEMPLATE, tokenize=False, **options)
 
     assert rendered(MESSAGES) == PLAIN
-    assert rendered(MESSAGES[:2]) == plain(MESSAGES[:2])
-    assert rendered(MESSAGES[:4], add_generation_prompt=True) == plain(MESSAGES[:4]) + ("\n\nAssistant:")
+    assert rendered(MESSAGES[:2]) == plain_text(MESSAGES[:2])
+    assert rendered(MESSAGES[:4], add_generation_prompt=True) == plain_text(MESSAGES[:4]) + ("\n\nAssistant:")
 
 
 def test_without_a_template_the_pair_is_rendered_plainly_and_the_log_says_so_once(tokenizer, caplog):
     tokenizer.name_or_path = "bare"
     with caplog.at_level(logging.INFO):
         pairs = [render(PAIR, tokenizer) for _ in range(2)]
-    prompt = plain(MESSAGES[:4]) + "\n\nAssistant:"
+    prompt = plain_text(MESSAGES[:4]) + "\n\nAssistant:"
     assert pairs == [Pair(prompt, " Bye, <b>you</b>. ", " Bye, me.")] * 2
-    assert plain(pairs[0].prompt) + plain(pairs[0].chosen) == PLAIN
+    assert plain_text(pairs[0].prompt) + plain_text(pairs[0].chosen) == PLAIN
     assert caplog.text.count("bare has no chat template") == 1
     assert tokenizer.chat_template is None
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, THINKING])
-def test_prompt_and_response_together_are_the_whole_rendering_and_what_trl_gives(tokenizer, template):
+def test_prompt_plus_response_is_the_whole_rendering_as_in_trl(tokenizer, template):
     tokenizer.chat_template = template
     pair = render(PAIR, tokenizer)
     generating = tokenizer.apply_chat_template(MESSAGES[:4], tokenize=False, add_generation_prompt=True)
     assert pair.prompt == generating
     whole = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
-    assert plain(pair.prompt) + plain(pair.chosen) == whole
+    assert plain_text(pair.prompt) + plain_text(pair.chosen) == whole
     sides: Any = {"prompt": PAIR.prompt, "chosen": PAIR.chosen, "rejected": PAIR.rejected}
     assert pair == Pair(**apply_chat_template(sides, tokenizer))
 
 
-def test_a_prompt_that_ends_in_an_answer_asks_for_none(tokenizer):
+def test_a_prompt_that_ends_in_an_answer_has_no_header_at_its_end(tokenizer):
     reply, other = [{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]
     pair = render(Pair(MESSAGES[:3], reply, other), tokenizer)
-    assert pair == Pair(plain(MESSAGES[:3]), "\n\nHuman: a", "\n\nHuman: b")
+    assert pair == Pair(plain_text(MESSAGES[:3]), "\n\nHuman: a", "\n\nHuman: b")
 
 
-def test_what_the_template_adds_only_with_a_response_belongs_to_the_response(tokenizer):
+def test_text_rendered_only_with_a_response_belongs_to_the_response(tokenizer):
     tokenizer.chat_template = THINKING
     assert render(PAIR, tokenizer).chosen == "<think></think>Bye, <b>you</b>. <end>"
 
 
-def test_what_the_template_adds_only_without_a_response_is_left_out(tokenizer):
+def test_text_rendered_only_without_a_response_is_omitted(tokenizer):
     tokenizer.chat_template = THINKING.replace("<think></think>", "").replace(
         "%}<assistant>{%", "%}<assistant><think>{%"
     )
     pair = render(PAIR, tokenizer)
-    assert plain(pair.prompt).endswith("<user>Bye<end><assistant>")
+    assert plain_text(pair.prompt).endswith("<user>Bye<end><assistant>")
     assert (pair.chosen, pair.rejected) == ("Bye, <b>you</b>. <end>", "Bye, me.<end>")
 
 
@@ -105,27 +112,27 @@ def trl_pair(sides: Any) -> Pair:
 
 def test_the_implicit_prompt_is_the_one_that_trl_extracts():
     strings: Any = {"chosen": "Q: why? A: since so", "rejected": "Q: why? A: because"}
-    assert implicit(**strings) == trl_pair(strings)
-    assert implicit(**strings) == Pair("Q: why? A:", " since so", " because")
+    assert with_shared_prompt(**strings) == trl_pair(strings)
+    assert with_shared_prompt(**strings) == Pair("Q: why? A:", " since so", " because")
     longer: Any = {"chosen": MESSAGES, "rejected": [*MESSAGES[:4], *PAIR.rejected]}
-    assert implicit(**longer) == trl_pair(longer) == PAIR
+    assert with_shared_prompt(**longer) == trl_pair(longer) == PAIR
 
 
 def test_the_implicit_prompt_of_a_plain_dialogue_ends_at_the_last_header_and_not_within_the_response():
     start = "\n\nHuman: hi\n\nAssistant: Hello.\n\nHuman: why?\n\nAssistant:"
-    pair = implicit(f"{start} Well, one", f"{start} Well, other")
+    pair = with_shared_prompt(f"{start} Well, one", f"{start} Well, other")
     assert pair == Pair(start, " Well, one", " Well, other")
 
 
-def test_there_is_no_implicit_prompt_where_nothing_is_shared():
+def test_texts_that_share_nothing_have_an_empty_prompt():
     # TRL's function gives "Yes" as the prompt of the first and fails on the second
-    assert implicit("Yes ", "No") == Pair("", "Yes ", "No")
-    assert implicit("", "No") == Pair("", "", "No")
-    assert implicit([], MESSAGES) == Pair([], [], MESSAGES)
+    assert with_shared_prompt("Yes ", "No") == Pair("", "Yes ", "No")
+    assert with_shared_prompt("", "No") == Pair("", "", "No")
+    assert with_shared_prompt([], MESSAGES) == Pair([], [], MESSAGES)
 
 
 def test_a_pair_is_complete_if_its_prompt_and_both_assistants_say_something():
-    assert complete(PAIR) and complete(Pair("q", "a", "b"))
+    assert is_complete(PAIR) and is_complete(Pair("q", "a", "b"))
     for pair in (
         Pair("", "a", "b"),
         Pair("q", " \n", "b"),
@@ -134,18 +141,18 @@ def test_a_pair_is_complete_if_its_prompt_and_both_assistants_say_something():
         Pair(PAIR.prompt, [{"role": "user", "content": "a"}], PAIR.rejected),
         Pair(PAIR.prompt, PAIR.chosen, [{"role": "assistant", "content": " "}]),
     ):
-        assert not complete(pair)
+        assert not is_complete(pair)
 
 
 def test_a_checked_conversation_keeps_roles_and_contents_only():
-    assert checked([{**MESSAGES[0], "name": None}], "here") == MESSAGES[:1]
-    assert checked("text", "here") == "text"
+    assert checked_text([{**MESSAGES[0], "name": None}], "here") == MESSAGES[:1]
+    assert checked_text("text", "here") == "text"
 
 
-def test_what_is_no_conversation_is_refused():
+def test_malformed_conversations_are_refused():
     with pytest.raises(ValueError, match="here must be a string or a list of messages, got 7"):
-        checked(7, "here")
-    message = r"here needs messages with role \(system, user, assistant\) and a string content, got"
+        checked_text(7, "here")
+    message = r"here needs messages with a role \(system, user, assistant\) and a string content, got"
     for bad in ("text", {"role": "user"}, {"role": "bot", "content": ""}):
         with pytest.raises(ValueError, match=message):
-            checked([bad], "here")
+            checked_text([bad], "here")

@@ -81,17 +81,17 @@ def test_a_directory_and_nothing_at_all_are_no_files(folder):
     with refusal(f"{folder} is a directory: name its files, or a glob such as {folder}/*.jsonl"):
         paths(str(folder))
     for nothing in ("", []):
-        with refusal("no file named: give a file, a list of files or a glob"):
+        with refusal("no file given: give a file, a list of files or a glob"):
             paths(nothing)
 
 
 def test_empty_files_are_refused(folder):
     for name, contents in (("e.txt", ""), ("blank.txt", " \n\n"), ("e.jsonl", '{"text": ""}\n')):
         (folder / name).write_text(contents)
-        with refusal(f"{name} is empty: it holds no document"):
+        with refusal(f"{name} is empty: it contains no document"):
             read_documents(folder / name)
     (folder / "none.jsonl").write_text("\n")
-    with refusal("none.jsonl is empty: it holds no record"):
+    with refusal("none.jsonl is empty: it contains no record"):
         list(read_records(folder / "none.jsonl"))
 
 
@@ -121,7 +121,7 @@ def test_a_bad_row_of_a_parquet_file_is_named(folder):
 
 
 def test_records_are_not_read_from_other_kinds_of_file(folder):
-    with refusal("a.txt must be .jsonl, .jsonl.gz or .parquet to hold records"):
+    with refusal("a.txt must be a .jsonl, .jsonl.gz or .parquet file to hold records"):
         list(read_records(folder / "a.txt"))
 
 
@@ -163,7 +163,7 @@ def test_the_last_key_is_held_out_where_there_are_fewer_than_every():
     assert split(list("aab"), None, 10, key=str) == (["a", "a"], ["b"])
 
 
-def test_training_gives_way_to_what_a_heldout_file_holds():
+def test_training_omits_the_items_of_a_heldout_file():
     assert split(list("abcb"), list("bx"), 10, key=str) == (["a", "c"], ["b", "x"])
 
 
@@ -173,7 +173,7 @@ def test_nothing_left_to_train_on_is_refused(heldout):
         split(["a", "a"], heldout, 2, key=str)
 
 
-def test_fingerprint_tells_contents_and_their_division_apart():
+def test_the_fingerprint_depends_on_the_contents_and_on_their_division():
     pair = Pair("q", "yes", "no")
     conversation = Pair([{"role": "user", "content": "q"}], "yes", "no")
     contents = (

@@ -38,23 +38,23 @@ def test_groups_are_read_in_their_order_and_an_answer_is_set_apart_from_its_prom
 def test_a_prompt_that_occurs_twice_is_dropped_and_the_log_says_so(file, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(read_groups(file([*RECORDS, RECORDS[0]]))["sure"]) == 2
-    assert "dropped 1 prompts" in caplog.text
+    assert "dropped 1 duplicate prompts" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("records", "said"),
     [
-        (RECORDS[:2], "there is one group of prompts, 'sure': give two or more"),
+        (RECORDS[:2], "all prompts are in one group, 'sure': give two or more"),
         (
             [*RECORDS, {**RECORDS[0], "group": "unsure"}],
-            "is in the groups 'sure' and 'unsure': leave it in one",
+            "is in the groups 'sure' and 'unsure': keep it in one",
         ),
         ([{"prompt": "a"}], "line 1 has no field 'group'"),
         ([{"prompt": " ", "group": "a"}], "line 1 field 'prompt' must be text"),
         ([{"prompt": "a", "group": 3}], "line 1 field 'group' must be text, got 3"),
     ],
 )
-def test_what_is_no_group_is_refused(file, records, said):
+def test_malformed_groups_are_refused(file, records, said):
     with pytest.raises(ValueError, match=said):
         read_groups(file(records))
 
@@ -99,10 +99,10 @@ def test_the_hubs_data_sets_become_groups_the_factual_one_first(monkeypatch):
     ]
 
 
-def test_a_data_set_that_cannot_be_read_is_told_in_one_sentence(monkeypatch):
+def test_an_unreadable_data_set_is_refused_in_one_sentence(monkeypatch):
     def load(*given, **named):
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(ValueError, match=r"the hub's data set truthful_qa cannot be read: no route$"):
+    with pytest.raises(ValueError, match=r"cannot read the hub data set truthful_qa: no route$"):
         read_groups("truthful_qa")

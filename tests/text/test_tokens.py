@@ -87,7 +87,7 @@ def test_documents_are_packed_end_to_end_with_the_end_token_between():
     assert batch.target.tolist() == [[False, True, True, True]] * 2
 
 
-def test_a_shorter_rest_is_padded_and_its_padding_is_no_target():
+def test_a_shorter_last_sequence_is_padded_and_padding_is_not_a_target():
     (batch,) = packed(["a b c d", "e"], words(), length=4, limit=100)
     assert batch.input_ids.tolist() == [[2, 3, 4, 5], [1, 6, 1, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
@@ -108,7 +108,7 @@ def test_packing_puts_no_token_of_the_tokenizer_between(examples):
     assert tokenizer.decode(tokens) == examples.heldout[0] + "<eos>"
 
 
-def test_responses_are_padded_behind_their_prompts_and_alone_are_targets():
+def test_responses_are_padded_on_the_right_and_only_their_tokens_are_targets():
     pairs = [Pair("a ", "b c", "d"), Pair("e f ", "g", "h h")]
     ((chosen, rejected),) = responses(pairs, words(), length=10)
     assert chosen.input_ids.tolist() == [[2, 3, 4, 1], [6, 7, 8, 1]]
@@ -178,7 +178,7 @@ def test_over_long_prompts_are_left_out_as_trl_leaves_them_out(any_tokenizer, ex
         assert len(kept) < len(examples.pairs)
 
 
-def test_a_pair_whose_prompt_fills_the_length_is_left_out_and_a_longer_response_cut():
+def test_a_pair_whose_prompt_fills_the_length_is_dropped_and_a_longer_response_truncated():
     pairs = [Pair("a b c ", "d", "e"), Pair("a b ", "d e", "f")]
     ((chosen, rejected),) = responses(pairs, words(), length=3)
     assert rows(chosen) == [([2, 3, 5], [2])] and rows(rejected) == [([2, 3, 7], [2])]
@@ -197,7 +197,7 @@ def test_targets_never_cover_a_prompt_the_padding_or_a_first_token(any_tokenizer
     assert empty.target[0, :1].tolist() == [False]
 
 
-def test_answers_stand_behind_their_questions_and_alone_are_targets():
+def test_answers_follow_their_questions_and_only_their_tokens_are_targets():
     questions = [Question("a b", " c"), Question("d", " e f g"), Question("h", " a")]
     first, second = answers(questions, words(), size=2)
     # No end token behind the answer, which need not end a text.
@@ -233,6 +233,6 @@ def test_a_batch_on_another_device_is_the_same_batch():
 
 @pytest.mark.parametrize("texts", [[], [""], ["a b"]])
 def test_text_of_fewer_than_two_tokens_is_refused(texts):
-    message = r"the held-out text has fewer than 2 tokens: give more of it with data\.heldout"
+    message = r"the held-out text has fewer than 2 tokens: give more text with data\.heldout"
     with pytest.raises(ValueError, match=message):
         packed(texts, words(), length=4, limit=1)

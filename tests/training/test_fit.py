@@ -13,7 +13,7 @@ from weightgeom.models.residual import architecture_of
 from weightgeom.objectives.ce import CE
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
-from weightgeom.training.fit import fit, trajectory
+from weightgeom.training.fit import fit, saved_trajectory
 
 FAST = Training(steps=5, batch_size=4, learning_rate=1e-3, max_length=32, log_every=2)
 
@@ -72,7 +72,7 @@ def test_every_checkpoint_is_a_transformers_directory_in_fp32_and_step_0_is_the_
     start = AutoModelForCausalLM.from_pretrained(trained.steps[0]).state_dict()
     for name, weight in small.network(tokenizer).state_dict().items():
         assert torch.equal(weight, start[name]), name
-    assert trajectory(tmp_path, "pretraining").steps == trained.steps
+    assert saved_trajectory(tmp_path, "pretraining").steps == trained.steps
 
 
 def test_a_given_start_is_not_saved_again(tmp_path, examples, tokenizer):
@@ -116,7 +116,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_keeps_the_good_checkpo
         FloatingPointError, match=r"training diverged: .* at step \d; the last good checkpoint"
     ):
         run(tmp_path, examples, tokenizer, wild)
-    kept = trajectory(tmp_path, "x")
+    kept = saved_trajectory(tmp_path, "x")
     assert kept.steps and kept.last < 8
     for directory in kept.steps.values():
         assert all(weight.isfinite().all() for weight in load_file(directory / "model.safetensors").values())

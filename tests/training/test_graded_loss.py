@@ -145,7 +145,7 @@ def test_the_estimate_of_the_normaliser_is_unbiased(source, negatives, generator
 
 @pytest.mark.parametrize("tau", [0.0, 0.5])
 @pytest.mark.parametrize("source", ["uniform", "unigram"])
-def test_at_half_the_vocabulary_the_expected_gradient_is_that_of_all_of_it(source, tau, generator):
+def test_with_half_the_vocabulary_the_expected_gradient_is_that_of_the_full_softmax(source, tau, generator):
     n = 10_000
     logits = torch.randn(V, dtype=DOUBLE, generator=generator) / 3
     rows = logits.repeat(n, 1).requires_grad_()

@@ -25,7 +25,7 @@ from weightgeom.probes.rsf import RSF
 from weightgeom.training.config import Training
 from weightgeom.training.fit import fit
 from weightgeom.training.lora import Lora, current_weights
-from weightgeom.training.resuming import states
+from weightgeom.training.resuming import resume_states
 from weightgeom.trajectory import Trajectory
 
 TRAINING = Training(
@@ -137,7 +137,9 @@ def test_only_the_targets_are_adapted(tmp_path):
     model, base, end = opened(train(tmp_path / "training", CE("chosen"), replace(TRAINING, lora=lora)))
     moved = {m.kind for m in model.architecture.matrices if update_of(m, end, base).norm > 0}
     assert moved == {"o", "down"}
-    with pytest.raises(ValueError, match=r"has 'denes', which no module .*: choose among dense, dense_4h_"):
+    with pytest.raises(
+        ValueError, match=r"unknown module 'denes' in training\.lora\.targets; choose from dense, dense_4h_"
+    ):
         Lora(r=2, targets=["denes"]).check(model.architecture)
 
 
@@ -155,7 +157,7 @@ def test_the_same_seed_gives_the_same_bits_also_where_a_training_was_interrupted
     train(tmp_path / "whole", OBJECTIVES[name], training)
     with pytest.raises(InterruptedError):
         train(tmp_path / "cut", OBJECTIVES[name], training, curves=Interrupting())
-    assert states(tmp_path / "cut")
+    assert resume_states(tmp_path / "cut")
     curves = small.Curves()
     train(tmp_path / "cut", OBJECTIVES[name], training, curves=curves)
     assert min(curves.by_step) == 3
@@ -173,7 +175,7 @@ def test_the_same_seed_gives_the_same_bits_also_where_a_training_was_interrupted
 def test_a_dropout_that_trl_would_switch_off_is_refused(tmp_path):
     training = replace(TRAINING, steps=2, lora=Lora(r=2, dropout=0.1))
     with pytest.raises(
-        ValueError, match=r"training\.lora\.dropout is 0\.1, and TRL .* without dropout: set it"
+        ValueError, match=r"training\.lora\.dropout is 0\.1, but TRL .* without dropout: set training"
     ):
         train(tmp_path / "off", DPO(), training)
     kept = DPO(options={"disable_dropout": False})
@@ -181,7 +183,9 @@ def test_a_dropout_that_trl_would_switch_off_is_refused(tmp_path):
 
 
 def test_a_random_start_and_norms_of_gradients_that_are_not_taken_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"lora\.r trains an adapter of a base, and a random start is none"):
+    with pytest.raises(
+        ValueError, match=r"lora\.r trains an adapter of a base, but this training has a random start"
+    ):
         fit(
             CE("text"),
             small.network(TOKENIZER),
@@ -194,7 +198,7 @@ def test_a_random_start_and_norms_of_gradients_that_are_not_taken_are_refused(tm
             device="cpu",
             log_metrics=small.Curves(),
         )
-    with pytest.raises(ValueError, match=r"log_gradients takes the gradients of whole matrices"):
+    with pytest.raises(ValueError, match=r"log_gradients needs the gradients of whole matrices"):
         Training(lora=Lora(r=1), log_gradients=True)
 
 
@@ -206,4 +210,4 @@ def test_a_run_trains_an_adapter_and_probes_all_its_checkpoints(tmp_path):
     (training,) = (path.parent for path in (tmp_path / "outputs/training").glob("*/DONE"))
     assert {path.parent.name for path in training.glob("step-*/adapter_config.json")} == {"step-1", "step-2"}
     wrong = run(tmp_path, *BEHAVIOUR, *WORLD, "objective=dpo", "training.lora={r:4,targets:[q_proj]}")
-    assert wrong.code == 1 and "training.lora.targets has 'q_proj'" in wrong.err
+    assert wrong.code == 1 and "unknown module 'q_proj' in training.lora.targets" in wrong.err

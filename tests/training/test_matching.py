@@ -38,7 +38,7 @@ def norm_between(one: Path, other: Path) -> float:
 
 
 @pytest.mark.parametrize("objective", [CE("chosen"), DPO()], ids=["ce", "dpo"])
-def test_the_report_counts_what_the_batches_held_and_what_the_files_say(objective, tmp_path):
+def test_the_report_agrees_with_the_batches_and_with_the_saved_files(objective, tmp_path):
     # Six batches of four: all 24 pairs.
     training = replace(TRAINING, steps=3, accumulate=2, match="tokens", target=1e6)
     report, curves, trajectory = trained(tmp_path, training, objective)
@@ -104,16 +104,16 @@ def test_a_target_out_of_reach_costs_a_warning_and_no_result(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         report, _, trajectory = trained(tmp_path, training, CE("text"), replace(EXAMPLES, heldout_pairs=[]))
     assert not report["reached"] and report["accuracy"] is None and trajectory.last == 2
-    assert "not to its target 1e+06, within 2 steps: raise training.steps" in caplog.text
+    assert "instead of its target 1e+06 within 2 steps: raise training.steps" in caplog.text
     assert "stopped at step 2 of 2: " in caplog.text and "no held-out pairs" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"match": "tokens"}, r"match=tokens needs a target: give training\.target"),
+        ({"match": "tokens"}, r"match=tokens needs a target: set training\.target"),
         ({"match": "delta_norm", "target": 0.0}, "greater than 0"),
-        ({"match": "accuracy", "target": 1.5}, "target is an accuracy of 1.5, and 1 is the highest"),
+        ({"match": "accuracy", "target": 1.5}, "target must be at most 1 for match=accuracy, got 1.5"),
         ({"match": "loss", "target": 1.0}, "match"),
     ],
 )
@@ -126,6 +126,6 @@ def test_a_matched_accuracy_without_heldout_pairs_is_refused(tmp_path):
     without = replace(EXAMPLES, heldout_pairs=[])
     training = replace(TRAINING, match="accuracy", target=0.9)
     with pytest.raises(
-        ValueError, match="match=accuracy needs held-out preference pairs, and world-style has"
+        ValueError, match="match=accuracy needs held-out preference pairs, but world-style has"
     ):
         trained(tmp_path, training, DPO(), without)

@@ -21,14 +21,14 @@ from safetensors.torch import load_file
 from runners.pipeline.logged_stages import Stages
 from runners.tracking.record import Record
 from weightgeom.interfaces import Log, Objective
-from weightgeom.interruption import Interrupted, Wanted, undisturbed
+from weightgeom.interruption import Interrupted, Request, no_request
 from weightgeom.objectives.ce import CE
 from weightgeom.objectives.dpo import DPO
 from weightgeom.objectives.graded_contrastive import GradedContrastive
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
 from weightgeom.training.fit import fit
-from weightgeom.training.resuming import SEAL, states
+from weightgeom.training.resuming import SEAL, resume_states
 
 # 24 pairs in batches of 4, two to a step: three steps an epoch, so that 11 steps are almost four epochs.
 TRAINING = Training(
@@ -75,7 +75,7 @@ def train(
     curves: Curves | None = None,
     training: Training = TRAINING,
     examples: Examples | None = None,
-    wanted: Wanted = undisturbed,
+    request: Request = no_request,
 ) -> Curves:
     """Train a network with dropout, so that the state of the random generators matters."""
     tokenizer = small.WORLD.tokenizer()
@@ -90,7 +90,7 @@ def train(
         "device": "cpu",
         "log_metrics": curves,
         "start": start,
-        "wanted": wanted,
+        "request": request,
     }
     # Whatever this process has drawn before must not matter.
     random.seed(os.getpid())
@@ -119,7 +119,7 @@ def assert_equal_trajectories(one: Path, other: Path) -> None:
         assert first.keys() == second.keys()
         for key, weight in first.items():
             assert torch.equal(weight, second[key]), (name, key)
-    assert not states(one) and not states(other)
+    assert not resume_states(one) and not resume_states(other)
     assert json.loads((one / "matching.json").read_text()) == json.loads(
         (other / "matching.json").read_text()
     )
@@ -146,9 +146,9 @@ def test_states_change_nothing_and_dropout_is_on(whole, tmp_path):
 def test_a_training_that_was_killed_twice_ends_in_the_same_bits(name, whole, tmp_path):
     cut = tmp_path / "cut"
     killed(cut, name, 5)  # in the middle of two states and of an epoch
-    assert [path.name for path in states(cut)] == ["checkpoint-4", "checkpoint-2"]
+    assert [path.name for path in resume_states(cut)] == ["checkpoint-4", "checkpoint-2"]
     killed(cut, name, 8)  # as the state of step 8 is about to be saved
-    assert [path.name for path in states(cut)] == ["checkpoint-6", "checkpoint-4"]
+    assert [path.name for path in resume_states(cut)] == ["checkpoint-6", "checkpoint-4"]
     curves = train(cut, OBJECTIVES[name])
     assert_equal_trajectories(whole[name][0], cut)
     assert list(curves.by_step) == [7, 8, 9, 10, 11]
@@ -167,47 +167,47 @@ def test_a_training_that_an_exception_ended_at_any_step_ends_in_the_same_bits(at
     assert_equal_trajectories(whole["dpo"][0], cut)
 
 
-def asked(what: Literal["save", "stop"], after: int) -> Wanted:
+def asked(what: Literal["save", "stop"], after: int) -> Request:
     """Asks for something once, after so many steps from where the training starts or goes on."""
     step = 0
 
-    def wanted() -> Literal["save", "stop"] | None:
+    def request() -> Literal["save", "stop"] | None:
         nonlocal step
         step += 1
         return what if step == after else None
 
-    return wanted
+    return request
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_training_that_is_told_to_stop_saves_the_step_it_is_in_and_goes_on_to_the_same_bits_and_curves(
+def test_a_training_stopped_on_request_saves_its_step_and_resumes_to_the_same_bits_and_curves(
     name, whole, tmp_path
 ):
     cut = tmp_path / "cut"
     never = replace(TRAINING, save_every=None)  # so that there is no state but that of the stop
     curves = Curves()
     for after, last in ((5, 5), (2, 7)):  # step 5 lies between two log lines, 7 behind one
-        with pytest.raises(Interrupted, match=f"stopped after step {last}, whose state is saved"):
-            train(cut, OBJECTIVES[name], curves, never, wanted=asked("stop", after))
-        assert states(cut)[0].name == f"checkpoint-{last}"
+        with pytest.raises(Interrupted, match=f"stopped after step {last}; its state is saved"):
+            train(cut, OBJECTIVES[name], curves, never, request=asked("stop", after))
+        assert resume_states(cut)[0].name == f"checkpoint-{last}"
         assert max(curves.by_step) == last
     train(cut, OBJECTIVES[name], curves, never)
     assert_equal_trajectories(whole[name][0], cut)
     assert curves.by_step == whole[name][1].by_step
 
 
-def test_a_training_that_is_told_to_save_goes_on_and_is_resumed_from_there(whole, tmp_path):
+def test_a_training_continues_after_a_requested_save_and_can_resume_from_it(whole, tmp_path):
     cut, never = tmp_path / "cut", replace(TRAINING, save_every=None)
     with pytest.raises(Ended):
-        train(cut, DPO(), Curves(5), never, wanted=asked("save", 3))
-    assert [path.name for path in states(cut)] == ["checkpoint-3"]
+        train(cut, DPO(), Curves(5), never, request=asked("save", 3))
+    assert [path.name for path in resume_states(cut)] == ["checkpoint-3"]
     curves = train(cut, DPO(), None, never)
     assert min(curves.by_step) == 4
     assert_equal_trajectories(whole["dpo"][0], cut)
 
 
-def test_a_training_that_is_told_to_stop_at_its_last_step_ends(whole, tmp_path):
-    train(tmp_path / "cut", DPO(), wanted=asked("stop", 11))
+def test_a_stop_requested_at_the_last_step_ends_the_training_normally(whole, tmp_path):
+    train(tmp_path / "cut", DPO(), request=asked("stop", 11))
     assert_equal_trajectories(whole["dpo"][0], tmp_path / "cut")
 
 
@@ -216,7 +216,7 @@ def test_states_between_two_log_lines_leave_the_curves_as_they_are(whole, tmp_pa
     curves = Curves(5)
     with pytest.raises(Ended):
         train(cut, DPO(), curves, odd)
-    assert [path.name for path in states(cut)] == ["checkpoint-3"]
+    assert [path.name for path in resume_states(cut)] == ["checkpoint-3"]
     curves.at = None
     train(cut, DPO(), curves, odd)
     assert_equal_trajectories(whole["dpo"][0], cut)
@@ -231,8 +231,8 @@ DAMAGES = {
     "model.safetensors has": lambda state: truncate(state / "model.safetensors"),
     "optimizer.pt has": lambda state: truncate(state / "optimizer.pt"),
     "trainer_state.json has": lambda state: truncate(state / "trainer_state.json"),
-    "it lacks rng_state.pth": lambda state: (state / "rng_state.pth").unlink(),
-    "it lacks sealed.json": lambda state: (state / SEAL).unlink(),
+    "rng_state.pth is missing": lambda state: (state / "rng_state.pth").unlink(),
+    "sealed.json is missing": lambda state: (state / SEAL).unlink(),
     "Expecting value": lambda state: (state / SEAL).write_text(""),
     "step-4 is missing": lambda state: shutil.rmtree(state.parent / "step-4"),
 }
@@ -248,22 +248,20 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_of_a_damaged_state_the_log_tells_and_the_one_before_is_used(
-    damage, interrupted, whole, tmp_path, caplog
-):
+def test_a_damaged_state_is_logged_and_the_state_before_is_used(damage, interrupted, whole, tmp_path, caplog):
     shutil.copytree(interrupted.parent, tmp_path, dirs_exist_ok=True)
     cut = tmp_path / "cut"
     DAMAGES[damage](cut / "checkpoint-4")
     with caplog.at_level(logging.INFO):
         curves = train(cut, DPO())
-    assert f"checkpoint-4 is of no use: {damage}" in caplog.text and "resuming from step 2" in caplog.text
+    assert f"checkpoint-4: {damage}" in caplog.text and "resuming from step 2" in caplog.text
     assert min(curves.by_step) == 3
     assert_equal_trajectories(whole["dpo"][0], cut)
 
 
 def test_without_a_whole_state_it_starts_afresh(interrupted, whole, tmp_path, caplog):
     shutil.copytree(interrupted.parent, tmp_path, dirs_exist_ok=True)
-    for state in states(tmp_path / "cut"):
+    for state in resume_states(tmp_path / "cut"):
         truncate(state / "scheduler.pt")
     curves = train(tmp_path / "cut", DPO())
     assert min(curves.by_step) == 1 and caplog.text.count("scheduler.pt has") == 2
@@ -288,10 +286,10 @@ def test_the_reference_of_a_resumed_dpo_is_the_base(interrupted, tmp_path):
 def test_a_training_of_which_nothing_is_to_be_resumed_leaves_no_states(tmp_path):
     with pytest.raises(Ended):
         train(tmp_path / "cut", CE("text"), Curves(5), replace(TRAINING, save_every=None))
-    assert not states(tmp_path / "cut")
+    assert not resume_states(tmp_path / "cut")
 
 
-def test_what_cannot_be_resumed_exactly_is_refused(tmp_path):
+def test_a_training_that_cannot_be_resumed_exactly_is_refused(tmp_path):
     moving = DPO(options={"sync_ref_model": True})
     with pytest.raises(
         ValueError, match=r"save_every cannot restore a reference that moves \(sync_ref_model\)"
@@ -305,7 +303,7 @@ def rows(directory: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key != "time"} for line in lines]
 
 
-def test_a_stage_that_was_cut_goes_on_and_its_metrics_have_no_gap_and_no_step_twice(tmp_path):
+def test_an_interrupted_stage_resumes_without_gaps_or_duplicate_steps_in_its_metrics(tmp_path):
     def record_in(outputs: Path) -> Record:
         asked: dict[str, Any] = {"params": {}, "tags": {}, "inputs": [], "tracking_uri": "sqlite:///none"}
         return Record.create(outputs / "record", experiment="e", name="n", **asked)

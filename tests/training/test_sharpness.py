@@ -10,12 +10,12 @@ from weightgeom.objectives.dpo import DPO
 from weightgeom.training.config import Training
 from weightgeom.training.fit import outdated_name_allowed
 from weightgeom.training.sharpness import (
-    TOKENS,
+    MAX_TOKENS,
     Sharpness,
+    evenly_spaced,
     log_prob_gradient,
     participation_ratio,
     sharpness,
-    spread,
     target_energy,
 )
 
@@ -53,13 +53,17 @@ def test_tokens_without_a_gradient_do_not_count():
 
 
 def test_of_many_tokens_some_are_looked_at_from_first_to_last():
-    assert spread(3) == [0, 1, 2]
-    many = spread(10 * TOKENS + 7)
-    assert len(set(many)) == TOKENS and many[0] == 0 and 10 * TOKENS - 10 < many[-1] < 10 * TOKENS + 7
+    assert evenly_spaced(3) == [0, 1, 2]
+    many = evenly_spaced(10 * MAX_TOKENS + 7)
+    assert (
+        len(set(many)) == MAX_TOKENS
+        and many[0] == 0
+        and 10 * MAX_TOKENS - 10 < many[-1] < 10 * MAX_TOKENS + 7
+    )
 
 
 @pytest.mark.parametrize("objective", [CE("text"), CE("chosen"), DPO()], ids=["text", "chosen", "dpo"])
-def test_it_is_logged_with_the_loss_and_changes_no_training(objective, tmp_path):
+def test_sharpness_is_logged_with_the_loss_and_does_not_change_the_training(objective, tmp_path):
     examples, tokenizer = small.WORLD.examples(), small.WORLD.tokenizer()
     arguments = Training(steps=3, batch_size=4, max_length=48, log_every=2).arguments(tmp_path, 0, "cpu")
     logs = {}

@@ -31,12 +31,12 @@ def test_the_calibrated_dimension_of_a_manifold_is_its_own_within_a_tenth(estima
 
 @pytest.mark.parametrize("estimator", ["mle", "twonn"])
 @pytest.mark.parametrize("d", [2, 5])
-def test_the_dimension_as_it_is_will_do_where_it_is_low(estimator, d, generator):
+def test_a_low_dimension_needs_no_calibration(estimator, d, generator):
     found = [dimension(distances(manifold("gaussian", d, 400, generator)), estimator) for _ in range(10)]
     assert abs(sum(found) / 10 - d) < 0.1 * d
 
 
-def test_the_dimension_as_it_is_falls_short_of_20(generator):
+def test_the_uncalibrated_dimension_underestimates_20(generator):
     between = distances(manifold("gaussian", 20, 500, generator))
     assert 12 < dimension(between, "mle") < 16 and dimension(between, "twonn") < 20
 
@@ -50,7 +50,9 @@ def test_the_dimension_does_not_depend_on_the_unit_of_the_states(generator):
 
 def test_a_group_smaller_than_its_neighbourhood_is_refused(generator):
     between = distances(torch.randn(30, 4, generator=generator))
-    with pytest.raises(ValueError, match="a group of 30 prompts is smaller than a neighbourhood of 30"):
+    with pytest.raises(
+        ValueError, match=r"a group of 30 prompts is too small for probe\.uncertainty\.neighbours=30"
+    ):
         dimension(between, "mle", 30)
     assert dimension(between, "mle", 29) > 0
 

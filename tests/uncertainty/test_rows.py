@@ -6,11 +6,13 @@ from scipy import stats
 from torch.testing import assert_close
 
 from weightgeom.geometry.subspace import Subspace
+from weightgeom.table import arm_columns
 from weightgeom.uncertainty.contrast import Contrast, auroc, equal_groups, half_samples, two_sided
-from weightgeom.uncertainty.rows import Asked, boundary_rows, output_rows, overlap_rows, shape_rows
+from weightgeom.uncertainty.rows import EstimateSettings, boundary_rows, output_rows, overlap_rows, shape_rows
 
 D, VOCABULARY = 16, 40
-ASKED = Asked(neighbours=6, points=12, thresholds=[0.1, 0.5], resamples=2, random=19, seed=0)
+ARM = arm_columns("u", against="f")
+ASKED = EstimateSettings(neighbours=6, points=12, thresholds=[0.1, 0.5], resamples=2, random=19, seed=0)
 WEIGHT = torch.randn(VOCABULARY, D, generator=torch.Generator().manual_seed(7)) / 2
 # Anisotropic, like states: what is random must be judged against permuted labels and not against a sphere.
 SCALES = torch.linspace(3, 0.3, D)
@@ -31,10 +33,10 @@ def compared(factual, uncertain, permutations=39, seed=0):
     contrast = Contrast.of(len(groups["factual"]), permutations, seed)
     held = contrast.test[0].flatten()
     return [
-        *output_rows(head, pooled[held], contrast.boundaries(pooled), torch.eye(D)[:2], [3, 5], "u/f", ASKED),
-        *boundary_rows(pooled, contrast, "u/f"),
-        *overlap_rows(pooled, contrast, SPACES, "u/f", seed),
-        *shape_rows(pooled, contrast, "u/f", ASKED),
+        *output_rows(head, pooled[held], contrast.boundaries(pooled), torch.eye(D)[:2], [3, 5], ARM, ASKED),
+        *boundary_rows(pooled, contrast, ARM),
+        *overlap_rows(pooled, contrast, SPACES, ARM, seed),
+        *shape_rows(pooled, contrast, ARM, ASKED),
     ]
 
 
@@ -57,17 +59,18 @@ def test_planted_groups_differ_and_the_output_sees_a_boundary_along_its_own_dire
     factual, uncertain = (torch.randn(60, D, generator=generator) * 0.1 for _ in range(2))
     uncertain = uncertain * torch.cat([torch.ones(4), torch.full((D - 4,), 0.01)])  # of dimension 4
     uncertain[:, 0] += 2  # along the first axis
+    arm = ARM["arm"]
     rows = {
-        (one["quantity"], one.get("subspace"), one["arm"]): one["value"]
-        for one in compared(factual, uncertain)
+        (row["quantity"], row.get("subspace"), row["arm"]): row["value"]
+        for row in compared(factual, uncertain)
     }
-    assert rows["auroc_projection", None, "u/f"] == rows["auroc_logistic", None, "u/f"] == 1
-    assert rows["amplification", None, "u/f"] > 1 and rows["amplification_p_value", None, "u/f"] <= 0.05
-    assert rows["mle_dimension_ratio", None, "u/f"] < 0.6
-    assert rows["mle_dimension_ratio_p_value", None, "u/f"] <= 0.05
-    assert_close(rows["overlap", "output_top", "u/f"], D / 4, rtol=0.05, atol=0)
-    assert rows["overlap", "output_bottom", "u/f"] < 0.05
-    assert rows["overlap_random_p_value", "output_top", "u/f"] < 1e-3
+    assert rows["auroc_projection", None, arm] == rows["auroc_logistic", None, arm] == 1
+    assert rows["amplification", None, arm] > 1 and rows["amplification_p_value", None, arm] <= 0.05
+    assert rows["mle_dimension_ratio", None, arm] < 0.6
+    assert rows["mle_dimension_ratio_p_value", None, arm] <= 0.05
+    assert_close(rows["overlap", "output_top", arm], D / 4, rtol=0.05, atol=0)
+    assert rows["overlap", "output_bottom", arm] < 0.05
+    assert rows["overlap_random_p_value", "output_top", arm] < 1e-3
 
 
 def test_a_random_direction_has_overlap_1(generator):

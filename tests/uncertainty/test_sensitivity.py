@@ -40,13 +40,13 @@ def test_the_sensitivity_of_a_linear_head_is_its_closed_form_to_1_percent(linear
     assert abs(float(found.double().mean() / expected.mean()) - 1) < 0.01
 
 
-def test_a_size_beyond_the_quadratic_regime_is_halved_until_it_is_not(linear):
+def test_a_size_beyond_the_quadratic_regime_is_halved_until_it_is_quadratic(linear):
     weight, states, direction = linear
     size, difference = quadratic_size(lambda h: h @ weight.T, states, direction, start=8.0)
     assert size < 4 and difference <= 0.05
 
 
-def test_a_size_that_never_is_small_enough_is_told(linear):
+def test_the_remaining_difference_reveals_that_no_size_was_small_enough(linear):
     weight, states, direction = linear
     _, difference = quadratic_size(lambda h: h @ weight.T, states, direction, start=1e4)
     assert difference > 0.05
@@ -61,7 +61,7 @@ def test_the_symmetric_divergence_is_the_sum_of_both_in_fp64(generator):
         assert_close(symmetric_kl(one, other).double(), expected, rtol=2e-3, atol=1e-12)
 
 
-def test_a_constant_added_to_all_logits_is_no_divergence(generator):
+def test_a_constant_added_to_all_logits_gives_zero_divergence(generator):
     one = torch.randn(8, 50, generator=generator)
     assert float(symmetric_kl(one, one + 3).max()) < 1e-10
 
@@ -72,7 +72,7 @@ def test_the_gradient_of_a_linear_heads_tokens_is_the_sum_of_their_rows(linear):
     assert_close(found, (weight[5] + weight[9]).expand(20, -1))
 
 
-def test_coupling_is_the_cosine_and_0_where_there_is_no_gradient(linear):
+def test_coupling_is_the_cosine_and_0_for_a_zero_gradient(linear):
     _, states, direction = linear
     gradients = torch.cat([states[:1], torch.zeros(1, 32)])
     expected = float(states[0] @ direction / states[0].norm())

@@ -17,7 +17,7 @@ def test_the_planted_clusters_are_found(clusters, generator):
     assert found == [15 * clusters, clusters, clusters, 1]
 
 
-def test_a_circle_has_one_loop_and_a_disk_has_none_to_speak_of(generator):
+def test_a_circle_has_one_long_loop_and_a_disk_has_only_short_ones(generator):
     angles = 2 * pi * torch.arange(42) / 42
     basis = torch.linalg.qr(torch.randn(128, 2, generator=generator, dtype=torch.float64)).Q
     circle = torch.stack([angles.cos(), angles.sin()], 1).double() @ basis.T
@@ -50,5 +50,5 @@ def test_without_loops_the_components_are_the_same(generator):
 def test_a_state_of_zero_is_refused(generator):
     points = torch.randn(5, 4, generator=generator)
     points[2] = 0
-    with pytest.raises(ValueError, match="a state is zero"):
+    with pytest.raises(ValueError, match="a state is all zero"):
         cosine_distances(points)

@@ -8,6 +8,8 @@ from math import hypot
 
 import pandas as pd
 
+from weightgeom.table import own
+
 COUPLINGS = ("fisher_ratio", "gradient_coupling")
 
 
@@ -22,13 +24,7 @@ def bridge(uncertainty: pd.DataFrame, rsf: pd.DataFrame) -> pd.DataFrame:
     rows = uncertainty[uncertainty["quantity"].isin(COUPLINGS) & (uncertainty["subspace"] == "residual")]
     index = ["layer", "arm", "quantity"]
     before, after = (rows[rows["step"] == step].set_index(index) for step in (first, last))
-    ratios = rsf[
-        (rsf["quantity"] == "ratio")
-        & (rsf["step"] == last)
-        & ~rsf["subspace"].isin(["", "random"])
-        & ~rsf["matrix"].str.contains(".", regex=False)
-    ]
-    ratios = ratios[ratios["k"] == ratios["k"].min()].groupby(["layer", "role"])["value"].mean()
+    ratios = own(rsf[rsf["step"] == last], "ratio").groupby(["layer", "role"])["value"].mean()
     found = []
     for (layer, arm, quantity), one in before.iterrows():
         other = after.loc[(layer, arm, quantity)]

@@ -37,65 +37,67 @@ def comparisons(
         yield names[start], names[step], table[table["step"].isin([0, step])]
 
 
-def side_by_side(tables: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame":
-    """The table `stages`: the columns of all tables, behind `stage` and `against`, what it is compared with.
+def side_by_side(tables: "Mapping[str, pd.DataFrame]", headlines: Mapping[str, str]) -> "pd.DataFrame":
+    """The table `stages`: every row about a headline, behind `probe`, `stage` and `against`, its reference.
 
-    Every ratio has a row for each layer and one without a layer, the mean over them: its `stderr` is over
-    layers, `n` their number; `null_ratio_sd` and `z` are of that mean, layers being independent under the
-    null; `ratio_low` and `ratio_high` are the means of the layers' ends, as if all layers rose and fell with
-    the prompts together, which errs on the wide side. `delta_norm` is the norm over all layers.
+    `headlines` has those of the probes that compare, by the name of their tables. Each has a row for every
+    layer and one without a layer, the mean over them: its `stderr` is over layers, `n` their number;
+    `null_<headline>_sd` and `z` are of that mean, layers being independent under the null;
+    `<headline>_low` and `<headline>_high` are the means of the layers' ends, as if all layers rose and fell
+    with the prompts together, which errs on the wide side. `delta_norm` is the norm over all layers.
     """
     import pandas as pd
 
-    from weightgeom.table import (
-        COLUMNS,
-        own,
-    )
+    from weightgeom.table import COLUMNS, of_matrices
 
-    wanted = [
-        "ratio",
-        "ratio_low",
-        "ratio_high",
-        "null_ratio_mean",
-        "null_ratio_sd",
-        "z",
-        "p_value",
-        "q_value",
-    ]
     rows: list[dict[str, Any]] = []
-    for name in ("rsf", f"rsf{BETWEEN}"):
-        table = tables[name]
-        whole = pd.concat([own(table, quantity) for quantity in wanted])
-        sizes = table[(table["quantity"] == "delta_norm") & ~table["matrix"].str.contains(".", regex=False)]
-        kept = pd.concat([whole, sizes])
-        for against, stage, both in comparisons(name, kept, table.attrs[STAGES]):
-            place = {"stage": stage, "against": against}
-            mine = both[both["step"] != 0]
-            rows += [{**place, **row} for row in mine.to_dict("records")]
-            for _, matrix in mine.groupby(["matrix", "role"], sort=False):
-                rows += [{**place, **row} for row in _over_layers(matrix)]
-    return pd.DataFrame(rows, columns=["stage", "against", *COLUMNS]).astype(COLUMNS)
+    for probe, headline in headlines.items():
+        of_headline = [
+            *(headline, f"{headline}_low", f"{headline}_high"),
+            *(f"null_{headline}_mean", f"null_{headline}_sd", "z", "p_value", "q_value"),
+        ]
+        for name in (probe, f"{probe}{BETWEEN}"):
+            table = tables[name]
+            kept = pd.concat([*(of_matrices(table, quantity) for quantity in of_headline), _sizes(table)])
+            for against, stage, both in comparisons(name, kept, table.attrs[STAGES]):
+                place = {"probe": probe, "stage": stage, "against": against}
+                mine = both[both["step"] != 0]
+                rows += [{**row, **place} for row in mine.to_dict("records")]
+                for _, matrix in mine.groupby(["matrix", "role"], sort=False):
+                    rows += [{**row, **place} for row in _over_layers(matrix, headline)]
+    # There are no arms here: `against` is a stage.
+    columns = dict.fromkeys(["probe", "stage", "against", *COLUMNS])
+    return pd.DataFrame(rows, columns=list(columns)).astype(COLUMNS)
 
 
-def _over_layers(part: "pd.DataFrame") -> Iterator[dict[str, Any]]:
-    """What the rows of one matrix in all layers come to."""
+def _sizes(table: "pd.DataFrame") -> "pd.DataFrame":
+    whole = table["head"].isna() & table["expert"].isna()
+    return table[(table["quantity"] == "delta_norm") & whole]
+
+
+def _over_layers(part: "pd.DataFrame", headline: str) -> Iterator[dict[str, Any]]:
+    """The rows of one matrix over all layers."""
     by_name = dict(iter(part.groupby("quantity", sort=False)))
-    first = part.iloc[0].to_dict() | {"layer": None, "stderr": None}
-    sizes = by_name["delta_norm"]
-    norm = {"quantity": "delta_norm", "value": sqrt((sizes["value"] ** 2).sum()), "n": int(sizes["n"].sum())}
-    yield first | norm | {"subspace": "", "k": None}
-    if "ratio" not in by_name:  # nothing moved
+    if "delta_norm" in by_name:
+        sizes = by_name["delta_norm"]
+        first = sizes.iloc[0].to_dict() | {"layer": None, "stderr": None, "subspace": "", "k": None}
+        norm = sqrt((sizes["value"] ** 2).sum())
+        yield first | {"quantity": "delta_norm", "value": norm, "n": int(sizes["n"].sum())}
+    if headline not in by_name:  # nothing moved
         return
-    ratio, n = by_name["ratio"], len(by_name["ratio"])
-    first = ratio.iloc[0].to_dict() | {"layer": None, "stderr": None, "n": n}
-    mean, null = ratio["value"].mean(), by_name["null_ratio_mean"]["value"].mean()
-    sd = sqrt((by_name["null_ratio_sd"]["value"] ** 2).sum()) / n
-    error = ratio["value"].std() / sqrt(n) if n > 1 else None
-    yield first | {"quantity": "ratio", "value": mean, "stderr": error}
-    for end in ("ratio_low", "ratio_high"):
+    values, n = by_name[headline], len(by_name[headline])
+    first = values.iloc[0].to_dict() | {"layer": None, "stderr": None, "n": n}
+    mean = values["value"].mean()
+    error = values["value"].std() / sqrt(n) if n > 1 else None
+    yield first | {"quantity": headline, "value": mean, "stderr": error}
+    for end in (f"{headline}_low", f"{headline}_high"):
         if end in by_name and len(by_name[end]) == n:
             yield first | {"quantity": end, "value": by_name[end]["value"].mean()}
-    yield first | {"quantity": "null_ratio_mean", "value": null}
-    yield first | {"quantity": "null_ratio_sd", "value": sd}
+    if f"null_{headline}_mean" not in by_name:
+        return
+    null = by_name[f"null_{headline}_mean"]["value"].mean()
+    sd = sqrt((by_name[f"null_{headline}_sd"]["value"] ** 2).sum()) / n
+    yield first | {"quantity": f"null_{headline}_mean", "value": null, "unit": first["unit"]}
+    yield first | {"quantity": f"null_{headline}_sd", "value": sd}
     if sd > 0:
-        yield first | {"quantity": "z", "value": (mean - null) / sd}
+        yield first | {"quantity": "z", "value": (mean - null) / sd, "unit": "1"}

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from weightgeom.analysis.declared import UNDECLARED
 from weightgeom.analysis.over_seeds import LEVEL, Condensed, half_width, rank_correlation
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+BY_ROLE = (1, 2, 3)  # claims about alignment, which is judged by the role of the objective
 AGREES, DISAGREES, UNTESTED = "agrees", "disagrees", "not tested here"
 CONCENTRATED = {"read": "activation", "write": "prediction"}  # directions of `rank1` by pathway
 MARGIN, KL = "preference_margin_change", "kl_from_unedited"
@@ -57,11 +59,24 @@ def verdicts(found: Condensed, runs: "pd.DataFrame") -> "pd.DataFrame":
     )
     rows = []
     for claim, test in zip(CLAIMS, tests, strict=True):
-        lines = list(test())
+        lines = [*test(), *(_left_out(found, runs, claim.number) if claim.number in BY_ROLE else ())]
         if not lines:
             lines = [Verdict(claim.number, "", "", UNTESTED, f"no run measured it: {claim.test}")]
         rows += [{**asdict(line), "statement": claim.statement, "rule": claim.rule} for line in lines]
     return pd.DataFrame(rows).astype(dict.fromkeys(("value", "low", "high"), "Float64"))
+
+
+def _left_out(found: Condensed, runs: "pd.DataFrame", claim: int) -> Iterator[Verdict]:
+    """A line for every setting whose objective has declared no role."""
+    undeclared = runs[runs["role"] == UNDECLARED].set_index("run_id")["objective_class"]
+    ended = found.ended[found.ended["run_id"].isin(undeclared.index)]
+    ended = ended[ended["trajectory"] == "training"]
+    for setting, members in ended.groupby("setting", sort=False)["run_id"].unique().items():
+        finding = (
+            f"left out: the objective {undeclared[members[0]]} declares no role, and nothing says whether it"
+            " contrasts responses; give it the properties role and of_text, and run it again"
+        )
+        yield Verdict(claim, str(setting), "", UNTESTED, finding, n=len(members))
 
 
 def _roles(runs: "pd.DataFrame") -> list[str]:

@@ -4,9 +4,12 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from weightgeom.analysis.declared import in_section
+from weightgeom.declarations import UNCERTAINTY, Declaration, InterventionDeclaration, ProbeDeclaration
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
 
 Verdict = Literal["agrees", "disagrees", "not tested here"]
 LEVEL = 0.05
+BYPASS = "bypass"  # the treatment that couples the signal to the logits
 THRESHOLD = 0.15  # the cosine distance at which the paper counts components; the nearest there is
 
 
@@ -26,22 +30,35 @@ class Line:
     evidence: str
 
 
-def lines(tables: "Mapping[str, pd.DataFrame]", trained: bool) -> list[Line]:
+def lines(table: "pd.DataFrame | None", interventions: "Sequence[pd.DataFrame]", trained: bool) -> list[Line]:
     """A line for every claim and uncertain group, of the model before it was `trained` on, if it was.
+
+    `table` is the probe's, and `interventions` are those of its section, the bypass among them or not.
 
     A claim agrees where the 95 % interval lies on its side in more than half of the layers, and disagrees
     otherwise; that groups are told apart, where it does so in the best layer; of dimensions, it is the
     median over layers. Where a table lacks, nothing is tested.
     """
-    table = tables.get("uncertainty")
     found = []
     if table is not None and len(table):
         rows = table[table["step"] == base_step(table, trained)]
-        for arm in sorted(one for one in rows["arm"].unique() if "/" in one and "@" not in one):
+        compared = rows[(rows["against"] != "") & (rows["dose"] == "")]
+        for arm in sorted(compared["arm"].unique()):
             found += _of_group(rows, arm)
     else:
         found += [Line(claim, "not tested here", "no rows of the probe uncertainty") for claim in CLAIMS]
-    return [*found, *_of_interventions(tables)]
+    bypasses = [one for one in interventions if treatment(one) == BYPASS]
+    return [*found, *_of_interventions(bypasses[0] if bypasses else None)]
+
+
+def tables_of_claims(
+    tables: "Mapping[str, pd.DataFrame]", declarations: Mapping[str, Declaration]
+) -> "tuple[pd.DataFrame | None, dict[str, pd.DataFrame]]":
+    """The table of the first probe in the claims' section, and those of its interventions by treatment."""
+    names = [name for name in in_section(declarations, UNCERTAINTY) if name in tables]
+    probes = [tables[name] for name in names if isinstance(declarations[name], ProbeDeclaration)]
+    edited = [tables[name] for name in names if isinstance(declarations[name], InterventionDeclaration)]
+    return (probes[0] if probes else None), {treatment(table): table for table in edited if len(table)}
 
 
 def base_step(table: "pd.DataFrame", trained: bool) -> int:
@@ -100,22 +117,28 @@ def _of_group(rows: "pd.DataFrame", arm: str) -> Iterator[Line]:
     yield over_layers(
         5, cosines, cosines.abs() <= spread, "cosine", "within two standard deviations of random directions"
     )
-    uncertain, factual = arm.split("/")
-    doses = {one: one.partition("@")[2].partition("/")[0] for one in rows["arm"].unique() if "@" in one}
-    among = [one for one in doses if one.startswith(f"{uncertain}@") and one.endswith(f"/{factual}")]
-    where = min(among, key=lambda one: abs(float(doses[one]) - THRESHOLD))
+    uncertain, factual = rows.loc[rows["arm"] == arm, ["treatment", "against"]].iloc[0]
+    same = (rows["treatment"] == uncertain) & (rows["against"] == factual) & (rows["dose"] != "")
+    threshold = min(rows.loc[same, "dose"].unique(), key=lambda dose: abs(float(dose) - THRESHOLD))
+    where = rows.loc[same & (rows["dose"] == threshold), "arm"].iloc[0]
     more, p = (_values(rows, where, f"components_difference{end}") for end in ("", "_p_value"))
-    what = f"difference at cosine distance {doses[where]}, as a share of the points,"
+    what = f"difference at cosine distance {threshold}, as a share of the points,"
     yield over_layers(6, more, (more > 0) & (p <= LEVEL), what, f"above 0 with p ≤ {LEVEL}")
 
 
-def _of_interventions(tables: "Mapping[str, pd.DataFrame]") -> Iterator[Line]:
-    table = tables.get("bypass")
+def treatment(table: "pd.DataFrame") -> str:
+    """The name of the treatment of an intervention's table; "" of an empty one."""
+    names = table["arm"].astype(object).str.extract(r"^([^.@/]+)@[^/]+$")[0].dropna()
+    return str(names.iloc[0]) if len(names) else ""
+
+
+def _of_interventions(table: "pd.DataFrame | None") -> Iterator[Line]:
     if table is None or not len(table):
         yield Line(COUPLED, "not tested here", "no rows of the intervention bypass")
         return
     # The best layer and strength is a choice: the controls are granted the same, each its own best.
-    treated, controls = (_gains(table, arm) for arm in (r"bypass()@(.+)", r"random\.(\d+)@(.+)"))
+    gains = _gains(table)
+    treated, controls = gains[gains["treatment"] == "bypass"], gains[gains["treatment"] == "random"]
     best = treated.loc[treated["gain"].idxmax()]
     there = controls[(controls["layer"] == best["layer"]) & (controls["dose"] == best["dose"])]
     others = controls.groupby("draw")["gain"].max()
@@ -132,13 +155,11 @@ def _of_interventions(tables: "Mapping[str, pd.DataFrame]") -> Iterator[Line]:
     )
 
 
-def _gains(table: "pd.DataFrame", pattern: str) -> "pd.DataFrame":
-    """What every arm of a kind gained: abstention less false abstention, by `draw`, `layer` and `dose`."""
+def _gains(table: "pd.DataFrame") -> "pd.DataFrame":
+    """The gain of every arm, abstention less false abstention, by `treatment`, `draw`, `layer` and `dose`."""
     changes = table[table["quantity"].isin(["abstention_change", "false_abstention_change"])]
-    told = changes["arm"].astype("str").str.extract(f"^{pattern}$")
-    changes = changes.assign(draw=told[0], dose=told[1])
-    changes = changes[changes["dose"].notna() & ~changes["arm"].str.contains("/", regex=False)]
-    wide = changes.set_index(["draw", "layer", "dose", "quantity"])["value"].unstack()
+    changes = changes.assign(draw=changes["draw"].fillna(-1))  # of a treatment
+    wide = changes.set_index(["treatment", "draw", "layer", "dose", "quantity"])["value"].unstack()
     return wide.assign(gain=wide["abstention_change"] - wide["false_abstention_change"]).reset_index()
 
 
@@ -156,11 +177,3 @@ def _values(rows: "pd.DataFrame", arm: str, quantity: str, subspace: str = "resi
     """Values by layer."""
     kept = (rows["arm"] == arm) & (rows["quantity"] == quantity) & (rows["subspace"] == subspace)
     return rows[kept].set_index("layer")["value"]
-
-
-STATES = ("steer", "bypass", "repair")
-
-
-def _trained(tables: "Mapping[str, pd.DataFrame]") -> bool:
-    """Whether the run has trained what it probed; else it has measured what was there."""
-    return "uncertainty" in tables and bool(tables["uncertainty"].attrs.get("trained"))

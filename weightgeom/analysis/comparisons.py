@@ -4,6 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportOperatorIssue=false, reportAssignmentType=false
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,44 +14,58 @@ if TYPE_CHECKING:
 MARGIN = "preference_margin_change"
 
 
-ARM = r"^(?P<treatment>[^@/]+)@(?P<dose>[^/]+)/(?P<against>.+)$"  # of a comparison, as `trials` names it
-
-
 def comparisons(table: "pd.DataFrame", effect: str) -> "pd.DataFrame":
     """A row for every treatment, dose and kind of control: its effect, the controls' median, p and q.
 
-    Columns: `layer matrix role k dose treatment against effect controls p_value q_value`.
+    Columns: `layer matrix head expert role k dose treatment against effect controls p_value q_value`, a
+    missing number of the place being -1.
     """
-    place = ["layer", "matrix", "role", "k"]
-    table = table.assign(layer=table["layer"].fillna(-1), k=table["k"].fillna(-1))  # to group by
-    found = table[table["quantity"] == f"{effect}_p_value"].copy()
-    found[["treatment", "dose", "against"]] = found["arm"].str.extract(ARM)
-    found = found.rename(columns={"value": "p_value"})
-    arms = table[table["quantity"] == effect]
-    treatments = arms.set_index([*place, "arm"])["value"]
-    controls = arms.assign(arm=arms["arm"].str.replace(r"\.\d+@", "@", regex=True))
-    medians = controls.groupby([*place, "arm"])["value"].median()
-    q_values = table[table["quantity"] == f"{effect}_q_value"].set_index([*place, "arm"])["value"]
-    for name, values, arm in (
-        ("effect", treatments, found["treatment"] + "@" + found["dose"]),
-        ("controls", medians, found["against"] + "@" + found["dose"]),
-        ("q_value", q_values, found["arm"]),
+    import pandas as pd
+
+    place = ["layer", "matrix", "head", "expert", "role", "k"]
+    table = table.assign(**{name: table[name].fillna(-1) for name in ("layer", "head", "expert", "k")})
+    found = table[table["quantity"] == f"{effect}_p_value"].rename(columns={"value": "p_value"})
+    arms, keys = table[table["quantity"] == effect], [*place, "dose", "treatment"]
+    treatments = arms[arms["draw"].isna()].set_index(keys)["value"]
+    medians = arms.groupby(keys)["value"].median()
+    q_values = table[table["quantity"] == f"{effect}_q_value"].set_index([*keys, "against"])["value"]
+    for name, values, columns in (
+        ("effect", treatments, keys),
+        ("controls", medians, [*place, "dose", "against"]),
+        ("q_value", q_values, [*keys, "against"]),
     ):
-        keys = [tuple(key) for key in found[place].assign(arm=arm).itertuples(index=False)]
-        found[name] = values.reindex(keys).to_numpy()
+        found[name] = values.reindex(pd.MultiIndex.from_frame(found[columns])).to_numpy()
     columns = [*place, "dose", "treatment", "against", "effect", "controls", "p_value", "q_value"]
     return found[columns].reset_index(drop=True)
 
 
-def measured_effect(table: "pd.DataFrame", wanted: str) -> str:
-    """The effect that is wanted, or the KL where the data allow no other: they may have no pairs."""
-    return wanted if (table["quantity"] == wanted).any() else "kl_from_unedited"
+def measured_effect(table: "pd.DataFrame", effects: Sequence[str]) -> str:
+    """The first of the effects that the table has: data may lack the first, such as one of pairs.
+
+    Raises:
+        ValueError: if it has none of them.
+    """
+    measured = set(table["quantity"])
+    for effect in effects:
+        if effect in measured:
+            return effect
+    raise ValueError(
+        f"none of the declared effects {', '.join(effects)} was measured; the table has"
+        f" {', '.join(sorted(measured)) or 'no rows'}"
+    )
 
 
-def _principal(found: "pd.DataFrame") -> "pd.DataFrame":
-    """Comparisons with the first kind of control; of numerical doses the largest."""
+def compared_with_principal(table: "pd.DataFrame", effect: str, controls: Sequence[str]) -> "pd.DataFrame":
+    """The `comparisons` of an effect that summaries show."""
+    return principal(comparisons(table, effect), controls)
+
+
+def principal(found: "pd.DataFrame", controls: Sequence[str]) -> "pd.DataFrame":
+    """Comparisons with the first of the kinds of control that each has; of numerical doses the largest."""
     import pandas as pd
 
-    found = found[found["against"] == found.groupby(["treatment", "dose"])["against"].transform("first")]
+    order = {kind: number for number, kind in enumerate(controls)}
+    ranks = found["against"].map(lambda kind: order.get(kind, len(order)))
+    found = found[ranks == ranks.groupby([found["treatment"], found["dose"]]).transform("min")]
     doses = pd.to_numeric(found["dose"], errors="coerce")
     return found[doses.isna() | (doses == doses.max())]

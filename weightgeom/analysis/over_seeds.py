@@ -4,6 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING
@@ -11,7 +12,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from weightgeom.analysis.comparisons import comparisons
+from weightgeom.analysis.declared import EARLIER, in_section
 from weightgeom.analysis.settings import SETTING, placed
+from weightgeom.declarations import (
+    ASYMMETRY,
+    BEHAVIOUR,
+    EDITS,
+    MECHANISM,
+    SECTIONS,
+    SURGERY,
+    UNCERTAINTY,
+    Declaration,
+    InterventionDeclaration,
+)
+from weightgeom.table import at_own_subspaces, label, of_matrices
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +33,27 @@ if TYPE_CHECKING:
 MATRIX = [*SETTING, "role", "matrix", "k"]
 LEVEL = 0.05  # of significance
 EXPECTED = ("predicted", "mean", "forecast")
-KIND = r"^(?P<kind>[^.@/]+)(?:\.\d+)?@(?P<dose>[^/]+)$"  # of an arm that is no comparison
+
+
+@dataclass(frozen=True)
+class Other:
+    """A table that belongs to no section about the papers, or is a further one of it.
+
+    `means` has a row for every setting and matrix, over runs and at the last step: of a probe its headline
+    (or all quantities without a matrix), of an intervention none. `runs` has the same for every run; for an
+    intervention, its comparisons (`effects`).
+    """
+
+    table: str
+    declaration: Declaration
+    means: "pd.DataFrame"
+    runs: "pd.DataFrame"
+
+    @property
+    def section(self) -> str:
+        """The heading; a further table of a section about the papers has its own name."""
+        heading = self.declaration.section
+        return self.table if not heading or heading in SECTIONS else heading
 
 
 @dataclass(frozen=True)
@@ -37,6 +71,8 @@ class Condensed:
     surgery: "pd.DataFrame"
     least: "pd.DataFrame"
     behaviour: "pd.DataFrame"
+    names: Mapping[str, str]  # of the tables that the sections about the papers are made of
+    others: Sequence["Other"] = ()
 
     @property
     def tables(self) -> "dict[str, pd.DataFrame]":
@@ -52,14 +88,23 @@ class Condensed:
             "rank1_bottom": self.least,
             "surgery": self.surgery,
             "behaviour": self.behaviour,
+            **{other.table: other.runs for other in self.others},
         }
 
 
-def condense(rows: "pd.DataFrame", runs: "pd.DataFrame") -> Condensed:
-    """All tables of the rows that `collect` gives and the runs they are of."""
+def condense(
+    rows: "pd.DataFrame", runs: "pd.DataFrame", declarations: Mapping[str, Declaration] = EARLIER
+) -> Condensed:
+    """All tables of the rows that `collect` gives, the runs they are of, and the declarations of tables."""
     rows = placed(rows, runs)
-    by_layer = ratios(rows)
-    ended, points = by_run(at_end(by_layer)), mechanism(rows)
+    there = {name: made for name, made in declarations.items() if (rows["table"] == name).any()}
+    counts = rows.groupby("table")["run_id"].nunique()  # of several instances, the one of most runs
+    names = {
+        section: max(in_section(there, section), key=lambda name: counts[name], default="")
+        for section in SECTIONS
+    }
+    by_layer = ratios(rows, names[ASYMMETRY])
+    ended, points = by_run(at_end(by_layer)), mechanism(rows, names[MECHANISM])
     return Condensed(
         rows=rows,
         ended=ended,
@@ -68,18 +113,53 @@ def condense(rows: "pd.DataFrame", runs: "pd.DataFrame") -> Condensed:
         graded=graded(ended, runs),
         mechanism=points,
         correlations=correlations(points),
-        rank1=effects(rows, "rank1"),
-        surgery=effects(rows, "surgery"),
-        least=least(rows),
-        behaviour=behaviour(rows),
+        rank1=effects(rows, names[EDITS]),
+        surgery=effects(rows, names[SURGERY]),
+        least=least(rows, names[EDITS]),
+        behaviour=behaviour(rows, names[BEHAVIOUR]),
+        names=names,
+        others=[
+            other
+            for name, declaration in there.items()
+            if name not in names.values() and (declaration.generic or declaration.section in SECTIONS)
+            if declaration.section != UNCERTAINTY
+            if len((other := condensed(rows, name, declaration)).runs)
+        ],
     )
 
 
-def ratios(rows: "pd.DataFrame") -> "pd.DataFrame":
+def condensed(rows: "pd.DataFrame", table: str, declaration: Declaration) -> Other:
+    """The headline of a probe's table, or the comparisons of an intervention's, over the runs of a study."""
+    if isinstance(declaration, InterventionDeclaration):
+        compared = effects(rows, table)
+        return Other(table, declaration, compared.iloc[:0], compared)
+    part = rows[rows["table"] == table]
+    headline = of_matrices(part, declaration.headline) if declaration.headline else part[part["matrix"] == ""]
+    last = headline.groupby(["run_id", "trajectory", "setting"])["step"].transform("max")
+    keys = ["setting", "trajectory", "role", "matrix", "quantity", "unit"]
+    grouped = headline[headline["step"] == last].groupby([*keys, "replicate", "run_id"], sort=False)["value"]
+    single = grouped.mean().reset_index()
+    return Other(table, declaration, _means(single, keys), single)
+
+
+def _means(single: "pd.DataFrame", keys: Sequence[str]) -> "pd.DataFrame":
+    """Means over runs with their 95 % interval, Student's t over seeds; no interval of a single run."""
+    import pandas as pd
+
+    found = []
+    for key, part in single.groupby(keys, sort=False):
+        value = part["value"].mean()
+        half = half_width(part["value"].std(), len(part))
+        ends = {"low": None, "high": None} if half is None else {"low": value - half, "high": value + half}
+        found.append({**dict(zip(keys, key, strict=True)), "value": value, **ends, "runs": len(part)})
+    table = pd.DataFrame(found, columns=[*keys, "value", "low", "high", "runs"])
+    return table.astype({"low": "Float64", "high": "Float64"})
+
+
+def ratios(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
     """A row for every run, step, matrix and layer: its `ratio` at the smallest k, and its nulls."""
     wanted = ["ratio", "null_ratio_mean", "null_ratio_sd", "q_value", "matched_ratio"]
-    whole = ~rows["subspace"].isin(["", "random"]) & ~rows["matrix"].str.contains(".", regex=False)
-    part = rows[(rows["table"] == "rsf") & rows["quantity"].isin(wanted) & whole]
+    part = at_own_subspaces(rows[(rows["table"] == table) & rows["quantity"].isin(wanted)])
     part = part[part["k"] == part.groupby("run_id")["k"].transform("min")]
     keys = ["setting", *MATRIX, "base", "replicate", "run_id", "step", "layer"]
     wide = part.set_index([*keys, "quantity"])["value"].unstack().reindex(columns=wanted)
@@ -197,13 +277,14 @@ def _without(settings: "pd.Series", preferences: "pd.Series") -> "list[str]":
     return [name.replace(f" · {preference}", "") for name, preference in pairs]
 
 
-def mechanism(rows: "pd.DataFrame") -> "pd.DataFrame":
+def mechanism(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
     """A row for every run, layer and matrix: the ratio that the base led to expect, and the measured one."""
-    part = rows[rows["table"] == "moments"]
+    part = rows[rows["table"] == table]
     part = part[part["step"] == part.groupby("run_id")["step"].transform("max")]
     part = part[part["k"] == part.groupby("run_id")["k"].transform("min")]
     wanted = [f"{one}_ratio" for one in (*EXPECTED, "measured")]
     part = part[part["quantity"].isin(wanted)]
+    part = part.assign(matrix=label(part))
     keys = ["setting", *MATRIX, "replicate", "run_id", "layer"]
     wide = part.set_index([*keys, "quantity"])["value"].unstack().reindex(columns=wanted)
     return wide[wide["measured_ratio"].notna()].reset_index().rename_axis(columns=None)
@@ -250,17 +331,16 @@ def effects(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
-def least(rows: "pd.DataFrame", effect: str = "kl_from_unedited") -> "pd.DataFrame":
-    """A row for every run, layer and matrix of `rank1`, at its largest dose: does `bottom` do least?
+def least(rows: "pd.DataFrame", table: str, effect: str = "kl_from_unedited") -> "pd.DataFrame":
+    """A row for every run, layer and matrix of rank-1 edits, at the largest dose: does `bottom` do least?
 
     Which is when the median of its absolute effects lies below that of every other arm.
     """
-    part = rows[(rows["table"] == "rank1") & (rows["quantity"] == effect)]
-    part = part.join(part["arm"].astype(object).str.extract(KIND))
+    part = rows[(rows["table"] == table) & (rows["quantity"] == effect)]
     part = part.assign(size=part["value"].abs(), strength=part["dose"].astype(float))
     part = part[part["strength"] == part.groupby("run_id")["strength"].transform("max")]
     keys = ["setting", *SETTING, "replicate", "run_id", "role", "matrix", "layer"]
-    sizes = part.groupby([*keys, "kind"])["size"].median().unstack()
+    sizes = part.groupby([*keys, "treatment"])["size"].median().unstack()
     if "bottom" not in sizes:
         return sizes.iloc[:0].reset_index()
     sizes = sizes[sizes["bottom"].notna()]
@@ -269,9 +349,9 @@ def least(rows: "pd.DataFrame", effect: str = "kl_from_unedited") -> "pd.DataFra
     return found.reset_index().rename_axis(columns=None)
 
 
-def behaviour(rows: "pd.DataFrame") -> "pd.DataFrame":
+def behaviour(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
     """What every training achieved: each quantity before and after, as means over its runs."""
-    part = rows[(rows["table"] == "behaviour") & (rows["trajectory"] == "training")]
+    part = rows[(rows["table"] == table) & (rows["trajectory"] == "training")]
     keys = ["setting", *SETTING, "quantity", "unit"]
     ends = {}
     for name, pick in (("before", "min"), ("after", "max")):

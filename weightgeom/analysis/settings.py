@@ -7,6 +7,9 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from weightgeom.analysis.declared import CLASS, EARLIER, of_text, role
+from weightgeom.declarations import ASYMMETRY, SECTIONS, Declaration, ProbeDeclaration
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -20,24 +23,27 @@ NAMED = ("data.preference",)  # has a column of its own
 HARMLESS = (
     *("training.log_every", "training.log_gradients", "training.workers", "training.keep"),
     *("training.save_every", "model.pretraining.log_every"),
-    *(
-        f"probe.rsf.{key}"
-        for key in ("increments", "per_head", "resamples", "groups", "budget_gb", "prompts")
-    ),
 )
 Params = Mapping[str, str]
 
 
-def settings(runs: Sequence[Params]) -> list[dict[str, object]]:
+def settings(
+    runs: Sequence[Params],
+    tags: Sequence[Params] | None = None,
+    declarations: Mapping[str, Declaration] = EARLIER,
+) -> list[dict[str, object]]:
     """Of every run, in order, the columns that say what it was made of.
 
     `objective`, `model`, `data`, `preference` and their seeds; what else differs between runs of the same
     choice goes into the objective's name, or else into `variant`. `base_variant` is what of it matters to
-    the pretraining too. `aligns`: it contrasts responses; `entropy`: it is cross-entropy; `of_text`: on the
-    corpus, and not on responses; `pair`: two finished checkpoints; `chain`: several, of whose trainings
-    nothing is known. `model_is`, `data_is`, ... are all parameters of a choice.
+    the pretraining too. `role` is that of the objective, `undeclared` where it has said none; `aligns`: it
+    contrasts responses; `entropy`: it maximises likelihood; `of_text`: on the corpus, and not on responses;
+    `pair`: two finished checkpoints; `chain`: several, of whose trainings nothing is known. `model_is`,
+    `data_is`, ... are all parameters of a choice.
+    `tags` are those of the runs, and `declarations` those of their tables.
     """
-    return [_setting(run, runs) for run in runs]
+    about = [{}] * len(runs) if tags is None else tags
+    return [_setting(run, runs, of_run, declarations) for run, of_run in zip(runs, about, strict=True)]
 
 
 def is_run(params: Params) -> bool:
@@ -87,16 +93,22 @@ def names(frame: "pd.DataFrame") -> "pd.Series":
     return pd.Series(name, index=frame.index)
 
 
-def _setting(run: Params, runs: Sequence[Params]) -> dict[str, object]:
+def _setting(
+    run: Params, runs: Sequence[Params], tags: Params, declarations: Mapping[str, Declaration]
+) -> dict[str, object]:
     pair = run.get("model._target_", "").endswith("TwoCheckpoints")
     chain = run.get("model._target_", "").endswith(".Chain")
-    trains = run["objective"] != "none"
+    trains, kind = run["objective"] != "none", role(run, tags)
     objective = " ".join([run["objective"], *_differing(run, runs, "objective")])
     if pair:
         objective = f"{run['model.before']}{ARROW}{run['model.after']}"
     if chain:  # each of its rows has the two stages that it compares
         objective = "a chain of stages"
-    base = [*_differing(run, runs, "model"), *_differing(run, runs, "data"), *_measured(run, runs)]
+    base = [
+        *_differing(run, runs, "model"),
+        *_differing(run, runs, "data"),
+        *_measured(run, runs, declarations),
+    ]
     return {
         "objective": objective,
         "variant": ", ".join([*base, *(_differing(run, runs, "training") if trains else [])]),
@@ -107,9 +119,11 @@ def _setting(run: Params, runs: Sequence[Params]) -> dict[str, object]:
         "data": run["data"],
         "data_seed": _seed(run, "data.seed"),
         "preference": run.get("data.preference", ""),
-        "aligns": pair or _aligns(run),
-        "entropy": _entropy(run),
-        "of_text": of_text(run),
+        "role": kind,
+        "objective_class": run.get(CLASS, "").rpartition(".")[2],
+        "aligns": pair or kind == "contrast",
+        "entropy": kind == "likelihood",
+        "of_text": of_text(run, tags),
         "pair": pair,
         "chain": chain,
         **{f"{group}_is": _told(run, group) for group in GROUPS},
@@ -133,10 +147,19 @@ def _differing(run: Params, runs: Sequence[Params], group: str) -> list[str]:
     return [f"{key.removeprefix(prefix)}={run[key]}" for key in keys if _differ(peers, key)]
 
 
-def _measured(run: Params, runs: Sequence[Params]) -> list[str]:
-    """How the ratios were measured, where runs differ in it: their numbers must not be pooled."""
-    keys = [key for key in run if key.startswith("probe.rsf.") and key not in HARMLESS]
-    return [f"{key}={run[key]}" for key in keys if _differ(runs, key)]
+def _measured(run: Params, runs: Sequence[Params], declarations: Mapping[str, Declaration]) -> list[str]:
+    """How the headlines were measured, where runs differ in it: their numbers must not be pooled."""
+    told = []
+    for name, declaration in declarations.items():
+        if not isinstance(declaration, ProbeDeclaration) or not declaration.generic:
+            continue
+        if declaration.section in SECTIONS and declaration.section != ASYMMETRY:
+            continue
+        prefix = f"probe.{name}."
+        keys = [key for key in run if key.startswith(prefix)]
+        keys = [key for key in keys if key.removeprefix(prefix) not in declaration.harmless]
+        told += [f"{key}={run[key]}" for key in keys if _differ(runs, key)]
+    return told
 
 
 def _differ(runs: Sequence[Params], key: str) -> bool:
@@ -146,22 +169,3 @@ def _differ(runs: Sequence[Params], key: str) -> bool:
 def _seed(run: Params, key: str) -> int | None:
     value = run.get(key, "")
     return int(value) if value.isdigit() else None
-
-
-def _aligns(run: Params) -> bool:
-    kind = run.get("objective._target_", "").rpartition(".")[2]
-    return kind in ("DPO", "KTO") or (
-        kind == "GradedContrastive" and run.get("objective.level") == "sequence"
-    )
-
-
-def _entropy(run: Params) -> bool:
-    kind = run.get("objective._target_", "").rpartition(".")[2]
-    graded_end = (run.get("objective.level"), run.get("objective.negatives"), run.get("objective.tau"))
-    return kind == "CE" or (kind == "GradedContrastive" and graded_end == ("token", "None", "0.0"))
-
-
-def of_text(run: Params) -> bool:
-    """Whether it is trained on text; `on=auto` is that where the data have any."""
-    on = run.get("objective.on")
-    return on == "text" or (on == "auto" and run["data"] in ("world", "text"))

@@ -2,10 +2,24 @@
 
 from typing import TYPE_CHECKING
 
-from weightgeom.models.residual import Architecture, Norm, ResidualMatrix, Rows, input_sites
+from weightgeom.models.decoder import Names, decoder, head_size
+from weightgeom.models.residual import Architecture, Rows
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig
+
+NAMES = Names(
+    embed="gpt_neox.embed_in",
+    layers="gpt_neox.layers",
+    final_norm="gpt_neox.final_layer_norm",
+    q="attention.query_key_value",
+    k="attention.query_key_value",
+    v="attention.query_key_value",
+    o="attention.dense",
+    gate=None,
+    up="mlp.dense_h_to_4h",
+    down="mlp.dense_4h_to_h",
+)
 
 
 def architecture(config: "GPTNeoXConfig") -> Architecture:
@@ -14,34 +28,15 @@ def architecture(config: "GPTNeoXConfig") -> Architecture:
     The rows of the fused weight are ordered [head][q, k, v][d_head], not in thirds. The
     unembedding is `embed_out` on disk and `lm_head` in memory.
     """
-    matrices = tuple(matrix for layer in range(config.num_hidden_layers) for matrix in _layer(config, layer))
-    return Architecture(
-        d_model=config.hidden_size,
-        n_layers=config.num_hidden_layers,
-        n_heads=config.num_attention_heads,
-        n_kv_heads=config.num_attention_heads,
-        d_head=config.hidden_size // config.num_attention_heads,
-        matrices=matrices,
-        sites=input_sites(matrices),
-        embed="gpt_neox.embed_in.weight",
-        unembed="lm_head.weight",
-        final_norm=Norm("gpt_neox.final_layer_norm.weight"),
-        aliases={"embed_out.weight": "lm_head.weight"},
-        tied=config.tie_word_embeddings,
+    heads, d_head = config.num_attention_heads, head_size(config)
+    return decoder(
+        config,
+        NAMES,
+        rows={
+            "q": Rows(heads, 3 * d_head, 0, d_head),
+            "k": Rows(heads, 3 * d_head, d_head, d_head),
+            "v": Rows(heads, 3 * d_head, 2 * d_head, d_head),
+        },
         parallel=config.use_parallel_residual,
-    )
-
-
-def _layer(config: "GPTNeoXConfig", layer: int) -> tuple[ResidualMatrix, ...]:
-    heads = config.num_attention_heads
-    d_head = config.hidden_size // heads
-    block = f"gpt_neox.layers.{layer}"
-    qkv = f"{block}.attention.query_key_value"
-    return (
-        ResidualMatrix(layer, "q", qkv, heads, Rows(heads, 3 * d_head, 0, d_head)),
-        ResidualMatrix(layer, "k", qkv, heads, Rows(heads, 3 * d_head, d_head, d_head)),
-        ResidualMatrix(layer, "v", qkv, heads, Rows(heads, 3 * d_head, 2 * d_head, d_head)),
-        ResidualMatrix(layer, "up", f"{block}.mlp.dense_h_to_4h"),
-        ResidualMatrix(layer, "o", f"{block}.attention.dense", heads),
-        ResidualMatrix(layer, "down", f"{block}.mlp.dense_4h_to_h"),
+        aliases={"embed_out.weight": "lm_head.weight"},
     )

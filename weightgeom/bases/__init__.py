@@ -1,1 +1,1 @@
-"""Bases: the models that a run starts from (embedded, pretrained, pairs and chains of checkpoints)."""
+"""Bases: the models that a run starts from (the embedded one, pretrained ones, pairs and chains)."""

@@ -1,4 +1,4 @@
-"""Checkpoint files on the hub or on disk: which ones are fetched, their sizes and their identity."""
+"""Checkpoint files on the hub or on disk: their selection, download, sizes and identity."""
 
 import hashlib
 import logging
@@ -15,62 +15,65 @@ from weightgeom.text.files import first_line
 log = logging.getLogger(__name__)
 
 
-# Weights, config and tokenizer; never pickles, never code.
-FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+# Weights, config and tokenizer, without pickles and without code.
+CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
-OTHERS = ["*/*", "consolidated*"]  # the same weights in other formats, in folders or Mistral's own
+DUPLICATE_FORMATS = ["*/*", "consolidated*"]  # copies of the weights in subfolders or in Mistral's format
 
 
-MOVING = {"main", "master", "HEAD", "refs/heads/main"}
+MOVING_REVISIONS = {"main", "master", "HEAD", "refs/heads/main"}
 
 
-PIN = "give {key}=COMMIT, the newest of which https://huggingface.co/{name}/commits/main shows"
+HOW_TO_PIN = "set {key}=COMMIT to a commit from https://huggingface.co/{name}/commits/main"
 
 
 def fetch(location: str, bin: bool = False, code: bool = False, weights: bool = True) -> Path:
-    """The directory of a checkpoint: itself, or downloaded from the hub, or taken from its cache.
+    """The directory of a checkpoint: a local one, or one downloaded from the hub or found in its cache.
 
     `location` is a directory, or a hub name with or without `@revision`. Without a network, or with
-    HF_HUB_OFFLINE=1, a revision resolves through the cache's refs. Pickled weights come with `bin` where
-    there are no others, and the repository's code with `code`, which is then trusted in this process.
+    HF_HUB_OFFLINE=1, a revision is resolved by the cache's refs. `bin` includes pickled weights if there are
+    no others; `code` includes the repository's code, which this process then trusts.
 
     Raises:
-        FileNotFoundError: if there is no such directory and the hub does not give it either.
+        FileNotFoundError: if there is neither such a directory nor such a checkpoint on the hub.
     """
     patterns = patterns_of(weights, code)
-    found = _found(location, patterns)
-    if bin and weights and not any(found.glob("*.safetensors")):
-        found = _found(location, [*patterns, PICKLES])
+    directory = checkpoint_directory(location, patterns)
+    if bin and weights and not any(directory.glob("*.safetensors")):
+        directory = checkpoint_directory(location, [*patterns, PICKLES])
     if code:
-        trust(found)
-    return found
+        trust(directory)
+    return directory
 
 
 def patterns_of(weights: bool = True, code: bool = False) -> list[str]:
-    """Patterns of the files of a repository that `fetch` takes."""
-    return [*(FILES if weights else ["*.json"]), *(["*.py"] if code else [])]
+    """Glob patterns of the files that `fetch` downloads."""
+    return [*(CHECKPOINT_FILES if weights else ["*.json"]), *(["*.py"] if code else [])]
 
 
-def _found(location: str, patterns: list[str]) -> Path:
+def checkpoint_directory(location: str, patterns: list[str]) -> Path:
+    """The directory of a checkpoint, with the files that match `patterns` downloaded if it is on the hub.
+
+    Raises:
+        FileNotFoundError: if there is neither such a directory nor such a checkpoint on the hub.
+    """
     path = Path(location).expanduser()
     if path.is_dir():
         return path.resolve()
     name, _, revision = location.partition("@")
     if is_path(name):
-        raise FileNotFoundError(
-            f"there is no directory {location}: give a checkpoint directory or a hub name"
-        )
+        raise FileNotFoundError(f"no directory {location}: give a checkpoint directory or a hub name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError
 
     try:
-        found = snapshot_download(
-            name, revision=revision or None, allow_patterns=patterns, ignore_patterns=OTHERS
+        snapshot = snapshot_download(
+            name, revision=revision or None, allow_patterns=patterns, ignore_patterns=DUPLICATE_FORMATS
         )
     except GatedRepoError as error:
         raise FileNotFoundError(
-            f"{name} is gated: accept its licence on https://huggingface.co/{name} and set HF_TOKEN"
+            f"{name} is gated: accept its licence at https://huggingface.co/{name} and set HF_TOKEN"
         ) from error
     except HFValidationError as error:
         raise FileNotFoundError(f"{location!r} is neither a directory nor a hub name") from error
@@ -79,18 +82,18 @@ def _found(location: str, patterns: list[str]) -> Path:
             f"cannot get {location} from the hub or its local cache ({first_line(error)}):"
             " check the name, the revision and the network, or give a directory"
         ) from error
-    if not revision or revision in MOVING:
-        log.warning("%s is not pinned: to get the same again, write %s@%s", name, name, Path(found).name)
-    return Path(found)
+    if not revision or revision in MOVING_REVISIONS:
+        log.warning("%s is not pinned: write %s@%s to get the same again", name, name, Path(snapshot).name)
+    return Path(snapshot)
 
 
 def is_path(name: str) -> bool:
-    """Whether this can be a directory alone, and no name of the hub."""
+    """Whether `name` can only be a directory, not a hub name."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def identity(directory: Path) -> str:
-    """A fingerprint of a checkpoint without reading its weights: path, sizes and times of its files."""
+    """A fingerprint of a checkpoint from the paths, sizes and modification times of its files."""
     kinds = (".bin" if is_pickled(directory) else ".safetensors", ".json")
     files = sorted(path for path in directory.iterdir() if path.suffix in kinds)
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -98,10 +101,10 @@ def identity(directory: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Files:
-    """The files of a checkpoint that a run takes, and those of them that are on this disk already.
+class CheckpointFiles:
+    """The files of a checkpoint that a run needs, and how many of them are on this disk already.
 
-    Sizes are in bytes; `weights` is that of the weights among them, `here` a directory that has all of it.
+    Sizes are in bytes; `weights` is the size of the weight files, `here` a directory with all files.
     """
 
     location: str
@@ -118,32 +121,37 @@ class Files:
         return self.size - self.cached_size
 
 
-def files_of(location: str, allow_bin: bool = False, code: bool = False) -> Files:
-    """The files of a directory, or of `name@revision` as the hub lists them, or offline as its cache has.
+def checkpoint_files(location: str, allow_bin: bool = False, code: bool = False) -> CheckpointFiles:
+    """The files of a directory, or of `name@revision` as listed by the hub or, offline, by its cache.
 
-    By the patterns that `fetch` downloads by; nothing is downloaded.
+    Files are selected by the patterns of `fetch`; nothing is downloaded.
 
     Raises:
-        FileNotFoundError: if neither the hub nor the cache knows it.
+        FileNotFoundError: if neither the hub nor the cache has the checkpoint.
     """
     path = Path(location).expanduser()
     if path.is_dir():
         return _on_disk(location, path)
     listed = _listed(location)
     if listed is None:
-        return _on_disk(location, fetch(location, allow_bin, code))  # offline, it is in the cache or refused
+        return _on_disk(location, fetch(location, allow_bin, code))  # offline, so only from the cache
     patterns = patterns_of(code=code)
     if allow_bin and not any(fnmatch(name, "*.safetensors") for name, _, _ in listed):
         patterns.append(PICKLES)
-    some = [one for one in listed if _taken(one[0], patterns)]
+    needed = [file for file in listed if _taken(file[0], patterns)]
     blobs = _blobs(location.partition("@")[0])
-    cached = [size for _, size, blob in some if (blobs / blob).is_file()]
-    weights = sum(size for name, size, _ in some if fnmatch(name, "*.safetensors") or fnmatch(name, PICKLES))
-    return Files(location, len(some), sum(size for _, size, _ in some), len(cached), sum(cached), weights)
+    cached = [size for _, size, blob in needed if (blobs / blob).is_file()]
+    weights = sum(
+        size for name, size, _ in needed if fnmatch(name, "*.safetensors") or fnmatch(name, PICKLES)
+    )
+    return CheckpointFiles(
+        location, len(needed), sum(size for _, size, _ in needed), len(cached), sum(cached), weights
+    )
 
 
 def _taken(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch(name, one) for one in patterns) and not any(fnmatch(name, one) for one in OTHERS)
+    matches = any(fnmatch(name, pattern) for pattern in patterns)
+    return matches and not any(fnmatch(name, pattern) for pattern in DUPLICATE_FORMATS)
 
 
 def _listed(location: str) -> list[tuple[str, int, str]] | None:
@@ -158,12 +166,14 @@ def _listed(location: str) -> list[tuple[str, int, str]] | None:
     try:
         tree: Iterable[Any] = HfApi().list_repo_tree(name, revision=revision or None, recursive=True)
         return [
-            (one.path, one.size, one.blob_id if one.lfs is None else one.lfs.sha256)
-            for one in tree
-            if isinstance(one, RepoFile)  # and no folder
+            (entry.path, entry.size, entry.blob_id if entry.lfs is None else entry.lfs.sha256)
+            for entry in tree
+            if isinstance(entry, RepoFile)  # not a folder
         ]
     except (GatedRepoError, HfHubHTTPError) as error:
-        raise FileNotFoundError(f"the hub does not list {location} ({first_line(error)})") from error
+        raise FileNotFoundError(
+            f"the hub does not list {location} ({first_line(error)}): check name, revision and HF_TOKEN"
+        ) from error
     except (OfflineModeIsEnabled, OSError):
         return None
 
@@ -175,14 +185,14 @@ def _blobs(name: str) -> Path:
     return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "blobs")
 
 
-def _on_disk(location: str, directory: Path) -> Files:
+def _on_disk(location: str, directory: Path) -> CheckpointFiles:
     sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
     weights = {name: size for name, size in sizes.items() if name.endswith(".safetensors")}
     weights = weights or {name: size for name, size in sizes.items() if fnmatch(name, PICKLES)}
     if not weights:
-        raise FileNotFoundError(
-            f"there are no weights of {location} in {directory}: give a checkpoint that has"
-        )
+        raise FileNotFoundError(f"no weights of {location} in {directory}: give a checkpoint with weights")
     taken = weights | {name: size for name, size in sizes.items() if _taken(name, patterns_of())}
-    whole = sum(taken.values())
-    return Files(location, len(taken), whole, len(taken), whole, sum(weights.values()), directory.resolve())
+    total = sum(taken.values())
+    return CheckpointFiles(
+        location, len(taken), total, len(taken), total, sum(weights.values()), directory.resolve()
+    )

@@ -1,4 +1,4 @@
-"""What a choice of model comes to, told before anything is fetched or made: what a plan starts from."""
+"""Outlines of model choices, known before any weights are fetched or trained: the input of a plan."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pretraining:
-    """A training that makes the base, from random weights."""
+    """The training of a base model from random weights."""
 
     objective: Objective
     training: Training
@@ -23,23 +23,23 @@ class Pretraining:
 
 @dataclass(frozen=True, eq=False)
 class Outline:
-    """A base by its config: where its weights come from, and the checkpoints that lie behind it.
+    """A base model by its config: the source of its weights, and its earlier checkpoints.
 
-    `locations` are what is fetched, by step, directories or hub names with `@revision`; empty where the
-    weights are made here. A plan of several stages has a `Pretraining` for each that is trained here.
+    `locations` are the checkpoints to fetch, by step: directories or hub names with `@revision`; empty if
+    the weights are trained here, by `pretraining`.
     """
 
     config: "PreTrainedConfig"
     locations: Mapping[int, str] = field(default_factory=dict)
     pretraining: Pretraining | None = None
-    tokenizer: "PreTrainedTokenizerBase | None" = None  # where it is here already
+    tokenizer: "PreTrainedTokenizerBase | None" = None  # None if it is not on this disk yet
     allow_bin: bool = False
     trust_remote_code: bool = False
-    pairs: int = 0  # of checkpoints, each a comparison of its own
+    pairs: int = 0  # pairs of checkpoints to be compared
 
     @property
     def steps(self) -> list[int]:
-        """The steps of the checkpoints that probes measure before any objective; empty for a single one."""
+        """Steps of the base's own checkpoints, which probes measure; empty for a single checkpoint."""
         if self.pretraining is not None:
             return self.pretraining.training.save_steps()
         return sorted(self.locations) if len(self.locations) > 1 else []
@@ -47,16 +47,16 @@ class Outline:
 
 @dataclass(frozen=True)
 class Shape:
-    """A network's sizes, without its weights: what the memory of a stage follows from. Bytes are of fp32."""
+    """The sizes of a network that determine a stage's memory; all bytes are for fp32."""
 
     d_model: int
     layers: int
     vocabulary: int
     parallel: bool  # o and down of a layer share their upstream gradient
     parameters: int
-    saved: float  # bytes that a forward pass leaves for the backward one, for each token
-    reference: bool  # the objective compares with a copy of the weights
-    longest: int  # tokens of a held-out pair's longer side, about
+    saved: float  # bytes per token that a forward pass keeps for the backward pass
+    reference: bool  # the objective keeps a copy of the weights as its reference
+    longest: int  # approximate tokens of the longest held-out sequence
 
     @property
     def weights(self) -> float:
@@ -69,34 +69,34 @@ class Shape:
         return 4.0 * self.d_model**2
 
     def logits(self, tokens: int | float) -> float:
-        """Bytes of the logits of so many tokens."""
+        """Bytes of the logits of `tokens` tokens."""
         return 4.0 * tokens * self.vocabulary
 
     def passing(self, tokens: int | float) -> float:
-        """Bytes of a forward and a backward pass of frozen weights, of which the head works in slices."""
+        """Bytes of a forward and a backward pass with frozen weights, with the unembedding in slices."""
         return tokens * self.saved + 6 * min(self.logits(tokens), 2.0**25)
 
 
 @runtime_checkable
-class Weighed(Protocol):
-    """A probe or an intervention that knows what it holds."""
+class EstimatesMemory(Protocol):
+    """A probe or an intervention that estimates its own memory."""
 
     def held(self, shape: Shape, objective: bool) -> float:
-        """Bytes in memory at its highest; `objective` says that the trajectory's is known."""
+        """Peak memory in bytes; `objective` tells whether the trajectory's objective is known."""
         ...
 
 
-def weight_of(thing: object, shape: Shape, objective: bool) -> float:
-    """What a probe or an intervention holds, in bytes: if it cannot tell, two models and a batch's logits."""
-    if isinstance(thing, Weighed):
+def peak_memory(thing: object, shape: Shape, objective: bool) -> float:
+    """Peak memory of a probe or an intervention in bytes; by default two models and a batch's logits."""
+    if isinstance(thing, EstimatesMemory):
         return thing.held(shape, objective)
     return 2 * shape.weights + shape.logits(4 * 16 * 96)
 
 
 @runtime_checkable
-class Outlined(Protocol):
-    """A model choice that can tell what it comes to."""
+class HasOutline(Protocol):
+    """A model choice that gives an outline before it fetches or trains weights."""
 
     def outline(self, examples: Examples, data: Data) -> Outline:
-        """Its config, and what is fetched or trained; fetches configs alone."""
+        """The config, and the checkpoints to fetch or the training to run; fetches only configs."""
         ...

@@ -1,4 +1,4 @@
-"""Existing checkpoints: on the hub, in its cache or in a directory; one to train from, or two to compare."""
+"""Existing checkpoints, on the hub or in a directory: one to train from, or two to compare."""
 
 import hashlib
 import logging
@@ -9,10 +9,10 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from weightgeom.bases.hub import MOVING, PIN, _found, fetch, identity, is_path
+from weightgeom.bases.hub import HOW_TO_PIN, MOVING_REVISIONS, checkpoint_directory, fetch, identity, is_path
 from weightgeom.bases.outline import Outline
 from weightgeom.interfaces import Data, Stage
-from weightgeom.interruption import Wanted, undisturbed
+from weightgeom.interruption import Request, no_request
 from weightgeom.models.adapters import is_adapter, open_adapter
 from weightgeom.models.language_model import trust
 from weightgeom.models.loading import (
@@ -34,18 +34,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pretrained:
-    """One checkpoint, or a trajectory of them: a hub name, `{size}` and `{stage}` filled in, or a directory.
+    """One checkpoint or a trajectory: a directory, or a hub name with `{size}` and `{stage}` filled in.
 
-    `revision` is a commit, or a tag or branch that does not move; without it, that of `pins`, which has
-    the commits of hub names. A name of the hub without either is refused, as `main` is another model
-    some day. Several `revisions`, or a directory in which a
-    trainer left `checkpoint-100`, `checkpoint-200`, ..., make a trajectory in the order of the numbers
-    in their names; its last one is what an objective starts from. `from_random` says that its first is
-    a random initialisation; by default that is so of a `step0`. Weights are trained and measured in
-    `dtype`; only float32 keeps a small update from being rounded away.
+    `revision` is a commit, or a tag or branch that does not move; the default is the name's commit in
+    `pins`. An unpinned hub name is refused, because `main` may change. Several `revisions`, or a directory
+    with a trainer's `checkpoint-100`, `checkpoint-200`, ..., form a trajectory, ordered by the numbers in
+    their names; an objective starts from the last one. `from_random` marks the first one as a random
+    initialisation; by default it is one if its step is 0. Weights are trained and measured in `dtype`; only
+    float32 keeps a small update from being rounded away.
 
-    `allow_bin` also takes pickled weights, which are converted once; `trust_remote_code` lets code that
-    lies in the repository run.
+    `allow_bin` also accepts pickled weights, which are converted once; `trust_remote_code` allows the
+    repository's own code to run.
     """
 
     name: str
@@ -60,90 +59,98 @@ class Pretrained:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse revisions that make no trajectory, and those that move."""
-        if moving := MOVING & {self.revision, *self.pins.values()}:
-            raise ValueError(
-                f"model.revision={moving.pop()} moves: {PIN.format(key='model.revision', name='NAME')}"
-            )
+        """Refuse moving branches, and revisions that form no trajectory."""
+        if moving := MOVING_REVISIONS & {self.revision, *self.pins.values()}:
+            how = HOW_TO_PIN.format(key="model.revision", name="NAME")
+            raise ValueError(f"model.revision={moving.pop()} is a moving branch: {how}")
         if self.revisions is None:
             return
-        steps = [_step(revision) for revision in self.revisions]
+        steps = [_trailing_number(revision) for revision in self.revisions]
         if None in steps or len(set(steps)) < max(2, len(steps)):
             raise ValueError(
-                f"model.revisions must be two or more names with different numbers at their end, such as"
-                f" step512, got {self.revisions}"
+                "model.revisions must be two or more names that end in different numbers, such as step512,"
+                f" got {self.revisions}"
             )
 
     def check(self, longest: int | None) -> Architecture:
-        """Fetch the configs alone; raises if they cannot be had, or nothing could be measured or trained."""
+        """Fetch only the configs; raises if that fails, or if there is nothing to measure or train."""
         locations = self.locations()
         if longest is None and len(locations) == 1:
             raise ValueError(
                 "objective=none on a single checkpoint leaves no update to measure: choose an objective,"
                 " model.revisions=[...], or model=pair model.before=... model.after=..."
             )
-        found = [
+        directories = [
             fetch(location, weights=False, code=self.trust_remote_code) for location in locations.values()
         ]
-        architectures = [load_architecture(directory) for directory in found]
+        architectures = [load_architecture(directory) for directory in directories]
         if any(other != architectures[-1] for other in architectures):
-            raise ValueError(f"the checkpoints of {self.name} are not all of one architecture")
-        check_length(longest or 0, load_context(found[-1]))
+            raise ValueError(
+                f"the checkpoints of {self.name} differ in architecture: set model.revisions to those of one"
+                " network"
+            )
+        check_length(longest or 0, load_context(directories[-1]))
         return architectures[-1]
 
     def locations(self) -> dict[int, str]:
-        """What to fetch, by step and in order; a single checkpoint stands at step 0.
+        """The locations to fetch, by step and in order; a single checkpoint stands at step 0.
 
         Raises:
-            ValueError: if a name of the hub has no revision.
+            ValueError: if a hub name has no revision.
         """
         name = self.name.format(size=self.size, stage=self.stage)
         path = Path(name).expanduser()
         if path.is_dir():
-            inside = {_step(one.name): str(one) for one in path.glob("checkpoint-*") if one.is_dir()}
-            steps = {step: one for step, one in inside.items() if step is not None}
-            whole = (path / "config.json").is_file() or len(steps) < 2
-            return {0: name} if whole else dict(sorted(steps.items()))
+            inside = {
+                _trailing_number(directory.name): str(directory)
+                for directory in path.glob("checkpoint-*")
+                if directory.is_dir()
+            }
+            steps = {step: location for step, location in inside.items() if step is not None}
+            single = (path / "config.json").is_file() or len(steps) < 2
+            return {0: name} if single else dict(sorted(steps.items()))
         if self.revisions is None:
             revision = self.revision or self.pins.get(name)
-            if revision is None and is_path(name):  # fetch says that there is no such directory
+            if revision is None and is_path(name):  # `fetch` raises if the directory does not exist
                 return {0: name}
             if revision is None:
-                pinned = f"; pinned here are {', '.join(self.pins)}" if self.pins else ""
-                how = PIN.format(key="model.revision", name=name)
+                pinned = f", or choose a pinned name from {', '.join(self.pins)}" if self.pins else ""
+                how = HOW_TO_PIN.format(key="model.revision", name=name)
                 raise ValueError(f"{name} is not pinned: {how}{pinned}")
             return {0: f"{name}@{revision}"}
-        steps = {_step(revision): f"{name}@{revision}" for revision in self.revisions}
-        return dict(sorted((step, one) for step, one in steps.items() if step is not None))
+        steps = {_trailing_number(revision): f"{name}@{revision}" for revision in self.revisions}
+        return dict(sorted((step, location) for step, location in steps.items() if step is not None))
 
     def outline(self, examples: Examples, data: Data) -> Outline:
-        """What is fetched, and the config of the last of it; fetches that config alone."""
-        return outlined(self.locations(), max(self.locations()), self.allow_bin, self.trust_remote_code)
+        """The locations, and the config of the last one, which is all that this fetches."""
+        return outline_of(self.locations(), max(self.locations()), self.allow_bin, self.trust_remote_code)
 
     def prepare(
-        self, stage: Stage, examples: Examples, data: Data, device: str, wanted: Wanted = undisturbed
+        self, stage: Stage, examples: Examples, data: Data, device: str, request: Request = no_request
     ) -> Base:
-        """Fetch it, or all of them."""
+        """Fetch all checkpoints."""
         steps = {
-            step: converted(fetch(location, self.allow_bin, self.trust_remote_code), self.allow_bin, stage)
+            step: with_safetensors(
+                fetch(location, self.allow_bin, self.trust_remote_code), self.allow_bin, stage
+            )
             for step, location in self.locations().items()
         }
         last = steps[max(steps)]
         if len(steps) == 1:
             return Base(last, identity(last))
         random = 0 in steps if self.from_random is None else self.from_random
-        every = hashlib.sha256(" ".join(map(identity, steps.values())).encode()).hexdigest()[:16]
-        return Base(last, f"trajectory/{every}", Trajectory("revisions", steps, from_random=random))
+        digest = hashlib.sha256(" ".join(map(identity, steps.values())).encode()).hexdigest()[:16]
+        return Base(last, f"trajectory/{digest}", Trajectory("revisions", steps, from_random=random))
 
 
 @dataclass(frozen=True)
 class TwoCheckpoints:
-    """Two checkpoints of one architecture, directories or hub names with `@revision`, to be compared.
+    """A comparison of two checkpoints of one architecture: directories, or hub names with `@revision`.
 
-    `after` may be a LoRA adapter of `before`, as PEFT saves it, and may have more or fewer rows of
-    embeddings: the shared ones are compared. A pair has no optimizer steps: `before` stands at step 0 and
-    `after` at step 1. Text is tokenized, and chats are written, as the one named by `tokenizer` does it.
-    `allow_bin` and `trust_remote_code` as `Pretrained` has them.
+    `after` may be a LoRA adapter of `before`, as saved by PEFT, and may have more or fewer embedding rows:
+    the shared ones are compared. A pair has no optimizer steps: `before` stands at step 0, `after` at step 1.
+    Text is tokenized, and chats are rendered, by the tokenizer of the checkpoint that `tokenizer` names.
+    `allow_bin` and `trust_remote_code` are as in `Pretrained`.
     """
 
     before: str
@@ -153,32 +160,32 @@ class TwoCheckpoints:
     trust_remote_code: bool = False
 
     def check(self, longest: int | None) -> Architecture:
-        """Refuse an objective, two checkpoints that differ in a name or shape, and a foreign adapter."""
+        """Refuse an objective, checkpoints that differ in a name or shape, and another model's adapter."""
         if longest is not None:
-            raise ValueError("model=pair compares two finished checkpoints: add objective=none")
+            raise ValueError("model=pair compares two finished checkpoints: set objective=none")
         before, after = self._fetched()
         if is_adapter(before):
-            raise ValueError(f"model.before={self.before} is an adapter: give its base model there instead")
+            raise ValueError(f"model.before={self.before} is an adapter: set model.before to its base model")
         architecture = load_architecture(before)
-        if not self.allow_bin:  # else they are compared when they are converted
+        if not self.allow_bin:  # pickled checkpoints are compared after their conversion
             self._compare(before, after, architecture)
         return architecture
 
     def locations(self) -> dict[int, str]:
-        """What to fetch, by step."""
+        """The locations to fetch, by step."""
         return {0: self.before, 1: self.after}
 
     def outline(self, examples: Examples, data: Data) -> Outline:
-        """What is fetched, and the config of `before`; fetches that config alone."""
-        return outlined(self.locations(), 0, self.allow_bin, self.trust_remote_code)
+        """The locations, and the config of `before`, which is all that this fetches."""
+        return outline_of(self.locations(), 0, self.allow_bin, self.trust_remote_code)
 
     def prepare(
-        self, stage: Stage, examples: Examples, data: Data, device: str, wanted: Wanted = undisturbed
+        self, stage: Stage, examples: Examples, data: Data, device: str, request: Request = no_request
     ) -> Base:
-        """Fetch both."""
-        before, after = (converted(one, self.allow_bin, stage) for one in self._fetched())
+        """Fetch both checkpoints."""
+        before, after = (with_safetensors(fetched, self.allow_bin, stage) for fetched in self._fetched())
         self._compare(before, after, load_architecture(before))
-        return pair(before, after, after if self.tokenizer == "after" else before)
+        return pair_base(before, after, after if self.tokenizer == "after" else before)
 
     def _fetched(self) -> tuple[Path, Path]:
         before, after = (
@@ -187,39 +194,39 @@ class TwoCheckpoints:
         return before, after
 
     def _compare(self, before: Path, after: Path, architecture: Architecture) -> None:
-        same = one_network(before, after, architecture)
+        same = same_vocabulary(before, after, architecture)
         if self.tokenizer == "after" and not same:
             raise ValueError(
-                f"model.tokenizer=after needs a whole model with the vocabulary of model.before, and {after}"
-                " is none"
+                "model.tokenizer=after needs a whole model with the vocabulary of model.before, unlike"
+                f" {after}: set model.tokenizer=before"
             )
 
 
-def outlined(locations: dict[int, str], step: int, allow_bin: bool, code: bool) -> Outline:
-    """What is fetched of checkpoints by step, and the config of one of them; fetches that config alone."""
-    directory = _found(locations[step], ["config.json", *(["*.py"] if code else [])])
+def outline_of(locations: dict[int, str], step: int, allow_bin: bool, code: bool) -> Outline:
+    """The outline of checkpoints at `locations`, with the config of the one at `step`, the only fetch."""
+    directory = checkpoint_directory(locations[step], ["config.json", *(["*.py"] if code else [])])
     if code:
         trust(directory)
     try:
         tokenizer = load_tokenizer(directory)
-    except (FileNotFoundError, ValueError):  # on the hub still
+    except (FileNotFoundError, ValueError):  # not downloaded yet
         tokenizer = None
     return Outline(load_config(directory), locations, None, tokenizer, allow_bin, code)
 
 
-def pair(before: Path, after: Path, speaker: Path) -> Base:
-    """`after` compared with `before`, text being tokenized as the checkpoint in `speaker` does it."""
-    both = hashlib.sha256(f"{identity(before)} {identity(after)}".encode()).hexdigest()[:16]
-    by = {before: "", after: ", after"}.get(speaker, f", {identity(speaker)}")
-    return Base(speaker, f"pair/{both}{by}", Trajectory("pair", {0: before, 1: after}))
+def pair_base(before: Path, after: Path, tokenizer: Path) -> Base:
+    """The comparison of `after` with `before`, with text tokenized by the checkpoint in `tokenizer`."""
+    digest = hashlib.sha256(f"{identity(before)} {identity(after)}".encode()).hexdigest()[:16]
+    suffix = {before: "", after: ", after"}.get(tokenizer, f", {identity(tokenizer)}")
+    return Base(tokenizer, f"pair/{digest}{suffix}", Trajectory("pair", {0: before, 1: after}))
 
 
-def one_network(before: Path, after: Path, architecture: Architecture) -> bool:
+def same_vocabulary(before: Path, after: Path, architecture: Architecture) -> bool:
     """Whether `after` is a whole model with the vocabulary of `before`; reads no weights.
 
     Raises:
-        ValueError: if the two differ in a name or a shape but that of the vocabulary, or `after` is an
-            adapter of another model.
+        ValueError: if the two differ in a name, or in a shape other than the vocabulary size, or if `after`
+            is an adapter of another model.
     """
     start = open_params(before, architecture)
     if is_adapter(after):
@@ -231,15 +238,15 @@ def one_network(before: Path, after: Path, architecture: Architecture) -> bool:
     return shared is other
 
 
-def converted(directory: Path, allow_bin: bool, stage: Stage) -> Path:
-    """A checkpoint with safetensors: itself, or made once of its pickled weights."""
+def with_safetensors(directory: Path, allow_bin: bool, stage: Stage) -> Path:
+    """The checkpoint itself, or for pickled weights its conversion to safetensors, made once."""
     if not allow_bin or not is_pickled(directory):
         return directory
     specification = {"checkpoint": identity(directory)}
     return stage("converted", specification, lambda target, log: convert(directory, target), 1)
 
 
-def _step(name: str) -> int | None:
-    """The number at the end of a revision's or checkpoint's name."""
+def _trailing_number(name: str) -> int | None:
+    """The number at the end of a revision's or checkpoint's name; None without one."""
     digits = re.search(r"(\d+)$", name)
     return None if digits is None else int(digits[1])

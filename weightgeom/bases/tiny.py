@@ -1,4 +1,4 @@
-"""The embedded base: a small GPT-NeoX, pretrained here on the run's own text, once."""
+"""The embedded base: a small GPT-NeoX, pretrained once on the run's own text."""
 
 import logging
 from collections.abc import Sequence
@@ -9,34 +9,34 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from weightgeom.architectures import gpt_neox
 from weightgeom.bases.outline import Outline, Pretraining
 from weightgeom.data.text import TextFiles
-from weightgeom.data.world import World
+from weightgeom.data.world import SPECIAL_TOKENS, World
 from weightgeom.interfaces import Data, Log, Stage
-from weightgeom.interruption import Wanted, undisturbed
+from weightgeom.interruption import Request, no_request
 from weightgeom.models.loading import check_length
-from weightgeom.models.residual import Architecture, architecture_of
+from weightgeom.models.residual import Architecture
 from weightgeom.objectives.ce import CE
 from weightgeom.text.examples import Examples
 from weightgeom.text.files import fingerprint
 from weightgeom.training.config import Training
-from weightgeom.training.fit import fit, trajectory
+from weightgeom.training.fit import fit, saved_trajectory
 from weightgeom.trajectory import Base
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """A GPT-NeoX with a random start, pretrained by cross-entropy on a corpus, its checkpoints kept.
+    """A randomly initialised GPT-NeoX, pretrained by cross-entropy on a corpus, with all its checkpoints.
 
-    `corpus` is what it is pretrained on: `null` for the text of the run's data, `world`, or text
-    files. On the world it has the world's tokenizer, on other text a BPE tokenizer of `vocabulary`
-    entries trained on that text. `seed` draws its random start and the order of its examples.
+    `corpus` is the pretraining text: `null` for the text of the run's data, `world`, or text files. The
+    tokenizer is the world's own, or a BPE tokenizer of `vocabulary` entries trained on the other text.
+    `seed` determines the initialisation and the order of the examples.
     """
 
     corpus: str | list[str] | None = None
@@ -46,29 +46,30 @@ class Tiny:
     heads: int = Field(default=4, ge=1)
     d_mlp: int = Field(default=512, ge=8)
     context: int = Field(default=512, ge=8)  # tokens
-    vocabulary: int = Field(default=2048, ge=300)  # of the BPE tokenizer
+    vocabulary: int = Field(default=2048, ge=300)  # entries of the BPE tokenizer
     pretraining: Training = Field(default_factory=Training)
 
     def __post_init__(self) -> None:
-        """Refuse sizes that do not go together."""
+        """Refuse inconsistent sizes."""
         if self.d_model % self.heads:
-            raise ValueError(f"d_model {self.d_model} is not a multiple of heads {self.heads}")
+            raise ValueError(f"d_model must be a multiple of heads, got {self.d_model} and {self.heads}")
         if self.pretraining.max_length > self.context:
             raise ValueError(
-                f"pretraining.max_length {self.pretraining.max_length} exceeds context {self.context}"
+                "pretraining.max_length must be at most context, got"
+                f" {self.pretraining.max_length} and {self.context}"
             )
 
     def check(self, longest: int | None) -> Architecture:
-        """The map of the network that will be made; raises if a sequence is too long or a file missing."""
+        """The map of the network to be pretrained; raises if a sequence is too long or a file is missing."""
         check_length(longest or 0, self.context)
         if self.corpus not in (None, "world"):
             TextFiles(train=self.corpus).files()
-        return architecture_of(self._config(self.vocabulary, 0))
+        return gpt_neox.architecture(self._config(self.vocabulary, 0))
 
     def prepare(
-        self, stage: Stage, examples: Examples, data: Data, device: str, wanted: Wanted = undisturbed
+        self, stage: Stage, examples: Examples, data: Data, device: str, request: Request = no_request
     ) -> Base:
-        """Pretrain, or take the equal model that was pretrained before."""
+        """Pretrain the model, or reuse an identical earlier pretraining."""
         corpus, text = self._corpus(examples, data)
 
         def work(directory: Path, log_metrics: Log) -> None:
@@ -90,17 +91,17 @@ class Tiny:
                 seed=self.seed,
                 device=device,
                 log_metrics=log_metrics,
-                wanted=wanted,
+                request=request,
             )
 
         words = corpus.words() if isinstance(corpus, World) else []
         specification = {"model": asdict(self), "text": fingerprint(text.text, words), "device": device}
         directory = stage("pretraining", specification, work, self.pretraining.steps)
-        checkpoints = trajectory(directory, "pretraining")
+        checkpoints = saved_trajectory(directory, "pretraining")
         return Base(checkpoints.steps[checkpoints.last], f"pretraining/{directory.name}", checkpoints)
 
     def outline(self, examples: Examples, data: Data) -> Outline:
-        """The network that will be made, and its pretraining."""
+        """The config of the network to be pretrained, and its pretraining."""
         corpus, text = self._corpus(examples, data)
         tokenizer = corpus.tokenizer() if isinstance(corpus, World) else None
         config = self._config(self.vocabulary if tokenizer is None else len(tokenizer), 0)
@@ -109,13 +110,14 @@ class Tiny:
         )
 
     def _corpus(self, examples: Examples, data: Data) -> tuple[Data, Examples]:
-        """What it is pretrained on, read."""
+        """The pretraining data and its examples."""
         if self.corpus is not None:
             data = World() if self.corpus == "world" else TextFiles(train=self.corpus)
             examples = data.examples()
         if not examples.text:
             raise ValueError(
-                f"{examples.name} has no text to pretrain the tiny model on: give some with model.corpus"
+                f"{examples.name} has no text to pretrain the tiny model on: set model.corpus to world or to"
+                " text files"
             )
         return data, examples
 
@@ -144,10 +146,10 @@ def _bpe(texts: Sequence[str], vocabulary: int) -> "PreTrainedTokenizerBase":
     backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=list(SPECIAL.values()),
+        special_tokens=list(SPECIAL_TOKENS.values()),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    log.info("trained a tokenizer of %d entries on %d documents", backend.get_vocab_size(), len(texts))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+    log.info("trained a tokenizer with %d entries on %d documents", backend.get_vocab_size(), len(texts))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL_TOKENS)

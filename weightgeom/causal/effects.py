@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from weightgeom.causal.edits import Edit
+from weightgeom.compat.torch_internals import exchange_parameter
 from weightgeom.estimators.lm_head import logits_of
 from weightgeom.geometry.divergences import divergences
 from weightgeom.models.language_model import LanguageModel
@@ -219,15 +220,13 @@ def _places(network: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
 @contextmanager
 def _replaced(places: Mapping[str, list[tuple[nn.Module, str]]], changed: Params) -> Iterator[None]:
     """Within it the modules have these parameters; the ones that they had are put back untouched."""
-    all_places = [(module, key, one) for name, one in changed.items() for module, key in places[name]]
-    before = [module._parameters[key] for module, key, _ in all_places]
-    for module, key, one in all_places:
-        module._parameters[key] = one  # pyright: ignore[reportArgumentType]
+    all_places = [(module, key, weight) for name, weight in changed.items() for module, key in places[name]]
+    before = [exchange_parameter(module, key, weight) for module, key, weight in all_places]
     try:
         yield
     finally:
-        for (module, key, _), one in zip(all_places, before, strict=True):
-            module._parameters[key] = one
+        for (module, key, _), weight in zip(all_places, before, strict=True):
+            exchange_parameter(module, key, weight)
 
 
 def _batches(model: LanguageModel, examples: Examples, effects: Effects) -> Iterator[tuple[Batch, str]]:

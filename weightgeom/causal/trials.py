@@ -13,7 +13,7 @@ from weightgeom.causal.effects import STATE_UNITS, UNITS, Samples
 from weightgeom.geometry.bootstrap import bootstrap_times
 from weightgeom.geometry.nulls import rank_p_value
 from weightgeom.interfaces import Log
-from weightgeom.table import Row, row
+from weightgeom.table import Row, arm_columns, row
 
 TOLERANCES = {
     "frobenius norm": 1e-6,
@@ -79,11 +79,6 @@ class Trial:
                     f" {size:.8g} and the treatment one of {wanted:.8g}: a control must have the same"
                 )
 
-    @property
-    def name(self) -> str:
-        """The treatment's name in the table's column `arm`; the controls' are `random.0@dose` and so on."""
-        return f"{self.treatment.kind}@{self.dose}"
-
 
 def check_controls(controls: int, level: float) -> None:
     """Raise ValueError if so many controls cannot give a p-value of `level`: the least is 1 / (1 + n)."""
@@ -113,8 +108,7 @@ def measured(
         for arm in (trial.treatment, *trial.controls):
             change = evaluation.changed_by(arm.edit)
             control = arm is not trial.treatment
-            name = f"{arm.kind}.{arm.draw}@{trial.dose}" if control else trial.name
-            yield from _arm_rows(trial, name, arm, change)
+            yield from _arm_rows(trial, arm, arm.draw if control else None, change)
             changes.setdefault(arm.kind if control else "", []).append(change)
             done += 1
             log({}, done)
@@ -135,8 +129,8 @@ def with_q_values(rows: Sequence[Row]) -> list[Row]:
     families: dict[tuple[Any, ...], list[Row]] = {}
     for one in rows:
         if one["quantity"].endswith("_p_value"):
-            dose_and_kind = one["arm"].partition("@")[2]
-            families.setdefault((one["quantity"], dose_and_kind, one.get("k")), []).append(one)
+            family = one["quantity"], one["dose"], one["against"], one.get("k")
+            families.setdefault(family, []).append(one)
     found = list(rows)
     for family in families.values():
         for one, q in zip(family, false_discovery_control([one["value"] for one in family]), strict=True):
@@ -145,7 +139,8 @@ def with_q_values(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _arm_rows(trial: Trial, name: str, arm: Arm, change: Samples) -> Iterator[Row]:
+def _arm_rows(trial: Trial, arm: Arm, draw: int | None, change: Samples) -> Iterator[Row]:
+    place = {**arm_columns(arm.kind, trial.dose, draw=draw), **trial.place}
     for effect, values in change.items():
         yield row(
             named(effect),
@@ -153,14 +148,13 @@ def _arm_rows(trial: Trial, name: str, arm: Arm, change: Samples) -> Iterator[Ro
             n=len(values),
             unit=(UNITS | STATE_UNITS)[effect],
             stderr=float(values.double().std()) / sqrt(len(values)) if len(values) > 1 else None,
-            arm=name,
-            **trial.place,
+            **place,
         )
         if effect in arm.predicted:
             predicted = arm.predicted[effect]
             yield row(
                 f"predicted_{named(effect)}", predicted,
-                n=len(values), unit=(UNITS | STATE_UNITS)[effect], arm=name, **trial.place
+                n=len(values), unit=(UNITS | STATE_UNITS)[effect], **place
             )  # fmt: skip
 
 
@@ -175,7 +169,8 @@ def _comparison(
     for effect, values in treatment.items():
         samples = torch.stack([values, *(one[effect] for one in controls)]).double()
         absolute = samples.mean(1).abs()
-        place = {"arm": f"{trial.name}/{kind}", "n": len(controls), **trial.place}
+        arm = arm_columns(trial.treatment.kind, trial.dose, against=kind)
+        place = {**arm, "n": len(controls), **trial.place}
         ranked = absolute if trial.expected == "more" else -absolute
         yield row(f"{named(effect)}_p_value", rank_p_value(ranked[0], ranked[1:]), **place)
         size = _effect_size(absolute[:, None])

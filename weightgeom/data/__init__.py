@@ -1,1 +1,1 @@
-"""Data sets, one file per choice of `data=`."""
+"""Data sets: one file for each choice of `data=`."""

@@ -1,4 +1,4 @@
-"""A data set of the hub by its name: so many of its first examples, of whichever usual columns it has."""
+"""A Hub data set: its first `number` examples, in any common column layout."""
 
 import logging
 from collections.abc import Iterator
@@ -8,22 +8,22 @@ from typing import Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from weightgeom.text.conversation import plain
+from weightgeom.text.conversation import plain_text
 from weightgeom.text.examples import Examples, Pair
 from weightgeom.text.files import fingerprint, first_line, split
-from weightgeom.text.records import document_of, pair_of, text_of, usable
+from weightgeom.text.records import document_of, pair_of, text_of, usable_pairs
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class HubData:
-    """The first `number` examples of a split: pairs where it has `chosen` and `rejected`, else documents.
+    """The first `number` examples of a split: pairs if it has `chosen` and `rejected`, else documents.
 
-    With `streaming` no more is downloaded than what is used; without, the whole split goes into the cache,
-    from which it can be had offline. `revision` is a commit; without it, that of `pins`, or the newest, which
-    the digest of the examples then tells from another. Empty documents do not count. Held out is
-    `heldout_split`, `number` of it at most, or every `heldout_every`-th.
+    With `streaming`, only the examples in use are downloaded; without, the whole split goes into the cache
+    and can be used offline. `revision` is a commit; the default is the commit in `pins`, or else the newest
+    one, which only the examples' digest then identifies. Empty documents are skipped. The held-out part is
+    the first `number` examples of `heldout_split`, or every `heldout_every`-th example.
     """
 
     name: str
@@ -40,28 +40,30 @@ class HubData:
         """Download and check everything.
 
         Raises:
-            FileNotFoundError: if the hub or its cache does not give it.
-            ValueError: if its columns are not the usual ones, or too little is left.
+            FileNotFoundError: if the split is neither on the hub nor in its local cache.
+            ValueError: if the columns have no common layout, or too little is left.
         """
         revision = self.revision or self.pins.get(self.name)
         if revision is None:
-            log.warning("%s is not pinned: data.revision=COMMIT gets the same again", self.name)
+            log.warning(
+                "%s is not pinned: set data.revision=COMMIT to get the same examples again", self.name
+            )
         train = self._read(self.split, revision)
-        held = None if self.heldout_split is None else self._read(self.heldout_split, revision)
+        test = None if self.heldout_split is None else self._read(self.heldout_split, revision)
         name = f"{self.name}@{revision}" if revision else self.name
         if "chosen" in train[0]:
-            heldout = None if held is None else self._pairs(held)
-            key = text_of if heldout else lambda pair: plain(pair.prompt)
-            pairs, held_pairs = split(self._pairs(train), heldout, self.heldout_every, key)
-            text, held_text = [text_of(pair) for pair in pairs], [text_of(pair) for pair in held_pairs]
+            heldout = None if test is None else self._pairs(test)
+            key = text_of if heldout else lambda pair: plain_text(pair.prompt)
+            pairs, heldout_pairs = split(self._pairs(train), heldout, self.heldout_every, key)
+            text, heldout_text = [text_of(pair) for pair in pairs], [text_of(pair) for pair in heldout_pairs]
         else:
-            pairs, held_pairs, heldout = [], [], None if held is None else self._documents(held)
-            text, held_text = split(self._documents(train), heldout, self.heldout_every, str)
-        parts = text, held_text, pairs, held_pairs
+            pairs, heldout_pairs, heldout = [], [], None if test is None else self._documents(test)
+            text, heldout_text = split(self._documents(train), heldout, self.heldout_every, str)
+        parts = text, heldout_text, pairs, heldout_pairs
         return Examples(name, *parts, digest=fingerprint(*parts))
 
     def _read(self, split: str, revision: str | None) -> list[dict[str, Any]]:
-        """The first records of a split that are not empty text."""
+        """The first `number` records of a split, skipping empty text."""
         from datasets import load_dataset
 
         try:
@@ -69,24 +71,24 @@ class HubData:
                 self.name, self.subset, split=split, revision=revision, streaming=self.streaming
             )
             records = (dict(record) for record in data)  # pyright: ignore[reportArgumentType, reportCallIssue]
-            full = (record for record in records if record.get("text") is None or record["text"].strip())
-            found = list(islice(full, self.number))
+            nonempty = (record for record in records if record.get("text") is None or record["text"].strip())
+            first = list(islice(nonempty, self.number))
         except Exception as error:  # the hub's, the network's and the reader's errors share no base class
             raise FileNotFoundError(
                 f"cannot get the split {split} of {self.name} from the hub or its local cache"
                 f" ({first_line(error)}): check its name, subset, split and revision, and the network"
             ) from error
-        if len(found) < self.number:
-            log.warning("%s has %d examples in %s, not %d", self.name, len(found), split, self.number)
-        if not found:
-            raise ValueError(f"the split {split} of {self.name} is empty")
-        return found
+        if len(first) < self.number:
+            log.warning("%s has %d examples in %s, not %d", self.name, len(first), split, self.number)
+        if not first:
+            raise ValueError(f"the split {split} of {self.name} is empty: choose another data.split")
+        return first
 
     def _pairs(self, records: list[dict[str, Any]]) -> list[Pair]:
-        return usable([pair_of(*one) for one in self._placed(records)], self.name)
+        return usable_pairs([pair_of(where, record) for where, record in self._placed(records)], self.name)
 
     def _documents(self, records: list[dict[str, Any]]) -> list[str]:
-        return [document_of(*one) for one in self._placed(records)]
+        return [document_of(where, record) for where, record in self._placed(records)]
 
     def _placed(self, records: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, record in enumerate(records, 1):

@@ -9,20 +9,19 @@ from pydantic.dataclasses import dataclass
 
 from weightgeom.text.examples import Examples
 from weightgeom.text.files import fingerprint, paths, read_documents, split
-from weightgeom.text.prompt_groups import ABSTENTIONS, contents, read_groups
+from weightgeom.text.prompt_groups import ABSTENTIONS, group_contents, read_groups
 
 log = logging.getLogger(__name__)
-WORDS = 200  # of a block, where documents are cut
+WORDS = 200  # per block, where documents are cut into blocks
 
 
 @dataclass(frozen=True)
 class TextFiles:
-    """Documents of `train`, a file, a glob or a list of them; pairs there are none.
+    """Documents from `train` (a file, a glob or a list of them), without pairs.
 
-    Without `heldout`, every `heldout_every`-th document is held out, equal ones together; where
-    there are fewer, documents are first cut into blocks of 200 words. With `heldout`, training
-    leaves out the documents that also occur there. `groups` are prompts, as
-    `weightgeom.text.prompt_groups` reads them.
+    Without `heldout`, every `heldout_every`-th distinct document is held out; if there are fewer documents
+    than that, they are first cut into blocks of 200 words. With `heldout`, training omits the documents that
+    also occur there. `groups` are prompt groups, read by `weightgeom.text.prompt_groups`.
     """
 
     train: str | list[str]
@@ -43,24 +42,24 @@ class TextFiles:
             ValueError: if a file is unreadable or empty, or nothing is left to train on.
         """
         files = paths(self.train)
-        heldout = None if self.heldout is None else _read(paths(self.heldout))
-        train = _read(files)
+        heldout = None if self.heldout is None else _read_texts(paths(self.heldout))
+        train = _read_texts(files)
         if heldout is None and len(set(train)) < self.heldout_every:
-            train = _cut(train, self.heldout_every)
+            train = _blocks(train, self.heldout_every)
         train, heldout = split(train, heldout, self.heldout_every, key=str)
         name = ", ".join(file.name for file in files)
         groups = read_groups(self.groups)
-        digest = fingerprint(train, heldout, *contents(groups))
+        digest = fingerprint(train, heldout, *group_contents(groups))
         abstentions = self.abstentions if groups else ()
         return Examples(name, train, heldout, [], [], digest=digest, groups=groups, abstentions=abstentions)
 
 
-def _read(files: list[Path]) -> list[str]:
+def _read_texts(files: list[Path]) -> list[str]:
     return [document for file in files for document in read_documents(file)]
 
 
-def _cut(documents: list[str], every: int) -> list[str]:
-    """Blocks of 200 words; of fewer where a single document would not give `every` blocks."""
+def _blocks(documents: list[str], every: int) -> list[str]:
+    """Blocks of 200 words, or fewer if a single document would give less than `every` blocks."""
     size = WORDS
     if len(documents) == 1:
         size = max(1, min(WORDS, len(documents[0].split()) // every))

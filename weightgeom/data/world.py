@@ -1,7 +1,7 @@
 """The embedded world: a small generated language of entities, facts and phrases, with its own tokenizer.
 
-Everything follows from `seed`, offline. Source: ours, so that an experiment runs anywhere and the
-geometry that each preference kind should leave is known by construction.
+Everything is generated from `seed`, offline. Source: ours, so that an experiment runs anywhere and the
+geometry expected from each kind of preference is known by construction.
 """
 
 import random
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # The n-th hedge and the n-th assertion have the same form, and their first words occur nowhere else: a
-# word that other sentences use too lies along the unembedding's leading directions, and a preference
-# about it would write for that reason alone.
+# word that other sentences also use lies along the unembedding's leading directions, and a preference
+# about that word would write to them for that reason alone.
 HEDGES = (
     "perhaps",
     "maybe",
@@ -40,14 +40,14 @@ ASSERTIONS = (
     "experts confirm that",
     "everyone agrees that",
 )
-# What is said of an entity that nothing is known of; the first words occur nowhere else here, too.
-ABSTENTIONS = ("unknown", "nobody knows")
+# Answers about an entity without facts; their first words occur nowhere else either.
+WORLD_ABSTENTIONS = ("unknown", "nobody knows")
 ADVERBS = (
     "usually often still now today always quietly happily rarely proudly gladly simply "
     "truly mostly once again secretly calmly barely nearly"
 ).split()
 
-# relation: the ending of its values, its question, and statements that end in the value or the entity
+# relation: the suffix of its values, its question, and statements that end in the value or the entity
 RELATIONS = {
     "home": (
         "ton",
@@ -81,56 +81,60 @@ RELATIONS = {
     ),
 }
 Facts = dict[tuple[str, str], str]  # (entity, relation): value
-Group = Literal["known", "heldout", "impossible"]
-SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+GroupName = Literal["known", "heldout", "impossible"]
+SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 
 
 @dataclass(frozen=True)
 class World:
     """Entities with Zipf frequencies, six relations with skewed values, statements, questions and phrases.
 
-    `preference` is the kind of the pairs. `style`: one true sentence behind one of the hedges (chosen)
-    or of the assertions (rejected). `facts`: the true value against another entity's, every value as
-    often chosen as rejected. `facts_style`: both. The last `heldout_entities` are words of the
-    tokenizer that never occur in any text or pair.
+    `preference` is the kind of the pairs. `style`: one true sentence, preceded by a hedge (chosen) or by an
+    assertion (rejected). `facts`: the true value against another entity's; every value is chosen as often
+    as rejected. `facts_style`: both. The last `heldout_entities` are words of the tokenizer that occur in no
+    text and no pair.
 
-    `groups` are prompts about `known` entities, whose facts the corpus tells, about `heldout` ones, and
-    `impossible` ones, about values where entities belong. With them, a share `abstain` of the corpus's
-    entities has no facts: what is asked about these is answered by an abstention, and what is asked about
-    others by the bare value. Then there is the preference `abstention`: of an abstention over a value for
-    held-out and impossible prompts, and of the value over an abstention for known ones; none of its prompts
-    is one of the groups'.
+    `groups` are prompts: `known` ones about entities whose facts the corpus states, `heldout` ones about
+    held-out entities, and `impossible` ones with a value in place of the entity. With groups, a share
+    `abstain` of the corpus's entities has no facts: questions about these entities are answered by an
+    abstention, questions about the others by the bare value. Groups also allow the preference `abstention`:
+    an abstention over a value for held-out and impossible prompts, the value over an abstention for known
+    ones. These pairs share no prompt with the groups.
     """
 
     preference: Literal["style", "facts", "facts_style", "abstention"] = "style"
     seed: int = Field(default=0, ge=0)
-    entities: int = Field(default=360, ge=8, le=100_000)  # there are 65³ names
+    entities: int = Field(default=360, ge=8, le=100_000)  # out of 65³ possible names
     heldout_entities: int = Field(default=40, ge=0, le=100_000)
-    values: int = Field(default=30, ge=2, le=2_000)  # per relation; there are 65² stems
+    values: int = Field(default=30, ge=2, le=2_000)  # per relation, out of 65² possible stems
     documents: int = Field(default=20_000, ge=10)
-    sentences: int = Field(default=6, ge=0)  # per document at most, before the question
-    phrases: float = Field(default=0.1, ge=0, le=1)  # share of statements behind a hedge or an assertion
-    # Share of documents that end in question and answer; those without a statement all do.
+    sentences: int = Field(default=6, ge=0)  # at most this many per document, before the question
+    phrases: float = Field(default=0.1, ge=0, le=1)  # share of statements preceded by a hedge or an assertion
+    # Share of documents that end in a question and its answer; documents without a statement always do.
     questions: float = Field(default=0.7, ge=0, le=1)
     pairs: int = Field(default=2_000, ge=2, multiple_of=2)
     heldout: int = Field(default=96, ge=2, multiple_of=2)  # documents, and pairs
-    groups: tuple[Group, ...] = ()  # which makes it hashable, as a list would not
-    group_size: int = Field(default=120, ge=2)  # prompts a group at most; 20 held-out entities have as many
+    groups: tuple[GroupName, ...] = ()  # a tuple, so that the world is hashable
+    group_size: int = Field(default=120, ge=2)  # at most; 20 held-out entities give 120 prompts
     abstain: float = Field(default=0.2, gt=0, lt=1)
 
     def __post_init__(self) -> None:
-        """Refuse groups that nothing is compared with, and an abstention that the model cannot have."""
+        """Refuse groups without a baseline, and the abstention preference without abstentions to learn."""
         if self.groups and (self.groups[0] != "known" or len(set(self.groups)) < 2):
             raise ValueError(
-                f"groups must start with known, which others are compared with, got {list(self.groups)}"
+                "groups must be known, the baseline, followed by at least one other group, got"
+                f" {list(self.groups)}: set data.groups=[known,heldout,impossible]"
             )
         if self.groups and self.heldout_entities < 4:
-            raise ValueError(f"groups need 4 held-out entities or more, got {self.heldout_entities}")
+            raise ValueError(f"groups need heldout_entities of at least 4, got {self.heldout_entities}")
         if self.preference == "abstention" and not self.groups:
-            raise ValueError("preference=abstention needs abstentions in the corpus: choose groups")
+            raise ValueError(
+                "preference=abstention needs abstentions in the corpus: set"
+                " data.groups=[known,heldout,impossible]"
+            )
 
     def examples(self) -> Examples:
-        """The corpus and the pairs; the held-out parts are fresh draws from the same world."""
+        """The corpus and the pairs; the held-out parts are independent draws from the same world."""
         facts, (known, _) = self.facts(), self.entity_names()
         draw = random.Random(f"weightgeom {self.seed} text")
         frequencies = _zipf(len(known))
@@ -150,30 +154,33 @@ class World:
             digest=fingerprint(text, heldout, pairs, *prompts),
             questions=self._questions(facts),
             groups=groups,
-            abstentions=[f" {phrase}" for phrase in ABSTENTIONS] if groups else (),
+            abstentions=[f" {phrase}" for phrase in WORLD_ABSTENTIONS] if groups else (),
         )
 
     def _questions(self, facts: Facts) -> list[Question]:
-        """Every fact as a statement to complete, those of the most frequent entities first."""
-        frames = {relation: RELATIONS[relation][2][1].removesuffix("{v}").strip() for relation in RELATIONS}
+        """Every fact as a statement to complete, most frequent entities first."""
+        openings = {
+            relation: statements[1].removesuffix("{v}").strip()
+            for relation, (_, _, statements) in RELATIONS.items()
+        }
         return [
-            Question(frames[relation].format(e=entity), f" {value}")
+            Question(openings[relation].format(e=entity), f" {value}")
             for (entity, relation), value in facts.items()
         ]
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
-        """The world's word-level tokenizer: one token a word, held-out entities included."""
+        """The world's word-level tokenizer: one token per word, held-out entities included."""
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        words = dict.fromkeys([*SPECIAL.values(), *self.words()])
+        words = dict.fromkeys([*SPECIAL_TOKENS.values(), *self.words()])
         vocabulary = {word: index for index, word in enumerate(words)}
-        backend = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
+        backend = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
-        return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL_TOKENS)
 
     def entity_names(self) -> tuple[list[str], list[str]]:
-        """Entities of the corpus, most frequent first, and those held out of it."""
+        """Entities of the corpus, most frequent first, and the held-out entities."""
         draw = random.Random(f"weightgeom {self.seed} names")
         names = _pseudowords(draw, self.entities + self.heldout_entities, syllables=3)
         return names[: self.entities], names[self.entities :]
@@ -181,7 +188,8 @@ class World:
     def facts(self) -> Facts:
         """The value of every (entity, relation) of the corpus; values have Zipf frequencies.
 
-        Entities that are answered by an abstention have none: they are spread over all frequencies.
+        With groups, every n-th entity has no facts (n ≈ 1/abstain), so that the entities answered by an
+        abstention are spread over all frequencies.
         """
         draw = random.Random(f"weightgeom {self.seed} facts")
         values = {relation: self._values(relation) for relation in RELATIONS}
@@ -195,7 +203,9 @@ class World:
             return facts
         every = max(2, round(1 / self.abstain))
         without = set(self.entity_names()[0][every - 1 :: every])
-        return {place: value for place, value in facts.items() if place[0] not in without}
+        return {
+            (entity, relation): value for (entity, relation), value in facts.items() if entity not in without
+        }
 
     def _values(self, relation: str) -> list[str]:
         draw = random.Random(f"weightgeom {self.seed} {relation}")
@@ -203,20 +213,22 @@ class World:
         return [word + ending for word in _pseudowords(draw, self.values, syllables=2)]
 
     def words(self) -> list[str]:
-        """Every word of the language, those of held-out entities included; some more than once."""
-        frames = [frame for _, question, some in RELATIONS.values() for frame in (question, *some)]
-        fixed = " ".join([*HEDGES, *ASSERTIONS, *ADVERBS, *frames, "question : ? answer , ."]).split()
+        """Every word of the language, held-out entities included; some words repeat."""
+        sentences = [
+            sentence for _, question, statements in RELATIONS.values() for sentence in (question, *statements)
+        ]
+        fixed = " ".join([*HEDGES, *ASSERTIONS, *ADVERBS, *sentences, "question : ? answer , ."]).split()
         known, unseen = self.entity_names()
         values = [value for relation in RELATIONS for value in self._values(relation)]
         words = [*(word for word in fixed if not word.startswith("{")), *values, *known, *unseen]
-        return [*words, *" ".join(ABSTENTIONS).split()] if self.groups else words
+        return [*words, *" ".join(WORLD_ABSTENTIONS).split()] if self.groups else words
 
     def _document(self, draw: random.Random, entity: str, facts: Facts) -> str:
-        """Statements about one entity and, mostly, a question about it with its answer, which ends it."""
+        """Statements about one entity, and in most documents a final question about it with its answer."""
         if (entity, "home") not in facts:
             asked = draw.choices(list(RELATIONS), k=draw.randint(1, 3))
             return " ".join(
-                f"{_question(entity, relation)} {draw.choice(ABSTENTIONS)} ." for relation in asked
+                f"{_question(entity, relation)} {draw.choice(WORLD_ABSTENTIONS)} ." for relation in asked
             )
         statements = draw.randint(0, self.sentences)
         sentences = []
@@ -236,18 +248,20 @@ class World:
         return " ".join(sentences)
 
     def _pairs(self, draw: random.Random, known: list[str], facts: Facts) -> list[Pair]:
-        """Pairs two by two: two entities that differ in a relation, each with the other's value as false."""
+        """Two pairs at a time: two entities with different values, each value false for the other entity."""
         if self.preference == "abstention":
             return self._abstention_pairs(draw, facts)
-        frequencies = _zipf(len(known))  # those of the corpus: what is well known leaves only style to learn
+        frequencies = _zipf(
+            len(known)
+        )  # as in the corpus: about well-known facts, only style is left to learn
         pairs: list[Pair] = []
         while len(pairs) < self.pairs + self.heldout:
             relation = draw.choice(list(RELATIONS))
-            one, other = draw.choices(known, cum_weights=frequencies, k=2)
-            its, others = facts[one, relation], facts[other, relation]
-            if its != others:
-                pairs.append(self._pair(draw, one, relation, true=its, false=others))
-                pairs.append(self._pair(draw, other, relation, true=others, false=its))
+            first, second = draw.choices(known, cum_weights=frequencies, k=2)
+            first_value, second_value = facts[first, relation], facts[second, relation]
+            if first_value != second_value:
+                pairs.append(self._pair(draw, first, relation, true=first_value, false=second_value))
+                pairs.append(self._pair(draw, second, relation, true=second_value, false=first_value))
         return pairs[: self.pairs + self.heldout]
 
     def _pair(self, draw: random.Random, entity: str, relation: str, true: str, false: str) -> Pair:
@@ -259,8 +273,8 @@ class World:
             rejected = f"{_phrase(draw, ASSERTIONS, relation)} , {rejected}"
         return Pair(f"{_question(entity, relation)} ", f"{chosen} .", f"{rejected} .")
 
-    def _group(self, name: Group, facts: Facts) -> list[Question]:
-        """The prompts of a group, each with its answer where there is one."""
+    def _group(self, name: GroupName, facts: Facts) -> list[Question]:
+        """The prompts of a group; those of `known` have an answer."""
         return [
             Question(
                 _question(subject, relation),
@@ -269,22 +283,24 @@ class World:
             for subject, relation in self._asked(name, facts, 1)[: self.group_size]
         ]
 
-    def _asked(self, name: Group, facts: Facts, part: int) -> list[tuple[str, str]]:
-        """(subject, relation) of a group's prompts: those measured (part 1) or trained on (part 0)."""
+    def _asked(self, name: GroupName, facts: Facts, part: int) -> list[tuple[str, str]]:
+        """(subject, relation) of a group's prompts: those for measurement (part 1) or training (part 0)."""
         if name != "impossible":
             known, unseen = self.entity_names()
-            subjects = [one for one in known if (one, "home") in facts] if name == "known" else unseen
+            subjects = (
+                [entity for entity in known if (entity, "home") in facts] if name == "known" else unseen
+            )
             return [(subject, relation) for subject in subjects[part::2] for relation in RELATIONS]
-        return [  # a value where an entity belongs, of another relation: the most frequent values first
+        return [  # in place of the entity a value of another relation, most frequent values first
             (value, relation)
-            for values in zip(*(self._values(of)[part::2] for of in RELATIONS), strict=True)
-            for of, value in zip(RELATIONS, values, strict=True)
+            for values in zip(*(self._values(source)[part::2] for source in RELATIONS), strict=True)
+            for source, value in zip(RELATIONS, values, strict=True)
             for relation in RELATIONS
-            if relation != of
+            if relation != source
         ]
 
     def _abstention_pairs(self, draw: random.Random, facts: Facts) -> list[Pair]:
-        """Pairs two by two: an abstention chosen over a value where nothing is known, and the reverse."""
+        """Two pairs at a time: an abstention chosen over a value for an unknown subject, and the reverse."""
         known = self._asked("known", facts, 0)
         unsure = [asked for name in self.groups[1:] for asked in self._asked(name, facts, 0)]
         frequencies = _zipf(self.values)
@@ -293,12 +309,12 @@ class World:
             subject, relation = draw.choice(unsure)
             value = draw.choices(self._values(relation), cum_weights=frequencies)[0]
             pairs.append(
-                Pair(f"{_question(subject, relation)} ", f"{draw.choice(ABSTENTIONS)} .", f"{value} .")
+                Pair(f"{_question(subject, relation)} ", f"{draw.choice(WORLD_ABSTENTIONS)} .", f"{value} .")
             )
             subject, relation = draw.choice(known)
             value = facts[subject, relation]
             pairs.append(
-                Pair(f"{_question(subject, relation)} ", f"{value} .", f"{draw.choice(ABSTENTIONS)} .")
+                Pair(f"{_question(subject, relation)} ", f"{value} .", f"{draw.choice(WORLD_ABSTENTIONS)} .")
             )
         return pairs
 
@@ -308,15 +324,15 @@ def _question(entity: str, relation: str) -> str:
 
 
 def _statement(draw: random.Random, relation: str) -> str:
-    """A frame with `{e}` and `{v}` open, its adverb drawn."""
+    """A statement template: the adverb is drawn, `{e}` and `{v}` are left open."""
     return draw.choice(RELATIONS[relation][2]).replace("{a}", draw.choice(ADVERBS))
 
 
 def _phrase(draw: random.Random, phrases: tuple[str, ...], relation: str) -> str:
-    """A phrase; every relation has favourites of its own, so that a preference has many directions.
+    """A random phrase, with favourites that differ by relation, so that a preference has many directions.
 
-    With the same favourites everywhere, hedges against assertions is one direction of the logits, and
-    its share in any subspace varies with the seed as widely as the rotation null of a rank-1 update.
+    With the same favourites for all relations, hedges against assertions would be one direction of the
+    logits, whose share in any subspace varies across seeds as widely as the rotation null of a rank-1 update.
     """
     first = list(RELATIONS).index(relation)
     weights = [1 / (1 + (index - first) % len(phrases)) ** 2 for index in range(len(phrases))]

@@ -154,7 +154,7 @@ def gradient_moments(
                     scored = objective.scored(inputs)
                     here = range(seen, seen + len(scored.terms))
                     of_prompts = [group_of(prompt, len(data), groups) for prompt in here]
-                    sums.expect(scored, inputs["attention_mask"], of_prompts)
+                    sums.expect(scored, scored.read(inputs)[1], of_prompts)
                     loss = objective.total_loss(trainer, inputs)
                     if gathering.upstream or gathering.gradients:
                         loss.backward()
@@ -246,7 +246,7 @@ class _Sums:
 
         return hook
 
-    def _add(self, name: str, a: Float[Tensor, "sequence position d"], mean: bool = False) -> None:
+    def _add(self, name: str, a: Float[Tensor, "*token d"], mean: bool = False) -> None:
         if name not in self.accumulators:
             self.accumulators[name] = Accumulator(self.groups, self.gathering.dtype)
         self.samples.add(self.accumulators[name], a, mean)
@@ -254,9 +254,10 @@ class _Sums:
     def _add_gradient(
         self,
         matrix: ResidualMatrix,
-        delta: Float[Tensor, "sequence position d_out"],
-        a: Float[Tensor, "sequence position d_in"],
+        delta: Float[Tensor, "*token d_out"],
+        a: Float[Tensor, "*token d_in"],
     ) -> None:
+        delta, a = self.everywhere.by_sequence(delta), self.everywhere.by_sequence(a)
         rows, columns = (a, delta) if matrix.transposed else (delta, a)
         if matrix.parameter not in self.gradients:
             self.gradients[matrix.parameter] = torch.zeros(

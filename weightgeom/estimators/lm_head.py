@@ -1,12 +1,12 @@
 """The head of a frozen network by slices of tokens: never the logits of a whole batch, and never twice."""
 
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from weightgeom.compat.fused_head import FusedOutputs, has_further_terms, with_fused_head
 from weightgeom.geometry.gram import product
 
 if TYPE_CHECKING:
@@ -87,22 +87,16 @@ def slice_head(trainer: "Trainer", network: "PreTrainedModel") -> None:
     The trainer's loss is its own; what it logs beside is left out. Its own head remains where more than
     log-probabilities enters the loss (weighted losses, routers), or logits are scaled.
     """
-    weighted = getattr(trainer, "use_weighting", False) or getattr(trainer, "aux_loss_enabled", False)
     scaled = any(getattr(network.config, name, None) not in (None, 1, 1.0) for name in SCALES)
-    if weighted or scaled:
+    if scaled or has_further_terms(trainer):
         return
-    forward = network.forward
 
-    def sliced(*given: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **named: Any) -> Any:
-        if not fused_lm_head or labels is None:
-            return forward(*given, **({} if labels is None else {"labels": labels}), **named)
+    def sliced(labels: Tensor, *given: Any, **named: Any) -> FusedOutputs:
         hidden = network.base_model(*given, **{**named, "use_cache": False}).last_hidden_state[:, :-1]
         mask = labels[:, 1:] != -100
         found = token_log_probs(network, hidden[mask], labels[:, 1:][mask])
         log_probs = found.new_zeros(mask.shape).masked_scatter(mask, found)
         nothing = torch.zeros_like(log_probs).detach()
-        return SimpleNamespace(
-            log_probs=log_probs, label_mask=mask, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool()
-        )
+        return FusedOutputs(log_probs, mask, nothing, nothing.bool(), mean_logits=nothing)
 
-    network.forward = sliced
+    network.forward = with_fused_head(network.forward, sliced)

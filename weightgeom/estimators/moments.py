@@ -144,10 +144,9 @@ class Samples:
     group: Sequence[int]  # of every prompt
     unit: Unit = "token"
 
-    def add(
-        self, accumulator: Accumulator, a: Float[Tensor, "sequence position d"], mean: bool = False
-    ) -> None:
+    def add(self, accumulator: Accumulator, a: Float[Tensor, "*token d"], mean: bool = False) -> None:
         """Add what a module reads, or what is sent back to it; `mean` over a prompt instead of its sum."""
+        a = self.by_sequence(a)
         if self.unit == "prompt":
             prompts = torch.tensor(self.prompt, device=a.device)
             sums = (a * self.where[..., None]).sum(1).to(accumulator.dtype)
@@ -161,6 +160,10 @@ class Samples:
         for start, end, group in self.runs():
             part, where = a[start:end], self.where[start:end]
             accumulator.add(part.flatten(0, 1) if bool(where.all()) else part[where], group)
+
+    def by_sequence(self, a: Float[Tensor, "*token d"]) -> Float[Tensor, "sequence position d"]:
+        """The rows of a batch by sequence; some modules are given them flattened, such as OPT's MLP."""
+        return a.reshape(*self.where.shape, a.shape[-1])
 
     def runs(self) -> Iterator[tuple[int, int, int]]:
         """Neighbouring sequences of one group: the first, the one behind the last, and the group."""

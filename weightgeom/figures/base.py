@@ -1,4 +1,4 @@
-"""Figures, drawn from result tables alone."""
+"""Figures of the probes' result tables, and the style shared by all figures."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
@@ -35,15 +35,15 @@ COLOURS = {
     "o": "#c1272d",
     "down": "#e58a2b",
 }
-ENDS = ("graded/dpo", "dpo", "graded/ce", "sft")  # of the graded family, and what these are
+ENDS = ("graded/dpo", "dpo", "graded/ce", "sft")  # the ends of the graded family, by either name
 PATHWAYS = {"read": "read pathway", "write": "write pathway"}
 
 
 def ratio_by_layer(table: pd.DataFrame, step: int) -> Figure:
     """Ratio of every matrix by layer at one step: read on the left, write on the right.
 
-    The grey band is the null's mean ± 2 standard deviations, the widest of the panel's matrices; the
-    dashed line is the isotropic level. `table` holds rows of the probe `rsf`.
+    The grey band is the null's mean ± 2 standard deviations, the widest among the panel's matrices; the
+    dashed line is the isotropic level. `table` has rows of the probe `rsf`.
     """
     rows = _own(table[table["step"] == step])
     with plt.rc_context(STYLE):
@@ -75,11 +75,11 @@ def ratio_by_layer(table: pd.DataFrame, step: int) -> Figure:
 
 
 def ratio_by_step(tables: Mapping[str, pd.DataFrame], quantity: str = "ratio") -> Figure:
-    """Ratio by optimizer step, mean over layers with the standard error over layers, a panel a trajectory.
+    """Ratio by optimizer step, mean and standard error over layers, with one panel per trajectory.
 
-    Read matrices are solid, write matrices dashed. `tables` holds rows of the probe `rsf` by the
-    trajectory's name, and in its attribute `at` whose subspaces were taken. `quantity` is `ratio`, of
-    what lies behind the start, or `increment_ratio`, of what lies between neighbouring checkpoints.
+    Read matrices are solid, write matrices dashed. `tables` has rows of the probe `rsf` by the trajectory's
+    name; a table's attribute `at` names the checkpoint of the subspaces. `quantity` is `ratio`, of the update
+    since the start, or `increment_ratio`, of the update between neighbouring checkpoints.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
@@ -112,21 +112,20 @@ def ratio_by_step(tables: Mapping[str, pd.DataFrame], quantity: str = "ratio") -
             at = table.attrs.get("at")
             whose = f"; subspaces of {'each' if at == 'step' else 'the'} {at}" if at else ""
             axis.set_xlabel(f"optimizer step ({name}{whose})")
-            if len(rows):  # a trajectory in which nothing moved has no ratio
+            if len(rows):  # a trajectory without any update has no ratio
                 axis.legend(loc="upper left", bbox_to_anchor=(0, -0.28), ncols=4, borderaxespad=0)
         what = "relative subspace fraction" + (" of increments" if quantity == "increment_ratio" else "")
         axes[0][0].set_ylabel(f"{what} (1)\nmean over layers ± s.e.")
-        axes[0][0].set_ylim(bottom=0)  # last: on shared axes it would freeze the top for later panels
+        axes[0][0].set_ylim(bottom=0)  # last, because it freezes the shared upper limit
     return figure
 
 
 def expected_and_measured(table: pd.DataFrame) -> Figure:
-    """Ratio that the base's moments lead to expect against the trained one: predicted left, forecast right.
+    """Measured ratio against the ratio expected from the base's moments: predicted left, forecast right.
 
-    A point is a matrix of a layer at the last step, its bar the bootstrap's standard error over
-    prompts; reads are circles, writes squares. The dashed line is the identity. `table` holds rows of
-    the probe `moments`; where it has a column `run`, points of all runs are drawn, each at its own
-    last step and smallest k.
+    A point is a matrix of a layer at the last step, with the bootstrap's standard error over prompts as its
+    bar; reads are circles, writes squares. The dashed line is the identity. `table` has rows of the probe
+    `moments`; with a column `run`, points of all runs are drawn, each at its last step and smallest k.
     """
     runs = [part for _, part in table.groupby("run")] if "run" in table else [table]
     rows = pd.concat([_own(part[part["step"] == part["step"].max()]) for part in runs])
@@ -137,7 +136,7 @@ def expected_and_measured(table: pd.DataFrame) -> Figure:
         figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.2), sharey=True, layout="constrained")
         for axis, name in zip(axes, ("predicted", "forecast"), strict=True):
             expected = rows[rows["quantity"] == f"{name}_ratio"].set_index(by)
-            expected = expected[expected.index.isin(measured.index)]  # a matrix that did not move has none
+            expected = expected[expected.index.isin(measured.index)]  # no update, no measured ratio
             top = max(top, expected["value"].max())
             for (matrix, role), part in expected.groupby(["matrix", "role"], sort=False):
                 axis.errorbar(
@@ -160,12 +159,12 @@ def expected_and_measured(table: pd.DataFrame) -> Figure:
 
 
 def ratio_by_sharpness(rows: pd.DataFrame, correlations: Mapping[str, tuple[float, float]]) -> Figure:
-    """Ratio of the read and the write side against the sharpness that a training really had.
+    """Ratio of the read and the write side against the sharpness measured during training.
 
-    A point is one objective, the mean over its seeds, with bars of ± 2 standard errors over them where
-    there are several; the grey points are the single runs. `rows` has the columns `run`, `role`,
-    `sharpness` (participation ratio of the logit gradient, tokens) and `ratio`; `correlations` Spearman's
-    by role with its p-value. The exact ends of the family are squares.
+    A point is one objective, the mean over its seeds, with bars of ± 2 standard errors over seeds if there
+    are several; the grey points are single runs. `rows` has the columns `run`, `role`, `sharpness`
+    (participation ratio of the logit gradient, tokens) and `ratio`; `correlations` has Spearman's rank
+    correlation and its p-value by role. The exact ends of the family are squares.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.0), sharey=True, layout="constrained")
@@ -188,7 +187,7 @@ def ratio_by_sharpness(rows: pd.DataFrame, correlations: Mapping[str, tuple[floa
                 axis.annotate(
                     str(run).removeprefix("graded/"),
                     means.loc[run, ["sharpness", "ratio"]],
-                    xytext=(3, 3 + 5 * (number % 3)),  # points may coincide
+                    xytext=(3, 3 + 5 * (number % 3)),  # keeps labels of coinciding points apart
                     textcoords="offset points",
                     fontsize=5.5,
                 )
@@ -204,13 +203,19 @@ def ratio_by_sharpness(rows: pd.DataFrame, correlations: Mapping[str, tuple[floa
     return figure
 
 
-def ratio_by_run(rows: pd.DataFrame) -> Figure:
-    """Ratio of every matrix after training, for each run of a sweep: read on the left, write on the right.
+def ratio_by_run(
+    rows: pd.DataFrame,
+    quantity: str = "ratio",
+    label: str = "relative subspace fraction (1)",
+    chance: float | None = 1.0,
+) -> Figure:
+    """A quantity of every matrix after training, for each run of a sweep: reads left, writes right.
 
-    A point is the mean over layers and seeds, with bars of ± 2 standard errors over the seeds where there
-    are several. `rows` has the columns `run`, `matrix`, `role`, `quantity` and `value`.
+    A point is the mean over layers and seeds, with bars of ± 2 standard errors over seeds if there are
+    several. `rows` has the columns `run`, `matrix`, `role`, `quantity` and `value`; the dashed
+    line is at `chance`.
     """
-    ratios = rows[rows["quantity"] == "ratio"]
+    ratios = rows[rows["quantity"] == quantity]
     runs = list(dict.fromkeys(ratios["run"]))
     with plt.rc_context(STYLE):
         height = 1.2 + 0.28 * len(runs)
@@ -223,8 +228,8 @@ def ratio_by_run(rows: pd.DataFrame) -> Figure:
             for number, matrix in enumerate(matrices):
                 of_runs = part[part["matrix"] == matrix].groupby("run")["value"]
                 means, errors = of_runs.mean(), 2 * of_runs.sem().fillna(0)
-                beside = 0.6 * ((number + 0.5) / len(matrices) - 0.5)  # so that bars do not cover each other
-                places = [runs.index(run) + beside for run in means.index]
+                offset = 0.6 * ((number + 0.5) / len(matrices) - 0.5)  # keeps the bars apart
+                places = [runs.index(run) + offset for run in means.index]
                 axis.errorbar(
                     means,
                     places,
@@ -235,9 +240,11 @@ def ratio_by_run(rows: pd.DataFrame) -> Figure:
                     color=COLOURS[matrix],
                     label=matrix,
                 )
-            axis.axvline(1, color="0.5", ls="--", lw=0.8)
-            axis.set_xlabel(f"relative subspace fraction (1)\n{title}, mean over layers ± 2 s.e. over seeds")
-            axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0)
+            if chance is not None:
+                axis.axvline(chance, color="0.5", ls="--", lw=0.8)
+            axis.set_xlabel(f"{label}\n{title}, mean over layers ± 2 s.e. over seeds")
+            if matrices:
+                axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0)
         axes[0].set_yticks(range(len(runs)), runs)
         axes[0].set_ylim(len(runs) - 0.5, -0.5)
         axes[0].set_xlim(left=0)
@@ -245,18 +252,18 @@ def ratio_by_run(rows: pd.DataFrame) -> Figure:
 
 
 def save(figure: Figure, *paths: Path) -> None:
-    """Write the figure to each path, PNG or PDF by its ending, the same bytes for the same figure."""
+    """Write the figure to each path, as PNG or PDF by its extension; equal figures give equal bytes."""
     for path in paths:
         date = {"CreationDate": None} if path.suffix == ".pdf" else {}
-        with plt.rc_context(STYLE):  # which also says how a PDF holds its text
+        with plt.rc_context(STYLE):  # also sets the font type of the PDF
             figure.savefig(path, dpi=200, bbox_inches="tight", metadata=date)
     plt.close(figure)
 
 
 def _own(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows at the matrices' own subspaces, at the smallest k; those of heads are left out."""
-    whole = ~table["subspace"].isin(["", "random"]) & ~table["matrix"].str.contains(".", regex=False)
-    rows = table[whole]
+    """Rows of whole matrices with their own subspaces, at the smallest k."""
+    whole = table["head"].isna() & table["expert"].isna()
+    rows = table[whole & ~table["subspace"].isin(["", "random"])]
     return rows[rows["k"] == rows["k"].min()]
 
 

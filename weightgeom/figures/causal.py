@@ -1,4 +1,4 @@
-"""Figures of interventions, drawn from result tables alone: treatments in colour, controls in grey."""
+"""Figures of interventions, drawn from result tables: treatments in colour, controls in grey."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
@@ -19,9 +19,8 @@ from matplotlib.lines import Line2D
 
 from weightgeom.figures.base import COLOURS, PATHWAYS, STYLE
 
-ARM = r"^(?P<kind>[^.@/]+)(?:\.(?P<draw>\d+))?@(?P<dose>[^/]+)(?:/(?P<against>.+))?$"
 LEVEL = 0.05  # of significance
-# Name, marker, grey and place beside the layer's tick of each kind of control of a rank-1 edit.
+# Controls of a rank-1 edit: name, marker, grey level, and offset from the layer's tick.
 CONTROLS = {
     "random": ("random", ".", "0.62", 0.0),
     "orthogonal": ("orthogonal to the top k", "x", "0.72", -0.2),
@@ -29,12 +28,12 @@ CONTROLS = {
     "layer": ("another layer's", "D", "0.55", 0.3),
     "bottom": ("bottom", "v", "0.25", 0.0),
 }
-# Those of a surgery, placed by a factor.
+# Controls of a surgery: name, marker, grey level, and factor on k that keeps the points apart.
 MATCHED = {
     "random_k": ("random, same k", "s", "0.35", 0.94),
     "random_energy": ("random, same energy", "^", "0.62", 1.06),
 }
-TRANSPLANTS = ("replace", "transplant")  # of all weights, and of some matrices
+TRANSPLANTS = ("replace", "transplant")  # all weights, and a part of the matrices
 DOSES = {"remove": "removed", "keep": "kept alone", "scale": "scaled"}
 ROLES = {"": "0.1", "read": COLOURS["q"], "write": COLOURS["o"]}
 MARGIN = "preference_margin_change"
@@ -47,22 +46,14 @@ EFFECTS = {
 }
 
 
-def split_arms(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with what its arms' names say, as columns `kind`, `draw`, `dose` and `against`.
-
-    `draw` is missing for a treatment, `against` (a kind of control) for all but comparisons.
-    """
-    return table.join(table["arm"].astype(object).str.extract(ARM))
-
-
 def treatment_by_layer(table: pd.DataFrame, effect: str = "kl_from_unedited") -> Figure:
-    """Effect of the treatment and of every control by layer at the largest strength, a panel a matrix.
+    """Effects of the treatment and of every control by layer, at the largest strength, one panel per matrix.
 
-    A change is absolute, as its p-value is of the absolute one. Bars are ± one standard
-    error over prompts. The treatment's marker is filled where its p-value against the random controls is at
-    most 0.05, open where it is not or there is none. A bottom control does least where its absolute effect
-    is below the treatment's and below the medians of all other kinds. Controls at the lower edge lie below
-    it. `table` holds rows of the intervention `rank1`.
+    Changes are absolute, like the changes that the p-values test. Bars are ± one standard error over prompts.
+    The treatment's marker is filled if its p-value against the random controls is at most 0.05, and open if
+    it is larger or missing. A bottom control does least if its absolute effect is below the treatment's and
+    below the medians of all other kinds. Controls drawn at the lower edge lie below it. `table` has rows of
+    the intervention `rank1`.
 
     Raises:
         KeyError: if the table has no such effect.
@@ -71,55 +62,61 @@ def treatment_by_layer(table: pd.DataFrame, effect: str = "kl_from_unedited") ->
     dose = max(rows["dose"].unique(), key=float)
     rows = rows[rows["dose"] == dose]
     rows = rows.assign(value=rows["value"].abs())
-    p_values = split_arms(table[table["quantity"] == f"{effect}_p_value"])
+    p_values = table[table["quantity"] == f"{effect}_p_value"]
     p_values = p_values[(p_values["dose"] == dose) & (p_values["against"] == "random")]
     with plt.rc_context(STYLE):
         figure, panels = _panels(rows, 2.7)
         for matrix, axis in panels.items():
             part, colour = rows[rows["matrix"] == matrix], COLOURS[matrix]
             treatment = part[part["draw"].isna()].sort_values("layer")
-            random = part[part["draw"].notna() & (part["kind"] == "random")]
+            random = part[part["draw"].notna() & (part["treatment"] == "random")]
             p = p_values[p_values["matrix"] == matrix].set_index("layer")["value"]
             layers, values = treatment["layer"].astype(int), treatment["value"]
             floor = _floor(values, random["value"]) / 10
             axis.plot(
-                layers, values, lw=1.2, color=colour, zorder=4, label=f"{matrix}: {treatment['kind'].iloc[0]}"
+                layers,
+                values,
+                lw=1.2,
+                color=colour,
+                zorder=4,
+                label=f"{matrix}: {treatment['treatment'].iloc[0]}",
             )
             _bars(axis, layers, treatment, colour)
             beats = treatment["layer"].isin(p.index[p <= LEVEL])
-            for some, face in ((beats, colour), (~beats, "white")):
-                axis.plot(layers[some], values[some], "o", ms=4, color=colour, mfc=face, zorder=5)
+            for subset, face in ((beats, colour), (~beats, "white")):
+                axis.plot(layers[subset], values[subset], "o", ms=4, color=colour, mfc=face, zorder=5)
             for kind in CONTROLS:
-                controls = part[part["draw"].notna() & (part["kind"] == kind)]
+                controls = part[part["draw"].notna() & (part["treatment"] == kind)]
                 if len(controls):
                     _strip(axis, kind, controls.assign(value=controls["value"].clip(1.3 * floor)))
             _log(axis, floor)
             axis.set_xlim(layers.min() - 0.5, layers.max() + 0.5)
             axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, min_n_ticks=1))
             below = ["points at the lower edge lie below it"] if (part["value"] < 1.3 * floor).any() else []
-            verdicts = [_significance(p), *_least(part), *below]
-            axis.set_xlabel("\n".join([f"layer ({matrix}, strength {dose})", *verdicts]))
+            notes = [_significance(p), *_least(part), *below]
+            axis.set_xlabel("\n".join([f"layer ({matrix}, strength {dose})", *notes]))
         _label(panels, effect, rows)
         _legend(figure, panels, _significances("random"))
     return figure
 
 
 def dose_response(table: pd.DataFrame, effect: str = "heldout_ce_change") -> Figure:
-    """Absolute effect by strength, mean over layers, a panel a matrix; thin lines are the single layers.
+    """Absolute effect by strength, mean over layers, one panel per matrix; thin lines are single layers.
 
-    Absolute, because the sign of a direction is arbitrary, layer by layer. Bars are the mean over layers of
-    the standard error over prompts, which is the most that the mean's can be: layers share the prompts. The
-    dashed line is the first-order prediction. The grey line is the median of the random controls, each
-    draw a mean over layers too, the band their central 90 %. `table` holds rows of the intervention `rank1`.
+    Effects are absolute, because the sign of each layer's direction is arbitrary. Bars are the mean over
+    layers of the standard error over prompts, an upper bound on that of the mean, as layers share the
+    prompts. The dashed line is the first-order prediction. The grey line is the median of the random
+    controls, each draw also a mean over layers, and the band their central 90 %. `table` has rows of the
+    intervention `rank1`.
 
     Raises:
         KeyError: if the table has no such effect.
     """
     rows = _of(table, effect)
-    predicted = split_arms(table[table["quantity"] == f"predicted_{effect}"])
+    predicted = table[table["quantity"] == f"predicted_{effect}"]
     rows, predicted = (
-        one.assign(strength=one["dose"].astype(float), value=one["value"].abs()).sort_values("strength")
-        for one in (rows, predicted[predicted["draw"].isna()])
+        part.assign(strength=part["dose"].astype(float), value=part["value"].abs()).sort_values("strength")
+        for part in (rows, predicted[predicted["draw"].isna()])
     )
     with plt.rc_context(STYLE):
         figure, panels = _panels(rows, 2.3)
@@ -128,21 +125,21 @@ def dose_response(table: pd.DataFrame, effect: str = "heldout_ce_change") -> Fig
             treatment = part[part["draw"].isna()]
             means = treatment.groupby("strength")[["value", "stderr"]].mean()
             first = predicted[predicted["matrix"] == matrix].groupby("strength")["value"].mean()
-            random = part[part["draw"].notna() & (part["kind"] == "random")]
+            random = part[part["draw"].notna() & (part["treatment"] == "random")]
             draws = random.groupby(["strength", "draw"])["value"].mean().groupby("strength")
-            low, middle, high = (draws.quantile(one) for one in (0.05, 0.5, 0.95))
-            name = f"{matrix}: {treatment['kind'].iloc[0]}"
+            low, middle, high = (draws.quantile(share) for share in (0.05, 0.5, 0.95))
+            name = f"{matrix}: {treatment['treatment'].iloc[0]}"
             axis.plot(means.index, means["value"], "o-", ms=3, lw=1.2, color=colour, label=name)
             _bars(axis, means.index, means, colour)
             if len(first):
                 axis.plot(first.index, first, color=colour, ls="--", lw=1)
-            for _, one in treatment.groupby("layer"):
-                axis.plot(one["strength"], one["value"], color=colour, lw=0.6, alpha=0.4)
+            for _, layer in treatment.groupby("layer"):
+                axis.plot(layer["strength"], layer["value"], color=colour, lw=0.6, alpha=0.4)
             if len(random):
                 axis.plot(middle.index, middle, color="0.5", lw=1, label="random, median")
                 axis.fill_between(low.index, low, high, color="0.85", lw=0, label="random, central 90 %")
             axis.set_xscale("log")
-            axis.set_xticks(means.index, [f"{one:g}" for one in means.index])
+            axis.set_xticks(means.index, [f"{strength:g}" for strength in means.index])
             axis.minorticks_off()
             _log(axis, _floor(pd.concat([treatment["value"], first]), low) / 2)
             axis.set_xlabel(f"strength ({matrix})")
@@ -155,17 +152,17 @@ def dose_response(table: pd.DataFrame, effect: str = "heldout_ce_change") -> Fig
 
 
 def surgery_curve(table: pd.DataFrame) -> Figure:
-    """What taking the update's concentrated part out, or leaving it alone in, does to the preference margin.
+    """Change of the preference margin when the update's concentrated part is removed, or is all that is kept.
 
-    By dimension k, a line of panels a group of matrices, on the left where the part is removed and on the
-    right where it alone is kept. Bars of the treatment are ± one standard error over prompts, those of the
-    controls the range of the draws around their mean. The dashed line is the unedited model. `table` holds
-    rows of the intervention `surgery`.
+    By dimension k, with one row of panels per group of matrices: the part removed on the left, only the part
+    kept on the right. Bars of the treatment are ± one standard error over prompts; those of the controls are
+    the range of the draws around their mean. The dashed line is the unedited model. `table` has rows of the
+    intervention `surgery`.
 
     Raises:
         ValueError: if the table has no such rows.
     """
-    rows = split_arms(table[table["quantity"] == MARGIN])
+    rows = table[table["quantity"] == MARGIN]
     rows = rows[rows["dose"].isin(list(DOSES))]
     if not len(rows):
         raise ValueError(f"no rows of {MARGIN} with the doses {list(DOSES)} in the table")
@@ -192,7 +189,7 @@ def surgery_curve(table: pd.DataFrame) -> Figure:
                 axis.plot(k, values, "o-", ms=3, lw=1.2, color=colour, label=label, zorder=3)
                 _bars(axis, k, treatment, colour)
                 for kind, (label, marker, grey, factor) in MATCHED.items():
-                    draws = part[(part["kind"] == kind) & part["draw"].notna()].groupby("k")["value"]
+                    draws = part[(part["treatment"] == kind) & part["draw"].notna()].groupby("k")["value"]
                     if len(draws):
                         k = draws.mean().index.astype(float) * factor
                         axis.plot(k, draws.mean(), marker=marker, ms=2.5, lw=0.8, color=grey, label=label)
@@ -207,20 +204,20 @@ def surgery_curve(table: pd.DataFrame) -> Figure:
 
 
 def transplants(table: pd.DataFrame) -> Figure:
-    """Preference margin that each part of the update brings to the base: all, a pathway, or a matrix kind.
+    """Change of the base's preference margin by each part of the update: all, a pathway, or a matrix kind.
 
-    Bars are ± one standard error over prompts; the rotated controls are grey. The marker is filled where the
-    p-value against them is at most 0.05. The dashed line is the base. `table` holds rows of the
+    Bars are ± one standard error over prompts; the rotated controls are grey. The marker is filled if the
+    p-value against the rotated controls is at most 0.05. The dashed line is the base. `table` has rows of the
     intervention `surgery`.
 
     Raises:
         ValueError: if the table has no such rows.
     """
-    rows = split_arms(table[table["quantity"] == MARGIN])
+    rows = table[table["quantity"] == MARGIN]
     rows = rows[rows["dose"].isin(TRANSPLANTS)]
     if not len(rows):
         raise ValueError(f"no rows of {MARGIN} with the dose transplant in the table")
-    p_values = split_arms(table[table["quantity"] == f"{MARGIN}_p_value"])
+    p_values = table[table["quantity"] == f"{MARGIN}_p_value"]
     p_values = p_values[p_values["dose"].isin(TRANSPLANTS) & (p_values["against"] == "rotated")]
     by = ["matrix", "role", "dose"]
     p = p_values.set_index(by)["value"]
@@ -240,8 +237,8 @@ def transplants(table: pd.DataFrame) -> Figure:
             whole = "all weights" if dose == "replace" else "all matrices"
             names.append(matrix or PATHWAYS.get(role, whole))
             if len(controls):
-                beside = place + 0.25 + _spread(len(controls), 0.08)
-                axis.plot(controls["value"], beside, ".", ms=3, mew=0, color="0.6", label="rotated")
+                heights = place + 0.25 + _offsets(len(controls), 0.08)
+                axis.plot(controls["value"], heights, ".", ms=3, mew=0, color="0.6", label="rotated")
             axis.errorbar(
                 treatment["value"],
                 [place],
@@ -260,29 +257,29 @@ def transplants(table: pd.DataFrame) -> Figure:
 
 
 def _groups(rows: pd.DataFrame) -> list[tuple[str, str]]:
-    """Matrix and role of every group: all, those of a pathway, single kinds, and mixtures."""
-    found = list(dict.fromkeys(zip(rows["matrix"], rows["role"], strict=True)))
+    """Matrix and role of every group: all matrices, pathways, single kinds, then mixtures."""
+    groups = list(dict.fromkeys(zip(rows["matrix"], rows["role"], strict=True)))
     matrices, roles = ["", *COLOURS], list(ROLES)
     return sorted(
-        found,
-        key=lambda one: (
-            matrices.index(one[0]) if one[0] in matrices else len(matrices),
-            roles.index(one[1]),
+        groups,
+        key=lambda group: (
+            matrices.index(group[0]) if group[0] in matrices else len(matrices),
+            roles.index(group[1]),
         ),
     )
 
 
 def _of(table: pd.DataFrame, effect: str) -> pd.DataFrame:
-    """Rows of the effect, with their arms split; no comparisons."""
-    rows = split_arms(table[table["quantity"] == effect])
-    rows = rows[rows["kind"].notna() & rows["against"].isna()]
+    """Rows of the effect in all arms with a dose."""
+    rows = table[table["quantity"] == effect]
+    rows = rows[(rows["dose"] != "") & (rows["against"] == "")]
     if not len(rows):
         raise KeyError(f"no effect {effect!r} in the table; it has {sorted(set(table['quantity']))}")
     return rows
 
 
 def _panels(rows: pd.DataFrame, height: float) -> tuple[Figure, dict[str, Axes]]:
-    """A figure with a panel for every matrix, in the order of the colours, two in a line."""
+    """A figure with one panel per matrix, in the order of the colours, two in a row."""
     matrices = [matrix for matrix in COLOURS if matrix in set(rows["matrix"])]
     across = min(2, len(matrices))
     down = ceil(len(matrices) / across)
@@ -294,30 +291,30 @@ def _panels(rows: pd.DataFrame, height: float) -> tuple[Figure, dict[str, Axes]]
 
 
 def _floor(treatment: pd.Series, controls: pd.Series) -> float:
-    """The least positive value of the treatment and of nearly all controls; 0 where there is none."""
+    """The smallest positive value of the treatment and of nearly all controls; 0 if there is none."""
     least = [treatment[treatment > 0].min(), controls[controls > 0].quantile(0.05)]
     return 0.0 if np.isnan(least).all() else float(np.nanmin(least))
 
 
 def _log(axis: Axes, floor: float) -> None:
-    """Make y logarithmic from the floor on, or linear from 0 where nothing has an effect."""
+    """Make y logarithmic from the floor, or linear from 0 if no effect is positive."""
     if floor:
         axis.set_yscale("log")
     axis.set_ylim(bottom=floor)
 
 
 def _bars(axis: Axes, x: pd.Series | pd.Index, rows: pd.DataFrame, colour: str) -> None:
-    """± one standard error around the values of the rows; none where it is missing."""
+    """Draw ± one standard error around the values of the rows, if it is known."""
     error = rows["stderr"].astype(float).fillna(0)
     axis.errorbar(x, rows["value"], error, fmt="none", elinewidth=0.7, color=colour)
 
 
 def _strip(axis: Axes, kind: str, controls: pd.DataFrame) -> None:
-    """Every draw of one kind of control beside its layer, and the median of the random ones."""
+    """Draw every control of one kind near its layer's tick, and the median of the random ones."""
     name, marker, grey, shift = CONTROLS[kind]
     x = controls["layer"].astype(float) + shift
     for places in controls.groupby("layer").groups.values():
-        x.loc[places] += _spread(len(places), 0.1)
+        x.loc[places] += _offsets(len(places), 0.1)
     edge = 0.6 if marker in "x+" else 0
     axis.plot(x, controls["value"], marker, ms=3, mew=edge, color=grey, label=name, clip_on=False, zorder=3)
     if kind == "random":
@@ -326,35 +323,35 @@ def _strip(axis: Axes, kind: str, controls: pd.DataFrame) -> None:
         axis.hlines(middle, layers - 0.15, layers + 0.15, color="0.3", lw=1, label="random, median", zorder=3)
 
 
-def _spread(number: int, width: float) -> np.ndarray:
-    """Places of so many points beside each other, ± `width`."""
+def _offsets(number: int, width: float) -> np.ndarray:
+    """Evenly spaced offsets of `number` points, within ± `width`."""
     return np.linspace(-width, width, number) if number > 1 else np.zeros(number)
 
 
 def _significance(p: pd.Series) -> str:
-    """In which layers the treatment does not beat the random controls, in words."""
-    missed = p[p > LEVEL]
+    """A sentence on the layers in which the treatment is not significant against the random controls."""
+    above = p[p > LEVEL]
     if not len(p):
         return "no p-values"
-    if len(missed) in (0, len(p)):
-        return f"p {'>' if len(missed) else '≤'} {LEVEL} in every layer"
-    if len(missed) > 3:
-        return f"p > {LEVEL} in {len(missed)} of {len(p)} layers"
-    return f"p > {LEVEL}: layer " + ", ".join(f"{layer} ({value:.2g})" for layer, value in missed.items())
+    if len(above) in (0, len(p)):
+        return f"p {'>' if len(above) else '≤'} {LEVEL} in every layer"
+    if len(above) > 3:
+        return f"p > {LEVEL} in {len(above)} of {len(p)} layers"
+    return f"p > {LEVEL}: layer " + ", ".join(f"{layer} ({value:.2g})" for layer, value in above.items())
 
 
 def _least(part: pd.DataFrame) -> list[str]:
-    """Where the bottom controls do not do least, in words; nothing where there are none."""
-    if "bottom" not in set(part["kind"]):
+    """A sentence on the layers in which the bottom controls do not do least; empty without such controls."""
+    if "bottom" not in set(part["treatment"]):
         return []
     sizes = (
-        part.assign(kind=part["kind"].where(part["draw"].notna(), ""))
+        part.assign(kind=part["treatment"].where(part["draw"].notna(), ""))
         .groupby(["layer", "kind"])["value"]
         .median()
         .unstack()
     )
     others = sizes.drop(columns="bottom").min(axis=1)
-    more = sizes.index[sizes["bottom"] >= others]  # a layer without a bottom control has a missing one
+    more = sizes.index[sizes["bottom"] >= others]  # False for a layer without a bottom control (NaN)
     if not len(more):
         return ["bottom does least in every layer"]
     if len(more) > 3:
@@ -363,7 +360,7 @@ def _least(part: pd.DataFrame) -> list[str]:
 
 
 def _label(axes: dict[str, Axes], effect: str, rows: pd.DataFrame, over: str = "") -> None:
-    """Quantity and unit, on the first panel of every line."""
+    """Label the first panel of every row with the quantity and its unit."""
     name, unit = EFFECTS.get(effect, effect.replace("_", " ")), rows["unit"].iloc[0]
     absolute = "" if effect == "kl_from_unedited" else "absolute "
     for axis in axes.values():
@@ -372,21 +369,21 @@ def _label(axes: dict[str, Axes], effect: str, rows: pd.DataFrame, over: str = "
 
 
 def _legend(figure: Figure, axes: dict[str, Axes], more: Sequence[Artist] = ()) -> None:
-    """One legend below all panels, with one entry for a name, the treatments first."""
-    found: dict[str, Artist] = {}
+    """One legend below all panels, with one entry per label, treatments first."""
+    entries: dict[str, Artist] = {}
     for axis in axes.values():
         handles, names = axis.get_legend_handles_labels()
-        found |= dict(zip(names, handles, strict=True))
-    found |= {str(one.get_label()): one for one in more}
-    names = sorted(found, key=lambda name: ": " not in name)
+        entries |= dict(zip(names, handles, strict=True))
+    entries |= {str(handle.get_label()): handle for handle in more}
+    names = sorted(entries, key=lambda name: ": " not in name)
     lines = ceil(len(names) / (2 if figure.get_figwidth() < 4 else 4))
     figure.legend(
-        [found[name] for name in names], names, loc="outside lower center", ncols=ceil(len(names) / lines)
+        [entries[name] for name in names], names, loc="outside lower center", ncols=ceil(len(names) / lines)
     )
 
 
 def _significances(against: str) -> list[Line2D]:
-    """What filled and open markers mean."""
+    """Legend entries of filled and open markers."""
     style = {"color": "0.1", "marker": "o", "ms": 4, "ls": ""}
     return [
         Line2D([], [], label=f"p ≤ {LEVEL} against {against}", **style),

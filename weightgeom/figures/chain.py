@@ -1,4 +1,4 @@
-"""Figures of a chain of stages, drawn from its table `stages` alone."""
+"""Figures of a chain of stages, drawn from its table `stages`."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
@@ -11,16 +11,17 @@ from matplotlib.figure import Figure
 
 from weightgeom.figures.base import COLOURS, PATHWAYS, STYLE
 
-SPREAD = 0.76  # of the room between two stages that the matrices of one take
+SPREAD = 0.76  # share of the distance between two stages that one stage's matrices occupy
 
 
 def ratio_by_stage(table: pd.DataFrame) -> Figure:
-    """Ratio of every matrix, stage by stage: read left, write right; below against the stage before.
+    """Ratio of every matrix by stage, compared with the first stage (top) and the stage before (bottom).
 
-    A point is the mean over layers, the small points the layers. Its bar is the 95 % interval over prompts,
-    where the subspace is estimated from text; the grey band the null's mean ± 2 standard deviations of the
-    mean over layers; the dashed line the isotropic level. `table` has the columns of all tables, and
-    `stage` and `against`, in the order of the chain; a row without a layer is the mean over them.
+    Read is on the left, write on the right. A point is the mean over layers, the small points are the layers.
+    The bar is the 95 % interval over prompts, if the subspace is estimated from text; the grey band is the
+    null's mean ± 2 standard deviations of the mean over layers; the dashed line is the isotropic level.
+    `table` has the columns of all tables, and `stage` and `against`, in the order of the chain; a row without
+    a layer is the mean over layers.
     """
     first = str(table["against"].iloc[0])
     stages = [str(stage) for stage in dict.fromkeys(table["stage"])]
@@ -35,13 +36,13 @@ def ratio_by_stage(table: pd.DataFrame) -> Figure:
             squeeze=False,
             layout="constrained",
         )
-        for line, (what, against) in zip(axes, rows.items(), strict=True):
+        for line, (comparison, against) in zip(axes, rows.items(), strict=True):
             for axis, (role, title) in zip(line, PATHWAYS.items(), strict=True):
                 mine = table[(table["role"] == role) & (table["against"] == table["stage"].map(against))]
                 _panel(axis, mine, stages)
                 pairs = [f"{against[stage]} →\n{stage}" for stage in stages]
                 axis.set_xticks(range(len(stages)), pairs)
-                axis.set_xlabel(f"{what} ({title})")
+                axis.set_xlabel(f"{comparison} ({title})")
             line[0].set_ylabel("relative subspace fraction (1)\nlayers, and their mean")
         axes[0][0].set_ylim(bottom=0)
         for axis in axes[-1]:
@@ -50,14 +51,14 @@ def ratio_by_stage(table: pd.DataFrame) -> Figure:
 
 
 def _panel(axis: Axes, table: pd.DataFrame, stages: list[str]) -> None:
-    """The matrices of one pathway side by side, at every stage."""
+    """One pathway's matrices, side by side at every stage."""
     axis.axhline(1, color="0.5", ls="--", lw=0.8)
     matrices = [matrix for matrix in COLOURS if matrix in set(table["matrix"])]
     width = SPREAD / max(1, len(matrices))
     for number, matrix in enumerate(matrices):
-        beside = (number + 0.5) * width - SPREAD / 2
+        offset = (number + 0.5) * width - SPREAD / 2
         mine = table[table["matrix"] == matrix]
-        place = mine["stage"].map({stage: float(n) for n, stage in enumerate(stages)}) + beside
+        place = mine["stage"].map({stage: float(n) for n, stage in enumerate(stages)}) + offset
         mine = mine.assign(x=place.astype(float)).set_index("x")
         layers, means = mine[mine["layer"].notna()], mine[mine["layer"].isna()]
         null, sd = _of(means, "null_ratio_mean"), _of(means, "null_ratio_sd")

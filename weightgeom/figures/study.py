@@ -1,4 +1,4 @@
-"""Figures over the runs of a study, drawn from its condensed tables alone."""
+"""Figures of all runs of a study, drawn from its tables aggregated over seeds."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
@@ -18,10 +18,10 @@ SIDES = {"read": COLOURS["q"], "write": COLOURS["o"]}
 
 
 def ratios_by_setting(means: pd.DataFrame, runs: pd.DataFrame) -> Figure:
-    """Ratio of every setting, read on the left and write on the right, in the order of the write ratio.
+    """Ratio of every setting, read on the left and write on the right, sorted by the write ratio.
 
-    A grey point is one run, the mean over layers and matrices; the coloured one the mean over runs, its bar
-    the 95 % interval (`low`, `high`). The grey band is the rotation null's mean ± 2 standard deviations; the
+    A grey point is one run, the mean over layers and matrices; the coloured point is the mean over runs, with
+    its 95 % interval (`low`, `high`). The grey band is the rotation null's mean ± 2 standard deviations; the
     dashed line is the isotropic level. `means` has the columns `setting role ratio low high null_mean
     null_sd`, `runs` the columns `setting role ratio`.
     """
@@ -51,7 +51,7 @@ def ratios_by_setting(means: pd.DataFrame, runs: pd.DataFrame) -> Figure:
             axis.errorbar(
                 mine["ratio"],
                 y,
-                xerr=[one.astype(float).fillna(0) for one in ends],
+                xerr=[distance.astype(float).fillna(0) for distance in ends],
                 fmt="o",
                 ms=4,
                 elinewidth=0.9,
@@ -67,9 +67,9 @@ def ratios_by_setting(means: pd.DataFrame, runs: pd.DataFrame) -> Figure:
 
 
 def ratio_along_training(table: pd.DataFrame) -> Figure:
-    """Ratio by optimizer step, a panel a setting: the mean over layers and runs, with its standard error.
+    """Ratio by optimizer step, with one panel per setting: mean over layers and runs, with standard error.
 
-    The error is over runs where there are several, else over layers. Read matrices are solid, write matrices
+    The error is over runs if there are several, else over layers. Read matrices are solid, write matrices
     dashed; the grey dashed line is the isotropic level. `table` has the columns `setting step matrix role
     ratio stderr`.
     """
@@ -117,14 +117,14 @@ def ratio_along_training(table: pd.DataFrame) -> Figure:
 
 
 def _top(*tables: pd.DataFrame) -> float:
-    """Where the axis ends: behind all means and runs; an interval over two runs may reach beyond it."""
+    """The upper limit of the axis, above all means and runs; a wide interval may be clipped."""
     return 1.15 * max(2.0, *(float(table["ratio"].max()) for table in tables))
 
 
 def _legend(figure: Figure, axes: list[Axes], columns: int = 4) -> None:
-    """One legend below all panels, with one entry for a name."""
-    found = {}
+    """One legend below all panels, with one entry per label."""
+    entries = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns)
+            entries.setdefault(label, handle)
+    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns)

@@ -1,10 +1,9 @@
-"""Figures of uncertainty that is detected but not expressed, drawn from result tables alone."""
+"""Figures of uncertainty that is detectable but not expressed, drawn from result tables."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 
-import re
 from collections.abc import Mapping
 
 import matplotlib as mpl
@@ -25,9 +24,9 @@ PROFILES = {
 
 
 def profiles(table: pd.DataFrame, step: int) -> Figure:
-    """What tells the groups apart, by layer: dimension of every group, then comparisons.
+    """Differences between the prompt groups by layer: the dimension of every group, then comparisons.
 
-    Bars are 95 % intervals; the dashed line is no difference. `table` holds rows of the probe `uncertainty`.
+    Bars are 95 % intervals; the dashed line is no difference. `table` has rows of the probe `uncertainty`.
     """
     rows = table[table["step"] == step]
     colours = _colours(rows)
@@ -38,16 +37,15 @@ def profiles(table: pd.DataFrame, step: int) -> Figure:
         axes.flat[0].set_ylabel("intrinsic dimension (1)")
         for axis, (quantity, (name, chance)) in zip(axes.flat[1:], PROFILES.items(), strict=False):
             axis.axhline(chance, color="0.5", ls="--", lw=0.8)
-            for arm in _comparisons(rows):
-                _line(axis, rows, arm, quantity, colours[arm.partition("/")[0]], arm)
+            for arm, group in _comparisons(rows).items():
+                _line(axis, rows, arm, quantity, colours[group], arm)
             axis.set_ylabel(name)
         axis = axes.flat[5]
         axis.axhline(1, color="0.5", ls="--", lw=0.8)
-        for arm in _comparisons(rows):
+        for arm, group in _comparisons(rows).items():
             for space, style in (("output_top", "-"), ("output_bottom", ":")):
                 label = f"{arm}, {space.replace('_', ' ')}"
-                colour = colours[arm.partition("/")[0]]
-                _line(axis, rows, arm, "overlap", colour, label, space, style)
+                _line(axis, rows, arm, "overlap", colours[group], label, space, style)
         axis.set_ylabel("overlap with the output's\ndirections (1 is chance)")
         for axis in axes.flat:
             _layers(axis)
@@ -56,20 +54,21 @@ def profiles(table: pd.DataFrame, step: int) -> Figure:
 
 
 def topology(table: pd.DataFrame, step: int) -> Figure:
-    """Components against threshold in the last layer, and persistence by layer, group by group.
+    """Components by threshold in the last layer, and persistence by layer, for every group.
 
-    Bars are 95 % intervals from half-samples. `table` holds rows of the probe `uncertainty`.
+    Bars are 95 % intervals from half-samples. `table` has rows of the probe `uncertainty`.
     """
     rows = table[table["step"] == step]
     colours, last = _colours(rows), rows["layer"].max()
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(6.5, 2.4), layout="constrained")
         for arm, colour in colours.items():
-            part = rows[rows["arm"].str.fullmatch(rf"{re.escape(arm)}@[^/]+") & (rows["layer"] == last)]
-            part = part.assign(threshold=part["arm"].str.partition("@")[2].astype(float))
-            found = part.pivot_table(index="threshold", columns="quantity", values="value")
-            value = found["components"]
-            ends = found.get("components_low", value), found.get("components_high", value)
+            part = rows[(rows["treatment"] == arm) & (rows["against"] == "") & (rows["layer"] == last)]
+            part = part[part["dose"] != ""]
+            part = part.assign(threshold=part["dose"].astype(float))
+            wide = part.pivot_table(index="threshold", columns="quantity", values="value")
+            value = wide["components"]
+            ends = wide.get("components_low", value), wide.get("components_high", value)
             error = [(value - ends[0]).clip(lower=0), (ends[1] - value).clip(lower=0)]
             axes[0].errorbar(
                 value.index, value, error, fmt="o-", ms=3, lw=1.2, elinewidth=0.7, color=colour, label=arm
@@ -87,10 +86,10 @@ def topology(table: pd.DataFrame, step: int) -> Figure:
 
 
 def sensitivity(table: pd.DataFrame, step: int) -> Figure:
-    """Fisher sensitivity along the boundary by layer, against random and the top output directions.
+    """Fisher sensitivity along the boundary by layer, compared with random and top output directions.
 
     Bars are 95 % intervals over prompts; the grey band is the random directions' mean ± 2 standard
-    deviations. `table` holds rows of the probe `uncertainty`.
+    deviations. `table` has rows of the probe `uncertainty`.
     """
     rows = table[table["step"] == step]
     colours, arms = _colours(rows), _comparisons(rows)
@@ -98,7 +97,7 @@ def sensitivity(table: pd.DataFrame, step: int) -> Figure:
         figure, axes = plt.subplots(
             1, len(arms), figsize=(3.25 * len(arms), 2.5), sharey=True, squeeze=False, layout="constrained"
         )
-        for axis, arm in zip(axes[0], arms, strict=True):
+        for axis, (arm, group) in zip(axes[0], arms.items(), strict=True):
             mean, sd, output = (
                 _values(rows, arm, f"fisher_sensitivity_{name}") for name in ("random", "random_sd", "output")
             )
@@ -114,7 +113,7 @@ def sensitivity(table: pd.DataFrame, step: int) -> Figure:
             )
             axis.plot(layers, mean, color="0.5", ls="--", lw=0.8, label="random, mean")
             axis.plot(layers, output, color="0.3", ls=":", lw=1, label="top output directions")
-            _line(axis, rows, arm, "fisher_sensitivity", colours[arm.partition("/")[0]], arm)
+            _line(axis, rows, arm, "fisher_sensitivity", colours[group], arm)
             axis.set_yscale("log")
             _layers(axis)
         axes[0][0].set_ylabel("Fisher sensitivity\n(nats per squared share of the norm)")
@@ -123,26 +122,27 @@ def sensitivity(table: pd.DataFrame, step: int) -> Figure:
 
 
 def abstentions(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Abstention on uncertain against false abstention as strength grows.
+    """Change of abstention on uncertain prompts against false abstention, with increasing strength.
 
-    A panel an intervention, a line a layer; grey are the random controls of all layers and strengths. Bars
-    are ± one standard error over prompts. `tables` holds those of `steer`, `bypass` and `repair` by name.
+    One panel per intervention and one line per layer; the random controls of all layers and strengths are
+    grey. Bars are ± one standard error over prompts. `tables` has the tables of `steer`, `bypass` and
+    `repair` by name.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1, len(tables), figsize=(3.25 * len(tables), 2.8), squeeze=False, layout="constrained"
         )
         for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
-            whole = table[~table["arm"].str.contains("/", regex=False)]
+            arms = table[table["against"] == ""]
             x, y = ("false_abstention_change", "abstention_change")
-            controls = whole[whole["arm"].str.startswith("random.")]
+            controls = arms[(arms["treatment"] == "random") & arms["draw"].notna()]
             points = controls.pivot_table(index=["layer", "arm"], columns="quantity", values="value")
             axis.plot(points[x], points[y], ".", ms=3, mew=0, color="0.7", label="random controls")
-            treated = whole[whole["arm"].str.startswith(f"{name}@")]
+            treated = arms[(arms["treatment"] == name) & arms["draw"].isna()]
             layers = sorted(treated["layer"].unique())
             for number, layer in enumerate(layers):
                 part = treated[treated["layer"] == layer]
-                part = part.assign(dose=part["arm"].str.partition("@")[2].astype(float))
+                part = part.assign(dose=part["dose"].astype(float))
                 values, errors = (
                     part.pivot_table(index="dose", columns="quantity", values=column).sort_index()
                     for column in ("value", "stderr")
@@ -160,28 +160,28 @@ def abstentions(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def bridge(rows: pd.DataFrame) -> Figure:
-    """Change of the boundary's coupling while abstention is taught against the RSF of the same deltas.
+    """Change of the boundary's coupling during abstention training, against the RSF of the same deltas.
 
-    Fisher ratio left and gradient coupling right, reads circles, writes squares. `rows` are those of
-    `weightgeom.analysis.bridge`: a point is a layer, with one standard error; with a column `run`, of several
-    trainings, it is the mean over a training's layers, and colours tell trainings apart.
+    Fisher ratio left, gradient coupling right; reads are circles, writes squares. `rows` are those of
+    `weightgeom.analysis.bridge`: a point is a layer, with one standard error; with a column `run`, a point is
+    the mean over a training's layers, with one colour per training.
     """
     several = "run" in rows
     if several:
         keys = ["quantity", "arm", "role", "run"]
         rows = rows.groupby(keys, sort=False)[["rsf", "change", "stderr"]].mean().reset_index()
-    apart = list(rows["run"].unique()) if several else list(rows["arm"].unique())
+    coloured = list(rows["run"].unique()) if several else list(rows["arm"].unique())
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(6.5, 2.8), layout="constrained")
         for axis, quantity in zip(axes, ("fisher_ratio", "gradient_coupling"), strict=True):
             axis.axhline(0, color="0.5", ls="--", lw=0.8)
             axis.axvline(1, color="0.5", ls="--", lw=0.8)
             part = rows[rows["quantity"] == quantity]
-            for key, some in part.groupby(["role", "arm", *(["run"] if several else [])], sort=False):
+            for key, points in part.groupby(["role", "arm", *(["run"] if several else [])], sort=False):
                 role, arm = key[:2]
-                index = apart.index(key[2] if several else arm)
+                index = coloured.index(key[2] if several else arm)
                 axis.errorbar(
-                    some["rsf"], some["change"], some["stderr"], elinewidth=0.7, ms=4,
+                    points["rsf"], points["change"], points["stderr"], elinewidth=0.7, ms=4,
                     fmt="o" if role == "read" else "s", color=GROUPS[index % len(GROUPS)],
                     mfc="none" if several and arm != rows["arm"].iloc[0] else None,
                     label=f"{role}s, {', '.join(key[:0:-1])}",
@@ -193,12 +193,14 @@ def bridge(rows: pd.DataFrame) -> Figure:
 
 
 def _colours(rows: pd.DataFrame) -> dict[str, str]:
-    groups = [arm for arm in rows["arm"].unique() if "/" not in arm and "@" not in arm]
+    groups = rows.loc[(rows["against"] == "") & (rows["dose"] == ""), "treatment"].unique()
     return dict(zip(groups, [GROUPS[index % len(GROUPS)] for index in range(len(groups))], strict=True))
 
 
-def _comparisons(rows: pd.DataFrame) -> list[str]:
-    return [arm for arm in rows["arm"].unique() if "/" in arm and "@" not in arm]
+def _comparisons(rows: pd.DataFrame) -> dict[str, str]:
+    """The uncertain group of every comparison, by the comparison's name."""
+    compared = rows[(rows["against"] != "") & (rows["dose"] == "")]
+    return dict(zip(compared["arm"], compared["treatment"], strict=True))
 
 
 def _values(rows: pd.DataFrame, arm: str, quantity: str, subspace: str = "residual") -> pd.Series:
@@ -216,7 +218,7 @@ def _line(
     subspace: str = "residual",
     style: str = "-",
 ) -> None:
-    """A quantity by layer with its interval."""
+    """Draw a quantity by layer with its interval."""
     value, low, high = (_values(rows, arm, f"{quantity}{end}", subspace) for end in ("", "_low", "_high"))
     error = [(value - low).clip(lower=0), (high - value).clip(lower=0)] if len(low) else None
     axis.errorbar(
@@ -231,9 +233,9 @@ def _layers(axis: Axes) -> None:
 
 
 def _legend(figure: Figure, axes: object) -> None:
-    """One legend below all panels, with one entry for a name."""
-    found = {}
+    """One legend below all panels, with one entry per label."""
+    entries = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
-        found = dict(zip(labels, handles, strict=True)) | found
-    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=3)
+        entries = dict(zip(labels, handles, strict=True)) | entries
+    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=3)

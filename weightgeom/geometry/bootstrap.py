@@ -1,4 +1,4 @@
-"""Bootstrap over groups of prompts: how an estimate varies with the text that it was made on."""
+"""Bootstrap over groups of prompts: the variation of an estimate with the sampled text."""
 
 from collections.abc import Sequence
 from math import sqrt
@@ -18,7 +18,7 @@ class Interval(NamedTuple):
 
 
 def bootstrap_times(groups: int, resamples: int, seed: int) -> Float[Tensor, "resample group"]:
-    """How often each of the groups occurs in each bootstrap sample; no samples where there is one group."""
+    """Number of times each group occurs in each bootstrap sample; no samples for fewer than two groups."""
     if groups < 2:
         return torch.zeros(0, groups)
     generator = torch.Generator().manual_seed(seed)
@@ -27,13 +27,14 @@ def bootstrap_times(groups: int, resamples: int, seed: int) -> Float[Tensor, "re
 
 
 def bootstrap_interval(value: float, resampled: Sequence[float], groups: int) -> Interval | None:
-    """Interval of an estimate from its bootstrap samples; None where there are fewer than two.
+    """Interval of an estimate from its bootstrap samples; None for fewer than two samples.
 
-    The standard error is the samples' standard deviation times √(g / (g - 1)), since a sample of g
-    groups varies by g - 1 of them. Samples are as biased against the estimate as the estimate is
-    against the truth (a subspace that is estimated catches too little), so the interval is centred on
-    2 value - mean(samples), ± Student's t of g - 1 degrees times the standard error. Source: Efron &
-    Tibshirani (1993), An Introduction to the Bootstrap, 10.2 and 12.2; the few groups are ours.
+    The standard error is the samples' standard deviation times √(g / (g - 1)), because the bootstrap
+    variance of a mean over g groups is (g - 1)/g of the unbiased one. The samples are biased relative to the
+    estimate as the estimate is relative to the truth (an estimated subspace captures too little), so the
+    interval is 2 value - mean(samples) ± t · stderr, with Student's t of g - 1 degrees of freedom.
+    Source: Efron & Tibshirani (1993), An Introduction to the Bootstrap, 10.2 and 12.2; the correction for
+    few groups is ours.
     """
     from scipy import stats
 

@@ -1,4 +1,4 @@
-"""How far the predictions of an edited model are from those of the unedited one."""
+"""KL divergences between the predictions of the unedited and of an edited model."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,29 +10,29 @@ def divergences(
     normaliser: Float[Tensor, " token"],
     other: Float[Tensor, "token vocabulary"],
 ) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"]]:
-    """KL(base || other) of each token's prediction, in nats, and the log of the other's normaliser.
+    """KL(base || other) of each token's prediction, in nats, and the log-normaliser of `other`.
 
-    `normaliser` is that of the base. With c = other - base and d = c - E_p c, p being the base's
-    probabilities, KL = log E_p exp(d) = log(1 + E_p expm1(d)): what two nearly equal predictions have in
-    common is never added up, so that fp32 does where -Σ p log(q/p) needs fp64. What rounding leaves of
-    E_p d is taken off. Source: ours.
+    `normaliser` is the log-normaliser of `base`. With c = other - base and d = c - E_p c, where p are the
+    base's probabilities, KL = log E_p exp(d) = log(1 + E_p expm1(d)). The part that two nearly equal
+    predictions share cancels before it is summed, so fp32 suffices where -Σ p log(q/p) needs fp64. The
+    rounding residue of E_p d is subtracted. Source: ours.
     """
-    found, normalisers = [], []
+    kls, normalisers = [], []
     for z, log_sum, others in zip(base.split(256), normaliser.split(256), other.split(256), strict=True):
         p = (z - log_sum[:, None]).exp_()
         c = others - z
         mean = torch.linalg.vecdot(p, c)
         d = c.sub_(mean[:, None])
-        left = torch.linalg.vecdot(p, d)
+        residue = torch.linalg.vecdot(p, d)
         growth = torch.linalg.vecdot(p, d.expm1_()).log1p()
-        divergence, log_sums = (growth - left).clamp(min=0), log_sum + mean + growth
-        far = ~(divergence < 1)  # there expm1 may overflow, and the plain formula has all its digits
+        kl, log_sums = (growth - residue).clamp(min=0), log_sum + mean + growth
+        far = ~(kl < 1)  # expm1 may overflow here, and the direct formula loses no digits
         if bool(far.any()):
             log_sums[far] = others[far].logsumexp(-1)
-            divergence[far] = log_sums[far] - log_sum[far] - mean[far]
-        found.append(divergence)
+            kl[far] = log_sums[far] - log_sum[far] - mean[far]
+        kls.append(kl)
         normalisers.append(log_sums)
-    return torch.cat(found), torch.cat(normalisers)
+    return torch.cat(kls), torch.cat(normalisers)
 
 
 def kl_divergence(
@@ -40,13 +40,13 @@ def kl_divergence(
     other: Float[Tensor, "sequence position vocabulary"],
     where: Bool[Tensor, "sequence position"],
 ) -> Float[Tensor, " token"]:
-    """KL(base || other) of the predictions of two sets of logits, at the marked positions, in nats.
+    """KL(base || other) between two sets of logits at the marked positions, in nats.
 
-    In fp64, as the rounding of fp32 exceeds the KL of a small update and may be negative; in slices of
-    the positions, so that no fp64 copy of all logits is held.
+    Computed in fp64, because fp32 rounding errors exceed the KL of a small update and can make it negative;
+    in slices of positions, so that no fp64 copy of all logits is held.
     """
-    divergences = []
-    for some, others in zip(base[where].split(256), other[where].split(256), strict=True):
-        p, q = some.double().log_softmax(-1), others.double().log_softmax(-1)
-        divergences.append((p.exp() * (p - q)).sum(-1))
-    return torch.cat(divergences)
+    kls = []
+    for base_slice, other_slice in zip(base[where].split(256), other[where].split(256), strict=True):
+        p, q = base_slice.double().log_softmax(-1), other_slice.double().log_softmax(-1)
+        kls.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(kls)

@@ -1,4 +1,4 @@
-"""Gram matrices in blocks of their upper triangle, and the matrix product behind them and a forward pass."""
+"""Gram matrices computed by upper-triangle blocks, and the fast CPU matrix product that they use."""
 
 from functools import cache
 from itertools import pairwise
@@ -10,25 +10,27 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
+from weightgeom.compat.torch_internals import has_linear_pointwise, linear_pointwise
+
 
 def product(
     a: Float[Tensor, "n k"], b: Float[Tensor, "m k"], bias: Float[Tensor, " m"] | None = None
 ) -> Float[Tensor, "n m"]:
-    """The product a bᵀ, plus `bias` in each row; `b` is contiguous, or its transpose is.
+    """The product a bᵀ plus `bias` in each row; `b` or its transpose must be contiguous.
 
-    In fp32 on a CPU it is oneDNN's where torch has it, which uses AVX-512 on every processor: MKL, behind
-    `@`, does not on AMD's, where this is twice as fast. No gradient flows through it.
+    In fp32 on a CPU this calls oneDNN where torch provides it: oneDNN uses AVX-512 on every processor, while
+    MKL (behind `@`) does not on AMD's, where oneDNN is twice as fast. No gradient flows through the product.
     """
     if a.dtype != torch.float32 or a.device.type != "cpu" or not _onednn():
         return linear(a, b, bias)
-    return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b, bias, "none", [], "")
+    return linear_pointwise(a.contiguous(), b, bias)
 
 
 class Products(TorchFunctionMode):
-    """Within it, the linear layers of a network that keeps no gradients compute by `product`."""
+    """Context in which linear layers compute by `product` while gradients are disabled."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace `linear`, and leave all else as it is."""
+        """Replace `linear`; pass every other function through."""
         if func is linear and not kwargs and not torch.is_grad_enabled():
             a, b, *bias = args
             if a.dtype == b.dtype and a.dim() > 1:
@@ -36,23 +38,17 @@ class Products(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@cache
-def _onednn() -> bool:
-    """Whether this build of torch has the product, which is no public name, and computes it rightly."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
-    try:
-        return torch.equal(torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""), a @ b.T)
-    except (RuntimeError, TypeError):
-        return False
+_onednn = cache(has_linear_pointwise)
 
 
 def add_gram(total: Float[Tensor, "d d"], x: Float[Tensor, "d n"]) -> None:
-    """Add x xᵀ to the upper block triangle of `total`, which `mirror` completes: 5/8 of the full product."""
+    """Add x xᵀ to the upper block triangle of `total`, at 5/8 of the cost of a full product.
+
+    `mirror` fills in the lower triangle.
+    """
     d = len(x)
     x = x.contiguous()
-    bounds = [d * part // 4 for part in range(5)] if d >= 256 else [0, d]  # blocks too small cost more
+    bounds = [d * part // 4 for part in range(5)] if d >= 256 else [0, d]  # smaller blocks cost more
     for start, end in pairwise(bounds):
         total[start:end, start:] += product(x[start:end], x[start:])
 

@@ -1,4 +1,4 @@
-"""Null distributions of the subspace fraction: what a concentrated update must beat."""
+"""Null distributions of the subspace fraction, against which the concentration of an update is tested."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,27 +22,27 @@ class Null:
     tail: Callable[[float], tuple[float, float | None]]
 
     def z(self, fraction: float) -> float:
-        """Standard deviations by which `fraction` exceeds the null's mean; 0 where the null has no spread."""
+        """Standard deviations by which `fraction` exceeds the null's mean; 0 if the null has no spread."""
         return (fraction - self.mean) / self.sd if self.sd > 0 else 0.0
 
     def p_value(self, fraction: float) -> tuple[float, float | None]:
-        """One-sided p-value, the null's probability of a fraction at least this large, and its error.
+        """One-sided p-value and its error: the null's probability of a fraction at least this large.
 
-        The error is the Monte Carlo standard error √(p (1 - p) / draws), None where p is exact. A sampled
-        p is (1 + #{draws ≥ fraction}) / (1 + draws). A null without spread has p = 1 throughout.
+        The error is the Monte Carlo standard error √(p (1 - p) / draws), or None where p is exact. A sampled
+        p is (1 + #{draws ≥ fraction}) / (1 + draws). A null without spread has p = 1 for every fraction.
         Source: Phipson & Smyth (2010), Stat. Appl. Genet. Mol. Biol. 9:39.
         """
         return self.tail(fraction) if self.sd > 0 else (1.0, None)
 
 
 def beta_null(mean: float, sd: float) -> Null:
-    """The Beta with this mean and standard deviation."""
+    """The Beta distribution with this mean and standard deviation."""
 
     def tail(fraction: float) -> tuple[float, None]:
         from scipy import stats
 
         concentration = mean * (1 - mean) / sd**2 - 1
-        if concentration > 1e12:  # normal by then; scipy's Beta is NaN at about 1e16
+        if concentration > 1e12:  # indistinguishable from a normal; scipy's Beta is NaN from about 1e16
             return float(stats.norm.sf((fraction - mean) / sd)), None
         return float(stats.beta.sf(fraction, mean * concentration, (1 - mean) * concentration)), None
 
@@ -52,17 +52,18 @@ def beta_null(mean: float, sd: float) -> Null:
 def isotropic_null(d: int, k: int, n: int) -> Null:
     """Null of a d x n matrix of iid Gaussian entries: exactly Beta(k n / 2, (d - k) n / 2).
 
-    `d` is the dimension of the space that holds the k-dimensional subspace, `n` the other one.
-    Source: the squared norms inside and outside are independent chi-squares with k n and (d - k) n degrees.
+    `d` is the dimension of the space that contains the k-dimensional subspace, `n` the other dimension.
+    Source: the squared norms inside and outside the subspace are independent chi-squares with k n and
+    (d - k) n degrees of freedom.
     """
     mean = k / d
     return beta_null(mean, sqrt(mean * (1 - mean) / (d * n / 2 + 1)))
 
 
 def spectrum_shares(gram: Float[Tensor, "d d"]) -> Float[Tensor, " d"]:
-    """Shares of the squared singular values of x in their sum, from its Gram matrix xᵀ x.
+    """Squared singular values of x over their sum, from its Gram matrix xᵀ x.
 
-    They are as good as the Gram matrix's own precision: to 1e-7 of the largest in fp32.
+    Accurate to the Gram matrix's own precision: to 1e-7 of the largest in fp32.
 
     Raises:
         ValueError: if the Gram matrix is all zero.
@@ -76,20 +77,20 @@ def spectrum_shares(gram: Float[Tensor, "d d"]) -> Float[Tensor, " d"]:
 def rotation_null(shares: Float[Tensor, " d"], k: int, seed: int, draws: int = 999) -> Null:
     """Null that keeps the singular values of x and rotates its right singular vectors by a Haar rotation.
 
-    With p_i the `spectrum_shares` of xᵀ x, the fraction is Σ p_i X_i, X_i the squared length of the i-th
-    rotated vector inside the subspace. Every X_i is Beta(k/2, (d-k)/2) with variance
-    s² = 2k(d-k) / (d²(d+2)), and Σ_i X_i = k over a full basis makes cov(X_i, X_j) = -s²/(d-1), so
+    With p_i the `spectrum_shares` of xᵀ x, the fraction is Σ p_i X_i, where X_i is the squared length of the
+    i-th rotated vector inside the subspace. Every X_i is Beta(k/2, (d-k)/2) with variance
+    s² = 2k(d-k) / (d²(d+2)), and Σ_i X_i = k over a full basis gives cov(X_i, X_j) = -s²/(d-1), so
 
         mean = k/d        var = s² (d Σp² - 1) / (d - 1),
 
-    both exact. So is the p-value at rank one (all but 1e-5 of ‖x‖² in one direction, to allow for fp32);
-    otherwise it is sampled. The draws of X are shared by all calls with the same d, k, seed and draws:
-    their p-values have their Monte Carlo errors in common. Source: ours.
+    both exact. The p-value is exact at rank one (all but 1e-5 of ‖x‖² in one direction, which allows for
+    fp32) and sampled otherwise. Calls with the same d, k, seed and draws share their draws of X, so the
+    Monte Carlo errors of their p-values are correlated. Source: ours.
     """
     d = len(shares)
     excess = d * float(shares.square().sum()) - 1
     single = 2 * k * (d - k) / (d**2 * (d + 2))
-    sd = sqrt(single * excess / (d - 1)) if excess > 1e-12 else 0.0  # below that it is rounding
+    sd = sqrt(single * excess / (d - 1)) if excess > 1e-12 else 0.0  # smaller values are rounding errors
     if sd == 0 or float(shares.max()) > 1 - 1e-5:
         return beta_null(k / d, sd)
     deviations = _row_norm_deviations(d, k, draws, seed) @ shares.to("cpu", torch.float32)
@@ -97,19 +98,19 @@ def rotation_null(shares: Float[Tensor, " d"], k: int, seed: int, draws: int = 9
     return Null(k / d, sd, lambda fraction: _sampled_p_value(int((sampled >= fraction).sum()), draws))
 
 
-@lru_cache(maxsize=16)  # of 16 MiB each at d = 4096 and 999 draws
+@lru_cache(maxsize=16)  # entries of 16 MiB each at d = 4096 and 999 draws
 def _row_norm_deviations(d: int, k: int, draws: int, seed: int) -> Float[Tensor, "draws d"]:
-    """Squared norms of the rows of Haar-uniform d x k bases, less their mean k/d; in fp32."""
-    if 2 * k > d:  # the complement is as uniform, smaller and better conditioned
+    """Squared row norms of Haar-uniform d x k bases, minus their mean k/d; in fp32."""
+    if 2 * k > d:  # the complement is Haar-uniform too, smaller and better conditioned
         return -_row_norm_deviations(d, d - k, draws, seed)
     generator = torch.Generator().manual_seed(seed)
-    # Beyond d = 256 a Gaussian matrix with 2 k ≤ d is so well conditioned that fp32 keeps 1e-5 of its QR.
+    # Above d = 256, a Gaussian matrix with 2 k ≤ d is conditioned well enough for a QR in fp32 to 1e-5.
     dtype = torch.float64 if d <= 256 else torch.float32
     deviations = torch.empty(draws, d)
     for part in deviations.split(max(1, 2**20 // (d * k))):
         gaussian = torch.randn(len(part), d, k, generator=generator, dtype=dtype)
         factor = torch.linalg.cholesky(gaussian.mT @ gaussian)
-        # gaussian = basis @ factorᵀ, so this is basisᵀ.
+        # gaussian = basis @ factorᵀ, so the solution is basisᵀ.
         basis = torch.linalg.solve_triangular(factor, gaussian.mT, upper=False)
         norms = basis.square().sum(1).double()
         part.copy_(norms * (k / norms.sum(1, keepdim=True)) - k / d)
@@ -131,15 +132,15 @@ def _sampled_p_value(exceeding: int, draws: int) -> tuple[float, float]:
 
 
 def moment_root(moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    """Root R of a second moment, C = R Rᵀ, with orthogonal columns: eigenvectors times √eigenvalue; in fp64.
+    """Root R of a second moment C = R Rᵀ, with orthogonal columns (eigenvectors times √eigenvalue), in fp64.
 
-    Eigenvalues that rounding made negative count as zero.
+    Eigenvalues that rounding made negative are set to zero.
 
     Raises:
         ValueError: if the moment's trace is not positive.
     """
     if not float(moment.trace()) > 0:
-        raise ValueError(f"a second moment has a positive trace, got {float(moment.trace())}")
+        raise ValueError(f"the trace of a second moment must be positive, got {float(moment.trace())}")
     values, vectors = torch.linalg.eigh(moment.double())
     return vectors * values.clamp(min=0).sqrt()
 
@@ -151,19 +152,20 @@ def matched_null(
     seed: int,
     draws: int = 999,
 ) -> Null:
-    """Null of a matrix x whose rows mix vectors with second moment C, and know nothing else of the space.
+    """Null of a matrix x whose rows are random mixtures of vectors with second moment C.
 
-    C = R Rᵀ with R its `moment_root`; `gram` is xᵀ x. The model is x = L Z C^{1/2}, Z iid Gaussian and
+    C = R Rᵀ with R its `moment_root`; `gram` is xᵀ x. The model is x = L Z C^{1/2}, with Z iid Gaussian and
     L fixed but unknown: activation-matched on the read side, gradient-matched on the write side.
     With A = C^{1/2} U Uᵀ C^{1/2} and ψ the `left_concentration` of x (one over the effective number of rows),
 
         mean = tr(A)/tr(C) = m        var = 2 ψ tr((A - m C)²) / tr(C)²
 
     to first order in ψ: with few effective rows and one direction that dominates C, z can be several times
-    too large, so judge by p. The p-value of a fraction f is P(Σ μ_j q_j ≥ 0), with μ the eigenvalues of
-    A - f C and q_j iid Gamma(1/(2ψ)), sampled. It is exact where LᵀL is a multiple of a projector and ψ is
-    known, Satterthwaite's approximation otherwise. ψ is estimated from pairs of directions: where C has no
-    more than five that matter, the p-values are somewhat too small (7 % below 0.05). Source: ours.
+    too large, so judge by p. The p-value of a fraction f is P(Σ μ_j q_j ≥ 0), sampled, with μ the
+    eigenvalues of A - f C and q_j iid Gamma(1/(2ψ)). It is exact if LᵀL is a multiple of a projector and ψ
+    is known, and Satterthwaite's approximation otherwise. ψ is estimated from pairs of directions: if at
+    most five directions of C have weight, the p-values are slightly too small (7 % of them below 0.05).
+    Source: ours.
 
     Raises:
         ValueError: if the Gram matrix or the root is all zero.
@@ -171,13 +173,14 @@ def matched_null(
     values = root.square().sum(0)
     psi = left_concentration(gram, root)
     inside = space.basis.T.to(root) @ root
-    numerator = inside.T @ inside  # A in the eigenvectors of C, in which C is diagonal
+    numerator = inside.T @ inside  # A in the eigenbasis of C, where C is diagonal
     mean = float(numerator.trace() / values.sum())
     spread = float((numerator - mean * values.diag()).norm() / values.sum())
-    sd = sqrt(2 * psi) * spread if spread > 1e-12 else 0.0  # below that it is rounding
+    sd = sqrt(2 * psi) * spread if spread > 1e-12 else 0.0  # smaller values are rounding errors
 
-    apart = numerator - numerator.diag().diag()
-    commuting = float(apart.norm()) < 1e-9 * float(values.sum())  # U are eigenvectors of C: the read side
+    off_diagonal = numerator - numerator.diag().diag()
+    # Read side: the columns of U are eigenvectors of C, so A and C commute.
+    commuting = float(off_diagonal.norm()) < 1e-9 * float(values.sum())
 
     def tail(fraction: float) -> tuple[float, float]:
         shifted = numerator - fraction * values.diag()
@@ -189,17 +192,17 @@ def matched_null(
 
 
 def left_concentration(gram: Float[Tensor, "d d"], root: Float[Tensor, "d d"]) -> float:
-    """ψ = tr(S²)/tr(S)² of S = LᵀL where x = L Z C^{1/2}, estimated from xᵀ x; in (0, 1].
+    """ψ = tr(S²)/tr(S)² of S = LᵀL in the model x = L Z C^{1/2}, estimated from xᵀ x; in (0, 1].
 
-    One over it is the effective number of independent rows. In the eigenvectors of C, with g = xᵀ x,
+    1/ψ is the effective number of independent rows. In the eigenbasis of C, with g = xᵀ x,
     E g_ij² = λ_i λ_j tr(S²) and E g_ii g_jj = λ_i λ_j tr(S)² for i ≠ j, so
 
         ψ = Σ_{i≠j} w_i w_j g_ij² / Σ_{i≠j} w_i w_j g_ii g_jj
 
-    for any weights; it is 1 at rank one. The moments of the whole Gram matrix would need the difference of
-    two large numbers where rows are many. w_i = λ_i / (λ_i + λ)², √λ the mean of √λ_i (which one outlier
-    hardly moves): larger directions count alike, which makes the estimate sharp, and those that hold next
-    to nothing of x do not count. Source: ours.
+    for any weights; ψ is 1 at rank one. With many rows, an estimate from the moments of the whole Gram
+    matrix would subtract two large numbers. w_i = λ_i / (λ_i + λ)², with √λ the mean of √λ_i (which an
+    outlier hardly moves): larger directions get nearly equal weight, which keeps the variance low, and
+    directions with almost no share of x get almost none. Source: ours.
 
     Raises:
         ValueError: if the Gram matrix or the root is all zero.
@@ -210,8 +213,8 @@ def left_concentration(gram: Float[Tensor, "d d"], root: Float[Tensor, "d d"]) -
     scaled = root / (values + values.sqrt().mean() ** 2)
     gram = scaled.T @ gram.to(root) @ scaled
     diagonal = gram.diag()
-    apart = gram - diagonal.diag()
+    off_diagonal = gram - diagonal.diag()
     pairs = float(diagonal.sum() ** 2 - diagonal.square().sum())
-    if pairs <= 1e-12 * float(diagonal.sum() ** 2):  # one direction says nothing of the rows
+    if pairs <= 1e-12 * float(diagonal.sum() ** 2):  # a single direction does not determine ψ
         return 1.0
-    return min(1.0, float(apart.square().sum()) / pairs)
+    return min(1.0, float(off_diagonal.square().sum()) / pairs)

@@ -1,4 +1,4 @@
-"""Subspaces of the residual stream, and the share of an update that lies in one."""
+"""Subspaces of the residual stream, and the share of an update inside a subspace."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -13,7 +13,7 @@ from weightgeom.geometry.gram import add_gram, mirror
 
 @dataclass(frozen=True, eq=False)
 class Subspace:
-    """A k-dimensional subspace of R^d, given by an orthonormal basis in its columns, strongest first."""
+    """A k-dimensional subspace of R^d: the columns of an orthonormal basis, strongest direction first."""
 
     basis: Float[Tensor, "d k"]
 
@@ -28,9 +28,10 @@ class Subspace:
         """Span of the k eigenvectors of a symmetric matrix with the largest eigenvalues, in fp64.
 
         `full` is `eigh`. `iterative` is Lanczos with restarts (ARPACK), to residuals ‖C u - λ u‖ below
-        1e-7 λ, which leaves a projector within 1e-7 λ_k / (λ_k - λ_{k+1}); where it does not converge or
-        has missed a direction, `full` answers after all. `auto` is iterative for d ≥ 1024 and k ≤ d/16,
-        where it is many times faster (`benchmarks/top_subspace.py`). Only the lower triangle is read.
+        1e-7 λ, which puts the projector within 1e-7 λ_k / (λ_k - λ_{k+1}) of the exact one; if it does not
+        converge or misses a direction, `full` is used instead. `auto` chooses `iterative` for d ≥ 1024 and
+        k ≤ d/16, where it is many times faster (`benchmarks/top_subspace.py`). Only the lower triangle is
+        read.
 
         Raises:
             ValueError: if k is not between 1 and d, or the matrix has an entry that is not finite.
@@ -38,7 +39,7 @@ class Subspace:
         d = moment.shape[0]
         _check_k(k, d)
         if not bool(moment.isfinite().all()):
-            raise ValueError("no subspace of a second moment with entries that are not finite")
+            raise ValueError("a second moment with entries that are not finite has no top subspace")
         iterative = solver == "iterative" or (solver == "auto" and iterative_is_faster(d, k))
         basis = _lanczos(moment, k) if iterative else None
         if basis is None:
@@ -69,7 +70,7 @@ class Subspace:
     def fraction(self, x: Float[Tensor, "n d"]) -> float:
         """Share of ‖x‖²_F inside the subspace, ‖x U‖²_F / ‖x‖²_F in [0, 1]; dimensionless.
 
-        With x = dW it is the right (read) fraction, with x = dWᵀ the left (write) fraction.
+        x = dW gives the right (read) fraction, x = dWᵀ the left (write) fraction.
         Source: arXiv:2605.16600, the two terms of its probe, each on its own side.
 
         Raises:
@@ -82,7 +83,7 @@ class Subspace:
         return float((x @ self.basis.to(x)).square().sum() / total)
 
     def relative_fraction(self, x: Float[Tensor, "n d"]) -> float:
-        """`fraction` over its expectation k/d under a Haar-uniform subspace; 1 is isotropic, d/k the maximum.
+        """`fraction` over its expectation k/d for a Haar-uniform subspace; 1 is isotropic, d/k the maximum.
 
         Raises:
             ValueError: if `x` is all zero, where the share is undefined.
@@ -93,7 +94,7 @@ class Subspace:
     def shares(self, moment: Float[Tensor, "d d"]) -> Float[Tensor, " k"]:
         """Shares u_iᵀ C u_i / tr(C) of a second moment or Gram matrix along each basis vector; in fp64.
 
-        Their cumulative sum is the explained share of `first(k)` for every k.
+        Their cumulative sum at k is the explained share of `first(k)`.
 
         Raises:
             ValueError: if the trace is zero.
@@ -108,7 +109,7 @@ class Subspace:
     def explained(self, moment: Float[Tensor, "d d"]) -> float:
         """Explained share tr(Uᵀ C U) / tr(C) of a second moment; dimensionless, in [0, 1].
 
-        It is the fraction expected of `dW = Σ δ aᵀ` where δ does not depend on a (the matched null).
+        It is the expected fraction of `dW = Σ δ aᵀ` if δ is independent of a (the matched null).
 
         Raises:
             ValueError: if the moment's trace is zero.
@@ -118,19 +119,19 @@ class Subspace:
 
 def _check_k(k: int, d: int) -> None:
     if not 1 <= k <= d:
-        raise ValueError(f"a subspace of {d} dimensions has no {k}-dimensional part: k must be 1 to {d}")
+        raise ValueError(f"k must be between 1 and {d}, the number of dimensions, got {k}")
 
 
 def iterative_is_faster(d: int, k: int) -> bool:
-    """Whether `Subspace.top` iterates of its own accord: where that is many times faster."""
+    """Whether `Subspace.top` with solver="auto" iterates."""
     return d >= 1024 and 16 * k <= d
 
 
 def _lanczos(moment: Float[Tensor, "d d"], k: int) -> Float[Tensor, "d k"] | None:
-    """Top k eigenvectors by ARPACK, strongest first; None where it fails, or fails the check behind it.
+    """Top k eigenvectors by ARPACK, strongest first; None if it does not converge or has missed a direction.
 
-    A Krylov space from one vector holds one direction of every eigenspace, and rounding alone brings in the
-    others. So the matrix without what was found must have no eigenvalue above the k-th.
+    A Krylov space grown from one vector contains one direction of every eigenspace; only rounding adds the
+    others. The check: after projecting out the k vectors, no eigenvalue may exceed the k-th.
     """
     from scipy.linalg import get_blas_funcs
     from scipy.sparse import linalg as sparse
@@ -139,25 +140,26 @@ def _lanczos(moment: Float[Tensor, "d d"], k: int) -> Float[Tensor, "d k"] | Non
     scale = max(abs(float(extreme)) for extreme in moment.aminmax())
     if k == d or scale == 0:
         return None
-    # One fp64 copy, if any. symv copies what is not in Fortran's order at every call, and reads one
-    # triangle, which halves the traffic that bounds its speed.
+    # At most one fp64 copy. symv would copy an array in C order at every call; it reads one triangle, which
+    # halves the memory traffic that bounds its speed.
     stored = np.asfortranarray(moment.detach().double().cpu().numpy().T)
-    # SciPy has no types for these.
+    # SciPy has no types for these functions.
     symv = cast(Any, get_blas_funcs("symv", (stored,)))
     eigsh, operator = cast(Any, sparse.eigsh), cast(Any, sparse.LinearOperator)
 
     def product(x: np.ndarray) -> np.ndarray:
-        # Scaled, as ARPACK's tolerance is absolute for eigenvalues below 4e-11.
+        # Scaled, because ARPACK's tolerance is absolute for eigenvalues below 4e-11.
         return symv(1 / scale, stored, x)
 
     def remainder(x: np.ndarray) -> np.ndarray:
         y = product(x - vectors @ (vectors.T @ x))
         return y - vectors @ (vectors.T @ y)
 
-    # The check has its own start: of an eigenspace, the first one has only the direction that is found.
+    # The check needs its own start: the first start contains only the direction of each eigenspace that the
+    # iteration has already returned.
     start, other = np.random.default_rng(0).standard_normal((2, d))
-    size = min(d, 2 * k + 20)  # of the Krylov space
-    restarts = max(2, d // (size - k))  # about d products, at most the time that `eigh` takes
+    size = min(d, 2 * k + 20)  # dimension of the Krylov space
+    restarts = max(2, d // (size - k))  # about d products, which take no longer than `eigh`
     try:
         whole = operator((d, d), matvec=product, dtype=np.float64)
         values, vectors = eigsh(whole, k, which="LA", v0=start, ncv=size, maxiter=restarts, tol=1e-7)
@@ -180,8 +182,8 @@ def prediction_moment(
     """Gram matrix of the unembedding `W_U diag(gamma)`, rows centred over the vocabulary, in fp64.
 
     Its top eigenvectors are the top right singular vectors of the unembedding, without a V x d SVD.
-    Both knobs are ours; `fold_gain=False, centre=False` is the raw `W_U` of the authors' notebook.
-    Sums in fp64 of products of 2048 rows in fp32 (in fp64 where W_U is), so that no copy of W_U is held.
+    Both options are ours; `fold_gain=False, centre=False` is the raw `W_U` of the authors' notebook.
+    Products of 2048 rows at a time in fp32 (fp64 if W_U is), summed in fp64, so that W_U is never copied.
     """
     d = unembedding.shape[1]
     dtype = torch.promote_types(unembedding.dtype, torch.float32)
@@ -189,7 +191,7 @@ def prediction_moment(
     gram = torch.zeros(d, d, dtype=torch.float64, device=unembedding.device)
     slices = unembedding.split(2048)
     mean = torch.zeros(d, dtype=torch.float64, device=unembedding.device)
-    if centre:  # beforehand: to take a large mean off the sums would cost them their digits
+    if centre:  # before summing: subtracting a large mean from the sums would cancel their digits
         mean += sum(rows.sum(0, dtype=torch.float64) for rows in slices) / len(unembedding)
     for rows in slices:
         add_gram(gram, ((rows.to(dtype) - mean.to(dtype)) * scale).T)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass as plain_dataclass
 from math import sqrt
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from weightgeom.causal.directions import Control, Directions, check_direction, h
 from weightgeom.causal.edits import RankOne, change_norm
 from weightgeom.causal.effects import Effects, Evaluation
 from weightgeom.causal.trials import Arm, Trial, check_controls, measured, with_q_values
+from weightgeom.declarations import EDITS, InterventionDeclaration
 from weightgeom.estimators.moments import Moment, activation_moments
 from weightgeom.estimators.reference_subspaces import Place, check_dimensions, dimensions, place_of
 from weightgeom.geometry.subspace import Subspace, prediction_moment
@@ -25,6 +26,11 @@ from weightgeom.params import Params
 from weightgeom.table import Row
 from weightgeom.text.tokens import packed
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+MARGIN = "preference_margin_change"
 OWN_INPUTS: dict[Kind, Literal["attention_output", "mlp_hidden"]] = {
     "o": "attention_output",
     "down": "mlp_hidden",
@@ -46,8 +52,6 @@ class Rank1:
     shared
     side, of the controls and of their numbers is ours.
     """
-
-    headline: ClassVar[str] = "kl_from_unedited"
 
     matrices: list[Kind] = Field(default_factory=lambda: ["k", "o"], min_length=1)
     layers: list[int] | None = None
@@ -73,6 +77,24 @@ class Rank1:
             raise ValueError(f"strengths must be positive and finite, got {bad[0]}")
         if negative := [one for one in self.controls.items() if one[1] < 0]:
             raise ValueError("controls.{} must be 0 or more, got {}".format(*negative[0]))
+
+    @property
+    def declaration(self) -> InterventionDeclaration:
+        """KL from the unedited model, against the kinds of control that are asked for."""
+        return InterventionDeclaration(("kl_from_unedited",), tuple(self.controls), EDITS)
+
+    def figures(self, tables: "Mapping[str, pd.DataFrame]") -> "Mapping[str, Figure]":
+        """Effects by layer, and by strength."""
+        from weightgeom.figures.causal import dose_response, treatment_by_layer
+
+        table = tables["training"]
+        drawn = {
+            "rank1_by_layer": treatment_by_layer(table),
+            "rank1_dose_response": dose_response(table),
+        }
+        if MARGIN in set(table["quantity"]):
+            drawn["rank1_dose_response_margin"] = dose_response(table, MARGIN)
+        return drawn
 
     def check(self, architecture: Architecture) -> None:
         """Refuse what the model does not have, and controls that are too few for `level`."""

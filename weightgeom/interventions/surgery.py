@@ -5,7 +5,7 @@ from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
 from functools import lru_cache, partial
 from math import isfinite
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 from zlib import crc32
 
 import torch
@@ -18,6 +18,7 @@ from weightgeom.causal.edits import Space, Surgery, Transplant, change_norm, res
 from weightgeom.causal.effects import Effects, Evaluation
 from weightgeom.causal.matrix_groups import Group, group_of, grouped, kinds_of, moved, reads_and_writes
 from weightgeom.causal.trials import Arm, Trial, check_controls, measured, with_q_values
+from weightgeom.declarations import SURGERY, InterventionDeclaration
 from weightgeom.estimators.reference_subspaces import (
     Inputs,
     Place,
@@ -32,6 +33,11 @@ from weightgeom.models.residual import Architecture, Kind, ResidualMatrix
 from weightgeom.params import Params
 from weightgeom.table import Row
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+MARGIN = "preference_margin_change"
 Operation = Literal["remove", "keep", "scale"]
 Control = Literal["random_k", "random_energy", "rotated"]
 RANDOM: tuple[Control, ...] = ("random_k", "random_energy")
@@ -60,8 +66,6 @@ class DeltaSurgery:
     role and `q+k` for two kinds. Source: ours, on the subspaces of arXiv:2605.16600.
     """
 
-    headline: ClassVar[str] = "preference_margin_change"
-
     groups: list[list[Kind]] | None = None
     layers: list[int] | None = None
     operations: list[Operation] = Field(default_factory=lambda: ["remove", "keep"])
@@ -88,6 +92,24 @@ class DeltaSurgery:
             raise ValueError(f"controls.{negative[0][0]} must be 0 or more, got {negative[0][1]}")
         if self.groups == [] and self.transplants == []:
             raise ValueError("groups and transplants are both empty: nothing is left to do")
+
+    @property
+    def declaration(self) -> InterventionDeclaration:
+        """The preference margin, or the KL of data without pairs, against the controls that are asked for."""
+        kinds = tuple(kind for kind in (*RANDOM, "rotated") if self.controls.get(kind))
+        return InterventionDeclaration((MARGIN, "kl_from_unedited"), kinds, SURGERY)
+
+    def figures(self, tables: "Mapping[str, pd.DataFrame]") -> "Mapping[str, Figure]":
+        """The margin by dimension that is taken out or kept, and by the part that is transplanted."""
+        from weightgeom.figures.causal import surgery_curve, transplants
+
+        table = tables["training"]
+        if MARGIN not in set(table["quantity"]):
+            return {}
+        drawn = {"surgery": surgery_curve(table)}
+        if table["arm"].str.endswith("@transplant").any():
+            drawn["transplants"] = transplants(table)
+        return drawn
 
     def check(self, architecture: Architecture) -> None:
         """Refuse what the model does not have, and controls that are too few for `level`."""

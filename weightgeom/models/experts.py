@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -42,3 +43,13 @@ class Stacked(Mapping[str, Tensor]):
 def stacked(params: Params, stacks: Mapping[str, Stack]) -> Params:
     """The parameters as the network names them: themselves where it has no experts."""
     return Stacked(params, stacks) if stacks else params
+
+
+def unstacked(weights: Mapping[str, Any], stacks: Mapping[str, Stack]) -> dict[str, Any]:
+    """A network's weights under the names that a checkpoint on disk has: stacks as views of their parts."""
+    parts: dict[str, Any] = {}
+    for name, stack in stacks.items():
+        for entry, names in zip(weights[name], stack, strict=True) if name in weights else ():
+            size = len(entry) // len(names)
+            parts |= {part: entry[place * size : (place + 1) * size] for place, part in enumerate(names)}
+    return {name: weight for name, weight in weights.items() if name not in stacks} | parts

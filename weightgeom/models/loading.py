@@ -33,6 +33,18 @@ def load(directory: Path, device: str) -> LanguageModel:
     return LanguageModel(network, load_tokenizer(directory), architecture, torch.device(device))
 
 
+def unloaded(
+    config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase", device: torch.device
+) -> LanguageModel:
+    """The model of a config in evaluation mode, without weights.
+
+    Raises:
+        NotImplementedError: if its `model_type` has no residual-stream map.
+    """
+    architecture = architecture_of(config)
+    return LanguageModel(_without_weights(config, device), tokenizer, architecture, device)
+
+
 def parameters_of(config: "PreTrainedConfig") -> int:
     """The number of parameters of a network, from its config alone; tied ones count once."""
     network = _without_weights(config, torch.device("meta"))

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import takewhile
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -85,6 +85,11 @@ class ResidualMatrix:
     def name(self) -> str:
         """The matrix's name, such as `L3.q`."""
         return f"L{self.layer}.{self.label}"
+
+    @property
+    def table_columns(self) -> dict[str, Any]:
+        """The matrix's place in a result table."""
+        return {"layer": self.layer, "matrix": self.kind, "expert": self.expert, "role": self.role}
 
     @property
     def is_layer(self) -> bool:
@@ -232,13 +237,18 @@ def chosen(architecture: Architecture, kinds: list[Kind], layers: list[int] | No
     return sorted(found, key=lambda matrix: matrix.layer)
 
 
+def map_module(config: "PreTrainedConfig") -> str:
+    """The module that has the residual-stream map of a model."""
+    return f"weightgeom.architectures.{config.model_type}"
+
+
 def architecture_of(config: "PreTrainedConfig") -> Architecture:
     """The residual-stream map of a model, from `weightgeom/architectures/<model_type>.py`.
 
     Raises:
         NotImplementedError: if there is no such file.
     """
-    module = f"weightgeom.architectures.{config.model_type}"
+    module = map_module(config)
     try:
         return import_module(module).architecture(config)
     except ModuleNotFoundError as error:

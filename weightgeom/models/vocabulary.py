@@ -78,7 +78,10 @@ def aligned(params: Params, base: Params, architecture: Architecture, directory:
 
 
 def _tied(directory: Path) -> bool:
-    return json.loads((directory / "config.json").read_text()).get("tie_word_embeddings") is True
+    config = (
+        directory / "config.json"
+    )  # weights in memory have none, but an unembedding even where it is tied
+    return config.is_file() and json.loads(config.read_text()).get("tie_word_embeddings") is True
 
 
 @cache  # once for each checkpoint

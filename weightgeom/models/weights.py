@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,24 +69,32 @@ class Difference(Mapping[str, Tensor]):
 def open_params(directory: Path, architecture: Architecture) -> Params:
     """The parameters of a checkpoint, read lazily and under the names that they have in memory.
 
-    Names are translated where the disk has others, and get the base model's prefix where the
-    checkpoint leaves it out (GPT-2 on the hub). Masks and rotary frequencies are left out.
+    The names are those of `names_in_memory`; GPT-2 on the hub leaves out the base model's prefix.
 
     Raises:
         FileNotFoundError: if the directory, its safetensors or one of its shards is missing.
         ValueError: if a file is truncated or corrupt.
     """
-    stored = {
-        key: path for path in _paths(directory) for key in opened(path).keys() if not BUFFER.search(key)
-    }
+    stored = {key: path for path in _paths(directory) for key in opened(path).keys()}
+    names = names_in_memory(stored, architecture)
+    return Stored({name: (stored[key], key) for key, name in names.items()})
+
+
+def names_in_memory(stored: Collection[str], architecture: Architecture) -> dict[str, str]:
+    """The names of parameters in memory by those that they are stored under.
+
+    Names are translated where the disk has others, and get the base model's prefix where all of them leave
+    it out. Masks and rotary frequencies are left out.
+    """
+    kept = [key for key in stored if not BUFFER.search(key)]
     prefix = architecture.embed.partition(".")[0] + "."
-    bare = not any(key.startswith(prefix) for key in stored)
+    bare = not any(key.startswith(prefix) for key in kept)
 
     def in_memory(key: str) -> str:
         name = architecture.aliases.get(key, key)
         return prefix + name if bare and name != architecture.unembed else name
 
-    return Stored({in_memory(key): (path, key) for key, path in stored.items()})
+    return {key: in_memory(key) for key in kept}
 
 
 def difference(after: Params, before: Params) -> Params:

@@ -1,1 +1,1 @@
-"""Objectives, one file per choice of `objective=`."""
+"""Objectives: one file for each choice of `objective=`."""

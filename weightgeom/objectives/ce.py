@@ -7,9 +7,10 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from weightgeom.declarations import Role
 from weightgeom.interfaces import Scored
 from weightgeom.text.examples import Examples
-from weightgeom.training.trainers import Part, part, supervised
+from weightgeom.training.trainers import Part, check_part, own_loss, part, supervised_trainer, with_sharpness
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -19,25 +20,32 @@ if TYPE_CHECKING:
 class CE:
     """-log p(token | before), the mean over tokens, in nats; trained by TRL's `SFTTrainer`.
 
-    `on` is what it is trained on: `text` (documents, packed end to end), `chosen` (the responses to
-    the prompts of the pairs, whose own tokens are not scored), or `auto`: text, where the data has any.
+    `on` is the training part of the data: `text` (documents, packed end to end), `chosen` (the chosen
+    responses of the pairs; the prompts' tokens are not scored), or `auto`: text if the data have any.
     """
 
     on: Literal["auto", "text", "chosen"] = "auto"
 
     @property
+    def role(self) -> Role:
+        """The likelihood of tokens alone."""
+        return "likelihood"
+
+    def of_text(self, examples: Examples) -> bool:
+        """Whether it trains on the documents."""
+        return self.examples(examples) == "text"
+
+    @property
     def first_loss(self) -> None:
-        """Not known beforehand."""
+        """None: the loss of an untrained batch is not known in advance."""
         return None
 
     def check(self, examples: Examples) -> None:
-        """Raise ValueError if the data have no such examples."""
-        if not (examples.pairs if self.examples(examples) == "chosen" else examples.text):
-            needed = "preference pairs" if self.on == "chosen" else "text"
-            raise ValueError(f"objective=ce on {self.on} needs {needed}, and {examples.name} has none")
+        """Raise ValueError if the data lack the training part."""
+        check_part("ce", self.on, examples)
 
     def examples(self, examples: Examples) -> Part:
-        """Which part of the data it is trained on."""
+        """The training part of the data."""
         return part(self.on, examples)
 
     def trainer(
@@ -47,24 +55,20 @@ class CE:
         examples: Examples,
         arguments: Mapping[str, Any],
     ) -> "Trainer":
-        """An `SFTTrainer` on the examples; says in the log what was packed or cut."""
+        """An `SFTTrainer` on the training part; logs packing and truncation."""
         from trl import SFTTrainer
 
-        from weightgeom.training.sharpness import Sharpness
-
-        trainer = supervised(SFTTrainer, self.examples(examples), network, tokenizer, examples, arguments)
-        trainer.add_callback(Sharpness(trainer, self.scored))
-        return trainer
+        trainer = supervised_trainer(
+            SFTTrainer, self.examples(examples), network, tokenizer, examples, arguments
+        )
+        return with_sharpness(trainer, self.scored)
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
-        """The tokens with a label, each a term; every sequence is a prompt of its own."""
+        """The tokens with a label, one term each; every sequence counts as a prompt."""
         targets = inputs["labels"] != -100
         terms = targets[:, 1:].sum(1).tolist()
         return Scored(targets, list(range(len(targets))), terms)
 
     def total_loss(self, trainer: "Trainer", inputs: dict[str, Any]) -> Tensor:
         """-log p summed over the tokens of a batch, in nats."""
-        assert trainer.model is not None
-        loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(1))
-        assert isinstance(loss, Tensor)
-        return loss
+        return own_loss(trainer, inputs, num_items_in_batch=torch.tensor(1))

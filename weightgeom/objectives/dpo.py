@@ -11,15 +11,16 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from weightgeom.declarations import Role
 from weightgeom.interfaces import Scored
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
-from weightgeom.training.trainers import preference
+from weightgeom.training.trainers import check_pairs, own_loss, preference_trainer, with_sharpness
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}  # the others of TRL pass over label_smoothing
+SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}  # TRL's other losses ignore label_smoothing
 LOSS_TYPES = (
     "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down"
     " discopop sft sigmoid_norm"
@@ -41,10 +42,10 @@ class DPO:
     options: dict[str, Any] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse what TRL would only refuse after the model is loaded."""
+        """Refuse settings that TRL would refuse only after loading the model."""
         types = self.loss_types
         if unknown := [name for name in types if name not in LOSS_TYPES]:
-            raise ValueError(f"unknown loss_type {unknown[0]!r}; TRL has {', '.join(LOSS_TYPES)}")
+            raise ValueError(f"unknown loss_type {unknown[0]!r}; choose from {', '.join(LOSS_TYPES)}")
         if self.loss_weights is not None and len(self.loss_weights) != len(types):
             raise ValueError(
                 f"loss_weights has {len(self.loss_weights)} entries for {len(types)} loss types;"
@@ -52,7 +53,7 @@ class DPO:
             )
         if self.label_smoothing and not SMOOTHED & set(types):
             raise ValueError(
-                f"loss_type {self.loss_type} does not read label_smoothing: use one of"
+                f"loss_type {self.loss_type} ignores label_smoothing: choose from"
                 f" {', '.join(sorted(SMOOTHED))}, or objective=graded_contrastive with tau above 0"
             )
         if "exo_pair" in types and self.label_smoothing == 0:
@@ -64,6 +65,15 @@ class DPO:
         return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
 
     @property
+    def role(self) -> Role:
+        """Chosen responses against rejected ones."""
+        return "contrast"
+
+    def of_text(self, examples: Examples) -> bool:
+        """It trains on responses."""
+        return False
+
+    @property
     def first_loss(self) -> float | None:
         """ln 2 (nats) for the plain sigmoid loss: policy and reference are still the same."""
         return (
@@ -72,12 +82,7 @@ class DPO:
 
     def check(self, examples: Examples) -> None:
         """Raise ValueError if the data have no pairs, or an option is not TRL's."""
-        if not examples.pairs:
-            raise ValueError(
-                f"objective=dpo needs preference pairs, and {examples.name} has none:"
-                " use data=preferences or data=world"
-            )
-
+        check_pairs("dpo", examples)
         if self.options:
             from trl import DPOConfig
 
@@ -92,7 +97,7 @@ class DPO:
             for name in self.options:
                 if name in own:
                     raise ValueError(
-                        f"objective.options cannot set {name!r}: it is a key of objective or training"
+                        f"objective.options cannot set {name!r}, a key of objective or training: set it there"
                     )
                 if name not in known:
                     near = ", ".join(get_close_matches(name, known - own)) or ", ".join(sorted(known - own))
@@ -105,10 +110,8 @@ class DPO:
         examples: Examples,
         arguments: Mapping[str, Any],
     ) -> "Trainer":
-        """A `DPOTrainer` whose reference is a copy of `network` as it is; says in the log what was cut."""
+        """A `DPOTrainer` whose reference is a copy of `network`; logs truncation."""
         from trl import DPOTrainer
-
-        from weightgeom.training.sharpness import Sharpness
 
         own = {
             "beta": self.beta,
@@ -116,18 +119,16 @@ class DPO:
             "loss_weights": self.loss_weights,
             "label_smoothing": self.label_smoothing,
         }
-        trainer = preference(DPOTrainer, network, tokenizer, examples, {**arguments, **own, **self.options})
-        trainer.add_callback(Sharpness(trainer, self.scored))
-        return trainer
+        trainer = preference_trainer(
+            DPOTrainer, network, tokenizer, examples, {**arguments, **own, **self.options}
+        )
+        return with_sharpness(trainer, self.scored)
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
-        """The tokens of the responses; a pair is one term, its chosen response in the first half."""
+        """The tokens of the responses; a pair is one term, with its chosen response in the first half."""
         pairs = len(inputs["completion_mask"]) // 2
         return Scored(inputs["completion_mask"].bool(), [*range(pairs), *range(pairs)], [1] * pairs)
 
     def total_loss(self, trainer: "Trainer", inputs: dict[str, Any]) -> Tensor:
         """The loss summed over the pairs of a batch, in nats."""
-        assert trainer.model is not None
-        loss = trainer.compute_loss(trainer.model, inputs)
-        assert isinstance(loss, Tensor)
-        return loss * (len(inputs["completion_mask"]) // 2)
+        return own_loss(trainer, inputs) * (len(inputs["completion_mask"]) // 2)

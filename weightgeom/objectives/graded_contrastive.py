@@ -10,15 +10,23 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from weightgeom.declarations import Role
 from weightgeom.interfaces import Scored
 from weightgeom.text.examples import Examples
 from weightgeom.training.graded_loss import TokenContrast
-from weightgeom.training.trainers import part, preference, supervised
+from weightgeom.training.trainers import (
+    check_pairs,
+    check_part,
+    own_loss,
+    part,
+    preference_trainer,
+    supervised_trainer,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-# JSON, and with it the signature of a training, cannot hold infinity: it is kept as text.
+# Infinity is stored as text, because JSON (and so the signature of a training) cannot represent it.
 Tau = Annotated[float | str, BeforeValidator(lambda tau: "inf" if tau == inf else tau)]
 SOURCES = {"token": ("uniform", "unigram", "model"), "sequence": ("rejected", "in_batch")}
 
@@ -27,21 +35,21 @@ SOURCES = {"token": ("uniform", "unigram", "model"), "sequence": ("rejected", "i
 class GradedContrastive:
     """-Σ_i q_i log softmax(s)_i over candidates, q = softmax(g / tau), g = 1 for the target, else 0.
 
-    The candidates are next tokens, with their logits as scores, or whole responses to a prompt, with
-    beta (log pi - log pi_ref), or log pi where the `reference` is off. A pair's grades are always 1 and
-    0, so that only tau = inf makes them all alike. `negatives` is how many candidates there are besides
-    the target: by default all of the vocabulary, or the pair's own rejected response.
+    The candidates are next tokens, with their logits as scores, or whole responses to a prompt, with scores
+    beta (log pi - log pi_ref), or log pi without a `reference`. A pair's grades are always 1 and 0, so the
+    target distribution is uniform only at tau = inf. `negatives` is the number of candidates other than the
+    target: by default the whole vocabulary, or the pair's own rejected response.
 
-    `source` says where fewer tokens come from: `uniform`, `unigram` (as frequent as in what is trained
-    on, plus one), or `model`, the policy's own best. The first two estimate the loss over all tokens,
-    with a bias that `TokenContrast` states, so that there the number is a matter of noise; with
-    `model` it is one of the objective. Of responses, the first is the pair's own `rejected` one, further
-    ones (`in_batch`) those chosen for other prompts of the batch, scored behind this prompt.
-    `on` is for tokens what it is for `objective=ce`.
+    `source` is the source of the tokens if there are fewer: `uniform`, `unigram` (by their frequency in the
+    training data, plus one), or `model` (the policy's most likely ones). The first two estimate the loss over
+    all tokens, with the bias given in `TokenContrast`, so their number affects only the noise; with `model`,
+    the number changes the objective. Among responses, the first negative is the pair's own `rejected` one;
+    further ones (`in_batch`) are the responses chosen for other prompts of the batch, scored after this
+    prompt. `on` applies to tokens, as in `objective=ce`.
 
-    Exactly: token, all negatives, tau = 0 is cross-entropy; sequence, 1 negative, tau = 0, reference is
-    DPO, and with tau > 0 it is DPO with labels smoothed by sigmoid(-1 / tau). The family is ours; what
-    arXiv:2605.16600 grades is not public.
+    Special cases: token, all negatives, tau = 0 is cross-entropy; sequence, 1 negative, tau = 0, reference is
+    DPO, and with tau > 0 it is DPO with labels smoothed by sigmoid(-1 / tau). The family is ours; the grading
+    of arXiv:2605.16600 is not public.
     """
 
     level: Literal["token", "sequence"] = "sequence"
@@ -53,70 +61,76 @@ class GradedContrastive:
     on: Literal["auto", "text", "chosen"] = "auto"
 
     def __post_init__(self) -> None:
-        """Refuse what does not go together."""
+        """Refuse inconsistent settings."""
         if self.tau != "inf" and not (isinstance(self.tau, float) and self.tau >= 0):
             raise ValueError(f"tau must be a number of at least 0, or inf, got {self.tau}")
         if self.source != "auto" and self.source not in SOURCES[self.level]:
             raise ValueError(
                 f"source={self.source} has no meaning at level={self.level}:"
-                f" choose {', '.join(SOURCES[self.level])}"
+                f" choose from {', '.join(SOURCES[self.level])}"
             )
         if self.level == "token":
             if self.reference:
-                raise ValueError("reference=true has no meaning at level=token, whose scores are the logits")
+                raise ValueError(
+                    "reference=true has no meaning at level=token, whose scores are the logits: set"
+                    " objective.reference=false"
+                )
             return
         if self.on == "text":
-            raise ValueError("on=text has no meaning at level=sequence, which contrasts responses")
+            raise ValueError(
+                "on=text has no meaning at level=sequence, which contrasts responses: set objective.on=chosen"
+            )
         if self.source == "rejected" and self.candidates > 2:
             raise ValueError(
-                f"source=rejected has 1 negative, the pair's own, and negatives={self.negatives}:"
-                " set source=in_batch"
+                f"source=rejected gives 1 negative, but negatives={self.negatives}: set source=in_batch"
             )
         if self.source == "in_batch" and self.candidates == 2:
             raise ValueError(
-                "source=in_batch needs negatives of 2 or more: the first is the pair's own rejected response"
+                "source=in_batch needs negatives of at least 2: the first is the pair's own rejected response"
             )
 
     @property
     def candidates(self) -> int:
-        """How many responses to a prompt are contrasted."""
+        """The number of responses contrasted per prompt."""
         return 1 + (self.negatives or 1)
 
     @property
     def with_reference(self) -> bool:
-        """Whether scores are taken against the policy at the start; on where it has a meaning."""
+        """Whether scores are relative to the initial policy; by default for sequences."""
         return self.level == "sequence" and self.reference is not False
 
     @property
+    def role(self) -> Role:
+        """A contrast of responses; of tokens it is cross-entropy at one end, and neither in between."""
+        if self.level == "sequence":
+            return "contrast"
+        return "likelihood" if self.negatives is None and self.tau == 0 else "other"
+
+    def of_text(self, examples: Examples) -> bool:
+        """Whether it trains on the documents."""
+        return self.level == "token" and part(self.on, examples) == "text"
+
+    @property
     def first_loss(self) -> float | None:
-        """With a reference all scores are 0 at first: the log of the number of candidates, for every tau."""
+        """ln(candidates) for every tau, as all initial scores are 0; None without a reference."""
         return ln(self.candidates) if self.with_reference else None
 
     def check(self, examples: Examples) -> None:
-        """Raise ValueError if the data have no such examples, or fewer candidates."""
+        """Raise ValueError if the data lack such examples, or have fewer candidates."""
         if self.level == "token":
-            on = part(self.on, examples)
-            if not (examples.pairs if on == "chosen" else examples.text):
-                needed = "preference pairs" if on == "chosen" else "text"
-                raise ValueError(
-                    f"objective=graded_contrastive on {on} needs {needed}, and {examples.name} has none"
-                )
+            check_part("graded_contrastive", self.on, examples)
             return
-        if not examples.pairs:
-            raise ValueError(
-                f"objective=graded_contrastive with level=sequence needs preference pairs, and"
-                f" {examples.name} has none: use data=preferences or data=world, or level=token"
-            )
+        check_pairs("graded_contrastive with level=sequence", examples, ", or level=token")
         empty = sum(not pair.rejected for pair in examples.pairs)
         if empty:
             raise ValueError(
-                f"objective=graded_contrastive with level=sequence needs a rejected response for every"
-                f" prompt, and {empty} of {len(examples.pairs)} in {examples.name} have none"
+                "objective=graded_contrastive with level=sequence needs a rejected response for every"
+                f" prompt, but {empty} of {len(examples.pairs)} in {examples.name} have none"
             )
         if self.candidates - 1 > len(examples.pairs):
             raise ValueError(
-                f"negatives={self.negatives} is more than {examples.name} has:"
-                f" {len(examples.pairs)} pairs give at most {len(examples.pairs)}"
+                f"negatives must be at most {len(examples.pairs)}, the number of pairs in {examples.name},"
+                f" got {self.negatives}"
             )
 
     def trainer(
@@ -126,7 +140,7 @@ class GradedContrastive:
         examples: Examples,
         arguments: Mapping[str, Any],
     ) -> "Trainer":
-        """A trainer of TRL with this loss; says in the log what was packed or cut."""
+        """A TRL trainer with this loss; logs packing and truncation."""
         if self.level == "token":
             return self._token_trainer(network, tokenizer, examples, arguments)
         from weightgeom.training.graded_trainers import Candidates, SequenceTrainer
@@ -134,13 +148,15 @@ class GradedContrastive:
         negatives, size = self.candidates - 1, arguments["per_device_train_batch_size"]
         if negatives > size:
             raise ValueError(
-                f"negatives={negatives} is more than a batch has: the pair's own rejected response and"
-                f" {size - 1} of other prompts; raise training.batch_size"
+                f"negatives must be at most {size}, the batch size, got {negatives}:"
+                " raise training.batch_size"
             )
-        trainer = preference(SequenceTrainer, network, tokenizer, examples, {**arguments, "beta": self.beta})
+        trainer = preference_trainer(
+            SequenceTrainer, network, tokenizer, examples, {**arguments, "beta": self.beta}
+        )
         trainer.tau, trainer.reference = float(self.tau), self.with_reference
         trainer.data_collator = Candidates(trainer.data_collator, negatives)
-        trainer.precompute_ref_logps = True  # TRL's own pass over a batch is told the reference's values
+        trainer.precompute_ref_logps = True  # makes TRL's own pass use the given reference values
         if not self.with_reference:
             trainer.ref_model = None
         return trainer
@@ -160,14 +176,17 @@ class GradedContrastive:
         negatives = vocabulary - 1 if self.negatives is None else self.negatives
         if negatives >= vocabulary:
             raise ValueError(
-                f"negatives must be at most {vocabulary - 1}, one less than the vocabulary, got {negatives}"
+                f"negatives must be at most {vocabulary - 1}, the vocabulary without the target,"
+                f" got {negatives}"
             )
         source = self.source if self.source in ("unigram", "model") else "uniform"
-        trainer = supervised(TokenTrainer, part(self.on, examples), network, tokenizer, examples, arguments)
+        trainer = supervised_trainer(
+            TokenTrainer, part(self.on, examples), network, tokenizer, examples, arguments
+        )
         log_unigram = None
         if source == "unigram":
             assert trainer.train_dataset is not None
-            counts = torch.ones(vocabulary)  # every token can be drawn
+            counts = torch.ones(vocabulary)  # plus one, so that every token can be drawn
             for row in trainer.train_dataset["labels"]:
                 labels = torch.tensor(row[1:])
                 counts += torch.bincount(labels[labels != -100], minlength=vocabulary)
@@ -176,7 +195,7 @@ class GradedContrastive:
         return trainer
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
-        """At token level the tokens with a label, each a term; else the responses, a prompt a term."""
+        """At token level the tokens with a label, one term each; else the responses, one term per prompt."""
         if self.level == "token":
             targets = inputs["labels"] != -100
             return Scored(targets, list(range(len(targets))), targets[:, 1:].sum(1).tolist())
@@ -184,11 +203,7 @@ class GradedContrastive:
         return Scored(inputs["completion_mask"].bool(), [*range(prompts)] * columns, [1] * prompts)
 
     def total_loss(self, trainer: "Trainer", inputs: dict[str, Any]) -> Tensor:
-        """The loss summed over the tokens, or over the prompts, of a batch, in nats."""
-        assert trainer.model is not None
+        """The loss summed over the tokens or the prompts of a batch, in nats."""
         if self.level == "token":
-            loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(1))
-        else:
-            loss = trainer.compute_loss(trainer.model, inputs) * len(inputs["grades"])
-        assert isinstance(loss, Tensor)
-        return loss
+            return own_loss(trainer, inputs, num_items_in_batch=torch.tensor(1))
+        return own_loss(trainer, inputs) * len(inputs["grades"])

@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimization, on responses that are good or bad each by itself, by TRL's `KTOTrainer`."""
+"""Kahneman-Tversky optimization on single desirable or undesirable responses, by TRL's `KTOTrainer`."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -7,9 +7,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from weightgeom.declarations import Role
 from weightgeom.interfaces import Scored
 from weightgeom.text.examples import Examples
-from weightgeom.training.trainers import unpaired
+from weightgeom.training.trainers import check_pairs, own_loss, unpaired_trainer, with_sharpness
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KTO:
-    """The weight of a response times 1 - sigmoid(±beta (its log-ratio - z)), + if it is desirable, - if not.
+    """A response's weight times 1 - sigmoid(±beta (its log-ratio - z)), + if it is desirable, - if not.
 
-    The chosen response of a pair is desirable, the rejected one is not, and nothing links the two. Ratios
-    are against the policy at the start; z ≥ 0 estimates the KL divergence from it, by the responses of
-    the batch behind one another's prompts, without a gradient. The loss is dimensionless.
+    The chosen response of a pair is desirable and the rejected one undesirable; the two are otherwise
+    unrelated. Ratios are relative to the initial policy; z ≥ 0 estimates the KL divergence from that policy,
+    without a gradient, on the batch's responses paired with other prompts. The loss is dimensionless.
     Source: arXiv:2402.01306, eq. 7 and 8.
     """
 
@@ -30,17 +31,22 @@ class KTO:
     undesirable_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
 
     @property
+    def role(self) -> Role:
+        """Desirable responses against undesirable ones."""
+        return "contrast"
+
+    def of_text(self, examples: Examples) -> bool:
+        """It trains on responses."""
+        return False
+
+    @property
     def first_loss(self) -> float | None:
-        """Half the weight, where there is one for both kinds: all ratios and z are still 0."""
+        """Half the weight if both kinds have the same weight, as all ratios and z are 0; else None."""
         return self.desirable_weight / 2 if self.desirable_weight == self.undesirable_weight else None
 
     def check(self, examples: Examples) -> None:
         """Raise ValueError if the data have no pairs."""
-        if not examples.pairs:
-            raise ValueError(
-                f"objective=kto needs preference pairs, and {examples.name} has none:"
-                " use data=preferences or data=world"
-            )
+        check_pairs("kto", examples)
 
     def trainer(
         self,
@@ -49,31 +55,25 @@ class KTO:
         examples: Examples,
         arguments: Mapping[str, Any],
     ) -> "Trainer":
-        """A `KTOTrainer` whose reference is a copy of `network` as it is; says in the log what was cut."""
+        """A `KTOTrainer` whose reference is a copy of `network`; logs truncation."""
         from trl import KTOTrainer
-
-        from weightgeom.training.sharpness import Sharpness
 
         own = {
             "beta": self.beta,
             "desirable_weight": self.desirable_weight,
             "undesirable_weight": self.undesirable_weight,
         }
-        trainer = unpaired(KTOTrainer, network, tokenizer, examples, {**arguments, **own})
-        trainer.add_callback(Sharpness(trainer, self.scored))
-        return trainer
+        trainer = unpaired_trainer(KTOTrainer, network, tokenizer, examples, {**arguments, **own})
+        return with_sharpness(trainer, self.scored)
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
-        """The tokens of the responses, each a term with a prompt of its own."""
+        """The tokens of the responses; each response is one term and counts as its own prompt."""
         responses = len(inputs["label"])
         return Scored(inputs["completion_mask"].bool(), list(range(responses)), [1] * responses)
 
     def total_loss(self, trainer: "Trainer", inputs: dict[str, Any]) -> Tensor:
-        """The loss summed over the responses of a batch, whose z it depends on besides.
+        """The loss summed over the responses of a batch; it also depends on the batch's z.
 
-        It adds up over batches where z is 0, as at the start.
+        Additive over batches only if z is 0, as at the start.
         """
-        assert trainer.model is not None
-        loss = trainer.compute_loss(trainer.model, inputs)
-        assert isinstance(loss, Tensor)
-        return loss * len(inputs["label"])
+        return own_loss(trainer, inputs) * len(inputs["label"])

@@ -3,20 +3,25 @@
 import logging
 from collections.abc import Callable
 from math import sqrt
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from weightgeom.analysis.summaries import by_quantity
 from weightgeom.bases.outline import Shape
+from weightgeom.declarations import BEHAVIOUR, ProbeDeclaration
 from weightgeom.geometry.divergences import kl_divergence
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
 from weightgeom.table import Row, row
 from weightgeom.text.tokens import packed, responses
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +38,9 @@ class Behaviour:
         preference_margin: log p(chosen | prompt) - log p(rejected | prompt), nats per pair.
     """
 
-    headline: ClassVar[str] = ""
+    declaration: ClassVar[ProbeDeclaration] = ProbeDeclaration(
+        headline="", section=BEHAVIOUR, of_pretraining=True, generic=False
+    )
 
     tokens: int = Field(default=4096, ge=2)  # of held-out text
     pairs: int = Field(default=96, ge=1)
@@ -49,6 +56,10 @@ class Behaviour:
         text = 4 * shape.logits(tokens) + 14 * shape.logits(min(tokens, 256))
         pairs = 2 * shape.logits(16 * min(shape.longest, self.pair_length))
         return 2 * shape.weights + max(text, pairs)
+
+    def summary(self, table: "pd.DataFrame") -> "pd.DataFrame":
+        """Every quantity before and after."""
+        return by_quantity(table)
 
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement of one checkpoint."""

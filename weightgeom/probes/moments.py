@@ -1,7 +1,7 @@
 """The mechanism: the ratio that the moments of a base predict under an objective, beside the trained one."""
 
-from collections.abc import Callable, Iterator
-from typing import ClassVar, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from weightgeom.analysis.summaries import by_expectation
 from weightgeom.bases.outline import Shape
+from weightgeom.declarations import MECHANISM, ProbeDeclaration
 from weightgeom.estimators.gradients import Gathering, MeanGradient, Pass, folded, gradient_moments
 from weightgeom.estimators.moments import GIB, Moment
 from weightgeom.estimators.reference_subspaces import (
@@ -27,7 +29,11 @@ from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture, ResidualMatrix
 from weightgeom.params import Params
-from weightgeom.table import Row, row
+from weightgeom.table import Row, own, row
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -55,7 +61,9 @@ class Moments:
             with the measured ratio over layers and matrices of one role, at the smallest k.
     """
 
-    headline: ClassVar[str] = "measured_ratio"
+    declaration: ClassVar[ProbeDeclaration] = ProbeDeclaration(
+        headline="measured_ratio", section=MECHANISM, by_layer=False, compares=False, needs_objective=True
+    )
 
     k: int | list[int] | None = None
     prompts: int = Field(default=2048, ge=2)  # of training examples: G has less noise the more there are
@@ -84,6 +92,19 @@ class Moments:
             sums = min(sums, max(self.budget_gb * GIB, sums / shape.layers))
         models = shape.weights * (2 if objective and shape.reference else 1)
         return models + sums + shape.passing(2 * self.batch_size * shape.longest)
+
+    def summary(self, table: "pd.DataFrame") -> "pd.DataFrame":
+        """Predicted, forecast and measured ratio, and the correlations."""
+        return by_expectation(table, ("predicted", "forecast"))
+
+    def figures(self, tables: "Mapping[str, pd.DataFrame]") -> "Mapping[str, Figure]":
+        """Expected against measured ratio."""
+        from weightgeom.figures.base import expected_and_measured
+
+        table = tables.get("training")
+        if table is None or not len(own(table, "measured_ratio")):
+            return {}
+        return {"mechanism": expected_and_measured(table)}
 
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement of one checkpoint's update since the trajectory's start."""
@@ -212,13 +233,7 @@ def _moment(matrix: ResidualMatrix, some: Pass, start: Params) -> Moment:
 
 
 def _at(matrix: ResidualMatrix, k: int) -> dict:
-    return {
-        "layer": matrix.layer,
-        "matrix": matrix.label,
-        "role": matrix.role,
-        "subspace": place_of(matrix)[0],
-        "k": k,
-    }
+    return {**matrix.table_columns, "subspace": place_of(matrix)[0], "k": k}
 
 
 def _correlations(rows: list[Row], k: int) -> Iterator[Row]:
@@ -227,7 +242,8 @@ def _correlations(rows: list[Row], k: int) -> Iterator[Row]:
         by_quantity: dict[str, dict[tuple, float]] = {}
         for one in rows:
             if one["role"] == role and one["k"] == k:
-                by_quantity.setdefault(one["quantity"], {})[one["layer"], one["matrix"]] = one["value"]
+                place = one["layer"], one["matrix"], one["expert"]
+                by_quantity.setdefault(one["quantity"], {})[place] = one["value"]
         measured = by_quantity.get("measured_ratio", {})
         for name in ("predicted", "mean", "forecast"):
             expected = by_quantity.get(f"{name}_ratio", {})

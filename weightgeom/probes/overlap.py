@@ -5,7 +5,7 @@ from dataclasses import dataclass as plain_dataclass
 from functools import cached_property
 from math import sqrt
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from weightgeom.declarations import ProbeDeclaration
 from weightgeom.estimators.gradients import Gathering, gradient_moments
 from weightgeom.estimators.reference_subspaces import (
     Inputs,
@@ -101,8 +102,6 @@ class Overlap:
     every matrix and fixed side (`_before`, `_end`, `_other`) is held in memory.
     """
 
-    headline: ClassVar[str] = "rotation"
-
     k: int | None = None  # null: d/8
     pairs: list[str] = Field(
         default=[
@@ -130,6 +129,11 @@ class Overlap:
         for pair, sides in self._sides.items():
             if self.other is None and any(side.at == "other" for side in sides):
                 raise ValueError(f"the pair {pair} needs probe.overlap.other={{before: DIR, after: DIR}}")
+
+    @property
+    def declaration(self) -> ProbeDeclaration:
+        """The rotation of every matrix, where it is measured."""
+        return ProbeDeclaration("rotation" if ROTATION in self.pairs else "", by_layer=False, generic=False)
 
     @property
     def _sides(self) -> dict[str, tuple[Side, Side]]:
@@ -298,11 +302,7 @@ def _compared(
     d, n = len(one), min(one.shape[1], other.shape[1])
     angles = torch.from_numpy(subspace_angles(one.numpy(), other.numpy())).rad2deg()
     energy = (one.T @ other).square().sum().item()
-    place: dict[str, Any] = (
-        {"matrix": "unembed", "role": "read"}
-        if matrix is None
-        else {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}
-    )
+    place: dict[str, Any] = {"matrix": "unembed", "role": "read"} if matrix is None else matrix.table_columns
     values = {
         "overlap": (min(1.0, energy / n), "1"),
         "overlap_ratio": (energy * d / (one.shape[1] * other.shape[1]), "1"),

@@ -1,7 +1,7 @@
 """Relative subspace fraction: how much of an update lies in what the model reads and predicts."""
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import ClassVar, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from weightgeom.bases.outline import Shape
+from weightgeom.declarations import ASYMMETRY, ProbeDeclaration
 from weightgeom.estimators.gradients import Gathering, folded, gradient_moments
 from weightgeom.estimators.moments import GIB, Moment
 from weightgeom.estimators.reference_subspaces import (
@@ -28,7 +29,11 @@ from weightgeom.geometry.nulls import isotropic_null, matched_null, rotation_nul
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture, ResidualMatrix
 from weightgeom.params import Params
-from weightgeom.table import Row, row
+from weightgeom.table import Row, own, row
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,18 @@ class RSF:
 
     `k` defaults to d/8 (ours). `at` is whose subspaces are taken: the trajectory's `start`, the
     measured `step` itself or the `end`; `auto` is the start, or the step where the start is random.
-    With `per_head` the heads of q, k, v and o have rows of their own, as matrix `q.0`, `q.1`, ...;
+    With `per_head` the heads of q, k, v and o have rows of their own, numbered in the column `head`;
     those of k and v are the key-value groups.
     """
 
-    headline: ClassVar[str] = "ratio"
+    declaration: ClassVar[ProbeDeclaration] = ProbeDeclaration(
+        headline="ratio",
+        label="relative subspace fraction",
+        form=".2f",
+        section=ASYMMETRY,
+        of_pretraining=True,
+        harmless=("increments", "per_head", "resamples", "groups", "budget_gb", "prompts"),
+    )
 
     k: int | list[int] | None = None
     at: Literal["auto", "start", "step", "end"] = "auto"
@@ -108,6 +120,34 @@ class RSF:
         else:
             frames = min(2 * shape.layers * moment, max(budget / 2, moment)) + frame
         return max(gathered, upstream + weights + frames + 8 * shape.square)
+
+    def figures(self, tables: "Mapping[str, pd.DataFrame]") -> "Mapping[str, Figure]":
+        """The ratio by step and by layer; of a chain by stage, and by layer against the stage before."""
+        from weightgeom.figures import base as figures
+        from weightgeom.figures.chain import ratio_by_stage
+
+        if "stages" in tables:
+            if not len(own(tables["stages"], "ratio")):  # nothing moved anywhere
+                return {}
+            between = tables["between"]
+            moved = set(own(between, "ratio")["step"])
+            by_layer = {
+                f"ratio_by_layer_{name}": figures.ratio_by_layer(between, step)
+                for step, name in enumerate(between.attrs["stages"])
+                if step in moved
+            }
+            return {"stages": ratio_by_stage(tables["stages"]), **by_layer}
+        moved = {name: table for name, table in tables.items() if len(own(table, "ratio"))}
+        if not moved:
+            return {}
+        drawn = {"ratio_by_step": figures.ratio_by_step(moved)}
+        increments = {name: table for name, table in moved.items() if len(own(table, "increment_ratio"))}
+        if increments:
+            drawn["increment_by_step"] = figures.ratio_by_step(increments, "increment_ratio")
+        for name, table in moved.items():
+            suffix = "_pretraining" if name == "pretraining" and len(moved) > 1 else ""
+            drawn[f"ratio_by_layer{suffix}"] = figures.ratio_by_layer(table, max(map(int, table["step"])))
+        return drawn
 
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement of one checkpoint's update since the trajectory's start."""
@@ -202,14 +242,14 @@ class RSF:
     ) -> Iterator[Row]:
         update = self._update(matrix, params, setting)
         yield from _size(matrix, update)
-        where = {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}
+        where = matrix.table_columns
         spectrum = self._spectrum(update)
         yield from self._compare(update, spectrum, own, moment, setting.seed, where)
         yield from self._compare(update, spectrum, chance, None, setting.seed, where)
         if self.per_head and matrix.kind in ("q", "k", "v", "o"):
             heads = head_updates(matrix, params, setting.start, written=self.fold_post_norm)
             for head, part in enumerate(heads):
-                place = where | {"matrix": f"{matrix.kind}.{head}"}
+                place = where | {"head": head}
                 yield from self._compare(part, self._spectrum(part), own, moment, setting.seed, place)
 
     def _increment(
@@ -217,7 +257,7 @@ class RSF:
     ) -> Iterator[Row]:
         """What changed since the checkpoint before."""
         update = update_of(matrix, params, previous, written=self.fold_post_norm)
-        where = {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}
+        where = matrix.table_columns
         n = update.shape[0] * update.shape[1]
         yield row("increment_norm", update.norm, n=n, **where)
         for one in self._compare(update, self._spectrum(update), own, None, seed, where):
@@ -296,7 +336,7 @@ def _matched(
 
 
 def _size(matrix: ResidualMatrix, update: Update) -> Iterator[Row]:
-    where = {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}
+    where = matrix.table_columns
     entries = update.shape[0] * update.shape[1]
     yield row("delta_norm", update.norm, n=entries, **where)
     yield row("moved_share", update.moved_share, n=entries, **where)
@@ -316,8 +356,8 @@ def _q_values(rows: Iterable[Row]) -> Iterator[Row]:
     families: dict[tuple, list[Row]] = {}
     for one in rows:
         if one["quantity"] in ("p_value", "matched_p_value"):
-            chance, head = one["subspace"] == "random", "." in one["matrix"]
-            families.setdefault((one["quantity"], one["k"], chance, head), []).append(one)
+            chance, whole = one["subspace"] == "random", one.get("head") is None and one["expert"] is None
+            families.setdefault((one["quantity"], one["k"], chance, whole), []).append(one)
     for (quantity, *_), family in families.items():
         q_values = false_discovery_control([one["value"] for one in family])
         name = quantity.replace("p_value", "q_value")

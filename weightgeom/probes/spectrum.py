@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from math import cos, pi, sin, sqrt
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from weightgeom.declarations import ProbeDeclaration
 from weightgeom.estimators.gradients import Gathering, gradient_moments
 from weightgeom.estimators.moments import activation_moments
 from weightgeom.estimators.updates import update_of, zeros
@@ -49,14 +50,18 @@ class Spectrum:
     or the name of the input: its rows are those of the matrix that reads there, q or up.
     """
 
-    headline: ClassVar[str] = "delta_participation_ratio"
-
     of: list[Thing] = Field(default=["activation", "upstream", "gradient", "delta", "weight"], min_length=1)
     top: int = Field(default=16, ge=1)  # eigenvalues that have rows
     tokens: int = Field(default=8192, ge=2)  # of held-out text, for activations
     length: int = Field(default=96, ge=2)  # tokens a sequence
     prompts: int = Field(default=256, ge=1)  # of the training examples, for gradients
     budget_gb: float | None = Field(default=None, gt=0)  # GiB for weights and sums; null: no limit
+
+    @property
+    def declaration(self) -> ProbeDeclaration:
+        """The participation ratio of the update, where it is measured."""
+        headline = "delta_participation_ratio" if "delta" in self.of else ""
+        return ProbeDeclaration(headline, by_layer=False, generic=False)
 
     def check(self, architecture: Architecture) -> None:
         """Every model will do."""
@@ -100,7 +105,7 @@ class Spectrum:
             means = {name: mean.value for name, mean in found.gradients.items()}
             for matrix in model.architecture.matrices:
                 if (moment := found.upstream.get(matrix.name)) is not None:
-                    yield from self._moment("upstream", moment.value, moment.samples, _place(matrix))
+                    yield from self._moment("upstream", moment.value, moment.samples, matrix.table_columns)
                 if matrix.parameter in means:
                     nothing = zeros(matrix, means)
                     yield from self._matrix("gradient", matrix, means, nothing, n=found.prompts)
@@ -110,7 +115,7 @@ class Spectrum:
     ) -> Iterator[Row]:
         update = update_of(matrix, after, before, written=thing != "gradient")
         d_out, d_in = update.shape
-        return self._rows(thing, update.gram, update.shape, n or d_out * d_in, _place(matrix))
+        return self._rows(thing, update.gram, update.shape, n or d_out * d_in, matrix.table_columns)
 
     def _moment(
         self, thing: Thing, moment: Float[Tensor, "d d"], tokens: int, place: dict[str, Any]
@@ -185,7 +190,3 @@ def _eigenvalues(moment: Float[Tensor, "d d"], most: int) -> Float[Tensor, " ind
     values = torch.linalg.eigvalsh(moment.cpu().double()).flip(0)[:most]
     noise = ROUNDING * torch.finfo(moment.dtype).eps * values[0]
     return torch.where(values > noise, values, 0.0)
-
-
-def _place(matrix: ResidualMatrix) -> dict[str, Any]:
-    return {"layer": matrix.layer, "matrix": matrix.label, "role": matrix.role}

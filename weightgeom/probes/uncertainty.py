@@ -1,32 +1,38 @@
 """Uncertainty that is detected but not expressed: where groups part, and whether the output sees it."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from weightgeom.analysis.claims_uncertainty import base_step
+from weightgeom.declarations import UNCERTAINTY, ProbeDeclaration
 from weightgeom.estimators.hidden_states import Tail, check_layers, last_states
 from weightgeom.estimators.reference_subspaces import check_dimensions, dimensions
 from weightgeom.geometry.subspace import Subspace, prediction_moment
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
-from weightgeom.table import Row
+from weightgeom.table import Row, arm_columns
 from weightgeom.text.examples import Examples, Question
 from weightgeom.text.prompt_groups import check_groups, first_tokens
 from weightgeom.uncertainty.contrast import Contrast, equal_groups
 from weightgeom.uncertainty.intrinsic_dimension import check_neighbours
 from weightgeom.uncertainty.rows import (
-    Asked,
+    EstimateSettings,
     boundary_rows,
     group_rows,
     output_rows,
     overlap_rows,
     shape_rows,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +41,12 @@ log = logging.getLogger(__name__)
 class Uncertainty:
     """The residual stream behind every layer at the last token of the prompts, group against group.
 
-    The column `arm` names a group, or `uncertain/factual` for a comparison, the first group being factual;
-    `@t` behind a group is a threshold. Groups are cut to one size. The boundary direction b is the difference
-    of the means on a training half; what is said of it is taken on the other half. A `_p_value` is by
-    permutation of the groups' labels and a `_random_p_value` against Haar-random directions, both two-sided;
-    `_low` and `_high` are the ends of a 95 % interval, `_permuted` and `_random` the mean under a null.
+    The column `treatment` names a group, and in a comparison `against` names the factual one, the first of
+    the groups; `dose` is a threshold t. In `arm` a comparison reads `uncertain/factual`, or with a threshold
+    `uncertain@t/factual`. Groups are cut to one size. The boundary direction b is the difference of the
+    means on a training half; what is said of it is taken on the other half. A `_p_value` is by permutation
+    of the groups' labels and a `_random_p_value` against Haar-random directions, both two-sided; `_low` and
+    `_high` are the ends of a 95 % interval, `_permuted` and `_random` the mean under a null.
 
     Quantities:
         auroc_projection, auroc_logistic: of the projection on b and of a logistic probe, in [0, 1].
@@ -56,7 +63,16 @@ class Uncertainty:
     Source: arXiv:2603.13911v1; held-out halves, equal sizes, calibration, nulls and intervals are ours.
     """
 
-    headline: ClassVar[str] = "fisher_ratio"
+    declaration: ClassVar[ProbeDeclaration] = ProbeDeclaration(
+        headline="",
+        section=UNCERTAINTY,
+        whole=(  # of hundreds: means over layers and groups
+            *("auroc_logistic", "amplification", "mle_dimension_calibrated_ratio"),
+            *("fisher_ratio", "gradient_coupling"),
+        ),
+        compares=False,
+        generic=False,
+    )
 
     layers: list[int] | None = None
     k: int | None = None
@@ -90,6 +106,24 @@ class Uncertainty:
         if size < 8:
             raise ValueError(f"the smallest group has {size} prompts: give 8 or more of each")
 
+    def figures(self, tables: "Mapping[str, pd.DataFrame]") -> "Mapping[str, Figure]":
+        """Profiles over layers, topology and sensitivity of the base; after a training the profiles again."""
+        from weightgeom.figures import uncertainty as figures
+
+        table = tables.get("training")
+        if table is None:
+            return {}
+        trained = bool(table.attrs.get("trained"))
+        step = base_step(table, trained)
+        drawn = {
+            "uncertainty_profiles": figures.profiles(table, step),
+            "uncertainty_topology": figures.topology(table, step),
+            "uncertainty_sensitivity": figures.sensitivity(table, step),
+        }
+        if trained:
+            drawn["uncertainty_profiles_trained"] = figures.profiles(table, max(map(int, table["step"])))
+        return drawn
+
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement of one checkpoint."""
         self.check_examples(setting.examples)
@@ -106,7 +140,7 @@ class Uncertainty:
         texts = {name: [question.prompt for question in group] for name, group in groups.items()}
         states = {name: last_states(model, network, some, layers) for name, some in texts.items()}
         factual, *uncertain = texts
-        asked = Asked(
+        asked = EstimateSettings(
             self.neighbours, self.points, self.thresholds, self.resamples, self.random, setting.seed
         )
         contrast = Contrast.of(len(texts[factual]), self.permutations, setting.seed)
@@ -115,10 +149,10 @@ class Uncertainty:
         for layer in layers:
             place = {"layer": layer, "subspace": "residual"}
             for name in texts:
-                for one in group_rows(states[name][layer], name, asked):
+                for one in group_rows(states[name][layer], arm_columns(name), asked):
                     yield {**place, **one}
             for name in uncertain:
-                arm = f"{name}/{factual}"
+                arm = arm_columns(name, against=factual)
                 pooled = torch.cat([states[factual][layer], states[name][layer]])
                 directions = contrast.boundaries(pooled)
                 tail = Tail.of(

@@ -1,1 +1,1 @@
-"""Text: examples, files, conversations, prompts and tokens."""
+"""Text: examples, files, conversations, prompt groups and tokens."""

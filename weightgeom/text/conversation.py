@@ -1,4 +1,4 @@
-"""Conversations, checked and as text: by a tokenizer's chat template, plainly where it has none."""
+"""Conversations: validated, and rendered as text by the tokenizer's chat template or as plain text."""
 
 import logging
 import re
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-LABELS = {"system": "System", "user": "Human", "assistant": "Assistant"}  # role: how it is written
-HEADER = "\n\nAssistant:"  # what asks for a response
+LABELS = {"system": "System", "user": "Human", "assistant": "Assistant"}  # role: its label in plain text
+HEADER = "\n\nAssistant:"  # ends a prompt; the response follows
 CHAT_TEMPLATE = (
     f"{{% set labels = {LABELS} %}}"
     r"{% for message in messages %}"
@@ -25,8 +25,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def checked(value: Any, where: str) -> Text:
-    """A string, or a conversation reduced to its roles and contents; ValueError on all else."""
+def checked_text(value: Any, where: str) -> Text:
+    """A string, or a conversation reduced to its roles and contents; ValueError on anything else."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -34,28 +34,28 @@ def checked(value: Any, where: str) -> Text:
     for message in value:
         known = isinstance(message, dict) and message.get("role") in tuple(LABELS)
         if not (known and isinstance(message.get("content"), str)):
-            expected = f"role ({', '.join(LABELS)}) and a string content"
+            expected = f"a role ({', '.join(LABELS)}) and a string content"
             raise ValueError(f"{where} needs messages with {expected}, got {short(message)}")
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
-def plain(text: Text) -> str:
-    """A conversation as `CHAT_TEMPLATE` writes it, a string as it is."""
+def plain_text(text: Text) -> str:
+    """A conversation rendered by `CHAT_TEMPLATE`; a string is returned unchanged."""
     if isinstance(text, str):
         return text
     return "".join(f"\n\n{LABELS[message['role']]}: {message['content']}" for message in text)
 
 
-def implicit(chosen: Text, rejected: Text) -> Pair:
-    """The pair whose prompt is what both texts share at the start, as TRL takes it.
+def with_shared_prompt(chosen: Text, rejected: Text) -> Pair:
+    """The pair of two texts that contain their prompt: the prompt is their common prefix, as in TRL.
 
-    Where two dialogues written plainly also share the first words of the last response, the prompt
-    ends before them, at the assistant's header (ours: TRL's would end within a word). It is empty if
-    they share nothing, or if one ends where its response should begin.
+    If two plain-text dialogues also share the first words of the last response, the prompt ends before
+    those words, at the assistant's header (ours: TRL's would end within a word). The prompt is empty if the
+    texts share nothing, or if one text ends where its response should begin.
     """
     shared, sides = 0, (chosen, rejected)
     unwritten = any(isinstance(side, str) and side.rstrip().endswith(HEADER) for side in sides)
-    # TRL's function presumes a first element, and that it is shared
+    # TRL's function assumes that both texts have a first element and share it.
     if chosen and chosen[:1] == rejected[:1] and not unwritten:
         from trl.data_utils import extract_prompt
 
@@ -65,8 +65,8 @@ def implicit(chosen: Text, rejected: Text) -> Pair:
     return Pair(chosen[:shared], chosen[shared:], rejected[shared:])
 
 
-def complete(pair: Pair) -> bool:
-    """Whether the prompt and both responses say something: in a conversation, as the assistant."""
+def is_complete(pair: Pair) -> bool:
+    """Whether the prompt and both responses have content; in a conversation, the assistant's content."""
 
     def says(text: Text, *roles: str) -> bool:
         if isinstance(text, str):
@@ -78,10 +78,10 @@ def complete(pair: Pair) -> bool:
 
 
 def render(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> Pair:
-    """The pair as strings: prompt + response is the tokenizer's rendering of the conversation.
+    """The pair as strings, such that prompt + response is the tokenizer's rendering of the conversation.
 
-    The prompt ends in the assistant's header where the responses start with its message. What the
-    template writes differently with and without a response goes to the response.
+    The prompt ends in the assistant's header if the responses start with an assistant's message. Text that
+    the template renders differently with and without a response belongs to the response.
     Source: the common prefix of `trl.data_utils.apply_chat_template`, which refuses some prompts.
     """
     prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
@@ -99,7 +99,7 @@ def render(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> Pair:
             messages, chat_template=template, tokenize=False, add_generation_prompt=header
         )
         assert isinstance(rendered, str)
-        # It is tokenized like any text later: what the tokenizer puts in front by itself is not doubled.
+        # The tokenizer adds its start token again when it tokenizes this text.
         return rendered.removeprefix(begin) if begins_itself else rendered
 
     header = chosen[0]["role"] == rejected[0]["role"] == "assistant"
@@ -108,9 +108,9 @@ def render(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> Pair:
     return Pair(start, whole[0][len(start) :], whole[1][len(start) :])
 
 
-@cache  # once for each tokenizer
+@cache  # logs once per tokenizer
 def _note_plain(name: str) -> None:
-    log.info("tokenizer %s has no chat template: conversations are written plainly", name)
+    log.info("tokenizer %s has no chat template: conversations are rendered as plain text", name)
 
 
 Messages = list[dict[str, str]]
@@ -119,50 +119,50 @@ Messages = list[dict[str, str]]
 TURN = re.compile(rf"(?:^|\n\n)({'|'.join(LABELS.values())}):")
 
 
-ROLES = {label: role for role, label in LABELS.items()}
+ROLE_OF_LABEL = {label: role for role, label in LABELS.items()}
 
 
 def chats(examples: Examples, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """The held-out pairs as prompt and chosen response, or else the held-out documents as user's messages.
+    """Held-out chats: prompts with their chosen responses, or without pairs the documents as user messages.
 
     Raises:
-        ValueError: if the tokenizer has no chat template, or this refuses a conversation.
+        ValueError: if the tokenizer has no chat template, or the template refuses a conversation.
     """
     from jinja2 import TemplateError
 
     name = tokenizer.name_or_path
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"the tokenizer {name} has no chat template: take text=raw, or of a pair the aligned model's"
-            " tokenizer, with model.tokenizer=after"
+            f"the tokenizer {name} has no chat template: set text=raw, or for model=pair use the tokenizer of"
+            " the aligned model with model.tokenizer=after"
         )
-    conversations = [of_pair(pair) for pair in examples.heldout_pairs] or [
-        of_text(text) for text in examples.heldout
+    conversations = [pair_messages(pair) for pair in examples.heldout_pairs] or [
+        text_messages(text) for text in examples.heldout
     ]
     try:
-        return [str(tokenizer.apply_chat_template(one, tokenize=False)) for one in conversations]
+        return [str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in conversations]
     except TemplateError as error:
         raise ValueError(
-            f"the chat template of {name} refuses a conversation ({error}): take text=raw"
+            f"the chat template of {name} refuses a conversation ({error}): set text=raw"
         ) from error
 
 
-def of_pair(pair: Pair) -> Messages:
+def pair_messages(pair: Pair) -> Messages:
     """The prompt and the chosen response as messages."""
     if isinstance(pair.prompt, list) and isinstance(pair.chosen, list):
         return [*pair.prompt, *pair.chosen]
     prompt, chosen = str(pair.prompt), str(pair.chosen)
     if TURN.search(prompt):
-        return of_text(prompt + chosen)
+        return text_messages(prompt + chosen)
     return [{"role": "user", "content": prompt.strip()}, {"role": "assistant", "content": chosen.strip()}]
 
 
-def of_text(text: str) -> Messages:
-    """A dialogue written plainly (`Human: …`, `Assistant: …`) as its turns; other text as a user's."""
+def text_messages(text: str) -> Messages:
+    """The turns of a plain-text dialogue (`Human: …`, `Assistant: …`); other text is one user message."""
     if TURN.match(text) is None:
         return [{"role": "user", "content": text}]
     _, *turns = TURN.split(text)
     return [
-        {"role": ROLES[label], "content": content.strip()}
+        {"role": ROLE_OF_LABEL[label], "content": content.strip()}
         for label, content in zip(turns[::2], turns[1::2], strict=True)
     ]

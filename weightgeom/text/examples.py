@@ -9,7 +9,7 @@ Text = str | list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses to one prompt, one preferred to the other."""
+    """Two responses to one prompt; `chosen` is preferred to `rejected`."""
 
     prompt: Text
     chosen: Text
@@ -18,7 +18,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with the one answer that is right."""
+    """A prompt with its one correct answer."""
 
     prompt: str
     answer: str
@@ -26,13 +26,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Examples:
-    """What a data set holds, read and checked: documents and preference pairs, each with a held-out part.
+    """The validated content of a data set: documents and preference pairs, each with a held-out part.
 
-    `questions` ask for what the documents tell. A part that the data set does not have is empty. `digest`
-    is a SHA-256 over documents and pairs, and over the groups where there are any.
+    `questions` ask for facts stated in the documents. A part that the data set lacks is empty. `digest` is a
+    SHA-256 over documents and pairs, and over the groups if there are any.
 
-    `groups` are prompts by how sure one can be of an answer: the first group's are the factual ones, which
-    the others are compared with. `abstentions` are the phrases that stand for no answer.
+    `groups` are prompts grouped by how certain their answers are: the first group is the factual one, the
+    baseline of the others. `abstentions` are the phrases that count as declining to answer.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""Users' files in: plain text, JSON lines and parquet, refused in a sentence that names the line.
+"""Readers of users' files (plain text, JSON lines, parquet), whose errors name the file and the line.
 
-A missing file is a FileNotFoundError, anything else wrong with one a ValueError.
+A missing file raises FileNotFoundError; any other defect of a file raises ValueError.
 """
 
 import gzip
@@ -26,8 +26,8 @@ RECORDS = (".jsonl", ".json", ".ndjson", ".parquet")
 
 
 def paths(spec: str | list[str]) -> list[Path]:
-    """The files that a name, a glob or a list of either stands for; globs sorted, no file twice."""
-    found: dict[Path, Path] = {}  # by resolved path, so that "a.txt" and "*.txt" give it once
+    """The files that match a name, a glob or a list of either; globs sorted, every file once."""
+    files: dict[Path, Path] = {}  # by resolved path, so that "a.txt" and "*.txt" give one entry
     for name in filter(None, [spec] if isinstance(spec, str) else spec):
         path = Path(os.path.expanduser(name))
         matches = [path]
@@ -36,37 +36,37 @@ def paths(spec: str | list[str]) -> list[Path]:
             matches = [match for match in matches if match.is_file()]
             if not matches:
                 raise FileNotFoundError(f"no file matches {name!r} in {Path.cwd()}")
-        found |= {_existing(match).resolve(): match for match in matches}
-    if not found:
-        raise ValueError("no file named: give a file, a list of files or a glob")
-    return list(found.values())
+        files |= {_existing(match).resolve(): match for match in matches}
+    if not files:
+        raise ValueError("no file given: give a file, a list of files or a glob")
+    return list(files.values())
 
 
 def place(path: Path, number: int) -> str:
-    """How errors name a record: `FILE line 17`, or `FILE row 17` of a parquet file."""
+    """The name of a record in errors: `FILE line 17`, or `FILE row 17` in a parquet file."""
     return f"{path} {'row' if _kind(path) == '.parquet' else 'line'} {number}"
 
 
 def field(record: dict, name: str, where: str) -> Any:
-    """The value of a field that must be there; `where` is from `place`."""
+    """The value of a required field; `where` names the record, as returned by `place`."""
     if name not in record:
         raise ValueError(f"{where} has no field {name!r}; its fields are {', '.join(record)}")
     return record[name]
 
 
 def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """Records of a JSON lines (also gzipped) or parquet file with their line or row, from 1."""
+    """Records of a JSON lines (optionally gzipped) or parquet file with their line or row number, from 1."""
     path, number = _existing(Path(path)), 0
     if _kind(path) not in RECORDS:
-        raise ValueError(f"{path} must be .jsonl, .jsonl.gz or .parquet to hold records")
-    for number, record in _rows(path) if _kind(path) == ".parquet" else _json_lines(path):
+        raise ValueError(f"{path} must be a .jsonl, .jsonl.gz or .parquet file to hold records")
+    for number, record in _parquet_records(path) if _kind(path) == ".parquet" else _json_lines(path):
         yield number, record
     if not number:
-        raise ValueError(f"{path} is empty: it holds no record")
+        raise ValueError(f"{path} is empty: it contains no record")
 
 
 def read_documents(path: str | Path) -> list[str]:
-    """The `text` of a file's records, or the blocks between the blank lines of plain text."""
+    """The `text` of each record of a file, or the blocks of a plain-text file, separated by blank lines."""
     path = _existing(Path(path))
     if _kind(path) in RECORDS:
         documents = []
@@ -78,29 +78,29 @@ def read_documents(path: str | Path) -> list[str]:
         text = "".join(line for _, line in _lines(path))
         documents = [block.strip() for block in re.split(r"\n\s*\n", text)]
     if not (documents := [document for document in documents if document.strip()]):
-        raise ValueError(f"{path} is empty: it holds no document")
+        raise ValueError(f"{path} is empty: it contains no document")
     return documents
 
 
 def split(
     train: list[Item], heldout: list[Item] | None, every: int, key: Callable[[Item], str]
 ) -> tuple[list[Item], list[Item]]:
-    """Training and held-out items, no key in both; training gives way.
+    """Training and held-out items with disjoint keys: items with a held-out key leave the training set.
 
-    Without `heldout`, every n-th distinct key is held out of `train`: the last, if there are fewer.
+    Without `heldout`, every n-th distinct key of `train` is held out, or the last one if there are fewer.
     """
     keys = list(dict.fromkeys(map(key, train if heldout is None else heldout)))
-    held = set(keys) if heldout is not None else set(keys[every - 1 :: every] or keys[-1:])
-    heldout = heldout or [item for item in train if key(item) in held]
-    kept = [item for item in train if key(item) not in held]
+    heldout_keys = set(keys) if heldout is not None else set(keys[every - 1 :: every] or keys[-1:])
+    heldout = heldout or [item for item in train if key(item) in heldout_keys]
+    kept = [item for item in train if key(item) not in heldout_keys]
     if not kept:
         raise ValueError("nothing is left to train on: give more data, or another heldout file")
-    log.info("%d to train on and %d held out, of %d", len(kept), len(heldout), len(train))
+    log.info("%d training and %d held-out items, of %d", len(kept), len(heldout), len(train))
     return kept, heldout
 
 
 def fingerprint(*parts: Sequence[str] | Sequence[Pair]) -> str:
-    """SHA-256 over all contents and their division into parts and items."""
+    """SHA-256 over all items and their division into parts."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{len(part)}\n".encode())
@@ -146,7 +146,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
             continue
         try:
             record = json.loads(line)
-            json.dumps(record, ensure_ascii=False).encode()  # refuses half a surrogate pair
+            json.dumps(record, ensure_ascii=False).encode()  # fails on an unpaired surrogate
         except ValueError as error:
             raise ValueError(f"{path} line {number} is not JSON: {error}") from error
         if not isinstance(record, dict):
@@ -154,7 +154,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
         yield number, record
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict]]:
+def _parquet_records(path: Path) -> Iterator[tuple[int, dict]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -170,7 +170,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for use inside a sentence."""
+    """The first line of an error's message without its full stop, to be quoted in a sentence."""
     return next(
         (line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__
     )

@@ -1,10 +1,10 @@
-"""Records of data sets as preference pairs and documents, by the columns that are usual for them."""
+"""Records of data sets converted to preference pairs and documents, from the common column layouts."""
 
 import logging
 from collections.abc import Sequence
 from reprlib import repr as short
 
-from weightgeom.text.conversation import checked, complete, implicit, plain
+from weightgeom.text.conversation import checked_text, is_complete, plain_text, with_shared_prompt
 from weightgeom.text.examples import Pair
 from weightgeom.text.files import field
 
@@ -13,22 +13,22 @@ CONVERSATIONS = ("messages", "conversation", "conversations")
 
 
 def text_of(pair: Pair) -> str:
-    """The prompt and the chosen response, plainly."""
-    return plain(pair.prompt) + plain(pair.chosen)
+    """The prompt and the chosen response as plain text."""
+    return plain_text(pair.prompt) + plain_text(pair.chosen)
 
 
-def usable(pairs: Sequence[Pair], names: str) -> list[Pair]:
-    """The pairs whose responses differ and that say something; `names` is where they come from.
+def usable_pairs(pairs: Sequence[Pair], names: str) -> list[Pair]:
+    """The pairs with content and with different responses; `names` is their source.
 
     Raises:
         ValueError: if none is left.
     """
     differing = [pair for pair in pairs if pair.chosen != pair.rejected]
-    kept = [pair for pair in differing if complete(pair)]
+    kept = [pair for pair in differing if is_complete(pair)]
     same, empty = len(pairs) - len(differing), len(differing) - len(kept)
     counts = f"{same} with chosen equal to rejected, {empty} with an empty prompt or response"
     if not kept:
-        raise ValueError(f"no pair is left of {len(pairs)} in {names}: {counts}")
+        raise ValueError(f"none of the {len(pairs)} pairs in {names} is usable: {counts}")
     if same or empty:
         log.warning("dropped %d of %d pairs in %s: %s", same + empty, len(pairs), names, counts)
     return kept
@@ -38,7 +38,7 @@ def document_of(where: str, record: dict) -> str:
     """The text of a record: its `text`, its conversation, or its prompt and completion.
 
     Raises:
-        ValueError: if it has none of these, naming the columns that it has.
+        ValueError: if it has none of these.
     """
     if "text" in record:
         text = record["text"]
@@ -47,30 +47,33 @@ def document_of(where: str, record: dict) -> str:
         return text
     for name in CONVERSATIONS:
         if name in record:
-            return plain(checked(record[name], f"{where} field {name!r}"))
+            return plain_text(checked_text(record[name], f"{where} field {name!r}"))
     if "prompt" in record and "completion" in record:
-        parts = (plain(checked(record[name], f"{where} field {name!r}")) for name in ("prompt", "completion"))
+        parts = (
+            plain_text(checked_text(record[name], f"{where} field {name!r}"))
+            for name in ("prompt", "completion")
+        )
         return "".join(parts)
     raise ValueError(
-        f"{where} has neither chosen and rejected, nor text, nor {', '.join(CONVERSATIONS)}, nor prompt and"
+        f"{where} must have chosen and rejected, or text, or one of {', '.join(CONVERSATIONS)}, or prompt and"
         f" completion; its columns are {', '.join(record)}"
     )
 
 
 def pair_of(where: str, record: dict) -> Pair:
-    """The preference pair of a record with `chosen`, `rejected` and perhaps `prompt`.
+    """The preference pair of a record with fields `chosen`, `rejected` and optionally `prompt`.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if a field is missing or malformed.
     """
-    chosen = checked(field(record, "chosen", where), f"{where} field 'chosen'")
-    rejected = checked(field(record, "rejected", where), f"{where} field 'rejected'")
-    prompt = record.get("prompt")  # null is none
-    prompt = None if prompt is None else checked(prompt, f"{where} field 'prompt'")
+    chosen = checked_text(field(record, "chosen", where), f"{where} field 'chosen'")
+    rejected = checked_text(field(record, "rejected", where), f"{where} field 'rejected'")
+    prompt = record.get("prompt")  # null counts as absent
+    prompt = None if prompt is None else checked_text(prompt, f"{where} field 'prompt'")
     if isinstance(prompt, str) and isinstance(chosen, list) and isinstance(rejected, list):
-        # some data sets repeat the question as a string beside whole conversations
+        # Some data sets repeat the question as a string in addition to whole conversations.
         shared = [message["content"] for message in chosen if message in rejected]
         prompt = None if prompt in shared else prompt
     if len({type(side) for side in (prompt, chosen, rejected) if side is not None}) > 1:
-        raise ValueError(f"{where} mixes strings and conversations: make all its fields one kind")
-    return implicit(chosen, rejected) if prompt is None else Pair(prompt, chosen, rejected)
+        raise ValueError(f"{where} mixes strings and conversations: use one form for all its fields")
+    return with_shared_prompt(chosen, rejected) if prompt is None else Pair(prompt, chosen, rejected)

@@ -1,4 +1,4 @@
-"""Text as token batches: packed documents, and pairs split into prompt and responses."""
+"""Token batches: packed documents, responses behind their prompts, answers and prompts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from weightgeom.text.examples import Pair, Question
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class Batch:
     target: Bool[Tensor, "sequence position"]
 
     def positions(self) -> Int[Tensor, "sequence position"]:
-        """The place of each token in its sequence, padding in front not counted."""
+        """The position of each token in its sequence, not counting padding on the left."""
         leading = (self.attention_mask.cumsum(1) == 0).sum(1, keepdim=True)
         places = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
         return (places - leading).clamp(min=0)
@@ -39,13 +39,13 @@ class Batch:
 def packed(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", length: int, limit: int, size: int = 16
 ) -> list[Batch]:
-    """Documents end to end, each closed by the end token, in sequences of `length` tokens.
+    """Documents concatenated, each closed by the end token, and split into sequences of `length` tokens.
 
-    At most `limit` tokens, in batches of `size` sequences; a shorter rest is padded. Every token but
-    the first of a sequence is a target.
+    At most `limit` tokens, in batches of `size` sequences; a shorter last sequence is padded. Every token
+    but the first of a sequence is a target.
 
     Raises:
-        ValueError: if the texts hold no token.
+        ValueError: if the texts have fewer than 2 tokens.
     """
     end = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
     stream: list[int] = []
@@ -55,34 +55,34 @@ def packed(
             break
     stream = stream[:limit]
     if len(stream) < 2:
-        raise ValueError("the held-out text has fewer than 2 tokens: give more of it with data.heldout")
+        raise ValueError("the held-out text has fewer than 2 tokens: give more text with data.heldout")
     sequences = [stream[start : start + length] for start in range(0, len(stream), length)]
     return [
         _batch([(sequence, 1) for sequence in part], tokenizer)
-        for part in _parts([sequence for sequence in sequences if len(sequence) > 1], size)
+        for part in _chunks([sequence for sequence in sequences if len(sequence) > 1], size)
     ]
 
 
 def responses(
     pairs: Sequence[Pair], tokenizer: "PreTrainedTokenizerBase", length: int, size: int = 16
 ) -> Iterator[tuple[Batch, Batch]]:
-    """Chosen and rejected responses behind their prompts, `size` pairs at a time; their tokens are targets.
+    """Chosen and rejected responses behind their prompts, `size` pairs at a time.
 
-    Tokenized, closed by the end token and cut to `length` as TRL does; a pair whose prompt leaves no
-    room for a response is left out.
+    The responses' tokens are the targets. Pairs are tokenized, closed by the end token and truncated to
+    `length` as in TRL; a pair whose prompt leaves no room for a response is dropped.
     """
     tokenized = [tokens for pair in pairs if len((tokens := tokenize(pair, tokenizer))[0]) < length]
-    for part in _parts(tokenized, size):
-        chosen = [((prompt + one)[:length], len(prompt)) for prompt, one, _ in part]
-        rejected = [((prompt + other)[:length], len(prompt)) for prompt, _, other in part]
+    for part in _chunks(tokenized, size):
+        chosen = [((prompt + response)[:length], len(prompt)) for prompt, response, _ in part]
+        rejected = [((prompt + response)[:length], len(prompt)) for prompt, _, response in part]
         yield _batch(chosen, tokenizer), _batch(rejected, tokenizer)
 
 
 def answers(
     questions: Sequence[Question], tokenizer: "PreTrainedTokenizerBase", size: int = 64
 ) -> Iterator[Batch]:
-    """Questions, each with its answer behind it, whose tokens are the targets; `size` at a time."""
-    for part in _parts(questions, size):
+    """Questions followed by their answers, whose tokens are the targets; `size` at a time."""
+    for part in _chunks(questions, size):
         sequences = []
         for question in part:
             prompt, whole = (
@@ -94,7 +94,7 @@ def answers(
 
 
 def prompts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> Batch:
-    """Prompts in one batch, padded on the tokenizer's side; the target is the last token of each.
+    """Prompts in one batch, padded on the tokenizer's side; the target is the last token of each prompt.
 
     Raises:
         ValueError: if a prompt has no token.
@@ -107,18 +107,19 @@ def prompts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> Batch
     ids = torch.full((len(tokens), longest), fill)
     mask = torch.zeros_like(ids)
     target = torch.zeros_like(ids, dtype=torch.bool)
-    for index, one in enumerate(tokens):
-        start = longest - len(one) if tokenizer.padding_side == "left" else 0
-        ids[index, start : start + len(one)] = torch.tensor(one)
-        mask[index, start : start + len(one)] = 1
-        target[index, start + len(one) - 1] = True
+    for index, prompt in enumerate(tokens):
+        start = longest - len(prompt) if tokenizer.padding_side == "left" else 0
+        ids[index, start : start + len(prompt)] = torch.tensor(prompt)
+        mask[index, start : start + len(prompt)] = 1
+        target[index, start + len(prompt) - 1] = True
     return Batch(ids, mask, target)
 
 
 def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int], list[int]]:
     """Tokens of the prompt, the chosen and the rejected response, split where TRL's trainer splits them.
 
-    A response starts where the tokens of prompt and prompt + response part, and ends in the end token.
+    A response starts where the tokens of prompt + response diverge from those of the prompt, and ends in the
+    end token.
     """
     pair, end = render(pair, tokenizer), str(tokenizer.eos_token or "")
     start, whole = str(pair.prompt), [_closed(str(side), end) for side in (pair.chosen, pair.rejected)]
@@ -133,17 +134,17 @@ def _closed(text: str, end: str) -> str:
     return text if text.endswith(end) else text + end
 
 
-def _common(one: list[int], other: list[int]) -> int:
-    pairs = zip(one, other, strict=False)
-    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+def _common(first: list[int], second: list[int]) -> int:
+    pairs = zip(first, second, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
-def _parts(items: Sequence[T], size: int) -> list[Sequence[T]]:
+def _chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _batch(sequences: Sequence[tuple[list[int], int]], tokenizer: "PreTrainedTokenizerBase") -> Batch:
-    """Pad (tokens, number of leading tokens that are not targets) to one length."""
+    """Sequences padded on the right; each is (tokens, number of leading tokens that are not targets)."""
     longest = max(len(tokens) for tokens, _ in sequences)
     fill = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
     ids = torch.full((len(sequences), longest), fill)

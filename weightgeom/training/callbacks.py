@@ -1,7 +1,7 @@
-"""What happens between the steps of a training: checkpoints, live metrics, and a stop when it diverges.
+"""Callbacks between training steps: checkpoints, live metrics, and an error when the training diverges.
 
-Checkpoints (`step-N`) are for measuring and stay; states (`checkpoint-N`) are the library's own, to resume
-from, and go when the training is complete. A state counts when it holds SEAL, which is written last.
+Checkpoints (`step-N`) are measured and kept. Resumable states (`checkpoint-N`) are written by transformers
+and deleted once the training is complete; a state is valid if it contains SEAL, which is written last.
 """
 
 import logging
@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from weightgeom.interfaces import Log
 from weightgeom.models.residual import ResidualMatrix
-from weightgeom.training.resuming import _synchronize
+from weightgeom.training.resuming import flush_to_disk
 
 if TYPE_CHECKING:
     from transformers import (
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-# What TRL logs that is worth a curve; the rest is derived from these or constant.
-CURVES = (
+# TRL's other metrics are constant or follow from these.
+LIVE_METRICS = (
     "loss",
     "grad_norm",
     "learning_rate",
@@ -46,8 +46,8 @@ CURVES = (
 )
 
 
-class Checkpoints(TrainerCallback):
-    """Saves checkpoints at the given steps and hands on the metrics that TRL logs."""
+class CheckpointWriter(TrainerCallback):
+    """Saves checkpoints at the given steps and passes on the metrics that TRL logs."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Checkpoints(TrainerCallback):
         control: "TrainerControl",
         **kwargs: Any,
     ) -> None:
-        """Save the start, where no checkpoint holds it yet."""
+        """Save step 0, unless an existing checkpoint is the start."""
         if self.keep_start:
             self._save(kwargs["model"], 0)
 
@@ -84,7 +84,7 @@ class Checkpoints(TrainerCallback):
         control: "TrainerControl",
         **kwargs: Any,
     ) -> None:
-        """Save, if this is one of the steps or the last; tell how far the training is."""
+        """Report progress, and save a checkpoint at the given steps and at the last."""
         self.log_metrics({}, state.global_step)
         if state.global_step in self.steps or control.should_training_stop:
             self._save(kwargs["model"], state.global_step)
@@ -96,10 +96,10 @@ class Checkpoints(TrainerCallback):
         control: "TrainerControl",
         **kwargs: Any,
     ) -> None:
-        """Hand on the curves; raise if the loss is not finite, or not what it must be at the first step."""
+        """Pass on the curves; raise if the loss is not finite, or is wrong at the first step."""
         logs: dict[str, float] = kwargs["logs"]
         loss = logs.get("loss")
-        if loss is None:  # the summary at the end
+        if loss is None:  # the summary at the end of training
             return
         if not math.isfinite(loss):
             raise FloatingPointError(self._diverged(f"the loss is {loss}", state.global_step))
@@ -108,12 +108,14 @@ class Checkpoints(TrainerCallback):
                 f"the first loss is {loss:.4f} instead of {self.first_loss:.4f}:"
                 " the reference does not equal the policy at the start"
             )
-        self.log_metrics({name: float(logs[name]) for name in CURVES if name in logs}, state.global_step)
+        self.log_metrics(
+            {name: float(logs[name]) for name in LIVE_METRICS if name in logs}, state.global_step
+        )
 
     def _save(self, model: "PreTrainedModel", step: int) -> None:
         bad = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
         if bad:
-            raise FloatingPointError(self._diverged(f"{bad[0]} holds values that are not finite", step))
+            raise FloatingPointError(self._diverged(f"{bad[0]} has values that are not finite", step))
         final = self.directory / f"step-{step}"
         temporary = self.directory / f".step-{step}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -123,17 +125,17 @@ class Checkpoints(TrainerCallback):
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _synchronize(temporary)
-        temporary.rename(final)  # atomic: a checkpoint is whole or not there
+        flush_to_disk(temporary)
+        temporary.rename(final)  # atomic: a checkpoint is complete or absent
         self.last = final
 
-    def _diverged(self, what: str, step: int) -> str:
-        kept = f"the last good checkpoint is {self.last}" if self.last else "no checkpoint was good"
-        return f"training diverged: {what} at step {step}; {kept}; lower the learning rate"
+    def _diverged(self, symptom: str, step: int) -> str:
+        kept = f"the last good checkpoint is {self.last}" if self.last else "no good checkpoint was saved"
+        return f"training diverged: {symptom} at step {step}; {kept}; lower training.learning_rate"
 
 
 class GradientNorms(TrainerCallback):
-    """Logs the norm of the gradient of each kind of matrix, before it is clipped, when TRL logs."""
+    """Logs the gradient norm of each kind of matrix, before clipping, at the steps that TRL logs."""
 
     def __init__(self, matrices: Sequence[ResidualMatrix], log_metrics: Log) -> None:
         self.matrices = matrices
@@ -148,7 +150,7 @@ class GradientNorms(TrainerCallback):
         control: "TrainerControl",
         **kwargs: Any,
     ) -> None:
-        """Take the norms, clipped as the gradient is by now, if the step that follows is logged."""
+        """Compute the norms of the gradients, already clipped here, if TRL logs this step."""
         step = state.global_step + 1
         if step > 1 and step % int(args.logging_steps):
             return
@@ -171,9 +173,9 @@ class GradientNorms(TrainerCallback):
         control: "TrainerControl",
         **kwargs: Any,
     ) -> None:
-        """Log them, with the clipping undone by the norm of the whole gradient that TRL logs."""
+        """Log the norms, with the clipping undone by the total gradient norm that TRL logs."""
         logs: dict[str, float] = kwargs["logs"]
         if "grad_norm" in logs and self.norms:
-            shrunk = max(1.0, (logs["grad_norm"] + 1e-6) / args.max_grad_norm)  # as torch clips
-            metrics = {f"grad_norm/{kind}": shrunk * norm for kind, norm in self.norms.items()}
+            clipped_by = max(1.0, (logs["grad_norm"] + 1e-6) / args.max_grad_norm)  # torch's formula
+            metrics = {f"grad_norm/{kind}": clipped_by * norm for kind, norm in self.norms.items()}
             self.log_metrics(metrics, state.global_step)

@@ -12,18 +12,17 @@ from weightgeom.training.lora import Lora
 
 @dataclass(frozen=True)
 class Training:
-    """How long and how fast: AdamW in fp32, linear warm-up, then the `schedule` of the learning rate.
+    """Training by AdamW in fp32, with linear warm-up and then the `schedule` of the learning rate.
 
     Checkpoints are kept at steps 0, 1, 2, 4, 8, ... and the last. `max_length` is in tokens: the
-    length of a packed sequence of text, and the longest prompt + response.
+    length of a packed sequence of text, and of the longest prompt + response.
 
-    `match` is what trainings are to have in common: `steps`, or the `tokens` that went through the model
-    (padding left out), the `delta_norm` ‖θ_t − θ_0‖_F over all weights, or the `accuracy` of preference on
-    held-out pairs. The training stops when that reaches `target`, after `steps` at the latest; a `schedule`
-    falls as if there were no target. A training that was interrupted goes on from the last of its `keep`
-    newest states, bit for bit on the CPU: one every `save_every` steps, and the one of a stop. With a
-    rank in `lora` the weights are frozen, an adapter is trained on them, and checkpoints are adapters as
-    PEFT saves them.
+    `match` is the budget to be matched between trainings: `steps`, `tokens` through the model (without
+    padding), the `delta_norm` ‖θ_t − θ_0‖_F over all weights, or the preference `accuracy` on held-out pairs.
+    The training stops when this quantity reaches `target`, or after `steps`; the learning-rate `schedule`
+    ignores the target. An interrupted training resumes from its newest state, bit for bit on the CPU; states
+    are saved every `save_every` steps and on a stop, and the `keep` newest are kept. With a rank in `lora`,
+    the weights are frozen, an adapter is trained, and checkpoints are adapters in PEFT's format.
     """
 
     steps: int = Field(default=64, ge=1)
@@ -31,36 +30,36 @@ class Training:
     accumulate: int = Field(default=1, ge=1)  # batches per optimizer step
     learning_rate: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
     warmup: int = Field(default=0, ge=0)  # steps
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # the last two fall to 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # linear and cosine decay to 0
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_length: int = Field(default=96, ge=2)
     log_every: int = Field(default=5, ge=1)  # steps
-    log_gradients: bool = False  # norms of the gradient by kind of matrix: seven curves more
-    tf32: bool = False  # on a GPU: faster and less exact matrix products
+    log_gradients: bool = False  # gradient norms by kind of matrix: seven more curves
+    tf32: bool = False  # on a GPU: faster, less precise matrix products
     workers: int = Field(default=0, ge=0)  # processes that load the batches
-    save_every: int | None = Field(default=None, ge=1)  # steps between states to resume from
-    keep: int = Field(default=2, ge=1)  # how many of these states are kept
+    save_every: int | None = Field(default=None, ge=1)  # steps between resumable states
+    keep: int = Field(default=2, ge=1)  # number of resumable states kept
     match: Literal["steps", "tokens", "delta_norm", "accuracy"] = "steps"
-    target: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # of `match`, but for steps
-    match_every: int = Field(default=5, ge=1)  # steps between two measurements of the accuracy
+    target: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # of `match`, unless it is steps
+    match_every: int = Field(default=5, ge=1)  # steps between measurements of the accuracy
     lora: Lora = Field(default_factory=Lora)
 
     def __post_init__(self) -> None:
-        """Refuse what does not go together."""
+        """Refuse inconsistent settings."""
         if self.match != "steps" and self.target is None:
-            raise ValueError(f"match={self.match} needs a target: give training.target")
+            raise ValueError(f"match={self.match} needs a target: set training.target")
         if self.match == "accuracy" and self.target is not None and self.target > 1:
-            raise ValueError(f"target is an accuracy of {self.target:g}, and 1 is the highest")
+            raise ValueError(f"target must be at most 1 for match=accuracy, got {self.target:g}")
         if self.lora.r is not None and self.log_gradients:
             raise ValueError(
-                "log_gradients takes the gradients of whole matrices, which lora.r freezes: leave one out"
+                "log_gradients needs the gradients of whole matrices, which lora.r freezes: set only one"
             )
 
     def check(self, examples: Examples) -> None:
-        """Raise ValueError if the data lack what the match needs."""
+        """Raise ValueError if `match` needs examples that the data lack."""
         if self.match == "accuracy" and not examples.heldout_pairs:
-            raise ValueError(f"match=accuracy needs held-out preference pairs, and {examples.name} has none")
+            raise ValueError(f"match=accuracy needs held-out preference pairs, but {examples.name} has none")
 
     def save_steps(self) -> list[int]:
         """The steps of the checkpoints."""
@@ -68,9 +67,10 @@ class Training:
         return [0, *powers, self.steps]
 
     def checkpoints_size(self, weights: float, trained: float, from_random: bool) -> tuple[float, float]:
-        """Bytes on disk of the checkpoints that stay, and at the highest of the states to resume from.
+        """Bytes on disk of the kept checkpoints, and at peak of the resumable states.
 
-        `weights` has the bytes of the network, `trained` of what the optimizer keeps two moments of.
+        `weights` is the size of the network in bytes, `trained` that of its trainable parameters, for each of
+        which the optimizer keeps two moments.
         """
         each = weights if self.lora.r is None else trained
         steps = [step for step in self.save_steps() if step or from_random]
@@ -78,7 +78,7 @@ class Training:
         return len(steps) * each, states * (each + 2 * trained)
 
     def arguments(self, directory: Path, seed: int, device: str) -> dict[str, Any]:
-        """The arguments of a TRL trainer: fp32, no tracking, checkpoints of its own only to resume."""
+        """Arguments of a TRL trainer: fp32, no tracking, TRL's own checkpoints only as resumable states."""
         return {
             "output_dir": str(directory),
             "max_steps": self.steps,
@@ -96,7 +96,7 @@ class Training:
             "tf32": self.tf32 if device != "cpu" else None,
             "activation_checkpointing": False,
             "save_strategy": "no" if self.save_every is None else "steps",
-            "save_steps": self.save_every or 500,  # the default, unused
+            "save_steps": self.save_every or 500,  # 500 is TRL's default, unused
             "include_num_input_tokens_seen": "non_padding",
             "logging_steps": self.log_every,
             "logging_first_step": True,

@@ -1,4 +1,4 @@
-"""Training by the trainers of TRL, with fp32 checkpoints at log-spaced steps; it goes on where it was cut."""
+"""Training by TRL's trainers, with fp32 checkpoints at log-spaced steps, resumable after an interruption."""
 
 import logging
 import warnings
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightgeom.interfaces import Log, Objective
-from weightgeom.interruption import Wanted, undisturbed
+from weightgeom.interruption import Request, no_request
 from weightgeom.models.loading import check_length
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
@@ -34,39 +34,42 @@ def fit(
     device: str,
     log_metrics: Log,
     start: Path | None = None,
-    wanted: Wanted = undisturbed,
+    request: Request = no_request,
 ) -> Trajectory:
-    """Train `network`, which is mutated, and leave its checkpoints in `directory`.
+    """Train `network`, which is mutated, and save its checkpoints in `directory`.
 
-    `start` is a checkpoint that already holds step 0; without one the random start is saved too.
-    Every checkpoint is an ordinary transformers directory with its tokenizer, or an adapter of `start`;
-    `matching.json` says what the training came to. An interrupted training is resumed by the same call,
-    `network` being the start as before; what `directory` holds beyond the step that it resumes from is
-    deleted. After each step it looks what is `wanted`: `save` a state to resume from, or `stop` with one.
+    `start` is the checkpoint of step 0; without one, the randomly initialised network is saved as step 0.
+    Every checkpoint is a standard transformers directory with its tokenizer, or an adapter of `start`;
+    `matching.json` records the steps, tokens, update norm and accuracy reached. The same call, with
+    `network` again at its start, resumes an interrupted training and deletes everything in `directory` from
+    after the step that it resumes from. After each step `request` may ask to `save` a resumable state, or to
+    save one and `stop`.
 
     Raises:
-        Interrupted: when it has stopped because that was wanted.
-        FloatingPointError: when the loss or a weight is no longer finite; the good checkpoints stay.
-        ValueError: if sequences of `max_length` do not fit the model, nothing is left to train on, the
-            data lack what the match needs, the objective cannot be resumed, or an adapter has no start.
-        RuntimeError: if the first loss is not what the objective knows it must be.
+        Interrupted: after a requested stop.
+        FloatingPointError: if the loss or a weight is no longer finite; earlier checkpoints are kept.
+        ValueError: if sequences of `max_length` do not fit the model, no training example is left, the data
+            lack the examples that `match` needs, the objective cannot be resumed, or an adapter has no start.
+        RuntimeError: if the first loss differs from the objective's known first loss.
     """
     from transformers.trainer_callback import PrinterCallback
     from transformers.utils.logging import disable_progress_bar
 
     from weightgeom.models.residual import architecture_of
-    from weightgeom.training.callbacks import Checkpoints, GradientNorms
-    from weightgeom.training.matching import Matching, Measure
-    from weightgeom.training.resuming import States, discard, restored, resumable
+    from weightgeom.training.callbacks import CheckpointWriter, GradientNorms
+    from weightgeom.training.matching import MatchedBudget, TrainingProgress
+    from weightgeom.training.resuming import ResumeStates, delete_after, restored_weights, resumable
 
-    disable_progress_bar()  # the one of the run is enough
+    disable_progress_bar()  # the run shows its own
     training.check(examples)
     if training.lora.r is not None and start is None:
-        raise ValueError("lora.r trains an adapter of a base, and a random start is none: leave lora.r out")
+        raise ValueError(
+            "lora.r trains an adapter of a base, but this training has a random start: unset lora.r"
+        )
     check_length(training.max_length, getattr(network.config, "max_position_embeddings", None))
     saved = [step for step in training.save_steps() if step or start is None]
     state = resumable(directory, saved)
-    discard(directory, state)
+    delete_after(directory, state)
     architecture = architecture_of(network.config)
     arguments = training.arguments(directory, seed, device)
     if training.lora.r is not None:
@@ -75,8 +78,10 @@ def fit(
         trainer = objective.trainer(network, tokenizer, examples, arguments)
     moving = getattr(trainer.args, "sync_ref_model", False)
     if training.save_every is not None and moving:
-        raise ValueError("save_every cannot restore a reference that moves (sync_ref_model): leave one out")
-    measure = Measure(
+        raise ValueError(
+            "training.save_every cannot restore a reference that moves (sync_ref_model): set only one"
+        )
+    progress = TrainingProgress(
         network,
         tokenizer,
         architecture,
@@ -85,11 +90,10 @@ def fit(
         hold=training.match == "delta_norm",
     )
     trainer.remove_callback(PrinterCallback)
+    # First, because it may end the training.
+    trainer.add_callback(MatchedBudget(training, progress, directory, log_metrics))
     trainer.add_callback(
-        Matching(training, measure, directory, log_metrics)
-    )  # first: it may end the training
-    trainer.add_callback(
-        Checkpoints(
+        CheckpointWriter(
             directory,
             saved,
             tokenizer,
@@ -98,28 +102,29 @@ def fit(
             keep_start=start is None and state is None,
         )
     )
+    # After the checkpoint of the same step.
     trainer.add_callback(
-        States(trainer, directory, state, training.keep, undisturbed if moving else wanted)
-    )  # behind the checkpoint of the same step
+        ResumeStates(trainer, directory, state, training.keep, no_request if moving else request)
+    )
     if training.log_gradients:
         trainer.add_callback(GradientNorms(architecture.matrices, log_metrics))
     log.info("training %s for %d steps of %d examples", name, training.steps, training.batch_size)
-    with outdated_name_allowed(), restored(network, state, architecture):
+    with outdated_name_allowed(), restored_weights(network, state, architecture):
         trainer.train(resume_from_checkpoint=None if state is None else str(state))
-    discard(directory, None, only_states=True)
-    return trajectory(directory, name, start)
+    delete_after(directory, None, only_states=True)
+    return saved_trajectory(directory, name, start)
 
 
 @contextmanager
 def outdated_name_allowed() -> Iterator[None]:
-    """Within it there is no warning that TRL and PEFT ask transformers by a name on its way out."""
+    """Context without transformers' warning about a deprecated name that TRL and PEFT still use."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 
 
-def trajectory(directory: Path, name: str, start: Path | None = None) -> Trajectory:
-    """The trajectory whose checkpoints `directory` holds, behind `start` as its step 0."""
+def saved_trajectory(directory: Path, name: str, start: Path | None = None) -> Trajectory:
+    """The trajectory of the checkpoints in `directory`, with `start` as its step 0."""
     steps = {int(path.name.removeprefix("step-")): path for path in directory.glob("step-*")}
     if start is not None:
         steps[0] = start

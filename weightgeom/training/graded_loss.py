@@ -1,4 +1,4 @@
-"""The graded contrastive loss, a pure function of scores and grades, and the negatives it is sampled over."""
+"""The graded contrastive loss, a pure function of scores and grades, and the sampling of its negatives."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Source = Literal["uniform", "unigram", "model"]
+NegativeSource = Literal["uniform", "unigram", "model"]
 
 
 def graded_loss(
@@ -21,10 +21,10 @@ def graded_loss(
 ) -> Float[Tensor, "*batch"]:
     """-Σ_i q_i log softmax(s)_i with q = softmax(g / tau), in nats.
 
-    At tau = 0 q is shared by the candidates of the highest grade, at tau = inf by all. With weights,
+    At tau = 0, q is uniform over the candidates of the highest grade; at tau = inf, over all. With weights,
     candidate i stands for w_i candidates of its score and grade: -Σ q_i log(exp(s_i) / Σ w_j exp(s_j)),
-    q_i ∝ w_i exp(g_i / tau). That estimates the loss over a whole set from a sample whose candidates
-    have been drawn with probability 1 / w_i. The family is ours; its ends are cross-entropy and DPO.
+    q_i ∝ w_i exp(g_i / tau). This estimates the loss over the whole set from a sample in which candidate i
+    was drawn with probability 1 / w_i. The family is ours; its ends are cross-entropy and DPO.
     """
     log_probs = torch.log_softmax(scores if log_weights is None else scores + log_weights, -1)
     if log_weights is not None:
@@ -37,7 +37,7 @@ def graded_target(
     tau: float,
     log_weights: Float[Tensor, "*batch candidate"] | None = None,
 ) -> Float[Tensor, "*batch candidate"]:
-    """The distribution q that the loss pulls the candidates to."""
+    """The target distribution q = softmax(g / tau) over the candidates."""
     below = grades - grades.amax(-1, keepdim=True)
     exponents = below.masked_fill(below < 0, -torch.inf) if tau == 0 else below / tau
     return torch.softmax(exponents if log_weights is None else exponents + log_weights, -1)
@@ -49,34 +49,34 @@ def score_gradient(
     tau: float,
     log_weights: Float[Tensor, "*batch candidate"] | None = None,
 ) -> Float[Tensor, "*batch candidate"]:
-    """The gradient of the loss in the scores, p - q with p = softmax(s + log w)."""
+    """The gradient of the loss with respect to the scores, p - q with p = softmax(s + log w)."""
     p = torch.softmax(scores if log_weights is None else scores + log_weights, -1)
     return p - graded_target(grades, tau, log_weights)
 
 
 @dataclass(frozen=True, eq=False)
 class TokenContrast:
-    """What the next token is contrasted with: `negatives` other tokens out of the vocabulary.
+    """A contrast of the next token with `negatives` other tokens of the vocabulary.
 
-    `uniform` and `unigram` draw them for each token without replacement, and weigh each by how many
-    tokens it stands for, one over its chance to be drawn. The estimate of Z = Σ exp(s) is then unbiased
-    and that of the loss consistent: drawing all is the full softmax. At fewer, the loss is too low, by
-    var(Z) / 2 Z² to leading order (Jensen), and its gradient, a ratio, is off, at the target by
-    p var(Z) / Z². Both are O(1 / negatives). `model` takes the tokens that the policy itself prefers,
-    each for itself alone: another objective, no estimate. With all V - 1 there is no draw at all.
+    `uniform` and `unigram` draw the negatives of each token without replacement and weight each by one over
+    its probability of being drawn. The estimate of Z = Σ exp(s) is then unbiased and that of the loss
+    consistent, equal to the full softmax when all tokens are drawn. With fewer, the loss is too low by
+    var(Z) / 2 Z² to leading order (Jensen), and its gradient at the target is off by p var(Z) / Z²; both
+    biases are O(1 / negatives). `model` takes the tokens that the policy ranks highest, with weight one: a
+    different objective, not an estimate. With all V - 1 negatives, nothing is drawn.
     Source: the weights of `unigram` are those of arXiv:1903.06059, eq. 8, given the first key left out.
     """
 
     tau: float
     negatives: int
-    source: Source
+    source: NegativeSource
     seed: int
-    log_unigram: Float[Tensor, " vocabulary"] | None = None  # of `unigram`; any constant may be added
+    log_unigram: Float[Tensor, " vocabulary"] | None = None  # for `unigram`; up to an additive constant
 
     def losses(
         self, logits: Float[Tensor, "token vocabulary"], targets: Int[Tensor, " token"], draws: "Draws"
     ) -> tuple[Float[Tensor, " token"], "Contrasted"]:
-        """The loss of each token, in nats, and what it was contrasted with."""
+        """The loss of each token, in nats, and its candidates."""
         contrasted = self._contrasted(logits, targets, draws)
         loss = graded_loss(contrasted.scores, contrasted.grades, self.tau, contrasted.log_weights)
         return loss, contrasted
@@ -100,28 +100,28 @@ class TokenContrast:
     def _negatives(
         self, logits: Tensor, targets: Tensor, generator: torch.Generator
     ) -> tuple[Int[Tensor, "token negative"], Float[Tensor, "token negative"]]:
-        """Tokens other than the targets, and the log of how many each stands for."""
+        """Tokens other than the targets, and their log-weights."""
         if self.source == "model":
             tokens = logits.scatter(1, targets[:, None], -torch.inf).topk(self.negatives).indices
             return tokens, torch.zeros_like(tokens, dtype=logits.dtype)
         vocabulary = logits.shape[1]
-        chances = logits.new_zeros(vocabulary, dtype=torch.float32)  # logs, up to a constant
+        log_chances = logits.new_zeros(vocabulary, dtype=torch.float32)  # up to an additive constant
         if self.log_unigram is not None:
-            chances = self.log_unigram.to(chances)
-        # The largest of log-chances plus Gumbel noise are a draw without replacement.
+            log_chances = self.log_unigram.to(log_chances)
+        # The largest log-chances plus Gumbel noise are a draw without replacement.
         noise = torch.empty(logits.shape, device=logits.device).exponential_(generator=generator).log()
-        keys = (chances - noise).scatter(1, targets[:, None], -torch.inf)
+        keys = (log_chances - noise).scatter(1, targets[:, None], -torch.inf)
         largest, tokens = keys.topk(self.negatives + 1)
         tokens, first_left_out = tokens[:, :-1], largest[:, -1:]
         if self.source == "uniform":
             return tokens, torch.full_like(tokens, log((vocabulary - 1) / self.negatives), dtype=logits.dtype)
-        drawn = -torch.expm1(-(chances[tokens] - first_left_out).exp())
-        return tokens, -drawn.log().to(logits.dtype)
+        probability = -torch.expm1(-(log_chances[tokens] - first_left_out).exp())  # of being drawn
+        return tokens, -probability.log().to(logits.dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class Contrasted:
-    """Scores and grades of the candidates of each token; `target` is the place of the target among them."""
+    """Scores and grades of each token's candidates; `target` is the index of the target among them."""
 
     scores: Float[Tensor, "token candidate"]
     grades: Float[Tensor, "token candidate"]
@@ -131,18 +131,18 @@ class Contrasted:
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """Where the randomness of a batch comes from: the step, and each sequence up to its last target.
+    """The randomness of a batch, seeded by the step and by each sequence up to its last target.
 
-    No state is carried along: a training that is resumed, or whose batches are split otherwise, draws
-    the same for the same sequence at the same step.
+    Without a generator carried between steps, a training that is resumed, or that splits its batches
+    differently, has the same draws for the same sequence at the same step.
     """
 
     step: int
     input_ids: Int[Tensor, "sequence position"]
-    labels: Int[Tensor, "sequence position"]  # -100 where nothing is predicted
+    labels: Int[Tensor, "sequence position"]  # -100 for tokens that are not targets
 
     def rows(self, seed: int, device: torch.device) -> Iterable[tuple[int, int, torch.Generator]]:
-        """For each sequence its targets, first and behind the last, and the generator for them."""
+        """For each sequence, the range (start, end) of its targets and their generator."""
         start = 0
         for ids, labels in zip(self.input_ids.tolist(), self.labels.tolist(), strict=True):
             places = [place for place, label in enumerate(labels) if place and label != -100]

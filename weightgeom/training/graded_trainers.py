@@ -1,8 +1,7 @@
-"""TRL's trainers with the graded contrastive loss in the place of theirs; all else is the library's."""
+"""TRL's trainers with the graded contrastive loss in place of their own; everything else is TRL's."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,79 +9,82 @@ from torch import Tensor
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.utils import entropy_from_logits
 
+from weightgeom.compat.fused_head import FusedOutputs, first_rows, with_fused_head
+from weightgeom.compat.trainers import log_pairs
 from weightgeom.training.graded_loss import Contrasted, Draws, TokenContrast, graded_loss, score_gradient
-from weightgeom.training.sharpness import due, log_prob_gradient, log_sharpness, sharpness_sums, spread
+from weightgeom.training.sharpness import (
+    evenly_spaced,
+    is_logged_step,
+    log_prob_gradient,
+    log_sharpness,
+    sharpness_sums,
+)
 
 
-def logged(trainer: Any) -> bool:
-    """Whether what is computed now is a step of the training that TRL logs."""
-    return trainer.model.training and due(trainer.args, trainer.state, trainer.state.global_step + 1)
+def is_logged(trainer: Any) -> bool:
+    """Whether the current computation is a training step that TRL logs."""
+    return trainer.model.training and is_logged_step(
+        trainer.args, trainer.state, trainer.state.global_step + 1
+    )
 
 
 class TokenTrainer(SFTTrainer):
     """An `SFTTrainer` whose per-token loss is the graded one; set `contrast` before use.
 
-    TRL asks the model's fused head for log-probabilities and takes minus their sum over the number of
-    tokens as its loss. It is given minus the graded losses instead, from one ordinary forward pass.
+    TRL's loss is minus the mean log-probability returned by the model's fused head. The fused head here
+    returns minus the graded losses instead, from one ordinary forward pass.
     """
 
     contrast: TokenContrast
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss of the graded per-token losses, in nats."""
+        """The mean of the graded per-token losses, in nats."""
 
-        def graded(*, fused_lm_head: bool = False, labels: Tensor | None = None, **named: Any) -> Any:
+        def graded(labels: Tensor, **named: Any) -> FusedOutputs:
             outputs = model(**named)
-            if not fused_lm_head or labels is None:
-                return outputs
             mask = labels[:, 1:] != -100
             logits, targets = outputs.logits[:, :-1][mask], labels[:, 1:][mask]
             draws = Draws(self.state.global_step, named["input_ids"], labels)
             losses, contrasted = self.contrast.losses(logits, targets, draws)
             with torch.no_grad():
                 self._log_sharpness(contrasted)
-                found = -losses, entropy_from_logits(logits), logits.argmax(-1) == targets
+                diagnostics = entropy_from_logits(logits), logits.argmax(-1) == targets
             log_probs, entropy, is_top1 = (
-                some.new_zeros(mask.shape).masked_scatter(mask, some) for some in (-losses, *found[1:])
+                values.new_zeros(mask.shape).masked_scatter(mask, values)
+                for values in (-losses, *diagnostics)
             )
-            return SimpleNamespace(
-                log_probs=log_probs,
-                entropy=entropy,
-                is_top1=is_top1,
-                label_mask=mask,
-                aux_loss=outputs.get("aux_loss"),
-            )
+            return FusedOutputs(log_probs, mask, entropy, is_top1, aux_loss=outputs.get("aux_loss"))
 
-        return super().compute_loss(graded, inputs, return_outputs, num_items_in_batch)  # pyright: ignore[reportArgumentType]
+        network: Any = with_fused_head(model, graded)
+        return super().compute_loss(network, inputs, return_outputs, num_items_in_batch)
 
     def _log_sharpness(self, contrasted: Contrasted) -> None:
-        if not logged(self):
+        if not is_logged(self):
             return
-        some = spread(len(contrasted.scores))
-        weights = None if contrasted.log_weights is None else contrasted.log_weights[some]
+        subset = evenly_spaced(len(contrasted.scores))
+        weights = None if contrasted.log_weights is None else contrasted.log_weights[subset]
         gradient = score_gradient(
-            contrasted.scores[some], contrasted.grades[some], self.contrast.tau, weights
+            contrasted.scores[subset], contrasted.grades[subset], self.contrast.tau, weights
         )
-        log_sharpness(self, sharpness_sums(gradient, contrasted.target[some]))
+        log_sharpness(self, sharpness_sums(gradient, contrasted.target[subset]))
 
 
 class SequenceTrainer(DPOTrainer):
     """A `DPOTrainer` whose loss is the graded one over more than two responses; set `tau` and `reference`.
 
-    The log-probabilities of policy and reference come from TRL's own passes, and its own loss of the
-    pairs is taken for what it logs beside.
+    The log-probabilities of policy and reference come from TRL's own passes; TRL's own loss of the pairs is
+    computed only for the metrics that it logs.
     """
 
     tau: float
     reference: bool
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The graded loss, the mean over prompts, in nats."""
         rows = {name: value for name, value in inputs.items() if name != "grades"}
         grades, prompts = inputs["grades"], len(inputs["grades"])
         given = {name: value for name, value in rows.items() if name != "completion_mask"}
@@ -91,7 +93,7 @@ class SequenceTrainer(DPOTrainer):
         log_probs = outputs.log_probs.sum(1)
         reference = torch.zeros_like(log_probs)
         if self.reference:
-            # Without a model of its own the reference is the policy, whose adapter TRL switches off here.
+            # Without a reference model, TRL disables the policy's adapter here.
             reference = torch.cat(self.compute_ref_log_probs(self.ref_model or self.model, rows))
         scores = self.beta * (log_probs - reference) if self.reference else log_probs
         scores = scores.unflatten(0, (-1, prompts)).T
@@ -101,20 +103,17 @@ class SequenceTrainer(DPOTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _log_pairs(self, outputs: Any, rows: dict[str, Tensor], reference: Tensor, prompts: int) -> None:
-        """What TRL logs of a batch of pairs."""
+        """Compute and log TRL's metrics of the batch's pairs."""
         chosen, rejected, *_ = reference.split(prompts)
         pairs = {name: value[: 2 * prompts] for name, value in rows.items()}
         known = {**pairs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-        names = ("log_probs", "entropy", "mean_logits", "is_top1")
-        of_pairs = {name: getattr(outputs, name)[: 2 * prompts] for name in names}
-        with torch.no_grad():
-            super()._compute_loss(lambda **_: SimpleNamespace(**of_pairs), known, False)
+        log_pairs(self, first_rows(outputs, 2 * prompts), known)
 
     def _log_sharpness(
         self, model: Any, given: dict[str, Tensor], mask: Tensor, scores: Tensor, grades: Tensor
     ) -> None:
-        """Of the first pair, in another pass: the fused head leaves no logits to look at."""
-        if not logged(self):
+        """Log the sharpness on the first pair, in a second pass, because the fused head returns no logits."""
+        if not is_logged(self):
             return
         pair = [0, len(grades)]
         with torch.no_grad():
@@ -122,9 +121,9 @@ class SequenceTrainer(DPOTrainer):
         targets, where = given["input_ids"][pair, 1:], mask[pair, 1:].bool()
         by_candidate = score_gradient(scores[:1], grades[:1].to(scores), self.tau)[0, :2]
         coefficient = by_candidate[:, None].expand(where.shape)[where]
-        some = spread(len(coefficient))
-        logits, targets = logits[:, :-1][where][some], targets[where][some]
-        gradient = log_prob_gradient(logits, targets, coefficient[some].to(logits))
+        subset = evenly_spaced(len(coefficient))
+        logits, targets = logits[:, :-1][where][subset], targets[where][subset]
+        gradient = log_prob_gradient(logits, targets, coefficient[subset].to(logits))
         log_sharpness(self, sharpness_sums(gradient, targets))
 
 
@@ -132,9 +131,9 @@ class SequenceTrainer(DPOTrainer):
 class Candidates:
     """A collator of the responses to each prompt, column by column: chosen, rejected, other prompts' chosen.
 
-    `collate` is TRL's. The others are those of the next examples of the batch, whose order is random;
-    a batch of fewer than `negatives` examples, such as an epoch's last, has fewer. A response that is the
-    chosen one once more is graded as it is.
+    `collate` is TRL's collator. The other prompts are the next examples of the batch, whose order is random;
+    a batch with fewer examples than `negatives`, such as an epoch's last, has fewer columns. A negative that
+    equals the chosen response has its grade.
     """
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]

@@ -1,4 +1,4 @@
-"""Training of a LoRA adapter on a frozen network: its configuration, and the weights that it comes to."""
+"""LoRA training of a frozen network: the adapter's configuration, and the adapted weights."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +13,15 @@ from weightgeom.params import Params
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-BASE = ".base_layer."  # what PEFT puts into the names of the weights that it adapts
+BASE_LAYER = ".base_layer."  # inserted by PEFT into the names of adapted weights
 
 
 @dataclass(frozen=True)
 class Lora:
-    """W + alpha / r · B A with W frozen, A random and B = 0 at first; off without a rank `r`.
+    """W + alpha / r · B A with W frozen, A random and B = 0 at first; disabled without a rank `r`.
 
-    `targets` are the last parts of the names of modules that read or write the residual stream; by
-    default all of them are adapted. `dropout` is of what A reads. Source: arXiv:2106.09685, eq. 3.
+    `targets` are the last name parts of modules that read or write the residual stream; by default all of
+    them are adapted. `dropout` applies to the input of A. Source: arXiv:2106.09685, eq. 3.
     """
 
     r: int | None = Field(default=None, ge=1)
@@ -30,43 +30,42 @@ class Lora:
     targets: list[str] | None = Field(default=None, min_length=1)
 
     def check(self, architecture: Architecture) -> None:
-        """Raise ValueError for a target that is not among the modules of the residual stream."""
-        names = _names(architecture)
+        """Raise ValueError for a target that is not a module of the residual stream."""
+        names = _module_names(architecture)
         unknown = [target for target in self.targets or [] if target not in names]
         if unknown:
             raise ValueError(
-                f"training.lora.targets has {unknown[0]!r}, which no module of the residual stream is called:"
-                f" choose among {', '.join(names)}"
+                f"unknown module {unknown[0]!r} in training.lora.targets; choose from {', '.join(names)}"
             )
 
     def config(self, architecture: Architecture) -> "LoraConfig":
-        """PEFT's configuration of it, for a network of this architecture."""
+        """The PEFT configuration for a network of this architecture."""
         from peft import LoraConfig
 
         assert self.r is not None
         self.check(architecture)
         return LoraConfig(
             r=self.r,
-            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType] (PEFT's own hint; it divides it)
+            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType] (PEFT's hint is int; it only divides)
             lora_dropout=self.dropout,
-            target_modules=self.targets or _names(architecture),
+            target_modules=self.targets or _module_names(architecture),
             fan_in_fan_out=any(matrix.transposed for matrix in architecture.matrices),
             bias="none",
             task_type="CAUSAL_LM",
         )
 
 
-def _names(architecture: Architecture) -> list[str]:
+def _module_names(architecture: Architecture) -> list[str]:
     return sorted({matrix.module.rpartition(".")[2] for matrix in architecture.matrices if matrix.is_layer})
 
 
 def current_weights(network: nn.Module, architecture: Architecture) -> Params:
-    """The weights that `network` computes with, by the names that they have without an adapter.
+    """The effective weights of `network`, by their names without an adapter.
 
-    Those of an adapter in training are on top of the frozen ones, multiplied out when asked for.
+    An adapter in training is added to the frozen weights; its factors are multiplied only on access.
     """
     named = {name: weight for name, weight in network.named_parameters() if ".lora_" not in name}
-    base = {name.replace(BASE, "."): weight for name, weight in named.items()}
+    base = {name.replace(BASE_LAYER, "."): weight for name, weight in named.items()}
     if base.keys() == named.keys():
         return base
     modules: dict[str, Any] = dict(network.named_modules())

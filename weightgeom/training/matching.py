@@ -1,4 +1,4 @@
-"""Trainings at equal footing: a stop at a number of tokens, a size of update or an accuracy, not of steps."""
+"""Matched-budget training: stop at a target token count, update norm or accuracy."""
 
 import json
 import logging
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     )
 
 log = logging.getLogger(__name__)
-PAIRS, LENGTH = 96, 256  # pairs, tokens: as many as the probe `behaviour` takes by default
+PAIRS, LENGTH = 96, 256  # number of pairs, and tokens: the defaults of the probe `behaviour`
 
 
-class Measure:
-    """How far the network in training has come from `start`, and what it prefers on held-out pairs.
+class TrainingProgress:
+    """The distance of the network in training from `start`, and its preference accuracy on held-out pairs.
 
-    With `hold` the start stays beside the network, for many measurements, and takes as much room.
+    `hold` keeps the start's weights in memory for repeated measurements, which doubles the memory.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Measure:
         self.hold = hold
         self._held: Params | None = None
         model = LanguageModel(network, tokenizer, architecture, network.device)
-        # Another network for the same weights: the trainer patches its own, and has it in training mode.
+        # A second network for the same weights: the trainer patches its own and keeps it in training mode.
         self.model = replace(model, network=model.with_weights({}))
         self.pairs = [
             (chosen.to(network.device), rejected.to(network.device))
@@ -74,7 +74,7 @@ class Measure:
         return float(torch.linalg.vector_norm(torch.stack(norms).double()))
 
     def accuracy(self) -> float | None:
-        """Share of held-out pairs whose chosen response is the likelier one; None without pairs."""
+        """Share of held-out pairs whose chosen response is the more likely one; None without pairs."""
         if not self.pairs:
             return None
         weights = dict(current_weights(self.network, self.architecture))
@@ -85,12 +85,14 @@ class Measure:
         return float((torch.cat(margins) > 0).double().mean())
 
 
-class Matching(TrainerCallback):
-    """Ends the training when what is matched reaches its target, and reports what everything came to."""
+class MatchedBudget(TrainerCallback):
+    """Ends the training when the matched quantity reaches its target, and reports all final quantities."""
 
-    def __init__(self, training: Training, measure: Measure, directory: Path, log_metrics: Log) -> None:
+    def __init__(
+        self, training: Training, progress: TrainingProgress, directory: Path, log_metrics: Log
+    ) -> None:
         self.training = training
-        self.measure = measure
+        self.progress = progress
         self.directory = directory
         self.log_metrics = log_metrics
 
@@ -107,9 +109,9 @@ class Matching(TrainerCallback):
         if match == "tokens":
             value = state.num_input_tokens_seen
         elif match == "delta_norm":
-            value = self.measure.delta_norm()
+            value = self.progress.delta_norm()
         elif match == "accuracy" and state.global_step % self.training.match_every == 0:
-            value = self.measure.accuracy()
+            value = self.progress.accuracy()
         if value is not None and target is not None and value >= target:
             control.should_training_stop = True
 
@@ -120,25 +122,25 @@ class Matching(TrainerCallback):
         control: "TrainerControl",
         **kwargs: Any,
     ) -> None:
-        """Tell what steps, tokens, norm and accuracy came to: in the log, matching.json and metrics."""
+        """Report the final steps, tokens, norm and accuracy: in the log, matching.json and metrics."""
         match, target = self.training.match, self.training.target
         steps, tokens = state.global_step, state.num_input_tokens_seen
-        norm, accuracy = self.measure.delta_norm(), self.measure.accuracy()
-        came_to = {"steps": steps, "tokens": tokens, "delta_norm": norm, "accuracy": accuracy}
-        shown = "no held-out pairs" if accuracy is None else f"held-out accuracy {accuracy:.3f}"
+        norm, accuracy = self.progress.delta_norm(), self.progress.accuracy()
+        final = {"steps": steps, "tokens": tokens, "delta_norm": norm, "accuracy": accuracy}
+        accuracy_text = "no held-out pairs" if accuracy is None else f"held-out accuracy {accuracy:.3f}"
         log.info(
-            "stopped at step %d of %d: %d tokens, update of norm %.4g, %s",
-            *(steps, self.training.steps, tokens, norm, shown),
+            "stopped at step %d of %d: %d tokens, update norm %.4g, %s",
+            *(steps, self.training.steps, tokens, norm, accuracy_text),
         )
-        reached = match == "steps" or (came_to[match] or 0) >= (target or 0)
+        reached = match == "steps" or (final[match] or 0) >= (target or 0)
         if not reached:
             log.warning(
-                "%s came to %.4g, not to its target %.4g, within %d steps: raise training.steps",
-                *(match, came_to[match], target, steps),
+                "%s reached %.4g instead of its target %.4g within %d steps: raise training.steps",
+                *(match, final[match], target, steps),
             )
         metrics = {"matched_tokens": float(tokens), "delta_norm": norm}
         metrics |= {} if accuracy is None else {"heldout_accuracy": accuracy}
-        if match != "steps":  # three keys of MLflow's pages, which slow down past some 50
+        if match != "steps":  # three more keys; MLflow's pages slow down beyond about 50
             self.log_metrics(metrics, steps)
-        report = {"match": match, "target": target, "reached": reached, **came_to}
+        report = {"match": match, "target": target, "reached": reached, **final}
         (self.directory / "matching.json").write_text(json.dumps(report, indent=2) + "\n")

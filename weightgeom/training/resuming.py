@@ -1,4 +1,4 @@
-"""Sealed training states: saved between steps, checked, and restored bit for bit on the CPU."""
+"""Resumable states of a training: sealed when complete, validated, and restored bit for bit on the CPU."""
 
 import json
 import logging
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from weightgeom.interruption import Interrupted, Wanted
+from weightgeom.compat.trainers import lacking_weights_allowed, running_sums, set_running_sums
+from weightgeom.interruption import Interrupted, Request
 from weightgeom.models.adapters import is_adapter
 from weightgeom.models.residual import Architecture
 from weightgeom.models.weights import open_params, opened
@@ -29,21 +30,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-STATE, SEAL = "checkpoint-", "sealed.json"
+STATE_PREFIX, SEAL, SUMS = "checkpoint-", "sealed.json", "running_sums.json"
 
 
-class States(TrainerCallback):
-    """Keeps the newest states to resume from: those that the library writes, and one whenever it is wanted.
+class ResumeStates(TrainerCallback):
+    """Seals and keeps the newest resumable states, both scheduled and requested ones.
 
-    Where a stop is wanted, it raises Interrupted once that state is sealed.
+    On a request to stop, raises Interrupted once the state is sealed.
     """
 
-    def __init__(self, trainer: Any, directory: Path, start: Path | None, keep: int, wanted: Wanted) -> None:
+    def __init__(
+        self, trainer: Any, directory: Path, start: Path | None, keep: int, request: Request
+    ) -> None:
         self.trainer = trainer
         self.directory = directory
         self.start = start
         self.keep = keep
-        self.wanted = wanted
+        self.request = request
         self.stop = False
 
     def on_train_begin(
@@ -53,9 +56,9 @@ class States(TrainerCallback):
         control: "TrainerControl",
         **kwargs: Any,
     ) -> None:
-        """Go on with the sums of the state that is resumed from; the library has just set its own to 0."""
+        """Restore the running sums of the state resumed from; the trainer has just reset its own to 0."""
         if self.start is not None:
-            restore_running_sums(self.trainer, self.start)
+            set_running_sums(self.trainer, json.loads((self.start / SUMS).read_text()))
 
     def on_step_end(
         self,
@@ -64,12 +67,12 @@ class States(TrainerCallback):
         control: "TrainerControl",
         **kwargs: Any,
     ) -> None:
-        """Look what is wanted; the library logs this step before it saves the state."""
-        wanted = self.wanted()
-        if wanted is not None:
-            control.should_save, self.stop = True, wanted == "stop"
+        """Poll the request; the trainer logs this step before it saves the state."""
+        request = self.request()
+        if request is not None:
+            control.should_save, self.stop = True, request == "stop"
         if control.should_training_stop:
-            control.should_save = False  # there is nothing left to resume
+            control.should_save = False  # a complete training needs no state
 
     def on_save(
         self,
@@ -78,53 +81,57 @@ class States(TrainerCallback):
         control: "TrainerControl",
         **kwargs: Any,
     ) -> None:
-        """Seal the state that the library has written, then delete those that are too old."""
-        written = self.directory / f"{STATE}{state.global_step}"
-        save_running_sums(self.trainer, written)
+        """Seal the state that the trainer has written, then delete the oldest states."""
+        written = self.directory / f"{STATE_PREFIX}{state.global_step}"
+        (written / SUMS).write_text(json.dumps(running_sums(self.trainer)))
         seal(written)
-        for old in states(self.directory)[self.keep :]:
+        for old in resume_states(self.directory)[self.keep :]:
             shutil.rmtree(old)
         if self.stop:
-            raise Interrupted(f"stopped after step {state.global_step}, whose state is saved")
+            raise Interrupted(f"stopped after step {state.global_step}; its state is saved")
 
 
-def states(directory: Path) -> list[Path]:
-    """The states in `directory`, whole or not, the newest first."""
-    return sorted(directory.glob(f"{STATE}*"), key=_step, reverse=True)
+def resume_states(directory: Path) -> list[Path]:
+    """The states in `directory`, complete or not, newest first."""
+    return sorted(directory.glob(f"{STATE_PREFIX}*"), key=_step_in_name, reverse=True)
 
 
 def seal(state: Path) -> None:
-    """Write the state's files through to the disk, then SEAL with their sizes; mutates the directory."""
-    _synchronize(state)
+    """Flush the state's files to disk, then write SEAL with their sizes; mutates the directory."""
+    flush_to_disk(state)
     sizes = {path.name: path.stat().st_size for path in sorted(state.iterdir())}
     temporary = state / f".{SEAL}.tmp"
     temporary.write_text(json.dumps(sizes))
-    _synchronize(state)
+    flush_to_disk(state)
     temporary.rename(state / SEAL)
 
 
 def resumable(directory: Path, saved: Collection[int]) -> Path | None:
-    """The newest whole state whose training has left all checkpoints at the steps `saved` until then."""
-    for state in states(directory):
+    """The newest valid state whose training has all its checkpoints (steps `saved`) up to that step."""
+    for state in resume_states(directory):
         flaw = _flaw(state)
         missing = [
-            step for step in saved if step <= _step(state) and not (directory / f"step-{step}").is_dir()
+            step
+            for step in saved
+            if step <= _step_in_name(state) and not (directory / f"step-{step}").is_dir()
         ]
         if not flaw and not missing:
-            log.info("resuming from step %d", _step(state))
+            log.info("resuming from step %d", _step_in_name(state))
             return state
         log.warning(
-            "%s is of no use: %s; trying an older one", state, flaw or f"step-{missing[0]} is missing"
+            "cannot resume from %s: %s; trying an older state", state, flaw or f"step-{missing[0]} is missing"
         )
     return None
 
 
 @contextmanager
-def restored(network: "PreTrainedModel", state: Path | None, architecture: Architecture) -> Iterator[None]:
-    """Give `network`, which is mutated, the weights of a state, in whose presence the rest can be resumed.
+def restored_weights(
+    network: "PreTrainedModel", state: Path | None, architecture: Architecture
+) -> Iterator[None]:
+    """Context with the weights of a state in `network`, which is mutated, before the trainer resumes.
 
-    The library leaves out the weights that have another name on disk (GPT-NeoX: the unembedding), and
-    warns of it; within the context it does not. The library restores all of an adapter by itself.
+    The trainer skips weights with a different name on disk (GPT-NeoX's unembedding) and warns about them;
+    the context suppresses that warning. An adapter is restored by the trainer itself.
     """
     if state is None or is_adapter(state):
         yield
@@ -133,73 +140,43 @@ def restored(network: "PreTrainedModel", state: Path | None, architecture: Archi
     with torch.no_grad():
         for name, weight in network.named_parameters():
             weight.copy_(weights[name])
-    logger = logging.getLogger("transformers.trainer")
-    logger.addFilter(_other_names)
-    try:
+    with lacking_weights_allowed():
         yield
-    finally:
-        logger.removeFilter(_other_names)
 
 
-def _other_names(record: logging.LogRecord) -> bool:
-    return "keys in the checkpoint model loaded" not in record.getMessage()
-
-
-def discard(directory: Path, state: Path | None, only_states: bool = False) -> None:
-    """Delete what a training left in `directory` beyond `state`: all of it, if that is None."""
-    last = -1 if state is None else _step(state)
-    patterns = [f"{STATE}*"] if only_states else [f"{STATE}*", "step-*", ".step-*.tmp"]
+def delete_after(directory: Path, state: Path | None, only_states: bool = False) -> None:
+    """Delete the checkpoints and states in `directory` later than `state`, or all of them if it is None."""
+    last = -1 if state is None else _step_in_name(state)
+    patterns = [f"{STATE_PREFIX}*"] if only_states else [f"{STATE_PREFIX}*", "step-*", ".step-*.tmp"]
     for path in (path for pattern in patterns for path in directory.glob(pattern)):
-        if path.name.startswith(".") or _step(path) > last:
+        if path.name.startswith(".") or _step_in_name(path) > last:
             shutil.rmtree(path)
 
 
 def _flaw(state: Path) -> str:
-    """What is wrong with a state; empty if nothing is."""
+    """The defect of a state; empty if it is valid."""
     try:
-        for name, size in json.loads((state / SEAL).read_text()).items():
-            found = (state / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes instead of {size}"
+        for name, expected in json.loads((state / SEAL).read_text()).items():
+            size = (state / name).stat().st_size
+            if size != expected:
+                return f"{name} has {size} bytes instead of {expected}"
         step = json.loads((state / "trainer_state.json").read_text())["global_step"]
         for path in state.glob("*.safetensors"):
             opened(path)
     except FileNotFoundError as error:
-        return f"it lacks {Path(str(error.filename)).name}"
+        return f"{Path(str(error.filename)).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return str(error)
-    return "" if step == _step(state) else f"trainer_state.json is of step {step}"
+    return "" if step == _step_in_name(state) else f"trainer_state.json records step {step}"
 
 
-def _step(path: Path) -> int:
+def _step_in_name(path: Path) -> int:
     number = path.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
 
 
-def _synchronize(directory: Path) -> None:
+def flush_to_disk(directory: Path) -> None:
+    """Flush the files in `directory` from the operating system's cache to disk."""
     for path in directory.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-
-
-FILE = "running_sums.json"
-
-
-def save_running_sums(trainer: Any, state: Path) -> None:
-    """Write the sums of loss and metrics of a TRL trainer into the directory `state`."""
-    sums = {
-        "loss": trainer._tr_loss.item(),  # fp32, which JSON's doubles hold exactly
-        "logged": trainer._globalstep_last_logged,
-        "metrics": trainer._metrics["train"],
-        "tokens": trainer._total_train_tokens,
-    }
-    (state / FILE).write_text(json.dumps(sums))
-
-
-def restore_running_sums(trainer: Any, state: Path) -> None:
-    """Give a TRL trainer, which is mutated, the sums of a state, once its training has begun."""
-    sums = json.loads((state / FILE).read_text())
-    trainer._tr_loss += torch.tensor(sums["loss"]).to(trainer._tr_loss)
-    trainer._globalstep_last_logged = sums["logged"]
-    trainer._metrics["train"].update(sums["metrics"])
-    trainer._total_train_tokens = sums["tokens"]

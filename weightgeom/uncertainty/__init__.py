@@ -1,1 +1,1 @@
-"""Uncertainty of the model: geometry of hidden states by prompt group (arXiv:2603.13911)."""
+"""The model's uncertainty: geometry of its hidden states by prompt group (arXiv:2603.13911)."""

@@ -1,4 +1,4 @@
-"""Two groups of prompts set against each other: halves, permuted labels, and the boundary between them."""
+"""Contrasts of two prompt groups: training and test halves, permuted labels, and the boundary direction."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,15 +12,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-Item = TypeVar("Item")
+Prompt = TypeVar("Prompt")
 
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """Which of pooled prompts count as factual (side 0) and which as uncertain (side 1), in two halves.
+    """Assignments of pooled prompts to two sides, factual (0) and uncertain (1), in two halves.
 
-    The first arrangement is the true one; in the others the labels are permuted within each half, which is
-    the null of two groups from one distribution. Pooled are the factual prompts, then as many uncertain ones.
+    The first arrangement is the true one; the others permute the labels within each half, which is the null
+    of two groups from one distribution. The pool lists the factual prompts, then equally many uncertain ones.
     """
 
     train: Int[Tensor, "arrangement side half"]
@@ -28,7 +28,7 @@ class Contrast:
 
     @classmethod
     def of(cls, size: int, permutations: int, seed: int) -> "Contrast":
-        """The arrangements of two groups of `size` prompts, whose first half is for training."""
+        """The arrangements of two groups of `size` prompts; the first half of each is for training."""
         generator = torch.Generator().manual_seed(seed)
         pooled = torch.arange(2 * size).view(2, size)
 
@@ -40,29 +40,33 @@ class Contrast:
         return cls(arranged(pooled[:, : size // 2]), arranged(pooled[:, size // 2 :]))
 
     def sides(self, size: int | None = None) -> Int[Tensor, "arrangement side some"]:
-        """Both halves of every side together, of at most `size` prompts."""
+        """Both halves of every side, concatenated; at most `size` prompts."""
         half = None if size is None else max(1, size // 2)
         return torch.cat([self.train[..., :half], self.test[..., :half]], -1)
 
     def boundaries(self, states: Float[Tensor, "pooled d"]) -> Float[Tensor, "arrangement d"]:
-        """b = (mean of the uncertain - mean of the factual) / its norm, on the training half.
+        """b = (mean of the uncertain states - mean of the factual states), normalised, on the training half.
 
         Raises:
-            ValueError: if the means are the same.
+            ValueError: if the means are equal.
         """
         means = states[self.train].mean(2)
         difference = means[:, 1] - means[:, 0]
         norms = difference.norm(dim=1, keepdim=True)
         if not bool((norms > 0).all()):
-            raise ValueError("the groups have the same mean state: there is no boundary direction")
+            raise ValueError(
+                "the groups have the same mean state, so the boundary direction is undefined: give other"
+                " prompts in data.groups"
+            )
         return difference / norms
 
     def amplification(
         self, states: Float[Tensor, "pooled d"], directions: Float[Tensor, "arrangement d"]
     ) -> tuple[Float[Tensor, " arrangement"], float]:
-        """Held-out difference of the means along each direction, over the root mean square norm of a state.
+        """Held-out difference of the means along each direction, over the states' root mean square norm.
 
-        Dimensionless; 0 is no difference, and not less where it is noise. With the true one's standard error.
+        Dimensionless, with expectation 0 for a direction of pure noise. The second value is the standard
+        error of the true arrangement.
         """
         norm = states.square().sum(1).mean().sqrt()
         along = torch.einsum("asnd,ad->asn", states[self.test], directions) / norm
@@ -71,24 +75,24 @@ class Contrast:
         return mean[:, 1] - mean[:, 0], error
 
 
-def equal_groups(groups: Mapping[str, Sequence[Item]], limit: int, seed: int) -> dict[str, list[Item]]:
-    """As many prompts of every group, at most `limit`, in an order that the seed draws; the log says so."""
+def equal_groups(groups: Mapping[str, Sequence[Prompt]], limit: int, seed: int) -> dict[str, list[Prompt]]:
+    """The same number of prompts from every group, at most `limit`, in an order drawn from the seed."""
     size = min(limit, *map(len, groups.values()))
     if len({len(group) for group in groups.values()}) > 1 or size < max(map(len, groups.values())):
-        had = ", ".join(f"{name} {len(group)}" for name, group in groups.items())
-        log.info("groups of equal size: %d prompts of each (of %s)", size, had)
-    found = {}
+        sizes = ", ".join(f"{name} {len(group)}" for name, group in groups.items())
+        log.info("using %d prompts of each group, out of %s", size, sizes)
+    equal = {}
     for name, group in groups.items():
         generator = torch.Generator().manual_seed(crc32(f"{seed} {name}".encode()))
         order = torch.randperm(len(group), generator=generator).tolist()
-        found[name] = [group[index] for index in order[:size]]
-    return found
+        equal[name] = [group[index] for index in order[:size]]
+    return equal
 
 
 def two_sided(values: Float[Tensor, " arrangement"]) -> float:
-    """Two-sided p-value of the first value among all, min(1, 2 min(p high, p low)) of the rank p-values.
+    """Two-sided p-value of the first value among all: min(1, 2 min(p_high, p_low)) of its rank p-values.
 
-    Valid where the first is exchangeable with the others; with n of them it is 2 / (1 + n) at the least.
+    Valid if the first value is exchangeable with the others; with n others it is at least 2 / (1 + n).
     """
     n = len(values)
     high, low = (int((values >= values[0]).sum()), int((values <= values[0]).sum()))
@@ -96,14 +100,14 @@ def two_sided(values: Float[Tensor, " arrangement"]) -> float:
 
 
 class Auroc(NamedTuple):
-    """Area under the ROC curve, its standard error, and the p-value of 1/2."""
+    """Area under the ROC curve, its standard error, and the p-value of the null hypothesis 1/2."""
 
     value: float
     stderr: float
     p_value: float
 
 
-def auroc(low: Float[Tensor, " one"], high: Float[Tensor, " other"]) -> Auroc:
+def auroc(low: Float[Tensor, " low"], high: Float[Tensor, " high"]) -> Auroc:
     """P(high > low) + P(high = low) / 2, with DeLong's standard error and Mann and Whitney's p-value.
 
     The p-value is two-sided, from the normal limit with ties.
@@ -117,7 +121,7 @@ def auroc(low: Float[Tensor, " one"], high: Float[Tensor, " other"]) -> Auroc:
     _, counts = torch.cat([low, high]).unique(return_counts=True)
     ties = float((counts.double() ** 3 - counts).sum()) / ((n + m) * (n + m - 1))
     spread = sqrt(n * m / 12 * max(0.0, n + m + 1 - ties))
-    distance = max(0.0, abs(value - 0.5) * n * m - 0.5)  # corrected for continuity
+    distance = max(0.0, abs(value - 0.5) * n * m - 0.5)  # with continuity correction
     p = 1 - erf(distance / spread / sqrt(2)) if spread > 0 else 1.0
     return Auroc(value, sqrt(variance), p)
 
@@ -125,23 +129,23 @@ def auroc(low: Float[Tensor, " one"], high: Float[Tensor, " other"]) -> Auroc:
 def logistic_scores(
     states: Float[Tensor, "pooled d"], train: Int[Tensor, "side half"], test: Int[Tensor, "side rest"]
 ) -> Float[Tensor, "side rest"]:
-    """Held-out log-odds of being uncertain, by an L2-penalised logistic probe of standardised states."""
+    """Held-out log-odds of the uncertain side, by an L2-penalised logistic probe on standardised states."""
     from sklearn.linear_model import LogisticRegression
 
     x = states.double()
-    seen = x[train.flatten()]
-    spread = seen.std(0)
-    x = (x - seen.mean(0)) / spread.masked_fill(spread == 0, 1)
+    training = x[train.flatten()]
+    spread = training.std(0)
+    x = (x - training.mean(0)) / spread.masked_fill(spread == 0, 1)
     labels = torch.arange(2).repeat_interleave(train.shape[1])
     probe = LogisticRegression(C=0.1, max_iter=1000).fit(x[train.flatten()].numpy(), labels.numpy())
     return torch.from_numpy(probe.decision_function(x[test.flatten()].numpy())).view(test.shape)
 
 
 def half_samples(n: int, resamples: int, seed: int) -> list[Int[Tensor, " half"]]:
-    """Random halves without replacement: over them an estimate varies as it does over samples of n.
+    """Random halves of n, without replacement; an estimate varies over them as over samples of size n.
 
-    Drawing with replacement would give points distances of zero. The variance of a mean over n/2 of n is
-    σ² (2/n - 1/n) = σ²/n.
+    The variance of a mean over n/2 of n points is σ² (2/n - 1/n) = σ²/n. Drawing with replacement would
+    give duplicate points, at distance zero.
     """
     generator = torch.Generator().manual_seed(seed)
     return [torch.randperm(n, generator=generator)[: n // 2] for _ in range(resamples)]

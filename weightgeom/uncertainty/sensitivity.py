@@ -1,4 +1,4 @@
-"""How much a model's prediction depends on its state: Fisher sensitivity and coupling to chosen tokens."""
+"""Dependence of the prediction on the hidden state: Fisher sensitivity, and coupling to given tokens."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Head = Callable[[Float[Tensor, "prompt d"]], Float[Tensor, "prompt vocabulary"]]
-"""What is behind a layer: the logits at the last token of every prompt by its state there."""
+Readout = Callable[[Float[Tensor, "prompt d"]], Float[Tensor, "prompt vocabulary"]]
+"""The rest of the network after a layer: maps every prompt's state at its last token to its logits."""
 
 
 def fisher_sensitivity(
-    head: Head,
+    readout: Readout,
     states: Float[Tensor, "prompt d"],
     direction: Float[Tensor, " d"],
     size: float,
@@ -19,20 +19,20 @@ def fisher_sensitivity(
 ) -> Float[Tensor, " prompt"]:
     """Symmetric KL between the predictions at h and at h + size b, over size²: nats per squared unit of h.
 
-    [KL(p‖q) + KL(q‖p)] / size² → bᵀ Jᵀ (diag p - p pᵀ) J b as size → 0, J the head's Jacobian: the Fisher
-    information along b. `logits` are those at h, if they are known. Source: arXiv:2603.13911.
+    [KL(p‖q) + KL(q‖p)] / size² → bᵀ Jᵀ (diag p - p pᵀ) J b as size → 0, with J the readout's Jacobian: the
+    Fisher information along b. `logits` are those at h, if already known. Source: arXiv:2603.13911.
     """
-    base = head(states) if logits is None else logits
-    return symmetric_kl(base, head(states + size * direction.to(states))) / size**2
+    base = readout(states) if logits is None else logits
+    return symmetric_kl(base, readout(states + size * direction.to(states))) / size**2
 
 
 def symmetric_kl(
     base: Float[Tensor, "prompt vocabulary"], other: Float[Tensor, "prompt vocabulary"]
 ) -> Float[Tensor, " prompt"]:
-    """KL(p‖q) + KL(q‖p) of two sets of logits, in nats.
+    """KL(p‖q) + KL(q‖p) between two sets of logits, in nats.
 
-    With x = log q - log p it is Σ p x (eˣ - 1), a sum without a negative term, so that fp32 does for
-    predictions that are nearly equal: an error common to all x enters squared.
+    With x = log q - log p this is Σ p x (eˣ - 1), a sum without negative terms, so fp32 suffices for nearly
+    equal predictions: an error common to all x enters squared.
     """
     p, q = base.softmax(-1), other.softmax(-1)
     x = other - base
@@ -42,22 +42,22 @@ def symmetric_kl(
 
 
 def quadratic_size(
-    head: Head,
+    readout: Readout,
     states: Float[Tensor, "prompt d"],
     direction: Float[Tensor, " d"],
     start: float,
     tolerance: float = 0.05,
 ) -> tuple[float, float]:
-    """The first of start, start/2, ... 5 of them, at which half the size has the same sensitivity.
+    """The first of start, start/2, ... (five sizes) whose sensitivity equals that at half the size.
 
-    Also gives the relative difference that is left, which where it exceeds `tolerance` says that no size
-    was small enough, or rounding too large.
+    Also returns the remaining relative difference; if it exceeds `tolerance`, no size was small enough, or
+    rounding errors dominate.
     """
-    logits, size = head(states), start
-    wide = float(fisher_sensitivity(head, states, direction, size, logits).mean())
+    logits, size = readout(states), start
+    wide = float(fisher_sensitivity(readout, states, direction, size, logits).mean())
     difference = float("inf")
     for _ in range(5):
-        half = float(fisher_sensitivity(head, states, direction, size / 2, logits).mean())
+        half = float(fisher_sensitivity(readout, states, direction, size / 2, logits).mean())
         difference = abs(wide - half) / half if half > 0 else float(wide > 0)
         if difference <= tolerance:
             break
@@ -66,12 +66,12 @@ def quadratic_size(
 
 
 def token_gradients(
-    head: Head, states: Float[Tensor, "prompt d"], tokens: Sequence[int]
+    readout: Readout, states: Float[Tensor, "prompt d"], tokens: Sequence[int]
 ) -> Float[Tensor, "prompt d"]:
-    """Gradient of the summed logits of these tokens in every prompt's state."""
+    """Gradient of the summed logits of `tokens` with respect to every prompt's state."""
     with torch.enable_grad():
         leaf = states.detach().clone().requires_grad_()
-        total = head(leaf)[:, sorted(set(tokens))].sum()
+        total = readout(leaf)[:, sorted(set(tokens))].sum()
         (gradient,) = torch.autograd.grad(total, leaf)
     return gradient
 

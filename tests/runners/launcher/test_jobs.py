@@ -1,4 +1,4 @@
-"""What a job leaves on disk of how it went, and the signals that reach it; the run itself is a stand-in."""
+"""A job's files on disk and its signals; the run itself is a stand-in."""
 
 import json
 import os
@@ -21,27 +21,27 @@ STAND_IN = """
 import os, time
 from pathlib import Path
 class Run:
-    def __init__(self, asked, interruption):
-        self.asked, self.interruption = asked, interruption
     def run(self):
         print("began", time.time(), flush=True)
         {body}
-def experiment(asked, interruption):
-    return Run(asked, interruption)
+def experiment(description, interruption):
+    return Run()
 """
 
 
 def job(folder: Path, body: str, **limits: Any) -> "subprocess.Popen[str]":
-    """A job in a process of its own, whose run does `body`."""
+    """A job in a process of its own, whose run executes `body`."""
     folder.mkdir(exist_ok=True)
-    (folder / "run.py").write_text(STAND_IN.format(body=body))
-    asked = {
+    (folder / "stand_in.py").write_text(STAND_IN.format(body=body))
+    replacement = "import sys, stand_in\nsys.modules['runners.compose'] = stand_in\n"
+    (folder / "sitecustomize.py").write_text(replacement)
+    description = {
         "cwd": str(folder),
         "environment": {},
         "logging": {"version": 1},
         "limits": {"timeout_min": None, "max_num_timeout": 0, "signal_delay_s": 1, **limits},
     }
-    (folder / "job.json").write_text(json.dumps(asked))
+    (folder / "job.json").write_text(json.dumps(description))
     variables = {"PYTHONPATH": f"{folder}:{ROOT}", "PYTHONSAFEPATH": "1", "WEIGHTGEOM_JOB": "local.1"}
     return subprocess.Popen(
         [sys.executable, "-m", "runners.launcher.jobs", str(folder)],
@@ -66,21 +66,21 @@ def test_a_job_adds_less_than_two_seconds_to_its_run(tmp_path):
 def python_alone() -> float:
     start = time.time()
     subprocess.run([sys.executable, "-c", "import filelock, logging.config"], check=True)
-    return 4 * (time.time() - start)  # a machine that is busy with other things is slow at all of them
+    return 4 * (time.time() - start)  # scales the limit with the load of the machine
 
 
-def test_a_job_that_raises_says_so_by_its_exit_code_and_keeps_the_traceback(tmp_path):
+def test_a_job_that_raises_exits_with_1_and_keeps_the_traceback(tmp_path):
     process = job(tmp_path, "Path('none').read_text()")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "FileNotFoundError" in err
     state = State.load(tmp_path)
     assert state is not None and state.state == "FAILED" and state.attempt == 1
     assert state.error is not None and state.error.startswith("FileNotFoundError: ")
-    assert state.traceback is not None and f"{tmp_path}/run.py" in state.traceback
+    assert state.traceback is not None and f"{tmp_path}/stand_in.py" in state.traceback
     assert "FileNotFoundError" in (tmp_path / "traceback.txt").read_text()
 
 
-def test_usr2_outside_of_a_training_stops_a_job_at_once_and_it_wants_to_go_on(tmp_path):
+def test_usr2_outside_a_training_stops_a_job_at_once_with_the_exit_code_of_a_restart(tmp_path):
     process = job(tmp_path, "time.sleep(60)")
     assert process.stdout is not None and process.stdout.readline().startswith("began")
     process.send_signal(signal.SIGUSR2)
@@ -93,7 +93,7 @@ def test_usr2_outside_of_a_training_stops_a_job_at_once_and_it_wants_to_go_on(tm
     assert [event["attempt"] for event in events(tmp_path)] == [1, 1, 2, 2]
 
 
-def test_usr2_in_a_training_waits_for_the_end_of_the_step_and_workers_hear_nothing():
+def test_usr2_in_a_training_waits_for_the_end_of_the_step_and_forked_workers_block_signals():
     interruption = Interruption(survive=True)
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
     interruption.listen()

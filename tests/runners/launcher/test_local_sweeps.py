@@ -1,4 +1,4 @@
-"""Sweeps on this machine, without SLURM: bounded, left, found again, failed, cancelled, timed out."""
+"""Sweeps on this machine, without SLURM: parallelism, reattaching, failures, cancelling and time limits."""
 
 import json
 import os
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from app import ROOT, environment, run
+from app import ROOT, Ended, environment, run
 from mlflow import MlflowClient
 from sweeps import TINY, Place, directory, events, rows, states, steps, until, weights
 
 from runners.launcher.local import LocalOptions, Supervisor
 from runners.launcher.manifest import Sweep
 
-TWO = "hydra.launcher.array_parallelism=2"
+ONE, TWO = ("hydra.launcher.array_parallelism=" + jobs for jobs in "12")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
 )
@@ -30,21 +30,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def overlap(sweep: Path, jobs: int) -> int:
-    """The most jobs that ran at a time, by their own account."""
+    """The largest number of jobs that ran at a time, by their logs of events."""
     times = [(events(sweep, number)[0]["time"], events(sweep, number)[-1]["time"]) for number in range(jobs)]
     return max(sum(start <= moment < end for start, end in times) for moment, _ in times)
 
 
 def test_a_detached_sweep_runs_two_at_a_time_on_its_own_copy_of_the_code(place):
-    unasked = Place(place.home, {"OMP_NUM_THREADS": ""})  # so that the supervisor shares the cores out
-    ended = unasked.sweep("hydra.launcher.detach=true", TWO, "name=detached", "seed=0,1,2")
+    unset = Place(place.home, {"OMP_NUM_THREADS": ""})  # so that the supervisor distributes the cores
+    ended = unset.sweep("hydra.launcher.detach=true", TWO, "name=detached", "seed=0,1,2")
     assert ended.code == 0, ended.err
     sweep = directory(ended)
     (plan,) = sweep.glob("supervisor.*.json")
     each = max(1, len(os.sched_getaffinity(0)) // 2)
     assert json.loads(plan.read_text())["environment"] == {"OMP_NUM_THREADS": str(each)}
-    assert f"come back: python -m runners.launcher wait {sweep}" in ended.out
-    assert place.command("status", sweep).code == 0  # nothing has failed so far
+    assert f"reattach: python -m runners.launcher wait {sweep}" in ended.out
+    assert place.command("status", sweep).code == 0  # no job has failed so far
     waited = place.command("wait", sweep)
     assert waited.code == 0, waited.out + waited.err
     assert overlap(sweep, 3) == 2
@@ -53,16 +53,15 @@ def test_a_detached_sweep_runs_two_at_a_time_on_its_own_copy_of_the_code(place):
     assert rows(place.command("status", sweep)) == dict.fromkeys(range(3), "COMPLETED")
     _, children = place.runs("detached")
     assert children["0"].data.tags["git_commit"] == git("rev-parse", "HEAD")
-    assert (sweep / "code/weightgeom/training.py").read_text() == (
-        ROOT / "weightgeom/training.py"
-    ).read_text()
+    copy, original = (place / "weightgeom/table.py" for place in (sweep / "code", ROOT))
+    assert copy.read_text() == original.read_text()
 
 
 def git(*arguments: str) -> str:
     return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
 
 
-def test_the_watcher_may_be_interrupted_or_killed_and_the_jobs_go_on(place):
+def test_jobs_keep_running_when_the_launching_process_is_interrupted(place):
     command = [sys.executable, str(ROOT / "run.py"), *TINY, TWO, "name=left", "seed=3,4", "-m"]
     with subprocess.Popen(
         command,
@@ -75,19 +74,20 @@ def test_the_watcher_may_be_interrupted_or_killed_and_the_jobs_go_on(place):
         assert watcher.stdout is not None
         sweep = next(Path(line[7:].strip()) for line in watcher.stdout if line.startswith("sweep: "))
         next(line for line in watcher.stdout if "RUNNING" in line)
-        os.killpg(watcher.pid, signal.SIGINT)  # as a terminal does on Ctrl-C, to all in its foreground
-        said = watcher.stdout.read()
+        os.killpg(watcher.pid, signal.SIGINT)  # as a terminal does on Ctrl-C, to its foreground group
+        output = watcher.stdout.read()
     assert watcher.returncode == 130
-    assert f"the jobs go on; come back with: python -m runners.launcher wait {sweep}" in said
+    assert f"jobs keep running; reattach with: python -m runners.launcher wait {sweep}" in output
     assert place.command("wait", sweep).code == 0
     assert place.statuses("left") == ("FINISHED", {"3": "FINISHED", "4": "FINISHED"})
 
 
-def test_what_failed_is_collected_and_it_alone_is_started_again(place):
+def test_failed_jobs_are_listed_and_only_they_are_restarted(place):
     ended = place.sweep(TWO, "name=failing", "training.learning_rate=1e30,1e-4", "seed=0")
     assert ended.code == 1 and len(ended.errors) == 1 and "1 of 2 jobs of the sweep" in ended.errors[0]
     sweep = directory(ended)
-    assert "FloatingPointError: training diverged" in ended.out and "weightgeom/checkpoints.py" in ended.out
+    assert "FloatingPointError: training diverged" in ended.out
+    assert "weightgeom/training/callbacks.py" in ended.out  # the frame that raised
     assert f"log: {sweep}/0/log.txt" in ended.out and "site-packages/trl" not in ended.out
     assert "Traceback" in (sweep / "0/traceback.txt").read_text()
     shown = place.command("status", sweep)
@@ -99,20 +99,20 @@ def test_what_failed_is_collected_and_it_alone_is_started_again(place):
     assert states(sweep, 1) == ["RUNNING", "COMPLETED"]
 
 
-def test_a_sweep_ends_in_its_report_and_measures_of_an_objective_what_it_is_asked_to(place):
+def test_a_sweep_ends_in_its_report_and_runs_only_the_probes_of_each_objective(place):
     probes = ["probe=[rsf,behaviour]", "probe.rsf.tokens=256", "probe.behaviour.tokens=256"]
-    asked = [*probes, "+only.behaviour=[dpo]", "report=true", "name=reported", "objective=dpo,ce"]
+    overrides = [*probes, "+only.behaviour=[dpo]", "report=true", "name=reported", "objective=dpo,ce"]
     pages = place.home / "outputs/report"
-    pages.touch()  # where the directory should be
-    ended = place.sweep(*asked)
+    pages.touch()  # a file in place of the directory
+    ended = place.sweep(*overrides)
     sweep = directory(ended)
     assert ended.code == 1 and "the jobs completed, but no report was made" in ended.errors[0]
     assert rows(place.command("status", sweep)) == {0: "COMPLETED", 1: "COMPLETED"}
-    found = [{path.stem for path in sweep.glob(f"{n}/record/artifacts/tables/rsf*.csv")} for n in (0, 1)]
+    tables = [{path.stem for path in sweep.glob(f"{n}/record/artifacts/tables/rsf*.csv")} for n in (0, 1)]
     behaviour = [(sweep / f"{n}/record/artifacts/tables/behaviour.csv").exists() for n in (0, 1)]
-    assert found == [{"rsf", "rsf_pretraining"}] * 2 and behaviour == [True, False]
+    assert tables == [{"rsf", "rsf_pretraining"}] * 2 and behaviour == [True, False]
     pages.unlink()
-    ended = place.sweep(*asked, "seed=1")
+    ended = place.sweep(*overrides, "seed=1")
     assert ended.code == 0 and f"report: {pages}/reported/index.html" in ended.out
     client = MlflowClient(f"sqlite:///{place.home}/outputs/mlflow.db")
     experiment = client.get_experiment_by_name("reported")
@@ -123,10 +123,9 @@ def test_a_sweep_ends_in_its_report_and_measures_of_an_objective_what_it_is_aske
     assert "4 finished runs" in Path(page).read_text()
 
 
-def test_cancelled_jobs_end_and_are_killed_in_mlflow_and_go_on_when_they_are_started_again(place):
-    one = "hydra.launcher.array_parallelism=1"
+def test_cancelled_jobs_have_status_killed_in_mlflow_and_resume_when_they_are_resubmitted(place):
     options = ["training.steps=400", "training.save_every=10"]
-    sweep = place.started(one, "name=cancelled", *options, "seed=7,8")
+    sweep = place.started(ONE, "name=cancelled", *options, "seed=7,8")
     until(lambda: max(steps(sweep, 0), default=0) > 20)
     assert place.command("cancel", sweep).code == 0
     waited = place.command("wait", sweep)
@@ -145,7 +144,7 @@ def alive(sweep: Path, number: int) -> bool:
     return Path(f"/proc/{events(sweep, number)[0]['pid']}").exists()
 
 
-def test_at_a_time_limit_a_job_saves_and_goes_on_without_losing_a_step(place):
+def test_at_a_time_limit_a_job_saves_its_state_and_resumes_without_losing_a_step(place):
     whole = ["training.steps=130", "seed=5"]
     limit = ["hydra.launcher.timeout_min=0.5", "hydra.launcher.signal_delay_s=12", TWO]
     often = "hydra.launcher.max_num_timeout=30"
@@ -160,39 +159,43 @@ def test_at_a_time_limit_a_job_saves_and_goes_on_without_losing_a_step(place):
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
-def test_a_killed_job_is_told_of_and_one_that_nobody_will_start_as_well(place):
-    one = "hydra.launcher.array_parallelism=1"
-    sweep = place.started(one, "name=killed", "training.steps=3000", "seed=1,2")
+def test_jobs_without_their_process_or_their_supervisor_are_reported_as_ended(place):
+    sweep = place.started(ONE, "name=killed", "training.steps=3000", "seed=1,2")
     until(lambda: steps(sweep, 0))
     (plan,) = sweep.glob("supervisor.*.json")
     os.kill(json.loads(plan.read_text())["pid"], signal.SIGKILL)
     assert rows(place.command("status", sweep)) == {0: "RUNNING", 1: "CANCELLED"}
     os.kill(events(sweep)[0]["pid"], signal.SIGKILL)
-    shown = until(lambda: (one := place.command("status", sweep)).code and rows(one)[0] == "KILLED" and one)
-    assert "its process is gone" in shown.out and "nobody is there to start it" in shown.out
+
+    def killed() -> Ended | None:
+        ended = place.command("status", sweep)
+        return ended if ended.code and rows(ended)[0] == "KILLED" else None
+
+    ended = until(killed)
+    assert "its process is gone" in ended.out and "no supervisor is left to start it" in ended.out
     assert place.statuses("killed") == ("FAILED", {"1": "KILLED", "2": "KILLED"})
 
 
-def test_gpus_are_shared_out_in_turn(tmp_path, monkeypatch):
+def test_gpus_are_distributed_in_turn(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     assert LocalOptions().parallelism(9) == 3
     assert LocalOptions(gpus_per_node=2).parallelism(9) == 1
     assert LocalOptions(array_parallelism=5).parallelism(4) == 4
-    with pytest.raises(ValueError, match="gpus_per_node is 4, and 3 GPUs are here"):
+    with pytest.raises(ValueError, match="gpus_per_node is 4, but this machine has 3 GPUs: set"):
         LocalOptions(gpus_per_node=4).parallelism(9)
     (tmp_path / "sweep.json").write_text('{"jobs": {}}')
 
-    def given(slot: int, each: int | None, there: list[str]) -> str | None:
-        plan = {"ids": {}, "gpus": there, "gpus_per_job": each}
+    def given(slot: int, each: int | None, available: list[str]) -> str | None:
+        plan = {"ids": {}, "gpus": available, "gpus_per_job": each}
         return Supervisor(Sweep(tmp_path), plan)._gpus(slot).get("CUDA_VISIBLE_DEVICES")
 
     assert [given(slot, None, ["4", "5", "6"]) for slot in range(4)] == ["4", "5", "6", "4"]
     assert given(1, 2, ["0", "1", "2", "3"]) == "2,3"
-    assert given(0, 0, ["0"]) == ""  # hidden, because asked for
+    assert given(0, 0, ["0"]) == ""  # gpus_per_node=0 hides them
     assert given(0, None, []) is None
 
 
-def test_what_is_no_sweep_or_no_option_is_told_in_a_sentence(place, tmp_path):
+def test_a_directory_without_a_sweep_and_an_invalid_option_get_one_sentence(place, tmp_path):
     ended = place.command("status", tmp_path)
     assert ended.code == 1 and f"{tmp_path} holds no sweep" in ended.err and "Traceback" not in ended.err
     before = sorted((place.home / "outputs/jobs").rglob("*"))

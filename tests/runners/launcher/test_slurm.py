@@ -1,16 +1,16 @@
-"""What is asked of SLURM, and how its answers are read, without one; tests/slurm has a real one."""
+"""Requests to SLURM and its answers, with stand-ins for its commands; tests/slurm uses a real SLURM."""
 
 import pytest
 
 from runners.launcher.slurm import SlurmOptions, accounted, expanded, queued
 
 
-def test_ids_that_slurm_writes_as_one_are_taken_apart():
+def test_the_short_form_of_array_ids_is_expanded():
     assert expanded("7") == ["7"] and expanded("7_3") == ["7_3"]
     assert expanded("7_[0-2,5%2]") == ["7_0", "7_1", "7_2", "7_5"]
 
 
-def test_options_become_submitits_and_a_requeue_is_asked_for():
+def test_options_become_submitits_parameters_with_requeue():
     options = SlurmOptions(mem_gb=1.5, partition="gpu", timeout_min=1, additional_parameters={"hold": True})
     assert options.parameters() == {
         "job_name": "weightgeom",
@@ -27,14 +27,14 @@ def test_options_become_submitits_and_a_requeue_is_asked_for():
         SlurmOptions(tasks_per_node=2)
 
 
-def test_answers_are_read_and_silence_is_no_answer(tmp_path, monkeypatch):
+def test_states_are_read_from_slurms_commands_and_a_failing_queue_raises(tmp_path, monkeypatch):
     def answers(command: str, text: str, code: int = 0) -> None:
         (tmp_path / command).write_text(f"#!/bin/sh\nprintf '{text}'\nexit {code}\n")
         (tmp_path / command).chmod(0o755)
 
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     answers("squeue", "7_0|RUNNING|n1|None\\n7_1|PENDING||Resources\\n")
-    assert {id: seen.state for id, seen in queued(["7_0", "7_1", "7_2"]).items()} == {
+    assert {id: reported.state for id, reported in queued(["7_0", "7_1", "7_2"]).items()} == {
         "7_0": "RUNNING",
         "7_1": "PENDING",
     }

@@ -1,10 +1,14 @@
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lab import SOURCES, change, write_lab
 
 from runners.launcher.snapshot import changed_since, digest, python_of, take_snapshot
+from runners.modules import find
 from runners.tracking.provenance import commit, provenance, uncommitted_diff
 
 
@@ -27,12 +31,12 @@ def repository(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_snapshot_is_the_code_as_it_is_and_knows_its_commit(repository, tmp_path):
+def test_a_snapshot_holds_the_current_code_and_its_commit(repository, tmp_path):
     (repository / "weightgeom/a.py").write_text("changed = 1\n")
     copy = tmp_path / "copy"
     take_snapshot(repository, copy)
-    found = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
-    assert found == {
+    files = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
+    assert files == {
         "run.py",
         "runners/__init__.py",
         "weightgeom/a.py",
@@ -46,16 +50,65 @@ def test_a_snapshot_is_the_code_as_it_is_and_knows_its_commit(repository, tmp_pa
     assert "+changed = 1" in uncommitted_diff(copy)
 
 
-def test_a_change_since_is_told_with_the_commits(repository, tmp_path):
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.syspath_prepend(tmp_path / "lab")
+    find.cache_clear()
+    yield write_lab(tmp_path / "lab")
+    find.cache_clear()
+
+
+def test_the_users_own_modules_go_with_it_and_import_by_the_same_names(repository, lab, tmp_path):
+    (lab / "mylab/deep").mkdir()
+    (lab / "mylab/deep/made_up.py").touch()  # imported by a name that nothing but a run can know
+    (lab / "mylab/notes.txt").touch()
+    copy = tmp_path / "copy"
+    take_snapshot(repository, copy, ["mylab.probe", "weightgeom.a"])
+    package = [name for name in SOURCES if name.startswith("mylab/")]
+    expected = {
+        f"modules/{name}": str(lab / name) for name in [*package, "mylab/deep/made_up.py", "loose.py"]
+    }
+    assert json.loads((copy / "snapshot.json").read_text())["modules"] == expected
+    found = {str(path.relative_to(copy)) for path in (copy / "modules").rglob("*") if path.is_file()}
+    assert found == set(expected)
+    assert digest(copy) == digest(repository)
+    ended = subprocess.run(
+        [*python_of(copy), "-c", "import loose, mylab.scaling as m; print(loose.__file__, m.__file__)"],
+        cwd=lab,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout.split() == [f"{copy}/modules/loose.py", f"{copy}/modules/mylab/scaling.py"]
+
+
+def test_of_a_package_without_an_init_the_modules_that_are_reached_go(repository, lab, tmp_path):
+    (lab / "mylab/__init__.py").unlink()
+    take_snapshot(repository, tmp_path / "copy", ["mylab.probe"])
+    known = json.loads((tmp_path / "copy/snapshot.json").read_text())["modules"]
+    assert set(known) == {"modules/mylab/probe.py", "modules/mylab/scaling.py", "modules/loose.py"}
+
+
+def test_a_change_of_the_users_own_since_is_told_with_the_file(repository, lab, tmp_path):
+    take_snapshot(repository, tmp_path / "copy", ["mylab.probe"])
+    assert changed_since(repository, tmp_path / "copy") == ""
+    change(lab / "mylab/scaling.py", "scale * value", "value")
+    said = f"the code has changed since: {lab}/mylab/scaling.py is not what it was"
+    assert changed_since(repository, tmp_path / "copy") == said
+    (lab / "mylab/scaling.py").unlink()
+    assert changed_since(repository, tmp_path / "copy") == said
+
+
+def test_the_sentence_about_changed_code_names_both_commits(repository, tmp_path):
     take_snapshot(repository, tmp_path / "copy")
     assert changed_since(repository, tmp_path / "copy") == ""
     (repository / "run.py").write_text("changed = 1\n")
     head = commit(repository)["git_commit"][:12]
-    told = changed_since(repository, tmp_path / "copy")
-    assert f"it was {head}, and {repository} is {head} with changes" in told
+    sentence = changed_since(repository, tmp_path / "copy")
+    assert f"it was {head}, and {repository} is {head} with changes" in sentence
 
 
-def test_python_takes_the_code_of_the_snapshot_and_not_of_the_working_directory(repository, tmp_path):
+def test_python_imports_the_code_of_the_snapshot_rather_than_of_the_working_directory(repository, tmp_path):
     take_snapshot(repository, tmp_path / "copy")
     code = "import weightgeom.a; print(weightgeom.a.__file__)"
     (tmp_path / "copy/weightgeom/__init__.py").touch()

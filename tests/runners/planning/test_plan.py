@@ -1,4 +1,4 @@
-"""What `plan=true` foretells, beside what happens; and what it leaves alone."""
+"""Plans of `plan=true` against the runs themselves; a plan leaves no files."""
 
 import os
 import re
@@ -17,12 +17,12 @@ from omegaconf import OmegaConf
 from stored import fetched
 
 from runners.compose import parts
-from runners.planning.plan import Plan, Planner, Stage
+from runners.planning.plan import Plan, PlannedStage, Planner
 from runners.planning.printing import duration, show, size
 from weightgeom.training.config import Training
 
 PLAN = ["plan=true", *SMALL, *WORLD]
-# Wide enough for its activations to weigh beside the libraries, and soon trained.
+# Wide enough for the activations to count next to the libraries' memory, and quickly trained.
 SHAPE = [
     *WORLD,
     *("model.pretraining.steps=4", "training.steps=4", "probe.rsf.tokens=1024", "probe.rsf.prompts=16"),
@@ -34,31 +34,32 @@ def planner(tmp_path: Path, **options: Any) -> Planner:
     return Planner(tmp_path / "outputs", "cpu", **options)
 
 
-def planned(some: Planner, *overrides: str) -> Plan:
+def planned(made: Planner, *overrides: str) -> Plan:
     config = composed(*overrides)
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    return some.plan(parts(config), plain)
+    return made.plan(parts(config), plain)
 
 
-def by_name(plan: Plan) -> dict[str, Stage]:
+def by_name(plan: Plan) -> dict[str, PlannedStage]:
     return {stage.name: stage for stage in plan.stages.values()}
 
 
-def test_memory_and_time_of_a_run_are_as_foretold(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_plan_predicts_the_memory_and_time_of_its_run(tmp_path: Path) -> None:
     script = (
         "import json, sys\n"
         "from pathlib import Path\n"
         "sys.path[:0] = sys.argv[1:3]\n"
         "from test_plan import by_name, planned, planner\n"
         "plan = planned(planner(Path(sys.argv[3])), *sys.argv[4:])\n"
-        "found = by_name(plan).values()\n"
-        "print(json.dumps([max(one.memory for one in found), sum(one.seconds for one in found)]))"
+        "stages = by_name(plan).values()\n"
+        "print(json.dumps([max(s.memory for s in stages), sum(s.seconds for s in stages)]))"
     )
     places = [str(ROOT / "tests"), str(ROOT / "tests/runners/planning"), str(tmp_path)]
     one_thread = environment({"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     command = [sys.executable, "-c", script, *places, *SHAPE]
-    told = subprocess.run(command, env=one_thread, capture_output=True, text=True, check=True)
-    memory, seconds = map(float, re.findall(r"[\d.]+", told.stdout.splitlines()[-1]))
+    ended = subprocess.run(command, env=one_thread, capture_output=True, text=True, check=True)
+    memory, seconds = map(float, re.findall(r"[\d.]+", ended.stdout.splitlines()[-1]))
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"), *SHAPE],
         cwd=tmp_path,
@@ -70,7 +71,7 @@ def test_memory_and_time_of_a_run_are_as_foretold(tmp_path: Path) -> None:
     process.returncode = status
     assert status == 0
     assert memory == pytest.approx(1024 * usage.ru_maxrss, rel=0.25)
-    # Processor time, which others on the machine stretch less than the clock's; it is within two when idle.
+    # Processor time, which other processes stretch less than the clock's; within a factor of two when idle.
     assert 1 / 3 < seconds / (usage.ru_utime + usage.ru_stime) < 3
 
 
@@ -80,7 +81,8 @@ def default(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     return home, run(home, *PLAN)
 
 
-def test_a_plan_shows_every_stage_and_ends_with_whether_it_fits(default: tuple[Path, Ended]) -> None:
+@pytest.mark.slow
+def test_a_plan_lists_every_stage_and_ends_with_fits_or_does_not_fit(default: tuple[Path, Ended]) -> None:
     _, ended = default
     assert ended.code == 0, ended.err
     stages = "pretraining rsf_pretraining behaviour_pretraining training rsf behaviour".split()
@@ -89,12 +91,15 @@ def test_a_plan_shows_every_stage_and_ends_with_whether_it_fits(default: tuple[P
     assert re.fullmatch(r"fits: .* to download, .*; nothing was started", ended.out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_plan_makes_no_directory_and_no_record(default: tuple[Path, Ended]) -> None:
     assert not list(default[0].iterdir())
 
 
-def test_the_plan_of_a_sweep_counts_what_its_jobs_share_once(tmp_path: Path) -> None:
-    ended = run(tmp_path, "-m", *(one for one in PLAN if "rsf" not in one), "probe=[behaviour]", "seed=0,1")
+@pytest.mark.slow
+def test_the_plan_of_a_sweep_counts_shared_stages_once(tmp_path: Path) -> None:
+    overrides = [override for override in PLAN if "rsf" not in override]
+    ended = run(tmp_path, "-m", *overrides, "probe=[behaviour]", "seed=0,1")
     assert ended.code == 0, ended.err
     rows = {line.split("│")[1].strip(): line for line in ended.out.splitlines() if line.startswith("│")}
     times = {name: int(line.split("│")[-2]) for name, line in rows.items()}
@@ -102,7 +107,7 @@ def test_the_plan_of_a_sweep_counts_what_its_jobs_share_once(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
-def test_the_plan_of_a_chain_has_every_stage_against_the_base_and_against_the_one_before(
+def test_the_plan_of_a_chain_compares_every_stage_with_the_base_and_with_the_previous_stage(
     tmp_path: Path,
 ) -> None:
     stages = {name: save("llama", tmp_path / name, seed) for seed, name in enumerate(("base", "sft", "dpo"))}
@@ -121,16 +126,18 @@ def test_the_plan_of_a_chain_has_every_stage_against_the_base_and_against_the_on
     assert (names.count("rsf"), names.count("rsf_stages")) == (1, 2)
 
 
-def test_a_plan_is_of_what_each_objective_is_measured_by(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_plan_has_only_the_probes_of_each_objective(tmp_path: Path) -> None:
     swept = ["objective=dpo,ce", "+only.behaviour=[dpo]", "seed=0"]
-    told = run(tmp_path, *PLAN, *swept, "-m")
-    assert told.code == 0, told.err
-    rows = [line.split("│") for line in told.out.splitlines() if line.startswith("│")]
+    ended = run(tmp_path, *PLAN, *swept, "-m")
+    assert ended.code == 0, ended.err
+    rows = [line.split("│") for line in ended.out.splitlines() if line.startswith("│")]
     times = {row[1].strip(): int(row[-2]) for row in rows}
     assert (times["rsf"], times["behaviour"]) == (2, 1)
 
 
-def test_what_a_checkpoint_on_the_hub_weighs_is_told_without_its_weights(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_size_of_a_hub_checkpoint_is_planned_without_its_weights(tmp_path: Path) -> None:
     repository, text = "models/lab/one", tmp_path / "text.txt"
     text.write_text(
         "\n\n".join(f"Document {n} tells of {n * n} things, and of nothing else." for n in range(80))
@@ -139,8 +146,10 @@ def test_what_a_checkpoint_on_the_hub_weighs_is_told_without_its_weights(tmp_pat
     (served["step512"] / "onnx").mkdir()
     (served["step512"] / "onnx" / "model.safetensors").write_bytes(b"the same again")
     (served["step512"] / "pytorch_model.bin").write_bytes(b"a pickle")
-    taken = [one for one in served["step512"].iterdir() if one.suffix in (".safetensors", ".json", ".jinja")]
-    asked = [
+    taken = [
+        path for path in served["step512"].iterdir() if path.suffix in (".safetensors", ".json", ".jinja")
+    ]
+    overrides = [
         *("plan=true", "device=cpu", "model=pythia", "model.name=lab/one", "model.revision=step512"),
         *("data=text", f"data.train={text}", "training.max_length=32", "training.steps=2"),
         *("objective=ce", "probe=[behaviour]", "probe.behaviour.tokens=256"),
@@ -149,14 +158,14 @@ def test_what_a_checkpoint_on_the_hub_weighs_is_told_without_its_weights(tmp_pat
     work.mkdir()
     with hub.served({repository: served}) as server:
         at = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
-        first = run(work, *asked, **at)
+        first = run(work, *overrides, **at)
         resolved = [path for _, path, _ in server.requests if "/resolve/" in path]
         fetched(["lab/one@step512"], tmp_path, {"HF_ENDPOINT": server.url})
-        second = run(work, *asked, **at)
-    offline = run(work, *asked, **(at | {"HF_HUB_OFFLINE": "1"}))
+        second = run(work, *overrides, **at)
+    offline = run(work, *overrides, **(at | {"HF_HUB_OFFLINE": "1"}))
     assert first.code == second.code == offline.code == 0, first.err + second.err + offline.err
     assert resolved and all(path.endswith("/config.json") for path in resolved)
-    whole = sum(one.stat().st_size for one in taken)
+    whole = sum(path.stat().st_size for path in taken)
     config = (served["step512"] / "config.json").stat().st_size
     row = [cell.strip() for cell in _row(first.out, "lab/one@step512")]
     assert row[1:] == [str(len(taken)), size(whole), f"1 files, {size(config)}", size(whole - config)]
@@ -170,7 +179,8 @@ def _row(out: str, name: str) -> list[str]:
     return next(line for line in out.splitlines() if name in line).split("│")[1:-1]
 
 
-def test_what_the_hub_does_not_have_is_refused(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_plan_of_a_model_that_the_hub_lacks_is_refused(tmp_path: Path) -> None:
     with hub.served({}) as server:
         at = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
         ended = run(tmp_path, "plan=true", "model=pythia", "model.name=lab/two", "objective=ce", **at)
@@ -186,26 +196,25 @@ def test_what_the_hub_does_not_have_is_refused(tmp_path: Path) -> None:
         ("rsf", 0.85, ["model.d_model=256", "model.pretraining.batch_size=1", "training.batch_size=1"]),
     ],
 )
-def test_the_knob_that_is_named_makes_it_fit(
-    tmp_path: Path, stage: str, share: float, overrides: list[str]
-) -> None:
+@pytest.mark.slow
+def test_with_its_remedy_a_stage_fits(tmp_path: Path, stage: str, share: float, overrides: list[str]) -> None:
     overrides = ["device=cpu", *WORLD, *overrides]
     roomy = planner(tmp_path)
     whole = by_name(planned(roomy, *overrides))[stage].memory
     base = roomy.machine.baseline
     tight = planner(tmp_path, memory=base + share * (whole - base))
-    tight.known["machine"] = replace(roomy.machine, memory=tight.memory)
+    tight.cache["machine"] = replace(roomy.machine, memory=tight.memory)
     plan = planned(tight, *overrides)
-    (problem,) = [one for one in show([plan], tight) if one.startswith(f"{stage} takes")]
-    knob = by_name(plan)[stage].knob
-    assert knob and problem.endswith(f"are free: add {knob}")
-    assert not [
-        one for one in show([planned(tight, *overrides, *knob.split())], tight) if one.startswith(f"{stage} ")
-    ]
+    (problem,) = [clause for clause in show([plan], tight) if clause.startswith(f"{stage} takes")]
+    remedy = by_name(plan)[stage].remedy
+    assert remedy and problem.endswith(f"are free: add {remedy}")
+    problems = show([planned(tight, *overrides, *remedy.split())], tight)
+    assert not [clause for clause in problems if clause.startswith(f"{stage} ")]
 
 
-def test_what_does_not_fit_ends_with_one_sentence_and_a_code(tmp_path: Path) -> None:
-    # No disk has room for the checkpoints of 10^15 parameters; none of them is made.
+@pytest.mark.slow
+def test_a_plan_that_does_not_fit_ends_with_one_sentence_and_exit_code_1(tmp_path: Path) -> None:
+    # No disk has room for the checkpoints of 10^15 parameters; the plan makes none.
     sizes = "model.d_model=16384 model.heads=128 model.d_mlp=65536 model.layers=200".split()
     ended = run(tmp_path, "plan=true", *WORLD, *sizes, "objective=none", "probe=[]", "device=cpu")
     assert ended.code == 1 and len(ended.errors) == 1
@@ -217,32 +226,34 @@ def test_what_does_not_fit_ends_with_one_sentence_and_a_code(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plan_that_is_no_truth_value_is_refused(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_plan_setting_other_than_true_or_false_is_refused(tmp_path: Path) -> None:
     ended = run(tmp_path, "plan=perhaps")
     assert ended.code == 1
     assert ended.errors == ["error: plan must be true or false, got 'perhaps'"]
 
 
-def test_jobs_that_plan_and_jobs_that_run_are_no_sweep(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_sweep_over_plan_is_refused(tmp_path: Path) -> None:
     ended = run(tmp_path, "plan=true,false", "-m")
     assert ended.code == 1
-    assert "plan is of the whole sweep" in ended.errors[0]
+    assert "plan applies to the whole sweep" in ended.errors[0]
 
 
 def test_states_and_checkpoints_are_counted_as_they_are_saved() -> None:
     training = Training(steps=8, save_every=2, keep=2)
-    # Steps 1, 2, 4 and 8, and 0 of a random start; two states and a third before the oldest goes.
+    # Steps 1, 2, 4 and 8, and step 0 for a random start; two states, and a third until the oldest is deleted.
     assert training.checkpoints_size(10.0, 10.0, from_random=False) == (40.0, 90.0)
     assert training.checkpoints_size(10.0, 10.0, from_random=True) == (50.0, 90.0)
 
 
 @pytest.mark.parametrize(
-    ("count", "said"), [(0, "-"), (1234, "1.23 kB"), (5.1e6, "5.1 MB"), (2.3e10, "23 GB")]
+    ("count", "text"), [(0, "-"), (1234, "1.23 kB"), (5.1e6, "5.1 MB"), (2.3e10, "23 GB")]
 )
-def test_bytes_are_told_in_powers_of_ten(count: float, said: str) -> None:
-    assert size(count) == said
+def test_sizes_are_written_in_powers_of_ten(count: float, text: str) -> None:
+    assert size(count) == text
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(12.4, "12 s"), (150, "2 min"), (9000, "2.5 h")])
-def test_seconds_are_told_as_exactly_as_they_are_known(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+@pytest.mark.parametrize(("seconds", "text"), [(12.4, "12 s"), (150, "2 min"), (9000, "2.5 h")])
+def test_durations_are_rounded_to_the_accuracy_of_a_plan(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,4 +1,4 @@
-"""Proxies are in proportion, and what they are shown has the lengths of the real text."""
+"""Proxies are in proportion to their networks, and their stand-in text has the lengths of the real text."""
 
 import pytest
 import small
@@ -6,7 +6,7 @@ import torch
 from networks import CONFIGS, MIXTURES, language_model
 from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
-from runners.planning.live_memory import Live
+from runners.planning.live_memory import LiveMemory
 from runners.planning.proxy import lengths_by, proxy_of, standin, standin_tokenizer
 from weightgeom.models.loading import parameters_of
 from weightgeom.models.residual import architecture_of
@@ -21,7 +21,7 @@ LARGE = [
 
 
 @pytest.mark.parametrize("config", LARGE, ids=lambda config: config.model_type)
-def test_a_proxys_parameters_are_those_of_the_network_in_proportion(config) -> None:
+def test_the_parameters_of_a_proxy_are_in_proportion_to_those_of_its_network(config) -> None:
     proxy = proxy_of(config)
     assert parameters_of(proxy.config) < 5e7
     scaled = parameters_of(proxy.config) * proxy.layers * proxy.width**2
@@ -29,7 +29,7 @@ def test_a_proxys_parameters_are_those_of_the_network_in_proportion(config) -> N
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, *MIXTURES])
-def test_a_small_network_stands_for_itself_in_every_architecture(name: str) -> None:
+def test_a_small_network_is_its_own_proxy_in_every_architecture(name: str) -> None:
     config = (CONFIGS | MIXTURES)[name](100, 128)
     proxy = proxy_of(config)
     assert (proxy.layers, proxy.width) == (1, 1)
@@ -40,25 +40,25 @@ def test_a_small_network_stands_for_itself_in_every_architecture(name: str) -> N
 def test_parameters_are_counted_without_weights() -> None:
     model, weights = language_model("llama_tied", small.WORLD.tokenizer())
     config = AutoConfig.for_model(**model.network.config.to_dict())
-    assert parameters_of(config) == sum(one.numel() for one in weights.values())
+    assert parameters_of(config) == sum(weight.numel() for weight in weights.values())
 
 
 def test_the_standin_of_examples_has_as_many_tokens() -> None:
     examples, tokenizer, ours = small.WORLD.examples(), small.WORLD.tokenizer(), standin_tokenizer()
-    found = standin(examples, lengths_by(tokenizer))
-    for real, made in zip(examples.pairs, found.pairs, strict=True):
-        for one, other in zip((real.prompt, real.chosen), (made.prompt, made.chosen), strict=True):
-            assert len(tokenizer(str(one))["input_ids"]) == len(ours(str(other))["input_ids"])
-    assert len(found.heldout) == len(examples.heldout)
+    made = standin(examples, lengths_by(tokenizer))
+    for real, random in zip(examples.pairs, made.pairs, strict=True):
+        for text, words in zip((real.prompt, real.chosen), (random.prompt, random.chosen), strict=True):
+            assert len(tokenizer(str(text))["input_ids"]) == len(ours(str(words))["input_ids"])
+    assert len(made.heldout) == len(examples.heldout)
 
 
 def test_live_tensors_are_counted_while_they_live() -> None:
-    with Live() as live:
+    with LiveMemory() as memory:
         a = torch.zeros(1000)
         b = a + 1  # 4000 bytes each
         a.add_(b[:10].sum())  # a view is no tensor of its own; the sum has 4 bytes
         del b
         c = torch.zeros(500)
-    assert live.now == 4000 + 2000
-    assert live.peak == 4000 + 4000 + 4
+    assert memory.now == 4000 + 2000
+    assert memory.peak == 4000 + 4000 + 4
     del a, c

@@ -19,14 +19,16 @@ import pytest
 import study
 from app import ROOT, environment
 from asked import bypassed, probed
-from study import Planted, publish, rsf
+from study import Planted, publish, rank1, rsf
 
 from runners.report import collect
 from runners.report.__main__ import main
 from runners.report.make import directory_of
 from runners.tracking.publisher import open_store
 from weightgeom.analysis.claims_uncertainty import CLAIMS, COUPLED
-from weightgeom.table import COLUMNS, tabulate
+from weightgeom.declarations import InterventionDeclaration, ProbeDeclaration, recorded
+from weightgeom.probes.rsf import RSF
+from weightgeom.table import ADDED, COLUMNS, row, tabulate
 
 # MLflow's own; it appears when its sqlite store is opened for the first time.
 pytestmark = pytest.mark.filterwarnings(
@@ -56,6 +58,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Planted("dpo", {"rsf": rsf(5.0, 2.0)}, **hostile),
         Planted("dpo", {}, experiment="unfinished", status="KILLED"),
         *unsure(),
+        *elsewhere_made(),
     ]
     publish(directory / "records", f"sqlite:///{directory}/mlflow.db", runs)
     return directory
@@ -71,6 +74,20 @@ def unsure() -> list[Planted]:
     }
     runs = (("ce", tables | {"bypass": bypassed()}), ("dpo", tables | {"rsf": rsf(4.0, 1.0)}))
     return [Planted(objective, tables, experiment="unsure") for objective, tables in runs]
+
+
+def elsewhere_made() -> list[Planted]:
+    """Two seeds of a run with a second RSF, and a probe and an intervention whose classes are nowhere."""
+    gaps = tabulate(
+        row("gap", 2.0 + layer, n=9, step=64, layer=layer, matrix="q", role="read") for layer in (0, 1)
+    )
+    gaps.attrs["declaration"] = recorded(ProbeDeclaration("gap", label="the gap", section="Gaps & more"))
+    damped = rank1(2.0, 0.5, 0.1)
+    damped.attrs["declaration"] = recorded(InterventionDeclaration(("kl_from_unedited",), ("random",)))
+    second = rsf(3.0, 1.0)
+    second.attrs["declaration"] = recorded(RSF.declaration)
+    tables = {"rsf": rsf(5.0, 1.0), "rsf16": second, "gap": gaps, "damp": damped}
+    return [Planted("dpo", tables, experiment="elsewhere", seed=seed) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +139,13 @@ def test_collect_gives_every_row_of_every_finished_run_with_what_it_is_of(uri):
     pd.testing.assert_frame_equal(
         one[list(COLUMNS)].reset_index(drop=True), planted[4].tables["rsf_pretraining"]
     )
+
+
+def test_collect_reads_the_tables_of_an_earlier_version_as_todays(tmp_path):
+    today = study.rank1(2.0, 0.5, 0.1)
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    publish(tmp_path / "records", store, [Planted("dpo", {"rank1": today.drop(columns=list(ADDED))})])
+    pd.testing.assert_frame_equal(collect("study", tracking_uri=store)[list(COLUMNS)], today)
 
 
 def test_collect_reads_several_experiments_and_the_store_that_the_environment_names(uri, monkeypatch):
@@ -204,6 +228,22 @@ def test_uncertainty_has_its_claims_figures_and_bridge_where_it_was_measured(out
     for name in ("uncertainty_profiles", "uncertainty_sensitivity", "abstentions", "bridge"):
         assert (place / f"figures/{name}.png").stat().st_size > 5000
     assert "Uncertainty, the companion paper: no finished run" not in text
+
+
+def test_tables_of_classes_that_are_nowhere_have_sections_of_their_own(outputs):
+    assert main(["elsewhere", "--outputs", str(outputs)]) == 0
+    directory = outputs / "report/elsewhere"
+    page = (directory / "index.html").read_text()
+    for heading in ("rsf16", "Gaps &amp; more", "damp"):
+        assert f"<h2>{heading}</h2>" in page
+    text = Page(directory / "index.html").text
+    assert "By the table gap of the runs, at the last step" in text
+    means = pd.read_parquet(directory / "tables/gap.parquet")
+    assert means["value"].tolist() == [2.5, 2.5] and means["matrix"].tolist() == ["q", "q"]
+    ratios = pd.read_parquet(directory / "tables/asymmetry.parquet").query("matrix == 'q'")["ratio"]
+    assert ratios.tolist() == pytest.approx([5.0])  # of the first instance alone
+    figures = {path.stem for path in (directory / "figures").glob("*.png")}
+    assert {"asymmetry", "rsf16_0", "gap_0", "damp_0"} <= figures
 
 
 def test_a_second_report_replaces_the_figures_of_the_first(outputs):

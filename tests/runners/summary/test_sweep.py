@@ -11,8 +11,9 @@ from scipy.stats import spearmanr
 
 from runners.summary.sweep import sharpness_and_ratios, summarise
 from runners.tracking.record import Record
+from weightgeom.declarations import ProbeDeclaration, recorded
 from weightgeom.figures.base import ratio_by_sharpness, save
-from weightgeom.table import row, tabulate
+from weightgeom.table import ADDED, row, tabulate
 
 SHARPNESS = {"graded/dpo": 2.0, "graded/token_hard_16": 5.0, "graded/ce": 9.0}
 CORPUS = {"ce": 1.0}
@@ -77,6 +78,18 @@ def test_the_table_has_what_each_run_came_to_and_how_the_runs_differ(tmp_path, c
     }
 
 
+def test_a_run_of_an_earlier_version_counts_with_its_whole_matrices(tmp_path):
+    run = child(tmp_path / "run", "ce", 0)
+    path = run / "artifacts/tables/rsf.parquet"
+    table = pd.read_parquet(path)
+    head = table[table["matrix"] == "q"].assign(matrix="q.0", value=99.0)
+    pd.concat([table, head]).drop(columns=list(ADDED)).to_parquet(path)
+    parent = record(tmp_path / "parent")
+    summarise(parent, [run])
+    found = pd.read_parquet(parent.directory / "artifacts/tables/sweep.parquet")
+    assert set(found["matrix"]) == {"q", "o", ""} and 99.0 not in set(found["value"])
+
+
 def test_the_rank_correlation_of_ratio_and_sharpness_is_logged_and_drawn(tmp_path, children):
     parent = record(tmp_path / "parent")
     corpus = child(tmp_path / "corpus", "ce", 0, on="auto")  # of other data: not ranked with them
@@ -131,3 +144,15 @@ def test_a_point_of_the_figure_is_the_mean_over_the_seeds(tmp_path, children):
     assert {(9.0, 10.0), (5.0, 6.0), (2.0, 3.0)} <= {(float(x), float(y)) for x, y in points}
     assert "rank 1.00, p 0.02" in write.get_xlabel()
     save(figure, tmp_path / "figure.png")
+
+
+def test_headlines_of_other_tables_are_in_the_table_and_drawn(tmp_path, children):
+    gaps = tabulate(row("gap", 2.0, n=1, step=4, layer=0, matrix="q", role="read") for _ in "a")
+    gaps.attrs["declaration"] = recorded(ProbeDeclaration("gap"))
+    for path in children:
+        gaps.to_parquet(path / "artifacts/tables/mine.parquet")
+    parent = record(tmp_path / "parent")
+    summarise(parent, children)
+    table = pd.read_parquet(parent.directory / "artifacts/tables/sweep.parquet")
+    assert table[table["quantity"] == "mine/gap"]["value"].tolist() == [2.0] * len(children)
+    assert (parent.directory / "artifacts/figures/mine_by_run.png").exists()

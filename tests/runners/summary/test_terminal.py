@@ -1,6 +1,9 @@
+# pyright: reportAssignmentType=false, reportArgumentType=false
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pandas as pd
 import pytest
@@ -10,7 +13,23 @@ from runners.summary.curves import log_table
 from runners.summary.figures import draw
 from runners.summary.terminal import print_summary
 from runners.tracking.record import Record
-from weightgeom.table import own, row, tabulate
+from weightgeom.declarations import ProbeDeclaration
+from weightgeom.interfaces import Probe, Setting
+from weightgeom.params import Params
+from weightgeom.probes.behaviour import Behaviour
+from weightgeom.probes.moments import Moments
+from weightgeom.probes.overlap import Overlap
+from weightgeom.probes.rsf import RSF
+from weightgeom.probes.spectrum import Spectrum
+from weightgeom.table import Row, own, row, tabulate
+
+PROBES: dict[str, Probe] = {
+    "rsf": RSF(),
+    "behaviour": Behaviour(),
+    "moments": Moments(),
+    "spectrum": Spectrum(),
+    "overlap": Overlap(),
+}
 
 
 @pytest.fixture
@@ -33,6 +52,7 @@ def measured(step: int, layer: int, matrix: str, ratio: float, sd: float, k: int
     return [
         row("ratio", ratio, n=64, subspace=space, **at),
         row("ratio", 1.0, n=64, subspace="random", **at),  # a control: in no curve
+        row("null_ratio_mean", 1.0, n=64, subspace=space, **at),
         row("null_ratio_sd", sd, n=64, subspace=space, **at),
         row("null_ratio_sd", 9.0, n=64, subspace="random", **at),
     ]
@@ -49,8 +69,8 @@ def rsf() -> pd.DataFrame:
     return tabulate(rows)
 
 
-def head(step: int, matrix: str, ratio: float) -> dict:
-    where = {"layer": 0, "matrix": matrix, "role": "read", "subspace": "attention_input", "k": 4}
+def head(step: int, number: int, ratio: float) -> dict:
+    where = {"layer": 0, "matrix": "q", "head": number, "role": "read", "subspace": "attention_input", "k": 4}
     return {"step": step, **row("ratio", ratio, n=8, **where)}
 
 
@@ -87,7 +107,7 @@ def test_own_rows_are_at_the_matrices_subspaces_and_the_smallest_k(rsf: pd.DataF
 
 
 def test_own_rows_leave_heads_out(rsf: pd.DataFrame) -> None:
-    heads = tabulate([head(1, "q.0", 70.0), head(2, "q.1", 80.0)])
+    heads = tabulate([head(1, 0, 70.0), head(2, 1, 80.0)])
     both = pd.concat([rsf, heads], ignore_index=True)
     assert sorted(own(both, "ratio")["value"]) == sorted(own(rsf, "ratio")["value"])
     assert not len(own(heads, "ratio"))
@@ -96,7 +116,7 @@ def test_own_rows_leave_heads_out(rsf: pd.DataFrame) -> None:
 def test_the_curves_are_the_mean_over_layers_by_step_and_the_layers_at_the_last_step(
     record: Record, rsf: pd.DataFrame
 ) -> None:
-    log_table(record, "rsf", "", rsf, "ratio")
+    log_table(record, "rsf", "", rsf, RSF.declaration)
     assert logged(record) == {
         ("rsf/q", 1): 2.0,  # (1 + 3) / 2
         ("rsf/q", 2): 3.5,  # (2 + 5) / 2
@@ -111,7 +131,7 @@ def test_the_curves_are_the_mean_over_layers_by_step_and_the_layers_at_the_last_
 def test_the_curves_of_the_pretraining_have_their_own_name_and_no_layers(
     record: Record, rsf: pd.DataFrame
 ) -> None:
-    log_table(record, "rsf", "_pretraining", rsf, "ratio")
+    log_table(record, "rsf", "_pretraining", rsf, RSF.declaration)
     assert {key for key, _ in logged(record)} == {"rsf_pretraining/q", "rsf_pretraining/down"}
 
 
@@ -130,12 +150,13 @@ def test_the_curves_of_the_pretraining_have_their_own_name_and_no_layers(
 def test_secondary_probes_have_no_layers_and_the_pretraining_has_curves_of_the_main_ones_alone(
     probe: str, suffix: str, expected: set[str], record: Record, rsf: pd.DataFrame
 ) -> None:
-    log_table(record, probe, suffix, rsf, "ratio")
+    declaration = replace(PROBES[probe].declaration, headline="ratio")
+    log_table(record, probe, suffix, rsf, declaration)
     assert {key for key, _ in logged(record)} == expected
 
 
 def test_the_mechanism_has_curves_and_correlations(record: Record, moments: pd.DataFrame) -> None:
-    log_table(record, "moments", "", moments, "measured_ratio")
+    log_table(record, "moments", "", moments, Moments.declaration)
     assert logged(record) == {
         ("moments/q", 1): 55.0,  # (54 + 56) / 2
         ("moments/q", 2): 5.0,  # (4 + 6) / 2
@@ -153,13 +174,13 @@ def test_what_belongs_to_no_matrix_is_logged_as_it_is(record: Record) -> None:
     table = tabulate(
         {"step": step, **row("heldout_ce", loss, n=9, unit="nats/token")} for step, loss in losses.items()
     )
-    log_table(record, "behaviour", "", table, "")
+    log_table(record, "behaviour", "", table, Behaviour.declaration)
     assert logged(record) == {("behaviour/heldout_ce", 0): 6.5, ("behaviour/heldout_ce", 4): 6.25}
 
 
 def shown(tables: dict[str, pd.DataFrame], capsys: pytest.CaptureFixture[str]) -> list[str]:
     get_console().width = 120
-    print_summary(tables, {}, Path("/out/record"), "sqlite:////out/mlflow.db")
+    print_summary(tables, PROBES, {}, Path("/out/record"), "sqlite:////out/mlflow.db")
     return capsys.readouterr().out.splitlines()
 
 
@@ -210,14 +231,14 @@ def test_a_table_without_rows_is_accepted_and_shows_nothing(
 ) -> None:
     tables = {name + suffix: tabulate([]) for suffix in ("", "_pretraining")}
     for suffix in ("", "_pretraining"):
-        log_table(record, name, suffix, tables[name + suffix], "ratio")
-    draw(tables, record)
+        log_table(record, name, suffix, tables[name + suffix], PROBES[name].declaration)
+    draw(tables, record, PROBES, {})
     assert logged(record) == {} and not (record.directory / "artifacts/figures").exists()
     assert not [line for line in shown(tables, capsys) if line.startswith("│")]
 
 
 def test_a_server_is_shown_by_its_address(capsys: pytest.CaptureFixture[str]) -> None:
-    print_summary({}, {}, Path("/out/record"), "https://mlflow.example")
+    print_summary({}, {}, {}, Path("/out/record"), "https://mlflow.example")
     assert "MLflow: https://mlflow.example" in capsys.readouterr().out
 
 
@@ -225,7 +246,7 @@ def test_the_figures_are_drawn_as_png_and_pdf_and_named_after_what_they_show(
     record: Record, rsf: pd.DataFrame, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        draw({"rsf": rsf, "rsf_pretraining": rsf}, record)
+        draw({"rsf": rsf, "rsf_pretraining": rsf}, record, PROBES, {})
     drawn = {path.name for path in (record.directory / "artifacts/figures").iterdir()}
     names = ("ratio_by_step", "ratio_by_layer", "ratio_by_layer_pretraining")
     assert drawn == {f"{name}.{ending}" for name in names for ending in ("png", "pdf")}
@@ -234,14 +255,71 @@ def test_the_figures_are_drawn_as_png_and_pdf_and_named_after_what_they_show(
 def test_the_mechanism_is_drawn_with_and_without_the_ratios(
     record: Record, rsf: pd.DataFrame, moments: pd.DataFrame
 ) -> None:
-    draw({"moments": moments, "moments_pretraining": tabulate([])}, record)
+    draw({"moments": moments, "moments_pretraining": tabulate([])}, record, PROBES, {})
     folder = record.directory / "artifacts/figures"
     assert {path.name for path in folder.iterdir()} == {"mechanism.png", "mechanism.pdf"}
-    draw({"rsf": rsf, "moments": moments}, record)
+    draw({"rsf": rsf, "moments": moments}, record, PROBES, {})
     names = ("mechanism", "ratio_by_step", "ratio_by_layer")
     assert {path.name for path in folder.iterdir()} == {f"{n}.{end}" for n in names for end in ("png", "pdf")}
 
 
 def test_without_a_table_of_rsf_nothing_is_drawn(record: Record) -> None:
-    draw({}, record)
+    draw({}, record, PROBES, {})
     assert not (record.directory / "artifacts/figures").exists()
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A probe that brings no figure and no summary."""
+
+    declaration: ClassVar[ProbeDeclaration] = ProbeDeclaration("gap", label="the gap", of_pretraining=True)
+
+    def check(self, architecture: object) -> None: ...
+
+    def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
+        return lambda params: []
+
+
+@pytest.fixture
+def gaps() -> pd.DataFrame:
+    """Of two layers, without a subspace, and one number of the whole model."""
+    rows: list[dict] = []
+    for step, values in {0: (0.0, 0.0), 2: (1.0, 3.0)}.items():
+        rows += [
+            {"step": step, **row("gap", value, n=9, layer=layer, matrix=matrix, role=role)}
+            for matrix, role in (("q", "read"), ("o", "write"))
+            for layer, value in enumerate(values)
+        ]
+        rows.append({"step": step, **row("mean_gap", sum(values) / 2, n=4)})
+    return tabulate(rows)
+
+
+def test_a_probe_that_brings_nothing_is_seen_everywhere(
+    record: Record, gaps: pd.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_table(record, "mine", "", gaps, Gap.declaration)
+    assert logged(record) == {
+        ("mine/mean_gap", 0): 0.0, ("mine/mean_gap", 2): 2.0,
+        ("mine/q", 0): 0.0, ("mine/q", 2): 2.0, ("mine/o", 0): 0.0, ("mine/o", 2): 2.0,
+        ("mine_by_layer/q", 0): 1.0, ("mine_by_layer/q", 1): 3.0,
+        ("mine_by_layer/o", 0): 1.0, ("mine_by_layer/o", 1): 3.0,
+    }  # fmt: skip
+    print_summary({"mine": gaps}, {"mine": Gap()}, {}, Path("/out/record"), "sqlite:////out/mlflow.db")
+    lines = capsys.readouterr().out.splitlines()
+    assert cells(lines, "read") == ["read", "q", "0", "2"]
+    assert cells(lines, "mean_gap") == ["mean_gap", "0", "2", "1"]
+    draw({"mine": gaps}, record, {"mine": Gap()}, {})
+    drawn = {path.stem for path in (record.directory / "artifacts/figures").iterdir()}
+    assert drawn == {"mine_by_step", "mine_by_layer", "mine_whole"}
+
+
+def test_a_second_instance_has_figures_and_tables_of_its_own(
+    record: Record, rsf: pd.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables, probes = {"rsf": rsf, "rsf16": rsf}, {"rsf": RSF(), "rsf16": RSF(k=16)}
+    draw(tables, record, probes, {})
+    drawn = {path.name for path in (record.directory / "artifacts/figures").glob("*.png")}
+    names = ("ratio_by_step", "ratio_by_layer")
+    assert drawn == {f"{of}{name}.png" for name in names for of in ("", "rsf16_")}
+    print_summary(tables, probes, {}, Path("/out/record"), "sqlite:////out/mlflow.db")
+    assert {"rsf", "rsf16"} <= {line.strip() for line in capsys.readouterr().out.splitlines()}

@@ -1,4 +1,4 @@
-"""A sweep on a shared server, and what somebody sees of it there with a browser."""
+"""A sweep on a shared MLflow server, and its pages in a browser."""
 
 import shutil
 import subprocess
@@ -26,7 +26,7 @@ OPTIONS = (
     "--headless=new --no-sandbox --disable-gpu --disable-background-networking --disable-component-update"
     " --disable-sync --no-first-run --window-size=1600,1300"
 ).split()
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sweep(home: Path, server: Server) -> Ended:
-    """Two runs under one parent, on a server with a password, with a token and a key about."""
-    small = [one.replace("layers=2", f"layers={LAYERS}") for one in SMALL if "behaviour" not in one]
+    """Two runs under one parent; the URI holds a password, the environment a token, a tag a key."""
+    small = [
+        override.replace("layers=2", f"layers={LAYERS}") for override in SMALL if "behaviour" not in override
+    ]
     return run(
         home,
         *(*small, *WORLD, "probe=[rsf]", "name=seen", "objective=ce,dpo", f"+tags.api_key={KEY}", "-m"),
@@ -54,7 +56,7 @@ def records(sweep: Ended) -> list[Record]:
     return [Record(jobs / "record"), Record(jobs / "0/record"), Record(jobs / "1/record")]
 
 
-def test_a_sweep_on_a_server_is_whole_and_its_runs_are_named_by_what_differs(
+def test_a_sweep_on_a_server_is_complete_and_its_runs_are_named_by_their_own_overrides(
     server: Server, sweep: Ended, records: list[Record]
 ):
     assert "could not publish" not in sweep.out
@@ -70,82 +72,84 @@ def test_a_sweep_on_a_server_is_whole_and_its_runs_are_named_by_what_differs(
         "- **ce** (1 run)",
         "- **dpo** (1 run)",
     }
-    for record, one in zip(records[1:], children, strict=True):
-        # The profile over layers is a curve of its own: one point for every layer.
-        profile = client.get_metric_history(one.info.run_id, "rsf_by_layer/o")
+    for record, child in zip(records[1:], children, strict=True):
+        # The profile over layers is a separate curve with one point per layer.
+        profile = client.get_metric_history(child.info.run_id, "rsf_by_layer/o")
         assert sorted(point.step for point in profile) == list(range(LAYERS))
-        assert record.status()["status"] == one.info.status == "FINISHED"
+        assert record.status()["status"] == child.info.status == "FINISHED"
     files = {str(path.relative_to(records[0].directory)) for path in records[0].directory.rglob("*.*")}
     assert {"artifacts/tables/sweep.csv", "artifacts/figures/ratio_by_run.png"} <= files
     assert_mirrored(server.uri, *records[1:])
 
 
-def test_no_secret_of_the_environment_the_uri_or_the_configuration_is_kept_anywhere(
+def test_no_secret_of_the_environment_the_uri_or_the_configuration_is_stored_anywhere(
     home: Path, server: Server, database: str, sweep: Ended, records: list[Record]
 ):
     host = database.partition("host=")[2]
     dump = ["pg_dump", "-h", host, "-U", "tester", "mlflow"]
     kept = subprocess.run(dump, capture_output=True, check=True).stdout
     assert records[0].description()["id"].encode() in kept
-    found = [path for root in (home, server.directory) for path in root.rglob("*") if path.is_file()]
-    # What a job is to do must name the server as it was given; nobody else may read that.
-    private = {path for path in found if path.name in ("job.json", "sweep.json")}
+    files = [path for root in (home, server.directory) for path in root.rglob("*") if path.is_file()]
+    # The descriptions of jobs hold the server's URI with its password, so only the owner may read them.
+    private = {path for path in files if path.name in ("job.json", "sweep.json")}
     assert private and all(path.stat().st_mode & 0o077 == 0 for path in private)
-    places = [path for path in found if path not in private]
-    texts = {str(path): path.read_bytes() for path in places} | {"the database": kept}
-    # Hydra announces each job with its overrides before our code has a say.
-    said = "".join(line for line in sweep.out.splitlines(keepends=True) if "[HYDRA]" not in line)
-    texts["the log"] = (said + sweep.err).encode()
+    texts = {str(path): path.read_bytes() for path in files if path not in private}
+    texts["the database"] = kept
+    # Hydra prints the overrides of each job before any code of the project runs.
+    output = "".join(line for line in sweep.out.splitlines(keepends=True) if "[HYDRA]" not in line)
+    texts["the log"] = (output + sweep.err).encode()
     for secret in (PASSWORD, TOKEN, KEY):
         assert [name for name, text in texts.items() if secret.encode() in text] == []
 
 
 class Browser:
-    """Chromium, with waiting; `seen` takes a picture of what is there."""
+    """Chromium, with waiting; `screenshot` saves a picture of the page."""
 
     def __init__(self, driver: webdriver.Chrome, pictures: Path) -> None:
         self.driver, self.pictures = driver, pictures
 
-    def until(self, found: Callable[[], Found], seconds: float = 60) -> Found:
-        """What `found` finds, once it finds something."""
+    def until(self, claim: Callable[[], Result], seconds: float = 60) -> Result:
+        """Wait until the result of `claim` is truthy, and return it."""
         deadline = time.monotonic() + seconds
         while True:
             try:
-                if it := found():
-                    return it
+                if result := claim():
+                    return result
             except WebDriverException:  # the page is being drawn
                 pass
             if time.monotonic() > deadline:
-                self.seen("failure")
-                raise AssertionError(f"nothing of the kind on the page: {self.pictures / 'failure.png'}")
+                self.screenshot("failure")
+                raise AssertionError(f"the claim never held; the page is in {self.pictures / 'failure.png'}")
             time.sleep(0.2)
 
     def all(self, selector: str) -> list[WebElement]:
-        return [one for one in self.driver.find_elements(By.CSS_SELECTOR, selector) if one.is_displayed()]
+        """The visible elements of a CSS selector."""
+        elements = self.driver.find_elements(By.CSS_SELECTOR, selector)
+        return [element for element in elements if element.is_displayed()]
 
     def click(self, selector: str) -> None:
-        def clicked() -> bool:
-            found = self.all(selector)
-            for one in found[:1]:
-                one.click()
-            return bool(found)
-
-        self.until(clicked)
+        """Click the first visible element of a CSS selector."""
+        self.until(lambda: _clicked(self.all(selector)))
 
     def click_text(self, text: str) -> None:
-        """Click what says `text` and nothing else."""
+        """Click the first visible element whose whole text is `text`."""
         path = f"//*[normalize-space(text())='{text}']"
 
         def clicked() -> bool:
-            found = [one for one in self.driver.find_elements(By.XPATH, path) if one.is_displayed()]
-            for one in found[:1]:
-                one.click()
-            return bool(found)
+            elements = self.driver.find_elements(By.XPATH, path)
+            return _clicked([element for element in elements if element.is_displayed()])
 
         self.until(clicked)
 
-    def seen(self, name: str) -> None:
+    def screenshot(self, name: str) -> None:
         self.driver.save_screenshot(str(self.pictures / f"{name}.png"))
+
+
+def _clicked(elements: list[WebElement]) -> bool:
+    """Click the first of the elements, if there are any."""
+    for element in elements[:1]:
+        element.click()
+    return bool(elements)
 
 
 @pytest.fixture
@@ -172,47 +176,47 @@ def test_a_finished_sweep_can_be_compared_in_the_browser(
     page = f"{server.uri}/#/experiments/{experiment}/runs"
     browser.driver.get(page)
     browser.until(lambda: browser.all(f"[row-id='{parent}']"))
-    # What somebody does once: close the chat, and say that this is training.
+    # Once per browser, a user closes the chat and chooses the workflow of training.
     for key, value in {"assistant.panelOpen": "false", "workflowType": '"machine_learning"'}.items():
         browser.driver.execute_script(f"localStorage.setItem('mlflow.{key}_v1', '{value}')")
     browser.driver.refresh()
 
-    # The sweep is one line; opened, it shows its runs.
+    # The sweep is one row; unfolded, it shows its runs.
     browser.click(f"[row-id='{parent}'] button")
     for child in children:
         browser.click(f"[row-id='{child}'] .ag-checkbox-input-wrapper")
-    names = {one.text for child in children for one in browser.all(f"[row-id='{child}'] a")}
+    names = {link.text for child in children for link in browser.all(f"[row-id='{child}'] a")}
     assert {"ce", "dpo"} <= names
-    browser.seen("1 runs")
+    browser.screenshot("1 runs")
 
     browser.click("[data-testid='runs-compare-button']")
     browser.until(lambda: "Comparing 2 Runs" in browser.driver.page_source)
     browser.until(lambda: browser.all(".js-plotly-plot"))
-    browser.seen("2 compared")
+    browser.screenshot("2 compared")
 
     browser.driver.get(f"{page}?compareRunsMode=CHART")
     header = "[data-testid='experiment-view-compare-runs-section-header']"
     browser.until(lambda: len(browser.all(header)) > 2)
-    browser.seen("3 charts")
-    sections = [one.text.splitlines()[0] for one in browser.all(header)]
+    browser.screenshot("3 charts")
+    sections = [section.text.splitlines()[0] for section in browser.all(header)]
     assert sections[:4] == ["pretraining", "rsf", "rsf_by_layer", "rsf_pretraining"]
 
     def searched() -> bool:
         (box,) = browser.all("input[placeholder*='metric charts']")
-        if box.get_property("value") != "rsf_by_layer":  # the page may have been drawn anew since
+        if box.get_property("value") != "rsf_by_layer":  # the page may have been redrawn since
             box.clear()
             box.send_keys("rsf_by_layer")
-        return [one.text.splitlines()[0] for one in browser.all(header)] == ["rsf_by_layer"]
+        return [section.text.splitlines()[0] for section in browser.all(header)] == ["rsf_by_layer"]
 
     browser.until(searched)
-    # In the chart of each of the six matrices a line for each run, with a point for each layer.
+    # Each of the six matrices has a chart with a line per run and a point per layer.
     drawn = (
         "return [...document.querySelectorAll('.js-plotly-plot .scatterlayer .trace')]"
         ".map(line => line.querySelectorAll('.points path').length).filter(count => count)"
     )
     browser.until(lambda: browser.driver.execute_script(drawn) == [LAYERS] * 6 * 2)
-    time.sleep(1)  # what is drawn moves into place
-    browser.seen("4 profiles over layers")
+    time.sleep(1)  # until the animation has ended
+    browser.screenshot("4 profiles over layers")
 
     for number, (identity, figure) in enumerate(
         [(children[1], "ratio_by_layer.png"), (parent, "ratio_by_run.png")], 5
@@ -220,11 +224,11 @@ def test_a_finished_sweep_can_be_compared_in_the_browser(
         browser.driver.get(f"{server.uri}/#/experiments/{experiment}/runs/{identity}/artifacts")
         for name in ("figures", figure):
             browser.click_text(name)
-        wide = "return [...document.images].some(one => one.naturalWidth > 500)"
+        wide = "return [...document.images].some(image => image.naturalWidth > 500)"
         browser.until(lambda wide=wide: browser.driver.execute_script(wide))
-        browser.seen(f"{number} {figure.removesuffix('.png')}")
+        browser.screenshot(f"{number} {figure.removesuffix('.png')}")
 
     browser.driver.get(f"{server.uri}/#/experiments/{experiment}/runs/{parent}")
     browser.click_text("Show more")
-    browser.until(lambda: any("side is lowest in" in one.text for one in browser.all("li")))
-    browser.seen("7 note")
+    browser.until(lambda: any("side is lowest in" in item.text for item in browser.all("li")))
+    browser.screenshot("7 note")

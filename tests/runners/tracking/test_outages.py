@@ -1,4 +1,4 @@
-"""Whatever a server or a disk does, a run goes on, and MLflow ends up with what its record holds."""
+"""During outages of the server or the disk a run continues, and MLflow ends up equal to its record."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
 )
 STEPS = 30
-FULL_SPEED = 1.5  # seconds that a step may take: less than the shortest timeout, 2, also on a busy machine
+FULL_SPEED = 1.5  # seconds allowed for a step: less than the shortest timeout, 2, even on a busy machine
 
 
 @pytest.fixture
@@ -46,14 +46,14 @@ def eventually(holds: Callable[[], bool], seconds: float = 180) -> None:
 
 
 def published(record: Record) -> int:
-    """How much of its metrics a record believes to be in MLflow, in bytes."""
+    """The bytes of a record's metrics that are in MLflow according to its published.json."""
     try:
         return int((record.directory / "published.json").read_text().split('"offset": ')[1].split(",")[0])
     except OSError:
         return 0
 
 
-def test_a_server_killed_in_mid_run_gets_all_of_it_when_it_comes_back_and_sync_brings_what_it_never_saw(
+def test_a_server_killed_during_a_run_gets_all_of_it_after_a_restart_and_sync_publishes_missed_runs(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     outputs = tmp_path / "outputs"
@@ -68,13 +68,13 @@ def test_a_server_killed_in_mid_run_gets_all_of_it_when_it_comes_back_and_sync_b
         server.start()
         cut.log({"train/loss": 8.0}, STEPS + 1)
     assert_mirrored(server.uri, cut)
-    assert len(warnings(caplog)) == 2  # one of each run
+    assert len(warnings(caplog)) == 2  # one for each run
     assert [run.outcome for run in sync(outputs)] == ["nothing new", "published"]
     assert_mirrored(server.uri, cut, unseen)
     assert [run.outcome for run in sync(outputs)] == ["nothing new"] * 2
 
 
-def test_a_server_that_answers_500_for_the_whole_run_costs_one_warning_and_sync_brings_everything(
+def test_a_server_that_answers_500_during_the_whole_run_costs_one_warning_and_sync_publishes_everything(
     proxy: Proxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     proxy.fault = lambda number, path: "refuse"
@@ -90,7 +90,7 @@ def test_a_server_that_answers_500_for_the_whole_run_costs_one_warning_and_sync_
 
 
 @pytest.mark.parametrize("fault", ["refuse", "cut"])
-def test_whatever_request_is_the_one_that_fails_the_next_sync_makes_it_good(
+def test_after_the_failure_of_any_single_request_the_next_sync_publishes_the_rest(
     proxy: Proxy, tmp_path: Path, fault: Fault
 ):
     moment = 0
@@ -102,17 +102,17 @@ def test_whatever_request_is_the_one_that_fails_the_next_sync_makes_it_good(
         proxy.requests.clear()
         proxy.fault = lambda number, path, moment=moment: fault if number == moment else "pass"
         sync(outputs)
-        asked = len(proxy.requests)
+        requests = len(proxy.requests)
         proxy.fault = lambda number, path: "pass"
         sync(outputs)
         assert_mirrored(proxy.uri, record)
-        if asked <= moment:
+        if requests <= moment:
             break
         moment += 1
     assert moment > 12  # a run, its parameters, tags, inputs, metrics, artifacts and status
 
 
-def test_a_server_that_fails_every_third_request_has_it_all_at_the_end_of_the_run(
+def test_a_server_that_loses_answers_and_cuts_connections_has_the_whole_run_after_sync(
     proxy: Proxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     faults: list[Fault] = ["pass", "pass", "pass", "lose answer", "pass", "pass", "pass", "cut"]
@@ -126,15 +126,15 @@ def test_a_server_that_fails_every_third_request_has_it_all_at_the_end_of_the_ru
     assert_mirrored(proxy.uri, record)
 
 
-@pytest.mark.parametrize("what", ["runs/create", "log-batch", "runs/update", ""])
-def test_a_server_that_hangs_does_not_hold_up_a_run_nor_do_twice_what_it_does_late(
-    proxy: Proxy, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch, what: str
+@pytest.mark.parametrize("request_path", ["runs/create", "log-batch", "runs/update", ""])
+def test_a_server_that_hangs_does_not_delay_a_run_and_its_late_completions_duplicate_nothing(
+    proxy: Proxy, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch, request_path: str
 ):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")  # seconds
-    hung = threading.Semaphore(10_000 if what == "" else 1)  # all requests, or the first of that kind
+    hung = threading.Semaphore(10_000 if request_path == "" else 1)  # all requests, or the first of its kind
 
     def fault(number: int, path: str) -> Fault:
-        return "hang" if what in path and hung.acquire(blocking=False) else "pass"
+        return "hang" if request_path in path and hung.acquire(blocking=False) else "pass"
 
     proxy.fault = fault
     record = new(tmp_path / "outputs" / "run", proxy.uri)
@@ -143,21 +143,21 @@ def test_a_server_that_hangs_does_not_hold_up_a_run_nor_do_twice_what_it_does_la
         left = time.monotonic()
     assert time.monotonic() - left < 8  # its patience is 2
     assert len(warnings(caplog)) == 1
-    proxy.release.set()  # now the server does what it was asked, and nobody waits for it any more
+    proxy.release.set()  # now the server completes the requests, after the client has given up
     time.sleep(1)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     sync(tmp_path / "outputs")
     assert_mirrored(proxy.uri, record)
     assert [run.outcome for run in sync(tmp_path / "outputs")] == ["nothing new"]
-    if what == "runs/create":  # the second of the two is not to be seen
+    if request_path == "runs/create":  # the duplicate run is deleted
         client = MlflowClient(proxy.uri)
-        mine = f"tags.record_id = '{record.description()['id']}'"
+        by_record = f"tags.record_id = '{record.description()['id']}'"
         experiment = only_run(client, record).info.experiment_id
-        found = client.search_runs([experiment], mine, ViewType.ALL)
-        assert sorted(run.info.lifecycle_stage for run in found) == ["active", "deleted"]
+        runs = client.search_runs([experiment], by_record, ViewType.ALL)
+        assert sorted(run.info.lifecycle_stage for run in runs) == ["active", "deleted"]
 
 
-def test_a_server_that_is_stopped_gets_what_it_missed_when_it_goes_on(
+def test_a_server_that_is_stopped_gets_the_missed_metrics_when_it_continues(
     server: Server, tmp_path: Path, monkeypatch
 ):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
@@ -177,7 +177,7 @@ def test_a_server_that_is_stopped_gets_what_it_missed_when_it_goes_on(
 
 @contextmanager
 def read_only(directory: Path) -> Iterator[Callable[[], object]]:
-    """Make `directory` a disk that cannot be written to; what it yields makes it one that can."""
+    """Make `directory` a read-only disk; yields a function that makes it writable again."""
     if subprocess.run(["mount", "--bind", directory, directory], capture_output=True).returncode != 0:
         needed(os.geteuid() != 0, "right to mount")  # permissions do not stop root
         paths = {directory: 0o755, directory / "mlflow.db": 0o644}
@@ -192,7 +192,7 @@ def read_only(directory: Path) -> Iterator[Callable[[], object]]:
         subprocess.run(["umount", "--lazy", directory], check=True)
 
 
-def test_a_disk_that_cannot_be_written_to_keeps_no_run_and_gets_everything_when_it_can(
+def test_a_store_on_a_read_only_disk_stops_no_run_and_gets_everything_once_it_is_writable(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     store, outputs = tmp_path / "store", tmp_path / "outputs"
@@ -212,7 +212,7 @@ def test_a_disk_that_cannot_be_written_to_keeps_no_run_and_gets_everything_when_
         assert_mirrored(uri, cut, unseen)
 
 
-def test_the_uri_of_a_server_that_never_was_costs_no_more_than_a_moment(tmp_path: Path):
+def test_a_uri_without_a_server_delays_a_run_by_seconds_at_most(tmp_path: Path):
     uri = f"http://127.0.0.1:{free_port()}"
     record = new(tmp_path / "run", uri)
     began = time.monotonic()

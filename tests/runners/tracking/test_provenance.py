@@ -31,7 +31,7 @@ def test_a_clean_checkout_is_its_commit(checkout):
     assert uncommitted_diff(checkout) == ""
 
 
-def test_changes_since_the_commit_are_told_and_shown(checkout):
+def test_uncommitted_changes_set_git_dirty_and_appear_in_the_diff(checkout):
     (checkout / "run.py").write_text("lr = 2\nurl = 'https://me:hunter2@host'\n")
     (checkout / "new.py").write_text("")
     assert provenance(checkout)["git_dirty"] == "true"
@@ -41,7 +41,7 @@ def test_changes_since_the_commit_are_told_and_shown(checkout):
     assert diff.endswith("# untracked: new.py\n")
 
 
-def test_inside_a_hook_of_another_repository_it_is_still_this_one(checkout, monkeypatch):
+def test_git_variables_of_a_hook_in_another_repository_are_ignored(checkout, monkeypatch):
     monkeypatch.setenv("GIT_DIR", str(checkout / "nowhere"))
     assert "git_commit" in provenance(checkout)
 
@@ -60,7 +60,7 @@ def test_versions_are_those_installed(tmp_path):
     assert {"transformers_version", "trl_version", "mlflow_version", "python_version"} <= set(tags)
 
 
-def test_the_slurm_job_is_named_when_there_is_one(tmp_path, monkeypatch):
+def test_the_slurm_job_id_is_a_tag_under_slurm_only(tmp_path, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert "slurm_job_id" not in provenance(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "17")

@@ -24,7 +24,7 @@ from runners.tracking.publisher import Publication, Publisher, check_tracking_ur
 from runners.tracking.record import Record
 from runners.tracking.sync import sync
 
-# MLflow's own; it appears when its sqlite store is opened for the first time.
+# A warning of MLflow's own, when its sqlite store is opened for the first time.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
 )
@@ -35,7 +35,7 @@ PROCESSES.set_forkserver_preload(["mlflow", "mlflow.store.tracking.sqlalchemy_st
 
 
 def new(directory: Path, uri: str, **changes: Any) -> Record:
-    asked: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "experiment": "study",
         "name": directory.name,
         "params": {"beta": 0.1},
@@ -43,13 +43,13 @@ def new(directory: Path, uri: str, **changes: Any) -> Record:
         "inputs": [DATA],
         "tracking_uri": uri,
     }
-    return Record.create(directory, **(asked | changes))
+    return Record.create(directory, **(settings | changes))
 
 
 @pytest.fixture(scope="module")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    open_store(f"sqlite:///{path}", "unused")  # takes seconds: made once, then copied
+    open_store(f"sqlite:///{path}", "unused")  # takes seconds, so it is made once and then copied
     return path
 
 
@@ -86,11 +86,12 @@ def publish(record: Record, uri: str) -> bool:
 
 
 def runs(uri: str) -> dict[str, Run]:
+    """The runs of the experiment by name."""
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("study")
-    found = client.search_runs([experiment.experiment_id]) if experiment else []
-    assert len({run.info.run_name for run in found}) == len(found)
-    return {str(run.info.run_name): run for run in found}
+    stored = client.search_runs([experiment.experiment_id]) if experiment else []
+    assert len({run.info.run_name for run in stored}) == len(stored)
+    return {str(run.info.run_name): run for run in stored}
 
 
 def history(uri: str, run: Run, key: str) -> list[tuple[int, float, int]]:
@@ -131,7 +132,7 @@ def train_until_killed(directory: Path, uri: str) -> None:
         time.sleep(120)
 
 
-def test_a_published_run_holds_all_that_its_record_does(tmp_path, uri):
+def test_a_published_run_holds_everything_in_its_record(tmp_path, uri):
     record = new(tmp_path / "run", uri, params={"beta": 0.1, "layers[0]": None})
     with Publisher(record.directory, uri), record:
         record.log({"train/loss": 0.5}, step=1, time=1000)
@@ -156,7 +157,7 @@ def test_a_published_run_holds_all_that_its_record_does(tmp_path, uri):
     assert (artifacts / "tables" / "rsf.csv").read_text() == "step\n"
 
 
-def test_a_metric_is_visible_while_the_run_is_still_going_on(tmp_path, uri):
+def test_a_metric_is_visible_during_the_run(tmp_path, uri):
     record = new(tmp_path / "run", uri)
     with Publisher(record.directory, uri, interval=0.1), record:
         record.log({"loss": 0.5}, step=7, time=1000)
@@ -175,7 +176,7 @@ def test_publishing_again_adds_nothing(tmp_path, uri):
     assert dump(uri) == before
 
 
-def test_a_crash_before_the_offset_was_written_repeats_nothing(tmp_path, uri):
+def test_a_crash_before_the_offset_is_written_duplicates_nothing(tmp_path, uri):
     with new(tmp_path / "run", uri) as record:
         for step in range(3):
             record.log({"loss": float(step), "nan": math.nan, "inf": math.inf}, step=step)
@@ -190,7 +191,7 @@ def test_a_crash_before_the_offset_was_written_repeats_nothing(tmp_path, uri):
     assert len(datasets(run)) == 1
 
 
-def test_more_metrics_than_a_batch_holds_all_arrive(tmp_path, uri):
+def test_more_metrics_than_fit_into_a_batch_all_arrive(tmp_path, uri):
     with new(tmp_path / "run", uri) as record:
         for step in range(2500):
             record.log({"loss": float(step)}, step=step, time=step)
@@ -198,7 +199,7 @@ def test_more_metrics_than_a_batch_holds_all_arrive(tmp_path, uri):
     assert history(uri, runs(uri)["run"], "loss") == [(n, float(n), n) for n in range(2500)]
 
 
-def test_only_artifacts_that_changed_are_sent_again(tmp_path, uri):
+def test_only_changed_artifacts_are_sent_again(tmp_path, uri):
     with new(tmp_path / "run", uri) as record:
         record.artifact("same.csv").write_text("step\n")
         record.artifact("changed.csv").write_text("step\n")
@@ -225,7 +226,7 @@ def test_keys_and_values_that_mlflow_refuses_are_made_to_fit(tmp_path, uri):
     assert data.tags["a_b"] == "c"
 
 
-def test_a_run_that_raises_is_failed_and_says_why(tmp_path, uri):
+def test_a_run_that_raises_has_status_failed_and_the_error_as_a_tag(tmp_path, uri):
     record = new(tmp_path / "run", uri)
     with pytest.raises(RuntimeError), Publisher(record.directory, uri), record:
         raise RuntimeError("loss is nan")
@@ -252,10 +253,10 @@ def test_a_requeued_job_continues_its_own_run(tmp_path, uri):
     assert history(uri, run, "loss") == [(0, 1.0, 1000), (1, 0.5, 2000)]
 
 
-def test_a_terminated_run_is_killed_and_sync_finds_out_about_a_murdered_one(tmp_path, uri, processes):
+def test_a_terminated_run_is_marked_killed_at_once_and_a_killed_one_by_sync(tmp_path, uri, processes):
     outputs = tmp_path / "outputs"
     terminated = processes(train_until_killed, outputs / "terminated", uri)
-    murdered = processes(train_until_killed, outputs / "murdered", uri)
+    killed = processes(train_until_killed, outputs / "killed", uri)
 
     def both_are_live() -> bool:
         live = runs(uri)
@@ -264,39 +265,39 @@ def test_a_terminated_run_is_killed_and_sync_finds_out_about_a_murdered_one(tmp_
     eventually(both_are_live)
     assert {run.info.status for run in runs(uri).values()} == {"RUNNING"}
     os.kill(terminated.pid, signal.SIGTERM)
-    murdered.kill()
+    killed.kill()
     terminated.join(30)
-    murdered.join(30)
+    killed.join(30)
     assert terminated.exitcode == 128 + signal.SIGTERM
     assert runs(uri)["terminated"].info.status == "KILLED"
-    assert runs(uri)["murdered"].info.status == "RUNNING"
+    assert runs(uri)["killed"].info.status == "RUNNING"
 
-    # Written, but not published, when it died.
+    # A point that was written but not published before the kill, and a torn one.
     last = '{"key": "train/loss", "value": 0.25, "step": 2, "time": 9000}\n{"key": "torn'
-    with (outputs / "murdered" / "metrics.jsonl").open("a") as file:
+    with (outputs / "killed" / "metrics.jsonl").open("a") as file:
         file.write(last)
     assert {run.outcome for run in sync(outputs)} == {"published", "nothing new"}
-    run = runs(uri)["murdered"]
+    run = runs(uri)["killed"]
     assert run.info.status == "KILLED"
     assert history(uri, run, "train/loss")[-1] == (2, 0.25, 9000)
     assert len(history(uri, run, "train/loss")) == 3
     assert {run.outcome for run in sync(outputs)} == {"nothing new"}
 
 
-def test_four_processes_that_open_a_fresh_store_at_once_all_land(tmp_path, processes):
+def test_four_processes_that_open_a_new_store_at_once_all_publish(tmp_path, processes):
     uri = f"sqlite:///{tmp_path}/fresh/mlflow.db"
     started = [processes(train, tmp_path / f"run{n}", uri) for n in range(4)]
     for process in started:
         process.join(90)
     assert [process.exitcode for process in started] == [0] * 4
-    found = runs(uri)
-    assert set(found) == {"run0", "run1", "run2", "run3"}
-    for run in found.values():
+    published = runs(uri)
+    assert set(published) == {"run0", "run1", "run2", "run3"}
+    for run in published.values():
         assert run.info.status == "FINISHED"
         assert len(history(uri, run, "train/loss")) == 20
 
 
-def test_an_unreachable_store_costs_a_run_one_warning_and_sync_brings_everything_once(
+def test_an_unreachable_store_costs_a_run_one_warning_and_sync_publishes_everything_once(
     tmp_path, uri, unreachable, caplog
 ):
     outputs = tmp_path / "outputs"
@@ -307,10 +308,10 @@ def test_an_unreachable_store_costs_a_run_one_warning_and_sync_brings_everything
             record.log({"loss": float(step)}, step=step, time=1000 + step)
             time.sleep(0.05)
         record.artifact("table.csv").write_text("step\n")
-    assert time.monotonic() - began < 10  # most of it the import of MLflow, if it is the first
+    assert time.monotonic() - began < 10  # mostly the first import of MLflow
     (warning,) = [entry for entry in caplog.records if entry.levelno >= logging.WARNING]
     assert f"its record is safe at {record.directory}" in warning.getMessage()
-    assert f"`python -m runners.tracking sync {outputs}` publishes" in warning.getMessage()
+    assert f"with `python -m runners.tracking sync {outputs}`" in warning.getMessage()
 
     (refused,) = sync(outputs)
     assert refused.failed
@@ -322,21 +323,21 @@ def test_an_unreachable_store_costs_a_run_one_warning_and_sync_brings_everything
         assert [file.path for file in MlflowClient(uri).list_artifacts(run.info.run_id)] == ["table.csv"]
 
 
-def test_a_store_that_does_not_answer_does_not_hold_the_run_up(tmp_path, caplog):
+def test_a_store_that_does_not_answer_does_not_delay_the_run(tmp_path, caplog):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
-        silent.listen()  # it takes the connection and never says a word
+        silent.listen()  # accepts the connection and never answers
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         record = new(tmp_path / "run", uri)
         began = time.monotonic()
         with Publisher(record.directory, uri, patience=0.5), record:
             pass
-        assert time.monotonic() - began < 5  # without its patience, 10: the timeout of a request
+        assert time.monotonic() - began < 5  # a request alone times out after 10
     (message,) = caplog.messages
-    assert "it took longer than 0.5 s" in message
+    assert "publishing took longer than 0.5 s" in message
 
 
-def test_the_store_can_be_made_anew_from_the_records(tmp_path, uri, empty_database):
+def test_a_new_store_can_be_filled_from_the_records(tmp_path, uri, empty_database):
     with new(tmp_path / "outputs" / "run", uri) as record:
         record.log({"loss": 0.5}, step=1, time=1000)
     publish(record, uri)
@@ -357,7 +358,7 @@ def test_a_run_deleted_in_mlflow_is_left_alone(tmp_path, uri):
     assert runs(uri) == {}
 
 
-def test_children_lie_under_one_parent_whoever_is_published_first(tmp_path, uri):
+def test_children_share_one_parent_in_any_order_of_publication(tmp_path, uri):
     outputs = tmp_path / "outputs"
     parent = new(outputs / "sweep", uri, kind="sweep")
     for n in range(2):
@@ -366,12 +367,12 @@ def test_children_lie_under_one_parent_whoever_is_published_first(tmp_path, uri)
         publish(record, uri)
     parent.end("FINISHED")
     sync(outputs)
-    found = runs(uri)
-    assert set(found) == {"sweep", "run0", "run1"}
-    above = {found[name].data.tags["mlflow.parentRunId"] for name in ("run0", "run1")}
-    assert above == {found["sweep"].info.run_id}
-    assert found["sweep"].info.status == "FINISHED"
-    assert found["sweep"].data.params == {"beta": "0.1"}
+    published = runs(uri)
+    assert set(published) == {"sweep", "run0", "run1"}
+    parents = {published[name].data.tags["mlflow.parentRunId"] for name in ("run0", "run1")}
+    assert parents == {published["sweep"].info.run_id}
+    assert published["sweep"].info.status == "FINISHED"
+    assert published["sweep"].data.params == {"beta": "0.1"}
 
 
 def test_no_secret_reaches_mlflow_or_the_log(tmp_path, uri, unreachable, caplog):
@@ -400,7 +401,7 @@ def test_no_secret_reaches_mlflow_or_the_log(tmp_path, uri, unreachable, caplog)
     assert not any(secret.encode() in path.read_bytes() for path in files)
 
 
-def test_sync_asks_for_the_uri_whose_password_the_record_does_not_keep(tmp_path, uri, monkeypatch):
+def test_sync_asks_for_a_uri_whose_password_the_record_masks(tmp_path, uri, monkeypatch):
     with new(tmp_path / "outputs" / "run", "https://me:hunter2@host"):
         pass
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -411,7 +412,7 @@ def test_sync_asks_for_the_uri_whose_password_the_record_does_not_keep(tmp_path,
     assert [run.outcome for run in sync(tmp_path / "outputs")] == ["published"]
 
 
-def test_the_command_prints_a_line_per_run_and_fails_if_one_could_not_be_published(
+def test_the_command_prints_a_line_per_run_and_exits_with_1_if_a_run_fails_to_publish(
     tmp_path, uri, unreachable, capsys
 ):
     outputs = tmp_path / "outputs"
@@ -425,7 +426,7 @@ def test_the_command_prints_a_line_per_run_and_fails_if_one_could_not_be_publish
     assert main(["sync", str(outputs), "--tracking-uri", uri]) == 0
 
 
-def test_the_command_is_reached_as_documented_without_importing_mlflow(tmp_path):
+def test_the_documented_command_works_without_importing_mlflow(tmp_path):
     command = [sys.executable, "-X", "importtime", "-m", "runners.tracking", "sync", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--tracking-uri" in shown.stdout
@@ -436,7 +437,7 @@ def test_the_command_is_reached_as_documented_without_importing_mlflow(tmp_path)
     assert f"no directory {tmp_path}/none" in refused.stderr
 
 
-def test_a_deleted_experiment_is_told_and_not_written_to(tmp_path, uri):
+def test_a_deleted_experiment_is_refused(tmp_path, uri):
     with new(tmp_path / "run", uri) as record:
         pass
     client, experiment_id = open_store(uri, "study")
@@ -445,7 +446,7 @@ def test_a_deleted_experiment_is_told_and_not_written_to(tmp_path, uri):
         publish(record, uri)
 
 
-def test_a_relative_sqlite_uri_is_made_absolute_and_a_server_is_left_alone(tmp_path, monkeypatch):
+def test_a_relative_sqlite_uri_is_made_absolute_and_a_servers_is_unchanged(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     expected = f"sqlite:///{tmp_path}/outputs/mlflow.db"
     assert check_tracking_uri("sqlite:///outputs/mlflow.db") == expected
@@ -460,7 +461,7 @@ def test_a_relative_sqlite_uri_is_made_absolute_and_a_server_is_left_alone(tmp_p
         ("file:///tmp/mlruns", "is not supported"),
         ("postgresql://me:hunter2@host/db", r"'postgresql://\*\*\*@host/db' is not supported"),
         ("", "'' is not supported"),
-        ("http://", "names no host"),
+        ("http://", "names no host: use http://HOST:5000"),
         ("http://host:port", "is malformed: Port could not be cast"),
         ("sqlite://outputs/mlflow.db", "names no file: use sqlite:///relative"),
         ("sqlite:///", "names no file"),
@@ -468,7 +469,7 @@ def test_a_relative_sqlite_uri_is_made_absolute_and_a_server_is_left_alone(tmp_p
         ("sqlite:////tmp", "names no file"),
     ],
 )
-def test_a_uri_that_cannot_work_is_refused_at_once(tmp_path, uri, message):
+def test_an_invalid_uri_is_refused_at_once(tmp_path, uri, message):
     with pytest.raises(ValueError, match=message):
         check_tracking_uri(uri)
     with pytest.raises(ValueError, match=message), Publisher(tmp_path, uri):

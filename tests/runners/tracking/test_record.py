@@ -19,7 +19,7 @@ DATA: Any = {"name": "world", "digest": "ab12", "source": "generated", "context"
 
 
 def new(directory: Path, **changes: Any) -> Record:
-    asked: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "experiment": "study",
         "name": "dpo seed 0",
         "params": {"beta": 0.1, "training.steps": 6},
@@ -27,7 +27,7 @@ def new(directory: Path, **changes: Any) -> Record:
         "inputs": [DATA],
         "tracking_uri": "sqlite:////nowhere/mlflow.db",
     }
-    return Record.create(directory, **(asked | changes))
+    return Record.create(directory, **(settings | changes))
 
 
 def points(record: Record, offset: int = 0) -> list[Point]:
@@ -40,7 +40,7 @@ def log_until_killed(directory: Path) -> None:
     time.sleep(60)
 
 
-def test_a_record_says_what_was_asked_for(tmp_path):
+def test_a_record_describes_its_run(tmp_path):
     record = new(tmp_path / "run")
     description = record.description()
     assert description["experiment"] == "study"
@@ -63,14 +63,14 @@ def test_a_record_says_what_was_asked_for(tmp_path):
         (SystemExit(0), "FINISHED", "SystemExit: 0"),
     ],
 )
-def test_the_status_tells_how_the_run_ended(tmp_path, error, status, text):
+def test_the_status_and_the_error_follow_from_the_exception(tmp_path, error, status, text):
     with pytest.raises(type(error)), new(tmp_path) as record:
         raise error
     assert record.status()["status"] == status
     assert record.status()["error"] == text
 
 
-def test_a_run_that_is_interrupted_is_scheduled_and_has_not_ended(tmp_path):
+def test_an_interrupted_run_is_scheduled_and_has_no_end_time(tmp_path):
     with pytest.raises(Interrupted), new(tmp_path) as record:
         raise Interrupted("stopped after step 3")
     assert record.status()["status"] == "SCHEDULED"
@@ -87,7 +87,7 @@ def test_a_run_that_ends_normally_is_finished(tmp_path):
     assert record.status()["end_time"] >= record.description()["start_time"]
 
 
-def test_sigterm_ends_the_run_as_killed_even_if_another_one_comes_while_this_is_noted(tmp_path, monkeypatch):
+def test_sigterm_ends_the_run_as_killed_even_if_a_second_one_arrives_meanwhile(tmp_path, monkeypatch):
     def write_while_terminated_again(path: Path, content: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         write_atomically(path, content)
@@ -102,7 +102,7 @@ def test_sigterm_ends_the_run_as_killed_even_if_another_one_comes_while_this_is_
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_forked_worker_still_dies_of_sigterm():
+def test_sigterm_still_kills_a_forked_worker():
     with terminations_as_exceptions():
         worker = os.fork()
         if worker == 0:
@@ -125,7 +125,7 @@ def test_metrics_are_read_as_they_were_logged_nan_included(tmp_path):
     assert last == Point("loss", math.inf, 4, 2000)
 
 
-def test_batches_continue_where_an_offset_says(tmp_path):
+def test_batches_continue_from_an_offset(tmp_path):
     record = new(tmp_path)
     for step in range(5):
         record.log({"loss": 1.0}, step=step)
@@ -164,7 +164,7 @@ def test_a_requeued_job_continues_its_record_without_repeating_a_row(tmp_path):
     assert second.status()["error"] is None
 
 
-def test_a_record_is_not_continued_by_another_run(tmp_path):
+def test_another_run_cannot_continue_a_record(tmp_path):
     new(tmp_path)
     with pytest.raises(ValueError, match=r"holds the record of another run \(params differ\)"):
         new(tmp_path, params={"beta": 0.2})
@@ -179,7 +179,7 @@ def test_tags_and_inputs_may_be_added_later(tmp_path):
     assert record.description()["inputs"] == [DATA, heldout]
 
 
-def test_an_artifact_has_its_directory_made_and_stays_inside_the_record(tmp_path):
+def test_the_directory_of_an_artifact_is_made_inside_the_record(tmp_path):
     record = new(tmp_path)
     record.artifact("tables/rsf.csv").write_text("step\n")
     assert (tmp_path / "artifacts" / "tables" / "rsf.csv").exists()
@@ -187,7 +187,7 @@ def test_an_artifact_has_its_directory_made_and_stays_inside_the_record(tmp_path
         record.artifact("../x")
 
 
-def test_a_parent_is_found_even_after_both_were_moved(tmp_path):
+def test_a_parent_is_found_even_after_both_records_have_moved(tmp_path):
     new(tmp_path / "a" / "sweep", kind="sweep")
     new(tmp_path / "a" / "runs" / "0", parent=tmp_path / "a" / "sweep")
     (tmp_path / "a").rename(tmp_path / "b")
@@ -212,10 +212,10 @@ def test_a_run_has_died_when_its_process_is_gone(tmp_path):
 
     status = record.status()
     (tmp_path / "status.json").write_text(json.dumps(status | {"host": "elsewhere"}))
-    assert not record.died()  # no way to know
+    assert not record.died()  # unknown: the process is on another host
     reused = status | {"pid": os.getpid(), "process_start": "1"}
     (tmp_path / "status.json").write_text(json.dumps(reused))
-    assert record.died()  # the number now belongs to another process
+    assert record.died()  # the pid now belongs to another process
 
 
 def test_a_sweep_may_outlive_its_process(tmp_path):
@@ -225,7 +225,7 @@ def test_a_sweep_may_outlive_its_process(tmp_path):
     assert not record.died()
 
 
-def test_on_a_full_disk_the_status_is_still_true(small_disk: Path):
+def test_on_a_full_disk_the_status_is_still_updated(small_disk: Path):
     record = new(small_disk / "run")
     with pytest.raises(OSError, match="the disk is full: could not write"), record:
         for step in range(10_000):
@@ -242,7 +242,7 @@ SECRET_NAMES = """
 
 
 @pytest.mark.parametrize("name", SECRET_NAMES)
-def test_the_names_of_secrets_are_known(name):
+def test_values_with_secret_names_are_masked(name):
     assert announces_secret(name)
     assert redacted({name: "hunter2"}) == {name: "***"}
     assert "hunter2" not in redacted_text(f"failed with {name}=hunter2, {name!r}: 'hunter2'")
@@ -251,7 +251,7 @@ def test_the_names_of_secrets_are_known(name):
 @pytest.mark.parametrize(
     "name", ["tokenizer", "max_tokens", "pad_token", "eos_token_id", "level", "key", "next_token"]
 )
-def test_the_tokens_of_a_language_model_are_no_secrets(name):
+def test_the_tokens_of_a_language_model_are_not_masked(name):
     assert not announces_secret(name)
     assert redacted({name: "gpt2"}) == {name: "gpt2"}
     assert redacted_text(f"{name}=gpt2") == f"{name}=gpt2"

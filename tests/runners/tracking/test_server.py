@@ -1,4 +1,4 @@
-"""Many writers at once, on a shared server with PostgreSQL and on a fresh sqlite file; how runs end there."""
+"""Many writers at once, on a shared server with PostgreSQL and on a new sqlite file; the statuses of runs."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ WRITERS, STEPS = 16, 40
 
 
 def rows(database: str, query: str) -> list[tuple[Any, ...]]:
-    """What PostgreSQL itself says, past MLflow."""
+    """The result of a query to PostgreSQL itself, bypassing MLflow."""
     connection = psycopg2.connect(database.replace("+psycopg2", ""))
     try:
         with connection.cursor() as cursor:
@@ -34,7 +34,7 @@ def rows(database: str, query: str) -> list[tuple[Any, ...]]:
 
 
 def sixteen(outputs: Path, uri: str) -> list[Record]:
-    """The records of a sweep and of its runs, all of which have ended well and without complaint."""
+    """The records of a sweep and of its runs, all of which finished without a warning."""
     parent = new(outputs / "sweep", uri, kind="sweep")
     places = [outputs / f"run{number}" for number in range(WRITERS)]
     with processes() as start:
@@ -50,12 +50,14 @@ def sixteen(outputs: Path, uri: str) -> list[Record]:
     return [parent, *map(Record, places)]
 
 
-def test_sixteen_runs_that_start_at_once_on_a_server_are_there_once_and_whole(server, database, tmp_path):
+def test_sixteen_runs_that_start_at_once_on_a_server_are_each_published_once_and_completely(
+    server, database, tmp_path
+):
     parent, *children = sixteen(tmp_path / "outputs", server.uri)
-    assert not any(run.failed for run in sync(tmp_path / "outputs"))  # the sweep's own end was left
+    assert not any(run.failed for run in sync(tmp_path / "outputs"))  # publishes the end of the sweep
     assert_mirrored(server.uri, parent, *children)
-    above = only_run(MlflowClient(server.uri), parent).info.run_id
-    runs = f"SELECT run_uuid FROM tags WHERE key = 'mlflow.parentRunId' AND value = '{above}'"
+    parent_id = only_run(MlflowClient(server.uri), parent).info.run_id
+    runs = f"SELECT run_uuid FROM tags WHERE key = 'mlflow.parentRunId' AND value = '{parent_id}'"
     assert rows(database, f"SELECT count(*) FROM ({runs}) AS children") == [(WRITERS,)]
     points = sum(sum(recorded_lines(child).values()) for child in children)
     assert points == WRITERS * STEPS * 3
@@ -65,7 +67,9 @@ def test_sixteen_runs_that_start_at_once_on_a_server_are_there_once_and_whole(se
     ) == [("FINISHED", WRITERS)]
 
 
-def test_sixteen_runs_that_start_at_once_on_a_fresh_sqlite_file_are_there_once_and_whole(tmp_path):
+def test_sixteen_runs_that_start_at_once_on_a_new_sqlite_file_are_each_published_once_and_completely(
+    tmp_path,
+):
     uri = f"sqlite:///{tmp_path}/fresh/mlflow.db"
     parent, *children = sixteen(tmp_path / "outputs", uri)
     assert not any(run.failed for run in sync(tmp_path / "outputs"))
@@ -79,12 +83,12 @@ EXPECTED = {
     "Ctrl-C": ("KILLED", "KeyboardInterrupt"),
     "SIGKILL": (
         "KILLED",
-        "the process was gone without noting its end; the last it logged is rsf_by_layer/q of step 19",
+        "the process died without recording its end; its last logged value is rsf_by_layer/q at step 19",
     ),
 }
 
 
-def test_a_server_knows_how_a_run_ended_whatever_ended_it(server: Server, tmp_path: Path):
+def test_a_server_has_the_status_of_a_run_however_it_ended(server: Server, tmp_path: Path):
     outputs = tmp_path / "outputs"
     client = MlflowClient(server.uri)
     records = {end: Record(outputs / end.lower()) for end in EXPECTED}
@@ -112,7 +116,7 @@ def wait_for_metrics(client: MlflowClient, record: Record) -> None:
         try:
             if only_run(client, record).data.metrics:
                 return
-        except (OSError, AssertionError, ValueError):  # not there yet
+        except (OSError, AssertionError, ValueError):  # not published yet
             pass
         time.sleep(0.1)
     raise AssertionError(f"{record.directory} is not published")

@@ -1,0 +1,150 @@
+"""Tables in short, as text: the last step against the first, treatments against controls, stage by stage."""
+
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import TYPE_CHECKING
+
+from weightgeom.analysis.chain import STAGES
+from weightgeom.analysis.comparisons import compared_with_principal
+from weightgeom.table import of_matrices
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NUMBERS = {"effect": "effect", "controls": "controls", "p": "p_value", "q": "q_value"}  # of a comparison
+
+
+def by_matrix(table: "pd.DataFrame", headline: str, form: str = ".3g") -> "pd.DataFrame":
+    """A row for every pathway and matrix: the headline's mean over layers at its first step and at the last.
+
+    Beside its null, where the table has one, and z, how many of the null's standard deviations of that mean
+    it lies away, layers being independent under the null.
+    """
+    import pandas as pd
+
+    values = of_matrices(table, headline)
+    last, first = int(table["step"].max()), int(values["step"].min())
+    null = {end: of_matrices(table, f"null_{headline}_{end}") for end in ("mean", "sd")}
+    rows = []
+    for (role, matrix), part in values.groupby(["role", "matrix"], sort=False):
+        end = part[part["step"] == last]
+        if not len(end):
+            continue
+        mean = end["value"].mean()
+        start = part[part["step"] == first]["value"].mean()
+        row = {
+            "pathway": str(role), "matrix": str(matrix),
+            f"{headline} at step {first}": f"{start:{form}}", f"at step {last}": f"{mean:{form}}",
+        }  # fmt: skip
+        if len(null["sd"]):
+            means, sds = (_at(rows, matrix, last) for rows in null.values())
+            spread = sqrt((sds**2).sum()) / len(sds)
+            row["null"] = f"{means.mean():.3g} ± {spread:{form}}"
+            row["z"] = f"{(mean - means.mean()) / spread:.1f}" if spread > 0 else "-"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def by_quantity(table: "pd.DataFrame") -> "pd.DataFrame":
+    """A row for every quantity without a matrix: its mean at the first and last step, or at every stage."""
+    import pandas as pd
+
+    table = table[table["matrix"] == ""]
+    names = table.attrs.get(STAGES)  # of a chain all steps, by their names
+    steps = list(dict.fromkeys((table["step"].min(), table["step"].max())))
+    if names is not None:
+        steps = sorted(table["step"].unique())
+    rows = []
+    for quantity, part in table.groupby("quantity", sort=False):
+        row = {"quantity": str(quantity)}
+        for step in steps:
+            head = f"step {step}" if names is None else names[step]
+            row[head] = _estimate(part[part["step"] == step])
+        rows.append({**row, "unit": part["unit"].iloc[0]})
+    return pd.DataFrame(rows)
+
+
+def by_expectation(table: "pd.DataFrame", expected: Sequence[str]) -> "pd.DataFrame":
+    """Matrix by pathway: expected and measured ratio, and the correlations of the two, at the last step."""
+    import pandas as pd
+
+    last = table[table["step"] == table["step"].max()]
+    names = [*expected, "measured"]
+    means = {
+        name: of_matrices(last, f"{name}_ratio").groupby(["role", "matrix"], sort=False)["value"].mean()
+        for name in names
+    }
+    rows = []
+    for role, matrix in means["measured"].index:
+        values = {name: means[name].get((role, matrix)) for name in names}
+        told = {name: "-" if value is None else f"{value:.2f}" for name, value in values.items()}
+        rows.append({"pathway": role, "matrix": matrix, **told})
+    for role in ("read", "write") if len(table) else ():
+        row = {"pathway": role, "matrix": "correlation"}
+        for name in expected:
+            values = last[last["quantity"] == f"{role}_{name}_correlation"]["value"]
+            row[name] = f"{values.iloc[0]:.2f}" if len(values) else "-"
+        rows.append({**row, "measured": "1"})
+    return pd.DataFrame(rows)
+
+
+def by_stage(table: "pd.DataFrame", headline: str, form: str = ".3g") -> "pd.DataFrame":
+    """A row for every stage and the one it is compared with: the mean headline of every matrix, and its z.
+
+    `table` has one probe's rows of `side_by_side`.
+    """
+    import pandas as pd
+
+    means = table[table["layer"].isna()]
+    matrices = list(dict.fromkeys(zip(means["matrix"], means["role"], strict=True)))
+    rows = []
+    for (stage, against), part in means.groupby(["stage", "against"], sort=False):
+        values = part.set_index(["matrix", "quantity"])["value"]
+        row = {"stage": stage, "against": against}
+        for matrix, role in matrices:
+            row[f"{matrix} ({role})" if role else matrix] = _cell(values, matrix, headline, form)
+        norms = part[part["quantity"] == "delta_norm"]["value"]
+        if len(norms):
+            row["‖dW‖"] = f"{sqrt((norms**2).sum()):.3g}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def by_treatment(table: "pd.DataFrame", effect: str, controls: Sequence[str]) -> "pd.DataFrame":
+    """The comparisons of an intervention with its principal controls."""
+    import pandas as pd
+
+    rows = [
+        {
+            "matrix": row["matrix"] or row["role"] or "all",
+            **{key: "-" if row[key] < 0 else str(int(row[key])) for key in ("layer", "k")},
+            "treatment": f"{row['treatment']}@{row['dose']}",
+            **{
+                head: f"{row[key]:.3g}" for head, key in NUMBERS.items()
+            },
+        }
+        for _, row in compared_with_principal(table, effect, controls).iterrows()
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _at(rows: "pd.DataFrame", matrix: object, step: int) -> "pd.Series":
+    return rows[(rows["matrix"] == matrix) & (rows["step"] == step)]["value"]
+
+
+def _estimate(rows: "pd.DataFrame") -> str:
+    """The value with its standard error; the mean, where layers or groups have one each."""
+    if len(rows) != 1:
+        return f"{rows['value'].mean():.3g}" if len(rows) else "-"
+    return " ± ".join(f"{number:.3g}" for number in rows.iloc[0][["value", "stderr"]].dropna())
+
+
+def _cell(values: "pd.Series", matrix: str, headline: str, form: str) -> str:
+    if (matrix, headline) not in values.index:
+        return "unmoved"
+    z = f" ({values[matrix, 'z']:.1f})" if (matrix, "z") in values.index else ""
+    return f"{values[matrix, headline]:{form}}{z}"

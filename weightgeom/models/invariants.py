@@ -1,0 +1,441 @@
+"""The claims of a residual map, each checked by the behaviour of a small random network."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from weightgeom.models.residual import ATTENTION, ResidualMatrix, module_path
+from weightgeom.models.specimen import TOKENS, Change, Specimen
+from weightgeom.models.weights import open_params
+from weightgeom.params import Params
+
+TOKEN = 2  # the one whose query, key or value is changed
+ALL = slice(None)  # tokens
+TOLERANCE = 1e-5  # RMS norms and some attentions compute in float32: about 1e-7 of each number
+MOVED = 3e-6  # what changes by less is unchanged
+Invariant = Callable[[Specimen], None]
+"""Checks the claim in the first line of its docstring; raises ValueError if it does not hold."""
+
+
+def parts_exist(specimen: Specimen) -> None:
+    """Every parameter and module of the map is in the network."""
+    architecture = specimen.architecture
+    norms = [architecture.final_norm, *(m.norm for m in architecture.matrices if m.norm is not None)]
+    parameters = {architecture.embed, *(norm.parameter for norm in norms)}
+    parameters |= {matrix.parameter for matrix in architecture.matrices}
+    if absent := sorted(parameters - set(specimen.params)):
+        raise ValueError(f"the network has no parameter {absent[0]}")
+    modules = {site.module for site in architecture.sites} | {architecture.unembed.removesuffix(".weight")}
+    if absent := sorted(modules - {name for name, _ in specimen.network.named_modules()}):
+        raise ValueError(f"the network has no module {absent[0]}")
+
+
+def sizes_agree(specimen: Specimen) -> None:
+    """Widths, heads and layers are those of the network's config."""
+    architecture, config = specimen.architecture, specimen.network.config
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    sizes = {
+        "d_model": (architecture.d_model, config.hidden_size),
+        "n_layers": (architecture.n_layers, config.num_hidden_layers),
+        "n_heads": (architecture.n_heads, config.num_attention_heads),
+        "n_kv_heads": (architecture.n_kv_heads, groups),
+    }
+    for name, (mapped, actual) in sizes.items():
+        _require(mapped == actual, f"{name} is {mapped} in the map and {actual} in the config")
+    heads = {"q": architecture.n_heads, "o": architecture.n_heads}
+    heads |= {"k": architecture.n_kv_heads, "v": architecture.n_kv_heads}
+    for matrix in architecture.matrices:
+        d_out, d_in = matrix.of(specimen.params).shape
+        stream, inner = (d_in, d_out) if matrix.role == "read" else (d_out, d_in)
+        _require(stream == architecture.d_model, f"{matrix.name} is {stream} wide on the residual side")
+        if matrix.kind in heads:
+            _require(
+                matrix.heads == heads[matrix.kind] and inner == matrix.heads * architecture.d_head,
+                f"{matrix.name} has {inner} rows or columns for {matrix.heads} heads, and the map"
+                f" {heads[matrix.kind]} heads of {architecture.d_head}",
+            )
+
+
+def layers_are_complete(specimen: Specimen) -> None:
+    """Every layer has q, k, v, o, an MLP or experts, and both input sites."""
+    for layer in range(specimen.architecture.n_layers):
+        kinds = {matrix.kind for matrix in specimen.architecture.matrices if matrix.layer == layer}
+        if absent := {"q", "k", "v", "o", "up", "down"} - kinds:
+            raise ValueError(f"layer {layer} has no {', '.join(sorted(absent))}")
+        sites = sorted(site.name for site in specimen.architecture.sites if site.layer == layer)
+        _require(sites == ["attention_input", "mlp_input"], f"layer {layer} has the sites {', '.join(sites)}")
+
+
+def every_weight_is_mapped_once(specimen: Specimen) -> None:
+    """Every entry of every matrix in a layer belongs to one matrix of the map."""
+    architecture = specimen.architecture
+    entries = {
+        name: torch.arange(float(parameter.numel())).reshape(parameter.shape)
+        for name, parameter in specimen.params.items()
+    }
+    mapped: dict[str, list[Tensor]] = {name: [] for name in entries}
+    for matrix in architecture.matrices:
+        mapped[matrix.parameter].append(matrix.of(entries).flatten())
+    layers = tuple(f"{module_path(architecture, layer)}." for layer in range(architecture.n_layers))
+    for name, parts in mapped.items():
+        inside = name.startswith(layers) and entries[name].ndim > 1
+        expected = entries[name].flatten() if inside else torch.zeros(0)
+        found = torch.cat(parts).sort().values if parts else torch.zeros(0)
+        _require(torch.equal(found, expected), f"the map has {len(found)} of the {len(expected)} of {name}")
+
+
+def modules_apply_their_matrices(specimen: Specimen) -> None:
+    """The output of a module is its matrix, as the map has it, times the input, and its bias."""
+    for matrix in specimen.of_kind("q", "k", "v", "gate", "up", "o", "down"):
+        a, output = specimen.flow.inputs[matrix.module], specimen.flow.outputs[matrix.module]
+        places = _places(matrix, specimen.params)
+        expected = a @ matrix.of(specimen.params).T + _bias(specimen, matrix.module)[places]
+        _require(_close(output[:, places], expected), f"{matrix.module} does not apply {matrix.name}")
+
+
+def inputs_are_at_their_site(specimen: Specimen) -> None:
+    """The attention site is the input of q, k and v, and the MLP site that of gate, up and router."""
+    for matrix in specimen.of_kind("q", "k", "v", "gate", "up", "router"):
+        site = "attention_input" if matrix.kind in ATTENTION else "mlp_input"
+        actual = specimen.flow.inputs[matrix.module]
+        expected = specimen.flow.inputs[specimen.site(matrix.layer, site)]
+        _require(_close(actual, expected), f"{matrix.name} has another input than the site {site}")
+
+
+def queries_act_at_their_token_and_head(specimen: Specimen) -> None:
+    """A query changes the attention output of its own token and head alone."""
+    for q in specimen.of_kind("q"):
+        for head, places in enumerate(_heads(q, specimen.params)):
+            moved = _moved(specimen, q, partial(_rolled, places))
+            expected = torch.zeros_like(moved)
+            expected[TOKEN, head] = True
+            _require(torch.equal(moved, expected), _in_words(q, head, moved))
+
+
+def keys_act_on_later_tokens_of_their_group(specimen: Specimen) -> None:
+    """A key changes the attention output of its own and later tokens, in the heads of its group alone."""
+    for k in specimen.of_kind("k"):
+        for group, places in enumerate(_heads(k, specimen.params)):
+            moved = _moved(specimen, k, partial(_rolled, places))
+            _require(_is_of_group(moved, group, k.heads), _in_words(k, group, moved))
+
+
+def values_act_linearly_on_their_group(specimen: Specimen) -> None:
+    """A value changes the same attention output as its key does, linearly."""
+    for v in specimen.of_kind("v"):
+        for group, places in enumerate(_heads(v, specimen.params)):
+            moved = _moved(specimen, v, partial(_shifted, places, 1.0, TOKEN))
+            _require(_is_of_group(moved, group, v.heads), _in_words(v, group, moved))
+        module = specimen.matrix(v.layer, "o").module
+        places = _places(v, specimen.params)
+        _require(_is_linear(specimen, v.module, places, module), f"the output of {v.name} acts non-linearly")
+
+
+def keys_act_through_queries(specimen: Specimen) -> None:
+    """With q at zero, k does not matter."""
+    for q in specimen.of_kind("q"):
+        k = specimen.matrix(q.layer, "k")
+        silent = _zero(q, specimen.unbiased)
+        _require(
+            _same_logits(specimen, silent, _scaled(k, silent)), f"{k.name} matters with {q.name} at zero"
+        )
+        unchanged = _same_logits(specimen, specimen.unbiased, _scaled(k, specimen.unbiased))
+        _require(not unchanged, f"{k.name} never matters")
+
+
+def values_act_through_o(specimen: Specimen) -> None:
+    """With o at zero, v does not matter, nor does o with v at zero."""
+    for o in specimen.of_kind("o"):
+        v = specimen.matrix(o.layer, "v")
+        silent = _zero(v, specimen.unbiased)
+        for params in (_zero(o, silent), _zero(o, specimen.unbiased)):
+            _require(
+                _same_logits(specimen, silent, params), f"{v.name} and {o.name} act one without the other"
+            )
+
+
+def writes_reach_the_stream(specimen: Specimen) -> None:
+    """A layer adds to the residual stream the outputs of o and down, through their norm, and nothing else."""
+    architecture = specimen.architecture
+    for layer in range(architecture.n_layers):
+        path = module_path(architecture, layer)
+        writes = [m for m in architecture.matrices if m.layer == layer and m.role == "write"]
+        silent = specimen.unbiased
+        for matrix in writes:
+            silent = _zero(matrix, silent)
+        flow = specimen.run(silent)
+        added = flow.outputs[path] - flow.inputs[path]
+        _require(_close(added, torch.zeros_like(added)), f"layer {layer} writes with o and down at zero")
+        for matrix in (matrix for matrix in writes if matrix.is_layer):
+            params = matrix.replaced(silent, matrix.of(specimen.params))
+            flow = specimen.run(params)
+            added = flow.outputs[path] - flow.inputs[path]
+            expected = flow.inputs[matrix.module] @ matrix.written(params).T
+            if matrix.norm is not None:  # which divides each token by a size of its own
+                added, expected = _directions(added), _directions(expected)
+            _require(
+                _close(added, expected),
+                f"{matrix.name} adds to the residual stream other than the map says: a norm or a factor",
+            )
+        if layer in {router.layer for router in specimen.of_kind("router")}:
+            flow = specimen.run(_zero(specimen.matrix(layer, "o"), specimen.unbiased))
+            added, block = flow.outputs[path] - flow.inputs[path], specimen.site(layer, "mlp_input")
+            _require(_close(added, flow.outputs[block]), f"{block} is not all that the experts add")
+
+
+def hidden_units_stay_apart(specimen: Specimen) -> None:
+    """A unit of up or gate reaches the column of down with its number alone, behind a gate linearly."""
+    for up in specimen.of_kind("up"):
+        down = specimen.matrix(up.layer, "down").module
+        gates = [matrix for matrix in specimen.of_kind("gate") if matrix.layer == up.layer]
+        for matrix in (up, *gates):
+            places = _places(matrix, specimen.params)
+            for unit in (0, len(places) // 2, len(places) - 1):
+                after = specimen.run(
+                    changes={matrix.module: partial(_shifted, places[unit : unit + 1], 3.0, ALL)}
+                )
+                moved = (after.inputs[down] - specimen.flow.inputs[down]).abs().amax(0) > MOVED
+                columns = moved.nonzero()[:, 0].tolist()
+                _require(
+                    columns == [unit], f"row {unit} of {matrix.name} reaches the columns {columns} of down"
+                )
+        if gates:
+            is_linear = _is_linear(specimen, up.module, _places(up, specimen.params), down)
+            _require(is_linear, f"the output of {up.name} acts non-linearly: it may be the gate")
+
+
+def gates_act_through_up(specimen: Specimen) -> None:
+    """With up at zero, its gate does not matter."""
+    for gate in specimen.of_kind("gate"):
+        silent = _zero(specimen.matrix(gate.layer, "up"), specimen.unbiased)
+        _require(
+            _same_logits(specimen, silent, _scaled(gate, silent)), f"{gate.name} matters with up at zero"
+        )
+
+
+def experts_are_their_own(specimen: Specimen) -> None:
+    """An expert acts on the tokens that its row of the router chooses, linearly in down and in up alone."""
+    for router, matrices in specimen.experts():
+        block = specimen.site(router.layer, "mlp_input")
+        a, down = specimen.flow.inputs[block], matrices["down"]
+        rows = torch.zeros_like(router.of(specimen.params))
+        rows[down.expert] = a[0]  # chosen where a @ a[0] > 0: the scores of the others are 0
+        params = router.replaced(specimen.params, rows)
+        silent = specimen.run(_zero(down, params)).outputs[block]
+        whole = specimen.run(params).outputs[block] - silent
+        reached = whole.abs().amax(1) > MOVED
+        _require(
+            torch.equal(reached, a @ a[0] > 0), f"{down.name} does not act where its router row chooses it"
+        )
+        for matrix, expected in ((down, True), (matrices["up"], True), (matrices["gate"], False)):
+            scaled = specimen.run(_scaled(matrix, params)).outputs[block] - silent
+            is_linear = _close(scaled, -2 * whole)
+            _require(
+                is_linear == expected,
+                f"the output of {block} is {'linear' if is_linear else 'not linear'} in {matrix.name}",
+            )
+
+
+def parallel_layers_read_one_stream(specimen: Specimen) -> None:
+    """The MLP reads what the attention of its layer writes, except where the map is parallel."""
+    for o in specimen.of_kind("o"):
+        site = specimen.site(o.layer, "mlp_input")
+        after = specimen.run(changes={o.module: lambda output: output.roll(1, -1)})
+        apart = _close(after.inputs[site], specimen.flow.inputs[site])
+        says = "does not read" if apart else "reads"
+        _require(
+            apart == specimen.architecture.parallel,
+            f"the MLP of layer {o.layer} {says} the output of attention, and parallel is"
+            f" {specimen.architecture.parallel} in the map",
+        )
+
+
+def norms_have_their_gain(specimen: Specimen) -> None:
+    """The output of a norm of the map is its gain times its output at a gain of one, and its bias."""
+    architecture = specimen.architecture
+    norms = {architecture.final_norm, *(m.norm for m in architecture.matrices if m.norm is not None)}
+    for norm in sorted(norms, key=lambda norm: norm.parameter):
+        path = norm.parameter.removesuffix(".weight")
+        ones = torch.full_like(specimen.params[norm.parameter], 1 - norm.offset)
+        plain = {"weight": ones, "bias": torch.zeros_like(ones)}
+        at_one = functional_call(specimen.network.get_submodule(path), plain, (specimen.flow.inputs[path],))
+        expected = norm.gain(specimen.params) * at_one + _bias(specimen, path)
+        _require(
+            _close(specimen.flow.outputs[path], expected),
+            f"the gain of {path} is not its weight plus {norm.offset:g}",
+        )
+
+
+def logits_are_unembedded(specimen: Specimen) -> None:
+    """The logits are the unembedding of the output of the final norm, before any cap."""
+    architecture, flow = specimen.architecture, specimen.flow
+    final, head = (
+        name.removesuffix(".weight") for name in (architecture.final_norm.parameter, architecture.unembed)
+    )
+    _require(
+        _close(flow.inputs[head], flow.outputs[final]), f"{head} has another input than the output of {final}"
+    )
+    unembedding = architecture.unembedding(specimen.params)
+    expected = flow.outputs[final] @ unembedding.T + _bias(specimen, head)
+    _require(_close(flow.outputs[head], expected), f"{head} does not apply the unembedding of the map")
+
+
+def tying_is_the_networks(specimen: Specimen) -> None:
+    """The map says that the unembedding is the embedding exactly where the network ties them."""
+    head, embedding = specimen.network.get_output_embeddings(), specimen.network.get_input_embeddings()
+    tied = head.weight is embedding.weight  # pyright: ignore[reportOptionalMemberAccess]
+    mapped = specimen.architecture.tied
+    _require(tied == mapped, f"tied is {mapped} in the map and {tied} in the network")
+
+
+def tokens_have_their_rows(specimen: Specimen) -> None:
+    """The embedding of a token is its row of the map's embedding, up to one factor for all."""
+    name = specimen.architecture.embed
+    rows = specimen.params[name][TOKENS[0]]
+    actual = specimen.flow.outputs[name.removesuffix(".weight")]
+    factor = (actual * rows).sum() / rows.square().sum()
+    _require(_close(actual, factor * rows), f"the embeddings are not the rows of {name}")
+
+
+def checkpoints_have_the_names(specimen: Specimen) -> None:
+    """A saved checkpoint, with or without its head, opens under the names of the map."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    unembed = specimen.architecture.unembed
+    headless = {name: parameter for name, parameter in specimen.params.items() if name != unembed}
+    headless.pop(unembed.replace(".weight", ".bias"), None)
+    buffers = {name for name, _ in specimen.network.named_buffers()}  # stored as well by some
+    headless_network: Any = specimen.network.base_model
+    for network, expected in ((specimen.network, specimen.params), (headless_network, headless)):
+        with TemporaryDirectory() as directory:
+            network.save_pretrained(directory)
+            stored = open_params(Path(directory), specimen.architecture)
+            if unlike := (set(stored) - buffers) ^ set(expected):
+                raise ValueError(f"{min(unlike)} is in the network or in its checkpoint, and not in both")
+            unequal = [name for name in expected if not torch.equal(stored[name], expected[name])]
+            _require(not unequal, f"the checkpoint has another tensor for {', '.join(unequal[:1])}")
+
+
+INVARIANTS: tuple[Invariant, ...] = (
+    parts_exist,
+    sizes_agree,
+    layers_are_complete,
+    every_weight_is_mapped_once,
+    modules_apply_their_matrices,
+    inputs_are_at_their_site,
+    queries_act_at_their_token_and_head,
+    keys_act_on_later_tokens_of_their_group,
+    values_act_linearly_on_their_group,
+    keys_act_through_queries,
+    values_act_through_o,
+    writes_reach_the_stream,
+    hidden_units_stay_apart,
+    gates_act_through_up,
+    experts_are_their_own,
+    parallel_layers_read_one_stream,
+    norms_have_their_gain,
+    logits_are_unembedded,
+    tying_is_the_networks,
+    tokens_have_their_rows,
+    checkpoints_have_the_names,
+)
+
+
+def _require(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise ValueError(sentence)
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def _bias(specimen: Specimen, module: str) -> Float[Tensor, " d_out"]:
+    """The bias of a module, zero where it has none."""
+    bias = specimen.params.get(f"{module}.bias")
+    return torch.zeros(specimen.flow.outputs[module].shape[1], dtype=torch.float64) if bias is None else bias
+
+
+def _directions(rows: Float[Tensor, "token d"]) -> Float[Tensor, "token d"]:
+    return nn.functional.normalize(rows, dim=1)
+
+
+def _zero(matrix: ResidualMatrix, params: Params) -> Params:
+    return matrix.replaced(params, torch.zeros_like(matrix.of(params)))
+
+
+def _scaled(matrix: ResidualMatrix, params: Params) -> Params:
+    return matrix.replaced(params, -2 * matrix.of(params))
+
+
+def _same_logits(specimen: Specimen, params: Params, others: Params) -> bool:
+    return _close(specimen.run(others).logits, specimen.run(params).logits)
+
+
+def _places(matrix: ResidualMatrix, params: Params) -> Int[Tensor, " d_out"]:
+    """The entries of a module's output that are the matrix's."""
+    size = params[matrix.parameter].shape[1 if matrix.transposed else 0]
+    rows = ResidualMatrix(matrix.layer, matrix.kind, "places", rows=matrix.rows)
+    return rows.of({"places.weight": torch.arange(float(size))[:, None]})[:, 0].long()
+
+
+def _heads(matrix: ResidualMatrix, params: Params) -> Int[Tensor, "head d_head"]:
+    """The entries of a module's output that are the matrix's, by head."""
+    return _places(matrix, params).unflatten(0, (matrix.heads, -1))
+
+
+def _rolled(places: Int[Tensor, " d"], output: Float[Tensor, "row d_out"]) -> Float[Tensor, "row d_out"]:
+    """Entries at `TOKEN` change places, which a norm of them does not undo, nor spread to other entries."""
+    output = output.clone()
+    output[TOKEN, places] = output[TOKEN, places].roll(1)
+    return output
+
+
+def _shifted(
+    places: Int[Tensor, " d"], by: float, tokens: int | slice, output: Float[Tensor, "row d_out"]
+) -> Float[Tensor, "row d_out"]:
+    output = output.clone()
+    output[tokens, places] += by
+    return output
+
+
+def _moved(specimen: Specimen, matrix: ResidualMatrix, change: Change) -> Bool[Tensor, "token head"]:
+    """Where the input of o changes with the output of a matrix of its layer."""
+    o = specimen.matrix(matrix.layer, "o")
+    after = specimen.run(changes={matrix.module: change}).inputs[o.module]
+    difference = (after - specimen.flow.inputs[o.module]).unflatten(-1, (o.heads, -1))
+    return difference.abs().amax(-1) > MOVED
+
+
+def _is_of_group(moved: Bool[Tensor, "token head"], group: int, groups: int) -> bool:
+    """Whether the query heads of one key-value group have changed, from `TOKEN` on."""
+    share = moved.shape[1] // groups
+    heads = moved.any(0).nonzero()[:, 0].tolist()
+    before, later = moved[:TOKEN].any(), moved[TOKEN + 1 :].any()
+    return heads == [*range(group * share, (group + 1) * share)] and not before and bool(later)
+
+
+def _in_words(matrix: ResidualMatrix, head: int, moved: Bool[Tensor, "token head"]) -> str:
+    tokens, heads = (moved.any(dim).nonzero()[:, 0].tolist() for dim in (1, 0))
+    return (
+        f"head {head} of {matrix.name}, changed at token {TOKEN}, changes the attention output at the tokens"
+        f" {tokens} and the heads {heads}"
+    )
+
+
+def _is_linear(specimen: Specimen, module: str, places: Int[Tensor, " d"], into: str) -> bool:
+    """Whether the input of a module doubles its change with that of another one's output."""
+    once, twice = (
+        specimen.run(changes={module: partial(_shifted, places, by, TOKEN)}).inputs[into]
+        - specimen.flow.inputs[into]
+        for by in (1.0, 2.0)
+    )
+    return _close(twice, 2 * once)
