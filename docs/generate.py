@@ -1,6 +1,6 @@
 """Pages of the reference that come from the project's own files: layers, configuration and architectures.
 
-`mkdocs` calls `on_files` as a hook; `python docs/generate.py` prints the picture of the layers.
+`mkdocs` calls `on_files` as a hook; `python docs/generate.py` draws the pictures of the layers anew.
 """
 
 import html
@@ -49,8 +49,8 @@ def layers_svg(layers: list[list[str]]) -> str:
         for column, name in enumerate(names):
             x, y = left + column * (width + GAP), GAP + row * (height + GAP)
             shapes.append(
-                f'<rect x="{x:g}" y="{y}" width="{width}" height="{height}" rx="4" fill="none" stroke="currentColor"/>'
-                f'<text x="{x + width / 2:g}" y="{y + 22}" text-anchor="middle" fill="currentColor">{name}</text>'
+                f'<rect x="{x:g}" y="{y}" width="{width}" height="{height}" rx="4" fill="#f6f8fa" stroke="#57606a"/>'
+                f'<text x="{x + width / 2:g}" y="{y + 22}" text-anchor="middle" fill="#1f2328">{name}</text>'
             )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total[0]} {total[1]}" role="img"'
@@ -86,7 +86,11 @@ def choices() -> Iterator[tuple[str, str, str]]:
     for path in sorted((ROOT / "conf").rglob("*.yaml")):
         place = path.relative_to(ROOT / "conf")
         if place.parts[0] != "local" and len(place.parts) > 1:
-            yield place.parts[0], place.relative_to(place.parts[0]).with_suffix("").as_posix(), path.read_text()
+            yield (
+                place.parts[0],
+                place.relative_to(place.parts[0]).with_suffix("").as_posix(),
+                path.read_text(),
+            )
 
 
 def configuration_page() -> str:
@@ -121,4 +125,5 @@ def architectures_page() -> str:
 
 
 if __name__ == "__main__":
-    print(layers_page())
+    for package, layers in contracts().items():
+        (ROOT / f"docs/layers_{package}.svg").write_text(layers_svg(layers))

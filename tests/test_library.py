@@ -176,7 +176,9 @@ def test_probes_that_are_none_or_need_more_than_texts_are_refused():
             measured(probes=[wrong])
     with pytest.raises(ValueError, match="the probe moments has no rows for two checkpoints alone: it needs"):
         measured(probes=["moments"])
-    with pytest.raises(ValueError, match=r"the probe uncertainty needs more than texts \(texts has no prompt groups"):
+    with pytest.raises(
+        ValueError, match=r"the probe uncertainty needs more than texts \(texts has no prompt groups"
+    ):
         measured(probes=["uncertainty"])
 
 
