@@ -1,0 +1,39 @@
+"""The documentation agrees with the code."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from app import ROOT
+
+GENERATED = runpy.run_path(str(ROOT / "docs/generate.py"))
+
+
+@pytest.mark.parametrize("package", ["weightgeom", "runners"])
+def test_the_picture_of_the_layers_is_drawn_from_the_contracts(package: str) -> None:
+    drawn = GENERATED["layers_svg"](GENERATED["contracts"]()[package])
+    assert (ROOT / f"docs/layers_{package}.svg").read_text() == drawn, "run: python docs/generate.py"
+    modules = {path.stem for path in (ROOT / package).iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert set(re.findall(r">(\w+)</text>", drawn)) == modules - {"__init__", "__pycache__"}
+
+
+def test_the_measurement_of_the_guide_is_a_probe(tmp_path: Path) -> None:
+    guide = (ROOT / "docs/guides/extending.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", guide, re.S)
+    (tmp_path / "guide.py").write_text(first + second)
+    code = (
+        "import guide\nfrom weightgeom.interfaces import MatrixFunction, Probe\n"
+        "assert isinstance(guide.SpectralNorm(), MatrixFunction) and isinstance(guide.Growth(), Probe)"
+    )
+    subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}, check=True)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "rotation_test" in (tmp_path / "site/reference/python/index.html").read_text()
