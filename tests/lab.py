@@ -21,7 +21,7 @@ SOURCES = {
         class Norm:
             """The norm of every matrix, times `scale`."""
 
-            headline: ClassVar[str] = "norm"
+            declaration: ClassVar[ProbeDeclaration] = ProbeDeclaration("norm")
             scale: float = 1.0
 
             def check(self, architecture):
@@ -70,7 +70,7 @@ SOURCES = {
         class Nudge:
             """One arm and its control in every layer."""
 
-            headline: ClassVar[str] = "kl_from_unedited"
+            declaration: ClassVar[InterventionDeclaration] = InterventionDeclaration(("kl_from_unedited",), ("random",))
             effect: float = 0.5
 
             def check(self, architecture):
