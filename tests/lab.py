@@ -12,6 +12,7 @@ SOURCES = {
 
         from pydantic.dataclasses import dataclass
 
+        from weightgeom.declarations import ProbeDeclaration
         from weightgeom.table import row
 
         from . import scaling
@@ -63,6 +64,7 @@ SOURCES = {
 
         from pydantic.dataclasses import dataclass
 
+        from weightgeom.declarations import InterventionDeclaration
         from weightgeom.table import arm_columns, row
 
 
@@ -70,7 +72,7 @@ SOURCES = {
         class Nudge:
             """One arm and its control in every layer."""
 
-            declaration: ClassVar[InterventionDeclaration] = InterventionDeclaration(("kl_from_unedited",), ("random",))
+            declaration: ClassVar = InterventionDeclaration(("kl_from_unedited",), ("random",))
             effect: float = 0.5
 
             def check(self, architecture):

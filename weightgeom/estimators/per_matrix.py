@@ -48,7 +48,6 @@ class PerMatrix:
         for matrix in setting.model.architecture.matrices:
             before, after = (matrix.of(weights).float() for weights in (setting.start, params))
             unmoved = torch.equal(before, after)
-            place = matrix.table_columns
             for quantity, value in self.function.of_matrix(before, after).items():
                 if isfinite(value) or not unmoved:
                     yield row(quantity, float(value), n=after.numel(), **matrix.table_columns)
