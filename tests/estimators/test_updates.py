@@ -178,10 +178,11 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from transformers import LlamaConfig
-from weightgeom.residual import ResidualMatrix
-from weightgeom import gram, update
-from weightgeom.update import projected, update_of
-from weightgeom.weights import Stored
+from weightgeom.models.residual import ResidualMatrix
+from weightgeom.estimators import updates as update
+from weightgeom.geometry import gram
+from weightgeom.estimators.updates import projected, update_of
+from weightgeom.models.weights import Stored
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
