@@ -1,1 +1,1 @@
-"""TODO"""
+"""Training: settings, trainers of TRL, resumable states, losses and matched budgets."""
