@@ -13,7 +13,7 @@ import torch
 from app import BEHAVIOUR, ROOT, WORLD, Ended, done, run, status
 from disk import small_disk
 from mlflow import MlflowClient
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, XGLMConfig
 
 from weightgeom.models.residual import architecture_of
 from weightgeom.models.weights import open_params
@@ -91,7 +91,7 @@ def refuse(
         ("model=pair model.before=a model.after=b", "model=pair compares two finished checkpoints: set obj"),
         ("model=pair model.before=./a model.after=./b objective=none", "no directory ./a: give a "),
         ("objective=none model=pythia", "objective=none on a single checkpoint leaves no update to measure"),
-        ("objective.loss_type=sigmoidd", "objective: unknown loss_type 'sigmoidd'; TRL has sigmoid, hinge"),
+        ("objective.loss_type=sigmoidd", "objective: unknown loss_type 'sigmoidd'; choose from sigmoid, hinge"),
         ("tracking_uri=foo://x", "tracking_uri 'foo://x' is not supported: use sqlite:///PATH/mlflow.db"),
         ("device=gpu", "device must be auto, cpu or cuda, got 'gpu'"),
         ("name=", "name must be text that is not empty, got ''"),
@@ -201,11 +201,11 @@ def test_the_error_for_missing_or_truncated_weights_names_the_file(refuse: Refus
 def test_the_error_for_a_model_without_a_residual_map_names_the_file_to_add(
     refuse: Refuse, tmp_path: Path
 ) -> None:
-    OPTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path / "opt")
-    said = refuse("model=pythia", f"model.name={tmp_path / 'opt'}")
+    XGLMConfig(d_model=32, num_layers=1, attention_heads=2).save_pretrained(tmp_path / "xglm")
+    said = refuse("model=pythia", f"model.name={tmp_path / 'xglm'}")
     assert said == (
-        "no residual-stream map for 'opt': "
-        "add a function architecture(config) in weightgeom/architectures/opt.py"
+        "no residual-stream map for 'xglm': "
+        "add a function architecture(config) in weightgeom/architectures/xglm.py"
     )
 
 
