@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from runners.errors import choices, explanation, nearest
@@ -102,8 +103,6 @@ MOVED = {
 
 def build(key: str, choice: Any) -> Any:
     """The object that the part `key` of a configuration describes; refuses keys that it does not have."""
-    from hydra.utils import instantiate  # a third of the time of --help
-
     if not isinstance(choice, dict) or "_target_" not in choice:
         raise ValueError(f"{key} must be one of the choices in conf/{key.split('.')[0]}, got {choice!r}")
     if choice["_target_"] in MOVED:

@@ -35,7 +35,7 @@ SOURCES = {
                 def measure(params):
                     return [
                         row("norm", scaling.by(self.scale, loose.size(matrix.of(params))), n=1,
-                            layer=matrix.layer, matrix=matrix.label, role=matrix.role, subspace="residual")
+                            **matrix.table_columns, subspace="residual")
                         for matrix in setting.model.architecture.matrices
                     ]
 

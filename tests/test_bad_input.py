@@ -91,7 +91,10 @@ def refuse(
         ("model=pair model.before=a model.after=b", "model=pair compares two finished checkpoints: set obj"),
         ("model=pair model.before=./a model.after=./b objective=none", "no directory ./a: give a "),
         ("objective=none model=pythia", "objective=none on a single checkpoint leaves no update to measure"),
-        ("objective.loss_type=sigmoidd", "objective: unknown loss_type 'sigmoidd'; choose from sigmoid, hinge"),
+        (
+            "objective.loss_type=sigmoidd",
+            "objective: unknown loss_type 'sigmoidd'; choose from sigmoid, hinge",
+        ),
         ("tracking_uri=foo://x", "tracking_uri 'foo://x' is not supported: use sqlite:///PATH/mlflow.db"),
         ("device=gpu", "device must be auto, cpu or cuda, got 'gpu'"),
         ("name=", "name must be text that is not empty, got ''"),

@@ -129,9 +129,9 @@ def at_own_subspaces(table: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def own(table: "pd.DataFrame", quantity: str) -> "pd.DataFrame":
-    """Rows of one quantity of whole matrices at their own subspaces, at the smallest k."""
+    """Rows of one quantity of whole matrices at their own subspaces, at the smallest k if they have one."""
     rows = at_own_subspaces(table[table["quantity"] == quantity])
-    return rows[rows["k"] == rows["k"].min()]
+    return rows if rows["k"].isna().all() else rows[rows["k"] == rows["k"].min()]
 
 
 def of_matrices(table: "pd.DataFrame", quantity: str) -> "pd.DataFrame":
