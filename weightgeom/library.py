@@ -73,9 +73,10 @@ def measure(
     where the documents of FILE are `texts`; without `data.heldout` those are every tenth document of
     `data.train`.
 
-    >>> table = measure("base", "aligned", texts=texts, probes=["rsf"], k=16)
-    >>> ratios = table[(table["quantity"] == "ratio") & (table["subspace"] != "random")]
-    >>> ratios.pivot_table("value", "layer", "matrix")
+    Examples:
+        >>> table = measure("base", "aligned", texts=texts, probes=["rsf"], k=16)
+        >>> ratios = table[(table["quantity"] == "ratio") & (table["subspace"] != "random")]
+        >>> ratios.pivot_table("value", "layer", "matrix")
 
     Raises:
         FileNotFoundError: if a directory, its weights or its tokenizer is missing.
@@ -132,8 +133,9 @@ def subspaces(
 
     Checkpoints, tokenizer, texts and what they raise are as in `measure`; k is d/8 by default.
 
-    >>> spaces = subspaces(network, tokenizer, texts, k=16)
-    >>> spaces["attention_input", 0].basis.shape
+    Examples:
+        >>> spaces = subspaces(network, tokenizer, texts, k=16)
+        >>> spaces["attention_input", 0].basis.shape
     """
     examples = _examples(texts)
     source = source_of(network, "network")

@@ -54,8 +54,9 @@ class Run:
 def read_run(directory: str | Path) -> Run:
     """The run whose job, or record, lies in `directory`, which is only read.
 
-    >>> run = read_run("outputs/jobs/2026-01-31/12-00-00.000000")
-    >>> run.config["objective"]["beta"], run.tables["rsf"], run.figure("ratio_by_layer")
+    Examples:
+        >>> run = read_run("outputs/jobs/2026-01-31/12-00-00.000000")
+        >>> run.config["objective"]["beta"], run.tables["rsf"], run.figure("ratio_by_layer")
 
     Raises:
         FileNotFoundError: if there is no record.

@@ -54,8 +54,9 @@ def rotation_test(
     `orthonormalise` takes the span of U's columns where they are no orthonormal basis. The arrays may
     require a gradient and lie on any device; they are not changed.
 
-    >>> test = rotation_test(after - before, spaces["attention_input", 3], side="read")
-    >>> print(f"{test.ratio:.1f} times chance, p = {test.p_value:.3f}")
+    Examples:
+        >>> test = rotation_test(after - before, spaces["attention_input", 3], side="read")
+        >>> print(f"{test.ratio:.1f} times chance, p = {test.p_value:.3f}")
 
     Raises:
         TypeError: if dW or U is no tensor or array of floating-point numbers.
