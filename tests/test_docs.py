@@ -29,3 +29,17 @@ def test_the_measurement_of_the_guide_is_a_probe(tmp_path: Path) -> None:
         "assert isinstance(guide.SpectralNorm(), MatrixFunction) and isinstance(guide.Growth(), Probe)"
     )
     subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}, check=True)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "rotation_test" in (tmp_path / "site/reference/python/index.html").read_text()
+
+
+def test_the_readme_is_a_front_page_and_its_links_lead_somewhere() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.split()) <= 900
+    assert [link for link in re.findall(r"\]\(([^)]+)\)", readme) if not (ROOT / link).exists()] == []
