@@ -172,7 +172,7 @@ def reached(*names: str, running: bool = False) -> dict[str, Module]:
     waiting = list(names)
     while waiting:
         name = waiting.pop()
-        left_out = name in modules or _draws(name) or (running and is_house(name))
+        left_out = name in modules or _reads_tables(name) or (running and is_house(name))
         module = None if left_out else find(name)
         if module is not None:
             modules[name] = module
@@ -335,10 +335,11 @@ def _origins(written: Import, before: frozenset[Import] = frozenset()) -> Iterat
         yield from _origins(bound, before | {written})
 
 
-def _draws(name: str) -> bool:
-    """Whether a module draws figures, which no number depends on."""
-    figures = f"{HOUSE}.figures"
-    return name == figures or name.startswith((f"{figures}.", f"{figures}_"))
+def _reads_tables(name: str) -> bool:
+    """Whether a module draws or summarises finished tables: no number in a table depends on it."""
+    return any(
+        name == room or name.startswith(f"{room}.") for room in (f"{HOUSE}.analysis", f"{HOUSE}.figures")
+    )
 
 
 def _imports(node: ast.AST) -> bool:

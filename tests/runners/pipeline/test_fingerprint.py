@@ -17,7 +17,7 @@ SOURCES = {
     "probe.py": "import planted.table\nfrom planted import checkpoints\n",
     "table.py": "UNIT = 'nats'\n",
     "figures.py": "COLOUR = 'grey'\n",
-    "figures_causal.py": "COLOUR = 'grey'\n",
+    "analysis.py": "COLOUR = 'grey'\n",
 }
 
 
@@ -94,10 +94,10 @@ def test_the_code_behind_two_modules_is_that_of_both(planted: Path) -> None:
     assert len({before, after, code_behind("planted.training", "planted.table")}) == 3
 
 
-def test_what_only_draws_is_no_change_of_the_package(planted: Path) -> None:
+def test_what_only_reads_tables_is_no_change_of_the_package(planted: Path) -> None:
     before = package()
     change(planted / "figures.py", "grey", "black")
-    change(planted / "figures_causal.py", "grey", "black")
+    change(planted / "analysis.py", "grey", "black")
     assert package() == before
 
 
@@ -188,11 +188,11 @@ def test_a_name_that_is_imported_when_it_is_asked_for_leads_to_its_module(desk: 
     assert code_behind("loose") != before
 
 
-def test_what_draws_does_not_count_for_a_module_that_imports_it(planted: Path) -> None:
-    append(planted / "table.py", "def figure():\n    from planted import figures, figures_causal\n")
+def test_what_reads_tables_does_not_count_for_a_module_that_imports_it(planted: Path) -> None:
+    append(planted / "table.py", "def figure():\n    from planted import figures, analysis\n")
     before = code_behind("planted.table")
     change(planted / "figures.py", "grey", "black")
-    change(planted / "figures_causal.py", "grey", "black")
+    change(planted / "analysis.py", "grey", "black")
     assert code_behind("planted.table") == before
 
 
