@@ -20,9 +20,9 @@ def libraries() -> dict[str, str]:
 def code_behind(*modules: str) -> str:
     """Fingerprint of modules and of the modules that they import, directly or not, ours and the user's.
 
-    Comments, docstrings, layout, imports for type checkers and modules that read finished tables do not count. Of the
-    packages that a module lies in, statements count, and other imports do not. A library's module counts
-    by its version.
+    Comments, docstrings, layout, imports for type checkers and modules that read finished tables do not
+    count. Of the packages that a module lies in, statements count, and other imports do not. A library's
+    module counts by its version.
 
     Raises:
         ValueError: if the code of a module is in no file.
@@ -40,7 +40,7 @@ def code_behind(*modules: str) -> str:
 
 
 def package(*modules: str) -> str:
-    """Fingerprint of all code of the package that decides a number, and of the user's code behind `modules`."""
+    """Fingerprint of all code of the package that decides a number, and of that behind `modules`."""
     house = find(HOUSE)
     assert house is not None
     files = [path.relative_to(root) for root in house.directories for path in root.rglob("*.py")]
