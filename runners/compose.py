@@ -31,9 +31,9 @@ CHECKED = {
 
 
 def parts(config: DictConfig | dict[str, Any], here: bool = True) -> dict[str, Any]:
-    """The objects that a configuration describes: building them checks every key and type of it.
+    """The objects that a configuration describes; building them checks every key and type.
 
-    `here` says that it is this machine that needs the device.
+    With `here`, the run takes place on this machine, so its device must exist.
     """
     plain = checked(config)
     return {
@@ -49,7 +49,7 @@ def parts(config: DictConfig | dict[str, Any], here: bool = True) -> dict[str, A
 
 
 def checked(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
-    """A configuration as plain data, what belongs to no part of it checked."""
+    """A configuration as plain data, with its top-level keys checked."""
     plain: Any = config
     if isinstance(config, DictConfig):
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -57,7 +57,7 @@ def checked(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
     for key, kind in CHECKED.items():
         if type(plain.get(key)) is not kind or plain[key] == "":
             raise ValueError(f"{key} must be {KINDS[kind]}, got {plain.get(key)!r}")
-    if not 0 <= plain["seed"] < 2**32:  # what NumPy takes
+    if not 0 <= plain["seed"] < 2**32:  # the range that NumPy accepts
         raise ValueError(f"seed must be 0 to {2**32 - 1}, got {plain['seed']}")
     if not isinstance(plan := plain.pop("plan", False), bool):
         raise ValueError(f"plan must be true or false, got {plan!r}")
@@ -68,27 +68,29 @@ def checked(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
 
 
 def measured(plain: dict[str, Any], objective: str) -> dict[str, Any]:
-    """A configuration without the probes and interventions that are there `only` for other objectives."""
+    """A configuration without the probes and interventions that `only` keeps for other objectives."""
     only = plain["only"]
     sources = search_path() if only else []
-    there = [*choices("probe", sources), *choices("intervention", sources)]
+    measurements = [*choices("probe", sources), *choices("intervention", sources)]
     objectives = choices("objective", sources)
     for key, wanted in only.items():
-        if key not in there:
-            raise KeyError(f"only.{key} is no probe or intervention; {nearest(key, there)}")
+        if key not in measurements:
+            raise KeyError(f"only.{key} is no probe or intervention; {nearest(key, measurements)}")
         if not isinstance(wanted, list):
             raise ValueError(f"only.{key} must be a list of objectives such as [dpo, sft], got {wanted!r}")
-        if unknown := [str(one) for one in wanted if one not in objectives]:
-            raise KeyError(f"only.{key} has no objective {unknown[0]!r}; {nearest(unknown[0], objectives)}")
+        if unknown := [str(name) for name in wanted if name not in objectives]:
+            raise KeyError(f"only.{key}: unknown objective {unknown[0]!r}; {nearest(unknown[0], objectives)}")
     kept = {
-        group: {key: one for key, one in plain[group].items() if objective in only.get(key, [objective])}
+        group: {
+            key: choice for key, choice in plain[group].items() if objective in only.get(key, [objective])
+        }
         for group in ("probe", "intervention")
     }
     return {**plain, **kept}
 
 
 def search_path() -> list[str]:
-    """The places that Hydra takes choices from: conf/, and those of --config-dir and hydra.searchpath."""
+    """Hydra's config sources: conf/, --config-dir and hydra.searchpath."""
     return [f"{source.schema}://{source.path}" for source in HydraConfig.get().runtime.config_sources]
 
 
@@ -102,7 +104,7 @@ MOVED = {
 
 
 def build(key: str, choice: Any) -> Any:
-    """The object that the part `key` of a configuration describes; refuses keys that it does not have."""
+    """The object described by the part `key` of a configuration; unknown keys are refused."""
     if not isinstance(choice, dict) or "_target_" not in choice:
         raise ValueError(f"{key} must be one of the choices in conf/{key.split('.')[0]}, got {choice!r}")
     if choice["_target_"] in MOVED:
@@ -123,7 +125,7 @@ def build(key: str, choice: Any) -> Any:
 
 
 def check_keys(key: str, choice: dict[str, Any], made: object) -> None:
-    """Raise KeyError for a key that became no field: pydantic's dataclasses pass over those they lack."""
+    """Raise KeyError for a key that is no field: pydantic's dataclasses ignore unknown keys."""
     if not is_dataclass(made):
         return
     names = [field.name for field in fields(made)]
@@ -135,10 +137,10 @@ def check_keys(key: str, choice: dict[str, Any], made: object) -> None:
 
 
 def described(config: DictConfig, common: Collection[str] = ()) -> dict[str, Any]:
-    """A run as plain data, JSON that any process can take up: its configuration and its places.
+    """A run as JSON: its configuration, directories and name, enough to start it in any process.
 
-    Hydra has chosen the places, and knows the choices and what was asked for on the command line. A run of
-    a sweep is named by what tells it from the others, which is not what is `common` to all of them.
+    The directories, choices and overrides are those of Hydra's current job. In a sweep the run's name leaves
+    out the overrides that all jobs have in `common`.
     """
     hydra_config = HydraConfig.get()
     plain = checked(config)
@@ -158,7 +160,7 @@ def described(config: DictConfig, common: Collection[str] = ()) -> dict[str, Any
 
 
 def experiment(run: dict[str, Any], interruption: "Interruption | None" = None) -> "Experiment":
-    """The experiment that `described` has described; the machine's signals reach it by `interruption`."""
+    """The experiment for a run from `described`; `interruption` passes on the scheduler's signals."""
     from runners.pipeline.experiment import Experiment
 
     return Experiment(
@@ -183,7 +185,7 @@ def flattened(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def device(wanted: object, here: bool) -> str:
-    """`cpu` or `cuda`; `auto` is the accelerator where there is one. `here` says that it is needed here."""
+    """`cpu` or `cuda`; `auto` prefers the GPU. With `here`, a missing GPU is an error."""
     import torch
 
     if wanted not in ("auto", "cpu", "cuda"):
@@ -194,11 +196,11 @@ def device(wanted: object, here: bool) -> str:
 
 
 def check(config: DictConfig, here: bool, common: Collection[str]) -> dict[str, Any]:
-    """Refuse a job of a sweep before any of its jobs starts, and describe it; its data are read when it does.
+    """A job of a sweep, checked and described before any job starts; its data are read when it starts.
 
-    `here` says that it will run on this machine; `common` are the overrides that all jobs have.
+    With `here`, the job runs on this machine. `common` are the overrides that all jobs have.
     """
-    # Jobs that differ in nothing but the seed are all right if one of them is: that one takes the time.
+    # Checking takes seconds: of jobs that differ only in the seed, the first is checked.
     run = described(config, common)
     plain = repr({**run["config"], "seed": None})
     if plain not in FOUND_RIGHT:
@@ -212,10 +214,13 @@ def check(config: DictConfig, here: bool, common: Collection[str]) -> dict[str, 
 
 
 def plan(jobs: Sequence[tuple[DictConfig, str]], parallel: int = 1, memory: float | None = None) -> None:
-    """Tell what jobs would fetch, take and need, `parallel` of them at a time; raises if it does not fit.
+    """Print the downloads, time, memory and disk of jobs, `parallel` of them at a time.
 
-    A job is its configuration and the name of its objective. `memory` is what each has elsewhere, in bytes;
-    None is for this machine. Nothing of theirs is started, made or downloaded, but a model's config.
+    A job is its configuration and the name of its objective. `memory` is the bytes that each job has on
+    another machine; None stands for this one. Only a model's config is downloaded, and nothing is started.
+
+    Raises:
+        ValueError: if the jobs do not fit, with the override that makes them fit.
     """
     from runners.planning.plan import Planner
     from runners.planning.printing import show

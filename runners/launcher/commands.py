@@ -222,7 +222,7 @@ def _open_record(sweep: Sweep, overrides: Sequence[str]) -> None:
     """Create or reopen the sweep's own record, the parent of its runs' records."""
     job = sweep.job(next(iter(sweep.jobs())))
     by_job = [frozenset(sweep.job(number)["overrides"]) for number in sweep.jobs()]
-    common = frozenset.intersection(*by_job)  # left out of the name, which states what the sweep varies
+    common = frozenset.intersection(*by_job)  # not part of the name: it lists the varied overrides
     Record.create(
         sweep.directory / "record",
         experiment=job["config"]["name"],

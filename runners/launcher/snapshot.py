@@ -39,7 +39,7 @@ def take_snapshot(repository: Path, target: Path, modules: Iterable[str] = ()) -
 
 
 def digest(repository: Path) -> str:
-    """SHA-256 over names and contents of all code; of a snapshot that of what it was made from."""
+    """SHA-256 over the names and contents of all code; for a snapshot, the digest of its source tree."""
     if (repository / SNAPSHOT).exists():
         return json.loads((repository / SNAPSHOT).read_text())["digest"]
     total = hashlib.sha256()
