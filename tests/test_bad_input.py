@@ -83,7 +83,7 @@ def refuse(
         ("report=maybe", "report must be true or false, got 'maybe'"),
         ("+only.rank11=[dpo]", "only.rank11 is no probe or intervention; did you mean 'rank1'? valid: "),
         ("+only.rank1=dpo", "only.rank1 must be a list of objectives such as [dpo, sft], got 'dpo'"),
-        ("+only.rank1=[dpoo]", "only.rank1 has no objective 'dpoo'; did you mean 'dpo'? valid: ce, dpo, "),
+        ("+only.rank1=[dpoo]", "only.rank1: unknown objective 'dpoo'; did you mean 'dpo'? valid: ce, dpo, "),
         ("~objective", "objective must be one of the choices in conf/objective, got None"),
         ("model.heads=3", "model: d_model must be a multiple of heads, got 128 and 3"),
         ("data=text", "data.train must be given: data.train=..."),
