@@ -27,7 +27,7 @@ FILES = [
 EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
 HUB = sorted(path for path in (CONF / "model").glob("*.yaml") if path.stem not in ("tiny", "pair"))
 LISTS = ("probe", "intervention")  # groups of which several are chosen; they nest under their own name
-# The small random network, of tests/networks.py, that has the config class of what a file names.
+# The small random network, of tests/helpers/networks.py, that has the config class of what a file names.
 MODEL_TYPES = {
     "pythia": "gpt_neox",
     "pythia_hh": "gpt_neox",

@@ -55,7 +55,7 @@ def test_a_plan_predicts_the_memory_and_time_of_its_run(tmp_path: Path) -> None:
         "stages = by_name(plan).values()\n"
         "print(json.dumps([max(s.memory for s in stages), sum(s.seconds for s in stages)]))"
     )
-    places = [str(ROOT / "tests"), str(ROOT / "tests/runners/planning"), str(tmp_path)]
+    places = [str(ROOT / "tests/helpers"), str(ROOT / "tests/runners/planning"), str(tmp_path)]
     one_thread = environment({"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     command = [sys.executable, "-c", script, *places, *SHAPE]
     ended = subprocess.run(command, env=one_thread, capture_output=True, text=True, check=True)

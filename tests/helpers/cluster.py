@@ -12,7 +12,7 @@ from pathlib import Path
 from app import ROOT
 from sweeps import Place
 
-SCRIPT = ROOT / "tests/slurm-local"
+SCRIPT = ROOT / "tests/helpers/slurm-local"
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "slurmdbd", "mariadbd", "sacct")
 INSTALL = (
     "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = (
     "model.d_model=32 model.d_mlp=64 model.layers=2 model.heads=2"
     " model.pretraining.steps=4 model.pretraining.batch_size=4 model.pretraining.max_length=32"
