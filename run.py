@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 VERBOSE = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 PLANNED = re.compile(r"\+{0,2}plan=(?i:true|on|yes|1)")
+EARLIER = re.compile(r"^(\+{0,2})objective\.on=")  # the earlier name of objective.train_on
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
@@ -74,6 +75,7 @@ def temporary_output_directory() -> "Iterator[None]":
 def main() -> None:
     """Run Hydra; any error is printed as one sentence, and the exit code is not zero."""
     share_processors()
+    sys.argv[1:] = [EARLIER.sub(r"\1objective.train_on=", argument) for argument in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
     logging.raiseExceptions = VERBOSE  # a full disk is reported once, not again for every log line
     try:

@@ -174,6 +174,9 @@ def _composition(error: BaseException, root: BaseException) -> str:
     if text.startswith("Ambiguous value for argument "):
         argument = text.split("'")[1]
         return f"{argument} gives several values: add -m to run each of them, or write a list as key=[a,b]"
+    if appended := re.match(r"Could not append to config\. An item is already at '(\S+)'", text):
+        key = appended[1]
+        return f"the key {key} exists already: leave out the plus sign, {key}=..."
     override = text.removeprefix("Error merging override ")
     if override != text:
         return f"cannot set {override}: {cause}"

@@ -135,7 +135,7 @@ def _paths(directory: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         pickled = sorted(path.name for path in directory.glob("*.bin"))
-        wanted = "safetensors is required, so save it again, or add model.allow_bin=true"
+        wanted = "safetensors is required, so save it again, or add ++model.allow_bin=true"
         hint = f", only {pickled[0]}: {wanted}" if pickled else ""
         raise FileNotFoundError(f"no {single.name} or {index.name} in {directory}{hint}")
     try:

@@ -35,7 +35,7 @@ def test_two_objects_with_the_same_fields_differ_by_their_classes_however_deep()
     assert plain(Probe((Narrow(2), None))) == {
         "class": f"{here}.Probe", "inner": [{"class": f"{here}.Narrow", "size": 2}, None]
     }  # fmt: skip
-    assert plain(CE()) == {"class": "weightgeom.objectives.ce.CE", "on": "auto"}
+    assert plain(CE()) == {"class": "weightgeom.objectives.ce.CE", "train_on": "auto"}
 
 
 def test_a_function_is_its_name_with_the_arguments_that_it_has() -> None:
