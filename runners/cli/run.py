@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
+from runners.cli.choices import reference
 from runners.compose import check, checked, described, experiment, plan
 from runners.errors import CONF, explanation
 from runners.launcher.hydra_launcher import register
@@ -21,6 +22,19 @@ if TYPE_CHECKING:
 
 
 VERBOSE = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+HELP = {"--help", "-h"}
+USAGE = """\
+usage: weightgeom run [GROUP=CHOICE ...] [KEY=VALUE ...] [-m]
+
+One run; with -m a sweep over all combinations of values: seed=0,1,2 objective=ce,dpo.
+
+  -m, --multirun      start a sweep
+  --cfg job           print the composed configuration and stop; --resolve replaces its interpolations
+  --config-dir DIR    further choices, of your own: DIR/probe/mine.yaml is probe=[mine]
+  --info searchpath   print where choices are searched for
+  --hydra-help        all flags of Hydra
+
+"""
 PLANNED = re.compile(r"\+{0,2}plan=(?i:true|on|yes|1)")
 
 
@@ -81,6 +95,9 @@ def main(arguments: "Sequence[str]") -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
     logging.raiseExceptions = VERBOSE  # a full disk is reported once, not again for every log line
     try:
+        if HELP.intersection(arguments):
+            print(USAGE + reference(arguments))
+            return
         with temporary_output_directory() if any(map(PLANNED.fullmatch, sys.argv)) else nullcontext():
             job()
     except Exception as error:
@@ -91,4 +108,3 @@ def main(arguments: "Sequence[str]") -> None:
             raise
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
-
