@@ -59,8 +59,8 @@ def reference(arguments: Sequence[str] = ()) -> str:
             _indented(_keys_of_all(list(files))),
             "",
             "Keys of the chosen parts, set by GROUP.KEY=VALUE, such as training.steps=128; those of probes",
-            "and interventions by GROUP.CHOICE.KEY=VALUE, such as probe.rsf.k=16. For those of other choices:",
-            "weightgeom run GROUP=CHOICE --help",
+            "and interventions by GROUP.CHOICE.KEY=VALUE, such as probe.rsf.k=16.",
+            "Those of another choice: weightgeom run GROUP=CHOICE --help",
             "",
             "\n\n".join(keys),
         ]

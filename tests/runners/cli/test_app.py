@@ -42,9 +42,7 @@ def test_the_help_shows_every_command_group_choice_and_key(
     for path in CHOICES:
         assert path.stem in words or f"{path.parent.name}/{path.stem}" in words
     lines = [line.strip() for line in ended.stdout.splitlines()]
-    assert "seed: 0        # of training, probes and controls; model.seed draws the tiny base," in " ".join(
-        lines
-    )
+    assert any(line.startswith("seed: 0        # of training, probes and controls;") for line in lines)
     assert "k: null         # dimension of the subspaces, or a list; null: d/8" in lines
     assert not any("_target_" in line or line.startswith("hydra:") for line in lines)
 
@@ -130,8 +128,8 @@ def test_a_comparison_needs_a_text_that_exists(
     monkeypatch.chdir(tmp_path)
     for arguments, sentence in [
         ([], "Missing option '--text'"),
-        (["--text", "no.txt"], "File 'no.txt' does not exist"),
-        (["--text", "no.txt", "--k", "0"], "0 is not in the range x>=1"),
+        (["--text", "no.txt"], "'no.txt' does not exist"),
+        (["--text", __file__, "--k", "0"], "0 is not in the range x>=1"),
     ]:
         ended = weightgeom("compare", "a", "b", *arguments)
         assert ended.exit_code == 2 and sentence in " ".join(ended.output.split())
