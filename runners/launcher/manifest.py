@@ -32,7 +32,7 @@ class Sweep:
         """
         if not (directory / "sweep.json").is_file():
             raise FileNotFoundError(
-                f"{directory} holds no sweep (no sweep.json): give the directory that the sweep printed,"
+                f"{directory} holds no sweep (no sweep.json): give the directory that run.py -m printed last,"
                 " after `sweep:`"
             )
         return cls(directory.resolve())
