@@ -26,7 +26,8 @@ def weightgeom(
     """Measure where a training changes the weights of a transformer."""
     if version:
         print(f"weightgeom {metadata.version('weightgeom')}")
-    elif help or context.invoked_subcommand is None:
+        raise typer.Exit
+    if help or context.invoked_subcommand is None:
         print(f"{context.get_help()}\n\n{reference()}")
         raise typer.Exit
 
@@ -41,9 +42,7 @@ def run(context: typer.Context) -> None:
 
 @app.command(context_settings={"help_option_names": HELP})
 def compare(
-    before: Annotated[
-        str, typer.Argument(metavar="BEFORE", help="A directory, or a hub name@revision.")
-    ],
+    before: Annotated[str, typer.Argument(metavar="BEFORE", help="A directory, or a hub name@revision.")],
     after: Annotated[str, typer.Argument(metavar="AFTER", help="The same, or a LoRA adapter.")],
     text: Annotated[
         list[Path],
