@@ -129,7 +129,7 @@ def test_a_comparison_needs_a_text_that_exists(
     for arguments, sentence in [
         ([], "Missing option '--text'"),
         (["--text", "no.txt"], "'no.txt' does not exist"),
-        (["--text", __file__, "--k", "0"], "0 is not in the range x>=1"),
+        (["--text", __file__, "--k", "0"], "Invalid value for '--k'"),
     ]:
         ended = weightgeom("compare", "a", "b", *arguments)
         assert ended.exit_code == 2 and sentence in " ".join(ended.output.split())
