@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-CONF = Path(__file__).parents[1] / "conf"
+PACKAGED = Path(__file__).with_name("conf")  # in a wheel; in a checkout the choices lie beside the packages
+CONF = PACKAGED if PACKAGED.is_dir() else PACKAGED.parents[1] / "conf"
 USER_ERRORS = (ValueError, KeyError, OSError, NotImplementedError, FloatingPointError)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)

@@ -29,6 +29,7 @@ SLOW = (
     "slurm/test_sweeps_under_slurm.py",
     "test_run.py",
     "test_own_code.py",
+    "runners/cli/test_wheel.py",
     "test_extensions.py",
     "runners/tracking/test_outages.py",
     "runners/launcher/test_local_sweeps.py",

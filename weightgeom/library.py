@@ -67,7 +67,7 @@ def measure(
     The rows are those of `after`, at step 1, one number each with its `unit` and `n`; the columns are
     `weightgeom.table.COLUMNS`. They equal, to the bit and on one device, those at step 1 of
 
-        python run.py objective=none model=pair model.before=BEFORE model.after=AFTER
+        weightgeom run objective=none model=pair model.before=BEFORE model.after=AFTER
             data=text data.train=... data.heldout=FILE probe=[rsf] probe.rsf.k=16
 
     where the documents of FILE are `texts`; without `data.heldout` those are every tenth document of
@@ -106,7 +106,7 @@ def measure(
         if not measured:
             raise ValueError(
                 f"the probe {name} has no rows for two checkpoints alone: it needs an objective, which"
-                " `python run.py objective=...` has"
+                " `weightgeom run objective=...` has"
             )
         rows += ({"step": 1, **row} for row in measured)
     return tabulate(rows)
@@ -326,7 +326,7 @@ def _check(name: str, probe: Probe, k: int | Sequence[int] | None, setting: Sett
             probe.check_examples(setting.examples)
         except ValueError as error:
             raise ValueError(
-                f"the probe {name} needs more than texts ({first_line(error)}): use `python run.py`"
+                f"the probe {name} needs more than texts ({first_line(error)}): use `weightgeom run`"
             ) from error
     if settings.keys() >= {"k", "length", "tokens"}:
         largest = dimensions(settings["k"], d)[-1]

@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def _command(name: str, sweep: Sweep) -> str:
-    return shlex.join(["python", "-m", "runners.launcher", name, str(sweep.directory)])
+    return shlex.join(["weightgeom", "sweep", name, str(sweep.directory)])
 
 
 def launch(

@@ -49,7 +49,7 @@ def test_a_detached_sweep_returns_at_once_and_is_found_again(cluster, place, no_
     sweep = directory(ended)
     job = base(sweep)
     assert all(f"#{number}  {job}_{number}  seed={number}" in ended.out for number in range(4))
-    assert f"python -m runners.launcher wait {sweep}" in ended.out
+    assert f"weightgeom sweep wait {sweep}" in ended.out
     assert seconds < 5 * slowness()
     with place.popen("wait", sweep, "--poll", "0.3") as waiting:
         most = 0
