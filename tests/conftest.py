@@ -41,6 +41,7 @@ SLOW = (
     "runners/tracking/test_publisher.py",
     "runners/report/test_report.py",
     "test_bad_input.py",
+    "test_readme.py",
     "test_library_and_pair.py",
     "test_tools.py",
     "bases/test_hub.py",

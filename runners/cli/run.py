@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 VERBOSE = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 HELP = {"--help", "-h"}
+MULTIRUN = {"--multirun", "-m"}
 USAGE = """\
 usage: weightgeom run [GROUP=CHOICE ...] [KEY=VALUE ...] [-m]
 
@@ -91,7 +92,8 @@ def main(arguments: "Sequence[str]") -> None:
 
     Any error is printed as one sentence, and the exit code is not zero.
     """
-    sys.argv[1:] = [EARLIER.sub(r"\1objective.train_on=", argument) for argument in arguments]
+    named = [EARLIER.sub(r"\1objective.train_on=", argument) for argument in arguments]
+    sys.argv[1:] = sorted(named, key=MULTIRUN.__contains__)  # last: Hydra refuses overrides behind a flag
     share_processors()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
     logging.raiseExceptions = VERBOSE  # a full disk is reported once, not again for every log line
