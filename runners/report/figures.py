@@ -120,7 +120,7 @@ def _asymmetry(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]
     ratios = found.rows[found.rows["table"] == found.names[ASYMMETRY]]
     for number, (setting, part) in enumerate(ratios.groupby("setting", sort=False)):
         end = part[part["step"] == part.groupby("run_id")["step"].transform("max")].copy()
-        end["k"] = end["k"].astype("Int64").astype("float")  # a missing one is no group
+        end["k"] = end["k"].astype("float")  # a missing one is no group
         keys = ["layer", "matrix", "head", "expert", "role", "subspace", "k", "quantity"]
         grouped = end[end["k"].notna()].groupby(keys, sort=False, dropna=False)
         mean = grouped["value"].mean().reset_index().assign(step=0)
