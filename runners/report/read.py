@@ -101,7 +101,8 @@ def read(names: Sequence[str], tracking_uri: str) -> Study:
             f" version of MLflow? ({one_line(error)[:200]})"
         ) from error
     others = tuple((str(run.info.run_name), run.info.status) for run in every if run not in finished)
-    every_row = pd.concat(rows, ignore_index=True)
+    # The rows of a run without tables have no types, and would take those of the others away.
+    every_row = pd.concat([part for part in rows if len(part)] or rows, ignore_index=True)
     return Study(tuple(names), shown, runs, every_row, others, declarations)
 
 
