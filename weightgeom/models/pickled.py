@@ -2,7 +2,6 @@
 
 import json
 import logging
-import pickle
 import shutil
 from pathlib import Path
 
@@ -10,17 +9,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from weightgeom.models.json_files import is_lfs_pointer
 from weightgeom.models.weights import BUFFER
 from weightgeom.text.files import first_line
 
 log = logging.getLogger(__name__)
-PICKLES = "pytorch_model*.bin"
+PICKLES = ("pytorch_model*.bin", "adapter_model*.bin")
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # what belongs to a checkpoint beside its weights
 
 
 def is_pickled(directory: Path) -> bool:
     """Whether a checkpoint has pickled weights and no others."""
-    return any(directory.glob(PICKLES)) and not any(directory.glob("*.safetensors"))
+    return bool(pickles(directory)) and not any(directory.glob("*.safetensors"))
+
+
+def pickles(directory: Path) -> list[Path]:
+    """The files with pickled weights."""
+    return sorted(path for pattern in PICKLES for path in directory.glob(pattern))
 
 
 def convert(source: Path, target: Path) -> None:
@@ -33,14 +38,14 @@ def convert(source: Path, target: Path) -> None:
         ValueError: if a file is truncated, corrupt, or holds more than tensors.
     """
     files: dict[str, str] = {}
-    pickles = sorted(source.glob(PICKLES))
-    for path in pickles:
+    paths = pickles(source)
+    for path in paths:
         name = path.with_suffix(".safetensors").name.replace("pytorch_model", "model", 1)
         tensors = {key: one for key, one in _unpickled(path).items() if not BUFFER.search(key)}
         save_file({key: one.clone() for key, one in tensors.items()}, target / name)  # apart, even where tied
         files |= dict.fromkeys(tensors, name)
         log.info("%s is written as safetensors", path)
-    if len(pickles) > 1:
+    if len(paths) > 1:
         index = {"metadata": {}, "weight_map": files}
         (target / "model.safetensors.index.json").write_text(json.dumps(index))
     for path in (one for pattern in BESIDE for one in source.glob(pattern)):
@@ -49,10 +54,18 @@ def convert(source: Path, target: Path) -> None:
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
+    if is_lfs_pointer(path):
+        raise ValueError(f"{path} is a pointer of git-lfs, not the file: run git lfs pull in {path.parent}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle's, zip's and torch's errors share no base class
         raise ValueError(
             f"{path} cannot be read as tensors alone ({first_line(error)}): download it again, or ask its"
             " makers for safetensors"
         ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(
+            f"{path} holds more than a state dict of tensors: save network.state_dict() alone, or give the"
+            " directory of network.save_pretrained(DIRECTORY)"
+        )
+    return tensors
