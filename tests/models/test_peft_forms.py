@@ -35,7 +35,7 @@ def adapted(home: Path, tied: bool, rows: int = 0, **config: Any) -> tuple[Path,
         network.resize_token_embeddings(len(llamas.TOKENIZER) + rows)
     model = get_peft_model(network, LoraConfig(r=3, lora_alpha=8, **({"target_modules": ALL} | config)))
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(home / "adapter")
@@ -101,7 +101,7 @@ def test_of_resized_embeddings_the_shared_rows_are_taken(
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
 def test_prefixes_and_names_of_the_adapter_in_its_keys_are_passed_over(prefix: str, tmp_path: Path):
-    base, adapter, model = adapted(tmp_path, False, modules_to_save=["lm_head"])
+    base, adapter, _ = adapted(tmp_path, False, modules_to_save=["lm_head"])
     expected = dict(opened(base, adapter))
     path = adapter / "adapter_model.safetensors"
     weights = {

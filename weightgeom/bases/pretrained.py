@@ -44,9 +44,9 @@ class Pretrained:
 
     Several `revisions`, in their order, or a directory with a trainer's `checkpoint-100`, `checkpoint-200`,
     ..., by number, form a trajectory: updates count from the first one on, and an objective starts from the
-    last one. Revisions stand at the steps in their names if these rise and all else in the names is alike, and
-    otherwise at 0, 1, 2, .... `from_random` marks the first one as a random initialisation; by default it is
-    one if its name says step 0.
+    last one. Revisions stand at the steps in their names if these rise and all else in the names is alike,
+    and otherwise at 0, 1, 2, .... `from_random` marks the first one as a random initialisation; by default it
+    is one if its name says step 0.
 
     `allow_bin` also accepts pickled weights, which are converted once; `trust_remote_code` allows the
     repository's own code to run.
@@ -110,7 +110,7 @@ class Pretrained:
         Raises:
             ValueError: if a hub name has no revision.
         """
-        name = self.name.format(size=self.size, stage=self.stage)
+        name = self.name.replace("{size}", self.size).replace("{stage}", self.stage)
         path = Path(name).expanduser()
         if path.is_dir():
             inside = {directory: _step(directory.name) for directory in path.glob("checkpoint-*")}
@@ -236,6 +236,7 @@ def outline_of(locations: dict[int, str], step: int, allow_bin: bool, code: bool
         tokenizer = load_tokenizer(directory)
     except (FileNotFoundError, ValueError):  # not downloaded yet
         tokenizer = None
+    load_architecture(directory)  # refuses what a run would refuse
     return Outline(load_config(directory), locations, None, tokenizer, allow_bin, code)
 
 

@@ -354,7 +354,7 @@ def _weights(directory: Path) -> safe_open:
     if (directory / WEIGHTS).is_file():
         return opened(directory / WEIGHTS)
     pickled = sorted(path.name for path in directory.glob("adapter_model*.bin"))
-    wanted = "safetensors is required, so save it again, or add model.allow_bin=true"
+    wanted = "safetensors is required, so save it again, or add ++model.allow_bin=true"
     raise FileNotFoundError(
         f"no {WEIGHTS} in {directory}{f', only {pickled[0]}: {wanted}' if pickled else ''}"
     )

@@ -38,7 +38,10 @@ def load(directory: Path, device: str) -> LanguageModel:
     """
     architecture = load_architecture(directory)
     stored = open_params(directory, architecture)
-    network = _without_weights(load_config(directory), torch.device(device))
+    try:
+        network = _without_weights(load_config(directory), torch.device(device))
+    except Exception as error:  # sizes that do not go together raise whatever the network makes of them
+        raise ValueError(f"{directory / 'config.json'} cannot be used: {first_line(error)}") from error
     names = set(stacked(stored, architecture.stacks))
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     check_complete(directory, shapes.keys() - names)
@@ -156,7 +159,10 @@ def load_architecture(directory: Path) -> Architecture:
     """
     config = load_config(directory)
     check_not_quantised(str(directory), json_object(directory / "config.json"), {})
-    return architecture_of(config)
+    try:
+        return architecture_of(config)
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{directory / 'config.json'} cannot be used: {first_line(error)}") from error
 
 
 def load_config(directory: Path) -> "PreTrainedConfig":
@@ -183,7 +189,7 @@ def load_config(directory: Path) -> "PreTrainedConfig":
             ) from error
         raise ValueError(f"{path} cannot be used: {first_line(error)}") from error
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < 2**31:
             raise ValueError(f"{path} cannot be used: {name} must be a positive whole number, got {size!r}")
     return config
 
@@ -234,13 +240,16 @@ def load_network(directory: Path) -> "PreTrainedModel":
     ):  # transformers would not find, or adapt, the weights
         weights = {name: stored[name].clone() for name in stored}
         return load(directory, "cpu").with_weights(weights).requires_grad_(True)
-    network, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-        directory,
-        dtype=torch.float32,
-        use_safetensors=True,
-        trust_remote_code=trusted(directory),
-        output_loading_info=True,
-    )
+    try:
+        network, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            directory,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trusted(directory),
+            output_loading_info=True,
+        )
+    except Exception as error:  # of any of its JSON files, and of sizes that do not go together
+        raise ValueError(f"{directory} cannot be loaded: {first_line(error)}") from error
     check_complete(directory, info["missing_keys"])
     return network
 

@@ -234,7 +234,7 @@ def _hint(directory: Path) -> str:
         return f", only an adapter: compare it with its base by model=pair model.after={directory}"
     names = sorted(path.name for path in directory.iterdir() if path.suffix in OTHER_FORMATS)
     if pickled := [name for name in names if PICKLED.fullmatch(name)]:
-        wanted = "safetensors is required, so save it again, or add model.allow_bin=true"
+        wanted = "safetensors is required, so save it again, or add ++model.allow_bin=true"
         return f", only {pickled[0]}: {wanted}"
     if other := [name for name in names if not OF_A_TRAINER.fullmatch(name)]:
         return f", only {other[0]}: {as_checkpoint(directory / other[0])}"
