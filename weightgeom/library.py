@@ -101,7 +101,8 @@ def measure(
     model = _model([start, end], tokenizer, config, device)
     base = _weights(start, model, examples)
     moved = end.params(model.architecture, base)
-    difference(moved, base, model.architecture)
+    if not end.is_adapter:  # which fits, and would be multiplied out
+        difference(moved, base, model.architecture)
     if end.directory is not None and end.is_adapter and isinstance(before, (str, Path)):
         warn_of_other_base(end.directory, str(before))
     if start.directory is not None and end.directory is not None:

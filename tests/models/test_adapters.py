@@ -261,7 +261,7 @@ def test_an_adapter_of_another_library_is_refused(llama):
 @pytest.mark.parametrize(
     "patterns, message",
     [
-        ({"(a|a?)+" * 20 + "x": 3}, "takes too long to match"),
+        ({"(a|aa)+[xy]": 3}, "takes too long to match"),
         ({"(": 3}, r"has an alpha_pattern that is no regular expression: '\('"),
         ({"q_proj": "much"}, "has an alpha that is no number: 'much'"),
         ([1], r"has an alpha_pattern that is no mapping: \[1\]"),

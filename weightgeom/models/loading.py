@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Collection, Mapping
+from filecmp import cmp
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,6 +125,9 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", rows: int) -> None:
 
 def warn_of_other_vocabulary(before: Path, after: Path) -> None:
     """Say so in the log if two checkpoints have tokenizers that give other numbers to tokens."""
+    files = [directory / "tokenizer.json" for directory in (before, after)]
+    if all(path.is_file() for path in files) and cmp(*files, shallow=False):
+        return
     try:
         first, second = (load_tokenizer(directory) for directory in (before, after))
     except (FileNotFoundError, ValueError):  # a checkpoint that only goes with another needs none
@@ -235,9 +239,8 @@ def load_network(directory: Path) -> "PreTrainedModel":
     # Opened first: it says in one sentence what is missing, truncated or corrupt.
     stored = open_params(directory, load_architecture(directory))
     assert isinstance(stored, Stored)
-    if (
-        stored.is_wrapped or (directory / CONFIG).is_file()
-    ):  # transformers would not find, or adapt, the weights
+    # Transformers would not find names with a prefix, and would look for the adapter of such a config.
+    if stored.is_wrapped or (directory / CONFIG).is_file():
         weights = {name: stored[name].clone() for name in stored}
         return load(directory, "cpu").with_weights(weights).requires_grad_(True)
     try:
