@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,7 +54,10 @@ def test_a_function_is_its_name_with_the_arguments_that_it_has() -> None:
 
 def test_a_trajectory_without_step_0_starts_at_its_first_checkpoint(tmp_path: Path) -> None:
     steps = {step: save("llama", tmp_path / f"checkpoint-{step}", seed=step) for step in (100, 200)}
-    stages: Callable[[str, str], Stage] = lambda prefix, code: no_stage
+
+    def stages(prefix: str, code: str) -> Stage:
+        return no_stage
+
     trajectory = Trajectory("revisions", steps)
     base = Base(steps[200], "base", trajectory)
     examples = small.WORLD.examples()
