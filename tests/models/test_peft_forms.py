@@ -148,4 +148,4 @@ def test_an_adapter_before_its_first_step_is_named_in_a_warning(
     model.save_pretrained(tmp_path / "adapter")
     with caplog.at_level(logging.WARNING):
         opened(base, tmp_path / "adapter")
-    assert f"{tmp_path / 'adapter'} moves no weight: all its factors lora_B are zero" in caplog.text
+    assert f"no matrix moved: all factors lora_B of {tmp_path / 'adapter'} are zero" in caplog.text

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weightgeom.models.language_model import trust
-from weightgeom.models.pickled import PICKLES, is_pickled, pickles
+from weightgeom.models.pickled import PICKLES, is_pickled
 from weightgeom.models.weights import as_checkpoint
 from weightgeom.text.files import first_line
 
@@ -42,7 +42,7 @@ def fetch(location: str, bin: bool = False, code: bool = False, weights: bool = 
     patterns = patterns_of(weights, code)
     directory = checkpoint_directory(location, patterns)
     if bin and weights and not any(directory.glob("*.safetensors")):
-        directory = checkpoint_directory(location, [*patterns, *PICKLES])
+        directory = checkpoint_directory(location, [*patterns, PICKLES])
     if code:
         trust(directory)
     return directory
@@ -143,14 +143,12 @@ def checkpoint_files(location: str, allow_bin: bool = False, code: bool = False)
         return _on_disk(location, fetch(location, allow_bin, code))  # offline, so only from the cache
     patterns = patterns_of(code=code)
     if allow_bin and not any(fnmatch(name, "*.safetensors") for name, _, _ in listed):
-        patterns += PICKLES
+        patterns.append(PICKLES)
     needed = [file for file in listed if _taken(file[0], patterns)]
     blobs = _blobs(location.partition("@")[0])
     cached = [size for _, size, blob in needed if (blobs / blob).is_file()]
     weights = sum(
-        size
-        for name, size, _ in needed
-        if any(fnmatch(name, pattern) for pattern in ("*.safetensors", *PICKLES))
+        size for name, size, _ in needed if fnmatch(name, "*.safetensors") or fnmatch(name, PICKLES)
     )
     return CheckpointFiles(
         location, len(needed), sum(size for _, size, _ in needed), len(cached), sum(cached), weights
@@ -196,7 +194,7 @@ def _blobs(name: str) -> Path:
 def _on_disk(location: str, directory: Path) -> CheckpointFiles:
     sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
     weights = {name: size for name, size in sizes.items() if name.endswith(".safetensors")}
-    weights = weights or {path.name: sizes[path.name] for path in pickles(directory)}
+    weights = weights or {name: size for name, size in sizes.items() if fnmatch(name, PICKLES)}
     if not weights:
         raise FileNotFoundError(f"no weights of {location} in {directory}: give a checkpoint with weights")
     taken = weights | {name: size for name, size in sizes.items() if _taken(name, patterns_of())}

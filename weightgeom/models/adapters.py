@@ -294,7 +294,7 @@ def _with_rows(
 @cache  # once for each adapter
 def _note_at_its_start(directory: str) -> None:
     log.warning(
-        "%s moves no weight: all its factors lora_B are zero, as before the first step of a training",
+        "no matrix moved: all factors lora_B of %s are zero, as before the first step of a training",
         directory,
     )
 

@@ -189,7 +189,7 @@ def load_config(directory: Path) -> "PreTrainedConfig":
     except Exception as error:  # wrong values raise whatever the config's code makes of them
         if not trust and "trust_remote_code" in str(error):
             raise ValueError(
-                f"{path} needs code of its own: read it, and add model.trust_remote_code=true to let it run"
+                f"{path} needs code of its own: read it, and add ++model.trust_remote_code=true to let it run"
             ) from error
         raise ValueError(f"{path} cannot be used: {first_line(error)}") from error
     for name, size in sizes.items():

@@ -14,18 +14,13 @@ from weightgeom.models.weights import BUFFER
 from weightgeom.text.files import first_line
 
 log = logging.getLogger(__name__)
-PICKLES = ("pytorch_model*.bin", "adapter_model*.bin")
+PICKLES = "[ap][dy]*_model*.bin"  # pytorch_model.bin, its shards, and adapter_model.bin
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # what belongs to a checkpoint beside its weights
 
 
 def is_pickled(directory: Path) -> bool:
     """Whether a checkpoint has pickled weights and no others."""
-    return bool(pickles(directory)) and not any(directory.glob("*.safetensors"))
-
-
-def pickles(directory: Path) -> list[Path]:
-    """The files with pickled weights."""
-    return sorted(path for pattern in PICKLES for path in directory.glob(pattern))
+    return any(directory.glob(PICKLES)) and not any(directory.glob("*.safetensors"))
 
 
 def convert(source: Path, target: Path) -> None:
@@ -38,14 +33,15 @@ def convert(source: Path, target: Path) -> None:
         ValueError: if a file is truncated, corrupt, or holds more than tensors.
     """
     files: dict[str, str] = {}
-    paths = pickles(source)
-    for path in paths:
+    pickles = sorted(source.glob(PICKLES))
+    for path in pickles:
         name = path.with_suffix(".safetensors").name.replace("pytorch_model", "model", 1)
         tensors = {key: one for key, one in _unpickled(path).items() if not BUFFER.search(key)}
-        save_file({key: one.clone() for key, one in tensors.items()}, target / name)  # apart, even where tied
+        apart = {key: one.clone(memory_format=torch.contiguous_format) for key, one in tensors.items()}
+        save_file(apart, target / name)  # even where two names share their memory
         files |= dict.fromkeys(tensors, name)
         log.info("%s is written as safetensors", path)
-    if len(paths) > 1:
+    if len(pickles) > 1:
         index = {"metadata": {}, "weight_map": files}
         (target / "model.safetensors.index.json").write_text(json.dumps(index))
     for path in (one for pattern in BESIDE for one in source.glob(pattern)):
