@@ -87,7 +87,9 @@ class Pretrained:
         directories = [
             fetch(location, weights=False, code=self.trust_remote_code) for location in locations.values()
         ]
-        if adapters := [directory for directory in directories if is_adapter(directory)]:
+        # A merged model may keep its adapter's config; before its weights are here, its own tells it apart.
+        bare = (directory for directory in directories if not (directory / "config.json").is_file())
+        if adapters := [directory for directory in bare if is_adapter(directory)]:
             raise ValueError(
                 f"{adapters[-1]} is an adapter without weights of its own: compare it with its base,"
                 f" {as_pair(adapters[-1])}"
