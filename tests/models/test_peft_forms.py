@@ -124,6 +124,15 @@ def test_an_adapter_of_a_text_model_within_another_finds_its_matrices(tmp_path: 
     assert_close(dict(opened(base, adapter)), expected, rtol=0, atol=0)
 
 
+def test_factors_of_two_adapters_in_one_file_are_refused(tmp_path: Path):
+    base, adapter, _ = adapted(tmp_path, False)
+    path = adapter / "adapter_model.safetensors"
+    plain = load_file(path)
+    save_file(plain | {key.replace(".weight", ".style.weight"): one + 1 for key, one in plain.items()}, path)
+    with pytest.raises(ValueError, match=r"holds factors of more than one adapter for model\.layers"):
+        opened(base, adapter)
+
+
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (96,)])
 def test_factors_that_were_not_gathered_are_refused(shape: tuple[int, ...], tmp_path: Path):
     base, adapter, _ = adapted(tmp_path, False)

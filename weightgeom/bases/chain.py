@@ -80,7 +80,8 @@ class Chain:
         }
         for name, directory in directories.items():
             check_here(self.locations()[name], directory, self.allow_bin)
-        check_tokenizer(directories[self.tokenizer or next(iter(directories))], only_if_there=True)
+        for name in [self.tokenizer] if self.tokenizer else list(directories)[:-1]:
+            check_tokenizer(directories[name], only_if_there=True)
         first, *others = maps
         for name in others:
             if maps[name] != maps[first]:

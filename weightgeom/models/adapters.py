@@ -226,6 +226,11 @@ def _content(
         if factor:
             # W of an embedding has the tokens as rows, so that its update is (B A)ᵀ.
             part = {"A": "B", "B": "A"}[factor[3]] if factor[2] else factor[3]
+            if part in content.factors.get(name, {}):
+                raise ValueError(
+                    f"{directory / WEIGHTS} holds factors of more than one adapter for {name}: save each in a"
+                    " directory of its own, with PEFT's save_pretrained"
+                )
             content.factors.setdefault(name, {})[part] = tensor.T if factor[2] else tensor
             content.modules[name] = module
             continue
@@ -345,6 +350,8 @@ def _config(directory: Path) -> dict[str, Any]:
     used = [f"{knob}={short(config[knob])}" for knob in VARIANTS if config.get(knob)]
     used += [f"bias={short(bias)}"] if bias != "none" else []
     used += [f"init_lora_weights={short(initial)}"] if initial not in INITIALISATIONS else []
+    if not isinstance(config.get("use_rslora"), bool | None):
+        raise ValueError(f"{path} has a use_rslora that is no boolean: {short(config['use_rslora'])}")
     if used:
         raise ValueError(f"{directory} is not a plain LoRA adapter ({', '.join(used)}): {merge}")
     return config
