@@ -33,12 +33,13 @@ def adapted(home: Path, tied: bool, rows: int = 0, **config: Any) -> tuple[Path,
     network = LlamaForCausalLM.from_pretrained(base)
     if rows:
         network.resize_token_embeddings(len(llamas.TOKENIZER) + rows)
-    model = get_peft_model(network, LoraConfig(r=3, lora_alpha=8, **({"target_modules": ALL} | config)))
+    options: dict[str, Any] = {"target_modules": ALL} | config
+    model = get_peft_model(network, LoraConfig(r=3, lora_alpha=8, **options))
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(home / "adapter")
+    model.save_pretrained(str(home / "adapter"))
     llamas.TOKENIZER.save_pretrained(home / "adapter")
     return base, home / "adapter", model.eval()
 
@@ -154,7 +155,7 @@ def test_an_adapter_before_its_first_step_is_named_in_a_warning(
 ):
     base = llamas.saved(llamas.llama(0), tmp_path / "base")
     model = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=ALL))
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(str(tmp_path / "adapter"))
     with caplog.at_level(logging.WARNING):
         opened(base, tmp_path / "adapter")
     assert f"no matrix moved: all factors lora_B of {tmp_path / 'adapter'} are zero" in caplog.text

@@ -79,7 +79,7 @@ class Chain:
             name: replace(load_architecture(directory), tied=True) for name, directory in directories.items()
         }
         for name, directory in directories.items():
-            check_here(self.locations()[name], directory, self.allow_bin)
+            check_here(self.locations()[name], directory)
         for name in [self.tokenizer] if self.tokenizer else list(directories)[:-1]:
             check_tokenizer(directories[name], only_if_there=True)
         first, *others = maps

@@ -103,7 +103,7 @@ class Pretrained:
         check_length(longest or 0, load_context(directories[-1]))
         check_tokenizer(directories[-1], only_if_there=True)
         for location, directory in zip(locations.values(), directories, strict=True):
-            check_here(location, directory, self.allow_bin)
+            check_here(location, directory)
         return architectures[-1]
 
     def locations(self) -> dict[int, str]:
@@ -274,9 +274,9 @@ def with_safetensors(directory: Path, allow_bin: bool, stage: Stage) -> Path:
     return stage("converted", specification, lambda target, log: convert(directory, target), 1)
 
 
-def check_here(location: str, directory: Path, allow_bin: bool) -> None:
+def check_here(location: str, directory: Path) -> None:
     """Refuse weights that cannot be read, by the headers of their files, if they are on this disk."""
-    if Path(location).expanduser().is_dir() and not (allow_bin and is_pickled(directory)):
+    if Path(location).expanduser().is_dir() and any(directory.glob("*.safetensors")):
         open_params(directory, load_architecture(directory))
 
 

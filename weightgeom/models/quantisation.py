@@ -6,6 +6,7 @@ from typing import Any
 
 CONFIGS = ("quantization_config", "compression_config", "quantization")
 CODES = re.compile(r"(?:torch\.)?(?:u?int|U|I)(?:1|2|4|8|16|32)|(?:torch\.)?float(?:4|6|8)_\w+|F[468]\w*")
+WHOLE_NUMBERS = re.compile(r"(?:torch\.)?(?:u?int64|bool)|U64|I64|BOOL")
 # Scales, zero points and codes, as bitsandbytes, GPTQ, AWQ, MLX, compressed-tensors, fp8, ModelOpt, MXFP4,
 # HQQ, Quanto, torchao, AQLM, EETQ and EXL store them beside a weight or in its place.
 COMPANION = re.compile(
@@ -31,13 +32,18 @@ def check_not_quantised(
     if how is None:
         how = next((f"it holds {name}" for name in tensors if COMPANION.search(name)), None)
     if how is None:
-        codes = ((name, dtype) for name, (dtype, axes) in tensors.items() if axes and CODES.fullmatch(dtype))
-        how = next((f"{name} is of dtype {dtype}" for name, dtype in codes), None)
+        codes = (name for name, (dtype, axes) in tensors.items() if axes and _is_code(name, dtype))
+        how = next((f"{name} is of dtype {tensors[name][0]}" for name in codes), None)
     if how is not None:
         raise ValueError(
             f"{where} is quantised ({how}), so its tensors are not its weights: give the checkpoint that"
             " it was made from, in float32, float16 or bfloat16"
         )
+
+
+def _is_code(name: str, dtype: str) -> bool:
+    whole = WHOLE_NUMBERS.fullmatch(dtype) is not None and name.endswith("weight")  # not of positions, masks
+    return whole or CODES.fullmatch(dtype) is not None
 
 
 def _method(config: Mapping[str, Any]) -> str | None:
