@@ -84,3 +84,5 @@ def test_tensors_of_plain_checkpoints_are_let_through():
     names = ("model.embed_tokens.weight", "attn.bias", "block_scale.weight", "layer_scalar", "embed_scale")
     check_not_quantised("here", {"quantization_config": None}, {name: ("BF16", 2) for name in names})
     check_not_quantised("here", {}, {"vision.position_ids": ("I64", 2), "mask": ("BOOL", 4)})
+    for dtype in ("F64", "F32", "F16", "torch.float64", "torch.float32", "torch.bfloat16", "float64"):
+        check_not_quantised("here", {}, {"q.weight": (dtype, 2)})

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 CONFIGS = ("quantization_config", "compression_config", "quantization")
-CODES = re.compile(r"(?:torch\.)?(?:u?int|U|I)(?:1|2|4|8|16|32)|(?:torch\.)?float(?:4|6|8)_\w+|F[468]\w*")
+CODES = re.compile(r"(?:torch\.)?(?:u?int|U|I)(?:1|2|4|8|16|32)|(?:torch\.)?float(?:4|6|8)_\w+|F4|F[468]_\w+")
 WHOLE_NUMBERS = re.compile(r"(?:torch\.)?(?:u?int64|bool)|U64|I64|BOOL")
 # Scales, zero points and codes, as bitsandbytes, GPTQ, AWQ, MLX, compressed-tensors, fp8, ModelOpt, MXFP4,
 # HQQ, Quanto, torchao, AQLM, EETQ and EXL store them beside a weight or in its place.
