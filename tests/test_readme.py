@@ -27,6 +27,7 @@ SMALLER = {
     "data=preferences data.train=pairs.jsonl objective=dpo": [*TINY, *SHORT, *NO_PROBE],
     "compare A B": ["device=cpu", "probe.rsf.tokens=256"],
     "model=chain/own": PROBE,
+    "model.name=DIR": PROBE,
     "model=pythia": [*SHORT, *NO_PROBE],
     "objective=ce,dpo seed=0,1 -m": [*TINY, *WORLD, *SHORT, *NO_PROBE, "objective=dpo", "seed=0"],
     "hydra/launcher=slurm": [*TINY, *WORLD, *SHORT, *NO_PROBE, "plan=true"],  # tests/slurm starts such sweeps
@@ -70,6 +71,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     for seed, name in enumerate("ABC"):
         save("llama", place / name, seed)
+    for step in (100, 200):
+        save("gpt_neox", place / f"DIR/checkpoint-{step}", step)
     return place
 
 
