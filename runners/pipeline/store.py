@@ -1,4 +1,4 @@
-"""Stages on disk: `outputs/<name>/<signature>/` is complete if DONE lists its files and they are as listed."""
+"""Stages on disk: `outputs/<name>/<signature>/` is complete if its files are those that DONE lists."""
 
 import hashlib
 import json
@@ -125,8 +125,9 @@ def _listed(directory: Path) -> dict[str, str]:
 
 
 def _stats(directory: Path, names: Collection[str]) -> dict[str, tuple[int, int]]:
-    """Size and time of modification of files by name; those that are missing are left out."""
-    stats = {name: (directory / name).stat() for name in names if (directory / name).is_file()}
+    """Size and time of modification of DONE and of files by name; those that are missing are left out."""
+    paths = {name: directory / name for name in (*names, DONE)}
+    stats = {name: path.stat() for name, path in paths.items() if path.is_file()}
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 

@@ -20,8 +20,8 @@ from filelock import FileLock
 
 from runners.disk import write_atomically
 from runners.tracking.limits import (
-    CONTEXT_LENGTH,
     BATCH_BYTES,
+    CONTEXT_LENGTH,
     DATASET_DIGEST_LENGTH,
     DATASET_NAME_LENGTH,
     DATASET_SOURCE_LENGTH,
@@ -40,6 +40,7 @@ from runners.tracking.stores import LOCK_PATIENCE, check_tracking_uri, open_stor
 from weightgeom.interruption import Interrupted
 
 log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Published:
@@ -190,22 +191,26 @@ class Publication:
             return False
         with self._lock():
             before = Published.load(self.directory) or self.empty
-            ended = self.record.status()["status"]
-            parts = [self._description, self._metrics]
-            parts += [self._status] if ended != "FINISHED" else []
-            parts += [self._artifacts] if artifacts else []
-            parts += [self._status]  # FINISHED only once everything is published
+            artifacts_too = [self._artifacts] if artifacts else []
             refusals: list[Exception] = []
-            for part in parts:
+            # FINISHED only once everything is published.
+            for part in (self._description, self._metrics, self._other_end, *artifacts_too, self._status):
                 try:
                     part(Published.load(self.directory) or self.empty)
                 except Exception as error:
-                    if ended in ("SCHEDULED", "RUNNING") or not _is_refusal(error):
+                    if not self._has_ended or not _is_refusal(error):
                         raise
                     refusals.append(error)
             if refusals:
                 raise refusals[0]
             return (Published.load(self.directory) or self.empty) != before
+
+    @property
+    def _has_ended(self) -> bool:
+        return self.record.status()["status"] not in ("SCHEDULED", "RUNNING")
+
+    def _other_end(self, published: Published) -> Published:
+        return published if self.record.status()["status"] == "FINISHED" else self._status(published)
 
     def _lock(self) -> FileLock:
         return FileLock(self.directory / "published.lock", timeout=LOCK_PATIENCE)

@@ -18,49 +18,63 @@ _SECRET_ENDS = ("password", "passwords", "passwd", "passphrase")  # PGPASSWORD i
 _SECRET_KEYS = {"api", "access", "private", "account", "encryption", "signing", "subscription"}  # key
 # Names of tokens of language models, which are not secret: `pad_token`, `next_token`.
 _PLAIN_TOKENS = set("pad eos bos unk sep cls mask special first last next per each new".split())
-_ACCOUNTS = set("db database my mysql pg postgres sql redis mongo smtp ftp mail email user admin root".split())
+_ACCOUNTS = set(
+    "db database my mysql pg postgres sql redis mongo smtp ftp mail email user admin root".split()
+)
 _PLACES = {"file", "path", "dir", "directory", "yaml", "yml", "txt", "py", "length"}
 
 # Each rule starts where no longer word could: tried at every place within a word, it would take quadratic
 # time. Repetitions are possessive (++) or bounded for the same reason.
-_BETWEEN = r"\\?[\"']?[ \t]{0,8}(?::[ \t]{0,8}(?:str|bytes|SecretStr|str \| None)[ \t]{0,8}=|[:=]{1,2}>?)[ \t]{0,8}"
+_BETWEEN = (
+    r"\\?[\"']?[ \t]{0,8}(?::[ \t]{0,8}(?:str|bytes|SecretStr|str \| None)[ \t]{0,8}=|[:=]{1,2}>?)[ \t]{0,8}"
+)
 _NAMED = re.compile(  # words without a separator are passed over within one match, and so is the last one
     rf"(?:[\w.\-]++(?!{_BETWEEN})|[^\w.\-]++)*+(?:(?P<name>[\w.\-]++)(?P<between>{_BETWEEN})|\Z)"
 )
-_VALUE = re.compile(r"\\?\"(?:[^\"\\\n]|\\[^\"\n])*+\\?\"|\\?'(?:[^'\\\n]|\\[^'\n])*+\\?'|[^\s\"'&][^\s\"'&]*+")
+_VALUE = re.compile(
+    r"\\?\"(?:[^\"\\\n]|\\[^\"\n])*+\\?\"|\\?'(?:[^'\\\n]|\\[^'\n])*+\\?'|[^\s\"'&][^\s\"'&]*+"
+)
 _CALL = re.compile(r"[A-Za-z_][\w.]*+[(\[]")  # `token = next(tokens)` in a diff
-_OPTION = re.compile(r"--(?P<name>[A-Za-z][\w\-]*+)[ \t]++(?!-)(?=\S)")
+_OPTION = re.compile(r"(?<![^\s\"'])--(?P<name>[A-Za-z][\w\-]*+)[ \t]++(?!-)(?=\S)")
 _BEGIN_KEY = re.compile(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,10}-----")
 _KEY_BODY = re.compile(r"[A-Za-z0-9+/=\s\\]*+")
 _USER = re.compile(r"[^\s\"'<>`/]*+")
 _PASSWORD = re.compile(r"[^\s\"'<>`/:@]*+:(?!\d+[/?#])[^\s\"'<>`]*+")
 _HOST = re.compile(r"[\w\-]+[.:/]|localhost|$")
 
+_AUTHORIZATION = re.compile(
+    r"(?i)(authorization\\?[\"']?\s{0,4}[:=]\s{0,4}\\?[\"']?"
+    r"(?:(?:basic|bearer|token|digest|negotiate)[ \t]{1,4})?)(?=[^\s\"'\\]{6})[^\s\"'\\]++"
+)
+_BEARER = re.compile(r"(?i)((?<!\w)bearer )[\w.\-~+/=]{16,}+")
+_COOKIE = re.compile(r"((?<!\w)(?:[Ss]et-)?[Cc]ookie\\?[\"']?: {0,4})[^\s\"'\\][^\n\"'\\]*+")
+_QUERY = re.compile(
+    r"(?i)([?&](?:x-amz-|x-goog-)?(?:sig|signature|security-token|credential|key|code)=)[^&\s\"'\\]++"
+)
+_LOGIN = re.compile(r"((?<!\S)(?:-u|--user)[ =][^\s:=/]{1,100}+:)(?=\S)[^\s\"']++")
+_JWT = re.compile(r"(?<![\w\-])eyJ[\w\-]{8,}+\.[\w\-]{8,}+(?:\.[\w\-]*+){0,3}")
+_TOKENS = re.compile(
+    r"(?<![A-Za-z0-9])(?=[hgxArsynpS])(?:hf_[A-Za-z0-9]{30,}+|gh[oprsu]_[A-Za-z0-9]{30,}+"
+    r"|github_pat_\w{22,}+|gl(?:pat|ptt|dt|rt|cbt|ft|imt|agent|oas|soat)-[\w\-]{14,}+"
+    r"|xox[a-z]-[A-Za-z0-9\-]{10,}+|xapp-[\w\-]{20,}+|AIza[\w\-]{30,}+"
+    r"|(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])|(?<!-)sk-(?:[a-z0-9]{1,20}-){0,4}(?=\w{0,40}\d)\w{20,}+[\w\-]*+"
+    r"|[rs]k_(?:live|test)_\w{16,}+|ya29\.[\w\-]{20,}+|npm_[A-Za-z0-9]{30,}+|pypi-[\w\-]{50,}+"
+    r"|SG\.[\w\-]{16,}+\.[\w\-]{16,}+|AGE-SECRET-KEY-1[A-Z0-9]{20,}+)"
+)
+_SHAPES = (
+    *("hf_", "gh", "github_pat_", "gl", "xox", "xapp-", "AIza", "AKIA", "ASIA", "sk-", "sk_", "rk_"),
+    *("ya29.", "npm_", "pypi-", "SG.", "AGE-SECRET-KEY-"),
+)
 # What makes it worthwhile to try a rule, the rule, and what takes the secret's place.
 _RULES = [
-    (("uthorization", "UTHORIZATION"), re.compile(
-        r"(?i)(authorization\\?[\"']?\s{0,4}[:=]\s{0,4}\\?[\"']?(?:(?:basic|bearer|token|digest|negotiate)[ \t]{1,4})?)"
-        r"(?=[^\s\"'\\]{6})[^\s\"'\\]++"), rf"\1{MASK}"),
-    (("earer ", "EARER "), re.compile(r"(?i)((?<!\w)bearer )[\w.\-~+/=]{16,}+"), rf"\1{MASK}"),
-    (("ookie",), re.compile(r"((?<!\w)(?:[Ss]et-)?[Cc]ookie\\?[\"']?: {0,4})[^\s\"'\\][^\n\"'\\]*+"), rf"\1{MASK}"),
-    (("=",), re.compile(
-        r"(?i)([?&](?:x-amz-|x-goog-)?(?:sig|signature|security-token|credential|key|code)=)[^&\s\"'\\]++"), rf"\1{MASK}"),
-    (("-u", "--user"), re.compile(r"((?<!\S)(?:-u|--user)[ =][^\s:=/]{1,100}+:)(?=\S)[^\s\"']++"), rf"\1{MASK}"),
-    (("eyJ",), re.compile(r"(?<![\w\-])eyJ[\w\-]{8,}+\.[\w\-]{8,}+(?:\.[\w\-]*+){0,3}"), MASK),
-    (
-        ("hf_", "gh", "github_pat_", "gl", "xo", "xapp-", "AIza", "AKIA", "ASIA", "sk-", "sk_", "rk_",
-         "ya29.", "npm_", "pypi-", "SG.", "AGE-SECRET-KEY-"),
-        re.compile(
-            r"(?<![A-Za-z0-9])(?=[hgxArsynpS])(?:hf_[A-Za-z0-9]{30,}+|gh[oprsu]_[A-Za-z0-9]{30,}+"
-            r"|github_pat_\w{22,}+|gl[a-z]{2,6}-[\w\-]{14,}+|xo[a-z]{2}-[A-Za-z0-9\-]{10,}+"
-            r"|xapp-[\w\-]{20,}+|AIza[\w\-]{30,}+|(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])"
-            r"|(?<!-)sk-(?:[a-z0-9]{1,20}-){0,4}(?=\w{0,40}\d)\w{20,}+[\w\-]*+|[rs]k_(?:live|test)_\w{16,}+"
-            r"|ya29\.[\w\-]{20,}+|npm_[A-Za-z0-9]{30,}+|pypi-[\w\-]{50,}+|SG\.[\w\-]{16,}+\.[\w\-]{16,}+"
-            r"|AGE-SECRET-KEY-1[A-Z0-9]{20,}+)"
-        ),
-        MASK,
-    ),
-]  # fmt: skip
+    (("uthorization", "UTHORIZATION"), _AUTHORIZATION, rf"\1{MASK}"),
+    (("earer ", "EARER "), _BEARER, rf"\1{MASK}"),
+    (("ookie",), _COOKIE, rf"\1{MASK}"),
+    (("=",), _QUERY, rf"\1{MASK}"),
+    (("-u", "--user"), _LOGIN, rf"\1{MASK}"),
+    (("eyJ",), _JWT, MASK),
+    (_SHAPES, _TOKENS, MASK),
+]
 _TELLING = re.compile(r"(?i)token|pass|pwd|secret|credential|key")
 
 

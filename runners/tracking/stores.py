@@ -69,14 +69,14 @@ def check_tracking_uri(uri: str) -> str:
     path = Path(name).absolute()
     if len(os.fsencode(path)) > SQLITE_PATH:
         raise ValueError(
-            f"the path of the MLflow store has {len(os.fsencode(path))} bytes, and SQLite takes {SQLITE_PATH}:"
-            " set outputs= to a shorter path, or tracking_uri=sqlite:////SHORT/mlflow.db"
+            f"the path of the MLflow store has {len(os.fsencode(path))} bytes, and SQLite takes"
+            f" {SQLITE_PATH}: set outputs= to a shorter path, or tracking_uri=sqlite:////SHORT/mlflow.db"
         )
     return f"sqlite:///{path}"
 
 
 def check_experiment(tracking_uri: str, experiment: str) -> None:
-    """Refuse, before a run, an experiment of a sqlite store to which nothing can be published; asks no server.
+    """Refuse, before a run, an experiment of a sqlite store that takes no runs; a server is not asked.
 
     Raises:
         ValueError: if it was deleted in MLflow, or its artifacts can be written nowhere.
@@ -130,7 +130,7 @@ def _database(tracking_uri: str) -> Path | None:
 
 
 def _make_database(database: Path) -> None:
-    """Make a new store elsewhere and move it into place whole: MLflow cannot use one that a kill cut short."""
+    """Make a new store elsewhere and put it into place whole: MLflow cannot use one that is cut short."""
     for left in database.parent.glob(f".{database.name}.*.tmp"):  # by a kill
         left.unlink()
     with TemporaryDirectory(prefix="mlflow-") as directory:
@@ -177,6 +177,8 @@ def _flaw(database: Path) -> str:
     try:
         with closing(_connection(database)) as connection:
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+            if tables and "experiments" not in tables:  # a database of something else
+                return ""
             if not {"experiments", "runs", "alembic_version"} <= tables:
                 return "its tables are incomplete"
             (runs,) = connection.execute("SELECT count(*) FROM runs").fetchone()
@@ -228,9 +230,11 @@ def _relocate_artifacts(database: Path, experiment: str, location: str) -> None:
         connection.execute(
             "UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", [location, stored[2]]
         )
+        length = len(stored[2]) + 1
         connection.execute(
-            "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) WHERE substr(artifact_uri, 1, ?) = ?",
-            [location, len(stored[2]) + 1, len(stored[2]) + 1, f"{stored[2]}/"],
+            "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?)"
+            " WHERE substr(artifact_uri, 1, ?) = ?",
+            [location, length, length, f"{stored[2]}/"],
         )
 
 

@@ -107,7 +107,9 @@ def identity(directory: Path) -> str:
     kept = [path for path in files if path.suffix not in UNREAD or fnmatch(path.name, weights)]
     kept += directory.glob("additional_chat_templates/*.jinja")
     with ThreadPoolExecutor(4) as pool:  # hashing leaves Python's lock
-        digests = zip((str(path.relative_to(directory)) for path in kept), pool.map(sha256, kept), strict=True)
+        digests = zip(
+            (str(path.relative_to(directory)) for path in kept), pool.map(sha256, kept), strict=True
+        )
     return "checkpoint/" + hashlib.sha256(repr(sorted(digests)).encode()).hexdigest()[:16]
 
 

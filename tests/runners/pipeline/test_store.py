@@ -103,7 +103,9 @@ def test_a_damaged_stage_is_made_again(tmp_path, name, damage, new_process, capl
         assert f"({name} is " in caplog.text
 
 
-@pytest.mark.parametrize("content", ["2026-01-01 10:00:00 +0000\n", "[]", "{}", '{"files": []}', "\0", "[" * 9999])
+@pytest.mark.parametrize(
+    "content", ["2026-01-01 10:00:00 +0000\n", "[]", "{}", '{"files": []}', "\0", "[" * 9999]
+)
 def test_a_stage_whose_list_of_files_is_none_is_made_again(tmp_path, content, new_process, caplog):
     directory = stage(tmp_path, "rsf", SPEC, write_results)
     (directory / "DONE").write_text(content)

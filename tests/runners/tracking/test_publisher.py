@@ -18,8 +18,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import DatasetInput, Run
 
-from runners.tracking import stores
 from runners.signals import terminations_as_exceptions
+from runners.tracking import stores
 from runners.tracking.__main__ import main
 from runners.tracking.publisher import Publication, Publisher
 from runners.tracking.record import Record
@@ -296,7 +296,9 @@ def test_outputs_that_were_moved_go_on_with_their_artifacts(tmp_path, uri):
     assert not (tmp_path / "mlflow-artifacts").exists()
 
 
-@pytest.mark.parametrize("name", ["50%", "a%20b", "%41", "a b", "a#b", "\u00e9\u4e2d", "a;b&c=d", "[a]", "x" * 200])
+@pytest.mark.parametrize(
+    "name", ["50%", "a%20b", "%41", "a b", "a#b", "\u00e9\u4e2d", "a;b&c=d", "[a]", "x" * 200]
+)
 def test_a_store_in_a_directory_of_any_name_publishes(tmp_path, empty_database, name):
     (tmp_path / name).mkdir()
     shutil.copy(empty_database, tmp_path / name / "mlflow.db")
@@ -309,7 +311,9 @@ def test_a_store_in_a_directory_of_any_name_publishes(tmp_path, empty_database, 
 
 
 def test_a_store_with_too_long_a_path_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"has \d+ bytes, and SQLite takes 500: set outputs= to a shorter path"):
+    with pytest.raises(
+        ValueError, match=r"has \d+ bytes, and SQLite takes 500: set outputs= to a shorter path"
+    ):
         check_tracking_uri(f"sqlite:///{tmp_path}/{'x' * 250}/{'y' * 250}/mlflow.db")
 
 
@@ -330,7 +334,13 @@ def without_tables(path: Path) -> None:
         database.execute("CREATE TABLE experiments (name TEXT)")
 
 
-BREAKS = [truncated, begun, without_tables, lambda path: path.write_bytes(b""), lambda path: path.write_text("x")]
+BREAKS = [
+    truncated,
+    begun,
+    without_tables,
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_text("x"),
+]
 
 
 @pytest.mark.parametrize("destroy", BREAKS)
@@ -346,7 +356,7 @@ def test_a_broken_store_is_set_aside_and_made_again_from_the_records(
     monkeypatch.setattr(stores, "_make_database", lambda path: shutil.copy(empty_database, path))
     assert [run.outcome for run in sync(tmp_path / "outputs")] == ["published"]
     (aside,) = tmp_path.glob("mlflow.db.broken-*")
-    assert f"is broken (" in caplog.text and str(aside) in caplog.text
+    assert "is broken (" in caplog.text and str(aside) in caplog.text
     run = runs(uri)["run"]
     assert run.info.status == "FINISHED" and run.data.metrics == {"loss": 0.5}
     assert [file.path for file in MlflowClient(uri).list_artifacts(run.info.run_id)] == ["table.csv"]

@@ -273,7 +273,9 @@ def test_a_damaged_record_is_named_in_a_sentence(tmp_path, content):
     record = new(tmp_path)
     for name, read in (("run.json", record.description), ("status.json", record.status)):
         (tmp_path / name).write_text(content)
-        with pytest.raises(ValueError, match=f"{tmp_path}/{name} is damaged .*: bring it back from a copy, or"):
+        with pytest.raises(
+            ValueError, match=f"{tmp_path}/{name} is damaged .*: bring it back from a copy, or"
+        ):
             read()
 
 

@@ -62,6 +62,7 @@ model.name=EleutherAI/pythia-70m@main
 a basic understanding of authorization
 the bearer of this letter
 sk-learn-based-classification-model
+a global-attention-head-of-dimension-64
 token = next(tokens)
 password = os.environ["PASSWORD"]
 keys: q, k
@@ -110,13 +111,14 @@ def test_prose_overrides_and_paths_stay_as_they_are(text):
     assert redacted_text(text) == text
 
 
-REPEATED = """
-    token a 0f eyJ eyJ. hf_ sk- sk-a- glpat- xoxb- AKIA :// a://b: a://b@ u:p@ key= key: password= token=' token="
-    -----BEGIN\x20PRIVATE\x20KEY----- Bearer\x20 Authorization: ?sig= --password --p\x20 \\ \\" ' : = tok\x20 a.b- Cookie:
-""".split()
+REPEATED = [
+    *"token a 0f eyJ eyJ. hf_ sk- sk-a- glpat- xoxb- AKIA :// a://b: a://b@ u:p@ key= key: password=".split(),
+    *"token=' token=\" Authorization: ?sig= --password --p KEY----- \\ \\\" ' : = a.b- Cookie:".split(),
+    *("-----BEGIN PRIVATE KEY-----", "tok ", "Bearer ", "--p a ", "password = ", "-u a:b ", "-----BEGIN "),
+]
 
 
-@pytest.mark.parametrize("word", ["tok ", "Bearer ", "--p a ", "password = ", "-u a:b ", *REPEATED])
+@pytest.mark.parametrize("word", REPEATED)
 def test_the_time_is_linear_in_the_length_of_a_line(word):
     def seconds(length: int) -> float:
         text = word * (length // len(word))

@@ -16,7 +16,8 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's module `benchlab`, which marks a file when it is imported."""
     (tmp_path / "benchlab.py").write_text(
         "import subprocess\nfrom dataclasses import dataclass\nfrom pathlib import Path\n"
-        f"Path({str(tmp_path / 'imported')!r}).touch()\n\n\n@dataclass(frozen=True)\nclass Norm:\n    k: int = 1\n"
+        f"Path({str(tmp_path / 'imported')!r}).touch()\n\n\n"
+        "@dataclass(frozen=True)\nclass Norm:\n    k: int = 1\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "benchlab", raising=False)
@@ -25,7 +26,9 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_target_outside_the_house_is_refused_unimported_with_the_override_that_allows_it(lab: Path) -> None:
     choice = {"norm": {"_target_": "benchlab.Norm"}}
-    message = r"probe.norm._target_=benchlab.Norm is code from outside weightgeom.*'allow_targets=\[benchlab\.\*\]'"
+    message = (
+        r"probe.norm._target_=benchlab.Norm is code from outside weightgeom.*'allow_targets=\[benchlab\.\*\]'"
+    )
     with pytest.raises(ValueError, match=message):
         check_targets("probe", choice, [])
     assert not (lab / "imported").exists()
@@ -61,11 +64,15 @@ def test_every_part_of_a_configuration_is_checked_before_anything_is_made(tmp_pa
     assert not (tmp_path / "made").exists()
 
 
-def test_only_the_command_line_and_the_site_allow_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_command_line_and_the_site_allow_targets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "local").mkdir()
     (tmp_path / "local/default.yaml").write_text("allow_targets: [site.*]\n")
     monkeypatch.setattr(compose, "CONF", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["run.py", "--config-dir", "theirs", "+allow_targets=[mine.*, other.probes]"])
+    monkeypatch.setattr(
+        sys, "argv", ["run.py", "--config-dir", "theirs", "+allow_targets=[mine.*, other.probes]"]
+    )
     check_origin(["mine.*", "other.probes", "site.*"])
     message = r"a configuration file sets allow_targets to \['os\.\*'\], which only the command line"
     with pytest.raises(ValueError, match=message):
@@ -79,7 +86,7 @@ def test_a_configuration_that_hydra_composes_does_not_allow_itself_anything(monk
         checked(config)
 
 
-@pytest.mark.parametrize("value", ["mylab.*", "[1]", "{a: b}"])
+@pytest.mark.parametrize("value", ["mylab.*", "[1]", "null"])
 def test_what_is_no_list_of_patterns_is_refused(value: str) -> None:
     with pytest.raises(ValueError, match=r"allow_targets must be a list such as \[mylab\.\*\]"):
         checked(composed(f"allow_targets={value}"))
