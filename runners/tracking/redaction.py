@@ -57,7 +57,8 @@ _TOKENS = re.compile(
     r"(?<![A-Za-z0-9])(?=[hgxArsynpS])(?:hf_[A-Za-z0-9]{30,}+|gh[oprsu]_[A-Za-z0-9]{30,}+"
     r"|github_pat_\w{22,}+|gl(?:pat|ptt|dt|rt|cbt|ft|imt|agent|oas|soat)-[\w\-]{14,}+"
     r"|xox[a-z]-[A-Za-z0-9\-]{10,}+|xapp-[\w\-]{20,}+|AIza[\w\-]{30,}+"
-    r"|(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])|(?<!-)sk-(?:[a-z0-9]{1,20}-){0,4}(?=\w{0,40}\d)\w{20,}+[\w\-]*+"
+    r"|(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])"
+    r"|(?<!-)sk-(?:[a-z0-9]{1,20}-){0,4}(?=\w{0,40}\d)\w{20,}+[\w\-]*+"
     r"|[rs]k_(?:live|test)_\w{16,}+|ya29\.[\w\-]{20,}+|npm_[A-Za-z0-9]{30,}+|pypi-[\w\-]{50,}+"
     r"|SG\.[\w\-]{16,}+\.[\w\-]{16,}+|AGE-SECRET-KEY-1[A-Z0-9]{20,}+)"
 )
