@@ -264,7 +264,18 @@ def open_client(tracking_uri: str) -> "MlflowClient":
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # the publisher itself logs one warning
-    return MlflowClient(tracking_uri)
+    return MlflowClient(_quoted(tracking_uri))
+
+
+def _quoted(tracking_uri: str) -> str:
+    """The URI of a sqlite store as SQLAlchemy takes it: newer versions decode `%20` in a path."""
+    database = _database(tracking_uri)
+    if database is None or "%" not in tracking_uri:
+        return tracking_uri
+    from sqlalchemy import make_url
+
+    as_it_is = make_url(tracking_uri).database == str(database)
+    return tracking_uri if as_it_is else tracking_uri.replace("%", "%25")
 
 
 def _experiment(client: "MlflowClient", name: str, artifact_location: str | None) -> str:
