@@ -1,18 +1,22 @@
 """From a configuration to the objects that it describes, each key and type of it checked."""
 
 import logging
+import re
+import shlex
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from runners.errors import choices, explanation, nearest
-from runners.modules import own_places, travelling
+from runners.errors import CONF, choices, explanation, nearest
+from runners.modules import is_house, own_places, travelling
 
 if TYPE_CHECKING:
     from runners.pipeline.experiment import Experiment
@@ -26,14 +30,16 @@ KINDS = {
     str: "text that is not empty",
     int: "a whole number",
     dict: "a mapping such as {key: value}",
+    list: "a list such as [mylab.*]",
 }
 CHECKED = {
     **{"name": str, "seed": int, "outputs": str, "tracking_uri": str},
-    **{"tags": dict, "only": dict, "report": bool},
+    **{"tags": dict, "only": dict, "report": bool, "verify": bool, "allow_targets": list},
 }
 TOP_LEVEL = (
     *("model", "data", "objective", "training", "probe", "intervention"),
     *("name", "seed", "device", "outputs", "tracking_uri", "tags", "only", "report", "plan"),
+    *("allow_targets", "verify"),
 )
 EARLIER = ("on", True)  # names of an objective's `train_on`: YAML reads an unquoted `on` as true
 
@@ -44,6 +50,8 @@ def parts(config: DictConfig | dict[str, Any], here: bool = True) -> dict[str, A
     With `here`, the run takes place on this machine, so its device must exist.
     """
     plain = checked(config)
+    for key in ("model", "data", "training", "objective", "probe", "intervention"):
+        check_targets(key, plain.get(key), plain["allow_targets"])
     return {
         **{key: build(key, plain.get(key)) for key in ("model", "data", "training")},
         "objective": build("objective", plain["objective"]) if plain["objective"].get("_target_") else None,
@@ -52,7 +60,7 @@ def parts(config: DictConfig | dict[str, Any], here: bool = True) -> dict[str, A
             for group in ("probe", "intervention")
         },
         "device": device(plain.get("device"), here),
-        **{key: plain[key] for key in ("name", "seed", "tracking_uri", "tags")},
+        **{key: plain[key] for key in ("name", "seed", "tracking_uri", "tags", "verify")},
     }
 
 
@@ -65,6 +73,8 @@ def checked(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
     if unknown := [str(key) for key in plain if key not in TOP_LEVEL]:
         raise KeyError(f"there is no top-level key {unknown[0]}; {nearest(unknown[0], TOP_LEVEL)}")
     plain |= {key: {} for key in ("tags", "only") if plain.get(key) is None}
+    for key, default in (("verify", False), ("allow_targets", [])):  # which earlier sweeps did not describe
+        plain.setdefault(key, default)
     for key, kind in CHECKED.items():
         if type(plain.get(key)) is not kind or plain[key] == "":
             raise ValueError(f"{key} must be {KINDS[kind]}, got {plain.get(key)!r}")
@@ -76,8 +86,12 @@ def checked(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
         if not isinstance(plain.get(key), dict):
             raise ValueError(f"{key} must be one of the choices in conf/{key}, got {plain.get(key)!r}")
     plain["objective"] = renamed(plain["objective"])
+    if not all(isinstance(pattern, str) for pattern in plain["allow_targets"]):
+        raise ValueError(f"allow_targets must be a list such as [mylab.*], got {plain['allow_targets']!r}")
     if isinstance(config, DictConfig):
         drop_settings_without_a_choice(plain)
+        if HydraConfig.initialized():
+            check_origin(plain["allow_targets"])
     return plain
 
 
@@ -85,8 +99,9 @@ def renamed(objective: dict[Any, Any]) -> dict[str, Any]:
     """The settings of one of our objectives, with `train_on` under that name."""
     if not str(objective.get("_target_")).startswith("weightgeom."):
         return objective
-    train_on = {"train_on": value for key, value in objective.items() if key in EARLIER}
-    return {key: value for key, value in objective.items() if key not in EARLIER} | train_on
+    earlier = [value for key, value in objective.items() if key in EARLIER]
+    kept = {key: value for key, value in objective.items() if key not in EARLIER}
+    return {**kept, "train_on": earlier[0]} if earlier else kept
 
 
 def drop_settings_without_a_choice(plain: dict[str, Any]) -> None:
@@ -105,6 +120,61 @@ def drop_settings_without_a_choice(plain: dict[str, Any]) -> None:
 
 def _is_only_settings(choice: object) -> bool:
     return isinstance(choice, dict) and "_target_" not in choice
+
+
+def check_origin(allowed: list[str]) -> None:
+    """Refuse an `allow_targets` from any other place than the command line and the site's conf/local.
+
+    A configuration that comes with somebody's model or code must not allow itself to run code.
+    """
+    given = [argument for argument in sys.argv[1:] if re.match(r"\+{0,2}allow_targets=", argument)]
+    trusted = {name for argument in given for name in re.findall(r"[\w.*]+", argument.partition("=")[2])}
+    for path in (CONF / "local").glob("*.yaml"):
+        trusted |= {str(name) for name in OmegaConf.load(path).get("allow_targets") or []}
+    if unknown := [pattern for pattern in allowed if pattern not in trusted]:
+        raise ValueError(
+            f"a configuration file sets allow_targets to {unknown}, which only the command line and"
+            f" {CONF / 'local'} may do: read what it runs, then add {shlex.quote(_allowing(unknown))}"
+        )
+
+
+def check_targets(key: str, choice: Any, allowed: Sequence[str]) -> None:
+    """Refuse a `_target_` in a part of a configuration that is neither a class of the house nor allowed.
+
+    Only modules that may run are imported. The module that defines the target counts, so that no target
+    leads through a module that may run to one that may not.
+    """
+    if isinstance(choice, list):
+        choice = dict(enumerate(choice))
+    if not isinstance(choice, dict):
+        return
+    for name, value in choice.items():
+        check_targets(f"{key}.{name}", value, allowed)
+    target = choice.get("_target_")
+    if not isinstance(target, str) or target in MOVED:
+        return
+    house = is_house(target)
+    if house or _matches(target, allowed):
+        try:
+            found = get_object(target)
+        except Exception:  # which instantiating it explains
+            return
+        home = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
+        if _matches(home, allowed) or (isinstance(found, type) and is_house(home)):
+            return
+        target = target if house else home
+    raise ValueError(
+        f"{key}._target_={choice['_target_']} is code from outside weightgeom: read it, then let it run with"
+        f" {shlex.quote(_allowing([target.partition('.')[0] + '.*']))}"
+    )
+
+
+def _matches(target: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(target, pattern) for pattern in patterns)
+
+
+def _allowing(patterns: Sequence[str]) -> str:
+    return f"allow_targets=[{','.join(patterns)}]"
 
 
 def measured(plain: dict[str, Any], objective: str) -> dict[str, Any]:
@@ -247,7 +317,7 @@ def check(config: DictConfig, here: bool, common: Collection[str]) -> dict[str, 
         made = parts(run["config"], here)
         from runners.pipeline.experiment import check_parts
 
-        keys = ("model", "objective", "training", "probes", "interventions", "tracking_uri")
+        keys = ("model", "objective", "training", "probes", "interventions", "tracking_uri", "name")
         check_parts(*(made[key] for key in keys))
         FOUND_RIGHT[plain] = travelling(run["config"], *made.values())
     return {**run, "modules": FOUND_RIGHT[plain], "path": own_places()}

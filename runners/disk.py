@@ -37,11 +37,24 @@ def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> Non
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        parent = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(parent)  # makes the rename durable
-        finally:
-            os.close(parent)
+        _flush(path.parent)  # makes the rename durable
+
+
+def flush_to_disk(directory: Path) -> None:
+    """Flush all files and directories under `directory`, and its own name, from the caches to the disk."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            _flush(Path(folder, name))
+        _flush(Path(folder))
+    _flush(directory.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

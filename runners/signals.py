@@ -91,7 +91,9 @@ class Interruption:
 
 
 Status = Literal["SCHEDULED", "RUNNING", "FINISHED", "FAILED", "KILLED"]
-_SIGNAL_CODES = {128 + signal.SIGINT, 128 + signal.SIGTERM}
+# Their default action ends a process at once: a closed terminal, Ctrl-\, a limit of processor time.
+_ENDING = (signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)
+_SIGNAL_CODES = {128 + number for number in (signal.SIGINT, signal.SIGTERM, *_ENDING)}
 
 
 def share_processors() -> None:
@@ -106,11 +108,13 @@ def share_processors() -> None:
 
 
 @contextmanager
-def terminations_as_exceptions() -> Iterator[None]:
-    """Turn the first SIGTERM into `SystemExit(143)`, so that the run can still record its end.
+def terminations_as_exceptions(survive: bool = False) -> Iterator[None]:
+    """Turn the first signal that ends a process into `SystemExit`, so that the run can still record its end.
 
-    Later ones are ignored until the block exits, as they would interrupt the writing of that record. Only
-    the main thread can handle signals; in others the block changes nothing.
+    SIGTERM, unless the run should `survive` it, SIGHUP, SIGQUIT and SIGXCPU; the exit code is 128 plus the
+    number. Later ones are ignored until the block exits, as they would interrupt the writing of that record.
+    Ignored signals stay ignored, as nohup wants it. Only the main thread can handle signals; in others the
+    block changes nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -119,22 +123,25 @@ def terminations_as_exceptions() -> Iterator[None]:
 
     def terminate(number: int, frame: FrameType | None) -> None:
         nonlocal terminating
-        if os.getpid() != owner:  # a forked worker dies of SIGTERM as usual
+        if os.getpid() != owner:  # a forked worker dies of the signal as usual
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif not terminating:
             terminating = True
             raise SystemExit(128 + number)
 
-    previous = signal.signal(signal.SIGTERM, terminate)
+    handled = _ENDING if survive else (signal.SIGTERM, *_ENDING)
+    wanted = [number for number in handled if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, terminate) for number in wanted}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def status_after(error: BaseException) -> Status:
-    """The status of a run that `error` ended: KILLED by Ctrl-C or SIGTERM, FAILED by other errors.
+    """The status of a run that `error` ended: KILLED by Ctrl-C or a signal, FAILED by other errors.
 
     Interrupted is SCHEDULED: the run will resume. SystemExit(0) is FINISHED.
     """

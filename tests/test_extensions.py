@@ -42,7 +42,8 @@ def lab(home: Path) -> Path:
 def ran(home: Path, *arguments: str) -> Ended:
     lab = home / "lab"
     path = os.pathsep.join([str(lab), str(ROOT)])
-    return run(home, "--config-dir", str(lab / "conf"), *arguments, PYTHONPATH=path)
+    mine = ("--config-dir", str(lab / "conf"), "allow_targets=[mylab.*]")
+    return run(home, *mine, *arguments, PYTHONPATH=path)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 OWN = [
     *(override for override in BEHAVIOUR if not override.startswith("probe=")),
+    "allow_targets=[mylab.*]",
     *"data=few model.vocabulary=300 probe=[norm,behaviour] intervention=[nudge]".split(),
 ]
 STAGES = ("pretraining", "training", "norm", "behaviour", "nudge")

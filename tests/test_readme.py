@@ -86,11 +86,7 @@ def test_every_command_does_what_the_readme_says(home: Path) -> None:
     sweep, untried = "", []
     with hub.served({"models/EleutherAI/pythia-160m": {"step143000": pythia}}) as server:
         variables = {
-            **{
-                name: value
-                for name, value in os.environ.items()
-                if not name.startswith(("MLFLOW_", "HYDRA_"))
-            },
+            **environment({}),
             **{"PATH": f"{binaries}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
             **{"HF_ENDPOINT": server.url, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "0"},
         }

@@ -16,6 +16,7 @@ from runners.compose import check, checked, described, experiment, plan
 from runners.errors import CONF, explanation
 from runners.launcher.hydra_launcher import register
 from runners.signals import share_processors
+from runners.tracking.redaction import redacted_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -60,7 +61,8 @@ def job(config: DictConfig) -> None:
             print(f"report: {page}")
     except Exception as error:
         with suppress(OSError):  # on a full disk the first error is the one to report
-            Path(HydraConfig.get().runtime.output_dir, "traceback.txt").write_text(traceback.format_exc())
+            text = redacted_text(traceback.format_exc())
+            Path(HydraConfig.get().runtime.output_dir, "traceback.txt").write_text(text)
         exit_with_sentence(error)  # here, because Hydra would print a line of its own first
         raise
 
@@ -71,7 +73,7 @@ register(check, plan)
 def exit_with_sentence(error: Exception) -> None:
     """Print `error` as one sentence and exit with code 1; with HYDRA_FULL_ERROR=1 return, to let it raise."""
     if not VERBOSE:
-        print(f"error: {explanation(error)}", file=sys.stderr)
+        print(f"error: {redacted_text(explanation(error))}", file=sys.stderr)
         sys.exit(1)
 
 

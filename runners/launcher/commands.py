@@ -19,8 +19,8 @@ from runners.launcher.manifest import Sweep
 from runners.launcher.snapshot import changed_since, take_snapshot
 from runners.launcher.status import JobStatus, StatusPoller, job_names, settled_statuses
 from runners.tracking.provenance import provenance
-from runners.tracking.publisher import check_tracking_uri
 from runners.tracking.record import Record
+from runners.tracking.stores import check_tracking_uri
 
 log = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).parents[2]

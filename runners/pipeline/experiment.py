@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -21,9 +21,10 @@ from runners.summary.curves import log_effects, log_table
 from runners.summary.figures import draw
 from runners.summary.terminal import print_summary
 from runners.tracking.provenance import environment, provenance, uncommitted_diff
-from runners.tracking.publisher import Publisher, check_tracking_uri
+from runners.tracking.publisher import Publisher
 from runners.tracking.record import Record
 from runners.tracking.redaction import redacted_text
+from runners.tracking.stores import check_experiment, check_tracking_uri
 from weightgeom.analysis.chain import BETWEEN, STAGES, between, side_by_side
 from weightgeom.analysis.declared import ROLE, UNDECLARED
 from weightgeom.bases.chain import Chain, check_chain
@@ -63,6 +64,7 @@ class Experiment:
     config: str  # the resolved configuration, in YAML
     parent: Path | None = None  # the record of the sweep
     interruption: Interruption | None = None  # of a job under a scheduler
+    verify: bool = False  # read all files of finished stages before they are used
 
     def run(self) -> "dict[str, pd.DataFrame]":
         """Check all of it, do what was not done before, and return the tables by name."""
@@ -89,7 +91,13 @@ class Experiment:
     def check(self) -> Examples:
         """Refuse everything that cannot work before anything expensive starts; read the data."""
         check_parts(
-            self.model, self.objective, self.training, self.probes, self.interventions, self.tracking_uri
+            self.model,
+            self.objective,
+            self.training,
+            self.probes,
+            self.interventions,
+            self.tracking_uri,
+            self.name,
         )
         examples = self.data.examples()
         if self.objective is not None:
@@ -104,7 +112,7 @@ class Experiment:
 
     def _terminations(self) -> AbstractContextManager[None]:
         survives = self.interruption is not None and self.interruption.survive
-        return nullcontext() if survives else terminations_as_exceptions()
+        return terminations_as_exceptions(survives)
 
     def _record(self, uri: str, examples: Examples) -> Record:
         data = {
@@ -243,7 +251,7 @@ class Experiment:
 
     def stages(self, record: Record, prefix: str, code: str) -> "Stages":
         """Makes stages whose metrics go into `record` under `prefix`."""
-        return Stages(self.outputs, record, prefix, code, self.interruption)
+        return Stages(self.outputs, record, prefix, code, self.verify, self.interruption)
 
     @property
     def _modules(self) -> list[str]:
@@ -263,9 +271,10 @@ def check_parts(
     probes: Mapping[str, Probe],
     interventions: Mapping[str, Intervention],
     tracking_uri: str,
+    name: str,
 ) -> None:
     """Refuse what does not go together, as far as can be told without the data."""
-    check_tracking_uri(tracking_uri)
+    check_experiment(check_tracking_uri(tracking_uri), name)
     modules_of(model, objective, training, probes, interventions)
     measured = {"probe": plain(probes), "intervention": plain(interventions)}
     signature({"objective": plain(objective), "training": plain(training), **measured})

@@ -1,9 +1,11 @@
 """Fingerprints of the code, the data and the libraries that a stage's result depends on."""
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runners.modules import HOUSE, LIBRARIES, find, packages, reached, required
@@ -60,6 +62,24 @@ def contents(examples: "Examples") -> str:
         for item in part:
             digest.update(repr(item).encode() + b"\n")
     return digest.hexdigest()
+
+
+def named_files(specification: object) -> dict[str, str]:
+    """Fingerprints of the contents of files and checkpoints that a specification names by their paths."""
+    from weightgeom.bases.hub import identity
+    from weightgeom.text.files import sha256
+
+    if isinstance(specification, str):
+        path = os.path.expanduser(specification)
+        if os.path.isfile(path):
+            return {specification: sha256(Path(path))}
+        if any(os.path.isfile(os.path.join(path, f"{kind}config.json")) for kind in ("", "adapter_")):
+            return {specification: identity(Path(path))}
+    if isinstance(specification, Mapping):
+        specification = list(specification.values())
+    if isinstance(specification, list | tuple):
+        return {name: digest for item in specification for name, digest in named_files(item).items()}
+    return {}
 
 
 @cache  # to list the distributions takes long

@@ -5,6 +5,7 @@
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from time import time_ns
 from typing import Any, TextIO
 
 from runners.disk import write_atomically
-from runners.pipeline.fingerprint import libraries
+from runners.pipeline.fingerprint import libraries, named_files
 from runners.pipeline.store import stage
 from runners.signals import Interruption
 from runners.tracking.record import Record
 from weightgeom.interfaces import Log
 
+log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"  # of a stage: what was logged while it was made
 RESUMABLE = "checkpoint-*"  # what the work of a stage goes on from: the states of transformers' trainers
 
@@ -31,6 +33,7 @@ class Stages:
     record: Record
     prefix: str  # of the metrics' names
     code: str  # fingerprint of what the result depends on
+    verify: bool = False  # read all files of a finished stage before it is used, and not once in a process
     interruption: Interruption | None = None
 
     def __call__(
@@ -59,9 +62,11 @@ class Stages:
 
                 work(directory, log_metrics)
 
-        code = {"code": self.code, "libraries": libraries()}
+        spec = {**specification, "code": self.code, "libraries": libraries()}
+        if files := named_files(specification):
+            spec["files"] = files
         with nullcontext() if self.interruption is None else self.interruption.stage():
-            directory = stage(self.outputs, name, {**specification, **code}, logged, RESUMABLE)
+            directory = stage(self.outputs, name, spec, logged, RESUMABLE, self.verify)
         if not fresh:
             for row in _metrics(directory):
                 self._log(row)
@@ -85,10 +90,18 @@ class Stages:
 
 
 def _metrics(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a stage's metrics; a last one that a kill has cut is left out."""
+    """The rows of a stage's metrics; a last one that a kill has cut is left out, damaged ones are named."""
     path = directory / METRICS
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({"metrics": dict(row["metrics"]), "step": int(row["step"]), "time": int(row["time"])})
+        except (ValueError, TypeError, KeyError):
+            if line.endswith(b"\n"):
+                log.warning("%s line %d is damaged and left out of the curves", path, number)
+    return rows
 
 
 @contextmanager

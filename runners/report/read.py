@@ -12,8 +12,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from runners.errors import nearest
-from runners.tracking.publisher import check_tracking_uri, open_client
+from runners.tracking.limits import EXPERIMENT_NAME_LENGTH, fitted
 from runners.tracking.redaction import one_line, redacted_text
+from runners.tracking.stores import check_tracking_uri, open_client
 from weightgeom.analysis.chain import STAGES, comparisons
 from weightgeom.analysis.declared import EARLIER, declared, plain_name
 from weightgeom.analysis.settings import ARROW, is_run, settings
@@ -67,6 +68,7 @@ def read(names: Sequence[str], tracking_uri: str) -> Study:
     """Everything about the experiments; raises as `collect` does."""
     import pandas as pd
 
+    names = [fitted(name, EXPERIMENT_NAME_LENGTH) for name in names]  # as they are published
     tracking_uri = check_tracking_uri(tracking_uri)
     shown = redacted_text(tracking_uri)
     database = Path(tracking_uri.removeprefix("sqlite:///"))

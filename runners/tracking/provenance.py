@@ -64,7 +64,7 @@ def uncommitted_diff(repository: Path) -> str:
         return ""
     diff = _git(repository, "diff", "HEAD", "--no-color", "--no-ext-diff")
     names = _git(repository, "ls-files", "--others", "--exclude-standard").splitlines()
-    return redacted_text(diff) + "".join(f"# untracked: {name}\n" for name in names)
+    return redacted_text(diff + "".join(f"# untracked: {name}\n" for name in names))
 
 
 def environment() -> str:

@@ -8,74 +8,38 @@ import getpass
 import hashlib
 import json
 import logging
-import os
-import posixpath
-import re
-import shlex
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import Any
 
 from filelock import FileLock
 
 from runners.disk import write_atomically
+from runners.tracking.limits import (
+    BATCH_BYTES,
+    CONTEXT_LENGTH,
+    DATASET_DIGEST_LENGTH,
+    DATASET_NAME_LENGTH,
+    DATASET_SOURCE_LENGTH,
+    METRICS_PER_BATCH,
+    PARAM_LENGTH,
+    PARAMS_PER_BATCH,
+    RUN_NAME_LENGTH,
+    TAG_LENGTH,
+    USER_LENGTH,
+    fitted,
+    key,
+)
 from runners.tracking.record import Point, Record
 from runners.tracking.redaction import one_line, redacted_text
+from runners.tracking.stores import LOCK_PATIENCE, check_tracking_uri, open_store, sync_command
 from weightgeom.interruption import Interrupted
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
 log = logging.getLogger(__name__)
-
-# MLflow silently cuts longer values and refuses longer batches; PostgreSQL refuses longer names.
-PARAM_LENGTH, TAG_LENGTH, KEY_LENGTH, NAME_LENGTH, DIGEST_LENGTH = 6000, 5000, 250, 250, 36
-METRICS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100
-LOCK_PATIENCE = 60.0  # seconds; creating a new store takes about six
-_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; the default is 120
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the publisher retries by itself
-    # A pooled connection keeps the mode in which it was opened: read-only, if the disk was so at the time.
-    "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-}
-
-
-def check_tracking_uri(uri: str) -> str:
-    """`uri` with the path of a sqlite file made absolute; http and https pass unchanged.
-
-    Raises:
-        ValueError: if it is malformed, or of a kind that is not supported.
-    """
-    masked = redacted_text(uri)
-    try:
-        parts = urlsplit(uri)
-        host, _ = parts.hostname, parts.port
-    except ValueError as error:
-        raise ValueError(f"tracking_uri {masked!r} is malformed: {error}") from None
-    if parts.scheme in {"http", "https"}:
-        if not host:
-            raise ValueError(f"tracking_uri {masked!r} names no host: use {parts.scheme}://HOST:5000")
-        return uri
-    if parts.scheme != "sqlite":
-        raise ValueError(
-            f"tracking_uri {masked!r} is not supported: use sqlite:///PATH/mlflow.db, "
-            "http://HOST:PORT or https://HOST"
-        )
-    name = uri.removeprefix("sqlite:///")
-    if name == uri or name in {"", ":memory:"} or "?" in name or Path(name).is_dir():
-        raise ValueError(
-            f"tracking_uri {masked!r} names no file: use sqlite:///relative/mlflow.db "
-            "or sqlite:////absolute/mlflow.db"
-        )
-    return f"sqlite:///{Path(name).absolute()}"
 
 
 @dataclass(frozen=True)
@@ -216,20 +180,37 @@ class Publication:
                 replace(known, status={}).save(self.directory)
 
     def publish(self, *, artifacts: bool) -> bool:
-        """Bring MLflow up to date with the record, and return whether anything was missing there."""
+        """Bring MLflow up to date with the record, and return whether anything was missing there.
+
+        A part that MLflow refuses for good leaves out no other part, and no ended run RUNNING.
+
+        Raises:
+            Exception: the first refusal, once everything else is published.
+        """
         if self.deleted:
             return False
         with self._lock():
             before = Published.load(self.directory) or self.empty
-            after = self._description(before)
-            after = self._metrics(after)
-            ended = self.record.status()["status"]
-            if ended != "FINISHED":
-                after = self._status(after)
-            if artifacts:
-                after = self._artifacts(after)
-            after = self._status(after)  # FINISHED only once everything is published
-            return after != before
+            artifacts_too = [self._artifacts] if artifacts else []
+            refusals: list[Exception] = []
+            # FINISHED only once everything is published.
+            for part in (self._description, self._metrics, self._other_end, *artifacts_too, self._status):
+                try:
+                    part(Published.load(self.directory) or self.empty)
+                except Exception as error:
+                    if not self._has_ended or not _is_refusal(error):
+                        raise
+                    refusals.append(error)
+            if refusals:
+                raise refusals[0]
+            return (Published.load(self.directory) or self.empty) != before
+
+    @property
+    def _has_ended(self) -> bool:
+        return self.record.status()["status"] not in ("SCHEDULED", "RUNNING")
+
+    def _other_end(self, published: Published) -> Published:
+        return published if self.record.status()["status"] == "FINISHED" else self._status(published)
 
     def _lock(self) -> FileLock:
         return FileLock(self.directory / "published.lock", timeout=LOCK_PATIENCE)
@@ -243,7 +224,7 @@ class Publication:
             run_view_type=ViewType.ALL,
         )
         if not runs:
-            name, start_time = _shortened(description["name"], NAME_LENGTH), description["start_time"]
+            name, start_time = fitted(description["name"], RUN_NAME_LENGTH), description["start_time"]
             return self.client.create_run(self.experiment_id, start_time, tags, run_name=name)
         known = Published.load(self.directory)
         first = "" if known is None else known.run_id
@@ -264,15 +245,13 @@ class Publication:
         digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
         if digest == published.described:
             return published
-        params = {
-            _mlflow_key(key): _shortened(text, PARAM_LENGTH) for key, text in description["params"].items()
-        }
-        tags = {_mlflow_key(key): _shortened(text, TAG_LENGTH) for key, text in description["tags"].items()}
+        params = {key(name): fitted(text, PARAM_LENGTH) for name, text in description["params"].items()}
+        tags = {key(name): fitted(text, TAG_LENGTH) for name, text in description["tags"].items()}
         if commit := tags.get("git_commit"):
             tags["mlflow.source.git.commit"] = commit  # the tag that MLflow's own pages show
-        for batch in _batched([Param(key, text) for key, text in params.items()], PARAMS_PER_BATCH):
+        for batch in _batched([Param(*item) for item in params.items()]):
             self.client.log_batch(self.run_id, params=batch, synchronous=True)
-        for batch in _batched([RunTag(key, text) for key, text in tags.items()], PARAMS_PER_BATCH):
+        for batch in _batched([RunTag(*item) for item in tags.items()]):
             self.client.log_batch(self.run_id, tags=batch, synchronous=True)
         if inputs := [_dataset(item) for item in description["inputs"]]:
             self.client.log_inputs(self.run_id, inputs)
@@ -296,7 +275,7 @@ class Publication:
         else:
             self.client.set_terminated(self.run_id, current["status"], current["end_time"])
         if current["error"]:
-            self.client.set_tag(self.run_id, "error", _shortened(current["error"], TAG_LENGTH))
+            self.client.set_tag(self.run_id, "error", fitted(current["error"], TAG_LENGTH))
         elif published.status.get("error"):  # of an earlier attempt
             self.client.delete_tag(self.run_id, "error")
         return replace(published, status=current).save(self.directory)
@@ -317,90 +296,46 @@ class Publication:
         return published
 
 
-def sync_command(outputs: Path) -> str:
-    """The command that publishes everything unpublished under `outputs`."""
-    return shlex.join(["weightgeom", "sync", str(outputs)])
-
-
-def open_store(tracking_uri: str, experiment: str) -> "tuple[MlflowClient, str]":
-    """The client of a store and the id of `experiment` in it; both are created if they do not exist.
-
-    When several processes open a new sqlite store at once, most of them fail; the store is therefore created
-    under a lock. The lock and the artifacts, in `mlflow-artifacts`, are in the directory of the store.
-    """
-    if not tracking_uri.startswith("sqlite:"):
-        client = open_client(tracking_uri)
-        return client, _experiment(client, experiment, None)
-    database = Path(tracking_uri.removeprefix("sqlite:///"))
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{database}.lock", timeout=LOCK_PATIENCE):
-        client = open_client(tracking_uri)
-        location = (database.parent / "mlflow-artifacts").as_uri()
-        return client, _experiment(client, experiment, location)
-
-
-def open_client(tracking_uri: str) -> "MlflowClient":
-    """The client of a store, with short timeouts and without log lines."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-
-    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # the publisher itself logs one warning
-    return MlflowClient(tracking_uri)
-
-
-def _experiment(client: "MlflowClient", name: str, artifact_location: str | None) -> str:
+def _is_refusal(error: Exception) -> bool:
+    """Whether MLflow, or the place of its artifacts, refuses what it is given, and would so again."""
     from mlflow.exceptions import MlflowException
 
-    stored = client.get_experiment_by_name(name)
-    if stored is None:
-        try:
-            return client.create_experiment(name, artifact_location)
-        except MlflowException:  # on a server, another process may have created it in the meantime
-            stored = client.get_experiment_by_name(name)
-            if stored is None:
-                raise
-    if stored.lifecycle_stage == "deleted":
-        raise ValueError(
-            f"the experiment {name!r} was deleted in MLflow: restore it "
-            f"(mlflow experiments restore -x {stored.experiment_id}) or set name= to another one"
-        )
-    return stored.experiment_id
-
-
-def _mlflow_key(name: str) -> str:
-    """`name` in the form that MLflow accepts: letters, digits and `_-. /`, as a path in its shortest form."""
-    clean = re.sub(r"[^A-Za-z0-9_\-. /]", "_", name)
-    parts = [part for part in clean.split("/") if part.strip(".")]
-    return posixpath.join(*parts)[:KEY_LENGTH].rstrip("/") if parts else "_"
-
-
-def _shortened(text: str, length: int) -> str:
-    text = text.replace("\0", "\\0")  # PostgreSQL refuses NUL characters
-    mark = f" ... [cut: {len(text)} characters in run.json]"
-    return text if len(text) <= length else text[: length - len(mark)] + mark
+    if isinstance(error, MlflowException):
+        return 400 <= error.get_http_status_code() < 500
+    return isinstance(error, OSError) and error.filename is not None  # of artifacts; a network has no file
 
 
 def _metric(point: Point) -> Any:
     from mlflow.entities import Metric
 
-    return Metric(_mlflow_key(point.key), point.value, point.time, point.step)
+    return Metric(key(point.key), point.value, point.time, point.step)
 
 
 def _dataset(item: Mapping[str, str]) -> Any:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    source = json.dumps({"uri": item["source"]})
-    dataset = Dataset(item["name"], item["digest"][:DIGEST_LENGTH], "local", source)
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", item["context"])])
+    name, digest = fitted(item["name"], DATASET_NAME_LENGTH), fitted(item["digest"], 1000)
+    source = json.dumps({"uri": fitted(item["source"], DATASET_SOURCE_LENGTH // 6)})  # 6: as \uXXXX
+    dataset = Dataset(name, digest[:DATASET_DIGEST_LENGTH], "local", source)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", fitted(item["context"], CONTEXT_LENGTH))])
 
 
-def _batched(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def _batched(items: Sequence[Any]) -> Iterator[list[Any]]:
+    """Params or tags in batches of which no server refuses the number or the size."""
+    batch, size = [], 0
+    for item in items:
+        added = len(json.dumps([item.key, item.value]))
+        if batch and (len(batch) == PARAMS_PER_BATCH or size + added > BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += added
+    if batch:
+        yield batch
 
 
 def _user() -> str:
     try:
-        return getpass.getuser()
+        return fitted(getpass.getuser(), USER_LENGTH)
     except (KeyError, OSError):  # in a container, a user may have no name
         return "unknown"

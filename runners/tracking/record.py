@@ -22,6 +22,7 @@ from runners.signals import Status, process_start, status_after
 from runners.tracking.redaction import one_line, redacted, redacted_text
 
 log = logging.getLogger(__name__)
+DESCRIBED = "id experiment name kind params tags inputs parent tracking_uri start_time".split()
 
 
 class Input(TypedDict):
@@ -144,12 +145,20 @@ class Record:
         self._write_status(status, error, _now() if end_time is None else end_time)
 
     def description(self) -> dict[str, Any]:
-        """The content of run.json: `id experiment name kind params tags inputs parent` and others."""
-        return json.loads((self.directory / "run.json").read_text())
+        """The content of run.json: `id experiment name kind params tags inputs parent` and others.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        return _read(self.directory / "run.json", DESCRIBED)
 
     def status(self) -> dict[str, Any]:
-        """The content of status.json: `status end_time pid process_start host error`."""
-        return json.loads((self.directory / "status.json").read_text())
+        """The content of status.json: `status end_time pid process_start host error`.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        return _read(self.directory / "status.json", ("status", "end_time", "pid", "host", "error"))
 
     def parent(self) -> "Record | None":
         """The record of the sweep that this run belongs to."""
@@ -193,8 +202,10 @@ class Record:
                 if not line.endswith(b"\n"):
                     break
                 offset += len(line)
-                with suppress(ValueError, TypeError):
-                    points.append(Point(**json.loads(line)))
+                with suppress(ValueError, TypeError, KeyError):
+                    point = json.loads(line)
+                    number, step, time = float(point["value"]), int(point["step"]), int(point["time"])
+                    points.append(Point(str(point["key"]), number, step, time))
                 if len(points) == size:
                     yield points, offset
                     points, start = [], offset
@@ -263,6 +274,19 @@ def _earlier_points(path: Path) -> frozenset[str]:
         file.truncate(file.read().rfind(b"\n") + 1)  # drops a torn last line, which would damage the next
     batches = Record(path.parent).batches(0, 1000)
     return frozenset(_identity(point) for points, _ in batches for point in points)
+
+
+def _read(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+        missing = [key for key in keys if key not in content]
+        if not isinstance(content, dict) or missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): bring it back from a copy, or delete {path.parent} and run again"
+        ) from error
+    return content
 
 
 def _identity(point: Point) -> str:

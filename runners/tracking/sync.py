@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runners.tracking.publisher import Publication, check_tracking_uri, sync_command
+from runners.tracking.publisher import Publication
 from runners.tracking.record import Record
-from runners.tracking.redaction import MASK, one_line
+from runners.tracking.redaction import MASK, one_line, redacted_text
+from runners.tracking.stores import check_tracking_uri, sync_command
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,9 @@ def publish(records: Sequence[Record], tracking_uri: str) -> None:
 def _sync(record: Record, uri: str | None) -> Outcome:
     name, status = record.directory.name, "?"
     try:
-        if record.died():
+        if _damaged(record):
+            record.end("KILLED", "status.json was damaged, and says nothing of the end")
+        elif record.died():
             error, last = "the process died without recording its end", record.last_point()
             if last is not None:
                 error += f"; its last logged value is {last.key} at step {last.step}"
@@ -71,7 +74,17 @@ def _sync(record: Record, uri: str | None) -> Outcome:
         outcome = "deleted in MLflow, left alone" if publication.deleted else outcome
         return Outcome(record.directory, name, status, outcome)
     except Exception as error:  # an error with one record must not stop the others
-        return Outcome(record.directory, name, status, one_line(error), failed=True)
+        sentence = redacted_text(str(error)) if isinstance(error, ValueError) else one_line(error)
+        return Outcome(record.directory, name, status, sentence, failed=True)
+
+
+def _damaged(record: Record) -> bool:
+    """Whether the status cannot be read; it is always written whole."""
+    try:
+        record.status()
+    except ValueError:
+        return True
+    return False
 
 
 def _own_uri(record: Record) -> str:

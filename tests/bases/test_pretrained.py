@@ -1,5 +1,6 @@
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,46 @@ def test_a_checkpoint_to_train_from_is_fetched_and_known_by_its_files(tmp_path):
     assert base.directory == directory and base.trajectory is None and base.identity == identity(directory)
     checkpoint(directory, seed=1)
     assert identity(directory) != base.identity
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
+        "merges.txt",
+        "vocab.txt",
+        "vocab.json",
+        "tokenizer.model",
+        "qwen.tiktoken",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "generation_config.json",
+        "modeling_own.py",
+    ],
+)
+def test_every_file_that_a_result_may_depend_on_is_in_the_identity(tmp_path, name):
+    directory = checkpoint(tmp_path / "base")
+    (directory / name).parent.mkdir(exist_ok=True)
+    (directory / name).write_text("{}")
+    before = identity(directory)
+    (directory / name).write_text("[]")
+    assert identity(directory) != before
+
+
+def test_the_identity_is_of_the_contents_whatever_size_and_time_say(tmp_path):
+    directory = checkpoint(tmp_path / "base")
+    before, path = identity(directory), directory / "model.safetensors"
+    shutil.copytree(directory, tmp_path / "copy")
+    assert identity(tmp_path / "copy") == before
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert identity(directory) != before
+    (tmp_path / "copy" / "README.md").write_text("about it")
+    (tmp_path / "copy" / "training_args.bin").write_bytes(b"x")
+    assert identity(tmp_path / "copy") == before
 
 
 def test_two_checkpoints_are_a_trajectory_of_one_step(tmp_path):

@@ -55,7 +55,7 @@ def test_an_experiments_settings_of_a_probe_that_is_not_selected_are_not_used(
 
 
 def test_settings_of_an_unknown_probe_are_refused() -> None:
-    with pytest.raises(ValueError, match="probe.rsff must be one of the choices in conf/probe"):
+    with pytest.raises(ValueError, match=r"probe\.rsff must be one of the choices in conf/probe"):
         parts(composed("+probe.rsff.k=3"))
 
 

@@ -227,7 +227,18 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def flip(path: Path) -> None:
+    """Flip one bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
 DAMAGES = {
+    **{
+        f"{name} is not what was written": lambda state, name=name: flip(state / name)
+        for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "../step-4/model.safetensors")
+    },
     "model.safetensors has": lambda state: truncate(state / "model.safetensors"),
     "optimizer.pt has": lambda state: truncate(state / "optimizer.pt"),
     "trainer_state.json has": lambda state: truncate(state / "trainer_state.json"),

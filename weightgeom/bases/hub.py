@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,13 +12,17 @@ from typing import Any
 from weightgeom.models.language_model import trust
 from weightgeom.models.pickled import PICKLES, is_pickled
 from weightgeom.models.weights import as_checkpoint
-from weightgeom.text.files import first_line
+from weightgeom.text.files import first_line, sha256
 
 log = logging.getLogger(__name__)
 
 
 # Weights, config and tokenizer, without pickles and without code.
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+# Endings of files in a checkpoint's directory that no result depends on: other formats, texts about it.
+UNREAD = set(".bin .pt .pth .ckpt .h5 .msgpack .onnx .ot .gguf .md .log .csv .png .pdf".split())
 
 
 DUPLICATE_FORMATS = ["*/*", "consolidated*"]  # copies of the weights in subfolders or in Mistral's format
@@ -99,11 +104,19 @@ def is_path(name: str) -> bool:
 
 
 def identity(directory: Path) -> str:
-    """A fingerprint of a checkpoint from the paths, sizes and modification times of its files."""
-    kinds = (".bin" if is_pickled(directory) else ".safetensors", ".json")
-    files = sorted(path for path in directory.iterdir() if path.suffix in kinds)
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return "checkpoint/" + hashlib.sha256(repr((str(directory), stats)).encode()).hexdigest()[:16]
+    """A fingerprint of the contents of a checkpoint's files: weights, config, tokenizer, templates and code.
+
+    Equal for equal copies, wherever they lie. Weights in formats that are not read do not count.
+    """
+    weights = PICKLES if is_pickled(directory) else "*.safetensors"
+    files = [path for path in directory.iterdir() if path.is_file() and not path.name.startswith(".")]
+    kept = [path for path in files if path.suffix not in UNREAD or fnmatch(path.name, weights)]
+    kept += directory.glob("additional_chat_templates/*.jinja")
+    with ThreadPoolExecutor(4) as pool:  # hashing leaves Python's lock
+        digests = zip(
+            (str(path.relative_to(directory)) for path in kept), pool.map(sha256, kept), strict=True
+        )
+    return "checkpoint/" + hashlib.sha256(repr(sorted(digests)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

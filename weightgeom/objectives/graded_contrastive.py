@@ -78,7 +78,8 @@ class GradedContrastive:
             return
         if self.train_on == "text":
             raise ValueError(
-                "train_on=text has no meaning at level=sequence, which contrasts responses: set objective.train_on=chosen"
+                "train_on=text has no meaning at level=sequence, which contrasts responses: set"
+                " objective.train_on=chosen"
             )
         if self.source == "rejected" and self.candidates > 2:
             raise ValueError(

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
+from functools import cache
 from glob import glob
 from pathlib import Path
 from reprlib import repr as short
@@ -23,6 +24,18 @@ from weightgeom.text.examples import Pair
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 RECORDS = (".jsonl", ".json", ".ndjson", ".parquet")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content in hexadecimal, read once in a process unless the file is another."""
+    stat = path.stat()
+    return _sha256(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@cache
+def _sha256(path: Path, *identity: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def paths(spec: str | list[str]) -> list[Path]:

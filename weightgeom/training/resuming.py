@@ -17,6 +17,7 @@ from weightgeom.interruption import Interrupted, Request
 from weightgeom.models.adapters import is_adapter
 from weightgeom.models.residual import Architecture
 from weightgeom.models.weights import open_params, opened
+from weightgeom.text.files import sha256
 
 if TYPE_CHECKING:
     from transformers import (
@@ -97,30 +98,38 @@ def resume_states(directory: Path) -> list[Path]:
 
 
 def seal(state: Path) -> None:
-    """Flush the state's files to disk, then write SEAL with their sizes; mutates the directory."""
+    """Flush the state's files to disk, then write SEAL; mutates the directory.
+
+    SEAL lists size and SHA-256 of every file of the state, and of the checkpoints saved before it, which the
+    training that resumes from it keeps.
+    """
     flush_to_disk(state)
-    sizes = {path.name: path.stat().st_size for path in sorted(state.iterdir())}
+    files = [path for place in (state, *state.parent.glob("step-*")) for path in place.rglob("*")]
+    sealed = {
+        os.path.relpath(path, state): {"size": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(files)
+        if path.is_file()
+    }
     temporary = state / f".{SEAL}.tmp"
-    temporary.write_text(json.dumps(sizes))
+    temporary.write_text(json.dumps(sealed))
     flush_to_disk(state)
     temporary.rename(state / SEAL)
+    flush_to_disk(state)
 
 
 def resumable(directory: Path, saved: Collection[int]) -> Path | None:
     """The newest valid state whose training has all its checkpoints (steps `saved`) up to that step."""
     for state in resume_states(directory):
-        flaw = _flaw(state)
         missing = [
             step
             for step in saved
             if step <= _step_in_name(state) and not (directory / f"step-{step}").is_dir()
         ]
-        if not flaw and not missing:
+        flaw = f"step-{missing[0]} is missing" if missing else _flaw(state)
+        if not flaw:
             log.info("resuming from step %d", _step_in_name(state))
             return state
-        log.warning(
-            "cannot resume from %s: %s; trying an older state", state, flaw or f"step-{missing[0]} is missing"
-        )
+        log.warning("cannot resume from %s: %s; trying an older state", state, flaw)
     return None
 
 
@@ -156,10 +165,12 @@ def delete_after(directory: Path, state: Path | None, only_states: bool = False)
 def _flaw(state: Path) -> str:
     """The defect of a state; empty if it is valid."""
     try:
-        for name, expected in json.loads((state / SEAL).read_text()).items():
+        for name, expected in json.loads((state / SEAL).read_bytes()).items():
             size = (state / name).stat().st_size
-            if size != expected:
-                return f"{name} has {size} bytes instead of {expected}"
+            if size != expected["size"]:
+                return f"{name} has {size} bytes instead of {expected['size']}"
+            if sha256(state / name) != expected["sha256"]:
+                return f"{name} is not what was written"
         step = json.loads((state / "trainer_state.json").read_text())["global_step"]
         for path in state.glob("*.safetensors"):
             opened(path)
@@ -176,7 +187,10 @@ def _step_in_name(path: Path) -> int:
 
 
 def flush_to_disk(directory: Path) -> None:
-    """Flush the files in `directory` from the operating system's cache to disk."""
-    for path in directory.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    """Flush the files in `directory`, and the directory, from the operating system's cache to disk."""
+    for path in (*directory.rglob("*"), directory):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

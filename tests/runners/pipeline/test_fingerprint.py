@@ -7,7 +7,7 @@ import pytest
 
 from runners import modules
 from runners.pipeline import fingerprint
-from runners.pipeline.fingerprint import code_behind, contents, libraries, package
+from runners.pipeline.fingerprint import code_behind, contents, libraries, named_files, package
 from weightgeom.text.examples import Examples, Pair, Question
 
 SOURCES = {
@@ -243,3 +243,17 @@ def test_the_fingerprint_of_our_own_code_is_16_hex_digits() -> None:
 def test_the_libraries_that_decide_a_number_are_named_with_their_versions() -> None:
     assert set(libraries()) == {"torch", "transformers", "trl"}
     assert all(version[0].isdigit() for version in libraries().values())
+
+
+def test_the_contents_of_files_and_checkpoints_that_a_specification_names_are_in_its_key(tmp_path):
+    vector, checkpoint = tmp_path / "v.npy", tmp_path / "after"
+    vector.write_text("1")
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    specification = {"rank1": {"direction": str(vector), "k": 1}, "other": [str(checkpoint), "delta", "\0"]}
+    before = named_files(specification)
+    assert set(before) == {str(vector), str(checkpoint)}
+    vector.write_text("2")
+    (checkpoint / "config.json").write_text("[]")
+    after = named_files(specification)
+    assert all(after[name] != before[name] for name in before)

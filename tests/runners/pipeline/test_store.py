@@ -2,6 +2,8 @@ import gc
 import json
 import logging
 import multiprocessing
+import os
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,8 @@ import torch
 from safetensors.numpy import save_file
 
 from runners.disk import write_atomically
-from runners.pipeline.store import signature, stage
+from runners.pipeline import store
+from runners.pipeline.store import flaw, signature, stage
 
 SPEC = {"model": {"name": "tiny", "seed": 0}, "lr": 1e-3, "steps": [2, 4]}
 
@@ -42,6 +45,115 @@ def work_until_the_other_waits(directory: Path) -> None:
 def want_stage(outputs: Path, log_file: Path) -> None:
     logging.basicConfig(filename=log_file, level=logging.INFO)
     stage(outputs, "train", SPEC, work_until_the_other_waits)
+
+
+def write_results(directory: Path) -> None:
+    """A table and a checkpoint, the same every time."""
+    pyarrow.parquet.write_table(pyarrow.table({"x": [1.5] * 50}), directory / "rsf.parquet")
+    (directory / "step-2").mkdir(exist_ok=True)
+    save_file({"x": np.arange(50, dtype=np.float32)}, directory / "step-2" / "model.safetensors")
+
+
+@pytest.fixture
+def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages that this process has verified are forgotten, as a new process knows of none."""
+    monkeypatch.setattr("runners.pipeline.store._VERIFIED", {})
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name != "DONE"]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def flip(path: Path, bit: int) -> None:
+    """Flip one bit, and keep size and time of modification."""
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_no_flipped_bit_of_a_finished_stage_is_believed(tmp_path, monkeypatch, caplog):
+    directory = stage(tmp_path, "rsf", SPEC, write_results)
+    before, rng = contents(directory), random.Random(0)
+    for _ in range(30):
+        monkeypatch.setattr("runners.pipeline.store._VERIFIED", {})
+        caplog.clear()
+        name = rng.choice(sorted(before))
+        flip(directory / name, rng.randrange(8 * len(before[name])))
+        assert stage(tmp_path, "rsf", SPEC, write_results) == directory
+        assert f"{directory} is damaged ({name} is not what was written): making it again" in caplog.text
+        assert contents(directory) == before
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("name", ["rsf.parquet", "step-2/model.safetensors", "spec.json", "DONE"])
+@pytest.mark.parametrize("damage", [cut, lambda path: path.write_bytes(b""), Path.unlink])
+def test_a_damaged_stage_is_made_again(tmp_path, name, damage, new_process, caplog):
+    directory = stage(tmp_path, "rsf", SPEC, write_results)
+    before = contents(directory)
+    damage(directory / name)
+    caplog.clear()
+    stage(tmp_path, "rsf", SPEC, write_results)
+    assert contents(directory) == before and flaw(directory) == ""
+    if name != "DONE":
+        assert f"({name} is " in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content", ["2026-01-01 10:00:00 +0000\n", "[]", "{}", '{"files": []}', "\0", "[" * 9999]
+)
+def test_a_stage_whose_list_of_files_is_none_is_made_again(tmp_path, content, new_process, caplog):
+    directory = stage(tmp_path, "rsf", SPEC, write_results)
+    (directory / "DONE").write_text(content)
+    stage(tmp_path, "rsf", SPEC, write_results)
+    assert "DONE is damaged, or of an earlier version" in caplog.text and flaw(directory) == ""
+
+
+def test_a_stage_is_read_once_in_a_process_unless_it_changes_or_all_are_verified(tmp_path, monkeypatch):
+    directory, read = stage(tmp_path, "rsf", SPEC, write_results), []
+    digest = store._digest
+    monkeypatch.setattr(store, "_digest", lambda path: read.append(path.name) or digest(path))
+    stage(tmp_path, "rsf", SPEC, refuse_to_work)
+    assert not read
+    stage(tmp_path, "rsf", SPEC, refuse_to_work, verify=True)
+    assert sorted(read) == ["model.safetensors", "rsf.parquet", "spec.json"]
+    os.utime(directory / "spec.json")
+    stage(tmp_path, "rsf", SPEC, refuse_to_work)
+    assert len(read) == 6
+    stage(tmp_path, "rsf", SPEC, refuse_to_work)
+    assert len(read) == 6
+
+
+def test_results_made_again_with_other_bits_are_named(tmp_path, new_process, caplog):
+    def write_other(directory: Path) -> None:
+        write_results(directory)
+        save_file({"x": np.ones(50, dtype=np.float32)}, directory / "step-2" / "model.safetensors")
+
+    directory = stage(tmp_path, "rsf", SPEC, write_results)
+    cut(directory / "rsf.parquet")
+    stage(tmp_path, "rsf", SPEC, write_other)
+    assert f"{directory}/step-2/model.safetensors has other bits than before the damage" in caplog.text
+
+
+def test_all_files_and_directories_are_on_the_disk_before_the_stage_is_done(tmp_path, monkeypatch):
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        assert not (directory / "DONE").exists() or flushed[-1] == str(directory)
+        fsync(descriptor)
+
+    directory = tmp_path / "rsf" / signature(SPEC)
+    monkeypatch.setattr(os, "fsync", watched)
+    stage(tmp_path, "rsf", SPEC, write_results)
+    done = next(place for place, name in enumerate(flushed) if ".DONE." in name)
+    names = ("", "/rsf.parquet", "/step-2", "/step-2/model.safetensors", "/spec.json")
+    assert {*(f"{directory}{name}" for name in names), str(directory.parent)} <= set(flushed[:done])
 
 
 def test_signature_is_sixteen_hex_digits_whatever_the_order_of_keys():

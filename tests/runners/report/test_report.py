@@ -24,7 +24,7 @@ from study import Planted, publish, rank1, rsf
 from runners.report import collect
 from runners.report.__main__ import main
 from runners.report.make import directory_of
-from runners.tracking.publisher import open_store
+from runners.tracking.stores import open_store
 from weightgeom.analysis.claims_uncertainty import CLAIMS, COUPLED
 from weightgeom.declarations import InterventionDeclaration, ProbeDeclaration, recorded
 from weightgeom.probes.rsf import RSF

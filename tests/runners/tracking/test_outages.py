@@ -17,8 +17,9 @@ from mlflow.entities import ViewType
 from servers import Fault, Proxy, Server, free_port, needed
 from writers import new, work
 
-from runners.tracking.publisher import Publisher, open_store
+from runners.tracking.publisher import Publisher
 from runners.tracking.record import Record
+from runners.tracking.stores import open_store
 from runners.tracking.sync import sync
 
 pytestmark = pytest.mark.filterwarnings(

@@ -19,9 +19,11 @@ from mlflow import MlflowClient
 from mlflow.entities import DatasetInput, Run
 
 from runners.signals import terminations_as_exceptions
+from runners.tracking import stores
 from runners.tracking.__main__ import main
-from runners.tracking.publisher import Publication, Publisher, check_tracking_uri, open_store
+from runners.tracking.publisher import Publication, Publisher
 from runners.tracking.record import Record
+from runners.tracking.stores import check_experiment, check_tracking_uri, open_store
 from runners.tracking.sync import sync
 
 # A warning of MLflow's own, when its sqlite store is opened for the first time.
@@ -218,12 +220,182 @@ def test_keys_and_values_that_mlflow_refuses_are_made_to_fit(tmp_path, uri):
         record.log({"rsf[q]=(1,2)": 1.0, "../up//x/": 2.0, "": 3.0, "k" * 300: 4.0}, step=0)
     publish(record, uri)
     data = runs(uri)["run"].data
-    assert data.metrics == {"rsf_q___1_2_": 1.0, "up/x": 2.0, "_": 3.0, "k" * 250: 4.0}
+    long = next(key for key in data.metrics if key.startswith("k"))
+    assert len(long) == 250 and long.startswith("k" * 239 + "...")
+    assert data.metrics == {"rsf_q___1_2_": 1.0, "up/x": 2.0, "_": 3.0, long: 4.0}
     assert data.params["probe.rsf.k_0_"] == "8"
     assert len(data.params) == 152
     assert len(data.params["long"]) == 6000
-    assert data.params["long"].endswith(" ... [cut: 7000 characters in run.json]")
+    assert " ... [cut: 7000 characters in run.json, " in data.params["long"]
     assert data.tags["a_b"] == "c"
+
+
+def test_every_name_however_long_is_published_and_different_ones_stay_different(tmp_path, uri):
+    long = "x" * 70_000
+    data = DATA | {"name": long, "source": long + "\u00e9", "context": long}
+    for n in range(2):
+        with new(
+            tmp_path / f"run{n}",
+            uri,
+            name=long + str(n),
+            experiment="study",
+            tags={long + str(n): long, "note": "\u00e9" * 4999},
+            params={long + str(i): "\u00e9" * 6000 for i in range(30)},
+            inputs=[data],
+        ) as record:
+            record.log({long + "a": 1.0, long + "b": 2.0}, step=0)
+        publish(record, uri)
+    published = runs(uri)
+    assert len(published) == 2 and {run.info.status for run in published.values()} == {"FINISHED"}
+    for run in published.values():
+        assert len(run.data.metrics) == 2 and len(run.data.params) == 30
+        assert len(datasets(run)[0].dataset.name) == 500
+
+
+def test_an_experiment_with_a_long_name_is_one_experiment(tmp_path, uri):
+    for n in range(2):
+        with new(tmp_path / f"run{n}", uri, experiment="study " * 100) as record:
+            pass
+        publish(record, uri)
+    names = [stored.name for stored in MlflowClient(uri).search_experiments()]
+    assert [len(name) for name in names if name.startswith("study")] == [250]
+
+
+def test_a_run_whose_artifacts_are_refused_is_not_left_running(tmp_path, uri):
+    client = MlflowClient(uri)
+    client.create_experiment("study", artifact_location=f"file://{tmp_path}/file/artifacts")
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(ValueError, match=rf"'study' cannot be written to {tmp_path}/file/artifacts"):
+        check_experiment(uri, "study")
+    with new(tmp_path / "outputs" / "run", uri) as record:
+        record.log({"loss": 0.5}, step=1)
+        record.artifact("table.csv").write_text("step\n")
+    (outcome,) = sync(tmp_path / "outputs")
+    assert outcome.failed and f"{tmp_path}/file" in outcome.outcome
+    assert runs(uri)["run"].info.status == "FINISHED" and runs(uri)["run"].data.metrics
+    (tmp_path / "file").unlink()
+    check_experiment(uri, "study")
+    assert [run.outcome for run in sync(tmp_path / "outputs")] == ["published"]
+
+
+def test_outputs_that_were_moved_go_on_with_their_artifacts(tmp_path, uri):
+    with new(tmp_path / "run", uri) as record:
+        record.artifact("table.csv").write_text("step\n")
+    publish(record, uri)
+    for name in ("mlflow.db", "mlflow-artifacts", "run"):
+        (tmp_path / "new place").mkdir(exist_ok=True)
+        shutil.move(tmp_path / name, tmp_path / "new place" / name)
+    moved = f"sqlite:///{tmp_path}/new place/mlflow.db"
+    check_experiment(moved, "study")
+    with new(tmp_path / "new place" / "second", moved) as second:
+        second.artifact("table.csv").write_text("step\n")
+    publish(second, moved)
+    client = MlflowClient(moved)
+    for run in runs(moved).values():
+        assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["table.csv"]
+    assert not (tmp_path / "mlflow-artifacts").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["50%", "a%20b", "%41", "a b", "a#b", "\u00e9\u4e2d", "a;b&c=d", "[a]", "x" * 200]
+)
+def test_a_store_in_a_directory_of_any_name_publishes(tmp_path, empty_database, name):
+    (tmp_path / name).mkdir()
+    shutil.copy(empty_database, tmp_path / name / "mlflow.db")
+    uri = check_tracking_uri(f"sqlite:///{tmp_path}/{name}/mlflow.db")
+    with new(tmp_path / name / "run", uri) as record:
+        record.artifact("tables/rsf.csv").write_text("step\n")
+    publish(record, uri)
+    assert [path.parent.name for path in tmp_path.rglob("mlflow.db")] == [name]
+    run = runs(stores._quoted(uri))["run"]
+    assert (tmp_path / name / "mlflow-artifacts" / run.info.run_id / "artifacts/tables/rsf.csv").exists()
+
+
+def test_a_store_with_too_long_a_path_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"has \d+ bytes, and SQLite takes 500: set outputs= to a shorter path"
+    ):
+        check_tracking_uri(f"sqlite:///{tmp_path}/{'x' * 250}/{'y' * 250}/mlflow.db")
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def begun(path: Path) -> None:
+    """As a kill leaves it while MLflow makes its tables."""
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("DELETE FROM runs")
+        database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+
+
+def without_tables(path: Path) -> None:
+    path.unlink()
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE experiments (name TEXT)")
+
+
+BREAKS = [
+    truncated,
+    begun,
+    without_tables,
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_text("x"),
+]
+
+
+@pytest.mark.parametrize("destroy", BREAKS)
+def test_a_broken_store_is_set_aside_and_made_again_from_the_records(
+    tmp_path, uri, empty_database, destroy, monkeypatch, caplog
+):
+    with new(tmp_path / "outputs" / "run", uri) as record:
+        record.log({"loss": 0.5}, step=1)
+        record.artifact("table.csv").write_text("step\n")
+    publish(record, uri)
+    destroy(tmp_path / "mlflow.db")
+    monkeypatch.setattr(stores, "_WHOLE", set())
+    monkeypatch.setattr(stores, "_make_database", lambda path: shutil.copy(empty_database, path))
+    assert [run.outcome for run in sync(tmp_path / "outputs")] == ["published"]
+    (aside,) = tmp_path.glob("mlflow.db.broken-*")
+    assert "is broken (" in caplog.text and str(aside) in caplog.text
+    run = runs(uri)["run"]
+    assert run.info.status == "FINISHED" and run.data.metrics == {"loss": 0.5}
+    assert [file.path for file in MlflowClient(uri).list_artifacts(run.info.run_id)] == ["table.csv"]
+
+
+def test_a_store_of_another_version_that_holds_runs_is_not_set_aside(tmp_path, uri, monkeypatch):
+    with new(tmp_path / "run", uri) as record:
+        pass
+    publish(record, uri)
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+    monkeypatch.setattr(stores, "_WHOLE", set())
+    assert stores._flaw(tmp_path / "mlflow.db") == ""
+
+
+def test_a_store_is_moved_into_place_whole_and_a_group_may_write_it(tmp_path):
+    uri, before = f"sqlite:///{tmp_path}/mlflow.db", os.umask(0o002)
+    (tmp_path / ".mlflow.db.0123abcd.tmp").write_bytes(b"left by a kill")
+    (tmp_path / "mlflow.db-journal").write_bytes(b"of a store that is gone")
+    try:
+        open_store(uri, "study")
+    finally:
+        os.umask(before)
+    assert stores._flaw(tmp_path / "mlflow.db") == ""
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"mlflow.db": 0o664, "mlflow.db.lock": 0o664}
+
+
+def test_a_damaged_record_stops_no_other_and_a_damaged_status_is_an_end(tmp_path, uri):
+    for name in ("first", "second", "third"):
+        with new(tmp_path / "outputs" / name, uri):
+            pass
+    (tmp_path / "outputs/first/run.json").write_text("[")
+    (tmp_path / "outputs/second/status.json").write_text("")
+    (tmp_path / "outputs/third/published.json").write_text("{}")
+    first, second, third = sync(tmp_path / "outputs")
+    assert first.failed and f"{tmp_path}/outputs/first/run.json is damaged" in first.outcome
+    assert (second.status, second.outcome, third.outcome) == ("KILLED", "published", "published")
 
 
 def test_a_run_that_raises_has_status_failed_and_the_error_as_a_tag(tmp_path, uri):
@@ -442,8 +614,9 @@ def test_a_deleted_experiment_is_refused(tmp_path, uri):
         pass
     client, experiment_id = open_store(uri, "study")
     client.delete_experiment(experiment_id)
-    with pytest.raises(ValueError, match=r"the experiment 'study' was deleted in MLflow: restore"):
-        publish(record, uri)
+    for act in (lambda: publish(record, uri), lambda: check_experiment(uri, "study")):
+        with pytest.raises(ValueError, match=r"the experiment 'study' was deleted in MLflow: restore"):
+            act()
 
 
 def test_a_relative_sqlite_uri_is_made_absolute_and_a_servers_is_unchanged(tmp_path, monkeypatch):
@@ -467,6 +640,7 @@ def test_a_relative_sqlite_uri_is_made_absolute_and_a_servers_is_unchanged(tmp_p
         ("sqlite:///", "names no file"),
         ("sqlite:///:memory:", "names no file"),
         ("sqlite:////tmp", "names no file"),
+        ("sqlite:////tmp/a?b/mlflow.db", "holds a question mark: set outputs= to a path without one"),
     ],
 )
 def test_an_invalid_uri_is_refused_at_once(tmp_path, uri, message):

@@ -12,7 +12,6 @@ import pytest
 from runners.disk import write_atomically
 from runners.signals import terminations_as_exceptions
 from runners.tracking.record import Point, Record
-from runners.tracking.redaction import announces_secret, redacted, redacted_text
 from weightgeom.interruption import Interrupted
 
 DATA: Any = {"name": "world", "digest": "ab12", "source": "generated", "context": "training"}
@@ -100,6 +99,20 @@ def test_sigterm_ends_the_run_as_killed_even_if_a_second_one_arrives_meanwhile(t
     assert caught.value.code == 143
     assert record.status()["status"] == "KILLED"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU])
+def test_other_signals_that_end_a_process_end_the_run_as_killed(tmp_path, number):
+    before = signal.signal(number, signal.SIG_DFL)
+    record = new(tmp_path)
+    with pytest.raises(SystemExit) as caught, terminations_as_exceptions(survive=True), record:
+        os.kill(os.getpid(), number)
+    assert caught.value.code == 128 + number and record.status()["status"] == "KILLED"
+    assert signal.getsignal(number) is signal.SIG_DFL
+    signal.signal(number, signal.SIG_IGN)  # as behind nohup
+    with terminations_as_exceptions():
+        os.kill(os.getpid(), number)
+    signal.signal(number, before)
 
 
 def test_sigterm_still_kills_a_forked_worker():
@@ -235,43 +248,6 @@ def test_on_a_full_disk_the_status_is_still_updated(small_disk: Path):
     assert len(points(record)) > 100
 
 
-SECRET_NAMES = """
-    token hf_token HF_TOKEN model.token password db.passwd client_secret secret.value
-    api_key apiKey OPENAI_API_KEY aws_secret_access_key
-""".split()
-
-
-@pytest.mark.parametrize("name", SECRET_NAMES)
-def test_values_with_secret_names_are_masked(name):
-    assert announces_secret(name)
-    assert redacted({name: "hunter2"}) == {name: "***"}
-    assert "hunter2" not in redacted_text(f"failed with {name}=hunter2, {name!r}: 'hunter2'")
-
-
-@pytest.mark.parametrize(
-    "name", ["tokenizer", "max_tokens", "pad_token", "eos_token_id", "level", "key", "next_token"]
-)
-def test_the_tokens_of_a_language_model_are_not_masked(name):
-    assert not announces_secret(name)
-    assert redacted({name: "gpt2"}) == {name: "gpt2"}
-    assert redacted_text(f"{name}=gpt2") == f"{name}=gpt2"
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("https://me:hunter2@host:5000/x@y", "https://***@host:5000/x@y"),
-        ("postgresql://me:hun@ter2@host/db", "postgresql://***@host/db"),
-        ("https://host/?token=hunter2&page=1", "https://host/?token=***&page=1"),
-        ("hf_" + "a" * 34, "***"),
-        ("Authorization: Bearer hunter2hunter2hunter2", "Authorization: Bearer ***"),
-        ("model.name=EleutherAI/pythia-70m@main", "model.name=EleutherAI/pythia-70m@main"),
-    ],
-)
-def test_secrets_in_text_are_masked(text, expected):
-    assert redacted_text(text) == expected
-
-
 def test_no_file_of_a_record_holds_a_secret(tmp_path):
     secret = "hunter2"
     with pytest.raises(RuntimeError):
@@ -290,3 +266,22 @@ def test_no_file_of_a_record_holds_a_secret(tmp_path):
     assert len(texts) == 3
     assert not any(secret in text for text in texts)
     assert Record(tmp_path).description()["tracking_uri"] == "https://***@host"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"id": 1}', "\0", "[" * 9999])
+def test_a_damaged_record_is_named_in_a_sentence(tmp_path, content):
+    record = new(tmp_path)
+    for name, read in (("run.json", record.description), ("status.json", record.status)):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(
+            ValueError, match=f"{tmp_path}/{name} is damaged .*: bring it back from a copy, or"
+        ):
+            read()
+
+
+def test_lines_of_metrics_that_are_no_points_are_skipped(tmp_path):
+    record = new(tmp_path)
+    record.log({"loss": 0.5}, step=1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('[]\n7\n{}\n{"key": "a", "value": [], "step": 1, "time": 1}\n\n')
+    assert [point.key for point in points(record)] == ["loss"]

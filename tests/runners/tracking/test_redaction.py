@@ -1,0 +1,147 @@
+import logging
+import time
+
+import pytest
+
+from runners.tracking.redaction import Masked, announces_secret, redacted, redacted_text
+
+SECRET_NAMES = """
+    token hf_token HF_TOKEN model.token password db.passwd client_secret secret.value PGPASSWORD DB_PASS
+    MYSQL_PWD Pwd smtp_pass api_key apiKey OPENAI_API_KEY aws_secret_access_key AccountKey PRIVATE-TOKEN
+""".split()
+PLAIN_NAMES = """
+    tokenizer max_tokens pad_token eos_token_id level key next_token bypass first_pass compass PWD passed
+    password_file monkey
+""".split()
+S = "Xy7hunter2hunter2"  # stands for a secret
+SECRETS = [
+    f"PGPASSWORD={S} psql",
+    f"DB_PASS='{S}'",
+    f"login --password {S}",
+    f"--db-password={S}",
+    f"Authorization: Basic {S}==",
+    f"'authorization': 'Bearer {S}'",
+    f"Authorization: {S}",
+    f"Set-Cookie: session={S}; Path=/",
+    f'{{\\"hf_token\\": \\"{S}\\"}}',
+    f"'password': \"{S} with 'quotes'\"",
+    f"-----BEGIN RSA PRIVATE KEY-----\n{S}\n{S}\n-----END RSA PRIVATE KEY-----",
+    f'"-----BEGIN OPENSSH PRIVATE KEY-----\\n{S}\\n{S}',
+    f"eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0{S}.{S}",
+    f"glpat-{S}",
+    f"xoxb-123-{S}",
+    f"AIza{S}{S}",
+    f"hf_{S}{S}",
+    f"sk-{S}{S}",
+    f"sk-proj-{S}{S}-_{S}",
+    f"http://h/?sig={S}&page=1",
+    f"https://h/x?X-Amz-Signature={S}",
+    f"postgres://me:a/{S}@host/db",
+    f"postgres://me:a@{S}@host:5432/db",
+    f"https://me:a@b/{S}@host/db",
+    f"Server=x;Pwd={S}",
+    f"AccountName=me;AccountKey={S}==",
+    f"curl -u me:{S} http://h",
+    f"token: str = '{S}'",
+    f"//registry/:_authToken={S}",
+]
+PLAIN = """
+data.max_tokens=512
+model.tokenizer=before
+pad_token: <pad>
+3.2 nats per token: 0.5
+intervention.bypass.k=3
+first pass: 2, second pass: 3
+/home/me/secrets/run.py
+outputs=/data/tokens/password_file.txt
+https://huggingface.co/lab/model@v1
+http://127.0.0.1:5000/#/experiments/1@2
+https://medium.com/@user/post
+sqlite:////home/me/outputs/mlflow.db
+model.name=EleutherAI/pythia-70m@main
+a basic understanding of authorization
+the bearer of this letter
+sk-learn-based-classification-model
+a global-attention-head-of-dimension-64
+token = next(tokens)
+password = os.environ["PASSWORD"]
+keys: q, k
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("name", SECRET_NAMES)
+def test_values_with_secret_names_are_masked(name):
+    assert announces_secret(name)
+    assert redacted({name: "hunter2"}) == {name: "***"}
+    assert "hunter2" not in redacted_text(f"failed with {name}=hunter2, {name!r}: 'hunter2'")
+
+
+@pytest.mark.parametrize("name", PLAIN_NAMES)
+def test_other_names_are_not_masked(name):
+    assert not announces_secret(name)
+    assert redacted({name: "gpt2"}) == {name: "gpt2"}
+    assert redacted_text(f"{name}=gpt2") == f"{name}=gpt2"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://me:hunter2@host:5000/x@y", "https://***@host:5000/x@y"),
+        ("postgresql://me:hun@ter2@host/db", "postgresql://***@host/db"),
+        ("https://host/?token=hunter2&page=1", "https://host/?token=***&page=1"),
+        ("hf_" + "a" * 34, "***"),
+        ("AKIA" + "A1B2" * 4, "***"),
+        ("Authorization: Bearer hunter2hunter2hunter2", "Authorization: Bearer ***"),
+        ("run.py --token hunter2 seed=1", "run.py --token *** seed=1"),
+        ("a=1 password=hunter2 b=2", "a=1 password=*** b=2"),
+    ],
+)
+def test_secrets_in_text_are_masked_and_nothing_around_them(text, expected):
+    assert redacted_text(text) == expected
+
+
+@pytest.mark.parametrize("text", SECRETS)
+def test_secrets_of_many_kinds_are_masked(text):
+    assert "hunter2" not in redacted_text(text)
+    assert "hunter2" not in redacted_text(f"an error ({text}) with {text}, and more")
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_prose_overrides_and_paths_stay_as_they_are(text):
+    assert redacted_text(text) == text
+
+
+REPEATED = [
+    *"token a 0f eyJ eyJ. hf_ sk- sk-a- glpat- xoxb- AKIA :// a://b: a://b@ u:p@ key= key: password=".split(),
+    *"token=' token=\" Authorization: ?sig= --password --p KEY----- \\ \\\" ' : = a.b- Cookie:".split(),
+    *("-----BEGIN PRIVATE KEY-----", "tok ", "Bearer ", "--p a ", "password = ", "-u a:b ", "-----BEGIN "),
+]
+
+
+@pytest.mark.parametrize("word", REPEATED)
+def test_the_time_is_linear_in_the_length_of_a_line(word):
+    def seconds(length: int) -> float:
+        text = word * (length // len(word))
+        start = time.process_time()
+        redacted_text(text)
+        return time.process_time() - start
+
+    # Ten times the length takes ten times as long; a hundred times, if it were quadratic.
+    assert seconds(100_000) < 30 * max(min(seconds(10_000) for _ in range(3)), 1e-3)
+
+
+def test_a_mebibyte_on_one_line_takes_no_time():
+    text = "token" * (2**20 // 5)
+    start = time.process_time()
+    assert redacted_text(text) == text
+    assert time.process_time() - start < 0.1
+
+
+def test_log_lines_are_masked_with_their_tracebacks():
+    try:
+        raise ValueError("password=hunter2")
+    except ValueError as error:
+        info = (type(error), error, error.__traceback__)
+        record = logging.LogRecord("a", logging.INFO, "a.py", 1, "%s of %s", ("token=hunter2", "me"), info)
+    text = Masked("%(message)s").format(record)
+    assert "hunter2" not in text and text.startswith("token=*** of me\nTraceback")
