@@ -102,8 +102,8 @@ def test_empty_text_is_skipped_and_an_unpinned_data_set_is_logged(answers):
 
 def test_unusable_data_sets_are_refused_in_one_sentence(answers):
     odd, none, split = answers[0][4:]
-    assert odd.startswith(f"{ODD} row 1 must have chosen and rejected, or text, or one of messages, ")
-    assert odd.endswith("its columns are question, answer")
+    assert odd.startswith(f"{ODD} row 1 has no field 'text'; its fields are ")
+    assert odd.endswith("with one of completion, response, output, answer")
     assert none.startswith("cannot get the split train of lab/none from the hub or its local cache (")
     assert split.startswith(f"cannot get the split validation of {PAIRS} from the hub or its local cache (")
 
