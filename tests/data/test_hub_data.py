@@ -50,7 +50,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[A
     write(home / "pairs" / "train.jsonl.gz", pairs)
     write(home / "pairs" / "test.jsonl.gz", pairs[38:])
     write(home / "text" / "train.jsonl", [{"text": "" if n % 2 else f"document {n}"} for n in range(80)])
-    write(home / "odd" / "train.jsonl", [{"question": "what?", "answer": "this"}])
+    write(home / "odd" / "train.jsonl", [{"title": "what?", "summary": "this"}])
     repositories = {
         f"datasets/{name}": {"main": home / name.partition("/")[2]} for name in (PAIRS, TEXT, ODD)
     }

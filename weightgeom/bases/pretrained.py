@@ -207,7 +207,13 @@ class TwoCheckpoints:
 
 def warn_of_generated_text(data: Data, directory: Path) -> None:
     """Log a warning if the data are the generated world and the tokenizer in `directory` is not the world's."""
-    if isinstance(data, World) and load_tokenizer(directory).get_vocab() != data.tokenizer().get_vocab():
+    if not isinstance(data, World):
+        return
+    try:
+        vocabulary = load_tokenizer(directory).get_vocab()
+    except (FileNotFoundError, ValueError):  # refused where the tokenizer is needed
+        return
+    if vocabulary != data.tokenizer().get_vocab():
         log.warning(
             "data=world is the generated language of model=tiny, not text of %s, so the activations and losses"
             " on it say little: set data=text data.train=FILE, or data=preferences or data=hub",
