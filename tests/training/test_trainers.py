@@ -14,7 +14,7 @@ from weightgeom.interfaces import Scored
 from weightgeom.objectives.dpo import DPO
 from weightgeom.objectives.kto import KTO
 from weightgeom.training.config import Training
-from weightgeom.training.fit import fit
+from weightgeom.training.fit import fit, outdated_name_allowed
 from weightgeom.text.examples import Pair
 from weightgeom.text.tokens import tokenized, tokenized_responses
 from weightgeom.training.trainers import chosen_and_rejected, preference_trainer, unpaired_trainer
@@ -106,10 +106,11 @@ def test_the_trainers_get_the_tokens_that_are_measured_and_one_end_token(tmp_pat
     tokenizer = small.WORLD.tokenizer()
     tokenizer.chat_template = CHATML
     examples = replace(EXAMPLES, pairs=chats(6))
-    made = [
-        function(kind, network(), tokenizer, examples, arguments(tmp_path))
-        for function, kind in ((preference_trainer, DPOTrainer), (unpaired_trainer, KTOTrainer))
-    ]
+    kinds = ((preference_trainer, DPOTrainer), (unpaired_trainer, KTOTrainer))
+    with outdated_name_allowed():
+        made = [
+            function(kind, network(), tokenizer, examples, arguments(tmp_path)) for function, kind in kinds
+        ]
     rows = [tuple(row[f"{side}_ids"] for side in ("prompt", "chosen", "rejected")) for row in made[0].train_dataset]
     assert rows == tokenized(examples.pairs, tokenizer)
     single = tokenized_responses(examples.pairs, tokenizer)

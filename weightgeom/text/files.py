@@ -190,7 +190,8 @@ def check_expansion(path: Path, total: int) -> None:
 def _check_signature(path: Path, start: bytes) -> None:
     for signature, kind in SIGNATURES.items():
         if start.startswith(signature):
-            raise ValueError(f"{path} is {kind}: give text, JSONL, CSV, TSV or parquet")
+            advice = "" if ":" in kind else ": give text, JSONL, CSV, TSV or parquet"
+            raise ValueError(f"{path} is {kind}{advice}")
 
 
 def _check_prose(path: Path, line: str) -> None:
@@ -215,13 +216,15 @@ def _parsed(text: str) -> Any:
 
 def _json_records(path: Path) -> Iterator[tuple[str, dict]]:
     lines = ((number, line) for number, line in _lines(path) if line.strip())
+    first = True
     for number, line in lines:
-        if line.lstrip().startswith("["):
+        if first and line.lstrip().startswith("["):
             whole = line + "".join(rest for _, rest in lines)
             for index, value in enumerate(_json(whole, path, number), 1):
                 yield (where := f"{path} record {index}"), _object(value, where)
         else:
-            yield (where := f"{path} line {number}"), _object(_json(line, path, number), where)
+            yield (where := f"{path} line {number}"), _object(_json(line.rstrip(), path, number), where)
+        first = False
 
 
 def _json(text: str, path: Path, number: int) -> Any:

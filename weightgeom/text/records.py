@@ -203,6 +203,8 @@ def _matched(halves: Sequence[Pair], systems: Sequence[str], source: str) -> tup
     by_prompt: dict[str, tuple[list[Text], list[Text]]] = {}
     asked: dict[str, tuple[Text, str]] = {}
     for half, system in zip(halves, systems, strict=True):
+        if not (half.chosen or half.rejected):
+            continue
         key = json.dumps([system, half.prompt])
         asked[key] = half.prompt, system
         sides = by_prompt.setdefault(key, ([], []))
