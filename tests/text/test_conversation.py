@@ -101,7 +101,7 @@ def test_text_rendered_only_without_a_response_is_omitted(tokenizer):
     assert (pair.chosen, pair.rejected) == ("Bye, <b>you</b>. <end>", "Bye, me.<end>")
 
 
-def test_trl_gets_conversations_as_messages_where_there_is_a_template_and_as_text_where_there_is_none(tokenizer):
+def test_trl_gets_messages_if_the_tokenizer_has_a_template_and_else_plain_text(tokenizer):
     assert for_trl([PAIR], tokenizer) == [render(PAIR, tokenizer)]
     tokenizer.chat_template = THINKING
     assert for_trl([PAIR], tokenizer) == [PAIR]

@@ -47,7 +47,7 @@ def test_an_instruction_is_followed_by_its_input():
 def test_a_prompt_column_goes_before_its_other_names_which_are_named_in_a_warning(caplog):
     found = pairs_of(placed(pair(prompt="why ", question="what is it", notes="a b", id="x1", score=3)), "here")
     assert found == [Pair("why ", "so there", "no idea")]
-    assert "the text columns question, notes in here are not used; the known names are" in caplog.text
+    assert "the text columns question, notes in here are not used; known names are" in caplog.text
 
 
 def test_messages_that_are_not_used_are_named_in_a_warning(caplog):

@@ -206,7 +206,7 @@ class TwoCheckpoints:
 
 
 def warn_of_generated_text(data: Data, directory: Path) -> None:
-    """Log a warning if the data are the generated world and the tokenizer in `directory` is not the world's."""
+    """Log a warning if the data are the generated world and the tokenizer in `directory` is not its own."""
     if not isinstance(data, World):
         return
     try:
@@ -215,8 +215,8 @@ def warn_of_generated_text(data: Data, directory: Path) -> None:
         return
     if vocabulary != data.tokenizer().get_vocab():
         log.warning(
-            "data=world is the generated language of model=tiny, not text of %s, so the activations and losses"
-            " on it say little: set data=text data.train=FILE, or data=preferences or data=hub",
+            "data=world is the generated language of model=tiny, not text of %s, so activations and losses on"
+            " it say little: set data=text data.train=FILE, or data=preferences or data=hub",
             directory,
         )
 

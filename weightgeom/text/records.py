@@ -131,7 +131,7 @@ def _warn_ignored(records: Placed, used: Collection[str], source: str) -> None:
     ]
     if ignored:
         log.warning(
-            "the text columns %s in %s are not used; the known names are text, system, chosen, rejected, %s, %s",
+            "the text columns %s in %s are not used; known names are text, system, chosen, rejected, %s, %s",
             *(", ".join(ignored), source, ", ".join((*CONVERSATIONS, *PROMPTS)), ", ".join(ANSWERS)),
         )
 
