@@ -246,4 +246,4 @@ def test_a_tilde_at_the_start_of_outputs_is_the_home_directory(tmp_path, monkeyp
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert composed("outputs='~/runs'").tracking_uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    assert composed("outputs=a/~b").tracking_uri == "sqlite:///a/~b/mlflow.db"
+    assert composed("outputs='a/~b'").tracking_uri == "sqlite:///a/~b/mlflow.db"
