@@ -7,6 +7,7 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+OmegaConf.register_new_resolver("expanded", expanduser, replace=True)  # a tilde at the start of a path
 FOUND_RIGHT: dict[str, list[str]] = {}  # the user's modules by configuration, without its seed
 KINDS = {
     bool: "true or false",
@@ -263,7 +265,7 @@ def described(config: DictConfig, common: Collection[str] = ()) -> dict[str, Any
         "run_name": " ".join([chosen["objective"], *changed]),
         "config": plain,
         "params": {**dict(flattened(plain)), **chosen},
-        "outputs": str(Path(config.outputs).resolve()),
+        "outputs": str(Path(config.outputs).expanduser().resolve()),
         "directory": str(Path(hydra_config.runtime.output_dir).resolve()),
         "parent": str(Path(hydra_config.sweep.dir).resolve() / "record") if swept else None,
     }
@@ -342,6 +344,6 @@ def plan(jobs: Sequence[tuple[DictConfig, str]], parallel: int = 1, memory: floa
         )
     plain = [measured(checked(config), objective) for config, objective in jobs]
     made = [(parts(config), config) for config in plain]
-    planner = Planner(Path(outputs.pop()).resolve(), made[0][0]["device"], parallel, memory)
+    planner = Planner(Path(outputs.pop()).expanduser().resolve(), made[0][0]["device"], parallel, memory)
     if problems := show([planner.plan(*one) for one in made], planner):
         raise ValueError(f"does not fit: {'; '.join(problems)}")

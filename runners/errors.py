@@ -155,8 +155,11 @@ def _missing(error: Any) -> str:
 
 
 def _unreadable(error: Any) -> str:
+    key, _, value = str(error.override).partition("=")
+    example = f""": "{key}='{value}'\"""" if value and not set(value) & set("'\"") else ""
     return (
-        f"cannot read the argument {error.override!r}: write key=value, and quote values with , = or brackets"
+        f"cannot read the argument {str(error.override)!r}: write key=value, and quote values with , ="
+        f" brackets or letters outside ASCII{example}"
     )
 
 

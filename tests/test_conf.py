@@ -240,3 +240,10 @@ def test_yaml_makes_no_key_a_truth_value() -> None:
 
     for path in CONF.rglob("*.yaml"):
         assert all(isinstance(key, str) for key in keys(yaml.safe_load(path.read_text()))), path
+
+
+def test_a_tilde_at_the_start_of_outputs_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert composed("outputs='~/runs'").tracking_uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert composed("outputs='a/~b'").tracking_uri == "sqlite:///a/~b/mlflow.db"

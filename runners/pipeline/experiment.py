@@ -13,7 +13,7 @@ from runners.disk import full_disk_explained
 from runners.modules import modules_of
 from runners.pipeline.declarations import check_declarations, objective_tags, with_declaration
 from runners.pipeline.fingerprint import code_behind, contents, package
-from runners.pipeline.logged_stages import Stages
+from runners.pipeline.logged_stages import Stages, warn_if_memorised
 from runners.pipeline.measurements import Measured, map_of, module, plain
 from runners.pipeline.store import signature
 from runners.signals import Interruption, terminations_as_exceptions
@@ -153,6 +153,8 @@ class Experiment:
             for name, probe in self.probes.items():
                 tables[name + suffix] = self._about(name, trajectory, measured.table(name, probe))
                 log_table(record, name, suffix, tables[name + suffix], probe.declaration)
+                if trajectory is base.trajectory and trajectory.from_random:
+                    warn_if_memorised(base.directory.parent, tables[name + suffix])
         if base.trajectory is not None and base.pairs:
             names = enumerate(base.trajectory.stages)  # for who sees a curve by step
             record.tag(STAGES, ", ".join(f"{step} {stage}" for step, stage in names))

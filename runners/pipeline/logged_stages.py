@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import time_ns
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from runners.disk import write_atomically
 from runners.pipeline.fingerprint import libraries, named_files
@@ -19,6 +19,9 @@ from runners.pipeline.store import stage
 from runners.signals import Interruption
 from runners.tracking.record import Record
 from weightgeom.interfaces import Log
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"  # of a stage: what was logged while it was made
@@ -102,6 +105,26 @@ def _metrics(directory: Path) -> list[dict[str, Any]]:
             if line.endswith(b"\n"):
                 log.warning("%s line %d is damaged and left out of the curves", path, number)
     return rows
+
+
+def warn_if_memorised(directory: Path, table: "pd.DataFrame") -> None:
+    """Log a warning if the held-out loss of a base is far above the loss of the stage that trained it.
+
+    Far is more than 1 nat and more than half of the training loss, the mean of its last three log lines.
+    `table` is a probe's; one without `heldout_ce` warns of nothing.
+    """
+    losses = [row["metrics"]["loss"] for row in _metrics(directory) if "loss" in row["metrics"]][-3:]
+    rows = table[table["quantity"] == "heldout_ce"]
+    if not losses or not len(rows):
+        return
+    trained, heldout = sum(losses) / len(losses), float(rows.loc[rows["step"].idxmax(), "value"])
+    if heldout > trained + max(1.0, 0.5 * trained):
+        log.warning(
+            "the base has memorised its text: its loss is %.2f nats per token on held-out text and %.2f in"
+            " training, so its subspaces and every z describe a memory; give it more text, or fewer"
+            " model.pretraining.steps",
+            *(heldout, trained),
+        )
 
 
 @contextmanager

@@ -3,17 +3,20 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small
 import torch
+from networks import save
 from safetensors.torch import save_file
 from stored import OFFLINE, checkpoint, fetched, hub_cache, no_stage
 
 from weightgeom.bases.hub import fetch, identity
 from weightgeom.bases.pretrained import Pretrained, TwoCheckpoints
+from weightgeom.data.text import TextFiles
 
 
 @pytest.mark.slow
@@ -265,3 +268,18 @@ def test_a_hub_name_without_a_revision_is_logged_with_its_current_commit(tmp_pat
         assert not caplog.text
         fetch("lab/model")
     assert "lab/model is not pinned: write lab/model@abc" in caplog.text
+
+
+def test_the_generated_world_under_a_model_of_another_vocabulary_is_a_warning(tmp_path, caplog):
+    known, foreign = save("llama", tmp_path / "known"), save("llama", tmp_path / "foreign", seed=1)
+    small.WORLD.tokenizer().save_pretrained(known)
+    replace(small.WORLD, seed=9).tokenizer().save_pretrained(foreign)
+    examples = small.WORLD.examples()
+    Pretrained(str(known)).prepare(no_stage, examples, small.WORLD, "cpu")
+    Pretrained(str(foreign)).prepare(no_stage, examples, TextFiles("my.txt"), "cpu")
+    assert "data=world" not in caplog.text
+    warning = f"data=world is the generated language of model=tiny, not text of {foreign}"
+    for model in (Pretrained(str(foreign)), TwoCheckpoints(str(foreign), str(known))):
+        caplog.clear()
+        model.prepare(no_stage, examples, small.WORLD, "cpu")
+        assert caplog.text.count(warning) == 1

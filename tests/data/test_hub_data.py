@@ -50,7 +50,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[A
     write(home / "pairs" / "train.jsonl.gz", pairs)
     write(home / "pairs" / "test.jsonl.gz", pairs[38:])
     write(home / "text" / "train.jsonl", [{"text": "" if n % 2 else f"document {n}"} for n in range(80)])
-    write(home / "odd" / "train.jsonl", [{"question": "what?", "answer": "this"}])
+    write(home / "odd" / "train.jsonl", [{"title": "what?", "summary": "this"}])
     repositories = {
         f"datasets/{name}": {"main": home / name.partition("/")[2]} for name in (PAIRS, TEXT, ODD)
     }
@@ -102,8 +102,8 @@ def test_empty_text_is_skipped_and_an_unpinned_data_set_is_logged(answers):
 
 def test_unusable_data_sets_are_refused_in_one_sentence(answers):
     odd, none, split = answers[0][4:]
-    assert odd.startswith(f"{ODD} row 1 must have chosen and rejected, or text, or one of messages, ")
-    assert odd.endswith("its columns are question, answer")
+    assert odd.startswith(f"{ODD} row 1 has no field 'text'; its fields are ")
+    assert odd.endswith("with one of completion, response, output, answer")
     assert none.startswith("cannot get the split train of lab/none from the hub or its local cache (")
     assert split.startswith(f"cannot get the split validation of {PAIRS} from the hub or its local cache (")
 

@@ -189,3 +189,13 @@ def test_the_error_for_several_values_without_a_sweep_names_the_flag() -> None:
 
 def _hydra_raises(text: str) -> None:
     raise ConfigCompositionException(text)
+
+
+@pytest.mark.parametrize("value", ["modèle/avant", "a=b.txt", "a,b]", "日本語"])
+def test_an_argument_that_hydra_cannot_read_is_shown_as_it_can(value: str) -> None:
+    sentence = explanation(composed(f"data.train={value}"))
+    assert 'quote values with , = brackets or letters outside ASCII: "' in sentence
+    quoted = sentence.rpartition(": ")[2].strip('"')
+    assert quoted == f"data.train='{value}'"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert compose("config", ["data=text", quoted]).data.train == value

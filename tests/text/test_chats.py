@@ -15,7 +15,7 @@ from weightgeom.text.conversation import chats, pair_messages, text_messages
 from weightgeom.text.examples import Pair
 
 EXAMPLES = small.WORLD.examples()
-TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}</s>{% endfor %}"
+TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}<eos>{% endfor %}"
 DIALOGUE = "\n\nHuman: Is 2 even?\n\nAssistant: Yes."
 TURNS = [{"role": "user", "content": "Is 2 even?"}, {"role": "assistant", "content": "Yes."}]
 
@@ -41,9 +41,9 @@ def test_the_models_own_template_writes_the_held_out_text():
     tokenizer = small.WORLD.tokenizer()
     tokenizer.chat_template = TEMPLATE
     pairs = replace(EXAMPLES, heldout_pairs=[Pair("Is 2 even?", " Yes.", " No.")])
-    assert chats(pairs, tokenizer) == ["<user>Is 2 even?</s><assistant>Yes.</s>"]
+    assert chats(pairs, tokenizer) == ["<user>Is 2 even?<eos><assistant>Yes.<eos>"]
     documents = replace(EXAMPLES, heldout_pairs=[], heldout=["words"])
-    assert chats(documents, tokenizer) == ["<user>words</s>"]
+    assert chats(documents, tokenizer) == ["<user>words<eos>"]
 
 
 def test_a_missing_or_refusing_chat_template_is_an_error():

@@ -9,6 +9,7 @@ from trl.data_utils import apply_chat_template, extract_prompt
 from weightgeom.text.conversation import (
     CHAT_TEMPLATE,
     checked_text,
+    for_trl,
     is_complete,
     plain_text,
     render,
@@ -98,6 +99,15 @@ def test_text_rendered_only_without_a_response_is_omitted(tokenizer):
     pair = render(PAIR, tokenizer)
     assert plain_text(pair.prompt).endswith("<user>Bye<end><assistant>")
     assert (pair.chosen, pair.rejected) == ("Bye, <b>you</b>. <end>", "Bye, me.<end>")
+
+
+def test_trl_gets_messages_if_the_tokenizer_has_a_template_and_else_plain_text(tokenizer):
+    assert for_trl([PAIR], tokenizer) == [render(PAIR, tokenizer)]
+    tokenizer.chat_template = THINKING
+    assert for_trl([PAIR], tokenizer) == [PAIR]
+    assert for_trl([Pair("q", "a", "b")], tokenizer) == [Pair("q", "a", "b")]
+    with pytest.raises(ValueError, match="1 of 2 pairs are conversations and the others strings"):
+        for_trl([PAIR, Pair("q", "a", "b")], tokenizer)
 
 
 def test_a_pair_of_strings_is_rendered_already(tokenizer):

@@ -7,8 +7,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from weightgeom.text import files
 from weightgeom.text.examples import Pair
-from weightgeom.text.files import field, fingerprint, paths, place, read_documents, read_records, split
+from weightgeom.text.files import fingerprint, paths, read_blocks, read_records, split
+from weightgeom.text.records import read_documents
 
 RECORDS = [{"text": "one"}, {"text": "two\n\nstill two"}, {"text": "três"}]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
@@ -31,14 +33,16 @@ def refusal(message):
 
 @pytest.mark.parametrize("name", ["records.jsonl", "records.jsonl.gz", "records.parquet"])
 def test_the_three_kinds_of_file_hold_the_same_numbered_records(folder, name):
-    assert list(read_records(folder / name)) == [(1, RECORDS[0]), (2, RECORDS[1]), (3, RECORDS[2])]
+    kind = "row" if name.endswith("parquet") else "line"
+    places = [f"{folder / name} {kind} {number}" for number in (1, 2, 3)]
+    assert list(read_records(folder / name)) == list(zip(places, RECORDS, strict=True))
     assert read_documents(folder / name) == ["one", "two\n\nstill two", "três"]
 
 
 def test_rows_are_numbered_through_the_batches_of_a_parquet_file(folder):
     table = pyarrow.table({"n": list(range(1, 2501))})
     parquet.write_table(table, folder / "long.parquet", row_group_size=700)
-    assert all(number == row["n"] for number, row in read_records(folder / "long.parquet"))
+    assert all(place.endswith(f"row {row['n']}") for place, row in read_records(folder / "long.parquet"))
     assert len(list(read_records(folder / "long.parquet"))) == 2500
 
 
@@ -53,7 +57,7 @@ def test_documents_of_plain_text_are_the_blocks_between_blank_lines(folder):
 
 def test_blank_lines_of_a_jsonl_file_count_but_hold_no_record(folder):
     (folder / "gaps.jsonl").write_text('\n{"text": "x"}\n \n{"text": " "}\n')
-    assert [number for number, _ in read_records(folder / "gaps.jsonl")] == [2, 4]
+    assert [place[-6:] for place, _ in read_records(folder / "gaps.jsonl")] == ["line 2", "line 4"]
     assert read_documents(folder / "gaps.jsonl") == ["x"]
 
 
@@ -116,12 +120,10 @@ def test_a_bad_row_of_a_parquet_file_is_named(folder):
     parquet.write_table(pyarrow.table({"text": ["a", None]}), folder / "null.parquet")
     with refusal("null.parquet row 2 field 'text' must be a string, got None"):
         read_documents(folder / "null.parquet")
-    with refusal("null.parquet row 9 has no field 'chosen'; its fields are text"):
-        field({"text": "a"}, "chosen", place(folder / "null.parquet", 9))
 
 
 def test_records_are_not_read_from_other_kinds_of_file(folder):
-    with refusal("a.txt must be a .jsonl, .jsonl.gz or .parquet file to hold records"):
+    with refusal("a.txt must be a .jsonl, .json, .csv, .tsv or .parquet file to hold records"):
         list(read_records(folder / "a.txt"))
 
 
@@ -189,3 +191,128 @@ def test_the_fingerprint_depends_on_the_contents_and_on_their_division():
     assert len({fingerprint(*parts) for parts in contents}) == len(contents)
     # sha256 of b'1\n"ab"\n0\n'
     assert fingerprint(["ab"], []).startswith("b7594de48ebe359c")
+
+
+TABLE = [("7", 'red, "big" house'), ("8", "two\nlines"), ("9", "três")]
+
+
+@pytest.mark.parametrize(
+    ("name", "contents"),
+    [
+        ("t.csv", 'id,text\n7,"red, ""big"" house"\n8,"two\nlines"\n9,três\n'),
+        ("t.csv", '\ufeffid,text\r\n\r\n7,"red, ""big"" house"\r\n8,"two\r\nlines"\r\n,\r\n9,três'),
+        ("t.csv", ',id,text\n0,7,"red, ""big"" house"\n1,8,"two\nlines"\n2,9,três\n'),  # pandas' index
+        ("t.csv", 'id;text\n7;"red, ""big"" house"\n8;"two\nlines"\n9;três\n'),
+        ("t.tsv", 'id\ttext\n7\t"red, ""big"" house"\n8\t"two\nlines"\n9\ttrês\n'),
+    ],
+)
+def test_a_table_is_read_by_the_names_of_its_columns(folder, name, contents):
+    (folder / name).write_bytes(contents.encode())
+    (folder / f"{name}.gz").write_bytes(gzip.compress(contents.encode()))
+    for file in (name, f"{name}.gz"):
+        assert [tuple(row.values()) for _, row in read_records(folder / file)] == TABLE
+        assert read_documents(folder / file) == [text for _, text in TABLE]
+
+
+def test_a_cell_of_messages_is_a_list_in_json_or_as_python_writes_it(folder):
+    messages = [{"role": "user", "content": "it's"}]
+    cells = [json.dumps(messages), repr(messages)]
+    rows = "".join('"{}"\n'.format(cell.replace('"', '""')) for cell in cells)
+    (folder / "m.csv").write_text("chosen\n" + rows)
+    assert [row["chosen"] for _, row in read_records(folder / "m.csv")] == [messages] * 2
+    (folder / "n.csv").write_text("chosen\n[{no}]\n")
+    with refusal("n.csv line 2 field 'chosen' begins like a list of messages, but is not JSON: '[{no}]'"):
+        list(read_records(folder / "n.csv"))
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ("id,text\n1,a\n2,b,c\n", "bad.csv line 3 has 3 columns, but line 1 names 2: put text that holds a"),
+        ('id,text\n1,"a\nb"\n2\n', "bad.csv line 4 has 1 columns, but line 1 names 2"),
+        ("text,text\na,b\n", "bad.csv line 1 must name every column once, got text, text"),
+        ('text\n"open\n', "bad.csv line 2 cannot be read: unexpected end of data"),
+        ("id,body\n1,a\n", "bad.csv line 2 has no field 'text'; its fields are id, body"),
+        ("id,text\n", "bad.csv is empty: it contains no record"),
+        ("", "bad.csv is empty: it contains no record"),
+    ],
+)
+def test_a_bad_row_of_a_table_is_named(folder, contents, message):
+    (folder / "bad.csv").write_text(contents)
+    with refusal(message):
+        read_documents(folder / "bad.csv")
+
+
+def test_json_is_one_array_or_has_one_record_a_line_whatever_its_suffix(folder):
+    for name, contents in (
+        ("a.json", json.dumps(RECORDS, indent=1)),
+        ("b.jsonl", f"\n{json.dumps(RECORDS)}\n"),
+    ):
+        (folder / name).write_text(contents)
+        assert [record for _, record in read_records(folder / name)] == RECORDS
+        assert next(read_records(folder / name))[0] == f"{folder / name} record 1"
+
+
+def test_a_byte_order_mark_and_unicode_line_ends_are_read_as_json_means_them(folder):
+    text = "one\u2028two\x85three"
+    lines = "\ufeff" + "\r\n".join([json.dumps({"text": text}, ensure_ascii=False)] * 2)
+    (folder / "u.jsonl").write_bytes(lines.encode())
+    assert read_documents(folder / "u.jsonl") == [text, text]
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ('[{"text": "a"},\n {"text": }]', "bad.json line 2 is not JSON: Expecting value at column 11"),
+        ('[{"text": "a"},\n 3]', "bad.json record 2 must be a JSON object, got 3"),
+        ('{\n "text": "a"\n}', "bad.json line 1 is not JSON: Expecting property name"),
+        ("[" * 100_000, "bad.json line 1 is not JSON: maximum recursion depth exceeded"),
+        ('{"text": ' + "[" * 100_000, "bad.json line 1 is not JSON: maximum recursion depth exceeded"),
+        ('{"n": ' + "1" * 5000 + "}", "bad.json line 1 is not JSON: Exceeds the limit"),
+        ("nul\0l", "bad.json line 1 has a NUL byte: the file is binary, not text"),
+    ],
+)
+def test_json_that_is_none_is_named_by_its_line(folder, contents, message):
+    (folder / "bad.json").write_text(contents)
+    with refusal(message):
+        list(read_records(folder / "bad.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "message"),
+    [
+        ("book.xlsx", b"PK\x03\x04rest", "book.xlsx is a zip archive, such as an Excel workbook: give text"),
+        ("data", b"PAR1rest", "data is a parquet file: end its name in .parquet"),
+        ("a.jsonl", gzip.compress(b"{}"), "a.jsonl is compressed by gzip: end its name in .gz"),
+        ("a.bin", b"words\0\1\2", "a.bin line 1 has a NUL byte: the file is binary, not text"),
+        ("t.txt", b"id,text\n1,words\n", "t.txt begins with the names of columns (id,text): end its name in"),
+        ("j.txt", b'{"text": "a"}\n', "j.txt begins with a JSON object: end its name in .jsonl"),
+    ],
+)
+def test_what_is_no_prose_is_not_read_as_prose(folder, name, contents, message):
+    (folder / name).write_bytes(contents)
+    with refusal(message):
+        read_documents(folder / name)
+
+
+def test_another_suffix_is_read_as_plain_text_with_a_warning(folder, caplog):
+    (folder / "a.text").write_text("Text, he said.\n\nMore")
+    (folder / "a.log").write_text("Text, he said.\n\nMore")
+    assert read_blocks(folder / "a.text") == ["Text, he said.", "More"] and not caplog.text
+    assert read_blocks(folder / "a.log") == ["Text, he said.", "More"]
+    assert "a.log is read as plain text, with documents between blank lines" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["bomb.txt.gz", "bomb.jsonl.gz"])
+def test_a_file_that_expands_beyond_measure_is_not_expanded(folder, monkeypatch, name):
+    monkeypatch.setattr(files, "ALLOWANCE", 2**20)
+    (folder / name).write_bytes(gzip.compress(b" " * 2**23))  # 1000 times its size, in one line
+    with pytest.raises(ValueError, match=rf"{name} expands to more than \d MiB, 200 times its size"):
+        read_documents(folder / name)
+
+
+def test_a_parquet_file_that_expands_beyond_measure_is_not_expanded(folder, monkeypatch):
+    monkeypatch.setattr(files, "ALLOWANCE", 2**20)
+    parquet.write_table(pyarrow.table({"text": ["a" * 1000] * 10_000}), folder / "bomb.parquet")
+    with refusal("bomb.parquet expands to more than 1 MiB, 200 times its size"):
+        read_documents(folder / "bomb.parquet")

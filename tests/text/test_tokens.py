@@ -8,17 +8,49 @@ from accelerate import PartialState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
-from trl import DPOTrainer
+from trl import DPOTrainer, KTOTrainer, SFTTrainer
 
 from weightgeom.text.conversation import render
 from weightgeom.text.examples import Pair, Question
-from weightgeom.text.tokens import Batch, answers, packed, responses, tokenize
+from weightgeom.text.tokens import (
+    Batch,
+    answers,
+    packed,
+    responses,
+    tokenize,
+    tokenized,
+    tokenized_responses,
+)
 
 # Writes the beginning itself, and closes every message.
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+# As the families of models write conversations: the last ends them in no end token, the first behind it.
+CHATML = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<eos>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA_3 = (
+    "{% for m in messages %}{% set content = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
+    " + m['content'] | trim + '<eos>' %}{% if loop.first %}{% set content = bos_token + content %}{% endif %}"
+    "{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+TEMPLATES = {"chatml": CHATML, "llama 3": LLAMA_3, "mistral": MISTRAL, "gemma": GEMMA}
 
 
 def words(*more: str) -> PreTrainedTokenizerFast:
@@ -61,6 +93,22 @@ def trl_tokens(
     prepared = DPOTrainer._prepare_dataset(trainer, dataset, tokenizer, arguments, "train")
     rows: Any = list(prepared)
     return [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows]
+
+
+def trl_rows(kind: Any, columns: dict[str, list[Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    """What TRL's trainer of single responses makes of a data set."""
+    PartialState()
+    datasets.disable_progress_bars()
+    trainer: Any = SimpleNamespace(
+        _tokenizer=tokenizer, chat_template=None, completion_only_loss=True, calculate_KL=False
+    )
+    arguments: Any = SimpleNamespace(
+        **dict.fromkeys(("dataset_num_proc", "max_length", "assistant_only_loss", "shuffle_dataset")),
+        dataset_text_field="text",
+    )
+    more = {"packing": False, "formatting_func": None} if kind is SFTTrainer else {}
+    dataset = datasets.Dataset.from_dict(columns)
+    return list(kind._prepare_dataset(trainer, dataset, tokenizer, arguments, dataset_name="eval", **more))
 
 
 def conversation(pair: Pair) -> Pair:
@@ -157,6 +205,46 @@ def test_conversations_are_tokenized_as_trl_tokenizes_them(examples, begins):
     for prompt, chosen, rejected in (tokenize(pair, tokenizer) for pair in pairs):
         assert prompt[0] == beginning and (prompt + chosen + rejected).count(beginning) == 1
         assert chosen[-1] == rejected[-1] == end and end not in (chosen[-2], rejected[-2])
+
+
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("template", list(TEMPLATES))
+def test_conversations_of_every_family_are_tokenized_as_trl_tokenizes_them(examples, template, begins):
+    tokenizer = bpe(examples.text, begins=begins)
+    tokenizer.chat_template = TEMPLATES[template]
+    pairs = [conversation(pair) for pair in examples.pairs[:12]]
+    pairs += [
+        Pair([*pairs[0].prompt, *pairs[0].chosen, *pairs[1].prompt], pairs[1].chosen, pairs[1].rejected)
+    ]
+    found = tokenized(pairs, tokenizer)
+    assert found == trl_tokens(pairs, tokenizer)
+    ends, begin = tokenizer.get_vocab()["<eos>"], tokenizer.get_vocab()["<bos>"]
+    for prompt, chosen, _ in found:
+        assert chosen.count(ends) == (template != "gemma") and prompt[1:].count(begin) == 0
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES, None])
+def test_single_responses_are_tokenized_as_trls_other_trainers_tokenize_them(examples, template):
+    tokenizer = bpe(examples.text, begins=True)
+    tokenizer.chat_template = TEMPLATES.get(template)
+    pairs = [pair if template is None else conversation(pair) for pair in examples.pairs[:12]]
+    ours = tokenized_responses(pairs, tokenizer)
+    columns = {"prompt": [pair.prompt for pair in pairs] * 2}
+    columns["completion"] = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    found = [(ids[:start], ids[start:]) for ids, start, _, _ in ours]
+    found += [(ids[:start], ids[start:]) for _, _, ids, start in ours]
+    kto = trl_rows(KTOTrainer, {**columns, "label": [True] * 12 + [False] * 12}, tokenizer)
+    assert found == [(row["prompt_ids"], row["completion_ids"]) for row in kto]
+    sft = trl_rows(SFTTrainer, columns, tokenizer)
+    assert [prompt + response for prompt, response in found] == [row["input_ids"] for row in sft]
+    assert [[-100] * len(prompt) + response for prompt, response in found] == [row["labels"] for row in sft]
+
+
+def test_documents_that_are_closed_are_not_closed_again():
+    (batch,) = packed(["a <eos>", "b"], words(), length=4, limit=100)
+    assert batch.input_ids.tolist() == [[2, 1, 3, 1]]
+    (batch,) = packed(["a", "b"], words(), length=4, limit=100, closed=True)
+    assert batch.input_ids.tolist() == [[2, 3]]
 
 
 def test_conversations_without_a_template_are_tokenized_as_trl_tokenizes_their_strings(examples):

@@ -12,7 +12,14 @@ from pydantic.dataclasses import dataclass
 
 from weightgeom.bases.hub import HOW_TO_PIN, MOVING_REVISIONS, fetch, identity, is_path
 from weightgeom.bases.outline import Outline
-from weightgeom.bases.pretrained import check_here, outline_of, pair_base, same_vocabulary, with_safetensors
+from weightgeom.bases.pretrained import (
+    check_here,
+    outline_of,
+    pair_base,
+    same_vocabulary,
+    warn_of_generated_text,
+    with_safetensors,
+)
 from weightgeom.declarations import ProbeDeclaration
 from weightgeom.interfaces import Data, Stage
 from weightgeom.interruption import Request, no_request
@@ -102,6 +109,7 @@ class Chain:
         self._compare(by_name)
         first, *_ = directories = list(by_name.values())
         tokenizer = None if self.tokenizer is None else by_name[self.tokenizer]
+        warn_of_generated_text(data, tokenizer or first)
         digest = hashlib.sha256(" ".join(map(identity, directories)).encode()).hexdigest()[:16]
         suffix = "" if self.tokenizer is None else f", {self.tokenizer}"
         return Base(

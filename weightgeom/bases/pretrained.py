@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from weightgeom.bases.hub import HOW_TO_PIN, MOVING_REVISIONS, checkpoint_directory, fetch, identity, is_path
 from weightgeom.bases.outline import Outline
+from weightgeom.data.world import World
 from weightgeom.interfaces import Data, Stage
 from weightgeom.interruption import Request, no_request
 from weightgeom.models.adapters import as_pair, is_adapter, open_adapter, warn_of_other_base
@@ -155,6 +156,7 @@ class Pretrained:
         for directory in dict.fromkeys(steps.values()):
             open_params(directory, load_architecture(directory))
         check_tokenizer(last)
+        warn_of_generated_text(data, last)
         if len(steps) == 1:
             return Base(last, identity(last))
         at_zero = self.revisions is None or (_step(self.revisions[0]) or (None,))[0] == 0
@@ -209,6 +211,7 @@ class TwoCheckpoints:
         """Fetch both checkpoints."""
         before, after = (with_safetensors(fetched, self.allow_bin, stage) for fetched in self._fetched())
         self._compare(before, after, load_architecture(before))
+        warn_of_generated_text(data, before)
         return pair_base(before, after, after if self.tokenizer == "after" else before)
 
     def _fetched(self) -> tuple[Path, Path]:
@@ -227,6 +230,22 @@ class TwoCheckpoints:
                 "model.tokenizer=after needs a whole model with the vocabulary of model.before, unlike"
                 f" {after}: set model.tokenizer=before"
             )
+
+
+def warn_of_generated_text(data: Data, directory: Path) -> None:
+    """Log a warning if the data are the generated world and the tokenizer in `directory` is not its own."""
+    if not isinstance(data, World):
+        return
+    try:
+        vocabulary = load_tokenizer(directory).get_vocab()
+    except (FileNotFoundError, ValueError):  # refused where the tokenizer is needed
+        return
+    if vocabulary != data.tokenizer().get_vocab():
+        log.warning(
+            "data=world is the generated language of model=tiny, not text of %s, so activations and losses on"
+            " it say little: set data=text data.train=FILE, or data=preferences or data=hub",
+            directory,
+        )
 
 
 def outline_of(locations: dict[int, str], step: int, allow_bin: bool, code: bool) -> Outline:

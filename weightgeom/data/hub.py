@@ -1,17 +1,15 @@
 """A Hub data set: its first `number` examples, in any common column layout."""
 
 import logging
-from collections.abc import Iterator
 from itertools import islice
-from typing import Any
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from weightgeom.text.conversation import plain_text
-from weightgeom.text.examples import Examples, Pair
+from weightgeom.text.examples import Examples
 from weightgeom.text.files import fingerprint, first_line, split
-from weightgeom.text.records import document_of, pair_of, text_of, usable_pairs
+from weightgeom.text.records import Placed, documents_of, has_pairs, pairs_of, text_of
 
 log = logging.getLogger(__name__)
 
@@ -51,18 +49,18 @@ class HubData:
         train = self._read(self.split, revision)
         test = None if self.heldout_split is None else self._read(self.heldout_split, revision)
         name = f"{self.name}@{revision}" if revision else self.name
-        if "chosen" in train[0]:
-            heldout = None if test is None else self._pairs(test)
+        if has_pairs(train):
+            heldout = None if test is None else pairs_of(test, self.name)
             key = text_of if heldout else lambda pair: plain_text(pair.prompt)
-            pairs, heldout_pairs = split(self._pairs(train), heldout, self.heldout_every, key)
+            pairs, heldout_pairs = split(pairs_of(train, self.name), heldout, self.heldout_every, key)
             text, heldout_text = [text_of(pair) for pair in pairs], [text_of(pair) for pair in heldout_pairs]
         else:
-            pairs, heldout_pairs, heldout = [], [], None if test is None else self._documents(test)
-            text, heldout_text = split(self._documents(train), heldout, self.heldout_every, str)
+            pairs, heldout_pairs, heldout = [], [], None if test is None else documents_of(test, self.name)
+            text, heldout_text = split(documents_of(train, self.name), heldout, self.heldout_every, str)
         parts = text, heldout_text, pairs, heldout_pairs
         return Examples(name, *parts, digest=fingerprint(*parts))
 
-    def _read(self, split: str, revision: str | None) -> list[dict[str, Any]]:
+    def _read(self, split: str, revision: str | None) -> Placed:
         """The first `number` records of a split, skipping empty text."""
         from datasets import load_dataset
 
@@ -82,14 +80,4 @@ class HubData:
             log.warning("%s has %d examples in %s, not %d", self.name, len(first), split, self.number)
         if not first:
             raise ValueError(f"the split {split} of {self.name} is empty: choose another data.split")
-        return first
-
-    def _pairs(self, records: list[dict[str, Any]]) -> list[Pair]:
-        return usable_pairs([pair_of(where, record) for where, record in self._placed(records)], self.name)
-
-    def _documents(self, records: list[dict[str, Any]]) -> list[str]:
-        return [document_of(where, record) for where, record in self._placed(records)]
-
-    def _placed(self, records: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-        for number, record in enumerate(records, 1):
-            yield f"{self.name} row {number}", record
+        return [(f"{self.name} row {number}", record) for number, record in enumerate(first, 1)]

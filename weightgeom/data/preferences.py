@@ -1,4 +1,4 @@
-"""A user's own preference pairs: records with `chosen`, `rejected` and optionally `prompt`."""
+"""A user's own preference pairs: with `chosen` and `rejected`, or `completion` and `label`."""
 
 from pathlib import Path
 
@@ -7,16 +7,17 @@ from pydantic.dataclasses import dataclass
 
 from weightgeom.text.conversation import plain_text
 from weightgeom.text.examples import Examples, Pair
-from weightgeom.text.files import fingerprint, paths, place, read_records, split
+from weightgeom.text.files import fingerprint, paths, read_records, split
 from weightgeom.text.prompt_groups import ABSTENTIONS, group_contents, read_groups
-from weightgeom.text.records import pair_of, text_of, usable_pairs
+from weightgeom.text.records import pairs_of, text_of
 
 
 @dataclass(frozen=True)
 class Preferences:
     """Pairs from `train` (a file, a glob or a list of them); the text is each prompt + chosen response.
 
-    Without a field `prompt`, the prompt is the responses' common prefix, as in TRL. Without `heldout`, every
+    The prompt is `prompt`, or one of the names in `weightgeom.text.records`; without one it is the responses'
+    common prefix, as in TRL. Without `heldout`, every
     `heldout_every`-th prompt is held out with all its pairs; with `heldout`, training omits the pairs whose
     text occurs there. `groups` are prompt groups, read by `weightgeom.text.prompt_groups`.
     """
@@ -51,6 +52,5 @@ class Preferences:
 
 
 def _read_pairs(files: list[Path]) -> list[Pair]:
-    records = ((place(file, n), record) for file in files for n, record in read_records(file))
-    pairs = [pair_of(where, record) for where, record in records]
-    return usable_pairs(pairs, ", ".join(map(str, files)))
+    records = [record for file in files for record in read_records(file)]
+    return pairs_of(records, ", ".join(map(str, files)))

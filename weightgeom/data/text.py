@@ -1,4 +1,4 @@
-"""A user's own text: plain files, JSON lines or parquet."""
+"""A user's own text: plain files, JSON, CSV, TSV or parquet."""
 
 import logging
 import re
@@ -8,8 +8,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from weightgeom.text.examples import Examples
-from weightgeom.text.files import fingerprint, paths, read_documents, split
+from weightgeom.text.files import fingerprint, paths, split
 from weightgeom.text.prompt_groups import ABSTENTIONS, group_contents, read_groups
+from weightgeom.text.records import read_documents
 
 log = logging.getLogger(__name__)
 WORDS = 200  # per block, where documents are cut into blocks

@@ -58,7 +58,7 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
     size = max(1, BATCH_TOKENS[model.device.type == "cpu"] // inputs.length)
     chat = inputs.text == "chat"
     texts = chats(setting.examples, model.tokenizer) if chat else setting.examples.heldout
-    batches = packed(texts, model.tokenizer, inputs.length, inputs.tokens, size)
+    batches = packed(texts, model.tokenizer, inputs.length, inputs.tokens, size, closed=chat)
     moments = activation_moments(
         model,
         params,

@@ -77,11 +77,10 @@ class Behaviour:
         pairs = list(responses(wanted, model.tokenizer, self.pair_length))
         missing = len(wanted) - sum(len(chosen.input_ids) for chosen, _ in pairs)
         if missing:
-            log.info(
-                "%d of %d held-out pairs left out: prompt of %d tokens or more",
-                missing,
-                len(wanted),
-                self.pair_length,
+            log.log(
+                logging.WARNING if missing > len(wanted) / 10 else logging.INFO,
+                "%d of %d held-out pairs left out: prompt of %d tokens or more, the probe's pair_length",
+                *(missing, len(wanted), self.pair_length),
             )
 
         def measure(params: Params) -> list[Row]:

@@ -2,18 +2,21 @@
 
 import logging
 import re
+from collections.abc import Sequence
 from functools import cache
 from os.path import commonprefix
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
 from weightgeom.text.examples import Examples, Pair, Text
+from weightgeom.text.templates import rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 log = logging.getLogger(__name__)
+Messages = list[dict[str, str]]
 LABELS = {"system": "System", "user": "Human", "assistant": "Assistant"}  # role: its label in plain text
 HEADER = "\n\nAssistant:"  # ends a prompt; the response follows
 CHAT_TEMPLATE = (
@@ -40,7 +43,7 @@ def checked_text(value: Any, where: str) -> Text:
 
 
 def plain_text(text: Text) -> str:
-    """A conversation rendered by `CHAT_TEMPLATE`; a string is returned unchanged."""
+    """A conversation as a plain-text dialogue; a string is returned unchanged."""
     if isinstance(text, str):
         return text
     return "".join(f"\n\n{LABELS[message['role']]}: {message['content']}" for message in text)
@@ -77,43 +80,68 @@ def is_complete(pair: Pair) -> bool:
     return answers and says(pair.prompt, *LABELS)
 
 
+def is_conversation(pair: Pair) -> bool:
+    """Whether the prompt and both responses are messages."""
+    return all(isinstance(side, list) for side in (pair.prompt, pair.chosen, pair.rejected))
+
+
+def for_trl(pairs: Sequence[Pair], tokenizer: "PreTrainedTokenizerBase") -> list[Pair]:
+    """The pairs as TRL's trainers take them: conversations without a chat template as plain text.
+
+    Raises:
+        ValueError: if some pairs are strings and others are conversations, for a tokenizer with a template.
+    """
+    if tokenizer.chat_template is None:
+        return [render(pair, tokenizer) for pair in pairs]
+    conversations = sum(map(is_conversation, pairs))
+    if 0 < conversations < len(pairs):
+        raise ValueError(
+            f"{conversations} of {len(pairs)} pairs are conversations and the others strings: TRL trains on"
+            " one form, so write all of them as messages"
+        )
+    return list(pairs)
+
+
 def render(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> Pair:
     """The pair as strings, such that prompt + response is the tokenizer's rendering of the conversation.
 
-    The prompt ends in the assistant's header if the responses start with an assistant's message. Text that
-    the template renders differently with and without a response belongs to the response.
+    For a trainer that takes strings alone; one that takes messages tokenizes them better. The prompt ends in
+    the assistant's header if the responses start with an assistant's message. Text that the template renders
+    differently with and without a response belongs to the response.
     Source: the common prefix of `trl.data_utils.apply_chat_template`, which refuses some prompts.
     """
     prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
     if isinstance(prompt, str) or isinstance(chosen, str) or isinstance(rejected, str):
         return pair
+    header = chosen[0]["role"] == rejected[0]["role"] == "assistant"
     if tokenizer.chat_template is None:
         _note_plain(tokenizer.name_or_path)
-    template = None if tokenizer.chat_template else CHAT_TEMPLATE  # None: the tokenizer's own
-
+        start, *whole = (plain_text(text) for text in (prompt, prompt + chosen, prompt + rejected))
+        start += HEADER if header else ""
+    else:
+        start, *whole = rendered([(prompt, header), *_wholes(pair)], tokenizer)
     begin = str(tokenizer.bos_token or "")
-    begins_itself = bool(begin) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-
-    def text(messages: list[dict[str, str]], header: bool = False) -> str:
-        rendered = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=header
-        )
-        assert isinstance(rendered, str)
+    if begin and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         # The tokenizer adds its start token again when it tokenizes this text.
-        return rendered.removeprefix(begin) if begins_itself else rendered
-
-    header = chosen[0]["role"] == rejected[0]["role"] == "assistant"
-    whole = text(prompt + chosen), text(prompt + rejected)
-    start = commonprefix([text(prompt, header), *whole])  # noqa: RUF071 (characters are meant)
+        start, *whole = (text.removeprefix(begin) for text in (start, *whole))
+    start = commonprefix([start, *whole])  # noqa: RUF071 (characters are meant)
     return Pair(start, whole[0][len(start) :], whole[1][len(start) :])
+
+
+def renderings(pairs: Sequence[Pair], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, str, str]]:
+    """Of every conversation the prompt with the assistant's header, and the whole with each response."""
+    asked = [one for pair in pairs for one in ((pair.prompt, True), *_wholes(pair))]
+    texts = iter(rendered(asked, tokenizer))  # pyright: ignore[reportArgumentType]
+    return list(zip(texts, texts, texts, strict=True))
+
+
+def _wholes(pair: Pair) -> list[tuple[Messages, bool]]:
+    return [(pair.prompt + side, False) for side in (pair.chosen, pair.rejected)]  # pyright: ignore
 
 
 @cache  # logs once per tokenizer
 def _note_plain(name: str) -> None:
     log.info("tokenizer %s has no chat template: conversations are rendered as plain text", name)
-
-
-Messages = list[dict[str, str]]
 
 
 TURN = re.compile(rf"(?:^|\n\n)({'|'.join(LABELS.values())}):")
@@ -128,8 +156,6 @@ def chats(examples: Examples, tokenizer: "PreTrainedTokenizerBase") -> list[str]
     Raises:
         ValueError: if the tokenizer has no chat template, or the template refuses a conversation.
     """
-    from jinja2 import TemplateError
-
     name = tokenizer.name_or_path
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -140,11 +166,9 @@ def chats(examples: Examples, tokenizer: "PreTrainedTokenizerBase") -> list[str]
         text_messages(text) for text in examples.heldout
     ]
     try:
-        return [str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in conversations]
-    except TemplateError as error:
-        raise ValueError(
-            f"the chat template of {name} refuses a conversation ({error}): set text=raw"
-        ) from error
+        return rendered([(chat, False) for chat in conversations], tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{error}: set text=raw") from error
 
 
 def pair_messages(pair: Pair) -> Messages:

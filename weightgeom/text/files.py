@@ -1,8 +1,10 @@
-"""Readers of users' files (plain text, JSON lines, parquet), whose errors name the file and the line.
+"""Readers of users' files (plain text, JSON, CSV, TSV, parquet), whose errors name the file and the line.
 
 A missing file raises FileNotFoundError; any other defect of a file raises ValueError.
 """
 
+import ast
+import csv
 import gzip
 import hashlib
 import json
@@ -23,7 +25,25 @@ from weightgeom.text.examples import Pair
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
-RECORDS = (".jsonl", ".json", ".ndjson", ".parquet")
+RECORDS = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv")
+PLAIN = ("", ".txt", ".text", ".md", ".markdown", ".rst", ".tex")
+SIGNATURES = {  # the first bytes of files that hold no text, and what the files are
+    b"PK\x03\x04": "a zip archive, such as an Excel workbook",
+    b"\xd0\xcf\x11\xe0": "an old Excel or Word file",
+    b"\x1f\x8b": "compressed by gzip: end its name in .gz",
+    b"PAR1": "a parquet file: end its name in .parquet",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"(\xb5/\xfd": "compressed by zstd",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"%PDF": "a PDF",
+    b"SQLite format 3": "an SQLite database",
+    b"ARROW1": "an Arrow file",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+}
+COLUMNS = {"text", "prompt", "chosen", "rejected", "completion", "label", "messages", "question", "answer"}
+EXPANSION, ALLOWANCE = 200, 2**28  # a compressed file may expand to 200 times its size, or to 256 MiB
 
 
 def sha256(path: Path) -> str:
@@ -55,44 +75,41 @@ def paths(spec: str | list[str]) -> list[Path]:
     return list(files.values())
 
 
-def place(path: Path, number: int) -> str:
-    """The name of a record in errors: `FILE line 17`, or `FILE row 17` in a parquet file."""
-    return f"{path} {'row' if _kind(path) == '.parquet' else 'line'} {number}"
-
-
 def field(record: dict, name: str, where: str) -> Any:
-    """The value of a required field; `where` names the record, as returned by `place`."""
+    """The value of a required field; `where` names the record, such as `FILE line 17`."""
     if name not in record:
         raise ValueError(f"{where} has no field {name!r}; its fields are {', '.join(record)}")
     return record[name]
 
 
-def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """Records of a JSON lines (optionally gzipped) or parquet file with their line or row number, from 1."""
-    path, number = _existing(Path(path)), 0
+def read_records(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Records of a file with their names in errors, such as `FILE line 17`; all but parquet may be gzipped.
+
+    JSON has one record a line, or is one array. CSV and TSV name their columns in the first line.
+    """
+    path, where = _existing(Path(path)), None
     if _kind(path) not in RECORDS:
-        raise ValueError(f"{path} must be a .jsonl, .jsonl.gz or .parquet file to hold records")
-    for number, record in _parquet_records(path) if _kind(path) == ".parquet" else _json_lines(path):
-        yield number, record
-    if not number:
+        raise ValueError(f"{path} must be a .jsonl, .json, .csv, .tsv or .parquet file to hold records")
+    readers = {".parquet": _parquet_records, ".csv": _table_records, ".tsv": _table_records}
+    for where, record in readers.get(_kind(path), _json_records)(path):
+        yield where, record
+    if where is None:
         raise ValueError(f"{path} is empty: it contains no record")
 
 
-def read_documents(path: str | Path) -> list[str]:
-    """The `text` of each record of a file, or the blocks of a plain-text file, separated by blank lines."""
+def is_plain(path: Path) -> bool:
+    """Whether a file holds plain text rather than records, by its suffix."""
+    return _kind(path) not in RECORDS
+
+
+def read_blocks(path: str | Path) -> list[str]:
+    """The blocks of a plain-text file that blank lines separate; refuses tables and archives by name."""
     path = _existing(Path(path))
-    if _kind(path) in RECORDS:
-        documents = []
-        for number, record in read_records(path):
-            documents.append(text := field(record, "text", where := place(path, number)))
-            if not isinstance(text, str):
-                raise ValueError(f"{where} field 'text' must be a string, got {short(text)}")
-    else:
-        text = "".join(line for _, line in _lines(path))
-        documents = [block.strip() for block in re.split(r"\n\s*\n", text)]
-    if not (documents := [document for document in documents if document.strip()]):
-        raise ValueError(f"{path} is empty: it contains no document")
-    return documents
+    lines = [line for _, line in _lines(path)]
+    _check_prose(path, next(filter(str.strip, lines), ""))
+    if _kind(path) not in PLAIN:
+        log.warning("%s is read as plain text, with documents between blank lines", path)
+    return [block.strip() for block in re.split(r"\n\s*\n", "".join(lines)) if block.strip()]
 
 
 def split(
@@ -143,43 +160,165 @@ def _existing(path: Path) -> Path:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     number = 0
     try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield number, text.replace("\r\n", "\n")
+        for number, line in enumerate(_raw_lines(path), 1):
+            if number == 1:
+                _check_signature(path, line)
+            if b"\0" in line and not line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise ValueError(f"{path} line {number} has a NUL byte: the file is binary, not text")
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            yield number, text.replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} line {number} is not UTF-8: {error.reason}") from error
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} line {number + 1} cannot be read: {error}") from error
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            json.dumps(record, ensure_ascii=False).encode()  # fails on an unpaired surrogate
-        except ValueError as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path} line {number} must be a JSON object, got {short(record)}")
-        yield number, record
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, decompressed no further than its size allows."""
+    packed = path.name.lower().endswith(".gz")
+    with gzip.open(path) if packed else path.open("rb") as file:
+        total, pieces = 0, []
+        while piece := file.readline(2**20):  # a line of a hostile file may be longer than the memory
+            total += len(piece)
+            if packed:
+                check_expansion(path, total)
+            pieces.append(piece)
+            if piece.endswith(b"\n"):
+                yield b"".join(pieces)
+                pieces.clear()
+        if pieces:
+            yield b"".join(pieces)
 
 
-def _parquet_records(path: Path) -> Iterator[tuple[int, dict]]:
+def check_expansion(path: Path, total: int) -> None:
+    """Raise ValueError if a compressed file has given more bytes than a file of text would."""
+    limit = max(ALLOWANCE, EXPANSION * path.stat().st_size)
+    if total > limit:
+        raise ValueError(
+            f"{path} expands to more than {limit / 2**20:.0f} MiB, {EXPANSION} times its size, as no text"
+            " does: give the file in plain form"
+        )
+
+
+def _check_signature(path: Path, start: bytes) -> None:
+    for signature, kind in SIGNATURES.items():
+        if start.startswith(signature):
+            advice = "" if ":" in kind else ": give text, JSONL, CSV, TSV or parquet"
+            raise ValueError(f"{path} is {kind}{advice}")
+
+
+def _check_prose(path: Path, line: str) -> None:
+    """Refuse a table under the name of a plain text; `line` is the first one that is not blank."""
+    names = {name.strip().strip('"').lower() for name in re.split(r"[,;\t]", line)}
+    if len(names) > 1 and names & COLUMNS and all(re.fullmatch(r"[\w.-]*", name) for name in names):
+        raise ValueError(
+            f"{path} begins with the names of columns ({line.strip()}): end its name in .csv or .tsv to read"
+            " it as a table"
+        )
+    if line.startswith("{") and isinstance(_parsed(line), dict):
+        raise ValueError(f"{path} begins with a JSON object: end its name in .jsonl to read its records")
+
+
+def _parsed(text: str) -> Any:
+    """The JSON value of a text, None if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _json_records(path: Path) -> Iterator[tuple[str, dict]]:
+    lines = ((number, line) for number, line in _lines(path) if line.strip())
+    first = True
+    for number, line in lines:
+        if first and line.lstrip().startswith("["):
+            whole = line + "".join(rest for _, rest in lines)
+            for index, value in enumerate(_json(whole, path, number), 1):
+                yield (where := f"{path} record {index}"), _object(value, where)
+        else:
+            yield (where := f"{path} line {number}"), _object(_json(line.rstrip(), path, number), where)
+        first = False
+
+
+def _json(text: str, path: Path, number: int) -> Any:
+    """The value of a JSON text that begins at line `number`."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # fails on an unpaired surrogate
+    except json.JSONDecodeError as error:
+        line = number + error.lineno - 1
+        raise ValueError(f"{path} line {line} is not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} line {number} is not JSON: {first_line(error)}") from error
+    return value
+
+
+def _object(value: Any, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be a JSON object, got {short(value)}")
+    return value
+
+
+def _table_records(path: Path) -> Iterator[tuple[str, dict]]:
+    """The rows of a CSV or TSV file under the names of its first line; columns without a name are dropped."""
+    csv.field_size_limit(2**30)
+    lines = (line for _, line in _lines(path))
+    first = next(lines, "")
+    delimiter = "\t" if _kind(path) == ".tsv" else max(",;\t", key=first.count)
+    reader = csv.reader(_after(first, lines), delimiter=delimiter, strict=True)
+    begin = 1
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        named = [name for name in names if name]
+        if len(named) > len(set(named)):
+            raise ValueError(f"{path} line 1 must name every column once, got {', '.join(names)}")
+        begin = reader.line_num + 1
+        for cells in reader:
+            where = f"{path} line {begin}"
+            if cells and len(cells) != len(names):
+                raise ValueError(
+                    f"{where} has {len(cells)} columns, but line 1 names {len(names)}: put text that holds a"
+                    " delimiter or a line break in double quotes"
+                )
+            if any(cells):
+                row = zip(names, cells, strict=True)
+                yield where, {name: _cell(cell, f"{where} field {name!r}") for name, cell in row if name}
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path} line {begin} cannot be read: {error}") from error
+
+
+def _after(first: str, lines: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from lines
+
+
+def _cell(cell: str, where: str) -> Any:
+    """The text of a cell, or its messages: a list in JSON, or as Python writes one."""
+    if not cell.lstrip().startswith("[{"):
+        return cell
+    if isinstance(messages := _parsed(cell), list):
+        return messages
+    try:
+        return ast.literal_eval(cell.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{where} begins like a list of messages, but is not JSON: {short(cell)}") from error
+
+
+def _parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
     import pyarrow
     from pyarrow import parquet
 
-    number = 0
+    number, total = 0, 0
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
+                check_expansion(path, total := total + batch.nbytes)
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, row
+                    yield f"{path} row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} row {number + 1} cannot be read: {error}") from error
+        raise ValueError(f"{path} row {number + 1} cannot be read: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:

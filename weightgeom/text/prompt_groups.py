@@ -7,7 +7,7 @@ from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
 from weightgeom.text.examples import Examples, Question
-from weightgeom.text.files import field, paths, place, read_records
+from weightgeom.text.files import field, paths, read_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,8 +23,8 @@ POPULAR, RARE = 50_000, 100  # monthly page views of a PopQA subject: above POPU
 def read_groups(spec: str | Sequence[str] | None) -> Groups:
     """Groups by name, in order of first appearance, every prompt once; empty without a `spec`.
 
-    Each name is a JSONL or parquet file with fields `prompt`, `group` and optionally `answer`, or a hub data
-    set in `HUB_READERS`, optionally with `@revision`.
+    Each name is a JSONL, CSV, TSV or parquet file with fields `prompt`, `group` and optionally `answer`, or a
+    hub data set in `HUB_READERS`, optionally with `@revision`.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -64,8 +64,7 @@ def group_contents(groups: Mapping[str, Sequence[Question]]) -> list[list[str]]:
 
 def _file_questions(name: str) -> Iterator[tuple[str, Question]]:
     for path in paths(name):
-        for number, record in read_records(path):
-            where = place(path, number)
+        for where, record in read_records(path):
             values = {key: field(record, key, where) for key in ("prompt", "group")}
             values["answer"] = record.get("answer") or ""
             for key, value in values.items():

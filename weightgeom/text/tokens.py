@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from weightgeom.text.conversation import render
+from weightgeom.text.conversation import is_conversation, render, renderings
 from weightgeom.text.examples import Pair, Question
 
 if TYPE_CHECKING:
@@ -37,20 +37,29 @@ class Batch:
 
 
 def packed(
-    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", length: int, limit: int, size: int = 16
+    texts: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    length: int,
+    limit: int,
+    size: int = 16,
+    *,
+    closed: bool = False,
 ) -> list[Batch]:
     """Documents concatenated, each closed by the end token, and split into sequences of `length` tokens.
 
     At most `limit` tokens, in batches of `size` sequences; a shorter last sequence is padded. Every token
-    but the first of a sequence is a target.
+    but the first of a sequence is a target. With `closed`, the documents end as they should already: a chat
+    template closes its conversations.
 
     Raises:
         ValueError: if the texts have fewer than 2 tokens.
     """
-    end = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
+    end, name = tokenizer.eos_token_id, str(tokenizer.eos_token)
     stream: list[int] = []
     for text in texts:
-        stream += [*tokenizer(text, add_special_tokens=False)["input_ids"], *end]
+        stream += tokenizer(text, add_special_tokens=False)["input_ids"]
+        if isinstance(end, int) and not closed and not text.endswith(name):
+            stream.append(end)
         if len(stream) >= limit:
             break
     stream = stream[:limit]
@@ -71,8 +80,8 @@ def responses(
     The responses' tokens are the targets. Pairs are tokenized, closed by the end token and truncated to
     `length` as in TRL; a pair whose prompt leaves no room for a response is dropped.
     """
-    tokenized = [tokens for pair in pairs if len((tokens := tokenize(pair, tokenizer))[0]) < length]
-    for part in _chunks(tokenized, size):
+    kept = [tokens for tokens in tokenized(pairs, tokenizer) if len(tokens[0]) < length]
+    for part in _chunks(kept, size):
         chosen = [((prompt + response)[:length], len(prompt)) for prompt, response, _ in part]
         rejected = [((prompt + response)[:length], len(prompt)) for prompt, _, response in part]
         yield _batch(chosen, tokenizer), _batch(rejected, tokenizer)
@@ -116,18 +125,59 @@ def prompts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> Batch
 
 
 def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int], list[int]]:
-    """Tokens of the prompt, the chosen and the rejected response, split where TRL's trainer splits them.
+    """`tokenized` of a single pair."""
+    return tokenized([pair], tokenizer)[0]
 
-    A response starts where the tokens of prompt + response diverge from those of the prompt, and ends in the
-    end token.
+
+def tokenized(
+    pairs: Sequence[Pair], tokenizer: "PreTrainedTokenizerBase"
+) -> list[tuple[list[int], list[int], list[int]]]:
+    """Tokens of each prompt, chosen and rejected response, split where TRL's preference trainers split them.
+
+    A response starts where the tokens of prompt + response diverge from those of the prompt. Conversations
+    end as the chat template ends them, strings in the end token.
     """
-    pair, end = render(pair, tokenizer), str(tokenizer.eos_token or "")
-    start, whole = str(pair.prompt), [_closed(str(side), end) for side in (pair.chosen, pair.rejected)]
-    prompt, chosen, rejected = (
-        list(tokenizer(text)["input_ids"]) for text in (start, start + whole[0], start + whole[1])
-    )
-    shared = min(_common(prompt, chosen), _common(prompt, rejected))
-    return prompt[:shared], chosen[shared:], rejected[shared:]
+    tokens = []
+    for prompt, chosen, rejected in _whole_tokens(pairs, tokenizer):
+        shared = min(_common(prompt, chosen), _common(prompt, rejected))
+        tokens.append((prompt[:shared], chosen[shared:], rejected[shared:]))
+    return tokens
+
+
+def tokenized_responses(
+    pairs: Sequence[Pair], tokenizer: "PreTrainedTokenizerBase"
+) -> list[tuple[list[int], int, list[int], int]]:
+    """Tokens of each prompt + chosen, then of prompt + rejected, with the number that belong to the prompt.
+
+    As TRL's trainers on single responses split them: without a look at the other response.
+    """
+    return [
+        (chosen, _common(prompt, chosen), rejected, _common(prompt, rejected))
+        for prompt, chosen, rejected in _whole_tokens(pairs, tokenizer)
+    ]
+
+
+def _whole_tokens(
+    pairs: Sequence[Pair], tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    """Tokens of each prompt, of prompt + chosen, and of prompt + rejected.
+
+    A chat template writes all special tokens itself; the tokenizer adds its own to strings alone.
+    """
+    templated = bool(tokenizer.chat_template)
+    texts = iter(renderings([pair for pair in pairs if templated and is_conversation(pair)], tokenizer))
+    for pair in pairs:
+        strings = not (templated and is_conversation(pair))
+        three = _strings(render(pair, tokenizer), str(tokenizer.eos_token or "")) if strings else next(texts)
+        prompt, chosen, rejected = (
+            list(tokenizer(text, add_special_tokens=strings)["input_ids"]) for text in three
+        )
+        yield prompt, chosen, rejected
+
+
+def _strings(pair: Pair, end: str) -> tuple[str, str, str]:
+    start = str(pair.prompt)
+    return start, start + _closed(str(pair.chosen), end), start + _closed(str(pair.rejected), end)
 
 
 def _closed(text: str, end: str) -> str:

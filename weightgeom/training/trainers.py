@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from math import ceil
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from weightgeom.interfaces import Scored
-from weightgeom.text.conversation import render
+from weightgeom.text.conversation import for_trl
 from weightgeom.text.examples import Examples
-from weightgeom.text.tokens import tokenize
+from weightgeom.text.tokens import tokenized, tokenized_responses
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Part = Literal["text", "chosen"]
 SIDES = ("chosen", "rejected")
+STEP = 32  # tokens: the lengths that a warning names are multiples of it
 
 
 def part(on: Literal["auto", "text", "chosen"], examples: Examples) -> Part:
@@ -70,14 +72,12 @@ def supervised_trainer(
             *(len(examples.text), len(trainer.train_dataset), length),
         )
         return trainer
-    tokens = [tokenize(pair, tokenizer)[:2] for pair in examples.pairs]
-    kept = [pair for pair in tokens if len(pair[0]) < length]
-    _log_cut(
-        "chosen responses", len(tokens), [len(prompt) + len(response) for prompt, response in kept], length
-    )
+    tokens = [(ids, prompt) for ids, prompt, _, _ in tokenized_responses(examples.pairs, tokenizer)]
+    _report_cut("chosen responses", [(prompt, len(ids)) for ids, prompt in tokens], length, network)
+    kept = [(ids, prompt) for ids, prompt in tokens if prompt < length]
     dataset = _training_dataset({
-        "input_ids": [prompt + response for prompt, response in kept],
-        "completion_mask": [[0] * len(prompt) + [1] * len(response) for prompt, response in kept],
+        "input_ids": [ids for ids, _ in kept],
+        "completion_mask": [[0] * prompt + [1] * (len(ids) - prompt) for ids, prompt in kept],
     })  # fmt: skip
     return _build(kind, SFTConfig, dataset, network, tokenizer, {**arguments, "completion_only_loss": True})
 
@@ -97,16 +97,17 @@ def preference_trainer(
     from trl import DPOConfig
 
     names = ("prompt", "chosen", "rejected")
+    lengths = [
+        (len(prompt), len(prompt) + max(len(chosen), len(rejected)))
+        for prompt, chosen, rejected in tokenized(examples.pairs, tokenizer)
+    ]
+    _report_cut("pairs", lengths, arguments["max_length"], network)
     reference = _reference_model(network, arguments)
     if arguments.get("disable_dropout", True):
         _disable_functional_dropout(network)
-    rendered = [render(pair, tokenizer) for pair in examples.pairs]
-    dataset = _training_dataset({name: [getattr(pair, name) for pair in rendered] for name in names})
-    trainer = _build(kind, DPOConfig, dataset, network, tokenizer, arguments, ref_model=reference)
-    columns = ([len(ids) for ids in trainer.train_dataset[f"{name}_ids"]] for name in names)
-    lengths = [prompt + max(responses) for prompt, *responses in zip(*columns, strict=True)]
-    _log_cut("pairs", len(dataset), lengths, arguments["max_length"])
-    return trainer
+    pairs = for_trl(examples.pairs, tokenizer)
+    dataset = _training_dataset({name: [getattr(pair, name) for pair in pairs] for name in names})
+    return _build(kind, DPOConfig, dataset, network, tokenizer, arguments, ref_model=reference)
 
 
 def unpaired_trainer(
@@ -128,22 +129,24 @@ def unpaired_trainer(
             "training.batch_size must be at least 2 for objective=kto, which estimates a KL divergence from"
             f" the other responses of a batch, got {size}"
         )
+    lengths = [
+        (prompt, len(ids))
+        for chosen, start, rejected, other in tokenized_responses(examples.pairs, tokenizer)
+        for ids, prompt in ((chosen, start), (rejected, other))
+    ]
+    _report_cut("responses", lengths, arguments["max_length"], network)
     reference = _reference_model(network, arguments)
     if arguments.get("disable_dropout", True):
         _disable_functional_dropout(network)
-    rendered = [render(pair, tokenizer) for pair in examples.pairs]
+    pairs = for_trl(examples.pairs, tokenizer)
     dataset = _training_dataset({
-        "prompt": [pair.prompt for pair in rendered] * 2,
-        "completion": [pair.chosen for pair in rendered] + [pair.rejected for pair in rendered],
-        "label": [True] * len(rendered) + [False] * len(rendered),
+        "prompt": [pair.prompt for pair in pairs] * 2,
+        "completion": [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs],
+        "label": [True] * len(pairs) + [False] * len(pairs),
     })  # fmt: skip
     # TRL keeps this order, and pairs each example of a batch with the response before it for the KL.
     shuffled = dataset.shuffle(seed=arguments["seed"])
-    trainer = _build(kind, KTOConfig, shuffled, network, tokenizer, arguments, ref_model=reference)
-    columns = (trainer.train_dataset[f"{name}_ids"] for name in ("prompt", "completion"))
-    lengths = [len(prompt) + len(response) for prompt, response in zip(*columns, strict=True)]
-    _log_cut("responses", len(dataset), lengths, arguments["max_length"])
-    return trainer
+    return _build(kind, KTOConfig, shuffled, network, tokenizer, arguments, ref_model=reference)
 
 
 def with_sharpness(trainer: Any, scored: Callable[[Mapping[str, Tensor]], Scored]) -> Any:
@@ -190,16 +193,31 @@ def _build(
     )
 
 
-def _log_cut(kind: str, number: int, lengths: Sequence[int], limit: int) -> None:
-    """Log the number of examples dropped and truncated; raise ValueError if none is left.
+def _report_cut(
+    kind: str, lengths: Sequence[tuple[int, int]], limit: int, network: "PreTrainedModel"
+) -> None:
+    """Log the number of examples dropped and truncated to `limit` tokens; a warning above a tenth of them.
 
-    `lengths` are the lengths of the remaining examples before truncation to `limit` tokens.
+    `lengths` are those of each prompt, and of the prompt with its longest response. The warning names the
+    `max_length` that would leave nine tenths whole, as far as the network's positions allow.
+
+    Raises:
+        ValueError: if every example is dropped.
     """
-    if not lengths:
-        raise ValueError(f"every prompt is {limit} tokens or longer: raise training.max_length")
-    log.info(
-        "%d %s: %d dropped (prompt of %d tokens or more), %d truncated to %d tokens",
-        *(number, kind, number - len(lengths), limit, sum(length > limit for length in lengths), limit),
+    wanted = sorted(whole for _, whole in lengths)[ceil(0.9 * len(lengths)) - 1]
+    wanted = STEP * ceil(wanted / STEP)
+    context = getattr(network.config, "max_position_embeddings", None) or wanted
+    wanted, kept = min(wanted, context), sum(whole <= min(wanted, context) for _, whole in lengths)
+    dropped = sum(prompt >= limit for prompt, _ in lengths)
+    truncated = sum(prompt < limit < whole for prompt, whole in lengths)
+    how = f"training.max_length={wanted} leaves {kept} of {len(lengths)} {kind} whole"
+    if dropped == len(lengths):
+        raise ValueError(f"every prompt is {limit} tokens or longer: raise training.max_length ({how})")
+    many = dropped + truncated > len(lengths) / 10 and wanted > limit
+    log.log(
+        logging.WARNING if many else logging.INFO,
+        "%d %s: %d dropped (prompt of %d tokens or more), %d truncated to %d tokens%s",
+        *(len(lengths), kind, dropped, limit, truncated, limit, f": {how}" if many else ""),
     )
 
 
