@@ -5,16 +5,17 @@
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import time_ns
 from typing import Any, TextIO
 
 from runners.disk import write_atomically
 from runners.pipeline.fingerprint import libraries
-from runners.pipeline.store import stage
+from runners.pipeline.progress import Foreseen, Progress, shown
+from runners.pipeline.store import signature, stage
 from runners.signals import Interruption
 from runners.tracking.record import Record
 from weightgeom.interfaces import Log
@@ -32,19 +33,23 @@ class Stages:
     prefix: str  # of the metrics' names
     code: str  # fingerprint of what the result depends on
     interruption: Interruption | None = None
+    progress: Progress = field(default_factory=lambda: Progress(Path()))
+    of: str = ""  # what the stages are about, behind their names where people read them
 
     def __call__(
         self, name: str, specification: Mapping[str, object], work: Callable[[Path, Log], None], steps: int
     ) -> Path:
         """The finished directory of a stage of `steps` steps; work that was cut goes on if it can."""
         fresh = False
+        self.progress.begin(name + self.of)
 
         def logged(directory: Path) -> None:
             nonlocal fresh
             fresh = True
+            self.progress.directory = directory
             file: TextIO | None = None
             with ExitStack() as stack:
-                advance = stack.enter_context(progress_bar(name, steps))
+                advance = stack.enter_context(shown(self.progress, steps))
 
                 def log_metrics(metrics: Mapping[str, float], step: int) -> None:
                     nonlocal file
@@ -59,9 +64,10 @@ class Stages:
 
                 work(directory, log_metrics)
 
-        code = {"code": self.code, "libraries": libraries()}
+        key = _key(specification, self.code)
         with nullcontext() if self.interruption is None else self.interruption.stage():
-            directory = stage(self.outputs, name, {**specification, **code}, logged, RESUMABLE)
+            directory = stage(self.outputs, name, key, logged, RESUMABLE)
+        self.progress.end()
         if not fresh:
             for row in _metrics(directory):
                 self._log(row)
@@ -84,24 +90,41 @@ class Stages:
         self.record.log(metrics, row["step"], row["time"])
 
 
+class Unmade(Exception):
+    """A stage that is not made yet."""
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """Stands in for `Stages` before a run: adds to `found` what would be made or reused, and makes nothing."""
+
+    outputs: Path
+    code: str
+    found: list[Foreseen]
+    of: str = ""
+
+    def __call__(
+        self, name: str, specification: Mapping[str, object], work: Callable[[Path, Log], None], steps: int
+    ) -> Path:
+        """The finished directory of a stage.
+
+        Raises:
+            Unmade: if it is not made yet.
+        """
+        directory = self.outputs / name / signature(_key(specification, self.code))
+        made = (directory / "DONE").exists()
+        self.found.append(Foreseen(name, name + self.of, made, steps, specification))
+        if not made:
+            raise Unmade(str(directory))
+        return directory
+
+
+def _key(specification: Mapping[str, object], code: str) -> dict[str, object]:
+    return {**specification, "code": code, "libraries": libraries()}
+
+
 def _metrics(directory: Path) -> list[dict[str, Any]]:
     """The rows of a stage's metrics; a last one that a kill has cut is left out."""
     path = directory / METRICS
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-@contextmanager
-def progress_bar(name: str, steps: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """A progress bar of `steps` steps; what it yields takes the current step and its metrics."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, TextColumn("{task.fields[loss]}")) as progress:
-        task = progress.add_task(name, total=steps, loss="")
-
-        def advance(step: int, metrics: Mapping[str, float]) -> None:
-            shown = {"loss": f"loss {metrics['loss']:.3f}"} if "loss" in metrics else {}
-            progress.update(task, completed=step, **shown)
-
-        yield advance

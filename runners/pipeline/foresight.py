@@ -1,0 +1,87 @@
+"""The stages of a run before it begins: which are reused, and which are to be made."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runners.pipeline.logged_stages import Foresight, Unmade
+from runners.pipeline.progress import Foreseen
+from weightgeom.bases.outline import HasOutline
+from weightgeom.text.examples import Examples
+from weightgeom.trajectory import Base, Trajectory
+
+if TYPE_CHECKING:
+    from runners.pipeline.experiment import Experiment
+
+PRETRAINING = ", pretraining"
+
+
+def foreseen(run: "Experiment", examples: Examples) -> tuple[list[Foreseen], Base | None]:
+    """The stages of `run` in order, and its base if that needs no stage; nothing is made.
+
+    Checkpoints of the hub are fetched, which is in any case the first that a run does.
+    """
+    found: list[Foreseen] = []
+    make = partial(_foresight, run.outputs, found)
+    base = None
+    with suppress(Unmade):
+        base = run.prepared(make, examples)
+    if base is None:
+        return [*found, *_behind_an_unmade_base(run, examples)], None
+    ready = None if found else base
+    past, trained = base.trajectory, None
+    if past is not None:
+        _measured(run, make, base, (past, base.identity), examples, run.about(past, base))
+    if run.objective is not None:
+        # Where it is not made, nothing that depends on it is: no stage has an empty identity in its key.
+        trained = Trajectory("training", dict.fromkeys(run.training.save_steps(), base.directory)), ""
+        with suppress(Unmade):
+            trained = run.trained(make, base, run.objective, examples)
+        _measured(run, make, base, trained, examples, "")
+    for pair, names in zip(base.pairs, pairwise(past.stages if past is not None else ()), strict=False):
+        assert pair.trajectory is not None
+        _measured(run, make, pair, (pair.trajectory, pair.identity), examples, against(*names))
+    if run.interventions and (last := trained or (past and (past, base.identity))):
+        measured = run.measured(make, base, *last, examples)
+        for name, intervention in run.interventions.items():
+            with suppress(Unmade):
+                measured.effects(name, intervention)
+    return found, ready
+
+
+def against(before: str, after: str) -> str:
+    """The words behind the name of a stage that compares two stages of a chain."""
+    return f", {after} against {before}"
+
+
+def _measured(
+    run: "Experiment",
+    make: "partial[Foresight]",
+    base: Base,
+    trajectory: tuple[Trajectory, str],
+    examples: Examples,
+    of: str,
+) -> None:
+    measured = run.measured(make, base, *trajectory, examples, of)
+    for name, probe in run.probes.items():
+        with suppress(Unmade):
+            measured.table(name, probe)
+
+
+def _behind_an_unmade_base(run: "Experiment", examples: Examples) -> Iterator[Foreseen]:
+    """Names alone, as every key holds that of the base."""
+    steps = [0, 1]
+    if isinstance(run.model, HasOutline):
+        steps = run.model.outline(examples, run.data).steps
+    of = "" if run.objective is None else PRETRAINING
+    names = [name + of for name in run.probes] if steps else []
+    names += [] if run.objective is None else ["training", *run.probes]
+    for label in [*names, *run.interventions]:
+        yield Foreseen(label.partition(",")[0], label, made=False, steps=1, specification={})
+
+
+def _foresight(outputs: Path, found: list[Foreseen], prefix: str, code: str, of: str = "") -> Foresight:
+    return Foresight(outputs, code, found, of)
