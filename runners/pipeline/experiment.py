@@ -243,7 +243,7 @@ class Experiment:
             yield self.trained(make, base, self.objective, examples)
 
     def about(self, trajectory: Trajectory, base: Base) -> str:
-        """The words behind the name of a probe's stage: whether it is about the past of a base that is trained."""
+        """The words behind the name of a probe's stage, if it is about the past of a base that is trained."""
         return PRETRAINING if self.objective is not None and trajectory is base.trajectory else ""
 
     def prepared(self, make: Make, examples: Examples) -> Base:

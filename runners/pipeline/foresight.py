@@ -16,7 +16,7 @@ from weightgeom.trajectory import Base, Trajectory
 if TYPE_CHECKING:
     from runners.pipeline.experiment import Experiment
 
-PRETRAINING = ", pretraining"
+PRETRAINING = " (pretraining)"
 
 
 def foreseen(run: "Experiment", examples: Examples) -> tuple[list[Foreseen], Base | None]:
@@ -54,7 +54,7 @@ def foreseen(run: "Experiment", examples: Examples) -> tuple[list[Foreseen], Bas
 
 def against(before: str, after: str) -> str:
     """The words behind the name of a stage that compares two stages of a chain."""
-    return f", {after} against {before}"
+    return f" ({after} against {before})"
 
 
 def _measured(
@@ -77,10 +77,10 @@ def _behind_an_unmade_base(run: "Experiment", examples: Examples) -> Iterator[Fo
     if isinstance(run.model, HasOutline):
         steps = run.model.outline(examples, run.data).steps
     of = "" if run.objective is None else PRETRAINING
-    names = [name + of for name in run.probes] if steps else []
-    names += [] if run.objective is None else ["training", *run.probes]
-    for label in [*names, *run.interventions]:
-        yield Foreseen(label.partition(",")[0], label, made=False, steps=1, specification={})
+    names = [(name, name + of) for name in run.probes] if steps else []
+    trained = [] if run.objective is None else ["training", *run.probes]
+    for name, label in [*names, *((name, name) for name in [*trained, *run.interventions])]:
+        yield Foreseen(name, label, made=False, steps=1, specification={})
 
 
 def _foresight(outputs: Path, found: list[Foreseen], prefix: str, code: str, of: str = "") -> Foresight:

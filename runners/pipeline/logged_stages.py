@@ -96,7 +96,7 @@ class Unmade(Exception):
 
 @dataclass(frozen=True)
 class Foresight:
-    """Stands in for `Stages` before a run: adds to `found` what would be made or reused, and makes nothing."""
+    """Stands in for `Stages` before a run: adds to `found` what is made or reused, and makes nothing."""
 
     outputs: Path
     code: str

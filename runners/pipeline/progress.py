@@ -27,7 +27,7 @@ class Foreseen:
     """A stage of a run before it begins; `specification` is what is known of its key."""
 
     name: str
-    label: str  # the name with what it is about, such as `rsf, pretraining`
+    label: str  # the name with what it is about, such as `rsf (pretraining)`
     made: bool
     steps: int
     specification: Mapping[str, object]

@@ -55,25 +55,25 @@ def _of_chain(table: "pd.DataFrame", declaration: ProbeDeclaration) -> str:
 
 def _parts(table: "pd.DataFrame", step: int, declaration: ProbeDeclaration) -> tuple[str, str]:
     """The headline of every pathway, or matrix without one, at a step; and its maximum with the null."""
-    headline, table = declaration.headline, table[table["step"] == step]
-    rows = of_matrices(table, headline)
+    headline, here = declaration.headline, table[table["step"] == step]
+    rows = of_matrices(here, headline)
     if not len(rows):
         return "", ""
     means = rows.groupby(rows["role"].where(rows["role"] != "", rows["matrix"]), sort=False)["value"].mean()
     if not declaration.share:
         label = declaration.label or headline.replace("_", " ")
         shown = ", ".join(f"{part} {mean:{declaration.form}}" for part, mean in means.items())
-        return f"{label}: {shown}", _null(table, rows, headline)
+        return f"{label}: {shown}", _null(here, headline)
     (first, mean), *others = means.items()
-    shown = [f"{first} {mean:.2g} times chance", *(f"{part} {mean:.2g} times" for part, mean in others)]
-    place = ["layer", "matrix", "expert"]
-    both = rows.merge(of_matrices(table, declaration.share), on=place, suffixes=("", "_share"))
+    shown = [f"{first} {mean:.1f} times chance", *(f"{part} {mean:.1f} times" for part, mean in others)]
+    shares = of_matrices(here, declaration.share)
+    both = rows.merge(shares, on=["layer", "matrix"], suffixes=("", "_share"))
     both = both[both["value_share"] > 0]
     most = f", of at most {(both['value'] / both['value_share']).median():.3g}" if len(both) else ""
-    return ", ".join(shown), most + _null(table, rows, headline)
+    return ", ".join(shown), most + _null(here, headline)
 
 
-def _null(table: "pd.DataFrame", rows: "pd.DataFrame", headline: str) -> str:
+def _null(table: "pd.DataFrame", headline: str) -> str:
     means, sds = (of_matrices(table, f"null_{headline}_{end}") for end in ("mean", "sd"))
     if not len(means) or not len(sds):
         return ""

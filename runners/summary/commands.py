@@ -40,9 +40,8 @@ def report(name: str, outputs: Path, tracking_uri: str) -> str:
 
 def open_mlflow(tracking_uri: str, experiment_id: str | None) -> list[str]:
     """The address of the experiment's table of runs; of a file, behind the command that starts the server."""
-    page = (
-        "" if experiment_id is None else f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
-    )
+    table = f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+    page = "" if experiment_id is None else table
     location = redacted_text(tracking_uri)
     if location.startswith("http"):
         return [location.rstrip("/") + page]

@@ -1,4 +1,4 @@
-"""The pages of a run and of a sweep in MLflow in words: the answer, the warnings, and what did not end well."""
+"""What the pages of a run and of a sweep in MLflow say in words."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false

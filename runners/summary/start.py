@@ -18,7 +18,7 @@ LOADING = "loading torch and transformers, and checking all parts ..."
 
 
 def announce(run: Mapping[str, Any]) -> None:
-    """Print the parts of a run from `described`, and warn of a generated text under a model from elsewhere."""
+    """Print the parts of a run from `described`, and warn of a generated text under a foreign model."""
     from rich import get_console
 
     console = get_console()
@@ -50,11 +50,13 @@ def foreign(run: Mapping[str, Any]) -> bool:
 
 
 def say(lines: Iterable[str]) -> None:
-    """Print lines as they are; a terminal breaks long ones."""
+    """Print lines, broken between words in a terminal and whole elsewhere."""
     from rich import get_console
 
+    console = get_console()
     for line in lines:
-        get_console().print(redacted_text(line), soft_wrap=True, markup=False, highlight=False)
+        whole = not console.is_terminal
+        console.print(redacted_text(line), soft_wrap=whole, markup=False, highlight=False)
 
 
 def data_line(examples: "Examples") -> str:
@@ -99,10 +101,8 @@ def _parts(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield key, f"{params[key]} ({named})" if named else str(params[key])
     training = _part(run, "training")
     if _part(run, "objective").get("_target_"):
-        yield (
-            "training",
-            f"{params['training']}, {training.get('steps')} steps of {training.get('batch_size')}",
-        )
+        steps = f"{training.get('steps')} steps of {training.get('batch_size')}"
+        yield "training", f"{params['training']}, {steps}"
     for key in ("probe", "intervention"):
         if config[key]:
             yield f"{key}s", ", ".join(config[key])

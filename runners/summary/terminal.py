@@ -31,6 +31,7 @@ TITLES = {
     "training": "",
     "between": ", each stage against the one before it",
 }
+CONTINUED = ", continued"
 NUMBER = re.compile(r"-$|[-+]?\d")  # the start of a cell that is set to the right
 
 
@@ -93,27 +94,28 @@ def print_summary(
                 console.print(table)
     styles = {"answer": "bold", "warning": "yellow"}
     for head, text in end.lines():
-        console.print(Text(f"{head}: {text}", styles.get(head, "")), soft_wrap=True)
+        whole = head not in styles or not console.is_terminal  # paths and commands, to be copied
+        console.print(Text(f"{head}: {text}", styles.get(head, "")), soft_wrap=whole)
 
 
 def fitting(short: "pd.DataFrame", title: str, console: "Console") -> "Iterator[RichTable]":
-    """The table in one piece, or in as many as the console's width asks for, each with the columns of text."""
+    """The table in as many pieces as the console's width asks for, each with the columns of text."""
     from rich.measure import Measurement
     from rich.table import Table
 
     keys = [column for column in short.columns if not _is_number(short[column])]
     numbers = [column for column in short.columns if column not in keys]
     while True:
-        count = len(numbers)
-        table = rendered(short[[*keys, *numbers]], title, Table)
-        while count > 1 and Measurement.get(console, console.options, table).minimum > console.width:
-            count -= 1
-            kept = [column for column in short.columns if column in keys or column in numbers[:count]]
-            table = rendered(short[kept], title, Table)
-        yield table
-        numbers, title = numbers[count:], f"{title}, continued"
+        for count in range(len(numbers), -1, -1):
+            part = [column for column in short.columns if column in (*keys, *numbers[:count])]
+            table = rendered(short[part], title, Table)
+            if count <= 1 or Measurement.get(console, console.options, table).minimum <= console.width:
+                yield table
+                numbers = numbers[count:]
+                break
         if not numbers:
             return
+        title = f"{title.removesuffix(CONTINUED)}{CONTINUED}"
 
 
 def rendered(short: "pd.DataFrame", title: str, make: "type[RichTable]") -> "RichTable":

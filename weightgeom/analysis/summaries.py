@@ -71,9 +71,10 @@ def by_head(table: "pd.DataFrame", headline: str, form: str = ".3g") -> "pd.Data
         highest = part.loc[part["value"].idxmax()]
         rows.append({
             "pathway": str(role), "matrix": str(matrix),
-            "parts": f"{part[kind].nunique()} {kind}s, {part['layer'].nunique()} layers",
+            "parts": f"{part[kind].nunique()} {kind}s",
             "lowest": f"{part['value'].min():{form}}", "median": f"{part['value'].median():{form}}",
-            "highest": f"{highest['value']:{form}}", "in": f"layer {highest['layer']}, {kind} {highest[kind]}",
+            "highest": f"{highest['value']:{form}}",
+            "in": f"layer {highest['layer']}, {kind} {highest[kind]}",
         })  # fmt: skip
     return pd.DataFrame(rows)
 
