@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from rich import get_console
 
 from runners.pipeline.progress import Foreseen, Meter, Progress, earlier, seconds_of, shown
 
-ASKED = {"base": "pretraining/1", "probe": {"k": 4}, "device": "cpu"}
+ASKED: dict[str, object] = {"base": "pretraining/1", "probe": {"k": 4}, "device": "cpu"}
 
 
 def finished(outputs: Path, key: str, seconds: float, **specification: object) -> None:
@@ -21,21 +22,21 @@ def finished(outputs: Path, key: str, seconds: float, **specification: object) -
     os.utime(directory / "DONE", (1000.0 + seconds, 1000.0 + seconds))
 
 
-def stage(label: str = "rsf", made: bool = False, steps: int = 6, **specification: object) -> Foreseen:
-    return Foreseen("rsf", label, made, steps, specification)
+def stage(label: str = "rsf", asked: Mapping[str, object] = {}, made: bool = False) -> Foreseen:
+    return Foreseen("rsf", label, made, 6, asked)
 
 
 def test_a_stage_takes_as_long_as_the_last_one_like_it_in_proportion_to_its_checkpoints(tmp_path):
     finished(tmp_path, "a", 30.0, **ASKED, seed=0, steps=[0, 1, 2])
-    finished(tmp_path, "b", 99.0, **(ASKED | {"base": "another"}), steps=[0, 1, 2])
-    assert earlier(tmp_path, stage(**ASKED, seed=1)) == 60.0  # six checkpoints, not three
-    assert earlier(tmp_path, stage(**(ASKED | {"device": "cuda"}))) is None
+    finished(tmp_path, "b", 99.0, **ASKED | {"base": "another"}, steps=[0, 1, 2])
+    assert earlier(tmp_path, stage(asked=ASKED | {"seed": 1})) == 60.0  # six checkpoints, not three
+    assert earlier(tmp_path, stage(asked=ASKED | {"device": "cuda"})) is None
     assert earlier(tmp_path, stage()) is None  # whose key is unknown
 
 
 def test_the_time_left_is_that_of_the_stages_to_be_made_and_names_the_unknown(tmp_path):
     finished(tmp_path, "a", 30.0, **ASKED, steps=[0, 1, 2])
-    stages = [stage("one", made=True), stage("two", **ASKED), stage("three", **ASKED), stage("four")]
+    stages = [stage("one", made=True), stage("two", ASKED), stage("three", ASKED), stage("four")]
     assert seconds_of(tmp_path, stages) == (120.0, ["four"])
     progress = Progress(tmp_path, stages)
     progress.begin("one")
@@ -47,7 +48,7 @@ def test_the_time_left_is_that_of_the_stages_to_be_made_and_names_the_unknown(tm
 
 def test_a_stage_says_its_time_by_its_own_steps_and_that_of_the_run_only_if_known(tmp_path):
     finished(tmp_path, "a", 30.0, **ASKED, steps=[0, 1, 2])
-    stages = [stage("one", **ASKED), stage("two", **ASKED)]
+    stages = [stage("one", ASKED), stage("two", ASKED)]
     progress = Progress(tmp_path, stages)
     progress.begin("one")
     meter = Meter(progress, 6)
@@ -55,7 +56,7 @@ def test_a_stage_says_its_time_by_its_own_steps_and_that_of_the_run_only_if_know
     meter.began -= 20.0
     meter.advance(1, {})
     assert meter.left() == pytest.approx(100.0, abs=1.0)  # one of six steps in 20 s
-    progress.stages = [stage("one", **ASKED), stage("two")]
+    progress.stages = [stage("one", ASKED), stage("two")]
     assert Meter(progress, 6).rest() == "60 s left, then 1 more"
     progress.stages = [stage("one"), stage("two")]
     assert Meter(progress, 6).rest() == ""

@@ -13,13 +13,13 @@ WORLD = {"_target_": "weightgeom.data.world.World", "preference": "style"}
 TEXT = {"_target_": "weightgeom.data.text.TextFiles", "train": ["a.txt", "b.txt"], "heldout": None}
 
 
-def described(model: dict[str, Any], data: dict[str, Any], **choices: str) -> dict[str, Any]:
+def described(model: dict[str, Any], data: dict[str, Any], choice: str = "world") -> dict[str, Any]:
     config = {
         "name": "scratch", "model": model, "data": data, "objective": {"_target_": "DPO", "beta": 0.1},
         "training": {"steps": 64, "batch_size": 24}, "probe": {"rsf": {}, "behaviour": {}}, "intervention": {},
         "device": "auto",
     }  # fmt: skip
-    params = {"model": "tiny", "data": "world", "objective": "dpo", "training": "short", **choices}
+    params = {"model": "tiny", "data": choice, "objective": "dpo", "training": "short"}
     return {"config": config, "params": params, "run_name": "dpo seed=1", "outputs": "/home/me/outputs"}
 
 
@@ -27,7 +27,7 @@ def described(model: dict[str, Any], data: dict[str, Any], **choices: str) -> di
 def test_the_banner_names_model_data_objective_and_device(width: int) -> None:
     console = Console(width=width)
     with console.capture() as captured:
-        console.print(banner(described({"d_model": 32}, TEXT, data="text")))
+        console.print(banner(described({"d_model": 32}, TEXT, "text")))
     lines = [line.rstrip() for line in captured.get().splitlines()]
     assert lines == [
         "run        scratch: dpo seed=1",
