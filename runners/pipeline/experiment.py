@@ -1,7 +1,7 @@
 """One run: prepare the base, train, probe every checkpoint, draw, and keep a record of it all."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from runners.pipeline.fingerprint import code_behind, contents, package
 from runners.pipeline.foresight import PRETRAINING, against, foreseen
 from runners.pipeline.logged_stages import Stages
 from runners.pipeline.measurements import Measured, map_of, module, plain
-from runners.pipeline.progress import Progress, seconds_of
+from runners.pipeline.progress import Foreseen, Progress, seconds_of
 from runners.pipeline.store import signature
 from runners.signals import Interruption, terminations_as_exceptions
 from runners.summary.answer import answer
@@ -174,16 +174,17 @@ class Experiment:
         return record
 
     def _tables(self, record: Record, examples: Examples, progress: Progress) -> "dict[str, pd.DataFrame]":
-        progress.stages, ready = foreseen(self, examples)
+        progress.stages, ready = self._foreseen(examples)
         self._tell(progress, examples)
         make = partial(self._stages, record, progress)
         base = ready or self.prepared(make, examples)
         if ready is None:
-            progress.stages, _ = foreseen(self, examples)  # all keys hold that of the base
+            progress.stages, _ = self._foreseen(examples)  # all keys hold that of the base
         tables, measured = {}, None
         for trajectory, identity in self._trajectories(make, base, examples):
-            measured = self.measured(make, base, trajectory, identity, examples, self.about(trajectory, base))
-            suffix = "_pretraining" if self.about(trajectory, base) else ""
+            of = self.suffix(trajectory, base)
+            measured = self.measured(make, base, trajectory, identity, examples, of)
+            suffix = "_pretraining" if of else ""
             for name, probe in self.probes.items():
                 tables[name + suffix] = self._about(name, trajectory, measured.table(name, probe))
                 log_table(record, name, suffix, tables[name + suffix], probe.declaration)
@@ -242,7 +243,7 @@ class Experiment:
         if self.objective is not None:
             yield self.trained(make, base, self.objective, examples)
 
-    def about(self, trajectory: Trajectory, base: Base) -> str:
+    def suffix(self, trajectory: Trajectory, base: Base) -> str:
         """The words behind the name of a probe's stage, if it is about the past of a base that is trained."""
         return PRETRAINING if self.objective is not None and trajectory is base.trajectory else ""
 
@@ -304,15 +305,22 @@ class Experiment:
     def _stages(self, record: Record, progress: Progress, prefix: str, code: str, of: str = "") -> Stages:
         return Stages(self.outputs, record, prefix, code, self.interruption, progress, of)
 
+    def _foreseen(self, examples: Examples) -> tuple[Sequence[Foreseen], Base | None]:
+        """The stages, and the base if it needs none; without them where an earlier stage is damaged."""
+        try:
+            return foreseen(self, examples)
+        except (OSError, ValueError, KeyError) as error:  # the run itself finds it out, and says it or mends it
+            log.debug("the stages are not foreseen: %s", error)
+            return (), None
+
     def _tell(self, progress: Progress, examples: Examples) -> None:
         """Print the data, the device and the stages, with an estimate of their time."""
         made, unmade = (
             [stage.label for stage in progress.stages if stage.made == state] for state in (True, False)
         )
-        say([
-            data_line(examples), f"device: {self.device}",
-            *foreseen_lines(made, unmade, *seconds_of(self.outputs, progress.stages)),
-        ])  # fmt: skip
+        say([data_line(examples), f"device: {self.device}"])
+        if progress.stages:
+            say(foreseen_lines(made, unmade, *seconds_of(self.outputs, progress.stages)))
 
     @property
     def _modules(self) -> list[str]:

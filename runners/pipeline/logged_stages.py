@@ -90,18 +90,22 @@ class Stages:
         self.record.log(metrics, row["step"], row["time"])
 
 
-class Unmade(Exception):
-    """A stage that is not made yet."""
+class Foretold(Exception):
+    """The end of what is known before a run: a stage that is to be made, or is only looked at."""
 
 
 @dataclass(frozen=True)
 class Foresight:
-    """Stands in for `Stages` before a run: adds to `found` what is made or reused, and makes nothing."""
+    """Stands in for `Stages` before a run: adds to `found` what is made or reused, and makes nothing.
+
+    With `through`, what follows a finished stage is looked at as well; otherwise it is not read.
+    """
 
     outputs: Path
     code: str
     found: list[Foreseen]
     of: str = ""
+    through: bool = False
 
     def __call__(
         self, name: str, specification: Mapping[str, object], work: Callable[[Path, Log], None], steps: int
@@ -109,13 +113,13 @@ class Foresight:
         """The finished directory of a stage.
 
         Raises:
-            Unmade: if it is not made yet.
+            Foretold: if it is not made yet, and always without `through`.
         """
         directory = self.outputs / name / signature(_key(specification, self.code))
         made = (directory / "DONE").exists()
         self.found.append(Foreseen(name, name + self.of, made, steps, specification))
-        if not made:
-            raise Unmade(str(directory))
+        if not (made and self.through):
+            raise Foretold(str(directory))
         return directory
 
 

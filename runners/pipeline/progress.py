@@ -56,8 +56,9 @@ class Progress:
 
     @property
     def head(self) -> str:
-        """Such as `2 of 6 training`."""
-        return f"{self.number} of {max(self.number, len(self.stages))} {self.current}"
+        """Such as `2 of 6 training`; without the total where the stages are not foreseen."""
+        total = f" of {max(self.number, len(self.stages))}" if self.stages else ""
+        return f"{self.number}{total} {self.current}"
 
     def left(self) -> tuple[float, list[str]]:
         """Seconds for the stages after the current one, and those that nothing like them tells of."""
