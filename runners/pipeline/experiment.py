@@ -309,7 +309,7 @@ class Experiment:
         """The stages, and the base if it needs none; without them where an earlier stage is damaged."""
         try:
             return foreseen(self, examples)
-        except (OSError, ValueError, KeyError) as error:  # the run itself finds it out, and says it or mends it
+        except (OSError, ValueError, KeyError) as error:  # which the run says or mends
             log.debug("the stages are not foreseen: %s", error)
             return (), None
 

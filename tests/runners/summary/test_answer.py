@@ -27,9 +27,8 @@ def measured(step: int, layer: int, matrix: str, ratio: float, quantity: str = "
 def rsf() -> pd.DataFrame:
     ratios = {("q", 0): 5.0, ("q", 1): 6.0, ("o", 0): 1.25, ("o", 1): 1.25}
     early = [one for matrix, layer in ratios for one in measured(1, layer, matrix, 2.0)]
-    return tabulate(
-        [*early, *(one for (matrix, layer), ratio in ratios.items() for one in measured(2, layer, matrix, ratio))]
-    )
+    late = [one for (matrix, layer), ratio in ratios.items() for one in measured(2, layer, matrix, ratio)]
+    return tabulate([*early, *late])
 
 
 def test_the_answer_is_the_headline_at_the_end_in_multiples_of_chance(rsf: pd.DataFrame) -> None:

@@ -12,12 +12,15 @@ from weightgeom.text.examples import Examples
 WORLD = {"_target_": "weightgeom.data.world.World", "preference": "style"}
 TEXT = {"_target_": "weightgeom.data.text.TextFiles", "train": ["a.txt", "b.txt"], "heldout": None}
 
+# By an earlier run, so the world is their text.
+MADE = {"before": "/home/me/outputs/pretraining/1/step-4", "after": "/home/me/outputs/training/2/step-2"}
+
 
 def described(model: dict[str, Any], data: dict[str, Any], choice: str = "world") -> dict[str, Any]:
     config = {
         "name": "scratch", "model": model, "data": data, "objective": {"_target_": "DPO", "beta": 0.1},
-        "training": {"steps": 64, "batch_size": 24}, "probe": {"rsf": {}, "behaviour": {}}, "intervention": {},
-        "device": "auto",
+        "training": {"steps": 64, "batch_size": 24}, "probe": {"rsf": {}, "behaviour": {}},
+        "intervention": {}, "device": "auto",
     }  # fmt: skip
     params = {"model": "tiny", "data": choice, "objective": "dpo", "training": "short"}
     return {"config": config, "params": params, "run_name": "dpo seed=1", "outputs": "/home/me/outputs"}
@@ -49,11 +52,9 @@ def test_the_banner_names_model_data_objective_and_device(width: int) -> None:
         ({"stages": {"base": "a", "sft": "b"}}, WORLD, True),
         ({"before": "/models/a", "after": "/models/b"}, TEXT, False),
         ({"d_model": 32, "corpus": None}, WORLD, False),
-        # Made by an earlier run, so the world is its text.
-        ({"before": "/home/me/outputs/pretraining/1/step-4", "after": "/home/me/outputs/training/2/step-2"}, WORLD,
-         False),
+        (MADE, WORLD, False),
     ],
-)  # fmt: skip
+)
 def test_the_generated_text_under_a_model_from_elsewhere_is_warned_of(
     model: dict[str, Any], data: dict[str, Any], warned: bool
 ) -> None:
@@ -79,7 +80,8 @@ def test_the_stages_are_named_with_an_honest_estimate() -> None:
 
 
 def test_commands_are_quoted_for_a_shell_and_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["run.py", "--config-dir", "my conf", "seed=3", "tracking_uri=https://me:pw@host", "tags={a: b}"]
+    given = ["seed=3", "tracking_uri=https://me:pw@host", "tags={a: b}"]
+    arguments = ["run.py", "--config-dir", "my conf", *given]
     monkeypatch.setattr(sys, "argv", arguments)
     _, _, rest = again().partition(" ")
     assert rest == "run.py --config-dir 'my conf' seed=3 tracking_uri=https://***@host 'tags={a: b}'"
