@@ -31,12 +31,13 @@ def announce(run: Mapping[str, Any]) -> None:
 def banner(run: Mapping[str, Any]) -> object:
     """The parts of a run, a line each."""
     from rich.table import Table
+    from rich.text import Text
 
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold")
     grid.add_column(overflow="fold")
     for head, text in _parts(run):
-        grid.add_row(head, redacted_text(text))
+        grid.add_row(head, Text(redacted_text(text)))  # not as markup: brackets stay
     return grid
 
 

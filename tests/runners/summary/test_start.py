@@ -23,7 +23,7 @@ def described(model: dict[str, Any], data: dict[str, Any], choice: str = "world"
         "intervention": {}, "device": "auto",
     }  # fmt: skip
     params = {"model": "tiny", "data": choice, "objective": "dpo", "training": "short"}
-    return {"config": config, "params": params, "run_name": "dpo seed=1", "outputs": "/home/me/outputs"}
+    return {"config": config, "params": params, "run_name": "dpo probe=[rsf]", "outputs": "/home/me/outputs"}
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -33,7 +33,7 @@ def test_the_banner_names_model_data_objective_and_device(width: int) -> None:
         console.print(banner(described({"d_model": 32}, TEXT, "text")))
     lines = [line.rstrip() for line in captured.get().splitlines()]
     assert lines == [
-        "run        scratch: dpo seed=1",
+        "run        scratch: dpo probe=[rsf]",
         "model      tiny",
         "data       text (train=a.txt b.txt)",
         "objective  dpo",
