@@ -272,7 +272,13 @@ def described(config: DictConfig, common: Collection[str] = ()) -> dict[str, Any
 
 
 def experiment(run: dict[str, Any], interruption: "Interruption | None" = None) -> "Experiment":
-    """The experiment for a run from `described`; `interruption` passes on the scheduler's signals."""
+    """The experiment for a run from `described`, which is announced first, as its imports take seconds.
+
+    `interruption` passes on the scheduler's signals.
+    """
+    from runners.summary.start import announce
+
+    announce(run)
     from runners.pipeline.experiment import Experiment
 
     return Experiment(

@@ -54,7 +54,7 @@ def test_tables_of_before_are_declared_as_those_of_today():
     assert EARLIER["rsf"] == ProbeDeclaration(
         **{
             name: getattr(RSF.declaration, name)
-            for name in ("headline", "label", "form", "section", "harmless")
+            for name in ("headline", "label", "share", "form", "section", "harmless")
         }
     )
     assert in_section(EARLIER, ASYMMETRY) == ["rsf"]

@@ -58,10 +58,12 @@ def table(ended: Ended, name: str) -> pd.DataFrame:
 def test_all_of_it_is_seen_in_the_terminal(aligned):
     assert aligned.code == 0, aligned.err
     lines = [line.strip() for line in aligned.out.splitlines()]
-    assert {"rsf", "rsf16", "norms", "growth", "growth_pretraining"} <= set(lines)
-    assert "spectral_norm at step 0" in aligned.out
+    ratios = [f"Relative subspace fraction ({name})" for name in ("rsf", "rsf16")]
+    growths = [f"Growth of the norm (growth){of}" for of in ("", ", in the pretraining")]
+    assert {*ratios, *growths, "Norms"} <= set(lines)
+    assert "spectral norm at step 0" in aligned.out
     text = " ".join(aligned.out.split())  # a title may take two lines
-    assert "damp: kl_from_unedited (nats/token) beside the median of random controls" in text
+    assert "Damping (damp): kl_from_unedited (nats/token) against the median of random controls" in text
     assert "declares no role" not in aligned.out
 
 

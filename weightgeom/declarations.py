@@ -27,11 +27,13 @@ class ProbeDeclaration:
 
     Curves are the mean of the `headline` over layers at every step, for each matrix, and every quantity
     without a matrix, or those in `whole`. Where rows `null_<headline>_mean` and `null_<headline>_sd` exist,
-    summaries show the headline beside this null.
+    summaries show the headline beside this null. A headline with a `share` is said in multiples of chance, of
+    at most headline / share.
     """
 
     headline: str  # the quantity that stands for a matrix; "" if the probe measures whole models alone
     label: str = ""  # of the headline, on axes and in tables; "" for its name
+    share: str = ""  # the quantity in [0, 1] that the headline is a multiple of, 1 being chance; "" for none
     form: str = ".3g"  # of the headline in tables
     section: str = ""  # the heading of its section in the report; "" for the name of its table
     whole: tuple[str, ...] = ()  # the quantities without a matrix that have curves; () for all

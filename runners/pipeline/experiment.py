@@ -1,34 +1,50 @@
 """One run: prepare the base, train, probe every checkpoint, draw, and keep a record of it all."""
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from runners.disk import full_disk_explained
 from runners.modules import modules_of
 from runners.pipeline.declarations import check_declarations, objective_tags, with_declaration
 from runners.pipeline.fingerprint import code_behind, contents, package
+from runners.pipeline.foresight import PRETRAINING, against, foreseen
 from runners.pipeline.logged_stages import Stages, warn_if_memorised
 from runners.pipeline.measurements import Measured, map_of, module, plain
+from runners.pipeline.progress import Foreseen, Progress, seconds_of
 from runners.pipeline.store import signature
 from runners.signals import Interruption, terminations_as_exceptions
+from runners.summary.answer import answer
+from runners.summary.commands import again, over_seeds, report
 from runners.summary.curves import log_effects, log_table
 from runners.summary.figures import draw
-from runners.summary.terminal import print_summary
+from runners.summary.note import run_note
+from runners.summary.start import data_line, foreseen_lines, say
+from runners.summary.terminal import End, print_summary
+from runners.summary.warned import warnings
 from runners.tracking.provenance import environment, provenance, uncommitted_diff
 from runners.tracking.publisher import Publisher
 from runners.tracking.record import Record
 from runners.tracking.redaction import redacted_text
 from runners.tracking.stores import check_experiment, check_tracking_uri
-from weightgeom.analysis.chain import BETWEEN, STAGES, between, side_by_side
+from weightgeom.analysis.chain import BETWEEN, ENDS, STAGES, between, side_by_side
 from weightgeom.analysis.declared import ROLE, UNDECLARED
 from weightgeom.bases.chain import Chain, check_chain
-from weightgeom.interfaces import Data, Intervention, Log, Model, NeedsExamples, Objective, Probe
+from weightgeom.interfaces import (
+    Data,
+    Intervention,
+    Log,
+    Model,
+    NeedsExamples,
+    Objective,
+    Probe,
+    Stage,
+)
 from weightgeom.interruption import Request, no_request
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
@@ -40,6 +56,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).parents[2]
+
+
+class Make(Protocol):
+    """Gives what makes stages, whose metrics go into the record under `prefix`."""
+
+    def __call__(self, prefix: str, code: str, of: str = "") -> Stage:
+        """`code` is a fingerprint; `of` stands behind the names of the stages where people read them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -72,21 +96,35 @@ class Experiment:
         uri = check_tracking_uri(self.tracking_uri)
         with full_disk_explained(self.directory):
             record = self._record(uri, examples)
+        progress = Progress(self.outputs)
         with self._terminations(), Publisher(record.directory, uri), record:
-            tables = self._tables(record, examples)
+            if objective_tags(self.objective, examples).get(ROLE) == UNDECLARED:
+                log.warning(
+                    "the claims leave this run out, as %s declares no role: give it the properties role"
+                    " (contrast, likelihood or other) and of_text",
+                    type(self.objective).__name__,
+                )
+            try:
+                tables = self._tables(record, examples, progress)
+            except (KeyboardInterrupt, SystemExit):
+                say(progress.interrupted("" if self.parent else again()))
+                raise
             with full_disk_explained(record.directory):
                 for name, table in tables.items():
                     table.to_parquet(record.artifact(f"tables/{name}.parquet"))
                     table.to_csv(record.artifact(f"tables/{name}.csv"), index=False)
                 draw(tables, record, self.probes, self.interventions)
-        print_summary(tables, self.probes, self.interventions, record.directory, uri)
-        if objective_tags(self.objective, examples).get(ROLE) == UNDECLARED:
-            log.warning(
-                "the claims leave this run out, as %s declares no role: give it the properties role"
-                " (contrast, likelihood or other) and of_text",
-                type(self.objective).__name__,
-            )
+            said = answer(tables, {name: probe.declaration for name, probe in self.probes.items()})
+            record.tag("mlflow.note.content", run_note(said, warnings()))
+        end = End(said, warnings(), record.directory, uri, self._next(uri))
+        print_summary(tables, self.probes, self.interventions, end)
         return tables
+
+    def _next(self, uri: str) -> str:
+        """A command to try next: the same over seeds, or without a training the report; none in a sweep."""
+        if self.parent is not None:
+            return ""
+        return report(self.name, self.outputs, uri) if self.objective is None else over_seeds()
 
     def check(self) -> Examples:
         """Refuse everything that cannot work before anything expensive starts; read the data."""
@@ -143,13 +181,18 @@ class Experiment:
             record.artifact("code/uncommitted.diff").write_text(diff)
         return record
 
-    def _tables(self, record: Record, examples: Examples) -> "dict[str, pd.DataFrame]":
-        make = self.stages(record, "pretraining", code_behind(*modules_of(self.model)))
-        base = self.model.prepare(make, examples, self.data, self.device, self._wanted)
+    def _tables(self, record: Record, examples: Examples, progress: Progress) -> "dict[str, pd.DataFrame]":
+        progress.stages, ready = self._foreseen(examples)
+        self._tell(progress, examples)
+        make = partial(self._stages, record, progress)
+        base = ready or self.prepared(make, examples)
+        if ready is None:
+            progress.stages, _ = self._foreseen(examples)  # all keys hold that of the base
         tables, measured = {}, None
-        for trajectory, identity in self._trajectories(record, base, examples):
-            measured = self._measured(record, base, trajectory, identity, examples)
-            suffix = "_pretraining" if self.objective is not None and trajectory is base.trajectory else ""
+        for trajectory, identity in self._trajectories(make, base, examples):
+            of = self.suffix(trajectory, base)
+            measured = self.measured(make, base, trajectory, identity, examples, of)
+            suffix = "_pretraining" if of else ""
             for name, probe in self.probes.items():
                 tables[name + suffix] = self._about(name, trajectory, measured.table(name, probe))
                 log_table(record, name, suffix, tables[name + suffix], probe.declaration)
@@ -158,7 +201,7 @@ class Experiment:
         if base.trajectory is not None and base.pairs:
             names = enumerate(base.trajectory.stages)  # for who sees a curve by step
             record.tag(STAGES, ", ".join(f"{step} {stage}" for step, stage in names))
-            for name, table in self._between_stages(record, base, examples):
+            for name, table in self._between_stages(make, base, examples):
                 tables[name + BETWEEN] = self._about(name, base.trajectory, table)
                 log_table(record, name, BETWEEN, table, self.probes[name].declaration)
             headlines = {
@@ -184,10 +227,12 @@ class Experiment:
         table.attrs["trained"] = trajectory.name in ("training", "pair", "chain")  # from a base, its step 0
         if trajectory.stages:
             table.attrs[STAGES] = list(trajectory.stages)
+        if trajectory.name == "pair":
+            table.attrs[ENDS] = ["before", "after"]
         return with_declaration(table, self.probes[name])
 
     def _between_stages(
-        self, record: Record, base: Base, examples: Examples
+        self, make: Make, base: Base, examples: Examples
     ) -> "Iterator[tuple[str, pd.DataFrame]]":
         """Of every probe that compares, what `model=pair` gives of each stage and the one before it."""
         names = [name for name, probe in self.probes.items() if probe.declaration.compares]
@@ -196,22 +241,31 @@ class Experiment:
         for pair, (before, after) in zip(base.pairs, pairwise(base.trajectory.stages), strict=True):
             assert pair.trajectory is not None
             log.info("stage %s against %s, the one before it", after, before)
-            measured = self._measured(record, pair, pair.trajectory, pair.identity, examples)
+            of = against(before, after)
+            measured = self.measured(make, pair, pair.trajectory, pair.identity, examples, of)
             for name in names:
                 found[name].append(measured.table(name, self.probes[name]))
         yield from ((name, between(pairs)) for name, pairs in found.items())
 
-    def _trajectories(
-        self, record: Record, base: Base, examples: Examples
-    ) -> Iterator[tuple[Trajectory, str]]:
+    def _trajectories(self, make: Make, base: Base, examples: Examples) -> Iterator[tuple[Trajectory, str]]:
         if base.trajectory is not None:
             yield base.trajectory, base.identity
         if self.objective is not None:
-            yield self._trained(record, base, self.objective, examples)
+            yield self.trained(make, base, self.objective, examples)
 
-    def _trained(
-        self, record: Record, base: Base, objective: Objective, examples: Examples
+    def suffix(self, trajectory: Trajectory, base: Base) -> str:
+        """The words behind the name of a probe's stage, if it is about the past of a base that is trained."""
+        return PRETRAINING if self.objective is not None and trajectory is base.trajectory else ""
+
+    def prepared(self, make: Make, examples: Examples) -> Base:
+        """The base, whose stages `make` makes."""
+        stage = make("pretraining", code_behind(*modules_of(self.model)))
+        return self.model.prepare(stage, examples, self.data, self.device, self._wanted)
+
+    def trained(
+        self, make: Make, base: Base, objective: Objective, examples: Examples
     ) -> tuple[Trajectory, str]:
+        """The trajectory of the training and its identity; `make` makes its stage."""
         from weightgeom.models.loading import load_network, load_tokenizer
         from weightgeom.training.fit import fit, saved_trajectory
 
@@ -232,7 +286,7 @@ class Experiment:
             )
 
         code = code_behind(*modules_of(objective, self.training, fit, load_network), map_of(base))
-        make = self.stages(record, "train", code)
+        stage = make("train", code)
         specification = {
             "base": base.identity,
             "data": contents(examples),
@@ -241,19 +295,42 @@ class Experiment:
             "seed": self.seed,
             "device": self.device,
         }
-        directory = make("training", specification, work, self.training.steps)
+        directory = stage("training", specification, work, self.training.steps)
         return saved_trajectory(directory, "training", base.directory), f"training/{directory.name}"
 
-    def _measured(
-        self, record: Record, base: Base, trajectory: Trajectory, identity: str, examples: Examples
+    def measured(
+        self,
+        make: Make,
+        base: Base,
+        trajectory: Trajectory,
+        identity: str,
+        examples: Examples,
+        of: str = "",
     ) -> Measured:
-        stages = partial(self.stages, record)
+        """The tables of a trajectory, whose stages `make` makes."""
+        stages = partial(make, of=of)
         parts = (self.seed, self.device, self.objective, self.training)
         return Measured(stages, *parts, base, trajectory, identity, examples)
 
-    def stages(self, record: Record, prefix: str, code: str) -> "Stages":
-        """Makes stages whose metrics go into `record` under `prefix`."""
-        return Stages(self.outputs, record, prefix, code, self.verify, self.interruption)
+    def _stages(self, record: Record, progress: Progress, prefix: str, code: str, of: str = "") -> Stages:
+        return Stages(self.outputs, record, prefix, code, self.verify, self.interruption, progress, of)
+
+    def _foreseen(self, examples: Examples) -> tuple[Sequence[Foreseen], Base | None]:
+        """The stages, and the base if it needs none; without them where an earlier stage is damaged."""
+        try:
+            return foreseen(self, examples)
+        except (OSError, ValueError, KeyError) as error:  # which the run says or mends
+            log.debug("the stages are not foreseen: %s", error)
+            return (), None
+
+    def _tell(self, progress: Progress, examples: Examples) -> None:
+        """Print the data, the device and the stages, with an estimate of their time."""
+        made, unmade = (
+            [stage.label for stage in progress.stages if stage.made == state] for state in (True, False)
+        )
+        say([data_line(examples), f"device: {self.device}"])
+        if progress.stages:
+            say(foreseen_lines(made, unmade, *seconds_of(self.outputs, progress.stages)))
 
     @property
     def _modules(self) -> list[str]:

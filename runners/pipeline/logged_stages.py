@@ -6,16 +6,17 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import time_ns
 from typing import TYPE_CHECKING, Any, TextIO
 
 from runners.disk import write_atomically
 from runners.pipeline.fingerprint import libraries, named_files
-from runners.pipeline.store import stage
+from runners.pipeline.progress import Foreseen, Progress, shown
+from runners.pipeline.store import signature, stage
 from runners.signals import Interruption
 from runners.tracking.record import Record
 from weightgeom.interfaces import Log
@@ -38,19 +39,23 @@ class Stages:
     code: str  # fingerprint of what the result depends on
     verify: bool = False  # read all files of a finished stage before it is used, and not once in a process
     interruption: Interruption | None = None
+    progress: Progress = field(default_factory=lambda: Progress(Path()))
+    of: str = ""  # what the stages are about, behind their names where people read them
 
     def __call__(
         self, name: str, specification: Mapping[str, object], work: Callable[[Path, Log], None], steps: int
     ) -> Path:
         """The finished directory of a stage of `steps` steps; work that was cut goes on if it can."""
         fresh = False
+        self.progress.begin(name + self.of)
 
         def logged(directory: Path) -> None:
             nonlocal fresh
             fresh = True
+            self.progress.directory = directory
             file: TextIO | None = None
             with ExitStack() as stack:
-                advance = stack.enter_context(progress_bar(name, steps))
+                advance = stack.enter_context(shown(self.progress, steps))
 
                 def log_metrics(metrics: Mapping[str, float], step: int) -> None:
                     nonlocal file
@@ -65,11 +70,10 @@ class Stages:
 
                 work(directory, log_metrics)
 
-        spec = {**specification, "code": self.code, "libraries": libraries()}
-        if files := named_files(specification):
-            spec["files"] = files
+        key = _key(specification, self.code)
         with nullcontext() if self.interruption is None else self.interruption.stage():
-            directory = stage(self.outputs, name, spec, logged, RESUMABLE, self.verify)
+            directory = stage(self.outputs, name, key, logged, RESUMABLE, self.verify)
+        self.progress.end()
         if not fresh:
             for row in _metrics(directory):
                 self._log(row)
@@ -90,6 +94,45 @@ class Stages:
     def _log(self, row: dict[str, Any]) -> None:
         metrics = {f"{self.prefix}/{name}": value for name, value in row["metrics"].items()}
         self.record.log(metrics, row["step"], row["time"])
+
+
+class Foretold(Exception):
+    """The end of what is known before a run: a stage that is to be made, or is only looked at."""
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """Stands in for `Stages` before a run: adds to `found` what is made or reused, and makes nothing.
+
+    With `through`, what follows a finished stage is looked at as well; otherwise it is not read.
+    """
+
+    outputs: Path
+    code: str
+    found: list[Foreseen]
+    of: str = ""
+    through: bool = False
+
+    def __call__(
+        self, name: str, specification: Mapping[str, object], work: Callable[[Path, Log], None], steps: int
+    ) -> Path:
+        """The finished directory of a stage.
+
+        Raises:
+            Foretold: if it is not made yet, and always without `through`.
+        """
+        directory = self.outputs / name / signature(_key(specification, self.code))
+        made = (directory / "DONE").exists()
+        self.found.append(Foreseen(name, name + self.of, made, steps, specification))
+        if not (made and self.through):
+            raise Foretold(str(directory))
+        return directory
+
+
+def _key(specification: Mapping[str, object], code: str) -> dict[str, object]:
+    key = {**specification, "code": code, "libraries": libraries()}
+    files = named_files(specification)
+    return {**key, "files": files} if files else key
 
 
 def _metrics(directory: Path) -> list[dict[str, Any]]:
@@ -125,19 +168,3 @@ def warn_if_memorised(directory: Path, table: "pd.DataFrame") -> None:
             " model.pretraining.steps",
             *(heldout, trained),
         )
-
-
-@contextmanager
-def progress_bar(name: str, steps: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """A progress bar of `steps` steps; what it yields takes the current step and its metrics."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, TextColumn("{task.fields[loss]}")) as progress:
-        task = progress.add_task(name, total=steps, loss="")
-
-        def advance(step: int, metrics: Mapping[str, float]) -> None:
-            shown = {"loss": f"loss {metrics['loss']:.3f}"} if "loss" in metrics else {}
-            progress.update(task, completed=step, **shown)
-
-        yield advance

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from runners.planning.machine import available_disk, existing
 from runners.planning.plan import Plan, PlannedStage, Planner
+from runners.summary.durations import duration
 
 
 def show(plans: Sequence[Plan], planner: Planner) -> list[str]:
@@ -136,10 +137,3 @@ def size(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.3g} {unit}"
     return f"{count / 1e3:.3g} kB" if count else "-"
-
-
-def duration(seconds: float) -> str:
-    """A duration in seconds, minutes or hours, rounded to the accuracy of a plan."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""What a sweep's page in MLflow says in words: what was run, what did not end well, and what came out."""
+"""What the pages of a run and of a sweep in MLflow say in words."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 LOSS = "train/loss"
 RATIO = "the relative subspace fraction of the update (1 is chance), mean over layers and matrices"
+
+
+def run_note(answer: str, warnings: Sequence[str]) -> str:
+    """The note of a single run in Markdown: its answer in one sentence, and its warnings."""
+    return "\n".join([*([f"**{answer}**"] if answer else []), *(f"\n- warning: {text}" for text in warnings)])
 
 
 def note(

@@ -5,37 +5,76 @@
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runners.summary.commands import open_mlflow
 from runners.summary.instances import of_instance
-from runners.tracking.redaction import redacted_text
+from runners.tracking.publisher import Published
 from weightgeom.analysis.chain import STAGES
 from weightgeom.analysis.comparisons import compared_with_principal, measured_effect
 from weightgeom.analysis.declared import declared, plain_name
-from weightgeom.analysis.summaries import by_matrix, by_quantity, by_stage, by_treatment
-from weightgeom.declarations import InterventionDeclaration
+from weightgeom.analysis.summaries import by_head, by_matrix, by_quantity, by_stage, by_treatment, unmoved
+from weightgeom.declarations import InterventionDeclaration, ProbeDeclaration
 from weightgeom.interfaces import Intervention, Probe, Summarised
-from weightgeom.table import PRETRAINING, of_matrices
+from weightgeom.table import of_matrices
 
 if TYPE_CHECKING:
     import pandas as pd
+    from rich.console import Console
+    from rich.table import Table as RichTable
 
-TITLES = {"pretraining": PRETRAINING, "training": "", "between": ", each stage against the one before it"}
+TITLES = {
+    "pretraining": ", in the pretraining",
+    "training": "",
+    "between": ", each stage against the one before it",
+}
+CONTINUED = ", continued"
 NUMBER = re.compile(r"-$|[-+]?\d")  # the start of a cell that is set to the right
+
+
+@dataclass(frozen=True)
+class End:
+    """The last lines of a run: `answer` and `warnings`, and what leads on from its `record`."""
+
+    answer: str
+    warnings: Sequence[str]
+    record: Path
+    tracking_uri: str
+    next_command: str = ""
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Heads and texts; paths and commands are whole lines, to be copied."""
+        if self.answer:
+            yield "answer", self.answer
+        for warning in self.warnings:
+            yield "warning", warning
+        figures = self.record / "artifacts/figures"
+        if figures.is_dir():
+            yield "figures", str(figures)
+        yield "record", str(self.record)
+        published = Published.load(self.record)
+        command, *address = open_mlflow(
+            self.tracking_uri, None if published is None else published.experiment_id
+        )
+        yield "MLflow", command
+        if address:
+            yield "then open", address[0]
+        if self.next_command:
+            yield "next", self.next_command
 
 
 def print_summary(
     tables: "Mapping[str, pd.DataFrame]",
     probes: Mapping[str, Probe],
     interventions: Mapping[str, Intervention],
-    record: Path,
-    tracking_uri: str,
+    end: End,
 ) -> None:
-    """The tables in short, and one line each for where the record is and how to open MLflow on it."""
+    """The tables in short, and the end."""
     from rich import get_console
-    from rich.table import Table
+    from rich.text import Text
 
     console = get_console()
     shown = [
@@ -46,28 +85,59 @@ def print_summary(
             if len(tables[name])
         ),
     ]
-    for title, short in shown:
-        if len(short):
-            console.print(rendered(short, title, Table))
     claims = claims_shown(tables)
     if claims is not None:
-        console.print(rendered(claims, "arXiv:2603.13911v1", Table))
-    console.print(f"record: {record}", soft_wrap=True)
-    location = redacted_text(tracking_uri)
-    where = location if location.startswith("http") else f"mlflow ui --backend-store-uri {location}"
-    console.print(f"MLflow: {where}", soft_wrap=True)
+        shown.append(("Claims of arXiv:2603.13911v1", claims))
+    for title, short in shown:
+        if len(short):
+            for table in fitting(short, title, console):
+                console.print(table)
+    styles = {"answer": "bold", "warning": "yellow"}
+    for head, text in end.lines():
+        whole = head not in styles or not console.is_terminal  # paths and commands, to be copied
+        console.print(Text(f"{head}: {text}", styles.get(head, "")), soft_wrap=whole)
 
 
-def rendered(short: "pd.DataFrame", title: str, make: type) -> object:
+def fitting(short: "pd.DataFrame", title: str, console: "Console") -> "Iterator[RichTable]":
+    """The table in as many pieces as the console's width asks for, each with the columns of text."""
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    keys = [column for column in short.columns if not _is_number(short[column])]
+    numbers = [column for column in short.columns if column not in keys]
+    while True:
+        for count in range(len(numbers), -1, -1):
+            part = [column for column in short.columns if column in (*keys, *numbers[:count])]
+            table = rendered(short[part], title, Table)
+            if count <= 1 or Measurement.get(console, console.options, table).minimum <= console.width:
+                yield table
+                numbers = numbers[count:]
+                break
+        if not numbers:
+            return
+        title = f"{title.removesuffix(CONTINUED)}{CONTINUED}"
+
+
+def rendered(short: "pd.DataFrame", title: str, make: "type[RichTable]") -> "RichTable":
     """A table of text for the terminal; columns of numbers are set to the right."""
     table = make(*map(str, short.columns), title=title)
-    cells = [[str(cell) for cell in row] for row in short.fillna("-").itertuples(index=False)]
-    for column, values in zip(table.columns, zip(*cells, strict=True), strict=True):
-        if all(map(NUMBER.match, values)):
-            column.justify = "right"
-    for row in cells:
-        table.add_row(*row)
+    for column, name in zip(table.columns, short.columns, strict=True):
+        if _is_number(short[name]):
+            column.justify, column.no_wrap = "right", True
+    for row in short.fillna("-").itertuples(index=False):
+        table.add_row(*map(str, row))
     return table
+
+
+def _is_number(cells: "pd.Series") -> bool:
+    return all(NUMBER.match(str(cell)) for cell in cells.fillna("-"))
+
+
+def title_of(name: str, declaration: ProbeDeclaration) -> str:
+    """Such as `Relative subspace fraction (rsf)`."""
+    said = declaration.label or declaration.section
+    title = f"{said} ({name})" if said else name.replace("_", " ")
+    return title[0].upper() + title[1:]
 
 
 def _of_probe(
@@ -76,23 +146,25 @@ def _of_probe(
     """Titles and tables of one instance; of a chain the comparison of its stages stands for the matrices."""
     mine = of_instance(name, tables)
     declaration = probe.declaration
+    title, headline = title_of(name, declaration), declaration.headline
     if STAGES in mine:
-        label = declaration.label or declaration.headline.replace("_", " ")
-        several = tables[STAGES]["probe"].nunique() > 1
-        title = f"stages: {label} (z)" if "z" in set(mine[STAGES]["quantity"]) else f"stages: {label}"
-        short = by_stage(mine[STAGES], declaration.headline, declaration.form)
-        yield f"{title}, {name}" if several else title, short
+        z = ", with z in brackets" if "z" in set(mine[STAGES]["quantity"]) else ""
+        yield f"{title}, by stage{z}", by_stage(mine[STAGES], headline, declaration.form)
         return
-    for of, title in TITLES.items():
+    for of, rest in TITLES.items():
         if of not in mine:
             continue
+        table = mine[of]
         if isinstance(probe, Summarised):
-            yield f"{name}{title}", probe.summary(mine[of])
+            yield f"{title}{rest}", probe.summary(table)
         elif declaration.generic:
-            if len(of_matrices(mine[of], declaration.headline)):
-                yield f"{name}{title}", by_matrix(mine[of], declaration.headline, declaration.form)
-            if (mine[of]["matrix"] == "").any():
-                yield f"{name}{title}", by_quantity(mine[of])
+            if len(of_matrices(table, headline)):
+                yield f"{title}{rest}", by_matrix(table, headline, declaration.form)
+                yield f"{title}{rest}, by head", by_head(table, headline, declaration.form)
+            elif headline and (table["matrix"] != "").any():
+                yield f"{title}{rest}: nothing moved", unmoved(table)
+            if (table["matrix"] == "").any():
+                yield f"{title}{rest}", by_quantity(table)
 
 
 def effects_shown(
@@ -102,7 +174,8 @@ def effects_shown(
     effect = measured_effect(table, declaration.effects)
     kinds = compared_with_principal(table, effect, declaration.controls)["against"].unique()
     unit = table[table["quantity"] == effect]["unit"].iloc[0]
-    title = f"{name}: {effect} ({unit}) beside the median of {' or '.join(kinds)} controls"
+    said = declaration.section or name.replace("_", " ").capitalize()
+    title = f"{said} ({name}): {effect} ({unit}) against the median of {' or '.join(kinds)} controls"
     return title, by_treatment(table, effect, declaration.controls)
 
 

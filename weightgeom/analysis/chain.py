@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 BETWEEN = "_stages"  # the suffix of the tables that compare every stage with the one before it
 STAGES = "stages"  # the table and the figure of all comparisons
+ENDS = "ends"  # the key of a table's `attrs` with the names of the two checkpoints of a pair
 
 
 def between(pairs: "Sequence[pd.DataFrame]") -> "pd.DataFrame":

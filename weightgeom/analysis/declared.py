@@ -34,6 +34,7 @@ EARLIER: Mapping[str, Declaration] = {
     "rsf": ProbeDeclaration(
         "ratio",
         label="relative subspace fraction",
+        share="fraction",
         form=".2f",
         section=ASYMMETRY,
         harmless=("increments", "per_head", "resamples", "groups", "budget_gb", "prompts"),

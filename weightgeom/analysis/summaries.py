@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from math import sqrt
 from typing import TYPE_CHECKING
 
-from weightgeom.analysis.chain import STAGES
+from weightgeom.analysis.chain import ENDS, STAGES
 from weightgeom.analysis.comparisons import compared_with_principal
-from weightgeom.table import label, of_matrices
+from weightgeom.table import at_own_subspaces, label, of_matrices, whole_matrices
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,29 +19,34 @@ NUMBERS = {"effect": "effect", "controls": "controls", "p": "p_value", "q": "q_v
 
 
 def by_matrix(table: "pd.DataFrame", headline: str, form: str = ".3g") -> "pd.DataFrame":
-    """A row for every pathway and matrix: the headline's mean over layers at its first step and at the last.
+    """A row for every pathway, matrix and k: the headline's mean over layers at its first and last step.
 
-    Beside its null, where the table has one, and z, how many of the null's standard deviations of that mean
-    it lies away, layers being independent under the null.
+    One column where the two are one step, and no k where there is one of it. Beside the null, where the table
+    has one, and z, how many of the null's standard deviations of that mean it lies away, layers being
+    independent under the null.
     """
     import pandas as pd
 
-    values = of_matrices(table, headline)
+    values = _at_every_k(table, headline)
     last, first = int(table["step"].max()), int(values["step"].min())
-    null = {end: of_matrices(table, f"null_{headline}_{end}") for end in ("mean", "sd")}
+    null = {end: _at_every_k(table, f"null_{headline}_{end}") for end in ("mean", "sd")}
+    several, name = values["k"].nunique() > 1, headline.replace("_", " ")
     rows = []
-    for (role, matrix), part in values.groupby(["role", "matrix"], sort=False):
+    for (role, matrix, k), part in values.groupby(["role", "matrix", "k"], sort=False):
         end = part[part["step"] == last]
         if not len(end):
             continue
         mean = end["value"].mean()
-        start = part[part["step"] == first]["value"].mean()
-        row = {
-            "pathway": str(role), "matrix": str(matrix),
-            f"{headline} at step {first}": f"{start:{form}}", f"at step {last}": f"{mean:{form}}",
-        }  # fmt: skip
+        row = {"pathway": str(role), "matrix": str(matrix)}
+        if several:
+            row["k"] = str(k)
+        if first == last:
+            row[name] = f"{mean:{form}}"
+        else:
+            start = part[part["step"] == first]["value"].mean()
+            row |= {f"{name} at step {first}": f"{start:{form}}", f"at step {last}": f"{mean:{form}}"}
         if len(null["sd"]):
-            means, sds = (_at(rows, matrix, last) for rows in null.values())
+            means, sds = (_at(rows, matrix, k, last) for rows in null.values())
             spread = sqrt((sds**2).sum()) / len(sds)
             row["null"] = f"{means.mean():.3g} ± {spread:{form}}"
             row["z"] = f"{(mean - means.mean()) / spread:.1f}" if spread > 0 else "-"
@@ -49,12 +54,53 @@ def by_matrix(table: "pd.DataFrame", headline: str, form: str = ".3g") -> "pd.Da
     return pd.DataFrame(rows)
 
 
+def by_head(table: "pd.DataFrame", headline: str, form: str = ".3g") -> "pd.DataFrame":
+    """A row for every matrix that is measured by head or by expert: the range over heads at the last step.
+
+    Every head of every layer counts by itself, at the smallest k.
+    """
+    import pandas as pd
+
+    parts = table[(table["quantity"] == headline) & (table["step"] == table["step"].max())]
+    parts = parts[(parts["head"].notna() | parts["expert"].notna()) & (parts["subspace"] != "random")]
+    if parts["k"].notna().any():
+        parts = parts[parts["k"] == parts["k"].min()]
+    rows = []
+    for (role, matrix), part in parts.groupby(["role", "matrix"], sort=False):
+        kind = "head" if part["head"].notna().all() else "expert"
+        highest = part.loc[part["value"].idxmax()]
+        rows.append({
+            "pathway": str(role), "matrix": str(matrix),
+            "parts": f"{part[kind].nunique()} {kind}s",
+            "lowest": f"{part['value'].min():{form}}", "median": f"{part['value'].median():{form}}",
+            "highest": f"{highest['value']:{form}}",
+            "in": f"layer {highest['layer']}, {kind} {highest[kind]}",
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def unmoved(table: "pd.DataFrame") -> "pd.DataFrame":
+    """A row for every matrix of a table without headlines, as nothing moved: the quantities that it has."""
+    import pandas as pd
+
+    last = whole_matrices(table[(table["step"] == table["step"].max()) & (table["matrix"] != "")])
+    last = last[last["subspace"] == ""]
+    return pd.DataFrame([
+        {"pathway": str(role), "matrix": str(matrix)}
+        | {
+            str(quantity).replace("_", " "): f"{values.mean():.3g}"
+            for quantity, values in part.groupby("quantity", sort=False)["value"]
+        }
+        for (role, matrix), part in last.groupby(["role", "matrix"], sort=False)
+    ])  # fmt: skip
+
+
 def by_quantity(table: "pd.DataFrame") -> "pd.DataFrame":
     """A row for every quantity without a matrix: its mean at the first and last step, or at every stage."""
     import pandas as pd
 
     table = table[table["matrix"] == ""]
-    names = table.attrs.get(STAGES)  # of a chain all steps, by their names
+    names = table.attrs.get(STAGES, table.attrs.get(ENDS))  # of a chain or a pair all steps, by their names
     steps = list(dict.fromkeys((table["step"].min(), table["step"].max())))
     if names is not None:
         steps = sorted(table["step"].unique())
@@ -133,8 +179,15 @@ def by_treatment(table: "pd.DataFrame", effect: str, controls: Sequence[str]) ->
     return pd.DataFrame(rows)
 
 
-def _at(rows: "pd.DataFrame", matrix: object, step: int) -> "pd.Series":
-    return rows[(rows["matrix"] == matrix) & (rows["step"] == step)]["value"]
+def _at_every_k(table: "pd.DataFrame", quantity: str) -> "pd.DataFrame":
+    """Rows of one quantity of whole matrices at their own subspaces, or those without; -1 for no k."""
+    rows = at_own_subspaces(table[table["quantity"] == quantity])
+    rows = rows if len(rows) else of_matrices(table, quantity)
+    return rows.assign(k=rows["k"].fillna(-1))
+
+
+def _at(rows: "pd.DataFrame", matrix: object, k: object, step: int) -> "pd.Series":
+    return rows[(rows["matrix"] == matrix) & (rows["k"] == k) & (rows["step"] == step)]["value"]
 
 
 def _estimate(rows: "pd.DataFrame") -> str:

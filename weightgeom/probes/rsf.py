@@ -73,6 +73,7 @@ class RSF:
     declaration: ClassVar[ProbeDeclaration] = ProbeDeclaration(
         headline="ratio",
         label="relative subspace fraction",
+        share="fraction",
         form=".2f",
         section=ASYMMETRY,
         of_pretraining=True,

@@ -18,7 +18,8 @@ from stored import fetched
 
 from runners.compose import parts
 from runners.planning.plan import Plan, PlannedStage, Planner
-from runners.planning.printing import duration, show, size
+from runners.planning.printing import show, size
+from runners.summary.durations import duration
 from weightgeom.training.config import Training
 
 PLAN = ["plan=true", *SMALL, *WORLD]

@@ -8,10 +8,12 @@ from typing import ClassVar
 import pandas as pd
 import pytest
 from rich import get_console
+from rich.console import Console
 
+from runners.summary.commands import open_mlflow
 from runners.summary.curves import log_table
 from runners.summary.figures import draw
-from runners.summary.terminal import print_summary
+from runners.summary.terminal import End, fitting, print_summary
 from runners.tracking.record import Record
 from weightgeom.declarations import ProbeDeclaration
 from weightgeom.interfaces import Probe, Setting
@@ -178,9 +180,12 @@ def test_what_belongs_to_no_matrix_is_logged_as_it_is(record: Record) -> None:
     assert logged(record) == {("behaviour/heldout_ce", 0): 6.5, ("behaviour/heldout_ce", 4): 6.25}
 
 
-def shown(tables: dict[str, pd.DataFrame], capsys: pytest.CaptureFixture[str]) -> list[str]:
-    get_console().width = 120
-    print_summary(tables, PROBES, {}, Path("/out/record"), "sqlite:////out/mlflow.db")
+END = End("read 5.3 times chance", ["half is dropped"], Path("/out/record"), "sqlite:////out/mlflow.db", "go")
+
+
+def shown(tables: dict[str, pd.DataFrame], capsys: pytest.CaptureFixture[str], width: int = 120) -> list[str]:
+    get_console().width = width
+    print_summary(tables, PROBES, {}, END)
     return capsys.readouterr().out.splitlines()
 
 
@@ -195,10 +200,66 @@ def test_the_terminal_shows_ratio_null_and_distance_of_every_matrix(
 ) -> None:
     lines = shown({"rsf": rsf}, capsys)
     # mean ratio (2 + 5)/2 = 3.5; its spread sqrt(0.3² + 0.4²)/2 = 0.25; z = (3.5 - 1)/0.25 = 10
-    assert cells(lines, "read") == ["read", "q", "2.00", "3.50", "1 ± 0.25", "10.0"]
-    assert cells(lines, "write") == ["write", "down", "0.50", "0.75", "1 ± 0.00", "-"]
-    assert "record: /out/record" in lines
-    assert "MLflow: mlflow ui --backend-store-uri sqlite:////out/mlflow.db" in lines
+    read, larger = (line for line in lines if line.startswith("│ read"))
+    assert cells([read], "read") == ["read", "q", "4", "2.00", "3.50", "1 ± 0.25", "10.0"]
+    # of two layers with an sd of 9 each: sqrt(9² + 9²)/2 = 6.36; z = (100 - 1)/6.36
+    assert cells([larger], "read") == ["read", "q", "8", "100.00", "100.00", "1 ± 6.36", "15.6"]
+    assert cells(lines, "write") == ["write", "down", "4", "0.50", "0.75", "1 ± 0.00", "-"]
+    assert "Relative subspace fraction (rsf)" in [line.strip() for line in lines]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_line_of_a_table_is_wider_than_the_terminal_and_no_number_is_cut(
+    width: int, rsf: pd.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = shown({"rsf": rsf, "rsf_pretraining": rsf}, capsys, width)
+    assert max(map(len, (line for line in lines if line.startswith(("│", "┃", "┏"))))) <= width
+    assert sum("100.00" in line for line in lines) == 2 and not any("…" in line for line in lines)
+
+
+def test_the_end_says_the_answer_the_warnings_and_where_to_go(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown({}, capsys, 80) == [
+        "answer: read 5.3 times chance",
+        "warning: half is dropped",
+        "record: /out/record",
+        f"MLflow: {' '.join(open_mlflow(END.tracking_uri, None)[:1])}",
+        "then open: http://127.0.0.1:5000",
+        "next: go",
+    ]
+
+
+def test_a_table_that_is_too_wide_goes_on_below_with_its_words(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = pd.DataFrame([{"stage": "sft", **{f"quantity {n}": "1.25 (10.0)" for n in range(8)}}])
+    parts = list(fitting(wide, "stages", Console(width=80)))
+    heads = [[str(column.header) for column in part.columns] for part in parts]
+    assert [head[0] for head in heads] == ["stage"] * len(parts) and len(parts) == 2
+    assert [name for head in heads for name in head[1:]] == [f"quantity {n}" for n in range(8)]
+    assert [str(part.title) for part in parts] == ["stages", "stages, continued"]
+
+
+def test_heads_are_shown_by_their_range(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = [row("ratio", 2.0, n=8, layer=0, matrix="q", role="read", subspace="attention_input", k=4)]
+    heads = [head(1, number, ratio) for number, ratio in enumerate((1.0, 2.0, 4.5))]
+    table = tabulate([*({"step": 1, **one} for one in whole), *heads])
+    lines = shown({"rsf": table}, capsys, 80)
+    (line,) = (line for line in lines if "heads" in line)
+    assert cells([line], "read") == ["read", "q", "3 heads", "1.00", "2.00", "4.50", "layer 0, head 2"]
+
+
+def test_a_pair_has_one_column_of_its_one_step(rsf: pd.DataFrame, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown({"rsf": rsf[(rsf["step"] == 1) & (rsf["k"] == 4)]}, capsys, 80)
+    (head_line,) = (line for line in lines if line.startswith("┃"))
+    assert [cell.strip() for cell in head_line.strip("┃").split("┃")] == [
+        "pathway", "matrix", "ratio", "null", "z"
+    ]  # fmt: skip
+
+
+def test_two_checkpoints_that_are_equal_have_a_table_of_zeros(capsys: pytest.CaptureFixture[str]) -> None:
+    at = {"layer": 0, "matrix": "q", "role": "read"}
+    sizes = tabulate({"step": 1, **row(name, 0.0, n=9, **at)} for name in ("delta_norm", "moved_share"))
+    lines = shown({"rsf": sizes}, capsys, 80)
+    assert cells(lines, "read") == ["read", "q", "0", "0"]
+    assert any("nothing moved" in line for line in lines)
 
 
 def test_the_terminal_shows_the_behaviour_at_the_start_and_the_end_with_its_error(
@@ -238,8 +299,9 @@ def test_a_table_without_rows_is_accepted_and_shows_nothing(
 
 
 def test_a_server_is_shown_by_its_address(capsys: pytest.CaptureFixture[str]) -> None:
-    print_summary({}, {}, {}, Path("/out/record"), "https://mlflow.example")
-    assert "MLflow: https://mlflow.example" in capsys.readouterr().out
+    print_summary({}, {}, {}, replace(END, tracking_uri="https://mlflow.example"))
+    out = capsys.readouterr().out
+    assert "MLflow: https://mlflow.example\n" in out and "then open" not in out
 
 
 def test_the_figures_are_drawn_as_png_and_pdf_and_named_after_what_they_show(
@@ -304,7 +366,7 @@ def test_a_probe_that_brings_nothing_is_seen_everywhere(
         ("mine_by_layer/q", 0): 1.0, ("mine_by_layer/q", 1): 3.0,
         ("mine_by_layer/o", 0): 1.0, ("mine_by_layer/o", 1): 3.0,
     }  # fmt: skip
-    print_summary({"mine": gaps}, {"mine": Gap()}, {}, Path("/out/record"), "sqlite:////out/mlflow.db")
+    print_summary({"mine": gaps}, {"mine": Gap()}, {}, END)
     lines = capsys.readouterr().out.splitlines()
     assert cells(lines, "read") == ["read", "q", "0", "2"]
     assert cells(lines, "mean_gap") == ["mean_gap", "0", "2", "1"]
@@ -321,5 +383,6 @@ def test_a_second_instance_has_figures_and_tables_of_its_own(
     drawn = {path.name for path in (record.directory / "artifacts/figures").glob("*.png")}
     names = ("ratio_by_step", "ratio_by_layer")
     assert drawn == {f"{of}{name}.png" for name in names for of in ("", "rsf16_")}
-    print_summary(tables, probes, {}, Path("/out/record"), "sqlite:////out/mlflow.db")
-    assert {"rsf", "rsf16"} <= {line.strip() for line in capsys.readouterr().out.splitlines()}
+    print_summary(tables, probes, {}, END)
+    lines = {line.strip() for line in capsys.readouterr().out.splitlines()}
+    assert {f"Relative subspace fraction ({name})" for name in probes} <= lines
