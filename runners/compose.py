@@ -132,7 +132,8 @@ def check_origin(allowed: list[str]) -> None:
     given = [argument for argument in sys.argv[1:] if re.match(r"\+{0,2}allow_targets=", argument)]
     trusted = {name for argument in given for name in re.findall(r"[\w.*]+", argument.partition("=")[2])}
     for path in (CONF / "local").glob("*.yaml"):
-        trusted |= {str(name) for name in OmegaConf.load(path).get("allow_targets") or []}
+        site: Any = OmegaConf.load(path)
+        trusted |= {str(name) for name in site.get("allow_targets") or []}
     if unknown := [pattern for pattern in allowed if pattern not in trusted]:
         raise ValueError(
             f"a configuration file sets allow_targets to {unknown}, which only the command line and"

@@ -15,7 +15,7 @@ SEEDS = "seed=0,1,2"
 def again(arguments: Sequence[str] | None = None) -> str:
     """The command that started this process, or the same with other `arguments`, for a shell."""
     program = sys.argv[0]
-    start = [_python(), program] if program.endswith(".py") else [Path(program).name]
+    start = [_python(), program] if program.endswith(".py") else ["weightgeom", "run"]
     return redacted_text(shlex.join([*start, *(sys.argv[1:] if arguments is None else arguments)]))
 
 
@@ -31,7 +31,7 @@ def over_seeds() -> str:
 def report(name: str, outputs: Path, tracking_uri: str) -> str:
     """The command that makes the report of an experiment, without what is its default."""
     usual = outputs == Path("outputs").absolute()
-    command = [_python(), "-m", "runners.report", name, *([] if usual else ["--outputs", str(outputs)])]
+    command = ["weightgeom", "report", name, *([] if usual else ["--outputs", str(outputs)])]
     store = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{outputs}/mlflow.db")
     return redacted_text(
         shlex.join(command if tracking_uri == store else [*command, "--tracking-uri", tracking_uri])

@@ -1,4 +1,5 @@
 import logging
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,8 @@ def test_a_system_message_comes_first_and_an_empty_one_not_at_all(caplog):
     found = pairs_of(
         placed(pair(system="be brief", question="why not"), pair(question="why not", system="")), "here"
     )
-    assert found == [Pair([SYSTEM, *CHAT.prompt], CHAT.chosen, CHAT.rejected), CHAT]
+    prompt: Any = [SYSTEM, *CHAT.prompt]
+    assert found == [Pair(prompt, CHAT.chosen, CHAT.rejected), CHAT]
     written = pairs_of(placed(pair(system="be brief", prompt="\n\nHuman: why not\n\nAssistant:")), "here")
     assert written == found[:1] and not caplog.text
 

@@ -213,9 +213,8 @@ def test_conversations_of_every_family_are_tokenized_as_trl_tokenizes_them(examp
     tokenizer = bpe(examples.text, begins=begins)
     tokenizer.chat_template = TEMPLATES[template]
     pairs = [conversation(pair) for pair in examples.pairs[:12]]
-    pairs += [
-        Pair([*pairs[0].prompt, *pairs[0].chosen, *pairs[1].prompt], pairs[1].chosen, pairs[1].rejected)
-    ]
+    turns: Any = [*pairs[0].prompt, *pairs[0].chosen, *pairs[1].prompt]
+    pairs.append(Pair(turns, pairs[1].chosen, pairs[1].rejected))
     found = tokenized(pairs, tokenizer)
     assert found == trl_tokens(pairs, tokenizer)
     ends, begin = tokenizer.get_vocab()["<eos>"], tokenizer.get_vocab()["<bos>"]

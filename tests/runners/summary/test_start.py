@@ -98,7 +98,7 @@ def test_the_report_needs_no_option_that_is_its_default(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     outputs = tmp_path / "outputs"
-    assert report("study", outputs, f"sqlite:///{outputs}/mlflow.db").endswith("runners.report study")
+    assert report("study", outputs, f"sqlite:///{outputs}/mlflow.db") == "weightgeom report study"
     elsewhere = report("study", tmp_path / "o", "http://host:5000")
     assert elsewhere.endswith(f"study --outputs {tmp_path}/o --tracking-uri http://host:5000")
 
