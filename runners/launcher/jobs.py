@@ -178,7 +178,10 @@ def _requeue(patience: float) -> None:
     end = time.time() + patience
     while True:
         asked = subprocess.run(
-            ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True
+            # Not SLURM_JOB_ID: that of an array's last task is the id of the whole array.
+            ["scontrol", "requeue", _id(slurm=True)],
+            capture_output=True,
+            text=True,
         )
         if asked.returncode == 0:
             return
