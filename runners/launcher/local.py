@@ -21,8 +21,9 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from runners.disk import write_atomically
-from runners.launcher.jobs import GO_ON, State
+from runners.launcher.jobs import GO_ON, LOCK, State
 from runners.launcher.manifest import Sweep
+from runners.launcher.ownership import holder_of
 from runners.launcher.snapshot import python_of
 from runners.signals import process_start
 
@@ -217,6 +218,8 @@ class Supervisor:
         with suppress(ProcessLookupError):
             os.killpg(job.process.pid, signal.SIGKILL)  # any workers left behind
         state = State.load(self.directories[number])
+        if holder_of(self.directories[number] / LOCK) is not None:
+            return  # another process runs the job, and this one has given up waiting for it
         if job.reason == "cancelled":
             self._save_state(number, "CANCELLED", "cancelled")
         elif job.reason:
@@ -230,4 +233,5 @@ class Supervisor:
     def _save_state(self, number: int, state: Any, error: str) -> None:
         before = State.load(self.directories[number]) or State("RUNNING")
         id = self.plan["ids"][str(number)]
-        replace(before, state=state, error=error, id=id).save(self.directories[number])
+        kept = None if state == "CANCELLED" else before.traceback
+        replace(before, state=state, error=error, traceback=kept, id=id).save(self.directories[number])

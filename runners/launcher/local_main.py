@@ -17,7 +17,8 @@ def main(arguments: Sequence[str]) -> None:
     from runners.launcher.finishing import end_sweep
     from runners.launcher.status import settled_statuses
 
-    end_sweep(sweep, settled_statuses(sweep))
+    with sweep.lock():
+        end_sweep(sweep, settled_statuses(sweep))
 
 
 if __name__ == "__main__":
