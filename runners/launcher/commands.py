@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from runners.errors import explanation
 from runners.launcher import local, queue, slurm
 from runners.launcher.finishing import end_sweep, sweep_report
-from runners.launcher.jobs import LOCK
+from runners.launcher.jobs import CANCEL, LOCK
 from runners.launcher.live_table import LiveTable
 from runners.launcher.manifest import Sweep
 from runners.launcher.ownership import described, holder_of
@@ -106,6 +107,7 @@ def submit(sweep: Sweep, numbers: Sequence[int], code: Path) -> None:
             raise ValueError(
                 f"job {number} still runs as {described(holder)}: end that process, or wait for its end"
             )
+        (directories[number] / CANCEL).unlink(missing_ok=True)
     options = _options(manifest["launcher"], manifest["options"])
     if isinstance(options, local.LocalOptions):
         started = local.start_supervisor(sweep, numbers, options, code)
@@ -138,8 +140,10 @@ def _submit_arrays(
     label = options.name or str(sweep.job(numbers[0])["config"]["name"])
     started: dict[int, str] = {}
     arrays: list[str] = []
-    for start in range(0, len(numbers), size):
-        tasks = [[number] for number in numbers[start : start + size]]
+    each = options.jobs_per_task
+    packs = [list(numbers[start : start + each]) for start in range(0, len(numbers), each)]
+    for start in range(0, len(packs), size):
+        tasks = packs[start : start + size]
         name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', label)[:80]}-{uuid.uuid4().hex[:8]}"
         # In parallel, the arrays together would exceed array_parallelism.
         chained = options.after(arrays[-1]) if arrays else options
@@ -188,7 +192,10 @@ def adopt(sweep: Sweep) -> None:
     }
     if not unknown:
         return
-    for name, array in queue.named(list(unknown), _day_before(submissions[0][1]["time"])).items():
+    found = queue.named(list(unknown), _day_before(submissions[0][1]["time"]))
+    if found and (sweep.directory / "record").exists():
+        _open_record(sweep, sweep.manifest()["overrides"])
+    for name, array in found.items():
         tasks = submissions[unknown[name]][1]["tasks"]
         sweep.amend_submission(unknown[name], ids=_as_text(slurm.ids_of(array, tasks)))
         with suppress(FileNotFoundError):
@@ -220,7 +227,8 @@ def watch(sweep: Sweep, interval: float) -> None:
         with LiveTable() as table:
             while True:
                 _show_until_ended(sweep, table, interval)
-                with sweep.lock():  # unless another command has restarted jobs meanwhile
+                # Another command may have restarted jobs meanwhile, and SLURM may not answer.
+                with suppress(ConnectionError), sweep.lock():
                     statuses = settled_statuses(sweep)
                     if not any(job.active and not job.stuck for job in statuses):
                         end_sweep(sweep, statuses)
@@ -310,26 +318,34 @@ def cancel(sweep: Sweep, numbers: Sequence[int]) -> None:
     """
     if unknown := [number for number in numbers if number not in sweep.jobs()]:
         known, missing = sweep.jobs(), ", ".join(map(str, unknown))
-        raise ValueError(
-            f"{sweep.directory} has no job {missing}; its jobs are {min(known)} to {max(known)}"
-        )
+        raise ValueError(f"{sweep.directory} has no job {missing}; its jobs are {min(known)} to {max(known)}")
     with sweep.lock():
         adopt(sweep)
         statuses = settled_statuses(sweep)
         active = [job for job in statuses if job.active and (not numbers or job.number in numbers)]
         if sweep.manifest()["launcher"] == "slurm":
-            _cancel_in_slurm(sweep, active, every=not numbers)
+            _cancel_in_slurm(sweep, statuses, active, every=not numbers)
         else:
             local.request_cancel(sweep, [job.number for job in active])
     log.info("cancelled %d jobs of %s", len(active), sweep.directory)
 
 
-def _cancel_in_slurm(sweep: Sweep, active: Sequence[JobStatus], every: bool) -> None:
+def _cancel_in_slurm(
+    sweep: Sweep, statuses: Sequence[JobStatus], active: Sequence[JobStatus], every: bool
+) -> None:
     for place, known in enumerate(sweep.manifest()["submissions"]):
         if every and not known["ids"]:  # SLURM may still take it: its tasks then do not start
             sweep.amend_submission(place, withdrawn=True)
     whole = len(active) == len(sweep.ids())
-    queue.scancel(list(dict.fromkeys(job.id.split("_")[0] if whole else job.id for job in active)))
+    directories = sweep.jobs()
+    sharing = Counter(sweep.ids().values())
+    together = Counter(job.id for job in active)
+    ended = Counter(job.id for job in statuses if not job.active)
+    alone = [job for job in active if together[job.id] + ended[job.id] == sharing[job.id]]
+    for job in active:
+        if job not in alone:  # its task has other jobs
+            (directories[job.number] / CANCEL).touch()
+    queue.scancel(list(dict.fromkeys(job.id.split("_")[0] if whole else job.id for job in alone)))
 
 
 def resubmit(sweep: Sweep, new_code: bool, options: Mapping[str, Any] = {}) -> None:

@@ -26,6 +26,7 @@ from runners.tracking.redaction import one_line, redacted_text
 from weightgeom.interruption import Interrupted
 
 GO_ON = 75  # exit code of an interrupted job that has to be restarted (EX_TEMPFAIL)
+CANCEL = "cancel"  # the file in a job's directory that requests its end
 LOCK = "job.lock"  # in a job's directory, held while the job runs
 PATIENCE = 60.0  # seconds for which an attempt waits for another one to end
 BEGAN = time.monotonic()
@@ -101,7 +102,7 @@ class Job:
             BlockingIOError: if another process runs the job and does not end within `PATIENCE` seconds.
         """
         directory = Path(self.directory)
-        id = _id(self.slurm)
+        id = own_id(self.slurm)
 
         def about() -> dict[str, object]:
             before = State.load(directory)
@@ -138,7 +139,7 @@ class Job:
         os.chdir(asked["cwd"])
         os.environ.update(asked["environment"])
         share_processors()
-        logging.config.dictConfig(asked["logging"])
+        logging.config.dictConfig(_in_a_file(asked["logging"]))
         from runners.compose import experiment
 
         experiment(asked, interruption).run()
@@ -155,7 +156,7 @@ class Job:
             raise error from pause
         paused.save(Path(self.directory))
         if self.slurm:
-            _requeue(asked["limits"]["signal_delay_s"])
+            requeue(asked["limits"]["signal_delay_s"])
         sys.exit(GO_ON)
 
     def _fail(self, begun: State, error: BaseException) -> None:
@@ -166,6 +167,18 @@ class Job:
         ended: Any = STATES[status_after(error)]
         shown = redacted_text(own_frames(error))
         replace(begun, state=ended, error=one_line(error), traceback=shown).save(directory)
+
+
+def _in_a_file(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same logging without Rich, which pads and wraps every line to the width of a terminal."""
+    plain = {"format": "%(asctime)s %(message)s", "datefmt": "%H:%M:%S"}
+    handlers = {
+        name: {"class": "logging.StreamHandler", "formatter": "plain", "stream": "ext://sys.stdout"}
+        if str(handler.get("class", "")).startswith("rich.")
+        else handler
+        for name, handler in settings.get("handlers", {}).items()
+    }
+    return {**settings, "formatters": {**settings.get("formatters", {}), "plain": plain}, "handlers": handlers}
 
 
 def _out_of_time(limits: dict[str, Any], pause: str) -> str:
@@ -189,7 +202,8 @@ def own_frames(error: BaseException) -> str:
     return "Traceback (most recent call last):\n" + "".join(lines)
 
 
-def _id(slurm: bool) -> str:
+def own_id(slurm: bool) -> str:
+    """The id of this job: of SLURM's, one task of an array alone, or of the supervisor's."""
     if not slurm:
         return os.environ["WEIGHTGEOM_JOB"]
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
@@ -208,13 +222,13 @@ def _time_is_up(limits: dict[str, Any]) -> bool:
     return time.monotonic() - BEGAN >= 60 * limits["timeout_min"] - limits["signal_delay_s"] - early
 
 
-def _requeue(patience: float) -> None:
+def requeue(patience: float) -> None:
     """Requeue this job, which stops it; retries for `patience` seconds while SLURM does not answer."""
     end = time.time() + patience
     while True:
         asked = subprocess.run(
             # Not SLURM_JOB_ID: that of an array's last task is the id of the whole array.
-            ["scontrol", "requeue", _id(slurm=True)],
+            ["scontrol", "requeue", own_id(slurm=True)],
             capture_output=True,
             text=True,
             env=undisturbed(),
@@ -228,7 +242,10 @@ def _requeue(patience: float) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """`python -m runners.launcher.jobs DIRECTORY`: run the job in that directory."""
-    Job(arguments[0], slurm=False)()
+    try:
+        Job(arguments[0], slurm=False)()
+    except BlockingIOError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

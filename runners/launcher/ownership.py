@@ -43,7 +43,7 @@ def held(
     while (release := _taken(path)) is None:
         holder = holder_of(path)
         if end is not None and time.monotonic() > end:
-            raise BlockingIOError(f"{described(holder)} holds {path}")
+            raise BlockingIOError(f"{described(holder)} holds {path}: wait for its end, or end it")
         if holder and not told:
             log.info("waiting for %s, which holds %s", described(holder), path)
             told = True

@@ -27,6 +27,7 @@ OURS = {
     "max_num_timeout",
     "signal_delay_s",
     "array_parallelism",
+    "jobs_per_task",
     "setup",
     "srun_args",
     "stderr_to_stdout",
@@ -52,7 +53,8 @@ class SlurmOptions:
     timeout_min: int = Field(default=60, ge=1)
     max_num_timeout: int = Field(default=3, ge=0)  # restarts of a job that reaches its time limit
     signal_delay_s: int = Field(default=120, ge=1)  # between the signal to save and the end
-    array_parallelism: int = Field(default=256, ge=1)  # jobs at a time
+    array_parallelism: int = Field(default=256, ge=1)  # tasks at a time
+    jobs_per_task: int = Field(default=1, ge=1)  # one after another in one allocation, sharing its limit
     name: str | None = None  # in the queue; None takes the experiment's
     cpus_per_task: int | None = None
     gpus_per_node: int | str | None = None

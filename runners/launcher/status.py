@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -67,6 +68,7 @@ class StatusPoller:
         self.sweep = sweep
         self.names = job_names(sweep)
         self.missing_since: dict[int, float] = {}  # when a job was first missing from the queue
+        self.settling: set[int] = set()  # missing from the queue, and perhaps requeued
 
     def poll(self) -> list[JobStatus]:
         """The status of every job.
@@ -122,7 +124,8 @@ class StatusPoller:
         accounted = queue.accounted(list(missing.values()))
         unclear = [id for id in missing.values() if accounted.get(id, NOTHING).state in AGAIN]
         controlled = queue.controlled(unclear) if unclear else {}
-        reported, now = {}, time.monotonic()
+        self.settling.clear()
+        reported, now, sharing = {}, time.monotonic(), Counter(ids.values())
         for number, id in ids.items():
             if number not in missing:
                 self.missing_since.pop(number, None)
@@ -134,6 +137,7 @@ class StatusPoller:
             state = states[number]
             own = state if state is not None and state.id == id else None
             if now - self.missing_since.setdefault(number, now) < _patience(own, last):
+                self.settling.add(number)
                 reported[number] = ReportedState("RUNNING", last.node)
             elif own is not None and own.state == "RUNNING" and _runs(directories[number]):
                 # Its node was lost to SLURM, but its process lives on.
@@ -142,10 +146,24 @@ class StatusPoller:
                 reported[number] = ReportedState("CANCELLED", "", "it left the queue before it started")
             else:
                 reported[number] = last
+        for number in (number for number, id in ids.items() if sharing[id] > 1):
+            reported[number] = _of_several(reported[number], states[number], ids[number])
         return reported
 
 
 NOTHING = ReportedState("")
+
+
+def _of_several(task: ReportedState, state: State | None, id: str) -> ReportedState:
+    """The state of a job whose task, in the state `task`, runs several jobs in turn."""
+    own = state if state is not None and state.id == id else None
+    if own is not None and own.state in ("COMPLETED", "FAILED", "CANCELLED"):
+        return ReportedState(own.state, own.node, own.error or "")
+    if own is None and task.state == "RUNNING":
+        return ReportedState("PENDING", "", "its task runs the jobs before it")
+    if own is None and task.state in ("COMPLETED", "FAILED"):
+        return ReportedState("FAILED", task.node, "its task ended before its turn")
+    return task
 
 
 def _runs(directory: Path) -> bool:
@@ -230,7 +248,7 @@ def settled_statuses(sweep: Sweep, interval: float = 0.5) -> list[JobStatus]:
     poller = StatusPoller(sweep)
     while True:
         statuses = poller.poll()
-        if not any(job.active for job in statuses if job.number in poller.missing_since):
+        if not poller.settling:
             return statuses
         time.sleep(interval)
 

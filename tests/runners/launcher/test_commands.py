@@ -1,8 +1,10 @@
 """Decisions about sweeps, with stand-ins for SLURM's commands and without runs."""
 
+import importlib
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from runners.launcher import commands, jobs, task
 from runners.launcher.__main__ import launcher_options, main
-from runners.launcher.jobs import LOCK, Job, State, _out_of_time
+from runners.launcher.jobs import CANCEL, LOCK, Job, State, _out_of_time
 from runners.launcher.manifest import Sweep
 from runners.launcher.ownership import held
 
@@ -20,6 +22,7 @@ LIMITS = {"timeout_min": 60, "max_num_timeout": 3, "signal_delay_s": 120}
 def sweep_of(directory: Path, count: int, launcher: str = "slurm") -> Sweep:
     """A sweep that was created and not submitted."""
     sweep = Sweep(directory)
+    directory.mkdir()
     sweep.create(launcher, {}, [])
     for number in range(count):
         job: dict[str, Any] = {
@@ -31,7 +34,6 @@ def sweep_of(directory: Path, count: int, launcher: str = "slurm") -> Sweep:
         }
         sweep.add_job(number, job)
     sweep.list_jobs({number: str(directory / str(number)) for number in range(count)})
-    (directory / "code").mkdir()
     return sweep
 
 
@@ -41,7 +43,9 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "queue").touch()
-    squeue = f'case "$*" in *--name*) cut -d"|" -f7,8 {folder}/queue;; *) cut -d"|" -f1-6 {folder}/queue;; esac'
+    squeue = (
+        f'case "$*" in *--name*) cut -d"|" -f7,8 {folder}/queue;; *) cut -d"|" -f1-6 {folder}/queue;; esac'
+    )
     stands = {"squeue": squeue, "sacct": "true", "scontrol": "true", "sbatch": "echo 7", "scancel": "true"}
     for command, body in stands.items():
         stand(folder, command, body)
@@ -184,7 +188,10 @@ def test_options_of_the_launcher_change_at_resubmit(tmp_path, slurm):
         ("", "is damaged, or not a sweep's"),
         ('{"a": 1}', "is not a sweep's"),
         ("[]", "is not a sweep's"),
-        ('{"launcher": "local", "options": {}, "overrides": [], "jobs": {}, "submissions": []}', "start it again"),
+        (
+            '{"launcher": "local", "options": {}, "overrides": [], "jobs": {}, "submissions": []}',
+            "start it again",
+        ),
     ],
 )
 def test_a_foreign_sweep_json_gets_a_sentence(tmp_path, content, said, capsys):
@@ -199,3 +206,34 @@ def test_an_unknown_number_is_not_cancelled_in_silence(tmp_path, slurm, capsys):
     sweep = sweep_of(tmp_path / "a sweep", 2)
     assert main(["cancel", str(sweep.directory), "9"]) == 1
     assert "has no job 9; its jobs are 0 to 1" in capsys.readouterr().err
+
+
+def test_jobs_of_one_task_run_in_turn_share_their_imports_and_end_each_on_its_own(tmp_path, monkeypatch):
+    sweep = sweep_of(tmp_path / "sweep", 4)
+    sweep.add_submission(sweep.directory / "code", name="packed", tasks=[[0, 1, 2, 3]], ids={})
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    for variable in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    (sweep.directory / "slurm").mkdir()
+    (sweep.directory / "2" / CANCEL).touch()
+
+    def run(job: Job, asked: dict[str, Any], interruption: object) -> None:
+        seen = [name for name in ("colorsys",) if name in sys.modules]
+        (Path(job.directory) / "seen").write_text(json.dumps(seen))
+        importlib.import_module("colorsys")
+        if job.directory.endswith("1"):
+            raise ValueError("no luck")
+
+    monkeypatch.setattr(Job, "_run", run)
+    sys.modules.pop("colorsys", None)
+    with pytest.raises(SystemExit, match="1"):
+        task.main([str(sweep.directory), "packed"])
+    states = [State.load(sweep.directory / str(number)) for number in range(4)]
+    assert [state and state.state for state in states] == ["COMPLETED", "FAILED", "CANCELLED", "COMPLETED"]
+    seen = [json.loads((sweep.directory / number / "seen").read_text()) for number in "013"]
+    assert seen == [[], ["colorsys"], ["colorsys"]]
+    with pytest.raises(SystemExit, match="1"):  # requeued: those that have ended are left alone
+        task.main([str(sweep.directory), "packed"])
+    assert [state.attempt for state in states if state] == [1, 1, 0, 1]
+    assert len((sweep.directory / "0/events.jsonl").read_text().splitlines()) == 2

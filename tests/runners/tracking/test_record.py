@@ -169,7 +169,7 @@ def test_a_record_refuses_what_an_attempt_writes_after_a_later_one_began(tmp_pat
     first.log({"loss": 1.0}, step=0)
     second = new(tmp_path)
     for late in (lambda: first.log({"loss": 2.0}, step=1), lambda: first.end("FINISHED"), first.update):
-        with pytest.raises(PermissionError, match="no longer this attempt's: process .* on .* writes it"):
+        with pytest.raises(PermissionError, match=r"no longer this attempt's: process .* on .* writes it"):
             late()
     with pytest.raises(RuntimeError), first:
         raise RuntimeError
