@@ -16,7 +16,7 @@ from typing import Any
 from runners.errors import explanation
 from runners.launcher import local, queue, slurm
 from runners.launcher.finishing import end_sweep, sweep_report
-from runners.launcher.jobs import CANCEL, LOCK
+from runners.launcher.jobs import CANCEL, LOCK, State
 from runners.launcher.live_table import LiveTable
 from runners.launcher.manifest import Sweep
 from runners.launcher.ownership import described, holder_of
@@ -56,6 +56,8 @@ def launch(
                 f" that sweep's failed jobs with {_command('resubmit', sweep)}"
             )
         limits = _options(launcher, options).limits()
+        if options.get("after"):
+            options = {**options, "after": str(Sweep.find(Path(options["after"])).directory)}
         fresh = not (directory / "sweep.json").exists()
         try:
             sweep.create(launcher, options, overrides)
@@ -136,6 +138,8 @@ def _submit_arrays(
     queue.require("sbatch")
     if ignored := slurm.ignored_variables():
         log.warning("not used: %s; set options of sbatch with hydra.launcher.OPTION=", ", ".join(ignored))
+    if options.after is not None and (earlier := _unfinished(Path(options.after))):
+        options = options.depending(f"afterok:{':'.join(earlier)}")
     size = slurm.largest_array()
     label = options.name or str(sweep.job(numbers[0])["config"]["name"])
     started: dict[int, str] = {}
@@ -146,7 +150,7 @@ def _submit_arrays(
         tasks = packs[start : start + size]
         name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', label)[:80]}-{uuid.uuid4().hex[:8]}"
         # In parallel, the arrays together would exceed array_parallelism.
-        chained = options.after(arrays[-1]) if arrays else options
+        chained = options.depending(f"afterany:{arrays[-1]}") if arrays else options
         place = sweep.add_submission(code, name=name, tasks=tasks)
         try:
             array = slurm.submit_array(name, len(tasks), chained, sweep.directory / "slurm", code, TASK)
@@ -166,6 +170,24 @@ def _submit_arrays(
         started |= ids
         arrays.append(array)
     return started
+
+
+def _unfinished(directory: Path) -> list[str]:
+    """The arrays of the sweep in `directory` that have not ended.
+
+    Raises:
+        ValueError: if jobs of that sweep failed or were cancelled.
+    """
+    earlier = Sweep.find(directory)
+    with earlier.lock():
+        adopt(earlier)
+        statuses = settled_statuses(earlier)
+    if failed := [str(job.number) for job in statuses if job.failed]:
+        raise ValueError(
+            f"jobs {', '.join(failed)} of the sweep in {directory} did not complete: restart them with"
+            f" {_command('resubmit', earlier)} first"
+        )
+    return list(dict.fromkeys(job.id.partition("_")[0] for job in statuses if job.active))
 
 
 def _withdraw(sweep: Sweep, arrays: Sequence[str]) -> None:
@@ -193,6 +215,12 @@ def adopt(sweep: Sweep) -> None:
     if not unknown:
         return
     found = queue.named(list(unknown), _day_before(submissions[0][1]["time"]))
+    directories, ids = sweep.jobs(), {id for _, known in submissions for id in known["ids"].values()}
+    for name in unknown.keys() - found.keys():  # jobs that have ended where there is no accounting
+        numbers = (number for task in submissions[unknown[name]][1]["tasks"] for number in task)
+        begun = (State.load(directories[number]) for number in numbers)
+        if strange := [state.id for state in begun if state is not None and state.id not in ids]:
+            found[name] = strange[0].partition("_")[0]
     if found and (sweep.directory / "record").exists():
         _open_record(sweep, sweep.manifest()["overrides"])
     for name, array in found.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from runners.errors import explanation
+from runners.launcher import queue
 from runners.launcher.manifest import Sweep
 from runners.launcher.status import JobStatus
 from runners.summary.sweep import summarise
@@ -33,6 +34,9 @@ def end_sweep(sweep: Sweep, statuses: Sequence[JobStatus]) -> None:
     first = next(iter(descriptions.values()))
     run_records = [_ended_record(job, descriptions[job.number]) for job in statuses]
     summarise(record, [run_record.directory for run_record in run_records])
+    if sweep.manifest()["launcher"] == "slurm" and (used := queue.usage(list(sweep.ids().values()))):
+        record.log({"slurm/hours": used[0], "slurm/peak_memory_gib": used[1]}, 0)
+        log.info("used %.2f hours of SLURM jobs, and at most %.2f GiB of memory in one", *used)
     publish([record, *run_records], first["tracking_uri"])
     if any(description["config"].get("report") for description in descriptions.values()):
         _make_report(record, first)

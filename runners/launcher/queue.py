@@ -110,6 +110,21 @@ def named(names: Sequence[str], since: str) -> dict[str, str]:
     return {name: id.partition("_")[0] for id, _, name in found if name in names}
 
 
+def usage(ids: Sequence[str]) -> tuple[float, float] | None:
+    """The hours of all attempts of the jobs together and the largest memory of one in GiB, by the accounting.
+
+    None on a site without accounting.
+    """
+    arrays = ",".join(dict.fromkeys(id.split("_")[0] for id in ids))
+    try:
+        output = output_of("sacct", "-n", "-P", "-D", "-o", "JobID,ElapsedRaw,MaxRSS", "-j", arrays)
+    except (ConnectionError, ValueError):
+        return None
+    rows = [line.split("|") for line in output.splitlines()]
+    hours = sum(int(elapsed or 0) for id, elapsed, _ in rows if "." not in id) / 3600
+    return hours, max((_bytes(memory) for *_, memory in rows), default=0.0) / 2**30
+
+
 def scancel(ids: Sequence[str]) -> None:
     """End running jobs and remove pending ones from the queue.
 
@@ -188,6 +203,12 @@ def _from_controller(arrays: Iterable[str]) -> Iterator[tuple[str, str, str]]:
             index = values.get("ArrayTaskId", "")
             id = array if not index else f"{array}_{index}" if index.isdecimal() else f"{array}_[{index}]"
             yield id, values.get("JobState", ""), values.get("NodeList", "").replace("(null)", "")
+
+
+def _bytes(size: str) -> float:
+    """A size as sacct prints it, such as 812K; 0 for none."""
+    powers = {"K": 10, "M": 20, "G": 30, "T": 40}
+    return float(size.rstrip("KMGT") or 0) * 2.0 ** powers.get(size[-1:], 0)
 
 
 def _time(seconds: str) -> float | None:

@@ -20,6 +20,7 @@ from runners.launcher.snapshot import python_of
 log = logging.getLogger(__name__)
 # Options that are not sbatch's, or have another name there.
 OURS = {
+    "after",
     "timeout_min",
     "mem_gb",
     "tasks_per_node",
@@ -70,6 +71,7 @@ class SlurmOptions:
     nodelist: Text | None = None
     exclusive: bool | str | None = None
     dependency: Text | None = None
+    after: str | None = None  # the directory of a sweep all of whose jobs must have completed
     comment: Text | None = None
     cpus_per_gpu: int | None = None
     gpus_per_task: int | str | None = None
@@ -99,10 +101,10 @@ class SlurmOptions:
             "signal_delay_s": delay,
         }
 
-    def after(self, array: str) -> "SlurmOptions":
-        """The same options for jobs that start after the end of an array."""
+    def depending(self, dependency: str) -> "SlurmOptions":
+        """The same options with a further dependency, such as `afterok:7`, for all jobs."""
         earlier = [self.dependency] if self.dependency else []
-        return replace(self, dependency=",".join([*earlier, f"afterany:{array}"]))
+        return replace(self, dependency=",".join([*earlier, dependency]))
 
     def parameters(self) -> dict[str, Any]:
         """The options under the names of sbatch."""

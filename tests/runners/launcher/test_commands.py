@@ -86,6 +86,14 @@ def test_a_submission_is_listed_before_it_is_made_and_found_after_its_launcher_w
     assert asked(slurm, "scancel") == ["9"]
 
 
+def test_jobs_that_ended_before_anybody_looked_are_known_by_their_own_states(tmp_path, slurm):
+    sweep = sweep_of(tmp_path / "sweep", 2)
+    sweep.add_submission(sweep.directory / "code", name="lost", tasks=[[0], [1]])
+    State("COMPLETED", 1, id="8_1").save(sweep.directory / "1")
+    commands.adopt(sweep)
+    assert sweep.ids() == {0: "8_0", 1: "8_1"}
+
+
 def test_where_slurm_may_have_taken_the_jobs_nothing_is_removed_and_cancel_withdraws_them(
     tmp_path, slurm, monkeypatch, capsys
 ):
@@ -237,3 +245,17 @@ def test_jobs_of_one_task_run_in_turn_share_their_imports_and_end_each_on_its_ow
         task.main([str(sweep.directory), "packed"])
     assert [state.attempt for state in states if state] == [1, 1, 0, 1]
     assert len((sweep.directory / "0/events.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_sweep_after_another_depends_on_its_arrays_and_is_refused_where_it_failed(tmp_path, slurm):
+    earlier, sweep = sweep_of(tmp_path / "earlier", 2), sweep_of(tmp_path / "later", 1)
+    sweep.set_options({"after": str(earlier.directory)})
+    earlier.add_submission(earlier.directory / "code", name="e", tasks=[[0], [1]])
+    earlier.amend_submission(0, ids={"0": "5_0", "1": "5_1"})
+    (slurm / "queue").write_text("5_0|RUNNING|n1|4|4|None|5|e\n5_1|PENDING||N/A|4|Priority|5|e\n")
+    commands.submit(sweep, [0], sweep.directory / "code")
+    script = (sweep.directory / "slurm/7_submission.sh").read_text()
+    assert "#SBATCH --dependency=afterok:5" in script.splitlines()
+    (slurm / "queue").write_text("")
+    with pytest.raises(ValueError, match=r"jobs 0, 1 of the sweep in .* did not complete: restart them with"):
+        commands.submit(sweep, [0], sweep.directory / "code")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from runners.launcher.manifest import Sweep
-from runners.launcher.queue import accounted, controlled, expanded, named, queued, stuck, undisturbed
+from runners.launcher.queue import accounted, controlled, expanded, named, queued, stuck, undisturbed, usage
 from runners.launcher.status import StatusPoller
 
 Answers = Callable[..., None]
@@ -60,6 +60,13 @@ def test_arrays_are_found_by_name_in_queue_and_accounting_also_where_there_is_no
     assert named(["one-1", "two-2", "three-3"], "2026-01-01") == {"one-1": "7", "two-2": "8"}
     answers("sacct", "", 1)
     assert named(["one-1", "two-2"], "2026-01-01") == {"one-1": "7"}
+
+
+def test_hours_and_memory_are_those_of_all_attempts_in_the_accounting(answers):
+    answers("sacct", "7_0|3600|\\n7_0.batch|3600|10K\\n7_0.0|3600|3G\\n7_0|1800|\\n7_0.0|1800|512M\\n")
+    assert usage(["7_0"]) == (1.5, 3.0)
+    answers("sacct", "", 1)
+    assert usage(["7_0"]) is None
 
 
 def test_slurms_commands_do_not_see_the_users_variables_for_them(answers, monkeypatch):
