@@ -178,7 +178,11 @@ def _in_a_file(settings: dict[str, Any]) -> dict[str, Any]:
         else handler
         for name, handler in settings.get("handlers", {}).items()
     }
-    return {**settings, "formatters": {**settings.get("formatters", {}), "plain": plain}, "handlers": handlers}
+    return {
+        **settings,
+        "formatters": {**settings.get("formatters", {}), "plain": plain},
+        "handlers": handlers,
+    }
 
 
 def _out_of_time(limits: dict[str, Any], pause: str) -> str:

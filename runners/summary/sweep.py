@@ -14,8 +14,8 @@ from runners.disk import full_disk_explained
 from runners.summary.note import note
 from runners.tracking.record import Record
 from weightgeom.analysis.chain import STAGES
-from weightgeom.analysis.over_seeds import rank_correlation
 from weightgeom.analysis.declared import declared, of_text, plain_name
+from weightgeom.analysis.over_seeds import rank_correlation
 from weightgeom.declarations import ASYMMETRY, SECTIONS, ProbeDeclaration
 from weightgeom.table import of_matrices, upgraded
 

@@ -39,7 +39,7 @@ def sweep_of(directory: Path, count: int, launcher: str = "slurm") -> Sweep:
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of stand-ins for SLURM's commands, which log their arguments; the queue is the file `queue`."""
+    """Stand-ins for SLURM's commands, which log their arguments; its queue is the file `queue`."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "queue").touch()
@@ -99,7 +99,7 @@ def test_where_slurm_may_have_taken_the_jobs_nothing_is_removed_and_cancel_withd
 ):
     sweep = sweep_of(tmp_path / "sweep", 2)
     stand(slurm, "sbatch", "echo 'sbatch: error: Socket timed out on send/recv operation' >&2; exit 1")
-    with pytest.raises(ConnectionError, match="not known whether SLURM took the jobs.*`python -m .* status"):
+    with pytest.raises(ConnectionError, match=r"not known whether SLURM took the jobs.*`python -m .* status"):
         commands.submit(sweep, [0, 1], sweep.directory / "code")
     (noted,) = sweep.manifest()["submissions"]
     assert not noted.get("withdrawn")
@@ -126,7 +126,8 @@ def test_of_two_submissions_of_a_job_the_last_one_counts(tmp_path, monkeypatch, 
 def test_a_refused_array_of_several_withdraws_those_before_it(tmp_path, slurm):
     sweep = sweep_of(tmp_path / "sweep", 3)
     stand(slurm, "scontrol", "echo 'MaxArraySize = 3'")
-    stand(slurm, "sbatch", f"mkdir {slurm}/once && echo 7 || {{ echo 'sbatch: error: no' >&2; exit 1; }}")
+    once = f"mkdir {slurm}/once 2>/dev/null && echo 7"
+    stand(slurm, "sbatch", f"{once} || {{ echo 'sbatch: error: no' >&2; exit 1; }}")
     with pytest.raises(ValueError, match="SLURM refuses the jobs: no"):
         commands.submit(sweep, [0, 1, 2], sweep.directory / "code")
     assert [known.get("withdrawn") for known in sweep.manifest()["submissions"]] == [True, True]
