@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from runners.launcher import commands, jobs, task
 from runners.launcher.__main__ import launcher_options, main
-from runners.launcher.jobs import CANCEL, LOCK, Job, State, _out_of_time
+from runners.launcher.jobs import CANCEL, LOCK, Job, State, _out_of_time, _time_is_up
 from runners.launcher.manifest import Sweep
 from runners.launcher.ownership import held
 
@@ -260,3 +261,12 @@ def test_a_sweep_after_another_depends_on_its_arrays_and_is_refused_where_it_fai
     (slurm / "queue").write_text("")
     with pytest.raises(ValueError, match=r"jobs 0, 1 of the sweep in .* did not complete: restart them with"):
         commands.submit(sweep, [0], sweep.directory / "code")
+
+
+# 60 min less 120 s to save, less 60 s by which SLURM may be early, are 3420 s.
+def test_the_end_of_the_time_is_told_from_a_preemption_by_the_processs_own_clock(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_START_TIME", "1")  # of a controller whose clock is elsewhere
+    monkeypatch.setattr(jobs, "BEGAN", time.monotonic() - 3430)
+    assert _time_is_up(LIMITS)
+    monkeypatch.setattr(jobs, "BEGAN", time.monotonic() - 1800)
+    assert not _time_is_up(LIMITS) and not _time_is_up({**LIMITS, "timeout_min": None})
