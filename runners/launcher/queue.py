@@ -36,7 +36,7 @@ STUCK = {
     "JobHeldAdmin": "an administrator holds it",
     "DependencyNeverSatisfied": "a job that it depends on has failed",
     "ReservationDeleted": "its reservation is gone",
-    "held state": "SLURM has held it after a failed start: release it with `scontrol release {id}`",
+    "held state": "it is held: release it with `scontrol release {id}`",
     "requeued held": "SLURM has held it after a failed start: release it with `scontrol release {id}`",
     "PerJob": "the resources are beyond a limit of the account or the qos for one job",
     "MinCpuNotSatisfied": "the qos asks for more processors",
