@@ -43,7 +43,8 @@ def test_the_interruption_of_an_arrays_last_task_leaves_the_others_alone(cluster
     assert states(sweep, 1) == states(sweep, 3) == ["RUNNING"] and states(sweep, 2) == []
     shown = place.command("status", sweep)
     expected = {0: "COMPLETED", 1: "PENDING", 2: "CANCELLED", 3: "RUNNING", 4: "RUNNING"}
-    assert rows(shown) == expected and f"it is held: release it with `scontrol release {array}_1`" in shown.out
+    assert rows(shown) == expected
+    assert f"it is held: release it with `scontrol release {array}_1`" in shown.out
     assert place.command("cancel", sweep).code == 0
     waited = place.command("wait", sweep, "--poll", "0.3")
     assert waited.code == 1 and "4 of 5 jobs of the sweep" in waited.err and "were cancelled" in waited.err
