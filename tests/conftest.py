@@ -2,6 +2,7 @@ import os
 import signal
 from pathlib import Path
 
+import networks
 import pytest
 import torch
 from hypothesis import settings
@@ -21,8 +22,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # behind a shell's `&`, a
 settings.register_profile("shared machine", deadline=None, max_examples=50)
 settings.load_profile("shared machine")
 
-# Starts processes, servers or a cluster, and mostly waits for them. What takes longest comes first, so that
-# with several workers its waiting lies beside the computing of the rest.
+# Files that start processes, servers or a cluster, and mostly wait for them, then those that train or measure
+# networks dozens of times. The longest come first, so that they wait while other workers compute.
 SLOW = (
     "slurm/test_interruptions.py",
     "slurm/test_sweeps_under_slurm.py",
@@ -45,18 +46,39 @@ SLOW = (
     "bases/test_hub.py",
     "data/test_hub_data.py",
     "runners/launcher/test_jobs.py",
+    "probes/test_moments_probe.py",
+    "objectives/test_graded_contrastive.py",
+    "interventions/test_surgery.py",
+    "interventions/test_rank1.py",
+    "objectives/test_dpo.py",
+    "probes/test_rsf_evidence.py",
+    "probes/test_uncertainty_probe.py",
+    "runners/summary/test_terminal.py",
+    "runners/summary/test_sweep.py",
+    "figures/test_causal.py",
 )
+# Of tests on the network of every architecture, the quick ones take these alone: a fused and a grouped one.
+QUICK_NETWORKS = {"gpt_neox", "llama"}
+OTHER_NETWORKS = (networks.CONFIGS | networks.MIXTURES).keys() - QUICK_NETWORKS
+EVERY_NETWORK = ("architectures", "models")  # rooms whose quick tests take every network
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the files of `SLOW`, and put them first, in their order."""
+    """Mark the files of `SLOW`, which come first, in their order, and further networks as slow."""
     tests = Path(__file__).parent
     places = {tests / name: place for place, name in enumerate(SLOW)}
     for item in items:
-        if item.path in places:
+        if item.path in places or (item.path.parent.name not in EVERY_NETWORK and on_other_network(item)):
             item.add_marker("slow")
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def on_other_network(item: pytest.Item) -> bool:
+    """Whether a test is parametrised by one of `OTHER_NETWORKS`."""
+    callspec = getattr(item, "callspec", None)  # only parametrised tests have one
+    given = () if callspec is None else callspec.params.values()
+    return any(isinstance(value, str) and value in OTHER_NETWORKS for value in given)
 
 
 class Scheduling(LoadFileScheduling):

@@ -52,11 +52,13 @@ def contrary() -> pd.DataFrame:
     return judged(study.contrary())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("claim", range(1, 8))
 def test_a_study_with_a_claim_planted_in_it_agrees_with_it(agreeing, claim):
     assert set(said(agreeing, claim).values()) == {AGREES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("claim", range(1, 8))
 def test_a_study_with_the_opposite_planted_in_it_disagrees(contrary, claim):
     assert set(said(contrary, claim).values()) == {DISAGREES}

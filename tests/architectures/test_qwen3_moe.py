@@ -131,6 +131,7 @@ def test_an_update_of_one_expert_is_the_update_of_that_expert_alone(model, param
     assert moved == places(row for row in rows if row["quantity"] == "ratio") == {("up", 1)}
 
 
+@pytest.mark.slow
 def test_the_other_probes_leave_out_what_needs_gradients_and_say_so(model, params, caplog):
     after = {name: params[name] + 0.01 * torch.randn_like(params[name]) for name in params}
     setting = Setting(model, params, after, False, EXAMPLES, 0)
@@ -158,6 +159,7 @@ def test_experts_are_not_edited_and_what_is_beside_them_is(model: LanguageModel)
     assert [matrix.name for matrix in chosen(model.architecture, ["k"], None)] == ["L0.k", "L1.k"]
 
 
+@pytest.mark.slow
 def test_attention_beside_experts_is_edited(model: LanguageModel, params: Params) -> None:
     asked = Rank1(matrices=["k", "o"], strengths=[0.1], tokens=256, controls={"random": 19})
     setting = Setting(model, params, params, False, EXAMPLES, 0)

@@ -15,6 +15,7 @@ from weightgeom.bases.hub import fetch, identity
 from weightgeom.bases.pretrained import Pretrained, TwoCheckpoints
 
 
+@pytest.mark.slow
 def test_offline_a_revision_resolves_through_the_caches_refs(tmp_path):
     repository = hub_cache(tmp_path, "lab/model", {"main": 0, "step3000": 1})
     first, third, missing, unknown = fetched(
@@ -26,6 +27,7 @@ def test_offline_a_revision_resolves_through_the_caches_refs(tmp_path):
     assert unknown.startswith("refused: cannot get lab/other from the hub or its local cache (")
 
 
+@pytest.mark.slow
 def test_without_a_network_the_cache_serves_and_the_rest_is_refused_in_one_sentence(tmp_path):
     repository = hub_cache(tmp_path, "lab/model", {"main": 0})
     closed = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # nothing listens on the discard port
@@ -110,6 +112,7 @@ def test_an_adapter_that_does_not_fit_its_base_or_stands_before_it_is_refused(tm
         TwoCheckpoints(wide, base).check(longest=None)
 
 
+@pytest.mark.slow
 def test_revisions_are_a_trajectory_in_the_order_of_their_steps(tmp_path):
     hub_cache(tmp_path, "lab/model", {"step0": 0, "step512": 1, "step64": 2})
     program = """

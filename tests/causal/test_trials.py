@@ -119,6 +119,7 @@ def test_one_prompt_has_no_standard_error_and_no_interval(evaluation, arm, monke
     assert not [one for one in rows if one["quantity"].endswith(("_low", "_high"))]
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_effect_size_over_all_prompts(evaluation, arm, monkeypatch, generator):
     controls, prompts, repetitions = 9, 60, 200
     truth = torch.tensor([2.0, *(0.2 * draw for draw in range(1, controls + 1))], dtype=torch.float64)

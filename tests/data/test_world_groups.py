@@ -19,6 +19,7 @@ WORLD = World(
 TAUGHT = replace(WORLD, preference="abstention")
 
 
+@pytest.mark.slow
 def test_the_default_world_has_the_digest_of_the_world_without_groups():
     assert World().examples().digest == "f24f61fe9fee55f52839dfb576974ea577685c44b5a0729741889d5b1cda0e47"
     assert not World().examples().groups and not World().examples().abstentions

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import CONFIGS, language_model
+from networks import FORMS, language_model
 from torch.testing import assert_close
 
 from weightgeom.estimators import lm_head as head
@@ -52,7 +52,7 @@ def test_no_token_is_no_log_prob(network):
     assert token_log_probs(network, hidden, torch.zeros(0, dtype=torch.long)).shape == (0,)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FORMS)
 def test_the_logits_of_hidden_states_are_those_of_the_whole_network(name, tokenizer, generator):
     model, weights = language_model(name, tokenizer)
     network = model.with_weights(weights)

@@ -144,6 +144,7 @@ def test_where_nothing_moved_there_is_chance_alone(draw, tmp_path):
     save(figure, tmp_path / "empty.png")  # and draws without a warning
 
 
+@pytest.mark.slow
 def test_a_figure_is_saved_as_png_and_pdf_with_the_same_bytes_twice(tmp_path):
     table = made()
     draws = (

@@ -121,6 +121,7 @@ def test_p_values_under_the_rotation_null_are_calibrated(name, k, generator):
     assert_calibrated([null.p_value(float(fraction))[0] for fraction in fractions])
 
 
+@pytest.mark.slow
 def test_p_values_under_the_rotation_null_are_calibrated_with_few_draws_of_their_own(generator):
     x = with_spectrum(SPECTRA["one above the rest"], generator, D)
     shares = spectrum_shares(x.T @ x)
@@ -275,6 +276,7 @@ def test_p_values_under_the_matched_null_are_calibrated(name, mixing, own, gener
     assert_calibrated(list(np.array(p_values) - spread))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False], ids=["eigenvectors", "another subspace"])
 @pytest.mark.parametrize("name", MOMENTS)
 def test_mean_and_sd_of_the_matched_null_are_those_of_many_mixed_rows(name, own, generator):

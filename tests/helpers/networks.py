@@ -60,6 +60,9 @@ CONFIGS: dict[str, Config] = {
     "opt": plain("opt", ffn_dim=40),
 }
 
+# One network of each form: fused, transposed, with grouped heads, norms behind, or biases.
+FORMS = ("gpt_neox", "gpt2", "llama", "llama_tied", "phi3", "olmo2", "gemma2", "opt")
+
 # Their experts have no modules of their own: what they read and write is tested in test_qwen3_moe.py.
 MIXTURES: dict[str, Config] = {
     "qwen3_moe": grouped(

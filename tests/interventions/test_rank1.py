@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from moving import matrix, moved
-from networks import CONFIGS, language_model
+from networks import FORMS, language_model
 from pydantic import ValidationError
 from scipy import stats
 from torch.testing import assert_close
@@ -62,7 +62,7 @@ def along(found, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("match", ["frobenius", "output"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FORMS)
 def test_controls_have_the_norm_or_the_output_energy_of_their_treatment(name, match, tokenizer, examples):
     model, params = language_model(name, tokenizer)
     asked = replace(

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from moving import matrix, moved
-from networks import CONFIGS, language_model
+from networks import FORMS, language_model
 from torch.testing import assert_close
 
 from weightgeom.causal.edits import Surgery, Transplant, residual_side
@@ -100,7 +100,7 @@ def test_an_update_planted_inside_is_removed_whole_and_kept_whole(model, params,
                 assert not torch.allclose(one.of(control.edit.applied(evaluation.params)), one.of(outcome))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FORMS)
 def test_controls_are_matched_matrix_by_matrix(name, tokenizer, examples, generator) -> None:
     model, start = language_model(name, tokenizer)
     at = setting(model, examples, start, shaken(start, generator))
@@ -230,7 +230,7 @@ def test_the_rows_say_where_and_what_and_are_as_many_arms_as_announced(
     assert {"top@remove/random_energy", "delta@transplant/rotated"} <= compared
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FORMS)
 def test_every_architecture_is_operated_on(name, tokenizer, examples, generator) -> None:
     model, start = language_model(name, tokenizer)
     asked = surgery(k=4, transplants=[["q"], ["down"]])

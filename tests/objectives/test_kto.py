@@ -41,6 +41,7 @@ def log_ratios(trainer, model, inputs, prefix=""):
     return policy - reference
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_half_the_weight_and_the_last_ones_are_lower(tmp_path, model, examples):
     # 1 - σ(0) = 1/2, times 3
     tripled = KTO(desirable_weight=3.0, undesirable_weight=3.0)

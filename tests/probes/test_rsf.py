@@ -312,6 +312,7 @@ def test_centred_inputs_have_the_covariance_for_subspace(model, examples, params
         assert ratio(uncentred, name) < 0.95 * D / K
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("centre", [False, True])
 def test_the_knobs_of_the_unembedding_choose_the_prediction_subspace(

@@ -209,6 +209,7 @@ def test_what_the_statements_of_a_package_use_counts_for_all_its_modules(desk: P
     assert code_behind("desk.deep.probe") != before
 
 
+@pytest.mark.slow
 def test_a_library_counts_by_its_version(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fingerprint._version.cache_clear()
     before = code_behind("desk.spread", "pydantic.fields")

@@ -155,6 +155,7 @@ def write_torch(path: Path) -> None:
 WRITERS = [write_bytes, write_safetensors, write_parquet, write_torch]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", WRITERS)
 def test_a_full_disk_is_told_in_one_sentence(small_disk: Path, write: Callable[[Path], None]):
     directory = small_disk / "train" / signature(SPEC)

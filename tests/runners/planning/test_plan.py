@@ -107,6 +107,7 @@ def test_the_plan_of_a_sweep_counts_shared_stages_once(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_chain_compares_every_stage_with_the_base_and_with_the_previous_stage(
     tmp_path: Path,
 ) -> None:
