@@ -31,7 +31,7 @@ def held(
 ) -> Iterator[None]:
     """Hold the lock `path` within the block; the file then holds this host and process, and `about()`.
 
-    Where the file system has no locks, a lease beside it stands for the lock: its holder renews it every
+    Where the file system has no locks, a second file, the lease, stands for the lock: its holder renews it every
     `BEAT` seconds, and after `SILENCE` seconds another may take it. Ages are differences of two times of the
     file system's, because the clocks of two nodes may differ.
 
@@ -39,14 +39,14 @@ def held(
         BlockingIOError: if another process holds it for `patience` seconds; None waits without end.
     """
     end = None if patience is None else time.monotonic() + patience
-    told = False
+    announced = False
     while (release := _taken(path)) is None:
         holder = holder_of(path)
         if end is not None and time.monotonic() > end:
             raise BlockingIOError(f"{described(holder)} holds {path}: wait for its end, or end it")
-        if holder and not told:
+        if holder and not announced:
             log.info("waiting for %s, which holds %s", described(holder), path)
-            told = True
+            announced = True
         time.sleep(PAUSE)
     try:
         write_atomically(_owner(path), json.dumps(_this_process() | dict(about())) + "\n")
