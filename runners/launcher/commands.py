@@ -28,6 +28,7 @@ from runners.tracking.record import Record
 
 log = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).parents[2]
+STUCK_AFTER = 3.0  # seconds with a reason that does not resolve after which a job counts as stuck
 TASK = "runners.launcher.task"  # the module that a task of an array runs
 
 
@@ -270,6 +271,7 @@ def watch(sweep: Sweep, interval: float) -> None:
 def _show_until_ended(sweep: Sweep, table: LiveTable, interval: float) -> None:
     poller, trouble = StatusPoller(sweep), ""
     warned: set[str] = set()
+    stuck_since: dict[int, float] = {}  # the first reason that SLURM gives may not be its last
     while True:
         statuses: list[JobStatus] = []
         try:
@@ -279,11 +281,14 @@ def _show_until_ended(sweep: Sweep, table: LiveTable, interval: float) -> None:
                 log.warning("%s; still trying", error)
             trouble = str(error)
         table.update(statuses, trouble)
+        now = time.monotonic()
+        stuck_since = {job.number: stuck_since.get(job.number, now) for job in statuses if job.stuck}
+        stuck = {number for number, since in stuck_since.items() if now - since >= STUCK_AFTER}
         for job in statuses:
-            if job.stuck and job.stuck not in warned:
+            if job.number in stuck and job.stuck not in warned:
                 warned.add(job.stuck)
                 log.warning("#%d cannot start as it is (%s)", job.number, job.stuck)
-        if statuses and not any(job.active and not job.stuck for job in statuses):
+        if statuses and not any(job.active and job.number not in stuck for job in statuses):
             return
         time.sleep(interval)
 
