@@ -290,7 +290,7 @@ def _show_until_ended(sweep: Sweep, table: LiveTable, interval: float) -> None:
                 log.warning("#%d cannot start as it is (%s)", job.number, job.stuck)
         if statuses and not any(job.active and job.number not in stuck for job in statuses):
             return
-        time.sleep(interval)
+        time.sleep(min(interval, STUCK_AFTER) if stuck_since.keys() - stuck else interval)
 
 
 def report_outcome(sweep: Sweep, statuses: Sequence[JobStatus]) -> None:
