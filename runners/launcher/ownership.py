@@ -31,9 +31,9 @@ def held(
 ) -> Iterator[None]:
     """Hold the lock `path` within the block; the file then holds this host and process, and `about()`.
 
-    Where the file system has no locks, a second file, the lease, stands for the lock: its holder renews it every
-    `BEAT` seconds, and after `SILENCE` seconds another may take it. Ages are differences of two times of the
-    file system's, because the clocks of two nodes may differ.
+    Where the file system has no locks, a second file, the lease, stands for the lock: its holder renews it
+    every `BEAT` seconds, and after `SILENCE` seconds another may take it. Ages are differences of two times
+    of the file system's, because the clocks of two nodes may differ.
 
     Raises:
         BlockingIOError: if another process holds it for `patience` seconds; None waits without end.
