@@ -114,7 +114,7 @@ def architectures_page() -> str:
     parts = [
         "# Architectures\n",
         "Model types with a residual-stream map. Every map is verified by behaviour on a small random network of"
-        " the type's own config class, by `python -m weightgeom.check MODEL_OR_TYPE` and by the tests.\n",
+        " the type's own config class, by `weightgeom check MODEL_OR_TYPE` and by the tests.\n",
         "| model type | models |\n|---|---|",
     ]
     for path in sorted((ROOT / "weightgeom/architectures").glob("*.py")):

@@ -1,5 +1,6 @@
 """From a configuration to the objects that it describes, each key and type of it checked."""
 
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from runners.pipeline.experiment import Experiment
     from runners.signals import Interruption
 
+log = logging.getLogger(__name__)
+
 FOUND_RIGHT: dict[str, list[str]] = {}  # the user's modules by configuration, without its seed
 KINDS = {
     bool: "true or false",
@@ -28,6 +31,11 @@ CHECKED = {
     **{"name": str, "seed": int, "outputs": str, "tracking_uri": str},
     **{"tags": dict, "only": dict, "report": bool},
 }
+TOP_LEVEL = (
+    *("model", "data", "objective", "training", "probe", "intervention"),
+    *("name", "seed", "device", "outputs", "tracking_uri", "tags", "only", "report", "plan"),
+)
+EARLIER = ("on", True)  # names of an objective's `train_on`: YAML reads an unquoted `on` as true
 
 
 def parts(config: DictConfig | dict[str, Any], here: bool = True) -> dict[str, Any]:
@@ -54,6 +62,9 @@ def checked(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
     if isinstance(config, DictConfig):
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
+    if unknown := [str(key) for key in plain if key not in TOP_LEVEL]:
+        raise KeyError(f"there is no top-level key {unknown[0]}; {nearest(unknown[0], TOP_LEVEL)}")
+    plain |= {key: {} for key in ("tags", "only") if plain.get(key) is None}
     for key, kind in CHECKED.items():
         if type(plain.get(key)) is not kind or plain[key] == "":
             raise ValueError(f"{key} must be {KINDS[kind]}, got {plain.get(key)!r}")
@@ -64,7 +75,36 @@ def checked(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
     for key in ("objective", "probe", "intervention"):
         if not isinstance(plain.get(key), dict):
             raise ValueError(f"{key} must be one of the choices in conf/{key}, got {plain.get(key)!r}")
+    plain["objective"] = renamed(plain["objective"])
+    if isinstance(config, DictConfig):
+        drop_settings_without_a_choice(plain)
     return plain
+
+
+def renamed(objective: dict[Any, Any]) -> dict[str, Any]:
+    """The settings of one of our objectives, with `train_on` under that name."""
+    if not str(objective.get("_target_")).startswith("weightgeom."):
+        return objective
+    train_on = {"train_on": value for key, value in objective.items() if key in EARLIER}
+    return {key: value for key, value in objective.items() if key not in EARLIER} | train_on
+
+
+def drop_settings_without_a_choice(plain: dict[str, Any]) -> None:
+    """Remove settings of probes and interventions that are not selected, with a warning; mutates `plain`.
+
+    They remain where an experiment sets a key of a probe, and the command line selects other probes.
+    """
+    for group in ("probe", "intervention"):
+        left = [key for key, choice in plain[group].items() if _is_only_settings(choice)]
+        for key in left and set(left).intersection(choices(group, search_path())):
+            log.warning(
+                "%s.%s is not selected, so its settings (%s) are not used",
+                *(group, key, ", ".join(name for name, _ in flattened(plain[group].pop(key)))),
+            )
+
+
+def _is_only_settings(choice: object) -> bool:
+    return isinstance(choice, dict) and "_target_" not in choice
 
 
 def measured(plain: dict[str, Any], objective: str) -> dict[str, Any]:

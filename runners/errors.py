@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-CONF = Path(__file__).parents[1] / "conf"
+PACKAGED = Path(__file__).with_name("conf")  # in a wheel; in a checkout the choices lie beside the packages
+CONF = PACKAGED if PACKAGED.is_dir() else PACKAGED.parents[1] / "conf"
 USER_ERRORS = (ValueError, KeyError, OSError, NotImplementedError, FloatingPointError)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -174,6 +175,9 @@ def _composition(error: BaseException, root: BaseException) -> str:
     if text.startswith("Ambiguous value for argument "):
         argument = text.split("'")[1]
         return f"{argument} gives several values: add -m to run each of them, or write a list as key=[a,b]"
+    if appended := re.match(r"Could not append to config\. An item is already at '(\S+)'", text):
+        key = appended[1]
+        return f"the key {key} exists already: leave out the plus sign, {key}=..."
     override = text.removeprefix("Error merging override ")
     if override != text:
         return f"cannot set {override}: {cause}"

@@ -37,6 +37,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "rotation_test" in (tmp_path / "site/reference/python/index.html").read_text()
+    tutorial = (tmp_path / "site/tutorial/index.html").read_text()  # its cells were run
+    assert tutorial.count("<img") >= 1 and "Traceback" not in tutorial
 
 
 def test_the_readme_is_a_front_page_and_its_links_lead_somewhere() -> None:

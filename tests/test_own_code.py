@@ -77,8 +77,8 @@ def test_what_is_as_it_was_is_reused(home: Path, first: Ended) -> None:
         ("mylab/intervention.py", "draw=0", "draw=1", {"nudge": 1}),
         (
             "mylab/objective.py",
-            'on: str = "chosen"',
-            'on: str = "chosen"\n    seen: int = 0',
+            'train_on: str = "chosen"',
+            'train_on: str = "chosen"\n    seen: int = 0',
             {"training": 1, "norm": 1, "behaviour": 1, "nudge": 1},
         ),
     ],

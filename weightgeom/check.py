@@ -89,7 +89,7 @@ def failure(invariant: Invariant, specimen: Specimen) -> str | None:
 def main(arguments: Sequence[str]) -> int:
     """Print each invariant of a model's map as passed or failed; the exit code is 1 if one failed."""
     parser = argparse.ArgumentParser(
-        prog="python -m weightgeom.check",
+        prog="weightgeom check",
         description="Check the residual map of a model on a small random network of its config.",
     )
     parser.add_argument(

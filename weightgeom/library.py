@@ -21,8 +21,14 @@ from weightgeom.estimators.reference_subspaces import (
 )
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import NeedsExamples, Probe, Setting
+from weightgeom.models.adapters import warn_of_other_base
 from weightgeom.models.language_model import LanguageModel
-from weightgeom.models.loading import load_tokenizer, unloaded
+from weightgeom.models.loading import (
+    check_vocabulary,
+    load_tokenizer,
+    unloaded,
+    warn_of_other_vocabulary,
+)
 from weightgeom.models.weights import difference
 from weightgeom.params import Params
 from weightgeom.table import tabulate
@@ -67,7 +73,7 @@ def measure(
     The rows are those of `after`, at step 1, one number each with its `unit` and `n`; the columns are
     `weightgeom.table.COLUMNS`. They equal, to the bit and on one device, those at step 1 of
 
-        python run.py objective=none model=pair model.before=BEFORE model.after=AFTER
+        weightgeom run objective=none model=pair model.before=BEFORE model.after=AFTER
             data=text data.train=... data.heldout=FILE probe=[rsf] probe.rsf.k=16
 
     where the documents of FILE are `texts`; without `data.heldout` those are every tenth document of
@@ -95,7 +101,12 @@ def measure(
     model = _model([start, end], tokenizer, config, device)
     base = _weights(start, model, examples)
     moved = end.params(model.architecture, base)
-    difference(moved, base)
+    if not end.is_adapter:  # which fits, and would be multiplied out
+        difference(moved, base, model.architecture)
+    if end.directory is not None and end.is_adapter and isinstance(before, (str, Path)):
+        warn_of_other_base(end.directory, str(before))
+    if start.directory is not None and end.directory is not None:
+        warn_of_other_vocabulary(start.directory, end.directory)
     check_apart(base, moved)
     setting = Setting(model, base, moved, False, examples, seed, last=1)
     for name, probe in chosen:
@@ -106,7 +117,7 @@ def measure(
         if not measured:
             raise ValueError(
                 f"the probe {name} has no rows for two checkpoints alone: it needs an objective, which"
-                " `python run.py objective=...` has"
+                " `weightgeom run objective=...` has"
             )
         rows += ({"step": 1, **row} for row in measured)
     return tabulate(rows)
@@ -297,12 +308,7 @@ def _weights(source: Source, model: LanguageModel, examples: Examples) -> Params
     """The weights of a checkpoint; refuses those that do not belong to the model, and a text too short."""
     params = source.params(model.architecture)
     check_fits(params, model.network, model.architecture, str(source.directory or source.label))
-    rows, tokens = len(params[model.architecture.embed]), len(model.tokenizer)
-    if tokens > rows:
-        raise ValueError(
-            f"the tokenizer has {tokens} tokens and the model {rows} embeddings: give the tokenizer that the"
-            " model was trained with"
-        )
+    check_vocabulary(model.tokenizer, len(params[model.architecture.embed]))
     count = 0
     for text in examples.heldout:
         count += len(model.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -326,7 +332,7 @@ def _check(name: str, probe: Probe, k: int | Sequence[int] | None, setting: Sett
             probe.check_examples(setting.examples)
         except ValueError as error:
             raise ValueError(
-                f"the probe {name} needs more than texts ({first_line(error)}): use `python run.py`"
+                f"the probe {name} needs more than texts ({first_line(error)}): use `weightgeom run`"
             ) from error
     if settings.keys() >= {"k", "length", "tokens"}:
         largest = dimensions(settings["k"], d)[-1]

@@ -7,16 +7,21 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Checkpoints of one training by optimizer step: step 0 is before training, the highest is the end.
+    """Checkpoints of one training by optimizer step, in order: updates count from the first on.
 
-    `from_random` marks step 0 as a random initialisation, whose subspaces carry no information. For a chain
-    of trainings, the steps number its stages and `stages` lists the stages' names in order.
+    `from_random` marks the first one as a random initialisation, whose subspaces carry no information. For a
+    chain of trainings, the steps number its stages and `stages` lists the stages' names in order.
     """
 
     name: str
     steps: Mapping[int, Path]
     from_random: bool = False
     stages: tuple[str, ...] = ()
+
+    @property
+    def first(self) -> int:
+        """The first step: 0, unless the checkpoint from before the training was not kept."""
+        return min(self.steps)
 
     @property
     def last(self) -> int:

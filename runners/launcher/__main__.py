@@ -1,4 +1,4 @@
-"""The command `python -m runners.launcher status|wait|cancel|resubmit SWEEP_DIR`."""
+"""The command `weightgeom sweep status|wait|cancel|resubmit SWEEP_DIR`."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ from runners.launcher.manifest import Sweep
 
 def main(arguments: Sequence[str]) -> int:
     """`status|wait|cancel|resubmit SWEEP_DIR`; returns 1 if a job failed or was cancelled, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m runners.launcher", description=__doc__)
+    parser = argparse.ArgumentParser(prog="weightgeom sweep", description="Commands on a sweep.")
     commands = parser.add_subparsers(dest="command", required=True)
     helps = {
         "status": "print the status of every job; exit code 1 if a job failed or was cancelled",

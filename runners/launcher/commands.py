@@ -32,8 +32,8 @@ STUCK_AFTER = 3.0  # seconds with a reason that does not resolve after which a j
 TASK = "runners.launcher.task"  # the module that a task of an array runs
 
 
-def _command(name: str, sweep: Sweep, *more: str) -> str:
-    return shlex.join(["python", "-m", "runners.launcher", name, str(sweep.directory), *more])
+def _command(name: str, sweep: Sweep) -> str:
+    return shlex.join(["weightgeom", "sweep", name, str(sweep.directory)])
 
 
 def launch(

@@ -71,7 +71,7 @@ def sweep_report(sweep: Sweep) -> tuple[Path | None, str] | None:
     if not job["config"].get("report"):
         return None
     name, outputs, store = job["config"]["name"], job["outputs"], redacted_text(job["tracking_uri"])
-    command = ["python", "-m", "runners.report", name, "--outputs", outputs, "--tracking-uri", store]
+    command = ["weightgeom", "report", name, "--outputs", outputs, "--tracking-uri", store]
     made = (sweep.directory / "record/artifacts" / REPORT).exists()
     return directory_of(Path(outputs), [name]) / "index.html" if made else None, shlex.join(command)
 

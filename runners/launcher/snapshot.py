@@ -10,10 +10,11 @@ from filecmp import cmp
 from pathlib import Path
 
 from runners.modules import CODE, is_house, reached
-from runners.tracking.provenance import SNAPSHOT, commit, uncommitted_diff
+from runners.tracking.provenance import SNAPSHOT, code_version, is_installed, uncommitted_diff
 
-PARTS = ("run.py", "conf", "runners", "weightgeom")  # all that a run consists of
-ENDINGS = (".py", ".yaml")
+PACKAGES = ("runners", "weightgeom")
+PARTS = ("run.py", "conf", *PACKAGES)  # all that a run consists of in a checkout
+ENDINGS = (".py", ".yaml", ".html")
 MODULES = "modules"  # in a copy: the user's own
 
 
@@ -30,7 +31,7 @@ def take_snapshot(repository: Path, target: Path, modules: Iterable[str] = ()) -
         shutil.copyfile(path, copy)
     known = {
         "repository": str(repository),
-        "commit": commit(repository),
+        "commit": code_version(repository),
         "diff": uncommitted_diff(repository),
         "digest": digest(repository),
         MODULES: {str(place): str(path) for place, path in own.items()},
@@ -60,7 +61,7 @@ def changed_since(repository: Path, snapshot: Path) -> str:
             path for path, copy in own.items() if not path.is_file() or not cmp(path, copy, shallow=False)
         ]
         return f"the code has changed since: {other[0]} is not what it was" if other else ""
-    then, now = (_named(one) for one in (known["commit"], commit(repository)))
+    then, now = (_named(one) for one in (known["commit"], code_version(repository)))
     return f"the code has changed since: it was {then}, and {repository} is {now}"
 
 
@@ -74,8 +75,8 @@ def python_of(snapshot: Path, deaf: str = "USR2") -> list[str]:
 
 
 def _named(known: dict[str, str]) -> str:
-    if not known:
-        return "under no version control"
+    if "git_commit" not in known:
+        return " ".join(known.values()) or "under no version control"
     return known["git_commit"][:12] + (" with changes" if known["git_dirty"] == "true" else "")
 
 
@@ -98,7 +99,7 @@ def _code(root: Path) -> Iterator[Path]:
 
 
 def _files(repository: Path) -> Iterator[Path]:
-    for part in PARTS:
+    for part in PACKAGES if is_installed(repository) else PARTS:  # next to a package, `conf` is another's
         if (repository / part).is_file():
             yield repository / part
         for folder, folders, names in os.walk(repository / part):

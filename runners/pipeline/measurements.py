@@ -118,7 +118,7 @@ class Measured:
     def setting(self) -> Setting:
         """What every probe of this trajectory is given."""
         steps = self.trajectory.steps
-        start = self._model.params(steps[0])
+        start = self._model.params(steps[self.trajectory.first])
         end = self._model.params(steps[self.trajectory.last], start)
         trained = self.trajectory is not self.base.trajectory
         return Setting(

@@ -1,4 +1,4 @@
-"""The command `python -m runners.report NAME`: tables, figures and one page of a study."""
+"""The command `weightgeom report NAME`: tables, figures and one page of a study."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
@@ -16,7 +16,7 @@ from runners.report.read import _store
 def main(arguments: Sequence[str]) -> int:
     """`NAME... [--outputs OUTPUTS] [--tracking-uri URI]`: prints where the page is; 1 if there is none."""
     parser = argparse.ArgumentParser(
-        prog="python -m runners.report",
+        prog="weightgeom report",
         description="Tables, figures and one page from the runs of MLflow experiments.",
     )
     parser.add_argument("names", nargs="+", metavar="NAME", help="of an experiment: what `name=` was")

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("report.html")
 # What a section says where no run measured it, and how to.
 MISSING = {
-    "asymmetry": ("The read and write ratios", "python run.py objective=dpo"),
-    "trajectory": ("The trajectory", "python run.py experiment=trajectory"),
-    "behaviour": ("What the trainings achieved", "python run.py objective=dpo 'probe=[rsf,behaviour]'"),
-    "graded": ("The graded control", "python run.py experiment=graded_control -m"),
-    "mechanism": ("The mechanism", "python run.py 'probe=[rsf,behaviour,moments]'"),
-    "rank1": ("The rank-1 edits", "python run.py experiment=causal"),
-    "surgery": ("The surgery on the update", "python run.py experiment=causal"),
-    "uncertainty": ("Uncertainty, the companion paper", "python run.py experiment=uncertainty"),
+    "asymmetry": ("The read and write ratios", "weightgeom run objective=dpo"),
+    "trajectory": ("The trajectory", "weightgeom run experiment=trajectory"),
+    "behaviour": ("What the trainings achieved", "weightgeom run objective=dpo 'probe=[rsf,behaviour]'"),
+    "graded": ("The graded control", "weightgeom run experiment=graded_control -m"),
+    "mechanism": ("The mechanism", "weightgeom run 'probe=[rsf,behaviour,moments]'"),
+    "rank1": ("The rank-1 edits", "weightgeom run experiment=causal"),
+    "surgery": ("The surgery on the update", "weightgeom run experiment=causal"),
+    "uncertainty": ("Uncertainty, the companion paper", "weightgeom run experiment=uncertainty"),
 }
 
 

@@ -1,4 +1,4 @@
-"""A study read back from MLflow: `python -m runners.report NAME` makes its tables, figures and one page."""
+"""A study read back from MLflow: `weightgeom report NAME` makes its tables, figures and one page."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
@@ -101,7 +101,8 @@ def read(names: Sequence[str], tracking_uri: str) -> Study:
             f" version of MLflow? ({one_line(error)[:200]})"
         ) from error
     others = tuple((str(run.info.run_name), run.info.status) for run in every if run not in finished)
-    every_row = pd.concat(rows, ignore_index=True)
+    # The rows of a run without tables have no types, and would take those of the others away.
+    every_row = pd.concat([part for part in rows if len(part)] or rows, ignore_index=True)
     return Study(tuple(names), shown, runs, every_row, others, declarations)
 
 
@@ -143,7 +144,7 @@ def _described(
         "steps": params.get("training.steps", "") if setting["objective"] != "none" else "",
         "started": pd.Timestamp(info.start_time, unit="ms", tz="UTC"),
         "minutes": ((info.end_time or info.start_time) - info.start_time) / 60_000,
-        "commit": tags.get("git_commit", ""),
+        "commit": tags.get("git_commit", tags.get("weightgeom_version", "")),
         "uncommitted_changes": tags.get("git_dirty", "") == "true",
         "code": tags.get("code_fingerprint", ""),
         "host": tags.get("host", ""),
@@ -174,7 +175,7 @@ def _downloaded(client: "MlflowClient", run: "Run") -> "dict[str, pd.DataFrame]"
     if _measures(run.data.params) and not names:
         raise FileNotFoundError(
             f"{where} hold no tables: they were moved or deleted; publish them again with"
-            " `python -m runners.tracking sync OUTPUTS`, or delete the run in MLflow"
+            " `weightgeom sync OUTPUTS`, or delete the run in MLflow"
         )
     tables = {}
     with TemporaryDirectory() as directory:

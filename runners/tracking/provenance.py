@@ -12,16 +12,18 @@ from typing import Any
 from runners.tracking.redaction import redacted_text
 
 LIBRARIES = ("torch", "transformers", "trl", "mlflow")
+DISTRIBUTION = "weightgeom"
 SNAPSHOT = "snapshot.json"  # in a copy of the code: its origin and the git state there
 
 
 def provenance(repository: Path) -> dict[str, str]:
     """The provenance of a run as tags; unknown ones (no git, no SLURM) are left out.
 
-    `git_commit`, `git_dirty` (true, false), `host`, `python_version`, `torch_version` and those of
-    other libraries, `slurm_job_id`.
+    `git_commit` and `git_dirty` (true, false), or `weightgeom_version`; `host`, `python_version`,
+    `torch_version` and those of other libraries, `slurm_job_id`.
     """
-    tags = {"host": socket.gethostname(), "python_version": platform.python_version(), **commit(repository)}
+    tags = {"host": socket.gethostname(), "python_version": platform.python_version()}
+    tags |= code_version(repository)
     installed = _installed()
     tags |= {f"{name}_version": installed[name] for name in LIBRARIES if name in installed}
     if job := os.environ.get("SLURM_JOB_ID"):
@@ -29,13 +31,26 @@ def provenance(repository: Path) -> dict[str, str]:
     return tags
 
 
-def commit(repository: Path) -> dict[str, str]:
-    """`git_commit` and `git_dirty` of a checkout, or of the origin of a copy; {} without git."""
+def code_version(repository: Path) -> dict[str, str]:
+    """`git_commit` and `git_dirty` of a checkout, or `weightgeom_version` of an installed package.
+
+    For a copy, those of its origin; {} for a checkout without git.
+    """
     if (copied := _copied(repository)) is not None:
         return copied["commit"]
+    if is_installed(repository):
+        return {f"{DISTRIBUTION}_version": metadata.version(DISTRIBUTION)}
     head = _git(repository, "rev-parse", "HEAD").strip()
     dirty = bool(head and _git(repository, "status", "--porcelain").strip())
     return {"git_commit": head, "git_dirty": str(dirty).lower()} if head else {}
+
+
+def is_installed(repository: Path) -> bool:
+    """Whether `repository` is where pip puts packages, which then have the choices within: no checkout.
+
+    The commit of a repository around it, such as that of the user's own project, is not that of our code.
+    """
+    return (repository / "runners/conf").is_dir()
 
 
 def uncommitted_diff(repository: Path) -> str:
@@ -45,6 +60,8 @@ def uncommitted_diff(repository: Path) -> str:
     """
     if (copied := _copied(repository)) is not None:
         return copied["diff"]
+    if is_installed(repository):
+        return ""
     diff = _git(repository, "diff", "HEAD", "--no-color", "--no-ext-diff")
     names = _git(repository, "ls-files", "--others", "--exclude-standard").splitlines()
     return redacted_text(diff) + "".join(f"# untracked: {name}\n" for name in names)

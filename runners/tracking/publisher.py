@@ -319,7 +319,7 @@ class Publication:
 
 def sync_command(outputs: Path) -> str:
     """The command that publishes everything unpublished under `outputs`."""
-    return shlex.join(["python", "-m", "runners.tracking", "sync", str(outputs)])
+    return shlex.join(["weightgeom", "sync", str(outputs)])
 
 
 def open_store(tracking_uri: str, experiment: str) -> "tuple[MlflowClient, str]":

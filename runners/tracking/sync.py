@@ -1,4 +1,4 @@
-"""Publishes runs that an outage or a kill left unpublished: `python -m runners.tracking sync OUTPUTS`."""
+"""Publishes runs that an outage or a kill left unpublished: `weightgeom sync OUTPUTS`."""
 
 import logging
 import os

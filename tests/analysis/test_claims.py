@@ -70,7 +70,7 @@ def test_what_no_run_measured_is_said_to_be_not_tested_and_how_to_test_it():
     assert [verdict.loc[claim, "verdict"] for claim in (1, 2)] == [AGREES, AGREES]
     for claim in range(3, 8):
         assert verdict.loc[claim, "verdict"] == UNTESTED
-        assert "no run measured it: python run.py" in verdict.loc[claim, "finding"]
+        assert "no run measured it: weightgeom run" in verdict.loc[claim, "finding"]
         assert verdict.loc[claim, "n"] == 0 and pd.isna(verdict.loc[claim, "value"])
 
 

@@ -113,7 +113,7 @@ def test_an_adapter_that_does_not_fit_its_base_or_stands_before_it_is_refused(tm
 
 
 @pytest.mark.slow
-def test_revisions_are_a_trajectory_in_the_order_of_their_steps(tmp_path):
+def test_revisions_are_a_trajectory_in_the_order_of_their_list(tmp_path):
     hub_cache(tmp_path, "lab/model", {"step0": 0, "step512": 1, "step64": 2})
     program = """
 from weightgeom.bases.pretrained import Pretrained
@@ -121,12 +121,12 @@ model = Pretrained("lab/model", revisions=["step512", "step0", "step64"])
 model.check(None)
 base = model.prepare(None, None, None, "cpu")
 steps = base.trajectory.steps
-print(list(steps), base.trajectory.from_random, base.directory == steps[512], len(set(steps.values())))
+print(list(steps), base.trajectory.from_random, base.directory == steps[2], len(set(steps.values())))
 """
     environment = {**os.environ, **OFFLINE, "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-c", program]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert ended.stdout.strip() == "[0, 64, 512] True True 3"
+    assert ended.stdout.splitlines()[-1] == "[0, 1, 2] False True 3"
 
 
 def test_the_checkpoints_that_a_trainer_left_are_a_trajectory(tmp_path):
@@ -148,12 +148,57 @@ def test_the_checkpoints_that_a_trainer_left_are_a_trajectory(tmp_path):
     assert other.trajectory is not None and other.trajectory.from_random
 
 
-@pytest.mark.parametrize("revisions", [["step1"], ["main", "step2"], ["step1", "other1"], []])
-def test_revisions_that_make_no_trajectory_are_refused(revisions):
-    with pytest.raises(
-        ValueError, match=r"model\.revisions must be two or more names that end in different numbers"
-    ):
+@pytest.mark.parametrize(
+    ("revisions", "steps"),
+    [
+        (["step0", "step512", "step1000"], [0, 512, 1000]),
+        (["step512", "step1000"], [512, 1000]),
+        (["stage1-step10-tokens1B", "stage1-step2000-tokens9B"], [10, 2000]),
+        (["stage1-step1413814", "stage2-step1000"], [0, 1]),
+        (["stage1-step1000", "stage2-step2000"], [0, 1]),
+        (["step512", "step64"], [0, 1]),
+        (["warm", "cooled", "final"], [0, 1, 2]),
+    ],
+)
+def test_revisions_keep_their_order_and_the_steps_in_their_names_where_these_rise(revisions, steps):
+    locations = Pretrained("org/model", revisions=revisions).locations()
+    assert locations == {step: f"org/model@{name}" for step, name in zip(steps, revisions, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("revisions", "message"),
+    [
+        (["step1"], "must be two or more different names"),
+        (["step1", "step1"], "must be two or more different names"),
+        ([], "must be two or more different names"),
+        (["main", "step2"], "main is a moving branch"),
+    ],
+)
+def test_revisions_that_make_no_trajectory_are_refused(revisions, message):
+    with pytest.raises(ValueError, match=message):
         Pretrained("org/model", revisions=revisions)
+
+
+def test_adapters_that_a_trainer_left_are_refused_with_the_command_that_measures_one(tmp_path):
+    for step in (9, 10):
+        directory = adapter(tmp_path / f"checkpoint-{step}", "attention.query_key_value")
+        config = '{"peft_type": "LORA", "base_model_name_or_path": "lab/base"}'
+        (directory / "adapter_config.json").write_text(config)
+    last = tmp_path / "checkpoint-10"
+    command = f"objective=none model=pair model.before=lab/base model.after={last}"
+    for name in (tmp_path, last):
+        with pytest.raises(
+            ValueError, match=f"{last} is an adapter without weights of its own: .* {command}"
+        ):
+            Pretrained(str(name)).check(None if name == tmp_path else 16)
+
+
+def test_an_adapter_in_a_folder_of_the_directory_is_named(tmp_path):
+    base, inside = checkpoint(tmp_path / "base"), tmp_path / "after" / "style"
+    inside.parent.mkdir()
+    adapter(inside, "attention.query_key_value")
+    with pytest.raises(FileNotFoundError, match=f"give one of its folders, such as {inside}"):
+        TwoCheckpoints(str(base), str(inside.parent)).check(None)
 
 
 def test_a_name_of_the_hub_needs_a_revision_that_does_not_move(tmp_path):

@@ -55,7 +55,7 @@ SOURCES = {
         class Chosen(CE):
             """Cross-entropy on the chosen responses alone."""
 
-            on: str = "chosen"
+            train_on: str = "chosen"
         ''',
     "mylab/intervention.py": '''
         """An edit that does as it is told."""

@@ -20,7 +20,7 @@ PLACES = {"q": "attention_input", "k": "attention_input", "v": "attention_input"
 LAYERS, K, NULL_SD = (0, 1), 16, 0.1
 TARGETS = {
     "dpo": {"_target_": "weightgeom.objectives.dpo.DPO", "beta": 0.1},
-    "ce": {"_target_": "weightgeom.objectives.ce.CE", "on": "auto"},
+    "ce": {"_target_": "weightgeom.objectives.ce.CE", "train_on": "auto"},
     "none": {"_target_": None},
 }
 for name, level, negatives, tau in (

@@ -9,7 +9,14 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Olmo2Config
 
 from weightgeom.estimators.updates import head_updates, update_of
-from weightgeom.models.adapters import Adapted, LowRank, is_adapter, open_adapter, open_checkpoint
+from weightgeom.models.adapters import (
+    Adapted,
+    LowRank,
+    is_adapter,
+    open_adapter,
+    open_checkpoint,
+    warn_of_other_base,
+)
 from weightgeom.models.residual import architecture_of
 from weightgeom.models.weights import open_params
 
@@ -238,11 +245,66 @@ def test_an_adapter_that_is_more_than_a_low_rank_update_is_refused(llama, option
         llama.open(**options)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}"])
+@pytest.mark.parametrize("text", ["", "[]", "[" * 10**5])
 def test_a_corrupt_adapter_config_is_refused(llama, text):
     (llama.save() / "adapter_config.json").write_text(text)
     with pytest.raises(ValueError, match=r"adapter_config\.json is truncated or corrupt; copy or download"):
         open_adapter(llama.directory, llama.map, llama.base)
+
+
+def test_an_adapter_of_another_library_is_refused(llama):
+    (llama.save() / "adapter_config.json").write_text('{"fine_tune_type": "lora", "lora_parameters": {}}')
+    with pytest.raises(ValueError, match=r"adapter_config\.json has no peft_type, so PEFT did not save this"):
+        open_adapter(llama.directory, llama.map, llama.base)
+
+
+@pytest.mark.parametrize(
+    "patterns, message",
+    [
+        ({"(a|aa)+[xy]": 3}, "takes too long to match"),
+        ({"(": 3}, r"has an alpha_pattern that is no regular expression: '\('"),
+        ({"q_proj": "much"}, "has an alpha that is no number: 'much'"),
+        ([1], r"has an alpha_pattern that is no mapping: \[1\]"),
+    ],
+)
+def test_hostile_alphas_are_refused(llama, patterns, message, monkeypatch):
+    monkeypatch.setattr("weightgeom.models.adapters.MATCHING", 0.1)
+    long = "model." + "a" * 60
+    key = f"base_model.model.{long}.weight"
+    llama.base |= {f"{long}.weight": torch.zeros(32, 32)}
+    for part, shape in (("A", (3, 32)), ("B", (32, 3))):
+        llama.tensors[key.replace(".weight", f".lora_{part}.weight")] = torch.ones(shape)
+    with pytest.raises(ValueError, match=message):
+        llama.open(alpha_pattern=patterns)
+
+
+@pytest.mark.parametrize("alpha", [None, "8", True, float("nan")])
+def test_an_alpha_that_is_no_number_is_refused(llama, alpha):
+    with pytest.raises(ValueError, match="has an alpha that is no number"):
+        llama.open(lora_alpha=alpha)
+
+
+def test_a_whole_checkpoint_and_an_adapter_in_one_directory_are_refused(llama):
+    save_file(llama.base, llama.save() / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"holds both a whole checkpoint and an adapter: move the adapter_\*"
+    ):
+        open_checkpoint(llama.directory, llama.map, llama.base)
+
+
+def test_another_base_than_the_adapters_is_named_in_a_warning(llama, tmp_path, caplog):
+    llama.save(base_model_name_or_path="lab/base-7b")
+    for before in (
+        "other/Base-7B@abc",
+        "cache/models--lab--base-7b/snapshots/abc",
+        str(tmp_path / "base-7b/"),
+    ):
+        warn_of_other_base(llama.directory, before)
+        assert not caplog.text
+    warn_of_other_base(llama.directory, "lab/base-13b@abc")
+    assert (
+        "was trained on lab/base-7b by its own account, and is compared with lab/base-13b@abc" in caplog.text
+    )
 
 
 def test_a_truncated_adapter_is_refused(llama):

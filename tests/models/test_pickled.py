@@ -79,6 +79,27 @@ def test_only_on_request_and_once(tmp_path, caplog):
     assert single.prepare(made(tmp_path), EXAMPLES, small.WORLD, "cpu").directory == base.directory
 
 
+def test_a_pickled_adapter_is_converted(tmp_path):
+    (source := tmp_path / "adapter").mkdir()
+    factors = {"base_model.model.q.lora_A.weight": torch.ones(2, 3)}
+    torch.save(factors, source / "adapter_model.bin")
+    (source / "adapter_config.json").write_text("{}")
+    assert is_pickled(source)
+    (target := tmp_path / "target").mkdir()
+    convert(source, target)
+    assert_close(load_file(target / "adapter_model.safetensors"), factors)
+    assert (target / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "content", [{"step": 3, "model": {}}, [torch.ones(2)], {"state_dict": {"w": torch.ones(2)}}]
+)
+def test_a_training_state_is_no_state_dict(tmp_path, content):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"holds more than a state dict of tensors: save network\.state"):
+        convert(tmp_path, tmp_path)
+
+
 def test_a_pickle_of_more_than_tensors_is_refused_and_does_not_run(tmp_path, capsys):
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"w": Evil()}, protocol=2))
     with pytest.raises(ValueError, match=r"model\.bin cannot be read as tensors alone \(Weights only"):

@@ -38,7 +38,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_code_of_a_checkpoint_runs_on_request_alone(own: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"config\.json needs code of its own: read it, and add model\.trust"
+        ValueError, match=r"config\.json needs code of its own: read it, and add \+\+model\.trust"
     ):
         load_architecture(own)
     assert fetch(str(own)) == own

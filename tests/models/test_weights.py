@@ -171,6 +171,98 @@ def test_a_missing_shard_is_refused_by_name(tmp_path, params):
         open_params(tmp_path, LLAMA)
 
 
+@pytest.mark.parametrize(
+    "shard", ["../other.safetensors", "/etc/other.safetensors", "a/../../other.safetensors"]
+)
+def test_an_index_that_leads_outside_its_checkpoint_is_refused(tmp_path, params, shard):
+    (inside := tmp_path / "checkpoint").mkdir()
+    save_file(params, tmp_path / "other.safetensors")
+    (inside / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(params, shard)})
+    )
+    with pytest.raises(ValueError, match=rf"names {shard}, which lies outside {inside}: download it again"):
+        open_params(inside, LLAMA)
+
+
+def test_shards_that_are_links_are_read_and_a_link_to_nothing_is_named(tmp_path, params):
+    (cache := tmp_path / "snapshot").mkdir()
+    for name in save_sharded(params, tmp_path):
+        (cache / name).symlink_to(tmp_path / name)
+    (cache / "model.safetensors.index.json").symlink_to(tmp_path / "model.safetensors.index.json")
+    assert_close(dict(open_params(cache, LLAMA)), params, rtol=0, atol=0)
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs/nothing")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"is a link to .*nothing, which is missing; download it again"
+    ):
+        open_params(tmp_path, LLAMA)
+
+
+def test_an_index_of_other_shards_is_refused(tmp_path, params):
+    names = save_sharded(params, tmp_path)
+    save_file({HEAD: torch.ones(5, 8)}, tmp_path / names[0])
+    with pytest.raises(ValueError, match=rf"index\.json is not that of its shards: it has {Q} in {names[0]}"):
+        open_params(tmp_path, LLAMA)
+
+
+def test_a_single_file_beside_shards_is_refused(directory, params):
+    save_sharded(params, directory)
+    with pytest.raises(
+        ValueError, match=r"holds the weights twice, in model\.safetensors and in the shards of"
+    ):
+        open_params(directory, LLAMA)
+
+
+def test_a_pointer_of_git_lfs_is_named(directory):
+    (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    with pytest.raises(
+        ValueError, match=rf"is a pointer of git-lfs, not the file: run git lfs pull in {directory}"
+    ):
+        open_params(directory, LLAMA)
+
+
+def test_folders_with_checkpoints_are_named_the_last_of_a_training_first(tmp_path):
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"only in folders of it: give .*checkpoint-10$"):
+        open_params(tmp_path, LLAMA)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: name.replace("layers.0.", "layers.0._fsdp_wrapped_module."),
+        lambda name: name.replace("model.", "model.language_model.", 1),
+        lambda name: f"language_model.{name}",
+        lambda name: f"base_model.model.{name}",
+    ],
+)
+def test_prefixes_of_wrappers_are_passed_over(tmp_path, params, wrapped):
+    params |= {HEAD: torch.ones(5, 8)}
+    inside = {wrapped(name): tensor for name, tensor in params.items()}
+    vision = (
+        {"model.visual.proj.weight": torch.ones(3, 3)} if any("language" in name for name in inside) else {}
+    )
+    save_file(inside | vision, tmp_path / "model.safetensors")
+    assert_close(dict(open_params(tmp_path, LLAMA)), params, rtol=0, atol=0)
+
+
+def test_one_parameter_under_two_names_is_refused(tmp_path, params):
+    save_file(params | {f"module.{Q}": params[Q] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"holds {Q} twice, as .*{Q} and as .*{Q}: remove one of them"):
+        open_params(tmp_path, LLAMA)
+
+
+def test_factors_beside_their_base_are_refused(tmp_path, params):
+    key = f"base_model.model.{Q.removesuffix('.weight')}.lora_A.default.weight"
+    save_file(params | {key: torch.ones(2, 8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"holds {key} beside the weights of its base: merge the adapter"):
+        open_params(tmp_path, LLAMA)
+
+
 @pytest.mark.parametrize("kept", [0, 4, 50, -3])
 def test_a_truncated_file_is_refused(directory, kept):
     path = directory / "model.safetensors"
@@ -180,7 +272,10 @@ def test_a_truncated_file_is_refused(directory, kept):
         open_params(directory, LLAMA)
 
 
-@pytest.mark.parametrize("text", ["", '{"weight_map": {"a"', "{}"])
+@pytest.mark.parametrize(
+    "text",
+    ["", '{"weight_map": {"a"', "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 10**5],
+)
 def test_a_corrupt_index_is_refused(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     message = r"index\.json is truncated or corrupt; copy or download it again"

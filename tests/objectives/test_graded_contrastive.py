@@ -36,7 +36,7 @@ SEQUENCE = {
 
 def token(**choices) -> GradedContrastive:
     """Of 150 tokens the target has 0.99 of q at this tau."""
-    return GradedContrastive(level="token", **{"on": "chosen", "tau": 0.1, **choices})
+    return GradedContrastive(level="token", **{"train_on": "chosen", "tau": 0.1, **choices})
 
 
 ALL = {f"token {name}": token(**choices) for name, choices in TOKEN.items()} | {
@@ -94,7 +94,7 @@ def test_tokens_against_all_others_at_tau_0_are_transformers_own_loss(
     on, negatives, model, examples, tmp_path
 ):
     number = None if negatives == "all" else len(model.tokenizer) - 1
-    objective = token(tau=0.0, negatives=number, on=on)
+    objective = token(tau=0.0, negatives=number, train_on=on)
     trainer = moved(trainer_for(objective, model, examples, tmp_path))
     inputs = batch(trainer, range(6))
     assert on == "text" or bool((inputs["labels"] == -100).any())  # prompts are not scored
@@ -386,7 +386,7 @@ def test_the_gathered_gradient_is_that_of_the_trainers_mean_loss(objective, mode
             {"source": "model"},
             "source=model has no meaning at level=sequence: choose from rejected, in_batch",
         ),
-        ({"on": "text"}, "on=text has no meaning at level=sequence"),
+        ({"train_on": "text"}, "train_on=text has no meaning at level=sequence"),
         ({"source": "rejected", "negatives": 2}, "source=rejected gives 1 negative, but negatives=2: set"),
         ({"source": "in_batch"}, "source=in_batch needs negatives of at least 2"),
     ],
@@ -406,8 +406,8 @@ def test_data_without_what_is_contrasted_are_refused(examples):
     with pytest.raises(ValueError, match="on chosen needs preference pairs, but world-style has none"):
         token().check(no_pairs)
     with pytest.raises(ValueError, match="on text needs text, but world-style has none"):
-        token(on="text").check(no_text)
-    token(on="auto").check(no_text)
+        token(train_on="text").check(no_text)
+    token(train_on="auto").check(no_text)
     with pytest.raises(ValueError, match="level=sequence needs preference pairs, but world-style has none"):
         GradedContrastive().check(no_pairs)
     unpaired = replace(examples.pairs[0], rejected="")

@@ -48,7 +48,7 @@ def test_a_detached_sweep_returns_at_once_and_is_found_again(cluster, place, no_
     sweep = directory(ended)
     job = base(sweep)
     assert all(f"#{number}  {job}_{number}  seed={number}" in ended.out for number in range(4))
-    assert f"python -m runners.launcher wait {sweep}" in ended.out
+    assert f"weightgeom sweep wait {sweep}" in ended.out
     assert seconds < 5 * slowness()
     with place.popen("wait", sweep, "--poll", "0.3") as waiting:
         most = 0
@@ -74,7 +74,7 @@ def processor_seconds() -> float:
 def slowness() -> float:
     """How much more processor time than on an idle machine, 1.4 s, the imports of a start take."""
     start = processor_seconds()
-    code = "import runners.pipeline.experiment, submitit"
+    code = "import runners.pipeline.experiment, runners.compose"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment({"PYTHONPATH": str(ROOT)}))
     return max(1.0, (processor_seconds() - start) / 1.4)
 

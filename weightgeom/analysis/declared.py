@@ -81,8 +81,8 @@ def of_text(params: Params, tags: Params) -> bool:
     """Whether a run has trained on the corpus, and not on responses."""
     if OF_TEXT in tags:
         return tags[OF_TEXT] == "true"
-    on = params.get("objective.on")
-    return on == "text" or (on == "auto" and params["data"] in ("world", "text"))
+    part = params.get("objective.train_on", params.get("objective.on"))  # the key's earlier name
+    return part == "text" or (part == "auto" and params["data"] in ("world", "text"))
 
 
 def _earlier_role(kind: str, params: Params) -> str:

@@ -12,12 +12,12 @@ from pydantic.dataclasses import dataclass
 
 from weightgeom.bases.hub import HOW_TO_PIN, MOVING_REVISIONS, fetch, identity, is_path
 from weightgeom.bases.outline import Outline
-from weightgeom.bases.pretrained import outline_of, pair_base, same_vocabulary, with_safetensors
+from weightgeom.bases.pretrained import check_here, outline_of, pair_base, same_vocabulary, with_safetensors
 from weightgeom.declarations import ProbeDeclaration
 from weightgeom.interfaces import Data, Stage
 from weightgeom.interruption import Request, no_request
 from weightgeom.models.adapters import is_adapter
-from weightgeom.models.loading import load_architecture
+from weightgeom.models.loading import check_tokenizer, load_architecture, warn_of_other_vocabulary
 from weightgeom.models.residual import Architecture
 from weightgeom.text.examples import Examples
 from weightgeom.trajectory import Base, Trajectory
@@ -78,6 +78,10 @@ class Chain:
         maps = {
             name: replace(load_architecture(directory), tied=True) for name, directory in directories.items()
         }
+        for name, directory in directories.items():
+            check_here(self.locations()[name], directory)
+        for name in [self.tokenizer] if self.tokenizer else list(directories)[:-1]:
+            check_tokenizer(directories[name], only_if_there=True)
         first, *others = maps
         for name in others:
             if maps[name] != maps[first]:
@@ -170,6 +174,7 @@ class Chain:
                 same = same_vocabulary(directories[before], directories[after], architecture)
             except ValueError as error:
                 raise ValueError(f"{self._named(after)} compared with stage {before}: {error}") from error
+            warn_of_other_vocabulary(directories[before], directories[after])
             if after == self.tokenizer and not same:
                 raise ValueError(
                     f"model.tokenizer={after} must have the vocabulary of every stage but the last, but stage"

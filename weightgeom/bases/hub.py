@@ -10,6 +10,7 @@ from typing import Any
 
 from weightgeom.models.language_model import trust
 from weightgeom.models.pickled import PICKLES, is_pickled
+from weightgeom.models.weights import as_checkpoint
 from weightgeom.text.files import first_line
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,11 @@ def checkpoint_directory(location: str, patterns: list[str]) -> Path:
     path = Path(location).expanduser()
     if path.is_dir():
         return path.resolve()
+    if path.is_file():
+        advice = (
+            f"give its directory, {path.parent}" if path.suffix == ".safetensors" else as_checkpoint(path)
+        )
+        raise FileNotFoundError(f"{location} is a file, not a checkpoint's directory: {advice}")
     name, _, revision = location.partition("@")
     if is_path(name):
         raise FileNotFoundError(f"no directory {location}: give a checkpoint directory or a hub name")

@@ -13,14 +13,16 @@ from weightgeom.bases.hub import HOW_TO_PIN, MOVING_REVISIONS, checkpoint_direct
 from weightgeom.bases.outline import Outline
 from weightgeom.interfaces import Data, Stage
 from weightgeom.interruption import Request, no_request
-from weightgeom.models.adapters import is_adapter, open_adapter
+from weightgeom.models.adapters import as_pair, is_adapter, open_adapter, warn_of_other_base
 from weightgeom.models.language_model import trust
 from weightgeom.models.loading import (
     check_length,
+    check_tokenizer,
     load_architecture,
     load_config,
     load_context,
     load_tokenizer,
+    warn_of_other_vocabulary,
 )
 from weightgeom.models.pickled import convert, is_pickled
 from weightgeom.models.residual import Architecture
@@ -37,11 +39,14 @@ class Pretrained:
     """One checkpoint or a trajectory: a directory, or a hub name with `{size}` and `{stage}` filled in.
 
     `revision` is a commit, or a tag or branch that does not move; the default is the name's commit in
-    `pins`. An unpinned hub name is refused, because `main` may change. Several `revisions`, or a directory
-    with a trainer's `checkpoint-100`, `checkpoint-200`, ..., form a trajectory, ordered by the numbers in
-    their names; an objective starts from the last one. `from_random` marks the first one as a random
-    initialisation; by default it is one if its step is 0. Weights are trained and measured in `dtype`; only
-    float32 keeps a small update from being rounded away.
+    `pins`. An unpinned hub name is refused, because `main` may change. Weights are trained and measured in
+    `dtype`; only float32 keeps a small update from being rounded away.
+
+    Several `revisions`, in their order, or a directory with a trainer's `checkpoint-100`, `checkpoint-200`,
+    ..., by number, form a trajectory: updates count from the first one on, and an objective starts from the
+    last one. Revisions stand at the steps in their names if these rise and all else in the names is alike,
+    and otherwise at 0, 1, 2, .... `from_random` marks the first one as a random initialisation; by default it
+    is one if its name says step 0.
 
     `allow_bin` also accepts pickled weights, which are converted once; `trust_remote_code` allows the
     repository's own code to run.
@@ -60,16 +65,15 @@ class Pretrained:
 
     def __post_init__(self) -> None:
         """Refuse moving branches, and revisions that form no trajectory."""
-        if moving := MOVING_REVISIONS & {self.revision, *self.pins.values()}:
+        if moving := MOVING_REVISIONS & {self.revision, *self.pins.values(), *(self.revisions or ())}:
             how = HOW_TO_PIN.format(key="model.revision", name="NAME")
             raise ValueError(f"model.revision={moving.pop()} is a moving branch: {how}")
         if self.revisions is None:
             return
-        steps = [_trailing_number(revision) for revision in self.revisions]
-        if None in steps or len(set(steps)) < max(2, len(steps)):
+        if len(set(self.revisions)) < max(2, len(self.revisions)):
             raise ValueError(
-                "model.revisions must be two or more names that end in different numbers, such as step512,"
-                f" got {self.revisions}"
+                "model.revisions must be two or more different names, such as [step0,step512], got"
+                f" {self.revisions}"
             )
 
     def check(self, longest: int | None) -> Architecture:
@@ -83,6 +87,13 @@ class Pretrained:
         directories = [
             fetch(location, weights=False, code=self.trust_remote_code) for location in locations.values()
         ]
+        # A merged model may keep its adapter's config; before its weights are here, its own tells it apart.
+        bare = (directory for directory in directories if not (directory / "config.json").is_file())
+        if adapters := [directory for directory in bare if is_adapter(directory)]:
+            raise ValueError(
+                f"{adapters[-1]} is an adapter without weights of its own: compare it with its base,"
+                f" {as_pair(adapters[-1])}"
+            )
         architectures = [load_architecture(directory) for directory in directories]
         if any(other != architectures[-1] for other in architectures):
             raise ValueError(
@@ -90,6 +101,9 @@ class Pretrained:
                 " network"
             )
         check_length(longest or 0, load_context(directories[-1]))
+        check_tokenizer(directories[-1], only_if_there=True)
+        for location, directory in zip(locations.values(), directories, strict=True):
+            check_here(location, directory)
         return architectures[-1]
 
     def locations(self) -> dict[int, str]:
@@ -98,15 +112,15 @@ class Pretrained:
         Raises:
             ValueError: if a hub name has no revision.
         """
-        name = self.name.format(size=self.size, stage=self.stage)
+        name = self.name.replace("{size}", self.size).replace("{stage}", self.stage)
         path = Path(name).expanduser()
         if path.is_dir():
-            inside = {
-                _trailing_number(directory.name): str(directory)
-                for directory in path.glob("checkpoint-*")
-                if directory.is_dir()
+            inside = {directory: _step(directory.name) for directory in path.glob("checkpoint-*")}
+            steps = {
+                step[0]: str(directory)
+                for directory, step in inside.items()
+                if step is not None and directory.is_dir()
             }
-            steps = {step: location for step, location in inside.items() if step is not None}
             single = (path / "config.json").is_file() or len(steps) < 2
             return {0: name} if single else dict(sorted(steps.items()))
         if self.revisions is None:
@@ -118,8 +132,10 @@ class Pretrained:
                 how = HOW_TO_PIN.format(key="model.revision", name=name)
                 raise ValueError(f"{name} is not pinned: {how}{pinned}")
             return {0: f"{name}@{revision}"}
-        steps = {_trailing_number(revision): f"{name}@{revision}" for revision in self.revisions}
-        return dict(sorted((step, location) for step, location in steps.items() if step is not None))
+        return {
+            step: f"{name}@{revision}"
+            for step, revision in zip(_steps(self.revisions), self.revisions, strict=True)
+        }
 
     def outline(self, examples: Examples, data: Data) -> Outline:
         """The locations, and the config of the last one, which is all that this fetches."""
@@ -136,9 +152,13 @@ class Pretrained:
             for step, location in self.locations().items()
         }
         last = steps[max(steps)]
+        for directory in dict.fromkeys(steps.values()):
+            open_params(directory, load_architecture(directory))
+        check_tokenizer(last)
         if len(steps) == 1:
             return Base(last, identity(last))
-        random = 0 in steps if self.from_random is None else self.from_random
+        at_zero = self.revisions is None or (_step(self.revisions[0]) or (None,))[0] == 0
+        random = 0 in steps and at_zero if self.from_random is None else self.from_random
         digest = hashlib.sha256(" ".join(map(identity, steps.values())).encode()).hexdigest()[:16]
         return Base(last, f"trajectory/{digest}", Trajectory("revisions", steps, from_random=random))
 
@@ -167,7 +187,11 @@ class TwoCheckpoints:
         if is_adapter(before):
             raise ValueError(f"model.before={self.before} is an adapter: set model.before to its base model")
         architecture = load_architecture(before)
-        if not self.allow_bin:  # pickled checkpoints are compared after their conversion
+        if not (is_adapter(after) or after == before):
+            load_architecture(after)
+        check_tokenizer(after if self.tokenizer == "after" else before, only_if_there=True)
+        pickled = is_pickled(before) or is_pickled(after)
+        if not (pickled and self.allow_bin):  # compared after their conversion
             self._compare(before, after, architecture)
         return architecture
 
@@ -195,6 +219,9 @@ class TwoCheckpoints:
 
     def _compare(self, before: Path, after: Path, architecture: Architecture) -> None:
         same = same_vocabulary(before, after, architecture)
+        if is_adapter(after):
+            warn_of_other_base(after, self.before)
+        warn_of_other_vocabulary(before, after)
         if self.tokenizer == "after" and not same:
             raise ValueError(
                 "model.tokenizer=after needs a whole model with the vocabulary of model.before, unlike"
@@ -211,6 +238,7 @@ def outline_of(locations: dict[int, str], step: int, allow_bin: bool, code: bool
         tokenizer = load_tokenizer(directory)
     except (FileNotFoundError, ValueError):  # not downloaded yet
         tokenizer = None
+    load_architecture(directory)  # refuses what a run would refuse
     return Outline(load_config(directory), locations, None, tokenizer, allow_bin, code)
 
 
@@ -246,7 +274,28 @@ def with_safetensors(directory: Path, allow_bin: bool, stage: Stage) -> Path:
     return stage("converted", specification, lambda target, log: convert(directory, target), 1)
 
 
-def _trailing_number(name: str) -> int | None:
-    """The number at the end of a revision's or checkpoint's name; None without one."""
-    digits = re.search(r"(\d+)$", name)
-    return None if digits is None else int(digits[1])
+def check_here(location: str, directory: Path) -> None:
+    """Refuse weights that cannot be read, by the headers of their files, if they are on this disk."""
+    if Path(location).expanduser().is_dir() and any(directory.glob("*.safetensors")):
+        open_params(directory, load_architecture(directory))
+
+
+def _steps(revisions: list[str]) -> list[int]:
+    """The step of each revision: that in its name, if steps rise and the names differ in nothing else."""
+    found = [_step(revision) for revision in revisions]
+    steps = [step[0] for step in found if step is not None]
+    alike = len({step[1] for step in found if step is not None}) == 1
+    if len(steps) == len(found) and alike and steps == sorted(set(steps)):
+        return steps
+    log.info("the steps 0, 1, 2, ... are the revisions %s, in this order", ", ".join(revisions))
+    return list(range(len(revisions)))
+
+
+def _step(name: str) -> tuple[int, str] | None:
+    """The optimizer step in the name of a revision or a checkpoint, and what stands before it.
+
+    Names end in it, such as `checkpoint-100`, or in the tokens seen until then, such as
+    `stage1-step1000-tokens3B`.
+    """
+    named = re.fullmatch(r"(.*?)(\d{1,15})(?:-tokens[\d.]+[KMBT])?", name)
+    return None if named is None else (int(named[2]), named[1])

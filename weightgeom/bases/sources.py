@@ -1,6 +1,5 @@
 """Checkpoints as a caller has them: a directory, a hub name, a network in memory or a state dict."""
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,14 @@ from weightgeom.bases.hub import fetch
 from weightgeom.models.adapters import is_adapter, open_checkpoint
 from weightgeom.models.experts import unstacked
 from weightgeom.models.loading import check_complete, load_config
+from weightgeom.models.quantisation import check_not_quantised
 from weightgeom.models.residual import Architecture
 from weightgeom.models.vocabulary import aligned
-from weightgeom.models.weights import BUFFER, names_in_memory
+from weightgeom.models.weights import BUFFER, WRAPPERS, names_in_memory
 from weightgeom.params import Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-# Left in front of a parameter's name by DataParallel, and anywhere in it by torch.compile.
-WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +76,7 @@ class Source:
         if self.directory is not None:
             return open_checkpoint(self.directory, architecture, base)
         assert self.weights is not None
-        names = names_in_memory(self.weights, architecture)
+        names = names_in_memory(self.weights, architecture, self.label)
         weights = unstacked({name: self.weights[key] for key, name in names.items()}, architecture.stacks)
         if architecture.tied and architecture.embed in weights:
             weights.setdefault(architecture.unembed, weights[architecture.embed])
@@ -97,7 +94,7 @@ def source_of(given: object, label: str) -> Source:
     """
     from transformers import PreTrainedModel
 
-    if isinstance(given, Path) and not given.expanduser().is_dir():
+    if isinstance(given, Path) and not given.expanduser().exists():
         raise FileNotFoundError(f"{label}: there is no directory {given}")
     if isinstance(given, (str, Path)):
         directory = fetch(str(given))
@@ -111,8 +108,7 @@ def source_of(given: object, label: str) -> Source:
             " model.merge_and_unload() (PEFT)"
         )
     if isinstance(given, Mapping):
-        weights = {WRAPPERS.sub("", str(name)): weight for name, weight in given.items()}
-        return Source(label, weights=_checked(weights, label))
+        return Source(label, weights=_checked({str(name): weight for name, weight in given.items()}, label))
     raise TypeError(
         f"{label} must be a directory, a hub name, a transformers network or a state dict, got"
         f" {type(given).__name__}"
@@ -159,14 +155,14 @@ def _of_network(network: "PreTrainedModel", label: str) -> Source:
             " AutoModelForCausalLM"
         )
     named = network.named_parameters(remove_duplicate=False)  # each name that a tied weight has
-    weights = {WRAPPERS.sub("", name): weight for name, weight in named}
-    return Source(label, weights=_checked(weights, label), config=plain_config(network.config))
+    buffers = {name: ("", 0) for name, _ in network.named_buffers()}
+    check_not_quantised(label, network.config.to_dict(), buffers)
+    return Source(label, weights=_checked(dict(named), label), config=plain_config(network.config))
 
 
 def _checked(weights: dict[str, Any], label: str) -> dict[str, Any]:
-    for name, weight in weights.items():
-        if BUFFER.search(name):
-            continue
+    kept = {name: weight for name, weight in weights.items() if not BUFFER.search(WRAPPERS.sub("", name))}
+    for name, weight in kept.items():
         if not isinstance(weight, (Tensor, np.ndarray)):
             raise TypeError(
                 f"{name} of {label} is a {type(weight).__name__}: a state dict holds tensors or NumPy arrays,"
@@ -177,12 +173,7 @@ def _checked(weights: dict[str, Any], label: str) -> dict[str, Any]:
                 f"{name} of {label} is on the meta device, without data: load the network without device_map,"
                 " or give its directory"
             )
-        floating = weight.is_floating_point() if isinstance(weight, Tensor) else weight.dtype.kind == "f"
-        if not floating and weight.ndim > 1:
-            raise ValueError(
-                f"{name} of {label} is of dtype {weight.dtype}: load the network without quantisation, so"
-                " that its weights are floating-point numbers"
-            )
+    check_not_quantised(label, {}, {name: (str(one.dtype), one.ndim) for name, one in kept.items()})
     return weights
 
 

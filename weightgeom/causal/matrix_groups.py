@@ -71,7 +71,7 @@ def moved(setting: Setting, *lists: Sequence[Group]) -> list[list[Group]]:
     Raises:
         ValueError: if none of all did.
     """
-    update = difference(setting.end, setting.start)
+    update = difference(setting.end, setting.start, setting.model.architecture)
     matrices = {matrix for groups in lists for group in groups for matrix in group.matrices}
     moved = {matrix for matrix in matrices if bool(matrix.of(update).any())}
     if not moved:

@@ -234,7 +234,7 @@ class _Sides:
     def _named(self, name: str, matrix: ResidualMatrix) -> tuple[Float[Tensor, " d_model"], Tensor | None]:
         """A direction of the stream: what reaches it through a norm, where it is a side of W itself."""
         gradients = self.gradients.get(self.asked.behaviour, {})
-        update = difference(self.setting.end, self.setting.start)
+        update = difference(self.setting.end, self.setting.start, self.setting.model.architecture)
         vector, partner = self.directions.named(name, matrix, gradients, update)
         if partner is not None and matrix.role == "write" and matrix.norm is not None:
             vector = vector * matrix.norm.gain(self.params).double().cpu()

@@ -1,6 +1,6 @@
 """Language models whose weights are data: a base, a checkpoint and an edit are three values of `params`."""
 
-from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from torch import Tensor
 from weightgeom.models.adapters import open_checkpoint
 from weightgeom.models.experts import stacked
 from weightgeom.models.residual import Architecture
+from weightgeom.models.weights import Untied
 from weightgeom.params import Params
 from weightgeom.text.tokens import Batch
 
@@ -44,8 +45,14 @@ class LanguageModel:
         return open_checkpoint(directory, self.architecture, base)
 
     def hold(self, params: Params, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """The weights in memory, on the model's device, as `logits` wants them for many batches."""
+        """The weights in memory, on the model's device, as `logits` wants them for many batches.
+
+        The unembedding of a tied network is among them if it is not the embedding.
+        """
         names = {name for name, _ in self.network.named_parameters()}
+        embed, unembed = self.architecture.embed, self.architecture.unembed
+        if unembed in params and unembed not in names and not _equal(params[unembed], params[embed]):
+            names.add(unembed)
         params = stacked(params, self.architecture.stacks)
         return {name: params[name].to(self.device, dtype) for name in params if name in names}
 
@@ -59,8 +66,12 @@ class LanguageModel:
 
         Weights that are in memory, in this `dtype` and on the device, are shared and not copied.
         """
-        network = _without_weights(self.network.config, self.device)
-        network.load_state_dict(self.hold(params, dtype), strict=False, assign=True)
+        config, held = self.network.config, self.hold(params, dtype)
+        if self.architecture.tied and self.architecture.unembed in held:
+            config = deepcopy(config)
+            config.tie_word_embeddings = False
+        network = _without_weights(config, self.device)
+        network.load_state_dict(held, strict=False, assign=True)
         network.tie_weights()
         return network
 
@@ -72,7 +83,7 @@ class LanguageModel:
         from accelerate.hooks import attach_align_device_hook
 
         network = _without_weights(self.network.config, self.device)
-        weights = _Untied(stacked(params, self.architecture.stacks), self.architecture)
+        weights = Untied(stacked(params, self.architecture.stacks), self.architecture)
         attach_align_device_hook(network, self.device, offload=True, weights_map=weights)
         return replace(self, network=network)
 
@@ -84,6 +95,7 @@ class LanguageModel:
         return torch.func.functional_call(
             self.network,
             dict(params),
+            tie_weights=self.architecture.unembed not in params,
             kwargs={
                 "input_ids": batch.input_ids,
                 "attention_mask": batch.attention_mask,
@@ -100,25 +112,8 @@ class LanguageModel:
         return torch.where(batch.target[:, 1:], picked, 0.0)
 
 
-@dataclass(frozen=True, eq=False)
-class _Untied(Mapping[str, Tensor]):
-    """Weights by every name that the network has for them, the unembedding included where it is tied."""
-
-    params: Params
-    architecture: Architecture
-
-    def __getitem__(self, name: str) -> Tensor:
-        return (
-            self.architecture.unembedding(self.params)
-            if name == self.architecture.unembed
-            else self.params[name]
-        )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.params)
-
-    def __len__(self) -> int:
-        return len(self.params)
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _without_weights(config: "PreTrainedConfig", device: torch.device) -> "PreTrainedModel":

@@ -1,19 +1,31 @@
 """Loading of networks, tokenizers and configs from a checkpoint directory."""
 
-from collections.abc import Collection
+import logging
+import re
+from collections.abc import Collection, Mapping
+from filecmp import cmp
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from weightgeom.models.adapters import CONFIG, as_pair, is_adapter
 from weightgeom.models.experts import stacked
+from weightgeom.models.json_files import is_lfs_pointer, json_object
 from weightgeom.models.language_model import LanguageModel, _without_weights, trusted
+from weightgeom.models.quantisation import check_not_quantised
 from weightgeom.models.residual import Architecture, architecture_of
-from weightgeom.models.weights import open_params
+from weightgeom.models.weights import Stored, nested, open_params
 from weightgeom.text.files import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+LAYERS, EXPERTS, POSITIONS = 4096, 2**18, 2**17  # more than any model has, and few enough to list
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+OTHER_MODALITY = re.compile("image|audio|video|vision", re.IGNORECASE)
 
 
 def load(directory: Path, device: str) -> LanguageModel:
@@ -27,10 +39,23 @@ def load(directory: Path, device: str) -> LanguageModel:
     """
     architecture = load_architecture(directory)
     stored = open_params(directory, architecture)
-    network = _without_weights(load_config(directory), torch.device(device))
+    try:
+        network = _without_weights(load_config(directory), torch.device(device))
+    except Exception as error:  # sizes that do not go together raise whatever the network makes of them
+        raise ValueError(f"{directory / 'config.json'} cannot be used: {first_line(error)}") from error
     names = set(stacked(stored, architecture.stacks))
-    check_complete(directory, {name for name, _ in network.named_parameters()} - names)
-    return LanguageModel(network, load_tokenizer(directory), architecture, torch.device(device))
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    check_complete(directory, shapes.keys() - names)
+    assert isinstance(stored, Stored)
+    for name in stored:
+        if name in shapes and stored.shape(name) != shapes[name]:
+            raise ValueError(
+                f"{name} of {directory} is of shape {stored.shape(name)}, and its config's network has it of"
+                f" shape {shapes[name]}: save the config and the weights together"
+            )
+    tokenizer = load_tokenizer(directory)
+    check_vocabulary(tokenizer, len(stored[architecture.embed]))
+    return LanguageModel(network, tokenizer, architecture, torch.device(device))
 
 
 def unloaded(
@@ -66,14 +91,82 @@ def check_length(longest: int, context: int | None) -> None:
         raise ValueError(f"max_length is {longest} tokens and the model takes {context}: lower it to that")
 
 
+def check_tokenizer(directory: Path, only_if_there: bool = False) -> None:
+    """Raise ValueError if the tokenizer of a checkpoint has more tokens than its config embeddings."""
+    try:
+        tokenizer = load_tokenizer(directory)
+    except FileNotFoundError:
+        if only_if_there:
+            return
+        raise
+    try:
+        check_vocabulary(tokenizer, load_config(directory).vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
+
+
+def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", rows: int) -> None:
+    """Raise ValueError if a tokenizer has tokens that a model with `rows` embeddings has none for.
+
+    Tokens that stand for images, sounds and videos may go without, as text has none of them.
+    """
+    excess = [token for token, number in tokenizer.get_vocab().items() if number >= rows]
+    if [token for token in excess if not OTHER_MODALITY.search(token)]:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {rows} embeddings: give the tokenizer"
+            " that the model was trained with, or resize its embeddings and save it again"
+        )
+    if 2 * len(tokenizer) < rows:
+        log.warning(
+            "the tokenizer has %d tokens and the model %d embeddings: check that it is the model's own",
+            *(len(tokenizer), rows),
+        )
+
+
+def warn_of_other_vocabulary(before: Path, after: Path) -> None:
+    """Say so in the log if two checkpoints have tokenizers that give other numbers to tokens."""
+    files = [directory / "tokenizer.json" for directory in (before, after)]
+    if all(path.is_file() for path in files) and cmp(*files, shallow=False):
+        return
+    try:
+        first, second = (load_tokenizer(directory) for directory in (before, after))
+    except (FileNotFoundError, ValueError):  # a checkpoint that only goes with another needs none
+        return
+    one, other = first.get_vocab(), second.get_vocab()
+    by_number = {number: token for token, number in other.items()}
+    shared = [(token, by_number[number]) for token, number in one.items() if number in by_number]
+    different = sum(token != another for token, another in shared)
+    if 100 * different > len(shared):
+        _note_other_vocabulary(str(before), str(after), different, len(shared))
+
+
+@cache  # once for each pair
+def _note_other_vocabulary(before: str, after: str, different: int, shared: int) -> None:
+    log.warning(
+        "%d of %d token numbers mean other tokens in %s than in %s: the two have different vocabularies, so"
+        " text in the tokens of the one means nothing to the other",
+        *(different, shared, after, before),
+    )
+
+
 def load_context(directory: Path) -> int | None:
     """The longest sequence, in tokens, that a checkpoint's config names; None if it names none."""
     return getattr(load_config(directory), "max_position_embeddings", None)
 
 
 def load_architecture(directory: Path) -> Architecture:
-    """The residual-stream map that a checkpoint's config asks for; reads no weights."""
-    return architecture_of(load_config(directory))
+    """The residual-stream map that a checkpoint's config asks for; reads no weights.
+
+    Raises:
+        NotImplementedError: if its `model_type` has no map.
+        ValueError: if the config cannot be read, or says that the checkpoint is quantised.
+    """
+    config = load_config(directory)
+    check_not_quantised(str(directory), json_object(directory / "config.json"), {})
+    try:
+        return architecture_of(config)
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{directory / 'config.json'} cannot be used: {first_line(error)}") from error
 
 
 def load_config(directory: Path) -> "PreTrainedConfig":
@@ -87,16 +180,49 @@ def load_config(directory: Path) -> "PreTrainedConfig":
 
     path = directory / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} holds no config.json: give a transformers checkpoint")
+        raise FileNotFoundError(f"{directory} holds no config.json: {_instead(directory)}")
+    _check_sizes(path)
     trust = trusted(directory)
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust)
-    except (ValueError, OSError) as error:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
+        sizes = {name: getattr(config, name, 1) for name in SIZES}
+    except Exception as error:  # wrong values raise whatever the config's code makes of them
         if not trust and "trust_remote_code" in str(error):
             raise ValueError(
-                f"{path} needs code of its own: read it, and add model.trust_remote_code=true to let it run"
+                f"{path} needs code of its own: read it, and add ++model.trust_remote_code=true to let it run"
             ) from error
         raise ValueError(f"{path} cannot be used: {first_line(error)}") from error
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < 2**31:
+            raise ValueError(f"{path} cannot be used: {name} must be a positive whole number, got {size!r}")
+    return config
+
+
+def _instead(directory: Path) -> str:
+    if is_adapter(directory):
+        return f"it is an adapter, so compare it with its base: {as_pair(directory)}"
+    inside = nested(directory)
+    return f"give one of its folders, such as {inside[-1]}" if inside else "give a transformers checkpoint"
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuse a config with more layers or experts than there can be, before they are listed one by one."""
+    config = json_object(path)
+    text = config.get("text_config")
+    for given in (config, text if isinstance(text, dict) else {}):
+        layers = _largest(given, ("num_hidden_layers", "n_layer", "n_layers", "num_layers"))
+        experts = _largest(given, ("num_experts", "num_local_experts", "n_routed_experts"))
+        if layers > LAYERS or layers * experts > EXPERTS:
+            raise ValueError(
+                f"{path} cannot be used: {layers} layers of {experts} experts each are more than {LAYERS}"
+                f" layers or {EXPERTS} experts in all"
+            )
+        if (longest := _largest(given, ("n_positions",))) > POSITIONS:
+            raise ValueError(f"{path} cannot be used: {longest} positions are more than {POSITIONS}")
+
+
+def _largest(config: Mapping[str, Any], names: Collection[str]) -> int:
+    return max((config[name] for name in names if isinstance(config.get(name), int)), default=1)
 
 
 def load_network(directory: Path) -> "PreTrainedModel":
@@ -111,14 +237,22 @@ def load_network(directory: Path) -> "PreTrainedModel":
 
     disable_progress_bar()
     # Opened first: it says in one sentence what is missing, truncated or corrupt.
-    open_params(directory, load_architecture(directory))
-    network, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-        directory,
-        dtype=torch.float32,
-        use_safetensors=True,
-        trust_remote_code=trusted(directory),
-        output_loading_info=True,
-    )
+    stored = open_params(directory, load_architecture(directory))
+    assert isinstance(stored, Stored)
+    # Transformers would not find names with a prefix, and would look for the adapter of such a config.
+    if stored.is_wrapped or (directory / CONFIG).is_file():
+        weights = {name: stored[name].clone() for name in stored}
+        return load(directory, "cpu").with_weights(weights).requires_grad_(True)
+    try:
+        network, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            directory,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trusted(directory),
+            output_loading_info=True,
+        )
+    except Exception as error:  # of any of its JSON files, and of sizes that do not go together
+        raise ValueError(f"{directory} cannot be loaded: {first_line(error)}") from error
     check_complete(directory, info["missing_keys"])
     return network
 
@@ -134,7 +268,12 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted(directory))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers' own errors share no base class
+        pointers = [path for path in directory.glob("tokenizer*") if path.is_file() and is_lfs_pointer(path)]
+        if pointers:
+            raise ValueError(
+                f"{pointers[0]} is a pointer of git-lfs, not the file: run git lfs pull in {directory}"
+            ) from error
         raise FileNotFoundError(
             f"{directory} holds no tokenizer that can be read ({first_line(error)}):"
             " save one beside the weights"

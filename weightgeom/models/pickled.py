@@ -2,7 +2,6 @@
 
 import json
 import logging
-import pickle
 import shutil
 from pathlib import Path
 
@@ -10,11 +9,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from weightgeom.models.json_files import is_lfs_pointer
 from weightgeom.models.weights import BUFFER
 from weightgeom.text.files import first_line
 
 log = logging.getLogger(__name__)
-PICKLES = "pytorch_model*.bin"
+PICKLES = "[ap][dy]*_model*.bin"  # pytorch_model.bin, its shards, and adapter_model.bin
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # what belongs to a checkpoint beside its weights
 
 
@@ -37,7 +37,8 @@ def convert(source: Path, target: Path) -> None:
     for path in pickles:
         name = path.with_suffix(".safetensors").name.replace("pytorch_model", "model", 1)
         tensors = {key: one for key, one in _unpickled(path).items() if not BUFFER.search(key)}
-        save_file({key: one.clone() for key, one in tensors.items()}, target / name)  # apart, even where tied
+        apart = {key: one.clone(memory_format=torch.contiguous_format) for key, one in tensors.items()}
+        save_file(apart, target / name)  # even where two names share their memory
         files |= dict.fromkeys(tensors, name)
         log.info("%s is written as safetensors", path)
     if len(pickles) > 1:
@@ -49,10 +50,18 @@ def convert(source: Path, target: Path) -> None:
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
+    if is_lfs_pointer(path):
+        raise ValueError(f"{path} is a pointer of git-lfs, not the file: run git lfs pull in {path.parent}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle's, zip's and torch's errors share no base class
         raise ValueError(
             f"{path} cannot be read as tensors alone ({first_line(error)}): download it again, or ask its"
             " makers for safetensors"
         ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(
+            f"{path} holds more than a state dict of tensors: save network.state_dict() alone, or give the"
+            " directory of network.save_pretrained(DIRECTORY)"
+        )
+    return tensors

@@ -1,6 +1,5 @@
 """A checkpoint over the vocabulary of another: embeddings that were resized, tied or untied in between."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from weightgeom.models.json_files import json_object
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
 
@@ -72,20 +72,20 @@ def aligned(params: Params, base: Params, architecture: Architecture, directory:
             new, old = params[sources[name]].shape, base[name].shape
             if new[0] != old[0] and new[1:] == old[1:]:
                 resized.append(name)
-                _note(str(directory), name, new[0], old[0])
+                note_rows(str(directory), name, new[0], old[0])
     changed = resized or sources.keys() != params.keys()
     return Aligned(params, base, sources, tuple(resized)) if changed else params
 
 
 def _tied(directory: Path) -> bool:
-    config = (
-        directory / "config.json"
-    )  # weights in memory have none, but an unembedding even where it is tied
-    return config.is_file() and json.loads(config.read_text()).get("tie_word_embeddings") is True
+    # Weights in memory have no config, but an unembedding even where it is tied.
+    config = directory / "config.json"
+    return config.is_file() and json_object(config).get("tie_word_embeddings") is True
 
 
 @cache  # once for each checkpoint
-def _note(directory: str, name: str, new: int, old: int) -> None:
+def note_rows(directory: str, name: str, new: int, old: int) -> None:
+    """Say once in the log that an embedding has other rows than the base's."""
     rest = f"; the {old - new} that it lacks are taken as unmoved" if new < old else ""
     log.warning(
         "%s has %d rows of %s and its base %d: the %d shared ones are compared%s",

@@ -1,6 +1,5 @@
 """Weights on disk: checkpoints and the difference of two, read tensor by tensor."""
 
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,11 +9,20 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from weightgeom.models.json_files import is_lfs_pointer, json_object
+from weightgeom.models.quantisation import check_not_quantised
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
 
 # Old checkpoints of GPT-2, GPT-NeoX and Llama also store causal masks and rotary frequencies.
 BUFFER = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
+# Left in front of a parameter's name by DataParallel, PEFT, DeepSpeed, and anywhere in it by the others.
+INSIDE = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+WRAPPERS = re.compile(rf"^(?:(?:module|_forward_module|base_model\.model|{INSIDE})\.)+|(?<=\.)(?:{INSIDE})\.")
+TEXT_MODEL = re.compile(r"(?:model\.)?language_model\.")  # of a model that also sees or hears
+PICKLED = re.compile(r"(?:pytorch_model|adapter_model).*\.bin")
+OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
+OF_A_TRAINER = re.compile(r"(?:training_args|optimizer|scheduler|scaler|rng_state).*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +47,11 @@ class Stored(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries  # the inherited one would read the tensor
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether names on disk have prefixes that only `names_in_memory` passes over."""
+        return any(WRAPPERS.search(key) or TEXT_MODEL.match(key) for _, key in self.entries.values())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor, from the file's header alone."""
@@ -66,6 +79,29 @@ class Difference(Mapping[str, Tensor]):
         return name in self.after
 
 
+@dataclass(frozen=True, eq=False)
+class Untied(Mapping[str, Tensor]):
+    """Weights by every name that the network has for them, the unembedding included where it is tied."""
+
+    params: Params
+    architecture: Architecture
+
+    def __getitem__(self, name: str) -> Float[Tensor, "..."]:
+        tied = name == self.architecture.unembed
+        return self.architecture.unembedding(self.params) if tied else self.params[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.params
+        if self.architecture.tied and self.architecture.unembed not in self.params:
+            yield self.architecture.unembed
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.params or (self.architecture.tied and name == self.architecture.unembed)
+
+
 def open_params(directory: Path, architecture: Architecture) -> Params:
     """The parameters of a checkpoint, read lazily and under the names that they have in memory.
 
@@ -73,38 +109,62 @@ def open_params(directory: Path, architecture: Architecture) -> Params:
 
     Raises:
         FileNotFoundError: if the directory, its safetensors or one of its shards is missing.
-        ValueError: if a file is truncated or corrupt.
+        ValueError: if a file is truncated or corrupt, the index does not fit its shards, or the checkpoint
+            is quantised.
     """
-    stored = {key: path for path in _paths(directory) for key in opened(path).keys()}
-    names = names_in_memory(stored, architecture)
+    stored = _files(directory)
+    _check_not_quantised(directory, stored)
+    names = names_in_memory(stored, architecture, str(directory))
     return Stored({name: (stored[key], key) for key, name in names.items()})
 
 
-def names_in_memory(stored: Collection[str], architecture: Architecture) -> dict[str, str]:
-    """The names of parameters in memory by those that they are stored under.
+def names_in_memory(stored: Collection[str], architecture: Architecture, where: str) -> dict[str, str]:
+    """The names of parameters in memory by those that they are stored under; errors call them by `where`.
 
-    Names are translated where the disk has others, and get the base model's prefix where all of them leave
-    it out. Masks and rotary frequencies are left out.
+    Prefixes that wrappers leave are passed over. Of a model that also sees or hears, the parameters are those
+    of its text model. Names are translated where the disk has others, and get the base model's prefix where
+    all of them leave it out. Masks and rotary frequencies are left out.
+
+    Raises:
+        ValueError: if two stored names are the same parameter, or factors of an adapter are among them.
     """
-    kept = [key for key in stored if not BUFFER.search(key)]
+    plain = {key: WRAPPERS.sub("", key) for key in stored}
+    if factors := [key for key, name in plain.items() if ".lora_" in name]:
+        raise ValueError(
+            f"{where} holds {factors[0]} beside the weights of its base: merge the adapter with PEFT's"
+            " merge_and_unload and save the merged network"
+        )
+    kept = {key: name for key, name in plain.items() if not BUFFER.search(name)}
+    heads = (architecture.unembed, *architecture.aliases)
+    if any(TEXT_MODEL.match(name) for name in kept.values()):
+        kept = {
+            key: TEXT_MODEL.sub("", name, count=1)
+            for key, name in kept.items()
+            if TEXT_MODEL.match(name) or name in heads
+        }
     prefix = architecture.embed.partition(".")[0] + "."
-    bare = not any(key.startswith(prefix) for key in kept)
+    bare = not any(name.startswith(prefix) for name in kept.values())
+    names: dict[str, str] = {}
+    keys: dict[str, str] = {}
+    for key, short in kept.items():
+        name = architecture.aliases.get(short, short)
+        names[key] = prefix + name if bare and name != architecture.unembed else name
+        if (other := keys.setdefault(names[key], key)) != key:
+            raise ValueError(f"{where} holds {names[key]} twice, as {other} and as {key}: remove one of them")
+    return names
 
-    def in_memory(key: str) -> str:
-        name = architecture.aliases.get(key, key)
-        return prefix + name if bare and name != architecture.unembed else name
 
-    return {key: in_memory(key) for key in kept}
-
-
-def difference(after: Params, before: Params) -> Params:
+def difference(after: Params, before: Params, architecture: Architecture | None = None) -> Params:
     """The update from `before` to `after`, in float32 and tensor by tensor.
 
-    Names and shapes are compared now, from the headers alone where the weights are on disk.
+    Names and shapes are compared now, from the headers alone where the weights are on disk. With an
+    `architecture` that ties them, the unembedding of `before` is its embedding where only `after` has one.
 
     Raises:
         ValueError: if they do not agree.
     """
+    if architecture is not None and architecture.tied and architecture.unembed in after:
+        before = Untied(before, architecture)
     names = [*after, *(name for name in before if name not in after)]
     shapes = {name: (_shape(after, name), _shape(before, name)) for name in names}
     unequal = [name for name, (new, old) in shapes.items() if new != old]
@@ -127,25 +187,87 @@ def _in_words(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else f"of shape {shape}"
 
 
-def _paths(directory: Path) -> list[Path]:
+def _files(directory: Path) -> dict[str, Path]:
+    """The file of every stored tensor."""
     if not directory.is_dir():
         raise FileNotFoundError(f"no checkpoint directory {directory}")
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file() and index.is_file():
+        raise ValueError(
+            f"{directory} holds the weights twice, in {single.name} and in the shards of {index.name}: remove"
+            " the older of the two"
+        )
     if single.is_file():
-        return [single]
+        return dict.fromkeys(opened(single).keys(), single)
     if not index.is_file():
-        pickled = sorted(path.name for path in directory.glob("*.bin"))
-        wanted = "safetensors is required, so save it again, or add model.allow_bin=true"
-        hint = f", only {pickled[0]}: {wanted}" if pickled else ""
-        raise FileNotFoundError(f"no {single.name} or {index.name} in {directory}{hint}")
-    try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{index} is truncated or corrupt; copy or download it again") from error
-    for shard in shards:
+        raise FileNotFoundError(f"no {single.name} or {index.name} in {directory}{_hint(directory)}")
+    weight_map = json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{index} is truncated or corrupt; copy or download it again")
+    held: dict[str, frozenset[str]] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise ValueError(f"{index} names {shard}, which lies outside {directory}: download it again")
         if not (directory / shard).is_file():
             raise FileNotFoundError(f"{index} names {shard}, which is missing from {directory}")
-    return [directory / shard for shard in shards]
+        held[shard] = frozenset(opened(directory / shard).keys())
+    for key, shard in weight_map.items():
+        if key not in held[shard] and not BUFFER.search(key):
+            raise ValueError(
+                f"{index} is not that of its shards: it has {key} in {shard}, which does not hold it; copy or"
+                " download them again"
+            )
+    files = {key: directory / shard for shard, keys in held.items() for key in keys}
+    return files | {key: directory / shard for key, shard in weight_map.items() if key in files}
+
+
+def _hint(directory: Path) -> str:
+    """The weights that there are instead."""
+    link = directory / "model.safetensors"
+    if link.is_symlink():
+        return f": {link.name} is a link to {link.readlink()}, which is missing; download it again"
+    if any(directory.glob("model-*.safetensors")):
+        return ", only shards: copy or download the index as well"
+    if inside := nested(directory):
+        return f", only in folders of it: give {inside[-1]}"
+    if (directory / "adapter_config.json").is_file():
+        return f", only an adapter: compare it with its base by model=pair model.after={directory}"
+    names = sorted(path.name for path in directory.iterdir() if path.suffix in OTHER_FORMATS)
+    if pickled := [name for name in names if PICKLED.fullmatch(name)]:
+        wanted = "safetensors is required, so save it again, or add ++model.allow_bin=true"
+        return f", only {pickled[0]}: {wanted}"
+    if other := [name for name in names if not OF_A_TRAINER.fullmatch(name)]:
+        return f", only {other[0]}: {as_checkpoint(directory / other[0])}"
+    return ""
+
+
+def as_checkpoint(path: Path) -> str:
+    """The advice for weights in a format that is not read."""
+    if path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
+        return (
+            "load its state dict into its network, network.load_state_dict(torch.load(FILE,"
+            " weights_only=True)), and give the directory of network.save_pretrained(DIRECTORY)"
+        )
+    return "give the directory of a transformers checkpoint, as network.save_pretrained(DIRECTORY) writes it"
+
+
+def nested(directory: Path) -> list[Path]:
+    """The checkpoints and adapters in folders of a directory, `checkpoint-9` before `checkpoint-10`."""
+    configs = [*directory.glob("*/config.json"), *directory.glob("*/adapter_config.json")]
+    folders = {path.parent for path in configs}
+    return sorted(folders, key=lambda folder: (len(folder.name), folder.name))
+
+
+def _check_not_quantised(directory: Path, stored: Mapping[str, Path]) -> None:
+    config = directory / "config.json"
+    tensors: dict[str, tuple[str, int]] = {}
+    for path in set(stored.values()):
+        file = opened(path)
+        for key in (key for key, place in stored.items() if place == path):
+            part = file.get_slice(key)
+            tensors[key] = (part.get_dtype(), len(part.get_shape()))
+    tensors = {key: tensor for key, tensor in tensors.items() if not BUFFER.search(key)}
+    check_not_quantised(str(directory), json_object(config) if config.is_file() else {}, tensors)
 
 
 def opened(path: Path) -> safe_open:
@@ -157,4 +279,8 @@ def opened(path: Path) -> safe_open:
     try:
         return safe_open(path, "pt")
     except SafetensorError as error:
+        if is_lfs_pointer(path):
+            raise ValueError(
+                f"{path} is a pointer of git-lfs, not the file: run git lfs pull in {path.parent}"
+            ) from error
         raise ValueError(f"{path} is truncated or corrupt; copy or download it again ({error})") from error

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 class CE:
     """-log p(token | before), the mean over tokens, in nats; trained by TRL's `SFTTrainer`.
 
-    `on` is the training part of the data: `text` (documents, packed end to end), `chosen` (the chosen
+    `train_on` is the training part of the data: `text` (documents, packed end to end), `chosen` (the chosen
     responses of the pairs; the prompts' tokens are not scored), or `auto`: text if the data have any.
     """
 
-    on: Literal["auto", "text", "chosen"] = "auto"
+    train_on: Literal["auto", "text", "chosen"] = "auto"
 
     @property
     def role(self) -> Role:
@@ -42,11 +42,11 @@ class CE:
 
     def check(self, examples: Examples) -> None:
         """Raise ValueError if the data lack the training part."""
-        check_part("ce", self.on, examples)
+        check_part("ce", self.train_on, examples)
 
     def examples(self, examples: Examples) -> Part:
         """The training part of the data."""
-        return part(self.on, examples)
+        return part(self.train_on, examples)
 
     def trainer(
         self,

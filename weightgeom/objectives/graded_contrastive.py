@@ -45,7 +45,7 @@ class GradedContrastive:
     all tokens, with the bias given in `TokenContrast`, so their number affects only the noise; with `model`,
     the number changes the objective. Among responses, the first negative is the pair's own `rejected` one;
     further ones (`in_batch`) are the responses chosen for other prompts of the batch, scored after this
-    prompt. `on` applies to tokens, as in `objective=ce`.
+    prompt. `train_on` applies to tokens, as in `objective=ce`.
 
     Special cases: token, all negatives, tau = 0 is cross-entropy; sequence, 1 negative, tau = 0, reference is
     DPO, and with tau > 0 it is DPO with labels smoothed by sigmoid(-1 / tau). The family is ours; the grading
@@ -58,7 +58,7 @@ class GradedContrastive:
     reference: bool | None = None
     beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     source: Literal["auto", "uniform", "unigram", "model", "rejected", "in_batch"] = "auto"
-    on: Literal["auto", "text", "chosen"] = "auto"
+    train_on: Literal["auto", "text", "chosen"] = "auto"
 
     def __post_init__(self) -> None:
         """Refuse inconsistent settings."""
@@ -76,9 +76,9 @@ class GradedContrastive:
                     " objective.reference=false"
                 )
             return
-        if self.on == "text":
+        if self.train_on == "text":
             raise ValueError(
-                "on=text has no meaning at level=sequence, which contrasts responses: set objective.on=chosen"
+                "train_on=text has no meaning at level=sequence, which contrasts responses: set objective.train_on=chosen"
             )
         if self.source == "rejected" and self.candidates > 2:
             raise ValueError(
@@ -108,7 +108,7 @@ class GradedContrastive:
 
     def of_text(self, examples: Examples) -> bool:
         """Whether it trains on the documents."""
-        return self.level == "token" and part(self.on, examples) == "text"
+        return self.level == "token" and part(self.train_on, examples) == "text"
 
     @property
     def first_loss(self) -> float | None:
@@ -118,7 +118,7 @@ class GradedContrastive:
     def check(self, examples: Examples) -> None:
         """Raise ValueError if the data lack such examples, or have fewer candidates."""
         if self.level == "token":
-            check_part("graded_contrastive", self.on, examples)
+            check_part("graded_contrastive", self.train_on, examples)
             return
         check_pairs("graded_contrastive with level=sequence", examples, ", or level=token")
         empty = sum(not pair.rejected for pair in examples.pairs)
@@ -181,7 +181,7 @@ class GradedContrastive:
             )
         source = self.source if self.source in ("unigram", "model") else "uniform"
         trainer = supervised_trainer(
-            TokenTrainer, part(self.on, examples), network, tokenizer, examples, arguments
+            TokenTrainer, part(self.train_on, examples), network, tokenizer, examples, arguments
         )
         log_unigram = None
         if source == "unigram":

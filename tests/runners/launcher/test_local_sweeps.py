@@ -43,7 +43,7 @@ def test_a_detached_sweep_runs_two_at_a_time_on_its_own_copy_of_the_code(place):
     (plan,) = sweep.glob("supervisor.*.json")
     each = max(1, len(os.sched_getaffinity(0)) // 2)
     assert json.loads(plan.read_text())["environment"] == {"OMP_NUM_THREADS": str(each)}
-    assert f"reattach: python -m runners.launcher wait {sweep}" in ended.out
+    assert f"reattach: weightgeom sweep wait {sweep}" in ended.out
     assert place.command("status", sweep).code == 0  # no job has failed so far
     waited = place.command("wait", sweep)
     assert waited.code == 0, waited.out + waited.err
@@ -77,7 +77,7 @@ def test_jobs_keep_running_when_the_launching_process_is_interrupted(place):
         os.killpg(watcher.pid, signal.SIGINT)  # as a terminal does on Ctrl-C, to its foreground group
         output = watcher.stdout.read()
     assert watcher.returncode == 130
-    assert f"jobs keep running; reattach with: python -m runners.launcher wait {sweep}" in output
+    assert f"jobs keep running; reattach with: weightgeom sweep wait {sweep}" in output
     assert place.command("wait", sweep).code == 0
     assert place.statuses("left") == ("FINISHED", {"3": "FINISHED", "4": "FINISHED"})
 

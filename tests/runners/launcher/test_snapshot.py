@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from lab import SOURCES, change, write_lab
 
 from runners.launcher.snapshot import changed_since, digest, python_of, take_snapshot
 from runners.modules import find
-from runners.tracking.provenance import commit, provenance, uncommitted_diff
+from runners.tracking.provenance import code_version, provenance, uncommitted_diff
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_a_snapshot_holds_the_current_code_and_its_commit(repository, tmp_path):
     }
     assert (copy / "weightgeom/a.py").read_text() == "changed = 1\n"
     assert digest(copy) == digest(repository)
-    assert commit(copy) == commit(repository) and commit(copy)["git_dirty"] == "true"
+    assert code_version(copy) == code_version(repository) and code_version(copy)["git_dirty"] == "true"
     assert provenance(copy)["git_commit"] == provenance(repository)["git_commit"]
     assert "+changed = 1" in uncommitted_diff(copy)
 
@@ -99,11 +100,24 @@ def test_a_change_of_the_users_own_since_is_told_with_the_file(repository, lab, 
     assert changed_since(repository, tmp_path / "copy") == said
 
 
+def test_of_an_installed_package_the_two_packages_go_with_the_choices_inside(repository, tmp_path):
+    (repository / "conf").rename(repository / "runners/conf")
+    (repository / "conf").mkdir()
+    (repository / "conf/config.yaml").write_text("of: another distribution\n")
+    copy = tmp_path / "copy"
+    take_snapshot(repository, copy)
+    files = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
+    assert files == {"runners/__init__.py", "runners/conf/config.yaml", "weightgeom/a.py", "snapshot.json"}
+    assert provenance(copy)["weightgeom_version"] == metadata.version("weightgeom")
+    (repository / "weightgeom/a.py").write_text("changed = 1\n")
+    assert f"it was {metadata.version('weightgeom')}, and" in changed_since(repository, copy)
+
+
 def test_the_sentence_about_changed_code_names_both_commits(repository, tmp_path):
     take_snapshot(repository, tmp_path / "copy")
     assert changed_since(repository, tmp_path / "copy") == ""
     (repository / "run.py").write_text("changed = 1\n")
-    head = commit(repository)["git_commit"][:12]
+    head = code_version(repository)["git_commit"][:12]
     sentence = changed_since(repository, tmp_path / "copy")
     assert f"it was {head}, and {repository} is {head} with changes" in sentence
 

@@ -121,10 +121,10 @@ def test_an_unknown_role_is_refused():
         (DPO(), "contrast", "false"),
         (KTO(), "contrast", "false"),
         (CE(), "likelihood", "true"),  # the world has text
-        (CE(on="chosen"), "likelihood", "false"),
+        (CE(train_on="chosen"), "likelihood", "false"),
         (GradedContrastive(), "contrast", "false"),
         (GradedContrastive(level="token", tau=0.0), "likelihood", "true"),
-        (GradedContrastive(level="token", tau=0.1, on="chosen"), "other", "false"),
+        (GradedContrastive(level="token", tau=0.1, train_on="chosen"), "other", "false"),
     ],
 )
 def test_a_run_records_the_role_of_its_objective(objective, role, of_text):

@@ -205,7 +205,7 @@ def test_missing_parts_are_named_with_the_command_that_measures_them(outputs, ca
         "Uncertainty, the companion paper",
     ):
         assert f"{what}: no finished run" in text
-    assert "python run.py experiment=graded_control -m name=bare" in text
+    assert "weightgeom run experiment=graded_control -m name=bare" in text
     assert "Seeds: one a setting, so no interval over seeds." in text
     assert text.count("not tested here") >= 5 and "2 layers, 1 run" in text
 

@@ -54,6 +54,14 @@ def test_outside_a_checkout_there_is_no_commit_and_no_diff(tmp_path):
     assert uncommitted_diff(tmp_path) == ""
 
 
+def test_an_installed_package_has_its_version_and_not_the_commit_of_the_project_around_it(checkout):
+    (checkout / "runners/conf").mkdir(parents=True)
+    tags = provenance(checkout)
+    assert "git_commit" not in tags
+    assert tags["weightgeom_version"] == metadata.version("weightgeom")
+    assert uncommitted_diff(checkout) == ""
+
+
 def test_versions_are_those_installed(tmp_path):
     tags = provenance(tmp_path)
     assert tags["torch_version"] == metadata.version("torch")

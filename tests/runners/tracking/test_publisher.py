@@ -311,7 +311,7 @@ def test_an_unreachable_store_costs_a_run_one_warning_and_sync_publishes_everyth
     assert time.monotonic() - began < 10  # mostly the first import of MLflow
     (warning,) = [entry for entry in caplog.records if entry.levelno >= logging.WARNING]
     assert f"its record is safe at {record.directory}" in warning.getMessage()
-    assert f"with `python -m runners.tracking sync {outputs}`" in warning.getMessage()
+    assert f"with `weightgeom sync {outputs}`" in warning.getMessage()
 
     (refused,) = sync(outputs)
     assert refused.failed

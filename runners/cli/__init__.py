@@ -1,0 +1,1 @@
+"""The command `weightgeom`, and the application that `python run.py` starts as well."""

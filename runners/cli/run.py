@@ -1,0 +1,113 @@
+"""Hydra in, objects out: `weightgeom run`; `-m` runs a sweep, `--help` lists the choices."""
+
+import logging
+import os
+import re
+import sys
+import traceback
+from contextlib import contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING
+
+import hydra
+from omegaconf import DictConfig
+
+from runners.cli.choices import reference
+from runners.compose import check, checked, described, experiment, plan
+from runners.errors import CONF, explanation
+from runners.launcher.hydra_launcher import register
+from runners.signals import share_processors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+VERBOSE = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+HELP = {"--help", "-h"}
+MULTIRUN = {"--multirun", "-m"}
+USAGE = """\
+usage: weightgeom run [GROUP=CHOICE ...] [KEY=VALUE ...] [-m]
+
+One run; with -m a sweep over all combinations of values: seed=0,1,2 objective=ce,dpo.
+
+  -m, --multirun      start a sweep
+  --cfg job           print the composed configuration and stop; --resolve replaces its interpolations
+  --config-dir DIR    further choices, of your own: DIR/probe/mine.yaml is probe=[mine]
+  --info searchpath   print where choices are searched for
+  --hydra-help        all flags of Hydra
+
+"""
+EARLIER = re.compile(r"^(\+{0,2})objective\.on=")  # the earlier name of objective.train_on
+PLANNED = re.compile(r"\+{0,2}plan=(?i:true|on|yes|1)")
+
+
+@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+def job(config: DictConfig) -> None:
+    """One run, or its plan; a failed run keeps its traceback next to its record. Sweeps have launchers."""
+    from pathlib import Path
+
+    from hydra.core.hydra_config import HydraConfig
+
+    try:
+        if config.plan:
+            checked(config)
+            return plan([(config, HydraConfig.get().runtime.choices["objective"])])
+        run = described(config)
+        experiment(run).run()
+        if run["config"]["report"]:
+            from runners.report.make import make
+
+            page = make([run["config"]["name"]], run["config"]["tracking_uri"], Path(run["outputs"]))
+            print(f"report: {page}")
+    except Exception as error:
+        with suppress(OSError):  # on a full disk the first error is the one to report
+            Path(HydraConfig.get().runtime.output_dir, "traceback.txt").write_text(traceback.format_exc())
+        exit_with_sentence(error)  # here, because Hydra would print a line of its own first
+        raise
+
+
+register(check, plan)
+
+
+def exit_with_sentence(error: Exception) -> None:
+    """Print `error` as one sentence and exit with code 1; with HYDRA_FULL_ERROR=1 return, to let it raise."""
+    if not VERBOSE:
+        print(f"error: {explanation(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+@contextmanager
+def temporary_output_directory() -> "Iterator[None]":
+    """Within it, Hydra makes the directories of runs and sweeps in a temporary directory."""
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as directory:
+        place = next(index for index, argument in enumerate(sys.argv) if PLANNED.fullmatch(argument))
+        # Next to plan=true, because Hydra refuses overrides that a flag separates from the others.
+        sys.argv[place:place] = [f"hydra.run.dir={directory}/run", f"hydra.sweep.dir={directory}/sweep"]
+        yield
+
+
+def main(arguments: "Sequence[str]") -> None:
+    """Run Hydra on overrides and flags, set as this process's arguments.
+
+    Any error is printed as one sentence, and the exit code is not zero.
+    """
+    named = [EARLIER.sub(r"\1objective.train_on=", argument) for argument in arguments]
+    sys.argv[1:] = sorted(named, key=MULTIRUN.__contains__)  # last: Hydra refuses overrides behind a flag
+    share_processors()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
+    logging.raiseExceptions = VERBOSE  # a full disk is reported once, not again for every log line
+    try:
+        if HELP.intersection(arguments):
+            print(USAGE + reference(arguments))
+            return
+        with temporary_output_directory() if any(map(PLANNED.fullmatch, sys.argv)) else nullcontext():
+            job()
+    except Exception as error:
+        exit_with_sentence(error)
+        raise
+    except KeyboardInterrupt:
+        if VERBOSE:
+            raise
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,79 @@
+"""Configurations as people write them: keys of the site, earlier names, settings without a choice."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from configs import CONF
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from runners.compose import checked, parts, renamed
+from runners.errors import explanation
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    """What `python run.py` makes of overrides."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        HydraConfig.instance().set_config(compose("config", list(overrides), return_hydra_config=True))
+        return checked(compose("config", list(overrides)))
+
+
+@pytest.mark.parametrize("header", ["", "# @package _global_\n"])
+def test_settings_of_a_site_are_those_of_the_run(tmp_path: Path, header: str) -> None:
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local/default.yaml").write_text(f"{header}device: cpu\ntraining:\n  batch_size: 3\n")
+    config = composed(f"hydra.searchpath=[file://{tmp_path}]")
+    assert config["device"] == "cpu"
+    assert config["training"]["batch_size"] == 3
+    assert "local" not in config
+
+
+def test_an_unknown_top_level_key_of_a_site_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local/default.yaml").write_text("devise: cpu\n")
+    with pytest.raises(KeyError, match="there is no top-level key devise; did you mean 'device'"):
+        composed(f"hydra.searchpath=[file://{tmp_path}]")
+
+
+@pytest.mark.parametrize("key", ["only", "tags"])
+def test_a_mapping_is_given_without_a_plus_sign(key: str) -> None:
+    assert composed(f"{key}={{rank1: [dpo]}}")[key] == {"rank1": ["dpo"]}
+    assert composed(f"+{key}.rank1=[dpo]")[key] == {"rank1": ["dpo"]}
+    assert composed()[key] == {}
+
+
+def test_an_experiments_settings_of_a_probe_that_is_not_selected_are_not_used(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        config = composed("experiment=trajectory", "probe=[behaviour]")
+    assert list(config["probe"]) == ["behaviour"]
+    assert "probe.rsf is not selected, so its settings (increments) are not used" in caplog.text
+
+
+def test_settings_of_an_unknown_probe_are_refused() -> None:
+    with pytest.raises(ValueError, match="probe.rsff must be one of the choices in conf/probe"):
+        parts(composed("+probe.rsff.k=3"))
+
+
+@pytest.mark.parametrize("key", ["on", "true", '"on"'])
+def test_the_earlier_name_of_train_on_is_understood_in_a_file(key: str) -> None:
+    written = f"_target_: weightgeom.objectives.ce.CE\ntrain_on: auto\n{key}: chosen\n"
+    objective: Any = OmegaConf.to_container(OmegaConf.create(written))
+    assert renamed(objective) == {"_target_": "weightgeom.objectives.ce.CE", "train_on": "chosen"}
+
+
+def test_an_objective_of_ones_own_may_have_a_key_on() -> None:
+    own = {"_target_": "mylab.Own", "on": "chosen"}
+    assert renamed(own) == own
+
+
+def test_a_plus_sign_before_a_key_that_exists_is_explained() -> None:
+    with pytest.raises(Exception) as raised:
+        composed("+model.allow_bin=true", "model=pair")
+    assert explanation(raised.value) == (
+        "the key model.allow_bin exists already: leave out the plus sign, model.allow_bin=..."
+    )
