@@ -27,6 +27,7 @@ settings.load_profile("shared machine")
 SLOW = (
     "slurm/test_interruptions.py",
     "slurm/test_sweeps_under_slurm.py",
+    "slurm/test_arrays.py",
     "test_run.py",
     "test_own_code.py",
     "runners/cli/test_wheel.py",

@@ -57,7 +57,6 @@ def broken(project: Path, file: str, line: str) -> list[str]:
             ["Hydra is known where configurations are composed"],
         ),
         ("runners/tracking/sync.py", "import mlflow", ["MLflow is known where runs are published"]),
-        ("runners/launcher/status.py", "import submitit", ["Submitit is known where SLURM is"]),
         (
             "runners/tracking/record.py",
             "from runners.launcher import jobs",
@@ -75,5 +74,5 @@ def test_to_import_the_application_loads_nothing_heavy() -> None:
     code = "import runpy, sys; runpy.run_path('run.py'); print(*sys.modules, sep='\\n')"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(ended.stdout.splitlines())
-    heavy = {"torch", "transformers", "trl", "mlflow", "submitit", "pandas", "matplotlib"}
+    heavy = {"torch", "transformers", "trl", "mlflow", "pandas", "matplotlib"}
     assert "hydra" in loaded and not loaded & heavy

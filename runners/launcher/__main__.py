@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from runners.errors import explanation
 from runners.launcher.commands import cancel, log_to_stdout, resubmit, status, watch
@@ -29,7 +30,10 @@ def main(arguments: Sequence[str]) -> int:
             command.add_argument("jobs", type=int, nargs="*", metavar="NUMBER", help="only these jobs")
         if name == "resubmit":
             command.add_argument("--new-code", action="store_true", help="run the current code")
-    chosen = parser.parse_args(arguments)
+            command.epilog = "other options are the launcher's, such as --mem_gb 64 --timeout_min 600"
+    chosen, more = parser.parse_known_args(arguments)
+    if more and chosen.command != "resubmit":
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     log_to_stdout()
     try:
         sweep = Sweep.find(chosen.sweep)
@@ -40,13 +44,30 @@ def main(arguments: Sequence[str]) -> int:
         elif chosen.command == "cancel":
             cancel(sweep, chosen.jobs)
         else:
-            resubmit(sweep, chosen.new_code)
+            resubmit(sweep, chosen.new_code, launcher_options(more))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {explanation(error)}\n")
         return 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def launcher_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """`--mem_gb 64 --exclude=n1,n2` as options of a launcher, with values in YAML.
+
+    Raises:
+        ValueError: if an option has no value.
+    """
+    import yaml
+
+    options, left = {}, list(arguments)
+    while left:
+        name, has_value, value = left.pop(0).partition("=")
+        if not name.startswith("--") or not (has_value or left):
+            raise ValueError(f"expected an option of the launcher, such as --timeout_min 600, got {name!r}")
+        options[name[2:].replace("-", "_")] = yaml.safe_load(value if has_value else left.pop(0))
+    return options
 
 
 if __name__ == "__main__":

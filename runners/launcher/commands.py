@@ -1,21 +1,25 @@
 """Commands on sweeps: launch, status, wait, cancel and resubmit."""
 
 import logging
+import re
 import shlex
 import shutil
 import sys
 import time
+import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from runners.errors import explanation
-from runners.launcher import local, slurm
+from runners.launcher import local, queue, slurm
 from runners.launcher.finishing import end_sweep, sweep_report
-from runners.launcher.jobs import Job
+from runners.launcher.jobs import CANCEL, LOCK, State
 from runners.launcher.live_table import LiveTable
 from runners.launcher.manifest import Sweep
+from runners.launcher.ownership import described, holder_of
 from runners.launcher.snapshot import changed_since, take_snapshot
 from runners.launcher.status import JobStatus, StatusPoller, job_names, settled_statuses
 from runners.tracking.provenance import provenance
@@ -24,6 +28,8 @@ from runners.tracking.stores import check_tracking_uri
 
 log = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).parents[2]
+STUCK_AFTER = 3.0  # seconds with a reason that does not resolve after which a job counts as stuck
+TASK = "runners.launcher.task"  # the module that a task of an array runs
 
 
 def _command(name: str, sweep: Sweep) -> str:
@@ -37,66 +43,83 @@ def launch(
     jobs: Mapping[int, dict[str, Any]],
     overrides: Sequence[str],
 ) -> Sweep:
-    """Start the jobs, described as JSON, and return the sweep.
+    """Start the jobs, described as JSON, and return the sweep; a refused sweep leaves nothing behind.
 
     Raises:
         ValueError: if an option is wrong, `directory` holds another sweep, or SLURM refuses the jobs.
         ConnectionError: if SLURM does not answer.
     """
     sweep = Sweep(directory)
-    if any((Path(job["directory"]) / "job.json").exists() for job in jobs.values()):
-        raise ValueError(
-            f"{directory} holds a sweep already: set hydra.sweep.dir= to another directory, or restart that"
-            f" sweep's failed jobs with {_command('resubmit', sweep)}"
-        )
-    limits = _options(launcher, options).limits()
-    sweep.create(launcher, options, overrides)
-    for number, job in jobs.items():
-        uri = check_tracking_uri(job["config"]["tracking_uri"])  # absolute, for commands in other directories
-        sweep.add_job(number, {**job, "limits": limits, "tracking_uri": uri})
-    sweep.list_jobs({number: job["directory"] for number, job in jobs.items()})
-    _open_record(sweep, overrides)
-    submit(sweep, list(jobs), _snapshot(sweep))
+    with sweep.lock():
+        if any((Path(job["directory"]) / "job.json").exists() for job in jobs.values()):
+            raise ValueError(
+                f"{directory} holds a sweep already: set hydra.sweep.dir= to another directory, or restart"
+                f" that sweep's failed jobs with {_command('resubmit', sweep)}"
+            )
+        limits = _options(launcher, options).limits()
+        if options.get("after"):
+            options = {**options, "after": str(Sweep.find(Path(options["after"])).directory)}
+        fresh = not (directory / "sweep.json").exists()
+        try:
+            sweep.create(launcher, options, overrides)
+            for number, job in jobs.items():
+                uri = check_tracking_uri(job["config"]["tracking_uri"])  # absolute, for other directories
+                sweep.add_job(number, {**job, "limits": limits, "tracking_uri": uri})
+            sweep.list_jobs({number: job["directory"] for number, job in jobs.items()})
+            _open_record(sweep, overrides)
+            submit(sweep, list(jobs), _snapshot(sweep))
+        except BaseException:
+            if fresh and all(known.get("withdrawn") for known in sweep.manifest()["submissions"]):
+                _remove(sweep)
+            else:
+                log.warning("jobs may have started: %s shows them", _command("status", sweep))
+            raise
     return sweep
 
 
 def remove_unlaunched(directory: Path) -> None:
-    """Remove a sweep that failed to launch, and the directories that are empty without it."""
-    for job_directory in (path.parent for path in directory.glob("*/job.json")):
+    """Remove what Hydra made of a sweep that failed to launch, and directories that are empty without it."""
+    if not (directory / "sweep.json").exists():
+        for name in ("multirun.yaml", "sweep.lock", "sweep.lock.owner"):
+            (directory / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            for empty in (directory, *directory.parents[:2]):
+                empty.rmdir()
+
+
+def _remove(sweep: Sweep) -> None:
+    for job_directory in (path.parent for path in sweep.directory.glob("*/job.json")):
         shutil.rmtree(job_directory)
-    for name in ("multirun.yaml", "sweep.json", "sweep.lock"):
-        (directory / name).unlink(missing_ok=True)
     for name in ("code", "record", "slurm"):
-        shutil.rmtree(directory / name, ignore_errors=True)
-    with suppress(OSError):
-        for empty in (directory, *directory.parents[:2]):
-            empty.rmdir()
+        shutil.rmtree(sweep.directory / name, ignore_errors=True)
+    (sweep.directory / "sweep.json").unlink(missing_ok=True)
 
 
 def submit(sweep: Sweep, numbers: Sequence[int], code: Path) -> None:
-    """Start jobs of the sweep on the copy `code` of the code, and log their ids; all of them or none."""
-    manifest = sweep.manifest()
+    """Start jobs of the sweep on the copy `code` of the code, and log their ids; all of them or none.
+
+    Needs the sweep's lock.
+
+    Raises:
+        ValueError: if SLURM refuses the jobs, or one of them still runs.
+        ConnectionError: if SLURM does not answer; where it may have taken the jobs, `adopt` finds them.
+    """
+    manifest, directories = sweep.manifest(), sweep.jobs()
+    for number in numbers:
+        if (holder := holder_of(directories[number] / LOCK)) is not None:
+            raise ValueError(
+                f"job {number} still runs as {described(holder)}: end that process, or wait for its end"
+            )
+        (directories[number] / CANCEL).unlink(missing_ok=True)
     options = _options(manifest["launcher"], manifest["options"])
-    started: dict[int, str] = {}
     if isinstance(options, local.LocalOptions):
         started = local.start_supervisor(sweep, numbers, options, code)
-        sweep.add_submission(code, started)
-    else:
-        directories = sweep.jobs()
-        jobs = {number: Job(str(directories[number]), slurm=True) for number in numbers}
-        try:
-            for ids in slurm.submit_arrays(jobs, options, sweep.directory / "slurm", code):
-                started |= ids
-                sweep.add_submission(code, ids)
-        except BaseException:
-            if started:
-                slurm.scancel(list(dict.fromkeys(id.split("_")[0] for id in started.values())))
-            raise
-    arrays = ", ".join(dict.fromkeys(id.rpartition("_")[0] or id for id in started.values()))
-    if manifest["launcher"] == "slurm":
-        log.info("submitted %d jobs to SLURM: %s", len(started), arrays)
-    else:
+        sweep.add_submission(code, ids=_as_text(started))
         log.info("started %d jobs on this machine", len(started))
+    else:
+        started = _submit_arrays(sweep, numbers, options, code)
+        arrays = ", ".join(dict.fromkeys(id.partition("_")[0] for id in started.values()))
+        log.info("submitted %d jobs to SLURM: %s", len(started), arrays)
     names = job_names(sweep)
     for number, id in list(started.items())[:20]:
         log.info("  #%d  %s  %s", number, id, names[number])
@@ -106,56 +129,202 @@ def submit(sweep: Sweep, numbers: Sequence[int], code: Path) -> None:
     log.info("reattach: %s", _command("wait", sweep))
 
 
+def _submit_arrays(
+    sweep: Sweep, numbers: Sequence[int], options: slurm.SlurmOptions, code: Path
+) -> dict[int, str]:
+    """Submit the jobs as arrays of the largest size that the site allows; returns their ids by number.
+
+    Each array is listed in the manifest before it is submitted.
+    """
+    queue.require("sbatch")
+    if ignored := slurm.ignored_variables():
+        log.warning("not used: %s; set options of sbatch with hydra.launcher.OPTION=", ", ".join(ignored))
+    if options.after is not None and (earlier := _unfinished(Path(options.after))):
+        options = options.depending(f"afterok:{':'.join(earlier)}")
+    size = slurm.largest_array()
+    label = options.name or str(sweep.job(numbers[0])["config"]["name"])
+    started: dict[int, str] = {}
+    arrays: list[str] = []
+    each = options.jobs_per_task
+    packs = [list(numbers[start : start + each]) for start in range(0, len(numbers), each)]
+    for start in range(0, len(packs), size):
+        tasks = packs[start : start + size]
+        name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', label)[:80]}-{uuid.uuid4().hex[:8]}"
+        # In parallel, the arrays together would exceed array_parallelism.
+        chained = options.depending(f"afterany:{arrays[-1]}") if arrays else options
+        place = sweep.add_submission(code, name=name, tasks=tasks)
+        try:
+            array = slurm.submit_array(name, len(tasks), chained, sweep.directory / "slurm", code, TASK)
+        except ConnectionError as error:
+            advice = _command("status", sweep), _command("resubmit", sweep)
+            raise ConnectionError(
+                f"{error}; `{advice[0]}` looks for them, `{advice[1]}` starts the others"
+            ) from error
+        except BaseException as error:
+            if isinstance(error, Exception):
+                sweep.amend_submission(place, withdrawn=True)
+            if arrays:
+                _withdraw(sweep, arrays)
+            raise
+        ids = slurm.ids_of(array, tasks)
+        sweep.amend_submission(place, ids=_as_text(ids))
+        started |= ids
+        arrays.append(array)
+    return started
+
+
+def _unfinished(directory: Path) -> list[str]:
+    """The arrays of the sweep in `directory` that have not ended.
+
+    Raises:
+        ValueError: if jobs of that sweep failed or were cancelled.
+    """
+    earlier = Sweep.find(directory)
+    with earlier.lock():
+        adopt(earlier)
+        statuses = settled_statuses(earlier)
+    if failed := [str(job.number) for job in statuses if job.failed]:
+        raise ValueError(
+            f"jobs {', '.join(failed)} of the sweep in {directory} did not complete: restart them with"
+            f" {_command('resubmit', earlier)} first"
+        )
+    return list(dict.fromkeys(job.id.partition("_")[0] for job in statuses if job.active))
+
+
+def _withdraw(sweep: Sweep, arrays: Sequence[str]) -> None:
+    """Cancel arrays of an incomplete launch."""
+    for place, known in enumerate(sweep.manifest()["submissions"]):
+        if any(id.partition("_")[0] in arrays for id in known["ids"].values()):
+            sweep.amend_submission(place, withdrawn=True)
+    queue.scancel(arrays)
+
+
+def adopt(sweep: Sweep) -> None:
+    """Find the arrays of submissions whose ids are not known, because the launcher was killed or SLURM slow.
+
+    Needs the sweep's lock; mutates the manifest.
+
+    Raises:
+        ConnectionError: if SLURM does not answer.
+    """
+    submissions = list(enumerate(sweep.manifest()["submissions"]))
+    unknown = {
+        known["name"]: place
+        for place, known in submissions
+        if known.get("name") and not known["ids"] and not known.get("withdrawn")
+    }
+    if not unknown:
+        return
+    found = queue.named(list(unknown), _day_before(submissions[0][1]["time"]))
+    directories, ids = sweep.jobs(), {id for _, known in submissions for id in known["ids"].values()}
+    for name in unknown.keys() - found.keys():  # jobs that have ended where there is no accounting
+        numbers = (number for task in submissions[unknown[name]][1]["tasks"] for number in task)
+        begun = (State.load(directories[number]) for number in numbers)
+        if strange := [state.id for state in begun if state is not None and state.id not in ids]:
+            found[name] = strange[0].partition("_")[0]
+    if found and (sweep.directory / "record").exists():
+        _open_record(sweep, sweep.manifest()["overrides"])
+    for name, array in found.items():
+        tasks = submissions[unknown[name]][1]["tasks"]
+        sweep.amend_submission(unknown[name], ids=_as_text(slurm.ids_of(array, tasks)))
+        with suppress(FileNotFoundError):
+            script = sweep.directory / "slurm" / f"{name}.sh"
+            script.rename(script.with_name(f"{array}_submission.sh"))
+        log.info("found the jobs of an interrupted submission in SLURM: %s", array)
+
+
+def _day_before(moment: str) -> str:
+    """The day before a moment of the manifest, as sacct takes it: clocks and time zones differ."""
+    seconds = time.mktime(time.strptime(moment.rpartition(" ")[0], "%Y-%m-%d %H:%M:%S"))
+    return time.strftime("%Y-%m-%d", time.localtime(seconds - 86400))
+
+
+def _as_text(ids: Mapping[int, str]) -> dict[str, str]:
+    return {str(number): id for number, id in ids.items()}
+
+
 def watch(sweep: Sweep, interval: float) -> None:
     """Show the live table until all jobs have ended.
 
     Raises:
-        ChildProcessError: if a job failed or was cancelled, or report=true made no report.
+        ChildProcessError: if a job failed, was cancelled or can never start, or report=true made no report.
         KeyboardInterrupt: on Ctrl-C; the jobs keep running.
     """
-    poller, trouble = StatusPoller(sweep), ""
-    statuses: list[JobStatus] = []
+    with sweep.lock():
+        adopt(sweep)
     try:
         with LiveTable() as table:
             while True:
-                try:
-                    statuses, trouble = poller.poll(), ""
-                except ConnectionError as error:
-                    if not trouble:
-                        log.warning("%s; still trying", error)
-                    trouble = str(error)
-                table.update(statuses, trouble)
-                if statuses and not trouble and not any(job.active for job in statuses):
-                    break
-                time.sleep(interval)
+                _show_until_ended(sweep, table, interval)
+                # Another command may have restarted jobs meanwhile, and SLURM may not answer.
+                with suppress(ConnectionError), sweep.lock():
+                    statuses = settled_statuses(sweep)
+                    if not any(job.active and not job.stuck for job in statuses):
+                        end_sweep(sweep, statuses)
+                        break
     except KeyboardInterrupt:
         log.warning("jobs keep running; reattach with: %s", _command("wait", sweep))
         raise
-    end_sweep(sweep, statuses)
     report_outcome(sweep, statuses)
+
+
+def _show_until_ended(sweep: Sweep, table: LiveTable, interval: float) -> None:
+    poller, trouble = StatusPoller(sweep), ""
+    warned: set[str] = set()
+    stuck_since: dict[int, float] = {}  # the first reason that SLURM gives may not be its last
+    while True:
+        statuses: list[JobStatus] = []
+        try:
+            statuses, trouble = poller.poll(), ""
+        except ConnectionError as error:
+            if not trouble:
+                log.warning("%s; still trying", error)
+            trouble = str(error)
+        table.update(statuses, trouble)
+        now = time.monotonic()
+        stuck_since = {job.number: stuck_since.get(job.number, now) for job in statuses if job.stuck}
+        stuck = {number for number, since in stuck_since.items() if now - since >= STUCK_AFTER}
+        for job in statuses:
+            if job.number in stuck and job.stuck not in warned:
+                warned.add(job.stuck)
+                log.warning("#%d cannot start as it is (%s)", job.number, job.stuck)
+        if statuses and not any(job.active and job.number not in stuck for job in statuses):
+            return
+        time.sleep(min(interval, STUCK_AFTER) if stuck_since.keys() - stuck else interval)
 
 
 def report_outcome(sweep: Sweep, statuses: Sequence[JobStatus]) -> None:
     """Log the error and the log file of every failed job, and the path of the report.
 
     Raises:
-        ChildProcessError: if a job failed or was cancelled, or report=true made no report.
+        ChildProcessError: if a job failed, was cancelled or can never start, or report=true made no report.
     """
     failed = [job for job in statuses if job.failed]
+    cancelled = [job for job in failed if job.cancelled]
     for job in failed:
         node = f" on {job.node}" if job.node else ""
         error = f": {job.error}" if job.error else ""
-        log.error("failed: #%d %s (%s%s)%s", job.number, job.name, job.state, node, error)
+        kind = "cancelled" if job.cancelled else "failed"
+        log.error("%s: #%d %s (%s%s)%s", kind, job.number, job.name, job.state, node, error)
         if job.traceback:
             log.error("%s", job.traceback.rstrip())
-        log.error("log: %s", job.log)
+        if job.log is not None and job.log.exists():
+            log.error("log: %s", job.log)
+    stuck = [job for job in statuses if job.stuck]
+    for job in stuck:
+        log.error("cannot start: #%d %s (%s)", job.number, job.name, job.stuck)
     report = None if any(job.active for job in statuses) else sweep_report(sweep)
     if report is not None and report[0] is not None:
         log.info("report: %s", report[0])
     if failed:
+        number = f"{len(failed)} of {len(statuses)} jobs of the sweep in {sweep.directory}"
+        ended = "were cancelled" if len(cancelled) == len(failed) else "failed (errors above)"
+        raise ChildProcessError(f"{number} {ended}; restart them with {_command('resubmit', sweep)}")
+    if stuck:
         raise ChildProcessError(
-            f"{len(failed)} of {len(statuses)} jobs of the sweep in {sweep.directory} failed (errors above);"
-            f" restart them with {_command('resubmit', sweep)}"
+            f"{len(stuck)} of {len(statuses)} jobs of the sweep in {sweep.directory} cannot start (reasons"
+            f" above): `{_command('cancel', sweep)}` removes them, and `{_command('resubmit', sweep)}` with"
+            " other options, such as --timeout_min 60, starts them again"
         )
     if report is not None and report[0] is None:
         raise ChildProcessError(
@@ -165,33 +334,72 @@ def report_outcome(sweep: Sweep, statuses: Sequence[JobStatus]) -> None:
 
 def status(sweep: Sweep) -> None:
     """Print the status of every job; end the sweep if all jobs have ended."""
-    statuses = settled_statuses(sweep)
-    end_sweep(sweep, statuses)
+    with sweep.lock():
+        adopt(sweep)
+        statuses = settled_statuses(sweep)
+        end_sweep(sweep, statuses)
     with LiveTable() as table:
         table.print(statuses)
     report_outcome(sweep, statuses)
 
 
 def cancel(sweep: Sweep, numbers: Sequence[int]) -> None:
-    """Cancel the unfinished jobs among `numbers`; with no numbers, all unfinished jobs."""
-    active = [job for job in settled_statuses(sweep) if job.active and (not numbers or job.number in numbers)]
-    if sweep.manifest()["launcher"] == "slurm":
-        every = len(active) == len(sweep.ids())
-        slurm.scancel(list(dict.fromkeys(job.id.split("_")[0] if every else job.id for job in active)))
-    else:
-        local.request_cancel(sweep, [job.number for job in active])
+    """Cancel the unfinished jobs among `numbers`; with no numbers, all unfinished jobs.
+
+    Raises:
+        ValueError: if the sweep has no job with one of the numbers.
+    """
+    if unknown := [number for number in numbers if number not in sweep.jobs()]:
+        known, missing = sweep.jobs(), ", ".join(map(str, unknown))
+        raise ValueError(f"{sweep.directory} has no job {missing}; its jobs are {min(known)} to {max(known)}")
+    with sweep.lock():
+        adopt(sweep)
+        statuses = settled_statuses(sweep)
+        active = [job for job in statuses if job.active and (not numbers or job.number in numbers)]
+        if sweep.manifest()["launcher"] == "slurm":
+            _cancel_in_slurm(sweep, statuses, active, every=not numbers)
+        else:
+            local.request_cancel(sweep, [job.number for job in active])
     log.info("cancelled %d jobs of %s", len(active), sweep.directory)
 
 
-def resubmit(sweep: Sweep, new_code: bool) -> None:
-    """Restart the jobs that failed, were cancelled or never ran; they resume from their saved states."""
-    statuses = settled_statuses(sweep)
-    end_sweep(sweep, statuses)
-    numbers = [job.number for job in statuses if job.failed]
-    if not numbers:
-        log.info("nothing to resubmit in %s: no job failed or was cancelled", sweep.directory)
-        return
+def _cancel_in_slurm(
+    sweep: Sweep, statuses: Sequence[JobStatus], active: Sequence[JobStatus], every: bool
+) -> None:
+    for place, known in enumerate(sweep.manifest()["submissions"]):
+        if every and not known["ids"]:  # SLURM may still take it: its tasks then do not start
+            sweep.amend_submission(place, withdrawn=True)
+    whole = len(active) == len(sweep.ids())
+    directories = sweep.jobs()
+    sharing = Counter(sweep.ids().values())
+    together = Counter(job.id for job in active)
+    ended = Counter(job.id for job in statuses if not job.active)
+    alone = [job for job in active if together[job.id] + ended[job.id] == sharing[job.id]]
+    for job in active:
+        if job not in alone:  # its task has other jobs
+            (directories[job.number] / CANCEL).touch()
+    queue.scancel(list(dict.fromkeys(job.id.split("_")[0] if whole else job.id for job in alone)))
+
+
+def resubmit(sweep: Sweep, new_code: bool, options: Mapping[str, Any] = {}) -> None:
+    """Restart the jobs that failed, were cancelled or never ran; they resume from their saved states.
+
+    `options` of the launcher, such as `timeout_min`, replace those of the sweep from now on.
+    """
     with sweep.lock():
+        changed_options = {**sweep.manifest()["options"], **options}
+        limits = _options(sweep.manifest()["launcher"], changed_options).limits()
+        adopt(sweep)
+        statuses = settled_statuses(sweep)
+        end_sweep(sweep, statuses)
+        numbers = [job.number for job in statuses if job.failed]
+        if not numbers:
+            log.info("nothing to resubmit in %s: no job failed or was cancelled", sweep.directory)
+            return
+        if options:
+            sweep.set_options(changed_options)
+            for number in numbers:
+                sweep.add_job(number, {**sweep.job(number), "limits": limits})
         code = _snapshot(sweep) if new_code or not sweep.manifest()["submissions"] else sweep.code()
         if changed := changed_since(REPOSITORY, code):
             log.warning("%s; jobs run the submitted code, or the current code with --new-code", changed)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from runners.errors import explanation
+from runners.launcher import queue
 from runners.launcher.manifest import Sweep
 from runners.launcher.status import JobStatus
 from runners.summary.sweep import summarise
@@ -20,25 +21,31 @@ REPORT = "report.html"  # the name of the report among the artifacts of a sweep'
 
 
 def end_sweep(sweep: Sweep, statuses: Sequence[JobStatus]) -> None:
-    """Once all jobs have ended, end the sweep's record and those of runs that died; repeating it is safe."""
+    """Once all jobs have ended, end the sweep's record and those of runs that died; repeating it is safe.
+
+    Needs the sweep's lock.
+    """
     if any(job.active for job in statuses):
         return
-    with sweep.lock():
-        record = Record(sweep.directory / "record")
-        if record.status()["status"] != "RUNNING":
-            return
-        descriptions = {job.number: sweep.job(job.number) for job in statuses}
-        first = next(iter(descriptions.values()))
-        run_records = [_ended_record(job, descriptions[job.number]) for job in statuses]
-        summarise(record, [run_record.directory for run_record in run_records])
-        publish([record, *run_records], first["tracking_uri"])
-        if any(description["config"].get("report") for description in descriptions.values()):
-            _make_report(record, first)
-        failed = [job for job in statuses if job.failed]
-        cancelled = all(job.state == "CANCELLED" for job in failed)
-        error = f"{len(failed)} of {len(statuses)} jobs did not complete" if failed else None
-        record.end("FINISHED" if not failed else "KILLED" if cancelled else "FAILED", error)
-        publish([record], first["tracking_uri"])
+    record = Record(sweep.directory / "record")
+    if record.status()["status"] != "RUNNING":
+        return
+    descriptions = {job.number: sweep.job(job.number) for job in statuses}
+    first = next(iter(descriptions.values()))
+    run_records = [_ended_record(job, descriptions[job.number]) for job in statuses]
+    summarise(record, [run_record.directory for run_record in run_records])
+    if sweep.manifest()["launcher"] == "slurm" and (used := queue.usage(list(sweep.ids().values()))):
+        tags = {"slurm_hours": f"{used[0]:.2f}", "slurm_peak_memory_gib": f"{used[1]:.2f}"}
+        record.update(tags=tags)  # not metrics: a sweep that is resubmitted ends again
+        log.info("used %.2f hours of SLURM jobs, and at most %.2f GiB of memory in one", *used)
+    publish([record, *run_records], first["tracking_uri"])
+    if any(description["config"].get("report") for description in descriptions.values()):
+        _make_report(record, first)
+    failed = [job for job in statuses if job.failed]
+    cancelled = all(job.cancelled for job in failed)
+    error = f"{len(failed)} of {len(statuses)} jobs did not complete" if failed else None
+    record.end("FINISHED" if not failed else "KILLED" if cancelled else "FAILED", error)
+    publish([record], first["tracking_uri"])
 
 
 def _make_report(record: Record, job: Mapping[str, Any]) -> None:

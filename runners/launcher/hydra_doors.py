@@ -5,6 +5,8 @@ They are apart because the library must not import Hydra. Tested with Hydra 1.3.
 
 from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
@@ -36,6 +38,26 @@ def compose_once(loader: Any) -> None:
         return composed[key]
 
     loader.load_sweep_config = composed_once
+
+
+def commas_in_launcher_options() -> None:
+    """Take the commas of `hydra.launcher.exclude=n1,n2` as text; replaces a method of Hydra's config loader.
+
+    Hydra takes them for a sweep over its own options, which it refuses.
+    """
+    refuse = ConfigLoaderImpl.validate_sweep_overrides_legal
+    if refuse.__module__ == __name__:
+        return
+
+    def validate(overrides: list[Override], run_mode: Any, from_shell: bool) -> None:
+        for override in overrides:
+            if override.is_sweep_override() and override.key_or_group.startswith("hydra.launcher."):
+                assert override.input_line is not None
+                override._value = override.input_line.partition("=")[2]
+                override.value_type = ValueType.ELEMENT
+        refuse(overrides, run_mode, from_shell)
+
+    ConfigLoaderImpl.validate_sweep_overrides_legal = staticmethod(validate)
 
 
 def completed(overrides: list[str], value: Any = None) -> JobReturn:

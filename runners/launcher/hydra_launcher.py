@@ -13,7 +13,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runners.errors import explanation
-from runners.launcher.hydra_doors import add_launcher, completed, compose_once
+from runners.launcher.hydra_doors import add_launcher, commas_in_launcher_options, completed, compose_once
 
 PlanJobs = Callable[[Sequence[tuple[DictConfig, str]], int, float | None], None]
 CheckJob = Callable[[DictConfig, bool, Collection[str]], dict[str, Any]]
@@ -60,7 +60,6 @@ class SweepLauncher(Launcher):
 
         commands.log_to_stdout()
         directory = Path(str(self.config.hydra.sweep.dir)).resolve()
-        fresh = not (directory / "sweep.json").exists()
         # Hydra's multirun.yaml may hold secrets; each run's record has its configuration with secrets masked.
         (directory / "multirun.yaml").unlink(missing_ok=True)
         common = frozenset.intersection(*map(frozenset, job_overrides))
@@ -75,8 +74,7 @@ class SweepLauncher(Launcher):
             options = self._job_options()
             sweep = commands.launch(directory, self.kind, options, jobs, swept)
         except BaseException:
-            if fresh:
-                commands.remove_unlaunched(directory)
+            commands.remove_unlaunched(directory)
             raise
         if not self.options["detach"]:
             commands.watch(sweep, self.options["poll_s"])
@@ -150,3 +148,4 @@ def register(check: CheckJob, plan: PlanJobs) -> None:
     SweepLauncher.plan = staticmethod(plan)
     add_launcher("LocalLauncher", SweepLauncher)
     add_launcher("SlurmLauncher", SlurmLauncher)
+    commas_in_launcher_options()

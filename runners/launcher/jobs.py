@@ -18,12 +18,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from runners.disk import write_atomically
+from runners.launcher.ownership import held
+from runners.launcher.queue import undisturbed
 from runners.signals import Interruption, process_start, share_processors, status_after
 from runners.tracking.record import Record
 from runners.tracking.redaction import one_line, redacted_text
 from weightgeom.interruption import Interrupted
 
 GO_ON = 75  # exit code of an interrupted job that has to be restarted (EX_TEMPFAIL)
+CANCEL = "cancel"  # the file in a job's directory that requests its end
+LOCK = "job.lock"  # in a job's directory, held while the job runs
+PATIENCE = 60.0  # seconds for which an attempt waits for another one to end
+BEGAN = time.monotonic()
 STATES = {"FINISHED": "COMPLETED", "FAILED": "FAILED", "KILLED": "KILLED", "SCHEDULED": "INTERRUPTED"}
 
 
@@ -71,23 +77,48 @@ class State:
         begun = cls("RUNNING", attempt + 1, timeouts, id, time.time(), node, pid, process_start(pid))
         return begun.save(directory, gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
 
+    def superseded(self, directory: Path) -> bool:
+        """Whether a later attempt has begun since: on a lost node a process may live on."""
+        latest = State.load(directory)
+        return latest is not None and (latest.attempt, latest.pid) != (self.attempt, self.pid)
+
 
 @dataclass(frozen=True)
 class Job:
     """One run of a sweep, in a process of its own: the call runs or resumes it.
 
-    A job is plain data, so that submitit can pickle it; `directory` holds its `job.json`.
+    `directory` holds its `job.json`.
     """
 
     directory: str
     slurm: bool
 
     def __call__(self) -> None:
-        """Run the job; an error is saved in its state and raised, so that the exit code shows it."""
+        """Run the job; an error is saved in its state and raised, so that the exit code shows it.
+
+        The job holds the lock of its directory until it ends.
+
+        Raises:
+            BlockingIOError: if another process runs the job and does not end within `PATIENCE` seconds.
+        """
         directory = Path(self.directory)
+        id = own_id(self.slurm)
+
+        def about() -> dict[str, object]:
+            before = State.load(directory)
+            return {"id": id, "attempt": 1 if before is None else before.attempt + 1}
+
+        with held(directory / LOCK, PATIENCE, about):
+            before = State.load(directory)
+            if before is not None and (before.id, before.state) == (id, "COMPLETED"):
+                print(f"nothing to do: attempt {before.attempt} completed this job")
+                return
+            self._attempt(directory, id)
+
+    def _attempt(self, directory: Path, id: str) -> None:
         asked = json.loads((directory / "job.json").read_text())
         node = os.environ["SLURMD_NODENAME"] if self.slurm else socket.gethostname()
-        begun = State.begin(directory, _id(self.slurm), node)
+        begun = State.begin(directory, id, node)
         interruption = Interruption(survive=self.slurm)
         interruption.listen()
         try:
@@ -102,48 +133,67 @@ class Job:
         finally:
             interruption.end()
 
-    def checkpoint(self) -> Any:
-        """The call that submitit repeats if the signal arrives before this job has installed its handlers."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
-
     def _run(self, asked: dict[str, Any], interruption: Interruption) -> None:
         import logging.config
 
         os.chdir(asked["cwd"])
         os.environ.update(asked["environment"])
         share_processors()
-        logging.config.dictConfig(asked["logging"])
+        logging.config.dictConfig(_in_a_file(asked["logging"]))
         from runners.compose import experiment
 
         experiment(asked, interruption).run()
 
     def _pause(self, begun: State, asked: dict[str, Any], pause: Interrupted) -> None:
         """Requeue the job, or fail if it has reached its time limit more than `max_num_timeout` times."""
-        timeouts = begun.timeouts + _time_is_up(asked["limits"], begun)
+        timeouts = begun.timeouts + _time_is_up(asked["limits"])
         allowed = asked["limits"]["max_num_timeout"]
         paused = replace(begun, state="INTERRUPTED", timeouts=timeouts, error=str(pause))
         if timeouts > allowed:
-            minutes = asked["limits"]["timeout_min"]
-            error = TimeoutError(
-                f"the time limit of {minutes:g} min was reached, and max_num_timeout={allowed} allows no"
-                " further attempt; the state is saved, and resubmit goes on from it"
-            )
+            error = TimeoutError(_out_of_time(asked["limits"], str(pause)))
             self._fail(paused, error)
             Record(Path(self.directory) / "record").end("FAILED", one_line(error))
             raise error from pause
         paused.save(Path(self.directory))
         if self.slurm:
-            _requeue(asked["limits"]["signal_delay_s"])
+            requeue(asked["limits"]["signal_delay_s"])
         sys.exit(GO_ON)
 
     def _fail(self, begun: State, error: BaseException) -> None:
         directory = Path(self.directory)
+        if begun.superseded(directory):
+            return
         (directory / "traceback.txt").write_text(redacted_text(traceback.format_exc()))
         ended: Any = STATES[status_after(error)]
         shown = redacted_text(own_frames(error))
         replace(begun, state=ended, error=one_line(error), traceback=shown).save(directory)
+
+
+def _in_a_file(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same logging without Rich, which pads and wraps every line to the width of a terminal."""
+    plain = {"format": "%(asctime)s %(message)s", "datefmt": "%H:%M:%S"}
+    handlers = {
+        name: {"class": "logging.StreamHandler", "formatter": "plain", "stream": "ext://sys.stdout"}
+        if str(handler.get("class", "")).startswith("rich.")
+        else handler
+        for name, handler in settings.get("handlers", {}).items()
+    }
+    return {
+        **settings,
+        "formatters": {**settings.get("formatters", {}), "plain": plain},
+        "handlers": handlers,
+    }
+
+
+def _out_of_time(limits: dict[str, Any], pause: str) -> str:
+    minutes, allowed = limits["timeout_min"], limits["max_num_timeout"]
+    again = f"give it more time with resubmit --timeout_min {2 * minutes:g}"
+    saved = f"the state is saved, and resubmit goes on from it; {again}"
+    lost = f"nothing is saved outside a training, so that a further attempt would end here too: {again}"
+    return (
+        f"the time limit of {minutes:g} min was reached, and max_num_timeout={allowed} allows no further"
+        f" attempt; {saved if 'its state is saved' in pause else lost}"
+    )
 
 
 def own_frames(error: BaseException) -> str:
@@ -156,7 +206,8 @@ def own_frames(error: BaseException) -> str:
     return "Traceback (most recent call last):\n" + "".join(lines)
 
 
-def _id(slurm: bool) -> str:
+def own_id(slurm: bool) -> str:
+    """The id of this job: of SLURM's, one task of an array alone, or of the supervisor's."""
     if not slurm:
         return os.environ["WEIGHTGEOM_JOB"]
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
@@ -164,21 +215,27 @@ def _id(slurm: bool) -> str:
     return os.environ["SLURM_JOB_ID"]
 
 
-def _time_is_up(limits: dict[str, Any], begun: State) -> bool:
-    """Whether the signal announced the end of the job's time rather than a preemption."""
+def _time_is_up(limits: dict[str, Any]) -> bool:
+    """Whether the signal announced the end of the job's time rather than a preemption.
+
+    By the time since this process began: the clock of a node and that of SLURM's controller may differ.
+    """
     if limits["timeout_min"] is None:
         return False
-    started = float(os.environ.get("SLURM_JOB_START_TIME") or begun.began)
     early = 60  # seconds by which SLURM may send the signal early
-    return time.time() - started >= 60 * limits["timeout_min"] - limits["signal_delay_s"] - early
+    return time.monotonic() - BEGAN >= 60 * limits["timeout_min"] - limits["signal_delay_s"] - early
 
 
-def _requeue(patience: float) -> None:
+def requeue(patience: float) -> None:
     """Requeue this job, which stops it; retries for `patience` seconds while SLURM does not answer."""
     end = time.time() + patience
     while True:
         asked = subprocess.run(
-            ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True
+            # Not SLURM_JOB_ID: that of an array's last task is the id of the whole array.
+            ["scontrol", "requeue", own_id(slurm=True)],
+            capture_output=True,
+            text=True,
+            env=undisturbed(),
         )
         if asked.returncode == 0:
             return
@@ -189,7 +246,10 @@ def _requeue(patience: float) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """`python -m runners.launcher.jobs DIRECTORY`: run the job in that directory."""
-    Job(arguments[0], slurm=False)()
+    try:
+        Job(arguments[0], slurm=False)()
+    except BlockingIOError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from rich.text import Text
 from runners.launcher.status import JobStatus, counts
 
 MAX_ROWS = 20
-STATE_COLOURS = {"RUNNING": "cyan", "COMPLETED": "green", "PENDING": "dim"}
-STATE_ORDER = ("RUNNING", "PENDING", "COMPLETED")
+STATE_COLOURS = {"RUNNING": "cyan", "COMPLETED": "green", "PENDING": "dim", "SUSPENDED": "yellow"}
+STATE_ORDER = ("SUSPENDED", "RUNNING", "CONFIGURING", "PENDING", "COMPLETED")
 
 
 class LiveTable:
@@ -46,7 +46,9 @@ class LiveTable:
         for job in statuses:
             if self.before.get(job.number) != job.state:
                 node = f" on {job.node}" if job.node else ""
-                self.console.print(f"#{job.number} {job.id} {job.state}{node}", soft_wrap=True, markup=False)
+                why = f" ({job.waiting})" if job.waiting else ""
+                line = f"#{job.number} {job.id} {job.state}{node}{why}"
+                self.console.print(line, soft_wrap=True, markup=False, highlight=False)
         self.before = {job.number: job.state for job in statuses}
 
     def print(self, statuses: Sequence[JobStatus]) -> None:
@@ -58,9 +60,8 @@ class LiveTable:
         for job in sorted(statuses, key=_rank)[:max_rows]:
             state = Text(job.state, STATE_COLOURS.get(job.state, "red"))
             attempt = str(job.attempt) if job.attempt else ""
-            table.add_row(
-                str(job.number), job.id, state, job.node, attempt, Text(job.progress), Text(job.name)
-            )
+            latest = Text(job.progress or job.waiting)
+            table.add_row(str(job.number), job.id, state, job.node, attempt, latest, Text(job.name))
         hidden = len(statuses) - max_rows
         lines = [counts(statuses), f"{hidden} more are not shown" if hidden > 0 else "", trouble]
         return Group(table, *(Text(line) for line in lines if line))

@@ -21,13 +21,13 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from runners.disk import write_atomically
-from runners.launcher.jobs import GO_ON, State
+from runners.launcher.jobs import CANCEL, GO_ON, LOCK, State
 from runners.launcher.manifest import Sweep
+from runners.launcher.ownership import holder_of
 from runners.launcher.snapshot import python_of
 from runners.signals import process_start
 
 log = logging.getLogger(__name__)
-CANCEL = "cancel"  # the file in a job's directory that requests its end
 TICK = 0.1  # seconds between two rounds of the supervisor
 GRACE = 20.0  # seconds between SIGTERM and SIGKILL
 
@@ -79,9 +79,6 @@ def start_supervisor(
     """Start a supervisor for the jobs `numbers`; returns their ids by number."""
     parallelism = options.parallelism(len(numbers))
     ids = {number: f"local.{time.time_ns() // 1_000_000}.{number}" for number in numbers}
-    directories = sweep.jobs()
-    for number in numbers:
-        (directories[number] / CANCEL).unlink(missing_ok=True)
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     # Jobs share the cores; an OMP_NUM_THREADS of the user's takes precedence.
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // parallelism))
@@ -109,13 +106,21 @@ def start_supervisor(
     return ids
 
 
+def lock_of(plan: Path) -> Path:
+    """The lock that the supervisor of a plan holds, on whatever host."""
+    return plan.with_suffix(".lock")
+
+
 def has_supervisor(sweep: Sweep) -> bool:
-    """Whether a supervisor of the sweep runs on this machine."""
-    plans = (json.loads(path.read_text()) for path in sweep.directory.glob("supervisor.*.json"))
-    return any(
-        plan.get("host") == socket.gethostname() and process_start(plan["pid"]) == plan["process_start"]
-        for plan in plans
-    )
+    """Whether a supervisor of the sweep runs, here or on another host."""
+    return any(map(_supervised, sweep.directory.glob("supervisor.*.json")))
+
+
+def _supervised(path: Path) -> bool:
+    plan = json.loads(path.read_text())
+    if plan.get("host") == socket.gethostname():  # from its first moment, before it holds the lock
+        return process_start(plan["pid"]) == plan["process_start"]
+    return holder_of(lock_of(path)) is not None
 
 
 def request_cancel(sweep: Sweep, numbers: Sequence[int]) -> None:
@@ -217,6 +222,8 @@ class Supervisor:
         with suppress(ProcessLookupError):
             os.killpg(job.process.pid, signal.SIGKILL)  # any workers left behind
         state = State.load(self.directories[number])
+        if holder_of(self.directories[number] / LOCK) is not None:
+            return  # another process runs the job, and this one has given up waiting for it
         if job.reason == "cancelled":
             self._save_state(number, "CANCELLED", "cancelled")
         elif job.reason:
@@ -230,4 +237,5 @@ class Supervisor:
     def _save_state(self, number: int, state: Any, error: str) -> None:
         before = State.load(self.directories[number]) or State("RUNNING")
         id = self.plan["ids"][str(number)]
-        replace(before, state=state, error=error, id=id).save(self.directories[number])
+        kept = None if state == "CANCELLED" else before.traceback
+        replace(before, state=state, error=error, traceback=kept, id=id).save(self.directories[number])

@@ -5,19 +5,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runners.launcher.local import Supervisor
+from runners.launcher.local import Supervisor, lock_of
 from runners.launcher.manifest import Sweep
+from runners.launcher.ownership import held
 
 
 def main(arguments: Sequence[str]) -> None:
     """`python -m runners.launcher.local_main PLAN`: run the jobs of the plan, then end the sweep."""
     plan = Path(arguments[0])
     sweep = Sweep(plan.parent)
-    Supervisor(sweep, json.loads(plan.read_text()))()
+    with held(lock_of(plan)):
+        Supervisor(sweep, json.loads(plan.read_text()))()
     from runners.launcher.finishing import end_sweep
     from runners.launcher.status import settled_statuses
 
-    end_sweep(sweep, settled_statuses(sweep))
+    with sweep.lock():
+        end_sweep(sweep, settled_statuses(sweep))
 
 
 if __name__ == "__main__":

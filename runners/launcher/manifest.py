@@ -1,20 +1,22 @@
 """A sweep on disk: `sweep.json` lists its jobs, its launcher's options and the ids of its submissions.
 
-The files suffice to reattach from any shell. Each job has a directory with its description, `job.json`.
+The files suffice to reattach from any shell. Each job has a directory with its description, `job.json`. A
+submission to SLURM is listed before it is made, with its unique name; its ids follow.
 """
 
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from runners.disk import write_atomically
+from runners.launcher.ownership import held
 
 PRIVATE = 0o600  # a tracking URI or a setup line may hold a password
+KEYS = {"launcher", "options", "overrides", "jobs", "submissions"}
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,19 @@ class Sweep:
 
         Raises:
             FileNotFoundError: if there is none.
+            ValueError: if its sweep.json is not a sweep's.
         """
-        if not (directory / "sweep.json").is_file():
-            raise FileNotFoundError(
-                f"{directory} holds no sweep (no sweep.json): give the directory that run.py -m printed last,"
-                " after `sweep:`"
-            )
+        path, advice = directory / "sweep.json", "give the directory that run.py -m printed after `sweep:`"
+        if not path.is_file():
+            raise FileNotFoundError(f"{directory} holds no sweep (no sweep.json): {advice}")
+        try:
+            manifest = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged, or not a sweep's ({error}): {advice}") from error
+        if not isinstance(manifest, dict) or not KEYS <= manifest.keys():
+            raise ValueError(f"{path} is not a sweep's: {advice}")
+        if not manifest["jobs"]:
+            raise ValueError(f"the sweep in {directory} was interrupted before it had jobs: start it again")
         return cls(directory.resolve())
 
     def create(self, launcher: str, options: Mapping[str, Any], overrides: Sequence[str]) -> None:
@@ -55,16 +64,22 @@ class Sweep:
         added = {str(number): directory for number, directory in directories.items()}
         self._write(manifest | {"jobs": manifest["jobs"] | added})
 
-    def add_submission(self, code: Path, ids: Mapping[int, str], **more: Any) -> None:
-        """Add a submission: the ids of its jobs and the copy of the code; mutates the manifest."""
+    def add_submission(self, code: Path, **more: Any) -> int:
+        """Add a submission that runs the copy `code` of the code; mutates the manifest, returns its place."""
         manifest = self.manifest()
-        submission = {
-            "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            "code": code.name,
-            "ids": {str(number): id for number, id in ids.items()},
-            **more,
-        }
+        submission = {"time": time.strftime("%Y-%m-%d %H:%M:%S %z"), "code": code.name, "ids": {}, **more}
         self._write(manifest | {"submissions": [*manifest["submissions"], submission]})
+        return len(manifest["submissions"])
+
+    def amend_submission(self, place: int, **more: Any) -> None:
+        """Change entries of a submission, such as the `ids` of its jobs by number; mutates the manifest."""
+        manifest = self.manifest()
+        manifest["submissions"][place] |= more
+        self._write(manifest)
+
+    def set_options(self, options: Mapping[str, Any]) -> None:
+        """Change the launcher's options of further submissions; mutates the manifest."""
+        self._write(self.manifest() | {"options": dict(options)})
 
     def manifest(self) -> dict[str, Any]:
         """The content of sweep.json: `launcher options overrides jobs submissions`."""
@@ -90,9 +105,9 @@ class Sweep:
         """The copy of the code of the latest submission."""
         return self.directory / self.manifest()["submissions"][-1]["code"]
 
-    def lock(self) -> FileLock:
-        """The lock held while a process ends the sweep or resubmits its jobs."""
-        return FileLock(self.directory / "sweep.lock")
+    def lock(self) -> AbstractContextManager[None]:
+        """The lock held while a process decides about the sweep's jobs, and while it ends the sweep."""
+        return held(self.directory / "sweep.lock")
 
     def _write(self, manifest: Mapping[str, Any]) -> None:
         write_atomically(self.directory / "sweep.json", json.dumps(manifest, indent=2) + "\n", PRIVATE)

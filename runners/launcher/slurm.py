@@ -1,57 +1,84 @@
-"""Jobs under SLURM: submission as arrays through submitit, and their states in queue and accounting."""
+"""Jobs under SLURM: their options and their submission as arrays."""
 
 import logging
+import os
 import re
 import shlex
-import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+import time
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from runners.launcher.jobs import Job
+from runners.launcher.queue import PLAIN, TIMEOUT, named, output_of, require, undisturbed
 from runners.launcher.snapshot import python_of
 
 log = logging.getLogger(__name__)
-TIMEOUT = 60  # seconds for a command of SLURM's
-# Options that submitit does not have, or has under another name.
-OURS = {"timeout_min", "mem_gb", "tasks_per_node", "name", "max_num_timeout", "additional_parameters"}
+# Options that are not sbatch's, or have another name there.
+OURS = {
+    "after",
+    "timeout_min",
+    "mem_gb",
+    "tasks_per_node",
+    "name",
+    "max_num_timeout",
+    "signal_delay_s",
+    "array_parallelism",
+    "jobs_per_task",
+    "setup",
+    "srun_args",
+    "stderr_to_stdout",
+    "additional_parameters",
+}
+# Errors of sbatch after which SLURM may have taken the jobs nevertheless.
+UNCERTAIN = re.compile(r"time[d -]*out|contact|connect|communicat|zero bytes|unexpected message|socket", re.I)
+AGAIN_AFTER = (0.5, 1.5, 3.0)  # seconds before each look for jobs whose submission failed
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+def _joined(value: Any) -> Any:
+    """A list as SLURM writes it: with commas."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+Text = Annotated[str, BeforeValidator(_joined)]  # a number, such as an account, is text as well
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
 class SlurmOptions:
     """Resources and limits of the jobs, named as in hydra-submitit-launcher; None leaves them to the site."""
 
     timeout_min: int = Field(default=60, ge=1)
     max_num_timeout: int = Field(default=3, ge=0)  # restarts of a job that reaches its time limit
     signal_delay_s: int = Field(default=120, ge=1)  # between the signal to save and the end
-    array_parallelism: int = Field(default=256, ge=1)  # jobs at a time
-    name: str = "weightgeom"
+    array_parallelism: int = Field(default=256, ge=1)  # tasks at a time
+    jobs_per_task: int = Field(default=1, ge=1)  # one after another in one allocation, sharing its limit
+    name: str | None = None  # in the queue; None takes the experiment's
     cpus_per_task: int | None = None
     gpus_per_node: int | str | None = None
     mem_gb: float | None = None
     nodes: int = 1
     tasks_per_node: int = 1
-    partition: str | None = None
-    qos: str | None = None
-    account: str | None = None
-    constraint: str | None = None
-    gres: str | None = None
-    exclude: str | None = None
-    nodelist: str | None = None
+    partition: Text | None = None
+    qos: Text | None = None
+    account: Text | None = None
+    constraint: Text | None = None
+    gres: Text | None = None
+    exclude: Text | None = None
+    nodelist: Text | None = None
     exclusive: bool | str | None = None
-    dependency: str | None = None
-    comment: str | None = None
+    dependency: Text | None = None
+    after: str | None = None  # the directory of a sweep all of whose jobs must have completed
+    comment: Text | None = None
     cpus_per_gpu: int | None = None
     gpus_per_task: int | str | None = None
-    mem_per_gpu: str | None = None
-    mem_per_cpu: str | None = None
-    mail_type: str | None = None
-    mail_user: str | None = None
+    mem_per_gpu: Text | None = None
+    mem_per_cpu: Text | None = None
+    mail_type: Text | None = None
+    mail_user: Text | None = None
     setup: list[str] | None = None  # shell lines before the job
     srun_args: list[str] | None = None
     stderr_to_stdout: bool = True  # one log per job
@@ -74,65 +101,102 @@ class SlurmOptions:
             "signal_delay_s": delay,
         }
 
+    def depending(self, dependency: str) -> "SlurmOptions":
+        """The same options with a further dependency, such as `afterok:7`, for all jobs."""
+        earlier = [self.dependency] if self.dependency else []
+        return replace(self, dependency=",".join([*earlier, dependency]))
+
     def parameters(self) -> dict[str, Any]:
-        """The options under the names of submitit's SlurmExecutor."""
+        """The options under the names of sbatch."""
         shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OURS}
         given = {name: value for name, value in shared.items() if value is not None}
         memory = {} if self.mem_gb is None else {"mem": f"{int(self.mem_gb * 1024)}MB"}
+        signal = f"USR2@{self.limits()['signal_delay_s']}"
         # A preempted job, or one that loses its node, is requeued, whatever the site's default.
-        more = {"requeue": True, **(self.additional_parameters or {})}
-        own = {"job_name": self.name, "time": self.timeout_min, "additional_parameters": more}
-        own["signal_delay_s"] = self.limits()["signal_delay_s"]
-        return {**given, **memory, **own}
+        own = {"time": self.timeout_min, "signal": signal, "requeue": True, "open_mode": "append"}
+        return {**given, **memory, **own, **(self.additional_parameters or {})}
 
 
-class ReportedState(NamedTuple):
-    """A job's state as reported by SLURM, or by the supervisor here; the empty state is unknown."""
+def submit_array(name: str, jobs: int, options: SlurmOptions, folder: Path, code: Path, task: str) -> str:
+    """Submit an array of `jobs` tasks that run the module `task` on the copy `code`; returns its id.
 
-    state: str
-    node: str = ""
-    reason: str = ""
-
-
-def submit_arrays(
-    jobs: Mapping[int, Job], options: SlurmOptions, folder: Path, code: Path
-) -> Iterator[dict[int, str]]:
-    """Submit the jobs as arrays of the largest size that the site allows; yields each array's ids by number.
+    `folder` gets the script, `ID_submission.sh`, and the logs. The environment is the user's without what
+    changes SLURM's commands. Where sbatch fails although SLURM may have taken the jobs, they are looked for
+    by their unique `name`.
 
     Raises:
         ValueError: if SLURM refuses the jobs, or is not installed.
+        ConnectionError: if it is not known whether SLURM took them.
     """
-    from submitit import SlurmExecutor
-    from submitit.core.utils import FailedJobError
-
-    _require("sbatch")
+    require("sbatch")
     folder.mkdir(parents=True, exist_ok=True)
-    numbers, size = list(jobs), largest_array()
-    arrays: list[str] = []
-    for start in range(0, len(numbers), size):
-        chunk = numbers[start : start + size]
-        executor = SlurmExecutor(str(folder), python=shlex.join(python_of(code)))
-        parameters = options.parameters()
-        if arrays:  # in parallel, the arrays together would exceed array_parallelism
-            given = [options.dependency] if options.dependency else []
-            parameters["dependency"] = ",".join([*given, f"afterany:{arrays[-1]}"])
-        executor.update_parameters(**parameters)
+    script = folder / f"{name}.sh"
+    script.write_text(_script(name, jobs, options, folder, code, task))
+    environment = {key: value for key, value in undisturbed().items() if key not in PLAIN}
+    try:
+        command = ("sbatch", "--parsable", str(script))
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
+        refusal = ended.stderr if ended.returncode else ""
+        printed = re.search(r"^(\d+)(;|$)", ended.stdout, re.MULTILINE)
+        array = "" if ended.returncode or printed is None else printed[1]
+    except subprocess.TimeoutExpired:
+        array, refusal = "", f"sbatch: error: timeout of {TIMEOUT} s"
+    if not array:
+        lines = [line.removeprefix("sbatch: error: ") for line in refusal.splitlines() if line.strip()]
+        array = _found(name, "; ".join(lines) or "sbatch failed")
+    script.rename(folder / f"{array}_submission.sh")
+    return array
+
+
+def _found(name: str, reason: str) -> str:
+    """The id of the array `name`, whose submission failed for a `reason`."""
+    for pause in AGAIN_AFTER if UNCERTAIN.search(reason) else AGAIN_AFTER[:1]:
+        time.sleep(pause)
         try:
-            submitted = executor.submit_array([jobs[number] for number in chunk])
-        except FailedJobError as error:
-            reason = "; ".join(
-                line.removeprefix("sbatch: error: ") for line in str(error).splitlines() if line.strip()
-            )
-            raise ValueError(f"SLURM refuses the jobs: {reason or 'sbatch failed'}") from error
-        ids = {number: job.job_id for number, job in zip(chunk, submitted, strict=True)}
-        arrays.append(submitted[0].job_id.split("_")[0])
-        yield ids
+            if array := named([name], "now-1hours").get(name):
+                log.warning("sbatch failed (%s), but SLURM has the jobs", reason)
+                return array
+        except ConnectionError as error:
+            reason = f"{reason}; {error}"
+    if UNCERTAIN.search(reason):
+        raise ConnectionError(f"it is not known whether SLURM took the jobs: {reason}")
+    raise ValueError(f"SLURM refuses the jobs: {reason}")
+
+
+def _script(name: str, jobs: int, options: SlurmOptions, folder: Path, code: Path, task: str) -> str:
+    out, error = (log_pattern(folder, jobs, ending) for ending in ("out", "err"))
+    parameters = {"job_name": name, "output": out.replace("%t", "0"), **options.parameters()}
+    if jobs > 1:
+        parameters["array"] = f"0-{jobs - 1}%{min(jobs, options.array_parallelism)}"
+    step = ["srun", "--unbuffered", f"--output={out}"]
+    if not options.stderr_to_stdout:
+        parameters["error"] = error.replace("%t", "0")
+        step.append(f"--error={error}")
+    if options.cpus_per_task is not None:
+        step.append(f"--cpus-per-task={options.cpus_per_task}")  # since 22.05 a step does not inherit it
+    step += [*(options.srun_args or []), *python_of(code, "USR2 TERM"), "-u", "-m", task]
+    step += [str(folder.parent), name]
+    flags = [
+        f"#SBATCH {_flag(key, value)}" for key, value in sorted(parameters.items()) if value is not False
+    ]
+    return "\n".join(["#!/bin/bash", *flags, *(options.setup or []), shlex.join(step), ""])
+
+
+def _flag(key: str, value: Any) -> str:
+    option = f"--{key.replace('_', '-')}"
+    return option if value is True else f"{option}={shlex.quote(str(_joined(value)))}"
 
 
 def largest_array() -> int:
     """The largest number of jobs in an array here: one less than MaxArraySize."""
-    limit = re.search(r"MaxArraySize\s*=\s*(\d+)", _output("scontrol", "show", "config"))
+    limit = re.search(r"MaxArraySize\s*=\s*(\d+)", output_of("scontrol", "show", "config"))
     return max(1, int(limit[1]) - 1) if limit else 1000
+
+
+def log_pattern(folder: Path, jobs: int, ending: str) -> str:
+    """The logs' names in SLURM's pattern, in which a percent sign begins a field."""
+    job = "%A_%a" if jobs > 1 else "%j"
+    return f"{str(folder).replace('%', '%%')}/{job}_%t_log.{ending}"
 
 
 def log_path(folder: Path, id: str) -> Path:
@@ -140,99 +204,12 @@ def log_path(folder: Path, id: str) -> Path:
     return folder / f"{id}_0_log.out"
 
 
-def queued(ids: Sequence[str]) -> dict[str, ReportedState]:
-    """The states of the jobs that are in the queue.
-
-    Raises:
-        ConnectionError: if SLURM does not answer.
-    """
-    if not ids:
-        return {}
-    arrays = ",".join(dict.fromkeys(id.split("_")[0] for id in ids))
-    states = {}
-    try:
-        output = _output("squeue", "-h", "-r", "-o", "%i|%T|%N|%r", "-j", arrays)
-    except ConnectionError as error:
-        if "Invalid job id specified" not in str(error):
-            raise
-        output = ""  # squeue fails with this when asked for a single job that has left the queue
-    for line in output.splitlines():
-        id, state, node, reason = line.split("|", 3)
-        states[id] = ReportedState(state, node, reason)
-    return {id: states[id] for id in ids if id in states}
+def ignored_variables() -> list[str]:
+    """The user's variables that would be options of sbatch, and are not used."""
+    return sorted(name for name in os.environ if name.startswith("SBATCH_"))
 
 
-def accounted(ids: Sequence[str]) -> dict[str, ReportedState]:
-    """The states of the jobs in the accounting, or on a site without it, in the controller's memory."""
-    arrays = list(dict.fromkeys(id.split("_")[0] for id in ids))
-    if not arrays:
-        return {}
-    try:
-        output = _output("sacct", "-n", "-P", "-X", "-o", "JobID,State,NodeList", "-j", ",".join(arrays))
-        rows = [line.split("|", 2) for line in output.splitlines()]
-    except (ConnectionError, ValueError):
-        rows = _from_controller(arrays)
-    states = {}
-    for name, state, node in rows:
-        for id in expanded(name):
-            plain_state = state.split(" ")[0].rstrip("+")
-            states[id] = ReportedState(plain_state, "" if node.startswith("None") else node)
-    return {id: states[id] for id in ids if id in states}
-
-
-def scancel(ids: Sequence[str]) -> None:
-    """End running jobs and remove pending ones from the queue.
-
-    Raises:
-        ConnectionError: if SLURM does not answer.
-    """
-    for start in range(0, len(ids), 500):
-        _output("scancel", *ids[start : start + 500])
-
-
-def expanded(name: str) -> list[str]:
-    """The ids in SLURM's short form of an array: `7_[0-2,5%2]` stands for 7_0, 7_1, 7_2 and 7_5."""
-    match = re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", name)
-    if match is None:
-        return [name]
-    ids = []
-    for part in match[2].split(","):
-        first, _, last = part.partition("-")
-        ids += [f"{match[1]}_{index}" for index in range(int(first), int(last or first) + 1)]
-    return ids
-
-
-def _from_controller(arrays: Sequence[str]) -> list[tuple[str, str, str]]:
-    rows = []
-    for array in arrays:
-        try:
-            output = _output("scontrol", "-o", "show", "job", array)
-        except ConnectionError:  # scontrol fails for jobs that the controller has forgotten
-            continue
-        for line in output.splitlines():
-            values = dict(re.findall(r"(\w+)=(\S*)", line))
-            index = values.get("ArrayTaskId", "")
-            id = array if not index else f"{array}_{index}" if index.isdecimal() else f"{array}_[{index}]"
-            rows.append((id, values.get("JobState", ""), values.get("NodeList", "").replace("(null)", "")))
-    return rows
-
-
-def _require(command: str) -> None:
-    if shutil.which(command) is None:
-        raise ValueError(
-            f"there is no SLURM here ({command} is not on PATH): log in to the cluster,"
-            " or run the sweep on this machine with hydra/launcher=local"
-        )
-
-
-def _output(*command: str) -> str:
-    """The standard output of a SLURM command; raises ConnectionError if it fails."""
-    _require(command[0])
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired as error:
-        raise ConnectionError(f"SLURM does not answer: {command[0]} took more than {TIMEOUT} s") from error
-    if ended.returncode:
-        reason = " ".join(ended.stderr.split()) or f"exit code {ended.returncode}"
-        raise ConnectionError(f"SLURM does not answer: {command[0]} says: {reason}")
-    return ended.stdout
+def ids_of(array: str, tasks: Sequence[Sequence[int]]) -> dict[int, str]:
+    """The id of every job of an array, by number; `tasks` are the jobs of each task."""
+    alone = len(tasks) == 1
+    return {job: array if alone else f"{array}_{index}" for index, task in enumerate(tasks) for job in task}

@@ -65,13 +65,13 @@ def changed_since(repository: Path, snapshot: Path) -> str:
     return f"the code has changed since: it was {then}, and {repository} is {now}"
 
 
-def python_of(snapshot: Path) -> list[str]:
+def python_of(snapshot: Path, deaf: str = "USR2") -> list[str]:
     """The command that runs this python on the code of `snapshot`, whatever the working directory holds.
 
-    It does not hear USR2 until it listens: the signal would end it otherwise.
+    Until it listens it does not hear the signals `deaf`, which would end it otherwise.
     """
     variables = (f"PYTHONPATH={snapshot}{os.pathsep}{snapshot / MODULES}", "PYTHONSAFEPATH=1")
-    return ["sh", "-c", 'trap "" USR2; exec "$0" "$@"', "env", *variables, sys.executable]
+    return ["sh", "-c", f'trap "" {deaf}; exec "$0" "$@"', "env", *variables, sys.executable]
 
 
 def _named(known: dict[str, str]) -> str:

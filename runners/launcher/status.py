@@ -3,17 +3,20 @@
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runners.launcher import local, slurm
-from runners.launcher.jobs import State
+from runners.launcher import local, queue, slurm
+from runners.launcher.jobs import LOCK, State
 from runners.launcher.manifest import Sweep
+from runners.launcher.ownership import holder_of
+from runners.launcher.queue import ReportedState
 
 log = logging.getLogger(__name__)
-ACTIVE = {"PENDING", "RUNNING"}
+ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED"}
 AGAIN = {"RUNNING", "PENDING", "NODE_FAIL", "PREEMPTED", "REQUEUED", "RESIZING", "SUSPENDED", ""}
 PATIENCE = 2.0  # seconds out of the queue after which a job counts as ended
 LONGER = 15.0  # the same for jobs that SLURM may requeue, by their state in the accounting
@@ -21,7 +24,10 @@ LONGER = 15.0  # the same for jobs that SLURM may requeue, by their state in the
 
 @dataclass(frozen=True)
 class JobStatus:
-    """The status of one job; `state` is PENDING, RUNNING, COMPLETED, FAILED, or another state of SLURM's."""
+    """The status of one job; `state` is PENDING, RUNNING, COMPLETED, FAILED, or another state of SLURM's.
+
+    `waiting` says why a pending job does, and `stuck` why it will never start.
+    """
 
     number: int
     name: str
@@ -30,19 +36,26 @@ class JobStatus:
     node: str = ""
     attempt: int = 0
     progress: str = ""
+    waiting: str = ""
+    stuck: str = ""
     error: str = ""
     traceback: str = ""
     log: Path | None = None
 
     @property
     def active(self) -> bool:
-        """Whether the job waits or runs."""
+        """Whether the job is pending, running or suspended."""
         return self.state in ACTIVE
 
     @property
     def failed(self) -> bool:
         """Whether the job ended without completing."""
         return not self.active and self.state != "COMPLETED"
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the job was cancelled."""
+        return self.state == "CANCELLED"
 
 
 class StatusPoller:
@@ -55,6 +68,7 @@ class StatusPoller:
         self.sweep = sweep
         self.names = job_names(sweep)
         self.missing_since: dict[int, float] = {}  # when a job was first missing from the queue
+        self.settling: set[int] = set()  # missing from the queue, and perhaps requeued
 
     def poll(self) -> list[JobStatus]:
         """The status of every job.
@@ -65,7 +79,8 @@ class StatusPoller:
         ids, directories = self.sweep.ids(), self.sweep.jobs()
         states = {number: State.load(directory) for number, directory in directories.items()}
         under_slurm = self.sweep.manifest()["launcher"] == "slurm"
-        reported = self._slurm(ids, states) if under_slurm else self._local(ids, states, directories)
+        report = self._slurm if under_slurm else self._local
+        reported = report(ids, states, directories)
         statuses = []
         for number, directory in sorted(directories.items()):
             job = JobStatus(number, self.names[number], ids.get(number, ""), "NEVER STARTED")
@@ -79,68 +94,122 @@ class StatusPoller:
 
     def _local(
         self, ids: Mapping[int, str], states: Mapping[int, State | None], directories: Mapping[int, Path]
-    ) -> dict[int, slurm.ReportedState]:
+    ) -> dict[int, ReportedState]:
         supervised = local.has_supervisor(self.sweep)
         reported = {}
         for number, id in ids.items():
             state = states[number]
             if state is None or state.id != id:
-                pending = slurm.ReportedState("PENDING")
-                orphaned = slurm.ReportedState("CANCELLED", "", "no supervisor is left to start it")
+                pending = ReportedState("PENDING")
+                orphaned = ReportedState("CANCELLED", "", "no supervisor is left to start it")
                 reported[number] = pending if supervised else orphaned
             elif state.state == "INTERRUPTED" and supervised:
-                reported[number] = slurm.ReportedState("PENDING")
+                reported[number] = ReportedState("PENDING")
             elif state.state == "KILLED" and supervised and (directories[number] / local.CANCEL).exists():
                 # The supervisor will record the cancellation.
-                reported[number] = slurm.ReportedState("RUNNING", state.node)
+                reported[number] = ReportedState("RUNNING", state.node)
             elif state.state not in ("RUNNING", "INTERRUPTED"):
-                reported[number] = slurm.ReportedState(state.state, state.node)
-            elif state.alive() or supervised:  # the supervisor records the end of a process within a moment
-                reported[number] = slurm.ReportedState("RUNNING", state.node)
+                reported[number] = ReportedState(state.state, state.node)
+            elif supervised or _runs(directories[number]):  # a supervisor records an end within a moment
+                reported[number] = ReportedState("RUNNING", state.node)
             else:
-                reported[number] = slurm.ReportedState("KILLED", state.node, "its process is gone")
+                reported[number] = ReportedState("KILLED", state.node, "its process is gone")
         return reported
 
     def _slurm(
-        self, ids: Mapping[int, str], states: Mapping[int, State | None]
-    ) -> dict[int, slurm.ReportedState]:
-        queued = slurm.queued(list(ids.values()))
+        self, ids: Mapping[int, str], states: Mapping[int, State | None], directories: Mapping[int, Path]
+    ) -> dict[int, ReportedState]:
+        queued = queue.queued(list(ids.values()))
         missing = {number: id for number, id in ids.items() if id not in queued}
-        accounted = slurm.accounted(list(missing.values()))
-        reported, now = {}, time.monotonic()
+        accounted = queue.accounted(list(missing.values()))
+        unclear = [id for id in missing.values() if accounted.get(id, NOTHING).state in AGAIN]
+        controlled = queue.controlled(unclear) if unclear else {}
+        self.settling.clear()
+        reported, now, sharing = {}, time.monotonic(), Counter(ids.values())
         for number, id in ids.items():
             if number not in missing:
                 self.missing_since.pop(number, None)
-                running = queued[id].state in ("RUNNING", "COMPLETING")
-                reported[number] = queued[id]._replace(state="RUNNING" if running else "PENDING")
+                reported[number] = queued[id]
                 continue
-            last = accounted.get(id, slurm.ReportedState(""))
+            last = accounted.get(id, NOTHING)
+            if last.state in AGAIN:
+                last = controlled.get(id, last)
             state = states[number]
             own = state if state is not None and state.id == id else None
             if now - self.missing_since.setdefault(number, now) < _patience(own, last):
-                reported[number] = slurm.ReportedState("RUNNING", last.node)
+                self.settling.add(number)
+                reported[number] = ReportedState("RUNNING", last.node)
+            elif own is not None and own.state == "RUNNING" and _runs(directories[number]):
+                # Its node was lost to SLURM, but its process lives on.
+                reported[number] = ReportedState("RUNNING", own.node)
             elif last.state in ("", "PENDING"):  # cancelled while it waited as part of an array
-                reported[number] = slurm.ReportedState("CANCELLED", "", "it left the queue before it started")
+                reported[number] = ReportedState("CANCELLED", "", "it left the queue before it started")
             else:
                 reported[number] = last
+        for number in (number for number, id in ids.items() if sharing[id] > 1):
+            reported[number] = _of_several(reported[number], states[number], ids[number])
         return reported
 
 
-def _merged(job: JobStatus, state: State | None, reported: slurm.ReportedState) -> JobStatus:
+NOTHING = ReportedState("")
+
+
+def _of_several(task: ReportedState, state: State | None, id: str) -> ReportedState:
+    """The state of a job whose task, in the state `task`, runs several jobs in turn."""
+    own = state if state is not None and state.id == id else None
+    if own is not None and own.state in ("COMPLETED", "FAILED", "CANCELLED"):
+        return ReportedState(own.state, own.node, own.error or "")
+    if own is None and task.state == "RUNNING":
+        return ReportedState("PENDING", "", "its task runs the jobs before it")
+    if own is None and task.state in ("COMPLETED", "FAILED"):
+        return ReportedState("FAILED", task.node, "its task ended before its turn")
+    return task
+
+
+def _runs(directory: Path) -> bool:
+    """Whether a process, on any host, holds the job's lock."""
+    return holder_of(directory / LOCK) is not None
+
+
+def _waiting(reported: ReportedState) -> str:
+    """Why a job waits, for how long it has waited, and when SLURM expects it to start."""
+    now = time.time()
+    parts = [reported.reason.replace("None", "")]
+    if reported.submitted is not None:
+        parts.append(f"for {_duration(now - reported.submitted)}")
+    if reported.starts is not None and reported.starts > now:
+        parts.append(f"start expected in {_duration(reported.starts - now)}")
+    return ", ".join(part for part in parts if part)
+
+
+def _duration(seconds: float) -> str:
+    minutes = max(0, round(seconds)) // 60  # a clock may be behind that of SLURM
+    days, hours = minutes // 1440, minutes // 60 % 24
+    if minutes < 1:
+        return f"{max(0, round(seconds))} s"
+    return f"{days} d {hours} h" if days else f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"
+
+
+def _merged(job: JobStatus, state: State | None, reported: ReportedState) -> JobStatus:
     """The reported state of a job, with the end and the error of its own state file."""
     own = state if state is not None and state.id == job.id else None
     attempt = 0 if state is None else state.attempt
-    job = replace(job, state=reported.state, node=reported.node, error=reported.reason, attempt=attempt)
+    job = replace(job, state=reported.state, node=reported.node, attempt=attempt)
+    if job.state == "PENDING":
+        stuck = queue.stuck(reported.reason, job.id)
+        return replace(job, waiting=_waiting(reported), stuck=stuck)
     if job.active:
-        return replace(job, error="")
+        return job
+    job = replace(job, error=reported.reason)
     if own is not None and own.state in ("COMPLETED", "FAILED"):
         job = replace(job, state=own.state)
     if own is not None and job.failed:
-        job = replace(job, error=own.error or job.error, traceback=own.traceback or "")
+        kept = "" if job.cancelled else own.traceback or ""
+        job = replace(job, error=own.error or job.error, traceback=kept)
     return replace(job, node=reported.node or (own.node if own else ""))
 
 
-def _patience(own: State | None, reported: slurm.ReportedState) -> float:
+def _patience(own: State | None, reported: ReportedState) -> float:
     """Seconds out of the queue after which a job counts as ended; SLURM requeues some failed jobs."""
     if own is not None and own.state in ("COMPLETED", "FAILED"):
         return 0.0
@@ -179,7 +248,7 @@ def settled_statuses(sweep: Sweep, interval: float = 0.5) -> list[JobStatus]:
     poller = StatusPoller(sweep)
     while True:
         statuses = poller.poll()
-        if not any(job.active for job in statuses if job.number in poller.missing_since):
+        if not poller.settling:
             return statuses
         time.sleep(interval)
 

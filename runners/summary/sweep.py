@@ -15,6 +15,7 @@ from runners.summary.note import note
 from runners.tracking.record import Record
 from weightgeom.analysis.chain import STAGES
 from weightgeom.analysis.declared import declared, of_text, plain_name
+from weightgeom.analysis.over_seeds import rank_correlation
 from weightgeom.declarations import ASYMMETRY, SECTIONS, ProbeDeclaration
 from weightgeom.table import of_matrices, upgraded
 
@@ -79,16 +80,12 @@ def _drawn(record: Record, table: "pd.DataFrame", corpus: set[str]) -> dict[str,
 
 def _graded(record: Record, table: "pd.DataFrame") -> dict[str, tuple[float, float]]:
     """The graded control: ratio against measured sharpness, and Spearman's correlation of the two."""
-    from scipy.stats import spearmanr
-
     from weightgeom.figures import base as figures
 
     wide = sharpness_and_ratios(table)
     correlations = {}
     for role in ("read", "write"):
-        part = wide[wide["role"] == role]
-        found = spearmanr(part["sharpness"], part["ratio"])
-        correlations[role] = float(found.statistic), float(found.pvalue)
+        correlations[role] = rank_correlation(wide[wide["role"] == role])
         record.log({
             f"graded_control/{role}_rank_correlation": correlations[role][0],
             f"graded_control/{role}_p_value": correlations[role][1],

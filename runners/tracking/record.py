@@ -11,7 +11,7 @@ import socket
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import time_ns
 from types import TracebackType
@@ -52,6 +52,8 @@ class Record:
     """
 
     directory: Path
+    # Of this attempt at a run, by `create`; other readers and writers of the record have none.
+    writer: str | None = field(default=None, repr=False)
     # The points logged by earlier attempts of this run, as (key, value, step) in JSON.
     earlier: frozenset[str] = field(default=frozenset(), repr=False)
 
@@ -74,6 +76,8 @@ class Record:
         A sweep, unlike a run, may outlive its process; the process that observes its end calls `end`.
         `parent` is the directory of a sweep's record. Secrets are masked before they are written.
 
+        A run has one writer: the record that is made last refuses the points of those before it.
+
         Raises:
             ValueError: if `directory` holds the record of another run.
         """
@@ -91,8 +95,11 @@ class Record:
                     f"{directory} holds the record of another run ({', '.join(different)} differ): "
                     "choose another directory"
                 )
-        record = cls(directory, _earlier_points(directory / "metrics.jsonl") if old else frozenset())
-        record._write_status("RUNNING", None, None)  # before run.json, which is never without a status
+        writer = uuid.uuid4().hex if kind == "run" else None
+        starting = cls(directory, writer)
+        starting._write_status("RUNNING", None, None)  # before run.json, which is never without a status
+        # After the status: an earlier attempt that is still alive now refuses to add points.
+        record = replace(starting, earlier=_earlier_points(directory / "metrics.jsonl")) if old else starting
         description = settings | {
             "id": old.get("id", uuid.uuid4().hex),
             "kind": kind,
@@ -109,7 +116,11 @@ class Record:
         """Append one value per metric, at `time` in ms since 1970 (default: now).
 
         A resumed run skips points that an earlier attempt logged with the same value and step.
+
+        Raises:
+            PermissionError: if a later attempt writes the record now, or another process has ended it.
         """
+        self._check_writer()
         moment = _now() if time is None else time
         lines = ""
         for key, value in metrics.items():
@@ -138,10 +149,16 @@ class Record:
 
     def update(self, *, tags: Mapping[str, object] = {}, inputs: Sequence[Input] = ()) -> None:
         """Add tags and inputs; mutates run.json."""
+        self._check_writer()
         self._describe(self.description(), tags, inputs)
 
     def end(self, status: Status, error: str | None = None, end_time: int | None = None) -> None:
-        """Record the end of the run, `end_time` in ms since 1970 (default: now)."""
+        """Record the end of the run, `end_time` in ms since 1970 (default: now).
+
+        Raises:
+            PermissionError: if a later attempt writes the record now, or another process has ended it.
+        """
+        self._check_writer()
         self._write_status(status, error, _now() if end_time is None else end_time)
 
     def description(self) -> dict[str, Any]:
@@ -153,7 +170,7 @@ class Record:
         return _read(self.directory / "run.json", DESCRIBED)
 
     def status(self) -> dict[str, Any]:
-        """The content of status.json: `status end_time pid process_start host error`.
+        """The content of status.json: `status end_time pid process_start host writer error`.
 
         Raises:
             ValueError: if it is damaged.
@@ -224,6 +241,7 @@ class Record:
         if error is None:
             return self.end("FINISHED")
         try:
+            self._check_writer()
             status = status_after(error)
             if status == "SCHEDULED":
                 self._write_status(status, None, None)
@@ -231,6 +249,16 @@ class Record:
                 self.end(status, one_line(error))
         except OSError:  # raising it would hide `error`
             log.exception("could not record the end of the run in %s", self.directory)
+
+    def _check_writer(self) -> None:
+        if self.writer is None:
+            return
+        status = self.status()
+        if status.get("writer") != self.writer:
+            raise PermissionError(
+                f"{self.directory} is no longer this attempt's: process {status['pid']} on {status['host']}"
+                f" {'writes' if status['status'] == 'RUNNING' else 'has ended'} it; this attempt ends"
+            )
 
     @property
     def _metrics(self) -> Path:
@@ -253,6 +281,7 @@ class Record:
                 "pid": os.getpid(),
                 "process_start": process_start(os.getpid()),
                 "host": socket.gethostname(),
+                "writer": self.writer,
                 "error": None if error is None else redacted_text(error),
             }
         )

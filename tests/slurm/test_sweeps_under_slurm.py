@@ -13,8 +13,7 @@ from app import ROOT, environment, run
 from cluster import Cluster, base
 from sweeps import TINY, Place, directory, events, rows, states, steps, until
 
-from runners.launcher.jobs import Job
-from runners.launcher.slurm import SlurmOptions, submit_arrays
+from runners.launcher.manifest import Sweep
 
 SLURM = "hydra/launcher=slurm"
 TWO = "hydra.launcher.array_parallelism=2"
@@ -75,7 +74,7 @@ def processor_seconds() -> float:
 def slowness() -> float:
     """How much more processor time than on an idle machine, 1.4 s, the imports of a start take."""
     start = processor_seconds()
-    code = "import runners.pipeline.experiment, submitit"
+    code = "import runners.pipeline.experiment, runners.compose"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment({"PYTHONPATH": str(ROOT)}))
     return max(1.0, (processor_seconds() - start) / 1.4)
 
@@ -188,27 +187,24 @@ def test_a_controller_that_is_gone_for_a_while_costs_nothing_but_new_sweeps(clus
     assert place.command("wait", repeated, "--poll", "0.3").code == 0
 
 
-def test_more_jobs_than_an_array_may_have_are_submitted_in_chunks_and_cancelled(cluster, tmp_path):
-    jobs = {number: Job(str(tmp_path / str(number)), slurm=True) for number in range(1005)}
-    options = SlurmOptions(additional_parameters={"hold": True})
-    chunks = []
-    before = os.environ.copy()
-    os.environ.update(cluster.variables)
+def test_more_jobs_than_an_array_may_have_are_submitted_in_chunks_and_cancelled(cluster, place):
+    hold = "hydra.launcher.additional_parameters={hold: true}"
+    configuration = cluster.directory / "etc/slurm.conf"
+    before = configuration.read_text()
+    configuration.write_text(before + "MaxArraySize=4\n")
+    cluster.ask("scontrol", "reconfigure")
     try:
-        start = time.monotonic()
-        chunks = list(submit_arrays(jobs, options, tmp_path / "slurm", ROOT))
-        seconds = time.monotonic() - start
+        sweep = place.started(SLURM, hold, "name=chunks", "seed=0,1,2,3,4")
     finally:
-        os.environ.clear()
-        os.environ.update(before)
-    assert [len(chunk) for chunk in chunks] == [1000, 5] and seconds < 60
-    ids = [id for chunk in chunks for id in chunk.values()]
-    assert len(set(ids)) == 1005
-    first, second = (next(iter(chunk.values())).partition("_")[0] for chunk in chunks)
-    assert cluster.ask("squeue", "-h", "-r", "-j", f"{first},{second}").count("\n") == 1005
-    assert f"afterany:{first}" in cluster.ask("scontrol", "show", "job", f"{second}_0")
-    cluster.ask("scancel", first, second)
-    until(lambda: not cluster.ask("squeue", "-h", "-j", f"{first},{second}"))
+        configuration.write_text(before)
+        cluster.ask("scontrol", "reconfigure")
+    first, second = (list(known["ids"].values()) for known in Sweep(sweep).manifest()["submissions"])
+    assert (len(first), len(second)) == (3, 2)
+    arrays = [ids[0].partition("_")[0] for ids in (first, second)]
+    assert cluster.ask("squeue", "-h", "-r", "-j", ",".join(arrays)).count("\n") == 5
+    assert f"afterany:{arrays[0]}" in cluster.ask("scontrol", "show", "job", second[0])
+    assert place.command("cancel", sweep).code == 0
+    until(lambda: not cluster.ask("squeue", "-h", "-j", ",".join(arrays)))
 
 
 def test_a_hundred_jobs_are_submitted_within_ten_seconds(cluster, place):

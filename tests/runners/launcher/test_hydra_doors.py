@@ -2,10 +2,21 @@
 
 from types import SimpleNamespace
 
+import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.types import RunMode
 
-from runners.launcher.hydra_doors import NAMESPACE, add_launcher, completed, compose_once
+from runners.launcher.hydra_doors import (
+    NAMESPACE,
+    add_launcher,
+    commas_in_launcher_options,
+    completed,
+    compose_once,
+)
 from runners.launcher.hydra_launcher import SweepLauncher
 
 MOVED = "hydra moved {}: change runners/launcher/hydra_doors.py"
@@ -38,3 +49,15 @@ def test_a_job_is_composed_once_for_sweeper_and_launcher():
 
 def test_a_completed_job_gives_its_value():
     assert completed(["seed=1"], "place").return_value == "place", MOVED.format("JobReturn._return_value")
+
+
+def test_commas_in_an_option_of_the_launcher_are_text_and_not_a_sweep():
+    commas_in_launcher_options()
+    given = ["hydra.launcher.exclude=n1,n2", "seed=0,1"]
+    overrides = OverridesParser.create().parse_overrides(given)
+    ConfigLoaderImpl.validate_sweep_overrides_legal(overrides, RunMode.MULTIRUN, from_shell=True)
+    assert overrides[0].value() == "n1,n2", MOVED.format("Override")
+    assert overrides[1].is_sweep_override()
+    other = OverridesParser.create().parse_overrides(["hydra.job.name=a,b"])
+    with pytest.raises(HydraException):
+        ConfigLoaderImpl.validate_sweep_overrides_legal(other, RunMode.MULTIRUN, from_shell=True)

@@ -129,7 +129,8 @@ def test_cancelled_jobs_have_status_killed_in_mlflow_and_resume_when_they_are_re
     until(lambda: max(steps(sweep, 0), default=0) > 20)
     assert place.command("cancel", sweep).code == 0
     waited = place.command("wait", sweep)
-    assert waited.code == 1 and "(CANCELLED" in waited.out
+    assert waited.code == 1 and "cancelled: #0" in waited.out and "were cancelled" in waited.err
+    assert "Traceback" not in waited.out and "log: None" not in waited.out
     assert rows(place.command("status", sweep)) == {0: "CANCELLED", 1: "CANCELLED"}
     assert place.statuses("cancelled") == ("KILLED", {"7": "KILLED", "8": "KILLED"})
     assert not alive(sweep, 0)

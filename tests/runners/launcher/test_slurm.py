@@ -1,49 +1,87 @@
-"""Requests to SLURM and its answers, with stand-ins for its commands; tests/slurm uses a real SLURM."""
+"""Submissions to SLURM, with stand-ins for its commands; tests/slurm uses a real SLURM."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from runners.launcher.slurm import SlurmOptions, accounted, expanded, queued
+from runners.launcher.slurm import SlurmOptions, ids_of, submit_array
 
-
-def test_the_short_form_of_array_ids_is_expanded():
-    assert expanded("7") == ["7"] and expanded("7_3") == ["7_3"]
-    assert expanded("7_[0-2,5%2]") == ["7_0", "7_1", "7_2", "7_5"]
+Stands = Callable[[str, str], None]
 
 
-def test_options_become_submitits_parameters_with_requeue():
-    options = SlurmOptions(mem_gb=1.5, partition="gpu", timeout_min=1, additional_parameters={"hold": True})
+@pytest.fixture
+def stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stands:
+    """Puts a shell script in the place of a command of SLURM's."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.setattr("runners.launcher.slurm.AGAIN_AFTER", (0.0, 0.0))
+
+    def stand(command: str, script: str) -> None:
+        (folder / command).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / command).chmod(0o755)
+
+    for command in ("squeue", "sacct"):
+        stand(command, "true")
+    return stand
+
+
+def test_options_are_sbatchs_with_requeue_and_take_numbers_and_lists():
+    options = SlurmOptions(
+        mem_gb=1.5,
+        partition="gpu",
+        timeout_min=1,
+        additional_parameters={"hold": True, "licenses": ["a", "b"]},
+    )
     assert options.parameters() == {
-        "job_name": "weightgeom",
-        "time": 1,
         "mem": "1536MB",
         "partition": "gpu",
         "nodes": 1,
-        "array_parallelism": 256,
-        "signal_delay_s": 30,  # half of the limit, where the default of 120 s would be all of it
-        "stderr_to_stdout": True,
-        "additional_parameters": {"requeue": True, "hold": True},
+        "time": 1,
+        "signal": "USR2@30",  # half of the limit, where the default of 120 s would be all of it
+        "requeue": True,
+        "open_mode": "append",
+        "hold": True,
+        "licenses": ["a", "b"],
     }
+    plain = SlurmOptions(mem_per_cpu=600, account=12345, exclude=["n1", "n2"])  # pyright: ignore
+    assert (plain.mem_per_cpu, plain.account, plain.exclude) == ("600", "12345", "n1,n2")
+    assert SlurmOptions(dependency="singleton").depending("afterok:7").dependency == "singleton,afterok:7"
     with pytest.raises(ValueError, match="a run is one process"):
         SlurmOptions(tasks_per_node=2)
+    with pytest.raises(ValidationError):
+        SlurmOptions(mem_gb="much")  # pyright: ignore[reportArgumentType]
 
 
-def test_states_are_read_from_slurms_commands_and_a_failing_queue_raises(tmp_path, monkeypatch):
-    def answers(command: str, text: str, code: int = 0) -> None:
-        (tmp_path / command).write_text(f"#!/bin/sh\nprintf '{text}'\nexit {code}\n")
-        (tmp_path / command).chmod(0o755)
+def test_a_submission_is_a_script_named_by_its_array_with_everything_quoted(tmp_path, stands_for):
+    stands_for("sbatch", 'cp "$2" "$2.seen"; env | grep -c "^SBATCH_" > "$2.count"; echo "7;cluster"')
+    folder = tmp_path / "a sweep of 50%" / "slurm"
+    options = SlurmOptions(cpus_per_task=3, comment="it's mine", setup=["module load x"], srun_args=["-l"])
+    assert submit_array("dpo-1", 3, options, folder, Path("/co de"), "a.module") == "7"
+    script = (folder / "7_submission.sh").read_text()
+    lines = script.splitlines()
+    assert "#SBATCH --array=0-2%3" in lines and "#SBATCH --job-name=dpo-1" in lines
+    assert """#SBATCH --comment='it'"'"'s mine'""" in lines and "#SBATCH --requeue" in lines
+    logs = f"{tmp_path}/a sweep of 50%%/slurm/%A_%a"
+    assert f"#SBATCH --output='{logs}_0_log.out'" in lines
+    step = shlex.split(lines[-1])
+    assert step[:5] == ["srun", "--unbuffered", f"--output={logs}_%t_log.out", "--cpus-per-task=3", "-l"]
+    assert step[-4:] == ["-m", "a.module", str(folder.parent), "dpo-1"]
+    assert lines[-2] == "module load x"
+    assert ids_of("7", [[4], [5], [6]]) == {4: "7_0", 5: "7_1", 6: "7_2"} and ids_of("7", [[4]]) == {4: "7"}
 
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    answers("squeue", "7_0|RUNNING|n1|None\\n7_1|PENDING||Resources\\n")
-    assert {id: reported.state for id, reported in queued(["7_0", "7_1", "7_2"]).items()} == {
-        "7_0": "RUNNING",
-        "7_1": "PENDING",
-    }
-    answers("sacct", "7_2|CANCELLED by 0|None assigned\\n7_[3-4]|PENDING|\\n")
-    assert accounted(["7_2", "7_4"])["7_2"][:2] == ("CANCELLED", "")
-    assert accounted(["7_4"])["7_4"].state == "PENDING"
-    answers("sacct", "", 1)
-    answers("scontrol", "JobId=8 ArrayJobId=7 ArrayTaskId=2 JobState=FAILED NodeList=n3\\n")
-    assert accounted(["7_2"])["7_2"][:2] == ("FAILED", "n3")
-    answers("squeue", "", 1)
-    with pytest.raises(ConnectionError, match="SLURM does not answer: squeue says"):
-        queued(["7_0"])
+
+def test_jobs_that_slurm_took_although_sbatch_failed_are_found_by_their_name(tmp_path, stands_for):
+    stands_for("sbatch", "echo 'sbatch: error: Socket timed out on send/recv operation' >&2; exit 1")
+    stands_for("squeue", "echo '9|dpo-1'")
+    assert submit_array("dpo-1", 2, SlurmOptions(), tmp_path / "slurm", tmp_path, "m") == "9"
+    assert (tmp_path / "slurm/9_submission.sh").exists()
+    stands_for("squeue", "true")
+    with pytest.raises(ConnectionError, match="not known whether SLURM took the jobs: Socket timed out"):
+        submit_array("dpo-2", 2, SlurmOptions(), tmp_path / "slurm", tmp_path, "m")
+    stands_for("sbatch", "echo 'sbatch: error: invalid partition specified: x' >&2; exit 1")
+    with pytest.raises(ValueError, match="SLURM refuses the jobs: invalid partition specified: x"):
+        submit_array("dpo-3", 2, SlurmOptions(), tmp_path / "slurm", tmp_path, "m")

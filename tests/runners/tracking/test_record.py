@@ -177,6 +177,23 @@ def test_a_requeued_job_continues_its_record_without_repeating_a_row(tmp_path):
     assert second.status()["error"] is None
 
 
+def test_a_record_refuses_what_an_attempt_writes_after_a_later_one_began(tmp_path):
+    first = new(tmp_path)
+    first.log({"loss": 1.0}, step=0)
+    second = new(tmp_path)
+    for late in (lambda: first.log({"loss": 2.0}, step=1), lambda: first.end("FINISHED"), first.update):
+        with pytest.raises(PermissionError, match=r"no longer this attempt's: process .* on .* writes it"):
+            late()
+    with pytest.raises(RuntimeError), first:
+        raise RuntimeError
+    assert second.status()["status"] == "RUNNING"
+    second.log({"loss": 3.0}, step=1)
+    assert [point.value for point in points(second)] == [1.0, 3.0]
+    Record(tmp_path).end("KILLED")  # by a watcher, which took the run for dead
+    with pytest.raises(PermissionError, match="has ended it"):
+        second.log({"loss": 4.0}, step=2)
+
+
 def test_another_run_cannot_continue_a_record(tmp_path):
     new(tmp_path)
     with pytest.raises(ValueError, match=r"holds the record of another run \(params differ\)"):

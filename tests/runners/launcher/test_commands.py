@@ -1,0 +1,272 @@
+"""Decisions about sweeps, with stand-ins for SLURM's commands and without runs."""
+
+import importlib
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runners.launcher import commands, jobs, task
+from runners.launcher.__main__ import launcher_options, main
+from runners.launcher.jobs import CANCEL, LOCK, Job, State, _out_of_time, _time_is_up
+from runners.launcher.manifest import Sweep
+from runners.launcher.ownership import held
+
+LIMITS = {"timeout_min": 60, "max_num_timeout": 3, "signal_delay_s": 120}
+
+
+def sweep_of(directory: Path, count: int, launcher: str = "slurm") -> Sweep:
+    """A sweep that was created and not submitted."""
+    sweep = Sweep(directory)
+    directory.mkdir()
+    sweep.create(launcher, {}, [])
+    for number in range(count):
+        job: dict[str, Any] = {
+            "directory": str(directory / str(number)),
+            "overrides": [f"seed={number}"],
+            "run_name": "dpo",
+            "config": {"name": "a study, of two"},
+            "limits": LIMITS,
+        }
+        sweep.add_job(number, job)
+    sweep.list_jobs({number: str(directory / str(number)) for number in range(count)})
+    return sweep
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand-ins for SLURM's commands, which log their arguments; its queue is the file `queue`."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "queue").touch()
+    squeue = (
+        f'case "$*" in *--name*) cut -d"|" -f7,8 {folder}/queue;; *) cut -d"|" -f1-6 {folder}/queue;; esac'
+    )
+    stands = {"squeue": squeue, "sacct": "true", "scontrol": "true", "sbatch": "echo 7", "scancel": "true"}
+    for command, body in stands.items():
+        stand(folder, command, body)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.setattr("runners.launcher.slurm.AGAIN_AFTER", (0.0,))
+    monkeypatch.setattr("runners.launcher.status.PATIENCE", 0.0)
+    return folder
+
+
+def stand(folder: Path, command: str, body: str) -> None:
+    (folder / command).write_text(f'#!/bin/sh\necho "{command} $*" >> {folder}/asked\n{body}\n')
+    (folder / command).chmod(0o755)
+
+
+def asked(folder: Path, command: str) -> list[str]:
+    lines = (folder / "asked").read_text().splitlines() if (folder / "asked").exists() else []
+    return [line.removeprefix(f"{command} ") for line in lines if line.startswith(f"{command} ")]
+
+
+def test_a_submission_is_listed_before_it_is_made_and_found_after_its_launcher_was_killed(tmp_path, slurm):
+    sweep = sweep_of(tmp_path / "sweep", 2)
+    stand(slurm, "sbatch", f"cp {sweep.directory}/sweep.json {slurm}/before; kill -9 $PPID; exit 1")
+    if (child := os.fork()) == 0:
+        commands.submit(sweep, [0, 1], sweep.directory / "code")
+        os._exit(0)
+    os.waitpid(child, 0)
+    (noted,) = json.loads((slurm / "before").read_text())["submissions"]
+    assert noted["tasks"] == [[0], [1]] and noted["ids"] == {}
+    assert noted["name"].startswith("a-study-of-two-")
+    commands.adopt(sweep)  # SLURM does not know it yet
+    assert sweep.ids() == {}
+    lines = [f"9_{index}|PENDING||N/A|4|Priority|9|{noted['name']}\n" for index in (0, 1)]
+    (slurm / "queue").write_text("".join(lines))
+    commands.adopt(sweep)
+    assert sweep.ids() == {0: "9_0", 1: "9_1"}
+    assert (sweep.directory / "slurm/9_submission.sh").exists()
+    commands.cancel(sweep, [])
+    assert asked(slurm, "scancel") == ["9"]
+
+
+def test_jobs_that_ended_before_anybody_looked_are_known_by_their_own_states(tmp_path, slurm):
+    sweep = sweep_of(tmp_path / "sweep", 2)
+    sweep.add_submission(sweep.directory / "code", name="lost", tasks=[[0], [1]])
+    State("COMPLETED", 1, id="8_1").save(sweep.directory / "1")
+    commands.adopt(sweep)
+    assert sweep.ids() == {0: "8_0", 1: "8_1"}
+
+
+def test_where_slurm_may_have_taken_the_jobs_nothing_is_removed_and_cancel_withdraws_them(
+    tmp_path, slurm, monkeypatch, capsys
+):
+    sweep = sweep_of(tmp_path / "sweep", 2)
+    stand(slurm, "sbatch", "echo 'sbatch: error: Socket timed out on send/recv operation' >&2; exit 1")
+    with pytest.raises(ConnectionError, match=r"not known whether SLURM took .*`weightgeom sweep status"):
+        commands.submit(sweep, [0, 1], sweep.directory / "code")
+    (noted,) = sweep.manifest()["submissions"]
+    assert not noted.get("withdrawn")
+    commands.cancel(sweep, [])
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    task.main([str(sweep.directory), noted["name"]])  # as SLURM starts it, late
+    assert "job 1 does not start: it was cancelled since" in capsys.readouterr().out
+    assert State.load(sweep.directory / "1") is None
+
+
+def test_of_two_submissions_of_a_job_the_last_one_counts(tmp_path, monkeypatch, capsys):
+    sweep = sweep_of(tmp_path / "sweep", 2)
+    for name in ("first", "second"):
+        sweep.add_submission(sweep.directory / "code", name=name, tasks=[[1]])
+    started: list[str] = []
+    monkeypatch.setattr(Job, "__call__", lambda job: started.append(job.directory))
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    task.main([str(sweep.directory), "first"])
+    assert started == [] and "job 1 does not start: it was submitted again" in capsys.readouterr().out
+    task.main([str(sweep.directory), "second"])
+    assert started == [f"{sweep.directory}/1"]
+
+
+def test_a_refused_array_of_several_withdraws_those_before_it(tmp_path, slurm):
+    sweep = sweep_of(tmp_path / "sweep", 3)
+    stand(slurm, "scontrol", "echo 'MaxArraySize = 3'")
+    once = f"mkdir {slurm}/once 2>/dev/null && echo 7"
+    stand(slurm, "sbatch", f"{once} || {{ echo 'sbatch: error: no' >&2; exit 1; }}")
+    with pytest.raises(ValueError, match="SLURM refuses the jobs: no"):
+        commands.submit(sweep, [0, 1, 2], sweep.directory / "code")
+    assert [known.get("withdrawn") for known in sweep.manifest()["submissions"]] == [True, True]
+    assert asked(slurm, "scancel") == ["7"]
+
+
+def test_a_job_that_still_runs_somewhere_is_not_started_again(tmp_path, slurm):
+    sweep = sweep_of(tmp_path / "sweep", 1)
+    with held(sweep.directory / "0" / LOCK, 1, lambda: {"id": "7", "attempt": 1}):
+        words = rf"job 0 still runs as process {os.getpid()} on {socket.gethostname()} \(attempt 1 of job 7\)"
+        with pytest.raises(ValueError, match=words):
+            commands.submit(sweep, [0], sweep.directory / "code")
+    assert asked(slurm, "sbatch") == []
+
+
+def test_two_attempts_of_a_job_do_not_run_at_once_and_a_completed_one_does_not_run_again(
+    tmp_path, monkeypatch, capsys
+):
+    sweep = sweep_of(tmp_path / "sweep", 1, "local")
+    directory = sweep.directory / "0"
+    monkeypatch.setenv("WEIGHTGEOM_JOB", "local.1.0")
+    monkeypatch.setattr(jobs, "PATIENCE", 0.2)
+    with held(directory / LOCK, 1), pytest.raises(BlockingIOError, match=f"process {os.getpid()}"):
+        Job(str(directory), slurm=False)()
+    assert State.load(directory) is None
+    State("COMPLETED", 1, id="local.1.0").save(directory)
+    Job(str(directory), slurm=False)()
+    assert "nothing to do: attempt 1 completed this job" in capsys.readouterr().out
+    assert len((directory / "events.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_attempt_that_was_superseded_leaves_the_state_alone(tmp_path):
+    earlier = State("RUNNING", 1, id="7_0", pid=os.getpid())
+    State("RUNNING", 2, id="7_0", pid=os.getpid()).save(tmp_path)
+    Job(str(tmp_path), slurm=True)._fail(earlier, ValueError("too late"))
+    state = State.load(tmp_path)
+    assert state is not None and (state.state, state.attempt) == ("RUNNING", 2)
+
+
+def test_the_end_of_the_time_says_whether_the_state_was_saved():
+    saved = _out_of_time(LIMITS, "stopped after step 40; its state is saved")
+    assert "the state is saved, and resubmit goes on from it" in saved
+    lost = _out_of_time(LIMITS, "stopped outside a training")
+    assert "nothing is saved outside a training, so that a further attempt would end here too" in lost
+    assert saved.endswith("--timeout_min 120") and lost.endswith("--timeout_min 120")
+
+
+def test_options_of_the_launcher_change_at_resubmit(tmp_path, slurm):
+    assert launcher_options(["--mem_gb", "64", "--exclude=n1,n2", "--timeout-min", "600"]) == {
+        "mem_gb": 64,
+        "exclude": "n1,n2",
+        "timeout_min": 600,
+    }
+    with pytest.raises(ValueError, match="expected an option of the launcher"):
+        launcher_options(["--mem_gb"])
+    sweep = sweep_of(tmp_path / "sweep", 1)
+    sweep.set_options({"partition": "gpu"})
+    with pytest.raises(ValueError, match=r"hydra.launcher.memory"):
+        commands.resubmit(sweep, False, {"memory": 3})
+    assert sweep.manifest()["options"] == {"partition": "gpu"}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "holds no sweep (no sweep.json)"),
+        ("", "is damaged, or not a sweep's"),
+        ('{"a": 1}', "is not a sweep's"),
+        ("[]", "is not a sweep's"),
+        (
+            '{"launcher": "local", "options": {}, "overrides": [], "jobs": {}, "submissions": []}',
+            "start it again",
+        ),
+    ],
+)
+def test_a_foreign_sweep_json_gets_a_sentence(tmp_path, content, said, capsys):
+    if content is not None:
+        (tmp_path / "sweep.json").write_text(content)
+    assert main(["status", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_an_unknown_number_is_not_cancelled_in_silence(tmp_path, slurm, capsys):
+    sweep = sweep_of(tmp_path / "a sweep", 2)
+    assert main(["cancel", str(sweep.directory), "9"]) == 1
+    assert "has no job 9; its jobs are 0 to 1" in capsys.readouterr().err
+
+
+def test_jobs_of_one_task_run_in_turn_share_their_imports_and_end_each_on_its_own(tmp_path, monkeypatch):
+    sweep = sweep_of(tmp_path / "sweep", 4)
+    sweep.add_submission(sweep.directory / "code", name="packed", tasks=[[0, 1, 2, 3]], ids={})
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    for variable in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    (sweep.directory / "slurm").mkdir()
+    (sweep.directory / "2" / CANCEL).touch()
+
+    def run(job: Job, asked: dict[str, Any], interruption: object) -> None:
+        seen = [name for name in ("colorsys",) if name in sys.modules]
+        (Path(job.directory) / "seen").write_text(json.dumps(seen))
+        importlib.import_module("colorsys")
+        if job.directory.endswith("1"):
+            raise ValueError("no luck")
+
+    monkeypatch.setattr(Job, "_run", run)
+    sys.modules.pop("colorsys", None)
+    with pytest.raises(SystemExit, match="1"):
+        task.main([str(sweep.directory), "packed"])
+    states = [State.load(sweep.directory / str(number)) for number in range(4)]
+    assert [state and state.state for state in states] == ["COMPLETED", "FAILED", "CANCELLED", "COMPLETED"]
+    seen = [json.loads((sweep.directory / number / "seen").read_text()) for number in "013"]
+    assert seen == [[], ["colorsys"], ["colorsys"]]
+    with pytest.raises(SystemExit, match="1"):  # requeued: those that have ended are left alone
+        task.main([str(sweep.directory), "packed"])
+    assert [state.attempt for state in states if state] == [1, 1, 0, 1]
+    assert len((sweep.directory / "0/events.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_sweep_after_another_depends_on_its_arrays_and_is_refused_where_it_failed(tmp_path, slurm):
+    earlier, sweep = sweep_of(tmp_path / "earlier", 2), sweep_of(tmp_path / "later", 1)
+    sweep.set_options({"after": str(earlier.directory)})
+    earlier.add_submission(earlier.directory / "code", name="e", tasks=[[0], [1]])
+    earlier.amend_submission(0, ids={"0": "5_0", "1": "5_1"})
+    (slurm / "queue").write_text("5_0|RUNNING|n1|4|4|None|5|e\n5_1|PENDING||N/A|4|Priority|5|e\n")
+    commands.submit(sweep, [0], sweep.directory / "code")
+    script = (sweep.directory / "slurm/7_submission.sh").read_text()
+    assert "#SBATCH --dependency=afterok:5" in script.splitlines()
+    (slurm / "queue").write_text("")
+    with pytest.raises(ValueError, match=r"jobs 0, 1 of the sweep in .* did not complete: restart them with"):
+        commands.submit(sweep, [0], sweep.directory / "code")
+
+
+# 60 min less 120 s to save, less 60 s by which SLURM may be early, are 3420 s.
+def test_the_end_of_the_time_is_told_from_a_preemption_by_the_processs_own_clock(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_START_TIME", "1")  # of a controller whose clock is elsewhere
+    monkeypatch.setattr(jobs, "BEGAN", time.monotonic() - 3430)
+    assert _time_is_up(LIMITS)
+    monkeypatch.setattr(jobs, "BEGAN", time.monotonic() - 1800)
+    assert not _time_is_up(LIMITS) and not _time_is_up({**LIMITS, "timeout_min": None})
