@@ -283,7 +283,7 @@ def test_json_that_is_none_is_named_by_its_line(folder, contents, message):
     [
         ("book.xlsx", b"PK\x03\x04rest", "book.xlsx is a zip archive, such as an Excel workbook: give text"),
         ("data", b"PAR1rest", "data is a parquet file: end its name in .parquet"),
-        ("a.jsonl", gzip.compress(b"{}"), "a.jsonl is compressed by gzip: end its name in .gz"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "a.jsonl is compressed by gzip: end its name in .gz"),
         ("a.bin", b"words\0\1\2", "a.bin line 1 has a NUL byte: the file is binary, not text"),
         ("t.txt", b"id,text\n1,words\n", "t.txt begins with the names of columns (id,text): end its name in"),
         ("j.txt", b'{"text": "a"}\n', "j.txt begins with a JSON object: end its name in .jsonl"),
