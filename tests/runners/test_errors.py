@@ -105,7 +105,7 @@ def test_the_error_for_an_unknown_key_lists_the_valid_ones_and_how_to_add_one() 
         " +objective.betaa=..."
     )
     assert explanation(composed("trainin.steps=3")).startswith(
-        "there is no key trainin; did you mean 'training'? valid: data, device, "
+        "there is no key trainin; did you mean 'training'? valid: allow_targets, data, "
     )
     assert explanation(composed("tags.a=1")) == (
         "there is no key tags.a yet: add it with a plus sign, +tags.a=..."
@@ -119,7 +119,7 @@ def test_the_error_for_a_missing_value_names_its_key() -> None:
 
 def test_malformed_and_refused_overrides_are_named() -> None:
     assert explanation(composed("foo")).startswith("cannot read the argument 'foo': write key=value")
-    assert explanation(composed("tags=[a]")).startswith("cannot set tags=[a]: ")
+    assert explanation(composed("model.pretraining=[a]")).startswith("cannot set model.pretraining=[a]: ")
     assert explanation(composed("hydra.job.num=x")) == (
         "cannot set hydra.job.num=x: Value 'x' of type 'str' could not be converted to Integer"
     )

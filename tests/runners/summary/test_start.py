@@ -87,7 +87,7 @@ def test_commands_are_quoted_for_a_shell_and_without_secrets(monkeypatch: pytest
     assert rest == "run.py --config-dir 'my conf' seed=3 tracking_uri=https://***@host 'tags={a: b}'"
     _, _, rest = over_seeds().partition("run.py ")
     assert rest == ("--config-dir 'my conf' seed=0,1,2 tracking_uri=https://***@host 'tags={a: b}' -m")
-    monkeypatch.setattr(sys, "argv", ["/opt/bin/weightgeom", "run", "objective=ce"])
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/weightgeom", "objective=ce"])
     assert again() == "weightgeom run objective=ce"
     assert over_seeds() == "weightgeom run seed=0,1,2 objective=ce -m"
 
