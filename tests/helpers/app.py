@@ -47,7 +47,7 @@ def run(directory: Path, *arguments: str, before: Sequence[str] = (), **variable
         env=environment(variables),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,  # ends a run that hangs; not a measure of speed
     )
     return Ended(ended.returncode, ended.stdout, ended.stderr)
 

@@ -39,7 +39,7 @@ class Place:
     def command(self, name: str, sweep: Path, *more: str, **variables: str) -> Ended:
         """`python -m runners.launcher NAME SWEEP`, run from another directory than the sweep's own."""
         with self.popen(name, sweep, *more, **variables) as process:
-            out, err = process.communicate(timeout=300)
+            out, err = process.communicate(timeout=1800)
         return Ended(process.returncode, out, err)
 
     def popen(self, name: str, sweep: Path, *more: str, **variables: str) -> "subprocess.Popen[str]":

@@ -91,7 +91,7 @@ def test_a_launcher_that_dies_behind_sbatch_leaves_jobs_that_are_found_and_two_r
     assert place.command("cancel", sweep).code == 0
     until(lambda: not cluster.ask("squeue", "-h", "-j", array))
     with place.popen("resubmit", sweep) as one, place.popen("resubmit", sweep) as two:
-        said = [process.communicate(timeout=300) for process in (one, two)]
+        said = [process.communicate(timeout=1800) for process in (one, two)]
     assert [one.returncode, two.returncode] == [0, 0], said
     assert sorted("nothing to resubmit" in out for out, _ in said) == [False, True]
     names = cluster.ask("squeue", "-h", "-r", "-o", "%j").split()

@@ -49,7 +49,7 @@ def disturbed(
             until(lambda n=number, b=before: attempts(sweep) > n and last(sweep) > b + 15)
             at.append(last(sweep))
             disturb(cluster, sweep)
-        out, err = waiting.communicate(timeout=500)
+        out, err = waiting.communicate(timeout=1800)
     return Story(place, sweep, Ended(waiting.returncode, out, err), at)
 
 

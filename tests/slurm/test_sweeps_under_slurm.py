@@ -180,7 +180,7 @@ def test_a_controller_that_is_gone_for_a_while_costs_nothing_but_new_sweeps(clus
         assert ended.code == 1 and len(ended.errors) == 1 and "SLURM does not answer" in ended.errors[0]
         time.sleep(max(0, gone + 20 - time.monotonic()))
         cluster.script("start-controller")
-        out, err = waiting.communicate(timeout=180)
+        out, err = waiting.communicate(timeout=900)
         assert waiting.returncode == 0, out + err
     assert place.statuses("outage") == ("FINISHED", {"5": "FINISHED", "6": "FINISHED"})
     repeated = place.started(SLURM, "name=meanwhile", "seed=0")
