@@ -64,7 +64,7 @@ def refuse(
         ("objective=dpoo", "there is no objective=dpoo; did you mean 'dpo'? valid: ce, dpo, "),
         ("probe=[rsf,behavior]", "there is no probe=behavior; did you mean 'behaviour'? valid: behaviour, "),
         ("objective.betaa=1", "there is no key objective.betaa; did you mean 'beta'? valid: beta, "),
-        ("trainin.steps=3", "there is no key trainin; did you mean 'training'? valid: data, "),
+        ("trainin.steps=3", "there is no key trainin; did you mean 'training'? valid: allow_targets, data, "),
         ("probe.rsf.kk=3", "there is no key probe.rsf.kk; did you mean 'k'? valid: at, budget_gb, "),
         ("+probe.rsf.kk=3", "there is no key probe.rsf.kk; did you mean 'k'? valid: at, budget_gb, "),
         ("+model.pretraining.stepps=3", "there is no key model.pretraining.stepps; did you mean 'steps'? "),
