@@ -137,7 +137,7 @@ def check_origin(allowed: list[str]) -> None:
     if unknown := [pattern for pattern in allowed if pattern not in trusted]:
         raise ValueError(
             f"a configuration file sets allow_targets to {unknown}, which only the command line and"
-            f" {CONF / 'local'} may do: read what it runs, then add {shlex.quote(_allowing(unknown))}"
+            f" {CONF / 'local'} may do: read that code, then add {shlex.quote(_allowing(unknown))}"
         )
 
 

@@ -102,5 +102,5 @@ def check(context: typer.Context) -> None:
 def list_choices(group: Annotated[str, typer.Argument(metavar="GROUP", help=", ".join(PLURALS))]) -> None:
     """List the choices of a group, each with its meaning."""
     if group not in PLURALS:
-        raise typer.BadParameter(f"there is no list of {group}; {nearest(group, PLURALS)}")
+        raise typer.BadParameter(f"unknown group {group!r}; {nearest(group, PLURALS)}")
     print(listing(PLURALS[group]))

@@ -115,7 +115,7 @@ def _in_fork(directory: Path, modules: Path) -> int:
 
 
 def _warm(modules: Path) -> None:
-    """Import what the first job has imported, as far as it can be imported here."""
+    """Import the modules that the first job imported; those that fail are skipped."""
     if modules.exists():
         for name in json.loads(modules.read_text()):
             if name not in sys.modules:

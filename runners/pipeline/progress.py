@@ -70,7 +70,8 @@ class Progress:
             yield f"interrupted in stage {self.head}"
         yield f"kept under {self.outputs}: {', '.join(self.kept) or 'no stage yet'}"
         if self.directory is not None:
-            states = [int(path.name.split("-")[-1]) for path in self.directory.glob("checkpoint-*")]
+            names = [path.name.removeprefix("checkpoint-") for path in self.directory.glob("checkpoint-*")]
+            states = [int(name) for name in names if name.isdigit()]  # others are not written to their end
             told = f"goes on from step {max(states)}" if states else "starts again, as it has saved no state"
             yield f"{self.current} {told}"
         if command:

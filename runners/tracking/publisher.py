@@ -315,7 +315,7 @@ def _dataset(item: Mapping[str, str]) -> Any:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     name, digest = fitted(item["name"], DATASET_NAME_LENGTH), fitted(item["digest"], 1000)
-    source = json.dumps({"uri": fitted(item["source"], DATASET_SOURCE_LENGTH // 6)})  # 6: as \uXXXX
+    source = json.dumps({"uri": fitted(item["source"], DATASET_SOURCE_LENGTH // 6)})
     dataset = Dataset(name, digest[:DATASET_DIGEST_LENGTH], "local", source)
     return DatasetInput(dataset, [InputTag("mlflow.data.context", fitted(item["context"], CONTEXT_LENGTH))])
 

@@ -90,7 +90,7 @@ def test_the_lists_are_of_all_groups() -> None:
 def test_an_unknown_list_is_refused_with_the_nearest(weightgeom: Callable[..., Result]) -> None:
     ended = weightgeom("list", "modles")
     assert ended.exit_code == 2
-    assert "there is no list of modles; did you mean 'models'?" in " ".join(ended.output.split())
+    assert "unknown group 'modles'; did you mean 'models'?" in " ".join(ended.output.split())
 
 
 def test_the_version_is_that_of_the_distribution(weightgeom: Callable[..., Result]) -> None:
