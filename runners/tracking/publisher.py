@@ -315,6 +315,7 @@ def _dataset(item: Mapping[str, str]) -> Any:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     name, digest = fitted(item["name"], DATASET_NAME_LENGTH), fitted(item["digest"], 1000)
+    # JSON writes a character outside ASCII as six.
     source = json.dumps({"uri": fitted(item["source"], DATASET_SOURCE_LENGTH // 6)})
     dataset = Dataset(name, digest[:DATASET_DIGEST_LENGTH], "local", source)
     return DatasetInput(dataset, [InputTag("mlflow.data.context", fitted(item["context"], CONTEXT_LENGTH))])
