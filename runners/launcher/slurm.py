@@ -111,10 +111,8 @@ class SlurmOptions:
         shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OURS}
         given = {name: value for name, value in shared.items() if value is not None}
         memory = {} if self.mem_gb is None else {"mem": f"{int(self.mem_gb * 1024)}MB"}
-        signal = f"USR2@{self.limits()['signal_delay_s']}"
         # A preempted job, or one that loses its node, is requeued, whatever the site's default.
-        own = {"time": self.timeout_min, "signal": signal, "requeue": True, "open_mode": "append"}
-        return {**given, **memory, **own, **(self.additional_parameters or {})}
+        return {**given, **memory, "requeue": True, **(self.additional_parameters or {})}
 
 
 def submit_array(name: str, jobs: int, options: SlurmOptions, folder: Path, code: Path, task: str) -> str:
@@ -164,27 +162,28 @@ def _found(name: str, reason: str) -> str:
 
 
 def _script(name: str, jobs: int, options: SlurmOptions, folder: Path, code: Path, task: str) -> str:
-    out, error = (log_pattern(folder, jobs, ending) for ending in ("out", "err"))
-    parameters = {"job_name": name, "output": out.replace("%t", "0"), **options.parameters()}
-    if jobs > 1:
-        parameters["array"] = f"0-{jobs - 1}%{min(jobs, options.array_parallelism)}"
-    step = ["srun", "--unbuffered", f"--output={out}"]
-    if not options.stderr_to_stdout:
-        parameters["error"] = error.replace("%t", "0")
-        step.append(f"--error={error}")
+    """submitit's script, with a command of ours: its own unpickles a file that is written after sbatch."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    shown = {key: _joined(value) for key, value in options.parameters().items() if value is not False}
+    command = [*python_of(code, "USR2 TERM"), "-u", "-m", task, str(folder.parent), name]
+    step = list(options.srun_args or [])
     if options.cpus_per_task is not None:
         step.append(f"--cpus-per-task={options.cpus_per_task}")  # since 22.05 a step does not inherit it
-    step += [*(options.srun_args or []), *python_of(code, "USR2 TERM"), "-u", "-m", task]
-    step += [str(folder.parent), name]
-    flags = [
-        f"#SBATCH {_flag(key, value)}" for key, value in sorted(parameters.items()) if value is not False
-    ]
-    return "\n".join(["#!/bin/bash", *flags, *(options.setup or []), shlex.join(step), ""])
-
-
-def _flag(key: str, value: Any) -> str:
-    option = f"--{key.replace('_', '-')}"
-    return option if value is True else f"{option}={shlex.quote(str(_joined(value)))}"
+    return _make_sbatch_string(
+        shlex.join(command),
+        _in_pattern(folder),
+        job_name=name,
+        time=options.timeout_min,
+        signal_delay_s=options.limits()["signal_delay_s"],
+        map_count=jobs if jobs > 1 else None,
+        array_parallelism=options.array_parallelism,
+        setup=options.setup,
+        stderr_to_stdout=options.stderr_to_stdout,
+        srun_args=step,
+        wckey=None,
+        additional_parameters=shown,
+    )
 
 
 def largest_array() -> int:
@@ -193,10 +192,9 @@ def largest_array() -> int:
     return max(1, int(limit[1]) - 1) if limit else 1000
 
 
-def log_pattern(folder: Path, jobs: int, ending: str) -> str:
-    """The logs' names in SLURM's pattern, in which a percent sign begins a field."""
-    job = "%A_%a" if jobs > 1 else "%j"
-    return f"{str(folder).replace('%', '%%')}/{job}_%t_log.{ending}"
+def _in_pattern(folder: Path) -> str:
+    """A folder in SLURM's pattern, in which a percent sign begins a field."""
+    return str(folder).replace("%", "%%")
 
 
 def log_path(folder: Path, id: str) -> Path:

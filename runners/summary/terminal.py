@@ -105,11 +105,12 @@ def fitting(short: "pd.DataFrame", title: str, console: "Console") -> "Iterator[
 
     keys = [column for column in short.columns if not _is_number(short[column])]
     numbers = [column for column in short.columns if column not in keys]
+    unbounded = console.options.update(max_width=10**6)  # a measurement is cut to the width that there is
     while True:
         for count in range(len(numbers), -1, -1):
             part = [column for column in short.columns if column in (*keys, *numbers[:count])]
             table = rendered(short[part], title, Table)
-            if count <= 1 or Measurement.get(console, console.options, table).minimum <= console.width:
+            if count <= 1 or Measurement.get(console, unbounded, table).minimum <= console.width:
                 yield table
                 numbers = numbers[count:]
                 break
@@ -124,6 +125,7 @@ def rendered(short: "pd.DataFrame", title: str, make: "type[RichTable]") -> "Ric
     for column, name in zip(table.columns, short.columns, strict=True):
         if _is_number(short[name]):
             column.justify, column.no_wrap = "right", True
+            column.min_width = max(map(len, map(str, short[name].fillna("-"))), default=0)
     for row in short.fillna("-").itertuples(index=False):
         table.add_row(*map(str, row))
     return table

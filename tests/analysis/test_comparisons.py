@@ -104,7 +104,7 @@ def test_the_terminal_shows_an_effect_beside_its_controls(layered) -> None:
     title, short = effects_shown("rank1", layered, BY_KL)
     console.print(rendered(short, title, Table))
     text = console.export_text()
-    title = "rank1: kl_from_unedited (nats/token) beside the median of random controls"
+    title = "Rank1 (rank1): kl_from_unedited (nats/token) against the median of random controls"
     assert title in " ".join(text.split())
     (line,) = [line for line in text.splitlines() if "60" in line]
     assert [part.strip() for part in line.split("│")[1:-1]] == [
@@ -118,7 +118,7 @@ def test_data_without_pairs_are_told_of_by_the_divergence(over_k, record) -> Non
     console = Console(width=200, record=True)
     title, short = effects_shown("surgery", over_k, BY_MARGIN)
     console.print(rendered(short, title, Table))
-    assert "surgery: kl_from_unedited" in console.export_text()
+    assert "Surgery (surgery): kl_from_unedited" in console.export_text()
 
 
 def test_an_effect_that_no_row_has_is_refused_with_those_that_there_are(layered) -> None:

@@ -98,8 +98,8 @@ def rows(ended: Ended) -> dict[int, str]:
     return {int(number): state for number, state in cells}
 
 
-def until(claim: Callable[[], object], seconds: float = 180) -> Any:
-    """Wait until a claim holds, and return what it returned."""
+def until(claim: Callable[[], object], seconds: float = 900) -> Any:
+    """Wait until a claim holds, and return what it returned; `seconds` end a hang, and measure no speed."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := claim():

@@ -1,10 +1,13 @@
 """Runs that a real SLURM takes off their nodes end with the bits of one that nobody disturbed."""
 
+import os
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +19,8 @@ from sweeps import TINY, Place, events, states, steps, until, weights
 
 STEPS = 2000  # more than a job makes while it is left alone after a signal
 TRAINING = [f"training.steps={STEPS}", "seed=3"]
-PREEMPTIBLE = "hydra.launcher.timeout_min=30"
+LIMITED = "hydra.launcher.timeout_min=30"
+HELD = "hydra.launcher.additional_parameters={hold: true}"
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
 )
@@ -42,6 +46,9 @@ def disturbed(
     place = cluster.at(home)
     own = ["hydra/launcher=slurm", f"hydra.launcher.nodelist={node}", f"name={name}"]
     sweep = place.started(*own, *TRAINING, *options)
+    if HELD in options:  # of a time limit that a test shortens itself
+        cluster.ask("scontrol", "update", f"jobid={base(sweep)}", "timelimit=30")
+        cluster.ask("scontrol", "release", base(sweep))
     at = []
     with place.popen("wait", sweep, "--poll", "0.3") as waiting:
         for number, disturb in enumerate(disturbances):
@@ -61,10 +68,44 @@ def last(sweep: Path) -> int:
     return max(steps(sweep), default=0)
 
 
-def preempt(cluster: Cluster, sweep: Path) -> None:
+@contextmanager
+def frozen_until_signalled(sweep: Path) -> Iterator[None]:
+    """The run makes no step from here on until SLURM has sent it USR2, whatever the machine's speed."""
+    pid = events(sweep)[-1]["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+        until(lambda: pending(pid) & 1 << signal.SIGUSR2 - 1)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def pending(pid: int) -> int:
+    """The signals that wait for a process, as bits."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    return int(fields["SigPnd"], 16) | int(fields["ShdPnd"], 16)
+
+
+def run_out_of_time(cluster: Cluster, sweep: Path) -> None:
+    """Shorten the time limit of the running job to about a minute from now, and restore it afterwards."""
+    job, elapsed = f"jobid={base(sweep)}", time.time() - events(sweep)[-1]["began"]
+    with frozen_until_signalled(sweep):
+        # SLURM looks every 30 s, and signals up to 30 s early.
+        cluster.ask("scontrol", "update", job, f"timelimit={int(elapsed + 45) // 60 + 1}")
+    until(lambda: states(sweep)[-1] != "RUNNING")
+    cluster.ask("scontrol", "update", job, "timelimit=30")
+
+
+def urgent_job(cluster: Cluster, sweep: Path) -> None:
     node = events(sweep)[-1]["node"]
     wanted = ["-p", "urgent", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"]
     cluster.ask("sbatch", *wanted, cwd=sweep)
+
+
+def preempt(cluster: Cluster, sweep: Path) -> None:
+    with frozen_until_signalled(sweep):
+        urgent_job(cluster, sweep)
 
 
 def preempt_without_user_signal(cluster: Cluster, sweep: Path) -> None:
@@ -72,7 +113,7 @@ def preempt_without_user_signal(cluster: Cluster, sweep: Path) -> None:
     before = configuration.read_text()
     configuration.write_text(before.replace("SlurmctldParameters=preempt_send_user_signal\n", ""))
     cluster.ask("scontrol", "reconfigure")
-    preempt(cluster, sweep)
+    urgent_job(cluster, sweep)
     until(lambda: attempts(sweep) == 3)
     configuration.write_text(before)
     cluster.ask("scontrol", "reconfigure")
@@ -101,14 +142,14 @@ def stories(
         shutil.copytree(outputs, place / "outputs")
         return place
 
-    limited = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=20"]
-    often = "hydra.launcher.max_num_timeout=30"  # a slow machine comes to few steps in an attempt
+    # Of 2 minutes with a minute's notice, so that any signal announces their end.
+    short = ["hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=60", HELD]
     workers, saves = "training.workers=1", "training.save_every=25"
     plans = {
-        "timeout": ("n1", [*limited, often], ()),
-        "once": ("n1", [*limited, "hydra.launcher.max_num_timeout=0"], ()),
-        "preemption": ("n2", [PREEMPTIBLE, workers], (preempt, preempt_without_user_signal)),
-        "node": ("n3", [PREEMPTIBLE, saves], (requeue, lose_node)),
+        "timeout": ("n1", [*short, "hydra.launcher.max_num_timeout=2"], (run_out_of_time, run_out_of_time)),
+        "once": ("n1", [*short, "hydra.launcher.max_num_timeout=0"], (run_out_of_time,)),
+        "preemption": ("n2", [LIMITED, workers], (preempt, preempt_without_user_signal)),
+        "node": ("n3", [LIMITED, saves], (requeue, lose_node)),
     }
     with ThreadPoolExecutor() as pool:
         found = {
@@ -151,17 +192,16 @@ def test_at_a_time_limit_no_step_is_lost(cluster, stories, undisturbed):
     story = stories["timeout"].result()
     assert_whole(story, "timeout", undisturbed)
     paused = [event for event in events(story.sweep) if event["state"] == "INTERRUPTED"]
-    assert paused and [event["timeouts"] for event in paused] == list(range(1, len(paused) + 1))
-    stops = [int(event["error"].split()[3].strip(",")) for event in paused if "after step" in event["error"]]
-    # An attempt that ended before it had made a step of its own went on from where the one before it did.
-    assert stops and list(dict.fromkeys(resumed(story.sweep))) == stops
-    assert cluster.restarts(story.sweep) == len(paused)
+    assert [event["timeouts"] for event in paused] == [1, 2]
+    stops = [int(event["error"].split()[3].strip(",")) for event in paused]
+    assert resumed(story.sweep) == stops
+    assert cluster.restarts(story.sweep) == 2
 
 
 def test_a_job_that_may_not_run_out_of_time_fails_and_says_so(stories):
     story = stories["once"].result()
     assert story.waited.code == 1
-    assert "(FAILED on n1): TimeoutError: the time limit of 1 min was reached" in story.waited.out
+    assert "(FAILED on n1): TimeoutError: the time limit of 2 min was reached" in story.waited.out
     assert story.place.statuses("once") == ("FAILED", {"3": "FAILED"})
 
 

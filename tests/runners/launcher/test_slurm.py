@@ -40,10 +40,7 @@ def test_options_are_sbatchs_with_requeue_and_take_numbers_and_lists():
         "mem": "1536MB",
         "partition": "gpu",
         "nodes": 1,
-        "time": 1,
-        "signal": "USR2@30",  # half of the limit, where the default of 120 s would be all of it
         "requeue": True,
-        "open_mode": "append",
         "hold": True,
         "licenses": ["a", "b"],
     }
@@ -59,7 +56,14 @@ def test_options_are_sbatchs_with_requeue_and_take_numbers_and_lists():
 def test_a_submission_is_a_script_named_by_its_array_with_everything_quoted(tmp_path, stands_for):
     stands_for("sbatch", 'cp "$2" "$2.seen"; env | grep -c "^SBATCH_" > "$2.count"; echo "7;cluster"')
     folder = tmp_path / "a sweep of 50%" / "slurm"
-    options = SlurmOptions(cpus_per_task=3, comment="it's mine", setup=["module load x"], srun_args=["-l"])
+    options = SlurmOptions(
+        cpus_per_task=3,
+        comment="it's mine",
+        setup=["module load x"],
+        srun_args=["-l"],
+        timeout_min=1,
+        additional_parameters={"hold": True, "spread_job": False, "licenses": ["a", "b"]},
+    )
     assert submit_array("dpo-1", 3, options, folder, Path("/co de"), "a.module") == "7"
     script = (folder / "7_submission.sh").read_text()
     lines = script.splitlines()
@@ -67,10 +71,15 @@ def test_a_submission_is_a_script_named_by_its_array_with_everything_quoted(tmp_
     assert """#SBATCH --comment='it'"'"'s mine'""" in lines and "#SBATCH --requeue" in lines
     logs = f"{tmp_path}/a sweep of 50%%/slurm/%A_%a"
     assert f"#SBATCH --output='{logs}_0_log.out'" in lines
-    step = shlex.split(lines[-1])
-    assert step[:5] == ["srun", "--unbuffered", f"--output={logs}_%t_log.out", "--cpus-per-task=3", "-l"]
+    # Half of the limit, where the default of 120 s would be all of it.
+    assert {"#SBATCH --signal=USR2@30", "#SBATCH --time=1", "#SBATCH --open-mode=append"} <= set(lines)
+    assert {"#SBATCH --hold", "#SBATCH --licenses=a,b", "#SBATCH --cpus-per-task=3"} <= set(lines)
+    assert "spread-job" not in script and "submitit=" not in script and "wckey" not in script
+    (command,) = [line for line in lines if line.startswith("srun ")]
+    step = shlex.split(command)
+    assert step[:6] == ["srun", "--unbuffered", "--output", f"{logs}_%t_log.out", "-l", "--cpus-per-task=3"]
     assert step[-4:] == ["-m", "a.module", str(folder.parent), "dpo-1"]
-    assert lines[-2] == "module load x"
+    assert lines.index("module load x") < lines.index(command)
     assert ids_of("7", [[4], [5], [6]]) == {4: "7_0", 5: "7_1", 6: "7_2"} and ids_of("7", [[4]]) == {4: "7"}
 
 
