@@ -120,10 +120,8 @@ def differing(made: type, choice: dict[str, Any], prefix: str = "") -> Iterator[
 
 
 def commented(text: str, key: str) -> bool:
-    """Whether the file, the key's own line or that of its parent says why."""
-    return text.startswith("#") or any(
-        re.search(rf"^\s*\"?{part}\"?:[^#\n]*#", text, re.MULTILINE) for part in key.split(".")
-    )
+    """Whether the key's own line or that of its parent says why."""
+    return any(re.search(rf"^\s*\"?{part}\"?:[^#\n]*#", text, re.MULTILINE) for part in key.split("."))
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
