@@ -193,7 +193,7 @@ def test_at_a_time_limit_no_step_is_lost(cluster, stories, undisturbed):
     assert_whole(story, "timeout", undisturbed)
     paused = [event for event in events(story.sweep) if event["state"] == "INTERRUPTED"]
     assert [event["timeouts"] for event in paused] == [1, 2]
-    stops = [int(event["error"].split()[3].strip(",")) for event in paused]
+    stops = [int(event["error"].split()[3].strip(",;")) for event in paused]
     assert resumed(story.sweep) == stops
     assert cluster.restarts(story.sweep) == 2
 

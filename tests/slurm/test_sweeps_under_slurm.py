@@ -175,13 +175,17 @@ def test_more_jobs_than_an_array_may_have_are_submitted_in_chunks_and_cancelled(
     hold = "hydra.launcher.additional_parameters={hold: true}"
     configuration = cluster.directory / "etc/slurm.conf"
     before = configuration.read_text()
-    configuration.write_text(before + "MaxArraySize=4\n")
-    cluster.ask("scontrol", "reconfigure")
+
+    def configure(text: str) -> None:  # the controller keeps the limit that its first array met
+        cluster.script("kill-controller")
+        configuration.write_text(text)
+        cluster.script("start-controller")
+
+    configure(before + "MaxArraySize=4\n")
     try:
         sweep = place.started(SLURM, hold, "name=chunks", "seed=0,1,2,3,4")
     finally:
-        configuration.write_text(before)
-        cluster.ask("scontrol", "reconfigure")
+        configure(before)
     first, second = (list(known["ids"].values()) for known in Sweep(sweep).manifest()["submissions"])
     assert (len(first), len(second)) == (3, 2)
     arrays = [ids[0].partition("_")[0] for ids in (first, second)]
