@@ -102,10 +102,12 @@ class Module:
 
     def _written(self) -> Iterator[Import]:
         used: dict[str, set[str]] = {}  # attributes by the name that they are taken of
-        for node in ast.walk(self.tree):
+        kinds = (ast.Attribute, ast.Import, ast.ImportFrom, ast.Call)
+        nodes = [node for node in ast.walk(self.tree) if isinstance(node, kinds)]
+        for node in nodes:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 used.setdefault(node.value.id, set()).add(node.attr)
-        for node in ast.walk(self.tree):
+        for node in nodes:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 for given, written in self._names(node):
                     yield written

@@ -58,6 +58,8 @@ SLOW = (
     "runners/summary/test_terminal.py",
     "runners/summary/test_sweep.py",
     "figures/test_causal.py",
+    "uncertainty/test_rows.py",
+    "training/test_matching.py",
 )
 # Of tests on the network of every architecture, the quick ones take these alone: a fused and a grouped one.
 QUICK_NETWORKS = {"gpt_neox", "llama"}

@@ -36,7 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def default(home: Path) -> Ended:
-    return run(home, *SMALL, *WORLD, "+tags.note=first")
+    return run(home, *SMALL, *WORLD, "+tags.note=first", fresh=True)
 
 
 @pytest.fixture(scope="module")

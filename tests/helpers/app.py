@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from warm import warm
+
 ROOT = Path(__file__).parents[2]
 SMALL = (
     "model.d_model=32 model.d_mlp=64 model.layers=2 model.heads=2"
@@ -19,6 +21,7 @@ SMALL = (
 ).split()
 WORLD = "+data.documents=60 +data.pairs=24 +data.heldout=8".split()
 BEHAVIOUR = [*(override for override in SMALL if "rsf" not in override), "probe=[behaviour]"]  # that alone
+HARMLESS = {"COLUMNS", "MLFLOW_TRACKING_URI"}  # variables that no import reads
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,17 @@ class Ended:
         return next(Path(line[8:]) for line in self.out.splitlines() if line.startswith("record: "))
 
 
-def run(directory: Path, *arguments: str, before: Sequence[str] = (), **variables: str) -> Ended:
-    """Run `run.py` in `directory`; `before` is a command that runs the command behind it."""
+def run(
+    directory: Path, *arguments: str, before: Sequence[str] = (), fresh: bool = False, **variables: str
+) -> Ended:
+    """Run `run.py` in `directory`; `before` is a command that runs the command behind it.
+
+    The run is a fork of a process that has imported the libraries, unless it is asked to be `fresh` or has
+    variables that their imports read.
+    """
+    if not (before or fresh or set(variables) - HARMLESS):
+        made = warm(tuple(environment({}).items()))
+        return Ended(*made.run(directory, ROOT / "run.py", arguments, environment(variables)))
     ended = subprocess.run(
         [*before, sys.executable, str(ROOT / "run.py"), *arguments],
         cwd=directory,

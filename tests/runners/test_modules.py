@@ -3,6 +3,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ def test_code_that_is_in_no_file_is_refused(lab: Path, monkeypatch: pytest.Monke
     with zipfile.ZipFile(lab / "packed.zip", "w") as archive:
         archive.writestr("packed.py", "SIZE = 1\n")
     monkeypatch.syspath_prepend(lab / "packed.zip")
+    assert find_spec("packed") is not None, (sys.path_hooks, sys.meta_path, sys.path)
     with pytest.raises(
         ValueError, match=r"module packed cannot be read \(.*packed\.zip/packed\.py is not a file\)"
     ):

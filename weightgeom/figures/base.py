@@ -253,9 +253,11 @@ def ratio_by_run(
 
 def save(figure: Figure, *paths: Path) -> None:
     """Write the figure to each path, as PNG or PDF by its extension; equal figures give equal bytes."""
-    for path in paths:
-        date = {"CreationDate": None} if path.suffix == ".pdf" else {}
-        with plt.rc_context(STYLE):  # also sets the font type of the PDF
+    with plt.rc_context(STYLE):  # also sets the font type of the PDF
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # it is laid out; every file would do it twice again
+        for path in paths:
+            date = {"CreationDate": None} if path.suffix == ".pdf" else {}
             figure.savefig(path, dpi=200, bbox_inches="tight", metadata=date)
     plt.close(figure)
 
