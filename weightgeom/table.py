@@ -142,3 +142,18 @@ def of_matrices(table: "pd.DataFrame", quantity: str) -> "pd.DataFrame":
     whole = whole_matrices(table[(table["matrix"] != "") & (table["subspace"] == "")])
     rows = whole[whole["quantity"] == quantity]
     return rows[rows["k"].isna()] if rows["k"].isna().any() else rows[rows["k"] == rows["k"].min()]
+
+
+def null_of_mean(table: "pd.DataFrame", headline: str, sds: "pd.DataFrame", **place: object) -> float | None:
+    """The null's standard deviation of a headline's mean over the matrices whose own are `sds`.
+
+    `place` is the `role` and the `matrix` ("" for all of the role) and, of one dimension or step among
+    several, its `k` and `step`. Taken from the table's rows `mean_<headline>_null_sd`; a table without them
+    gives the mean of `sds`, as if all matrices varied together, which errs on the wide side. None without
+    either.
+    """
+    joint = table[table["quantity"] == f"mean_{headline}_null_sd"]
+    for column, value in place.items():
+        joint = joint[joint[column] == value]
+    found = joint if len(joint) else sds
+    return float(found["value"].mean()) if len(found) else None

@@ -5,12 +5,11 @@
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 
 from collections.abc import Iterator, Mapping
-from math import sqrt
 from typing import TYPE_CHECKING
 
 from weightgeom.analysis.chain import BETWEEN, ENDS, STAGES
 from weightgeom.declarations import ProbeDeclaration
-from weightgeom.table import of_matrices
+from weightgeom.table import null_of_mean, of_matrices
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +20,7 @@ def answer(tables: "Mapping[str, pd.DataFrame]", declarations: Mapping[str, Prob
 
     It is about the first probe whose headline is a multiple of chance, or else the first with a headline, at
     the last step; of a chain about every stage against the one before it. The null is beside two of its
-    standard deviations, of the mean over layers and matrices, which are independent under the null.
+    standard deviations, of the mean over layers and matrices (`null_of_mean`), those of the wider pathway.
     """
     for name in sorted(declarations, key=lambda name: not declarations[name].share):
         declaration = declarations[name]
@@ -77,8 +76,11 @@ def _null(table: "pd.DataFrame", headline: str) -> str:
     means, sds = (of_matrices(table, f"null_{headline}_{end}") for end in ("mean", "sd"))
     if not len(means) or not len(sds):
         return ""
-    spreads = [2 * sqrt((part["value"] ** 2).sum()) / len(part) for _, part in sds.groupby("role")]
-    return f"; null {means['value'].mean():.2g} ± {max(spreads):.1g}"
+    spreads = [
+        null_of_mean(table, headline, part, role=role, matrix="", k=part["k"].min())
+        for role, part in sds.groupby("role")
+    ]
+    return f"; null {means['value'].mean():.2g} ± {2 * max(filter(None, spreads), default=0.0):.1g}"
 
 
 def _of_whole(table: "pd.DataFrame") -> "Iterator[str]":

@@ -19,7 +19,7 @@ def log_table(
     record: Record, probe: str, suffix: str, table: "pd.DataFrame", declaration: ProbeDeclaration
 ) -> None:
     """Curves of a table: every matrix's headline, the mean over layers at each step, and by layer at the
-    last step; quantities without a matrix, as they are.
+    last step; quantities without a matrix, as they are, those of a pathway with its name behind theirs.
 
     MLflow's pages slow down past some 50 keys, so a probe declares whether it has curves of the pretraining
     and profiles over layers: its tables have it all.
@@ -31,7 +31,8 @@ def log_table(
     whole = table[table["matrix"] == ""]
     if declaration.whole:
         whole = whole[whole["quantity"].isin(declaration.whole)]
-    for (step, name), value in whole.groupby(["step", "quantity"])["value"].mean().items():
+    pathway = whole["role"].where(whole["role"] == "", "_" + whole["role"])
+    for (step, name), value in whole.groupby(["step", whole["quantity"] + pathway])["value"].mean().items():
         record.log({f"{probe}{suffix}/{name}": value}, step)
     rows = of_matrices(table, declaration.headline)
     for (step, matrix), value in rows.groupby(["step", "matrix"])["value"].mean().items():

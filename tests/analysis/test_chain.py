@@ -36,6 +36,9 @@ def rsf(steps: dict[int, tuple[float, float]], intervals: bool = True) -> pd.Dat
                     {**at, **row(f"ratio_{end}", ratio + by, n=64)}
                     for end, by in (("low", -0.5), ("high", 1.5))
                 ]
+        # Of the mean over the two layers, which share directions.
+        of_mean = {"step": step, "matrix": "q", "role": "read", "subspace": "attention_input", "k": 4}
+        rows.append({**of_mean, **row("mean_ratio_null_sd", 0.25, n=2)})
     found = tabulate(rows)
     found.attrs["stages"] = NAMES
     return found
@@ -51,7 +54,7 @@ def test_the_comparison_has_the_mean_over_layers_with_its_null_and_interval(tabl
     assert list(found) == ["probe", "stage", "against", *(name for name in COLUMNS if name != "against")]
     means = found[found["layer"].isna()].set_index(["stage", "against", "quantity"])
     values = means["value"].to_dict()
-    # base -> sft: the mean of 2 and 4, its standard error √2/√2 = 1, and the null's sd √(.3² + .4²)/2
+    # base -> sft: the mean of 2 and 4, its standard error √2/√2 = 1, and the null's sd of that mean
     assert values["sft", "base", "ratio"] == 3.0
     assert means.loc[("sft", "base", "ratio"), ["stderr", "n"]].tolist() == [pytest.approx(1.0), 2]
     assert values["sft", "base", "null_ratio_sd"] == pytest.approx(0.25)
@@ -60,6 +63,15 @@ def test_the_comparison_has_the_mean_over_layers_with_its_null_and_interval(tabl
     assert values["sft", "base", "delta_norm"] == 5.0
     assert (values["dpo", "base", "ratio"], values["dpo", "sft", "ratio"]) == (6.0, 1.5)
     assert set(means["unit"]) == {"1"} and set(means["step"]) == {1, 2}
+    assert not found["quantity"].str.startswith("mean_").any()
+
+
+def test_a_mean_whose_null_is_not_in_the_table_has_the_layers_own_as_if_they_varied_together(tables):
+    for name, table in tables.items():
+        tables[name] = table[table["quantity"] != "mean_ratio_null_sd"]
+    found = side_by_side(tables, RATIO)
+    of_means = found[found["layer"].isna() & (found["quantity"] == "null_ratio_sd")]["value"]
+    assert of_means.tolist() == pytest.approx([0.35] * 3)  # of 0.3 and 0.4
 
 
 def test_the_layers_stand_beside_their_mean_and_the_first_stage_stands_there_once(tables):

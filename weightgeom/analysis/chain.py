@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
+from weightgeom.table import COLUMNS, null_of_mean, of_matrices, whole_matrices
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -43,13 +45,11 @@ def side_by_side(tables: "Mapping[str, pd.DataFrame]", headlines: Mapping[str, s
 
     `headlines` has those of the probes that compare, by the name of their tables. Each has a row for every
     layer and one without a layer, the mean over them: its `stderr` is over layers, `n` their number;
-    `null_<headline>_sd` and `z` are of that mean, layers being independent under the null;
+    `null_<headline>_sd` and `z` are of that mean (`null_of_mean`);
     `<headline>_low` and `<headline>_high` are the means of the layers' ends, as if all layers rose and fell
     with the prompts together, which errs on the wide side. `delta_norm` is the norm over all layers.
     """
     import pandas as pd
-
-    from weightgeom.table import COLUMNS, of_matrices, whole_matrices
 
     rows: list[dict[str, Any]] = []
     for probe, headline in headlines.items():
@@ -57,23 +57,26 @@ def side_by_side(tables: "Mapping[str, pd.DataFrame]", headlines: Mapping[str, s
             *(headline, f"{headline}_low", f"{headline}_high"),
             *(f"null_{headline}_mean", f"null_{headline}_sd", "z", "p_value", "q_value"),
         ]
+        joint = f"mean_{headline}_null_sd"
         for name in (probe, f"{probe}{BETWEEN}"):
             table = tables[name]
             sizes = whole_matrices(table[table["quantity"] == "delta_norm"])
-            kept = pd.concat([*(of_matrices(table, quantity) for quantity in of_headline), sizes])
+            parts = [*(of_matrices(table, quantity) for quantity in of_headline), sizes]
+            kept = pd.concat([*parts, table[table["quantity"] == joint]])
             for against, stage, both in comparisons(name, kept, table.attrs[STAGES]):
                 place = {"probe": probe, "stage": stage, "against": against}
-                mine = both[both["step"] != 0]
+                both = both[both["step"] != 0]
+                mine = both[both["quantity"] != joint]
                 rows += [{**row, **place} for row in mine.to_dict("records")]
                 for _, matrix in mine.groupby(["matrix", "role"], sort=False):
-                    rows += [{**row, **place} for row in _over_layers(matrix, headline)]
+                    rows += [{**row, **place} for row in _over_layers(matrix, headline, both)]
     # There are no arms here: `against` is a stage.
     columns = dict.fromkeys(["probe", "stage", "against", *COLUMNS])
     return pd.DataFrame(rows, columns=list(columns)).astype(COLUMNS)
 
 
-def _over_layers(part: "pd.DataFrame", headline: str) -> Iterator[dict[str, Any]]:
-    """The rows of one matrix over all layers."""
+def _over_layers(part: "pd.DataFrame", headline: str, everything: "pd.DataFrame") -> Iterator[dict[str, Any]]:
+    """The rows of one matrix over all layers; `everything` has those of the joint nulls as well."""
     by_name = dict(iter(part.groupby("quantity", sort=False)))
     if "delta_norm" in by_name:
         sizes = by_name["delta_norm"]
@@ -92,9 +95,10 @@ def _over_layers(part: "pd.DataFrame", headline: str) -> Iterator[dict[str, Any]
             yield first | {"quantity": end, "value": by_name[end]["value"].mean()}
     if f"null_{headline}_mean" not in by_name:
         return
-    null = by_name[f"null_{headline}_mean"]["value"].mean()
-    sd = sqrt((by_name[f"null_{headline}_sd"]["value"] ** 2).sum()) / n
+    null, sds = by_name[f"null_{headline}_mean"]["value"].mean(), by_name[f"null_{headline}_sd"]
+    place = {column: first[column] for column in ("role", "matrix", "k")}
+    sd = null_of_mean(everything, headline, sds, **place)
     yield first | {"quantity": f"null_{headline}_mean", "value": null, "unit": first["unit"]}
     yield first | {"quantity": f"null_{headline}_sd", "value": sd}
-    if sd > 0:
+    if sd:
         yield first | {"quantity": "z", "value": (mean - null) / sd, "unit": "1"}

@@ -159,13 +159,22 @@ def _means(single: "pd.DataFrame", keys: Sequence[str]) -> "pd.DataFrame":
 
 
 def ratios(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
-    """A row for every run, step, matrix and layer: its `ratio` at the smallest k, and its nulls."""
+    """A row for every run, step, matrix and layer: its `ratio` at the smallest k, and its nulls.
+
+    `joint_sd` and `pathway_sd` are the joint null's, of the means over the matrix's layers and its pathway.
+    """
     wanted = ["ratio", "null_ratio_mean", "null_ratio_sd", "q_value", "matched_ratio"]
-    part = at_own_subspaces(rows[(rows["table"] == table) & rows["quantity"].isin(wanted)])
+    rows = rows[rows["table"] == table]
+    part = at_own_subspaces(rows[rows["quantity"].isin(wanted)])
     part = part[part["k"] == part.groupby("run_id")["k"].transform("min")]
     keys = ["setting", *MATRIX, "base", "replicate", "run_id", "step", "layer"]
-    wide = part.set_index([*keys, "quantity"])["value"].unstack().reindex(columns=wanted)
-    return wide.reset_index().rename_axis(columns=None)
+    wide = part.set_index([*keys, "quantity"])["value"].unstack().reindex(columns=wanted).reset_index()
+    joint = rows[rows["quantity"] == "mean_ratio_null_sd"].rename(columns={"value": "joint_sd"})
+    keys = ["setting", *MATRIX, "run_id", "step"]
+    wide = wide.merge(joint[[*keys, "joint_sd"]], "left", keys)
+    pathway = joint[joint["matrix"] == ""].rename(columns={"joint_sd": "pathway_sd"})
+    keys.remove("matrix")
+    return wide.merge(pathway[[*keys, "pathway_sd"]], "left", keys).rename_axis(columns=None)
 
 
 def at_end(by_layer: "pd.DataFrame") -> "pd.DataFrame":
@@ -177,28 +186,27 @@ def at_end(by_layer: "pd.DataFrame") -> "pd.DataFrame":
 def by_run(by_layer: "pd.DataFrame") -> "pd.DataFrame":
     """A row for every run, step and matrix, and for every pathway with matrix "": the mean over layers.
 
-    `null_sd` is the null's standard deviation of that mean, layers and matrices being independent under
-    it; `layer_sd` and `layers` those of the layers' own means; `beyond` the share of q-values ≤ 0.05.
+    `null_sd` is the joint null's standard deviation of that mean; where a table has none, the mean of the
+    matrices' own, as if all varied together. `layer_sd` and `layers` are the spread of the layers' own means
+    and their number; `beyond` is the share of q-values ≤ 0.05.
     """
     import pandas as pd
 
-    whole = pd.concat([by_layer, by_layer.assign(matrix="")])
+    whole = pd.concat([by_layer, by_layer.assign(matrix="", joint_sd=by_layer["pathway_sd"])])
     keys = ["setting", *MATRIX, "base", "replicate", "run_id", "step"]
     grouped = whole.assign(
-        variance=whole["null_ratio_sd"] ** 2, beyond=(whole["q_value"] <= LEVEL).astype(float)
+        null_sd=whole["joint_sd"].fillna(whole["null_ratio_sd"]),
+        beyond=(whole["q_value"] <= LEVEL).astype(float),
     ).groupby(keys, sort=False)
     found = grouped.agg(
         ratio=("ratio", "mean"),
         null_mean=("null_ratio_mean", "mean"),
-        variance=("variance", "sum"),
-        places=("ratio", "size"),
+        null_sd=("null_sd", "mean"),
         beyond=("beyond", "mean"),
         matched_ratio=("matched_ratio", "mean"),
     )
     layers = whole.groupby([*keys, "layer"], sort=False)["ratio"].mean().groupby(keys, sort=False)
-    found = found.assign(layer_sd=layers.std(), layers=layers.size())
-    found["null_sd"] = found["variance"] ** 0.5 / found["places"]
-    return found.drop(columns="variance").reset_index()
+    return found.assign(layer_sd=layers.std(), layers=layers.size()).reset_index()
 
 
 def over_seeds(found: "pd.DataFrame", at_steps: bool = False) -> "pd.DataFrame":

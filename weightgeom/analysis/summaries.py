@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from weightgeom.analysis.chain import ENDS, STAGES
 from weightgeom.analysis.comparisons import compared_with_principal
-from weightgeom.table import at_own_subspaces, label, of_matrices, whole_matrices
+from weightgeom.table import at_own_subspaces, label, null_of_mean, of_matrices, whole_matrices
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,8 +22,7 @@ def by_matrix(table: "pd.DataFrame", headline: str, form: str = ".3g") -> "pd.Da
     """A row for every pathway, matrix and k: the headline's mean over layers at its first and last step.
 
     One column where the two are one step, and no k where there is one of it. Beside the null, where the table
-    has one, and z, how many of the null's standard deviations of that mean it lies away, layers being
-    independent under the null.
+    has one, and z, how many of the null's standard deviations of that mean it lies away (`null_of_mean`).
     """
     import pandas as pd
 
@@ -47,9 +46,10 @@ def by_matrix(table: "pd.DataFrame", headline: str, form: str = ".3g") -> "pd.Da
             row |= {f"{name} at step {first}": f"{start:{form}}", f"at step {last}": f"{mean:{form}}"}
         if len(null["sd"]):
             means, sds = (_at(rows, matrix, k, last) for rows in null.values())
-            spread = sqrt((sds**2).sum()) / len(sds)
-            row["null"] = f"{means.mean():.3g} ± {spread:{form}}"
-            row["z"] = f"{(mean - means.mean()) / spread:.1f}" if spread > 0 else "-"
+            place = {"role": role, "matrix": matrix, "step": last} | ({"k": k} if k >= 0 else {})
+            centre, spread = means["value"].mean(), null_of_mean(table, headline, sds, **place)
+            row["null"] = f"{centre:.3g} ± {spread:{form}}"
+            row["z"] = f"{(mean - centre) / spread:.1f}" if spread else "-"
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -186,8 +186,8 @@ def _at_every_k(table: "pd.DataFrame", quantity: str) -> "pd.DataFrame":
     return rows.assign(k=rows["k"].fillna(-1))
 
 
-def _at(rows: "pd.DataFrame", matrix: object, k: object, step: int) -> "pd.Series":
-    return rows[(rows["matrix"] == matrix) & (rows["k"] == k) & (rows["step"] == step)]["value"]
+def _at(rows: "pd.DataFrame", matrix: object, k: object, step: int) -> "pd.DataFrame":
+    return rows[(rows["matrix"] == matrix) & (rows["k"] == k) & (rows["step"] == step)]
 
 
 def _estimate(rows: "pd.DataFrame") -> str:

@@ -13,6 +13,7 @@ from weightgeom.bases.outline import Shape
 from weightgeom.declarations import ASYMMETRY, ProbeDeclaration
 from weightgeom.estimators.gradients import Gathering, folded, gradient_moments
 from weightgeom.estimators.moments import GIB, Moment
+from weightgeom.estimators.pathways import Pathways
 from weightgeom.estimators.reference_subspaces import (
     Frame,
     Inputs,
@@ -61,6 +62,11 @@ class RSF:
         matched_z, matched_p_value, matched_q_value: of the fraction against that level.
         delta_norm: ‖dW‖_F, in the units of the weights. moved_share: share of entries that changed.
         rounding_share: share of ‖dW‖² that rounding alone would give, for checkpoints in bf16 or fp16.
+        mean_ratio: the mean over the layers and experts of one kind of matrix, or over all of a pathway
+            where `matrix` is "". mean_ratio_null_sd, mean_ratio_z: of that mean under one Haar rotation of
+            all its updates together (`geometry.joint_null`), since matrices share directions and
+            subspaces; above d = 256 the sd of reads has the error of its sketches. mean_ratio_p_value: of
+            a mean over writes, which one subspace serves.
         increment_ratio, increment_...: the same of the change since the checkpoint before, with `increments`,
             in the same subspaces; increment_norm is its size.
 
@@ -176,18 +182,21 @@ class RSF:
                 upstream.update(self._upstream(setting))
             chance = random_frame(setting, self._largest(setting))
             rows: dict[str, list[Row]] = {}
+            d = setting.model.architecture.d_model
+            pathways = Pathways(dimensions(self.k, d), d, setting.seed)
             for frame in frames(params):
                 for matrix in matrices:
                     if place_of(matrix) == frame.place:
                         moment = frame.moment if matrix.role == "read" else upstream.get(matrix.name)
-                        rows[matrix.name] = list(self._rows(matrix, params, setting, frame, chance, moment))
+                        made = self._rows(matrix, params, setting, frame, chance, moment, pathways)
+                        rows[matrix.name] = list(made)
                         if self.increments:
                             rows[matrix.name] += self._increment(
                                 matrix, params, previous, frame, setting.seed
                             )
             in_order = [one for matrix in matrices for one in rows[matrix.name]]
             warn_of_rounding(in_order)
-            return [*in_order, *_q_values(in_order)]
+            return [*in_order, *_q_values(in_order), *pathways.rows(_ratios(in_order))]
 
         return measure
 
@@ -240,11 +249,14 @@ class RSF:
         own: Frame,
         chance: Frame,
         moment: Moment | None,
+        pathways: Pathways,
     ) -> Iterator[Row]:
         update = self._update(matrix, params, setting)
         yield from _size(matrix, update)
         where = matrix.table_columns
         spectrum = self._spectrum(update)
+        if spectrum is not None:
+            pathways.add(matrix, update.gram, own)
         yield from self._compare(update, spectrum, own, moment, setting.seed, where)
         yield from self._compare(update, spectrum, chance, None, setting.seed, where)
         if self.per_head and matrix.kind in ("q", "k", "v", "o"):
@@ -343,6 +355,13 @@ def _size(matrix: ResidualMatrix, update: Update) -> Iterator[Row]:
     yield row("moved_share", update.moved_share, n=entries, **where)
     if update.rounding_share is not None:
         yield row("rounding_share", update.rounding_share, n=entries, **where)
+
+
+def _ratios(rows: Iterable[Row]) -> Iterator[Row]:
+    """The ratios of matrices, no heads, at their own subspaces."""
+    for one in rows:
+        if one["quantity"] == "ratio" and one["subspace"] != "random" and one.get("head") is None:
+            yield one
 
 
 def _unmoved(matrix: ResidualMatrix, params: Params, start: Params) -> bool:

@@ -28,18 +28,25 @@ def rsf() -> pd.DataFrame:
     ratios = {("q", 0): 5.0, ("q", 1): 6.0, ("o", 0): 1.25, ("o", 1): 1.25}
     early = [one for matrix, layer in ratios for one in measured(1, layer, matrix, 2.0)]
     late = [one for (matrix, layer), ratio in ratios.items() for one in measured(2, layer, matrix, ratio)]
-    return tabulate([*early, *late])
+    joint = [
+        {"step": step, "role": role, "k": 4, **row("mean_ratio_null_sd", sd, n=2)}
+        for step in (1, 2)
+        for role, sd in (("read", 0.05), ("write", 0.07))
+    ]
+    return tabulate([*early, *late, *joint])
 
 
 def test_the_answer_is_the_headline_at_the_end_in_multiples_of_chance(rsf: pd.DataFrame) -> None:
-    # Two standard deviations of a mean over two layers: 2 · sqrt(0.1² + 0.1²) / 2 = 0.14.
+    # Two standard deviations of the write pathway's mean, the wider of the two.
     said = "read 5.5 times chance, write 1.2 times, of at most 8; null 1 ± 0.1"
     assert answer({"rsf": rsf}, {"rsf": RSF.declaration}) == said
+    earlier = rsf[rsf["quantity"] != "mean_ratio_null_sd"]  # as if both layers varied together
+    assert answer({"rsf": earlier}, {"rsf": RSF.declaration}) == said.replace("0.1", "0.2")
 
 
 def test_a_probe_that_is_no_multiple_of_chance_answers_by_its_label() -> None:
     table = tabulate(one for layer in (0, 1) for one in measured(1, layer, "q", 2.0 + layer, "gap"))
-    assert answer({"mine": table}, {"mine": PLAIN}) == "the gap: read 2.50; null 1 ± 0.1"
+    assert answer({"mine": table}, {"mine": PLAIN}) == "the gap: read 2.50; null 1 ± 0.2"
 
 
 def test_multiples_of_chance_come_before_other_headlines(rsf: pd.DataFrame) -> None:
