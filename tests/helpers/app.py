@@ -21,7 +21,7 @@ SMALL = (
 ).split()
 WORLD = "+data.documents=60 +data.pairs=24 +data.heldout=8".split()
 BEHAVIOUR = [*(override for override in SMALL if "rsf" not in override), "probe=[behaviour]"]  # that alone
-HARMLESS = {"COLUMNS", "MLFLOW_TRACKING_URI"}  # variables that no import reads
+HARMLESS = {"COLUMNS", "MLFLOW_TRACKING_URI", "PATH", "PYTHONPATH", "SLURM_CONF"}  # no import reads them
 
 
 @dataclass(frozen=True)

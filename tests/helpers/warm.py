@@ -87,7 +87,9 @@ def become(directory: str, command: list[str], environment: dict[str, str], file
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode) for n, mode in enumerate("rww"))
-    sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
-    sys.path.remove(str(Path(__file__).parent))
+    sys.argv = command
+    own = [str(Path(command[0]).parent), *filter(None, environment.get("PYTHONPATH", "").split(":"))]
+    helpers = {"", str(Path(__file__).parent)}
+    sys.path[:] = [*own, *(place for place in sys.path if place not in helpers)]
     del sys.modules["warm"]
     runpy.run_path(command[0], run_name="__main__")
