@@ -123,6 +123,11 @@ def whole_matrices(table: "pd.DataFrame") -> "pd.DataFrame":
     return table[table["head"].isna() & table["expert"].isna()]
 
 
+def of_the_model(table: "pd.DataFrame", headline: str = "") -> "pd.DataFrame":
+    """Rows of no matrix, without those of a pathway's mean headline."""
+    return table[(table["matrix"] == "") & ~table["quantity"].str.startswith(f"{headline or '-'}_mean")]
+
+
 def at_own_subspaces(table: "pd.DataFrame") -> "pd.DataFrame":
     """Rows of whole matrices at their own subspaces: the input of one that reads, prediction for writes."""
     return whole_matrices(table[~table["subspace"].isin(["", "random"])])
@@ -148,11 +153,11 @@ def null_of_mean(table: "pd.DataFrame", headline: str, sds: "pd.DataFrame", **pl
     """The null's standard deviation of a headline's mean over the matrices whose own are `sds`.
 
     `place` is the `role` and the `matrix` ("" for all of the role) and, of one dimension or step among
-    several, its `k` and `step`. Taken from the table's rows `mean_<headline>_null_sd`; a table without them
+    several, its `k` and `step`. Taken from the table's rows `<headline>_mean_null_sd`; a table without them
     gives the mean of `sds`, as if all matrices varied together, which errs on the wide side. None without
     either.
     """
-    joint = table[table["quantity"] == f"mean_{headline}_null_sd"]
+    joint = table[table["quantity"] == f"{headline}_mean_null_sd"]
     for column, value in place.items():
         joint = joint[joint[column] == value]
     found = joint if len(joint) else sds

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from weightgeom.analysis.chain import BETWEEN, ENDS, STAGES
 from weightgeom.declarations import ProbeDeclaration
-from weightgeom.table import null_of_mean, of_matrices
+from weightgeom.table import null_of_mean, of_matrices, of_the_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,7 +85,7 @@ def _null(table: "pd.DataFrame", headline: str) -> str:
 
 def _of_whole(table: "pd.DataFrame") -> "Iterator[str]":
     """Such as `heldout_ce from 6.5 to 5.25 nats/token`, of every quantity without a matrix."""
-    whole = table[table["matrix"] == ""]
+    whole = of_the_model(table)
     for quantity, part in whole.groupby("quantity", sort=False):
         first, last = (
             part[part["step"] == end]["value"].mean() for end in (part["step"].min(), table["step"].max())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from runners.tracking.record import Record
 from weightgeom.analysis.comparisons import compared_with_principal, measured_effect
 from weightgeom.declarations import InterventionDeclaration, ProbeDeclaration
-from weightgeom.table import label, of_matrices
+from weightgeom.table import label, of_matrices, of_the_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +19,7 @@ def log_table(
     record: Record, probe: str, suffix: str, table: "pd.DataFrame", declaration: ProbeDeclaration
 ) -> None:
     """Curves of a table: every matrix's headline, the mean over layers at each step, and by layer at the
-    last step; quantities without a matrix, as they are, those of a pathway with its name behind theirs.
+    last step; quantities without a matrix, as they are.
 
     MLflow's pages slow down past some 50 keys, so a probe declares whether it has curves of the pretraining
     and profiles over layers: its tables have it all.
@@ -28,11 +28,10 @@ def log_table(
         return
     if not len(table):  # such as a probe of the objective on a trajectory that has none
         return
-    whole = table[table["matrix"] == ""]
+    whole = of_the_model(table, declaration.headline)
     if declaration.whole:
         whole = whole[whole["quantity"].isin(declaration.whole)]
-    pathway = whole["role"].where(whole["role"] == "", "_" + whole["role"])
-    for (step, name), value in whole.groupby(["step", whole["quantity"] + pathway])["value"].mean().items():
+    for (step, name), value in whole.groupby(["step", "quantity"])["value"].mean().items():
         record.log({f"{probe}{suffix}/{name}": value}, step)
     rows = of_matrices(table, declaration.headline)
     for (step, matrix), value in rows.groupby(["step", "matrix"])["value"].mean().items():

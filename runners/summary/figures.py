@@ -14,7 +14,7 @@ from weightgeom.analysis.comparisons import compared_with_principal, measured_ef
 from weightgeom.analysis.declared import declared, in_section, plain_name
 from weightgeom.declarations import ASYMMETRY, Declaration, InterventionDeclaration, ProbeDeclaration
 from weightgeom.interfaces import Drawn, Intervention, Probe
-from weightgeom.table import of_matrices
+from weightgeom.table import of_matrices, of_the_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,7 +85,7 @@ def _of_probe(
             suffix = "_pretraining" if name == "pretraining" and len(moved) > 1 else ""
             sds = {end: of_matrices(tables[name], f"null_{headline}_{end}") for end in ("mean", "sd")}
             yield f"by_layer{suffix}", generic.by_layer(part, sds, label)
-    whole = {name: table[table["matrix"] == ""] for name, table in tables.items()}
+    whole = {name: of_the_model(table, headline) for name, table in tables.items()}
     if declaration.whole:
         whole = {name: part[part["quantity"].isin(declaration.whole)] for name, part in whole.items()}
     if whole := {name: part for name, part in whole.items() if len(part)}:

@@ -19,7 +19,7 @@ from weightgeom.analysis.declared import declared, plain_name
 from weightgeom.analysis.summaries import by_head, by_matrix, by_quantity, by_stage, by_treatment, unmoved
 from weightgeom.declarations import InterventionDeclaration, ProbeDeclaration
 from weightgeom.interfaces import Intervention, Probe, Summarised
-from weightgeom.table import of_matrices
+from weightgeom.table import of_matrices, of_the_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,8 +165,8 @@ def _of_probe(
                 yield f"{title}{rest}, by head", by_head(table, headline, declaration.form)
             elif headline and (table["matrix"] != "").any():
                 yield f"{title}{rest}: nothing moved", unmoved(table)
-            if (table["matrix"] == "").any():
-                yield f"{title}{rest}", by_quantity(table)
+            if len(whole := of_the_model(table, headline)):
+                yield f"{title}{rest}", by_quantity(whole)
 
 
 def effects_shown(

@@ -38,7 +38,7 @@ def rsf(steps: dict[int, tuple[float, float]], intervals: bool = True) -> pd.Dat
                 ]
         # Of the mean over the two layers, which share directions.
         of_mean = {"step": step, "matrix": "q", "role": "read", "subspace": "attention_input", "k": 4}
-        rows.append({**of_mean, **row("mean_ratio_null_sd", 0.25, n=2)})
+        rows.append({**of_mean, **row("ratio_mean_null_sd", 0.25, n=2)})
     found = tabulate(rows)
     found.attrs["stages"] = NAMES
     return found
@@ -63,12 +63,12 @@ def test_the_comparison_has_the_mean_over_layers_with_its_null_and_interval(tabl
     assert values["sft", "base", "delta_norm"] == 5.0
     assert (values["dpo", "base", "ratio"], values["dpo", "sft", "ratio"]) == (6.0, 1.5)
     assert set(means["unit"]) == {"1"} and set(means["step"]) == {1, 2}
-    assert not found["quantity"].str.startswith("mean_").any()
+    assert not found["quantity"].str.startswith("ratio_mean").any()
 
 
 def test_a_mean_whose_null_is_not_in_the_table_has_the_layers_own_as_if_they_varied_together(tables):
     for name, table in tables.items():
-        tables[name] = table[table["quantity"] != "mean_ratio_null_sd"]
+        tables[name] = table[table["quantity"] != "ratio_mean_null_sd"]
     found = side_by_side(tables, RATIO)
     of_means = found[found["layer"].isna() & (found["quantity"] == "null_ratio_sd")]["value"]
     assert of_means.tolist() == pytest.approx([0.35] * 3)  # of 0.3 and 0.4

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,21 +70,25 @@ def last(sweep: Path) -> int:
 
 @contextmanager
 def frozen_until_signalled(sweep: Path) -> Iterator[None]:
-    """The run makes no step from here on until SLURM has sent it USR2, whatever the machine's speed."""
+    """The run makes no step from here on until SLURM has signalled it, whatever the machine's speed."""
     pid = events(sweep)[-1]["pid"]
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
-        until(lambda: pending(pid) & 1 << signal.SIGUSR2 - 1)
+        until(lambda: signalled(pid))
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
-def pending(pid: int) -> int:
-    """The signals that wait for a process, as bits."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-    return int(fields["SigPnd"], 16) | int(fields["ShdPnd"], 16)
+def signalled(pid: int) -> bool:
+    """Whether USR2 waits for a stopped process, or SLURM has let it go on with it, as 22.05 does."""
+    with suppress(FileNotFoundError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+        waiting = int(fields["SigPnd"], 16) | int(fields["ShdPnd"], 16)
+        return not fields["State"].startswith("T") or bool(waiting & 1 << signal.SIGUSR2 - 1)
+    return True
 
 
 def run_out_of_time(cluster: Cluster, sweep: Path) -> None:

@@ -57,7 +57,7 @@ def side_by_side(tables: "Mapping[str, pd.DataFrame]", headlines: Mapping[str, s
             *(headline, f"{headline}_low", f"{headline}_high"),
             *(f"null_{headline}_mean", f"null_{headline}_sd", "z", "p_value", "q_value"),
         ]
-        joint = f"mean_{headline}_null_sd"
+        joint = f"{headline}_mean_null_sd"
         for name in (probe, f"{probe}{BETWEEN}"):
             table = tables[name]
             sizes = whole_matrices(table[table["quantity"] == "delta_norm"])

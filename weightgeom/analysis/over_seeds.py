@@ -26,7 +26,7 @@ from weightgeom.declarations import (
     Declaration,
     InterventionDeclaration,
 )
-from weightgeom.table import at_own_subspaces, label, of_matrices
+from weightgeom.table import at_own_subspaces, label, of_matrices, of_the_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -136,7 +136,7 @@ def condensed(rows: "pd.DataFrame", table: str, declaration: Declaration) -> Oth
         compared = effects(rows, table)
         return Other(table, declaration, compared.iloc[:0], compared)
     part = rows[rows["table"] == table]
-    headline = of_matrices(part, declaration.headline) if declaration.headline else part[part["matrix"] == ""]
+    headline = of_matrices(part, declaration.headline) if declaration.headline else of_the_model(part)
     last = headline.groupby(["run_id", "trajectory", "setting"])["step"].transform("max")
     keys = ["setting", "trajectory", "role", "matrix", "quantity", "unit"]
     grouped = headline[headline["step"] == last].groupby([*keys, "replicate", "run_id"], sort=False)["value"]
@@ -169,7 +169,7 @@ def ratios(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
     part = part[part["k"] == part.groupby("run_id")["k"].transform("min")]
     keys = ["setting", *MATRIX, "base", "replicate", "run_id", "step", "layer"]
     wide = part.set_index([*keys, "quantity"])["value"].unstack().reindex(columns=wanted).reset_index()
-    joint = rows[rows["quantity"] == "mean_ratio_null_sd"].rename(columns={"value": "joint_sd"})
+    joint = rows[rows["quantity"] == "ratio_mean_null_sd"].rename(columns={"value": "joint_sd"})
     keys = ["setting", *MATRIX, "run_id", "step"]
     wide = wide.merge(joint[[*keys, "joint_sd"]], "left", keys)
     pathway = joint[joint["matrix"] == ""].rename(columns={"joint_sd": "pathway_sd"})

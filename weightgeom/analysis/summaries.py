@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from weightgeom.analysis.chain import ENDS, STAGES
 from weightgeom.analysis.comparisons import compared_with_principal
-from weightgeom.table import at_own_subspaces, label, null_of_mean, of_matrices, whole_matrices
+from weightgeom.table import at_own_subspaces, label, null_of_mean, of_matrices, of_the_model, whole_matrices
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,7 +99,7 @@ def by_quantity(table: "pd.DataFrame") -> "pd.DataFrame":
     """A row for every quantity without a matrix: its mean at the first and last step, or at every stage."""
     import pandas as pd
 
-    table = table[table["matrix"] == ""]
+    table = of_the_model(table)
     names = table.attrs.get(STAGES, table.attrs.get(ENDS))  # of a chain or a pair all steps, by their names
     steps = list(dict.fromkeys((table["step"].min(), table["step"].max())))
     if names is not None:

@@ -61,7 +61,7 @@ class Pathways:
                 mean = sum(values[group, k]) / len(places)
                 at = {"layer": None, "matrix": kind, "expert": None, "role": role, "k": k, "n": len(places)}
                 at["subspace"] = min(subspaces) if len(subspaces) == 1 else ""
-                yield row("mean_ratio", mean, **at)
+                yield row("ratio_mean", mean, **at)
                 null = None
                 if spectrum is not None:
                     null = rotation_null(spectrum, k, self.seed)
@@ -69,13 +69,13 @@ class Pathways:
                 else:
                     spaces = [self._spaces[place, k] for place in places]
                     spread = Spread.of(self._grams[group], spaces, self._sketches, k)
-                yield row("mean_ratio_null_sd", spread.sd, stderr=spread.stderr, **at)
+                yield row("ratio_mean_null_sd", spread.sd, stderr=spread.stderr, **at)
                 yield from _against(mean, spread, null, k / self.d, at)
 
 
 def _against(mean: float, spread: Spread, null: Null | None, share: float, at: Row) -> Iterator[Row]:
     if spread.sd > 0:
-        yield row("mean_ratio_z", (mean - 1) / spread.sd, **at)
+        yield row("ratio_mean_z", (mean - 1) / spread.sd, **at)
     if null is not None:
         p, error = null.p_value(mean * share)
-        yield row("mean_ratio_p_value", p, stderr=error, **at)
+        yield row("ratio_mean_p_value", p, stderr=error, **at)

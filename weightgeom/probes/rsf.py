@@ -62,10 +62,10 @@ class RSF:
         matched_z, matched_p_value, matched_q_value: of the fraction against that level.
         delta_norm: ‖dW‖_F, in the units of the weights. moved_share: share of entries that changed.
         rounding_share: share of ‖dW‖² that rounding alone would give, for checkpoints in bf16 or fp16.
-        mean_ratio: the mean over the layers and experts of one kind of matrix, or over all of a pathway
-            where `matrix` is "". mean_ratio_null_sd, mean_ratio_z: of that mean under one Haar rotation of
+        ratio_mean: the mean over the layers and experts of one kind of matrix, or over all of a pathway
+            where `matrix` is "". ratio_mean_null_sd, ratio_mean_z: of that mean under one Haar rotation of
             all its updates together (`geometry.joint_null`), since matrices share directions and
-            subspaces; above d = 256 the sd of reads has the error of its sketches. mean_ratio_p_value: of
+            subspaces; above d = 256 the sd of reads has the error of its sketches. ratio_mean_p_value: of
             a mean over writes, which one subspace serves.
         increment_ratio, increment_...: the same of the change since the checkpoint before, with `increments`,
             in the same subspaces; increment_norm is its size.

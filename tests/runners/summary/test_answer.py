@@ -29,7 +29,7 @@ def rsf() -> pd.DataFrame:
     early = [one for matrix, layer in ratios for one in measured(1, layer, matrix, 2.0)]
     late = [one for (matrix, layer), ratio in ratios.items() for one in measured(2, layer, matrix, ratio)]
     joint = [
-        {"step": step, "role": role, "k": 4, **row("mean_ratio_null_sd", sd, n=2)}
+        {"step": step, "role": role, "k": 4, **row("ratio_mean_null_sd", sd, n=2)}
         for step in (1, 2)
         for role, sd in (("read", 0.05), ("write", 0.07))
     ]
@@ -40,7 +40,7 @@ def test_the_answer_is_the_headline_at_the_end_in_multiples_of_chance(rsf: pd.Da
     # Two standard deviations of the write pathway's mean, the wider of the two.
     said = "read 5.5 times chance, write 1.2 times, of at most 8; null 1 ± 0.1"
     assert answer({"rsf": rsf}, {"rsf": RSF.declaration}) == said
-    earlier = rsf[rsf["quantity"] != "mean_ratio_null_sd"]  # as if both layers varied together
+    earlier = rsf[rsf["quantity"] != "ratio_mean_null_sd"]  # as if both layers varied together
     assert answer({"rsf": earlier}, {"rsf": RSF.declaration}) == said.replace("0.1", "0.2")
 
 

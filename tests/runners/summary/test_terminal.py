@@ -198,14 +198,25 @@ def cells(lines: Sequence[str], first: str) -> list[str]:
 def test_the_terminal_shows_ratio_null_and_distance_of_every_matrix(
     rsf: pd.DataFrame, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = shown({"rsf": rsf}, capsys)
-    # mean ratio (2 + 5)/2 = 3.5; its spread sqrt(0.3² + 0.4²)/2 = 0.25; z = (3.5 - 1)/0.25 = 10
+    of_mean = {"step": rsf["step"].max(), "matrix": "q", "role": "read"}
+    sds = {4: 0.25, 8: 6.25}
+    joint = tabulate({**of_mean, "k": k, **row("ratio_mean_null_sd", sd, n=2)} for k, sd in sds.items())
+    whole = {**of_mean, "matrix": "", "k": 4, **row("ratio_mean_z", 9.0, n=2)}  # is in no table of its own
+    lines = shown({"rsf": pd.concat([rsf, joint, tabulate([whole])], ignore_index=True)}, capsys)
+    # mean ratio (2 + 5)/2 = 3.5; z = (3.5 - 1)/0.25 = 10
     read, larger = (line for line in lines if line.startswith("│ read"))
     assert cells([read], "read") == ["read", "q", "4", "2.00", "3.50", "1 ± 0.25", "10.0"]
-    # of two layers with an sd of 9 each: sqrt(9² + 9²)/2 = 6.36; z = (100 - 1)/6.36
-    assert cells([larger], "read") == ["read", "q", "8", "100.00", "100.00", "1 ± 6.36", "15.6"]
+    assert cells([larger], "read") == ["read", "q", "8", "100.00", "100.00", "1 ± 6.25", "15.8"]
     assert cells(lines, "write") == ["write", "down", "4", "0.50", "0.75", "1 ± 0.00", "-"]
+    assert not any("ratio_mean" in line for line in lines)
     assert "Relative subspace fraction (rsf)" in [line.strip() for line in lines]
+
+
+def test_without_a_joint_null_the_layers_own_stand_for_it(
+    rsf: pd.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (read, _) = (line for line in shown({"rsf": rsf}, capsys) if line.startswith("│ read"))
+    assert cells([read], "read")[-2:] == ["1 ± 0.35", "7.1"]  # the mean of 0.3 and 0.4
 
 
 @pytest.mark.parametrize("width", [80, 120])
