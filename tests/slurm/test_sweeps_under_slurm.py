@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from app import ROOT, environment
+from app import ROOT, environment, run
 from cluster import Cluster, base
 from sweeps import TINY, Place, directory, events, rows, states, steps, until
 
@@ -172,19 +172,17 @@ def test_a_controller_that_is_gone_for_a_while_costs_nothing_but_new_sweeps(clus
 
 def test_more_jobs_than_an_array_may_have_are_submitted_in_chunks_and_cancelled(cluster, place):
     hold = "hydra.launcher.additional_parameters={hold: true}"
+    # A controller keeps the limit that its first array met: let that be the usual one.
+    assert place.command("cancel", place.started(SLURM, hold, "name=usual", "seed=0,1")).code == 0
     configuration = cluster.directory / "etc/slurm.conf"
     before = configuration.read_text()
-
-    def configure(text: str) -> None:  # the controller keeps the limit that its first array met
-        cluster.script("kill-controller")
-        configuration.write_text(text)
-        cluster.script("start-controller")
-
-    configure(before + "MaxArraySize=4\n")
+    configuration.write_text(before + "MaxArraySize=4\n")
+    cluster.ask("scontrol", "reconfigure")
     try:
         sweep = place.started(SLURM, hold, "name=chunks", "seed=0,1,2,3,4")
     finally:
-        configure(before)
+        configuration.write_text(before)
+        cluster.ask("scontrol", "reconfigure")
     first, second = (list(known["ids"].values()) for known in Sweep(sweep).manifest()["submissions"])
     assert (len(first), len(second)) == (3, 2)
     arrays = [ids[0].partition("_")[0] for ids in (first, second)]
@@ -198,10 +196,12 @@ def test_a_hundred_jobs_are_one_array_that_costs_a_few_times_one_job(cluster, pl
     hold = "hydra.launcher.additional_parameters={hold: true}"
 
     def submitted(seeds: str) -> tuple[Path, float]:
+        asked = [*TINY, SLURM, hold, "hydra.launcher.detach=true", "name=hundred", f"seed={seeds}", "-m"]
         start = os.times()
-        sweep = place.started(SLURM, hold, "name=hundred", f"seed={seeds}")
+        ended = run(place.home, *asked, fresh=True, **place.variables)
         end = os.times()
-        return sweep, sum(end[2:4]) - sum(start[2:4])  # processor time of the children
+        assert ended.code == 0, ended.err
+        return directory(ended), sum(end[2:4]) - sum(start[2:4])  # processor time of the children
 
     one, alone = submitted("99")
     hundred, together = submitted("range(100,200)")
