@@ -51,8 +51,7 @@ def run(
     variables that their imports read.
     """
     if not (before or fresh or set(variables) - HARMLESS):
-        made = warm(tuple(environment({}).items()))
-        return Ended(*made.run(directory, ROOT / "run.py", arguments, environment(variables)))
+        return Ended(*warm().run(directory, ROOT / "run.py", arguments, environment(variables)))
     ended = subprocess.run(
         [*before, sys.executable, str(ROOT / "run.py"), *arguments],
         cwd=directory,
