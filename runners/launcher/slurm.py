@@ -181,7 +181,7 @@ def _script(name: str, jobs: int, options: SlurmOptions, folder: Path, code: Pat
         setup=options.setup,
         stderr_to_stdout=options.stderr_to_stdout,
         srun_args=step,
-        wckey=None,
+        wckey=None,  # pyright: ignore[reportArgumentType]
         additional_parameters=shown,
     )
 
