@@ -32,6 +32,7 @@ SLOW = (
     "test_readme.py",
     "runners/launcher/test_local_sweeps.py",
     "test_tools.py",
+    "runners/planning/test_plan.py",
     "test_own_code.py",
     "runners/cli/test_wheel.py",
     "test_extensions.py",

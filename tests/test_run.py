@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from app import BEHAVIOUR, ROOT, SMALL, WORLD, Ended, done, environment, run, status
+from app import BEHAVIOUR, ROOT, SMALL, WORLD, Ended, done, environment, fresh_run, run, status
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from numpy.testing import assert_allclose
@@ -36,7 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def default(home: Path) -> Ended:
-    return run(home, *SMALL, *WORLD, "+tags.note=first", fresh=True)
+    return fresh_run(home, *SMALL, *WORLD, "+tags.note=first")
 
 
 @pytest.fixture(scope="module")

@@ -42,16 +42,19 @@ class Ended:
         return next(Path(line[8:]) for line in self.out.splitlines() if line.startswith("record: "))
 
 
-def run(
-    directory: Path, *arguments: str, before: Sequence[str] = (), fresh: bool = False, **variables: str
-) -> Ended:
+def run(directory: Path, *arguments: str, before: Sequence[str] = (), **variables: str) -> Ended:
     """Run `run.py` in `directory`; `before` is a command that runs the command behind it.
 
-    The run is a fork of a process that has imported the libraries, unless it is asked to be `fresh` or has
+    The run is a fork of a process that has imported the libraries, unless it has a command before it or
     variables that their imports read.
     """
-    if not (before or fresh or set(variables) - HARMLESS):
-        return Ended(*warm().run(directory, ROOT / "run.py", arguments, environment(variables)))
+    if before or set(variables) - HARMLESS:
+        return fresh_run(directory, *arguments, before=before, **variables)
+    return Ended(*warm().run(directory, ROOT / "run.py", arguments, environment(variables)))
+
+
+def fresh_run(directory: Path, *arguments: str, before: Sequence[str] = (), **variables: str) -> Ended:
+    """`run` in a process that imports the libraries itself."""
     ended = subprocess.run(
         [*before, sys.executable, str(ROOT / "run.py"), *arguments],
         cwd=directory,

@@ -1,14 +1,15 @@
+import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from app import ROOT, environment
 from lab import change, write_lab
 
 from runners import modules
@@ -118,14 +119,18 @@ def test_code_that_is_in_no_file_is_refused(lab: Path, monkeypatch: pytest.Monke
     said = r"the code of module __main__ cannot be read \(a notebook .* has no file\): save it as a \.py"
     with pytest.raises(ValueError, match=said):
         modules_of(typed)
+
+
+def test_code_in_an_archive_is_refused(lab: Path) -> None:
     with zipfile.ZipFile(lab / "packed.zip", "w") as archive:
         archive.writestr("packed.py", "SIZE = 1\n")
-    monkeypatch.syspath_prepend(lab / "packed.zip")
-    assert find_spec("packed") is not None, (sys.path_hooks, sys.meta_path, sys.path)
-    with pytest.raises(
-        ValueError, match=r"module packed cannot be read \(.*packed\.zip/packed\.py is not a file\)"
-    ):
-        find("packed")
+    code = "from runners.modules import find; find('packed')"
+    path = f"{lab / 'packed.zip'}:{ROOT}"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment({"PYTHONPATH": path}), capture_output=True, text=True
+    )
+    said = f"ValueError: the code of module packed cannot be read ({lab}/packed.zip/packed.py is not a file)"
+    assert ended.returncode == 1 and said in ended.stderr
 
 
 def test_a_script_is_its_file(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:

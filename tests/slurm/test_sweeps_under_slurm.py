@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from app import ROOT, environment, run
+from app import ROOT, environment, fresh_run
 from cluster import Cluster, base
 from sweeps import TINY, Place, directory, events, rows, states, steps, until
 
@@ -198,7 +198,7 @@ def test_a_hundred_jobs_are_one_array_that_costs_a_few_times_one_job(cluster, pl
     def submitted(seeds: str) -> tuple[Path, float]:
         asked = [*TINY, SLURM, hold, "hydra.launcher.detach=true", "name=hundred", f"seed={seeds}", "-m"]
         start = os.times()
-        ended = run(place.home, *asked, fresh=True, **place.variables)
+        ended = fresh_run(place.home, *asked, **place.variables)
         end = os.times()
         assert ended.code == 0, ended.err
         return directory(ended), sum(end[2:4]) - sum(start[2:4])  # processor time of the children

@@ -164,12 +164,12 @@ def ratios(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
     `joint_sd` and `pathway_sd` are the joint null's, of the means over the matrix's layers and its pathway.
     """
     wanted = ["ratio", "null_ratio_mean", "null_ratio_sd", "q_value", "matched_ratio"]
-    rows = rows[rows["table"] == table]
-    part = at_own_subspaces(rows[rows["quantity"].isin(wanted)])
+    mine = rows[rows["table"] == table]
+    part = at_own_subspaces(mine[mine["quantity"].isin(wanted)])
     part = part[part["k"] == part.groupby("run_id")["k"].transform("min")]
     keys = ["setting", *MATRIX, "base", "replicate", "run_id", "step", "layer"]
     wide = part.set_index([*keys, "quantity"])["value"].unstack().reindex(columns=wanted).reset_index()
-    joint = rows[rows["quantity"] == "ratio_mean_null_sd"].rename(columns={"value": "joint_sd"})
+    joint = mine[mine["quantity"] == "ratio_mean_null_sd"].rename(columns={"value": "joint_sd"})
     keys = ["setting", *MATRIX, "run_id", "step"]
     wide = wide.merge(joint[[*keys, "joint_sd"]], "left", keys)
     pathway = joint[joint["matrix"] == ""].rename(columns={"joint_sd": "pathway_sd"})
