@@ -5,7 +5,8 @@
 A third of the kills hit a run in outputs of its own, which also makes its store; a third the launcher, the
 supervisor or a job of a local sweep of two; a third its `resubmit`. Afterwards the same command (a run) or
 `resubmit` (a sweep) goes on until all is done. Prints a line for each, and exits with 1 if tables differ,
-points are in a record twice, a job completes twice, or MLflow has a run that is not FINISHED after `sync`.
+points are in a record twice, a job completes twice, or MLflow still has a run RUNNING or SCHEDULED after
+`sync`.
 """
 
 import hashlib
@@ -83,7 +84,7 @@ def processes(home: Path) -> Iterator[tuple[int, str]]:
 
 
 def faults(home: Path, records: list[Path]) -> Iterator[str]:
-    """What is wrong although everything has ended."""
+    """The faults of runs that have ended: repeated points, repeated jobs, unfinished runs in MLflow."""
     for record in records:
         lines = (record / "metrics.jsonl").read_text().splitlines()
         points = [(point["key"], point["step"]) for point in map(json.loads, lines)]
@@ -150,7 +151,7 @@ def killed(home: Path, victim: str) -> None:
 
 
 def verdict(home: Path, sweep: Path, expected: list[dict[str, str]]) -> list[str]:
-    """What is wrong with a sweep that has ended."""
+    """The faults of a sweep that has ended, and the jobs whose tables differ from the expected ones."""
     ended(home, [sys.executable, "-m", "runners.tracking"])
     records = [sweep / number / "record" for number in "01"]
     differ = [f"tables of {n} differ" for n, one in enumerate(records) if tables(one) != expected[n]]

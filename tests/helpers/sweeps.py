@@ -99,7 +99,7 @@ def rows(ended: Ended) -> dict[int, str]:
 
 
 def until(claim: Callable[[], object], seconds: float = 900) -> Any:
-    """Wait until a claim holds, and return what it returned; `seconds` end a hang, and measure no speed."""
+    """Wait until `claim` returns a true value, and return it; the limit only ends a test that hangs."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := claim():

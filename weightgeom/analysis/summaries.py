@@ -48,7 +48,7 @@ def by_matrix(table: "pd.DataFrame", headline: str, form: str = ".3g") -> "pd.Da
             means, sds = (_at(rows, matrix, k, last) for rows in null.values())
             place = {"role": role, "matrix": matrix, "step": last} | ({"k": k} if k >= 0 else {})
             centre, spread = means["value"].mean(), null_of_mean(table, headline, sds, **place)
-            row["null"] = f"{centre:.3g} ± {spread:{form}}"
+            row["null"] = "-" if spread is None else f"{centre:.3g} ± {spread:{form}}"
             row["z"] = f"{(mean - centre) / spread:.1f}" if spread else "-"
         rows.append(row)
     return pd.DataFrame(rows)

@@ -19,7 +19,7 @@ class Pathways:
     """Collects the updates of a checkpoint, one after the other.
 
     Of writes it keeps a d x d matrix for each kind and one for all, as one subspace serves them, which makes
-    their null exact. Of reads it keeps sketches.
+    their null exact. Of reads it keeps sketches. `gram` is of the update on the residual stream's side.
     """
 
     def __init__(self, dimensions: Sequence[int], d: int, seed: int) -> None:
@@ -48,7 +48,10 @@ class Pathways:
                 self._spaces[frame.place, k] = self._sketches.of_space(frame.space.first(k))
 
     def rows(self, ratios: Iterable[Row]) -> Iterator[Row]:
-        """The mean over each group of `ratios`, the rows of its matrices, with the null of that mean."""
+        """The mean over each group of `ratios`, rows of its matrices, with the null of that mean (no unit).
+
+        Source: ours (`Spread.of`).
+        """
         values: dict[tuple[Group, int], list[float]] = {}
         for one in ratios:
             for kind in (one["matrix"], ""):

@@ -62,7 +62,7 @@ class RSF:
         matched_z, matched_p_value, matched_q_value: of the fraction against that level.
         delta_norm: ‖dW‖_F, in the units of the weights. moved_share: share of entries that changed.
         rounding_share: share of ‖dW‖² that rounding alone would give, for checkpoints in bf16 or fp16.
-        ratio_mean: the mean over the layers and experts of one kind of matrix, or over all of a pathway
+        ratio_mean: the mean over the layers of one kind of matrix, without experts, or over all of a pathway
             where `matrix` is "". ratio_mean_null_sd, ratio_mean_z: of that mean under one Haar rotation of
             all its updates together (`geometry.joint_null`), since matrices share directions and
             subspaces; above d = 256 the sd of reads has the error of its sketches. ratio_mean_p_value: of
@@ -255,7 +255,7 @@ class RSF:
         yield from _size(matrix, update)
         where = matrix.table_columns
         spectrum = self._spectrum(update)
-        if spectrum is not None:
+        if spectrum is not None and matrix.expert is None:
             pathways.add(matrix, update.gram, own)
         yield from self._compare(update, spectrum, own, moment, setting.seed, where)
         yield from self._compare(update, spectrum, chance, None, setting.seed, where)
@@ -358,10 +358,11 @@ def _size(matrix: ResidualMatrix, update: Update) -> Iterator[Row]:
 
 
 def _ratios(rows: Iterable[Row]) -> Iterator[Row]:
-    """The ratios of matrices, no heads, at their own subspaces."""
+    """The ratios of whole matrices, no heads or experts, at their own subspaces."""
     for one in rows:
-        if one["quantity"] == "ratio" and one["subspace"] != "random" and one.get("head") is None:
-            yield one
+        if one["quantity"] == "ratio" and one["subspace"] != "random":
+            if one.get("head") is None and one["expert"] is None:
+                yield one
 
 
 def _unmoved(matrix: ResidualMatrix, params: Params, start: Params) -> bool:
