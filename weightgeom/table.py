@@ -119,8 +119,8 @@ def label(table: "pd.DataFrame") -> "pd.Series":
 
 
 def whole_matrices(table: "pd.DataFrame") -> "pd.DataFrame":
-    """Rows of no single head and no expert."""
-    return table[table["head"].isna() & table["expert"].isna()]
+    """Rows of no single head; an expert's matrices are whole ones."""
+    return table[table["head"].isna()]
 
 
 def of_the_model(table: "pd.DataFrame", headline: str = "") -> "pd.DataFrame":

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from runners.report.uncertainty import Companion, illustrated
 from weightgeom.analysis.comparisons import principal
-from weightgeom.analysis.over_seeds import Condensed, Other, rank_correlation
+from weightgeom.analysis.evidence import rank_correlation
+from weightgeom.analysis.over_seeds import Condensed, Other
 from weightgeom.declarations import ASYMMETRY, EDITS, MECHANISM, SURGERY, InterventionDeclaration
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ def _asymmetry(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]
         figures_report.ratios_by_setting(means, runs),
         "How much of each update lies in what the model reads (left) and in what it writes (right), sorted by"
         " the write side. Grey points are single runs, the mean over layers and matrices; the coloured point"
-        " is the mean over runs with its 95 % interval, over seeds where there are several, else over layers"
-        " (an interval may reach beyond the axis). The grey band is where random directions with the update's"
+        " is the mean over runs with its 95 % interval over seeds, where there are several (an interval may"
+        " reach beyond the axis). The grey band is where random directions with the update's"
         " own singular values would lie; the dashed line is the isotropic level, 1.",
         False,
     )
@@ -113,7 +114,7 @@ def _asymmetry(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]
             "trajectory",
             figures_report.ratio_along_training(_concatenated([table[first], table[~first]])),
             "The same ratio along each training, matrix by matrix: the mean over layers and runs; bars are"
-            " one standard error, over seeds where there are several, else over layers. Solid lines read,"
+            " one standard error over seeds, where there are several. Solid lines read,"
             " dashed lines write; the grey line is the isotropic level.",
             False,
         )
@@ -148,11 +149,12 @@ def _graded(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
         yield (
             "graded",
             f"graded_control_{number}",
-            figures.ratio_by_sharpness(part, correlations),
-            f"{where}: ratio against how sharp each training really was. The participation ratio of the logit"
-            " gradient is 1 where all of it is on one token, and grows the more tokens share it. A point is"
-            " an objective, with ± 2 standard errors over its seeds; grey points are single runs, squares the"
-            " exact ends of the family. Below: Spearman's rank correlation over runs.",
+            figures.ratio_by_sharpness(part, correlations, part["measure"].iloc[0].removeprefix("the ")),
+            f"{where}: ratio against {part['measure'].iloc[0]}, as measured along each training. A pair has one"
+            " alternative that carries gradient, the next token up to all of the vocabulary. A point is an"
+            " objective, with ± 2 standard errors over its seeds; grey points are single runs, squares the"
+            " exact ends of the family. Below: Spearman's rank correlation over objectives, and its p-value by"
+            " permuting them.",
             False,
         )
 

@@ -14,8 +14,9 @@ from runners.disk import write_atomically
 from runners.report.figures import Illustration, illustrations
 from runners.report.tables import shown_tables
 from runners.report.uncertainty import Companion, companion
-from weightgeom.analysis.claims import AGREES, CLAIMS, DISAGREES, UNTESTED, verdicts
+from weightgeom.analysis.claims import verdicts
 from weightgeom.analysis.over_seeds import Condensed, condense
+from weightgeom.analysis.rules import CLAIMS, CONTRADICTED, DECISION, INCONCLUSIVE, SUPPORTED, UNTESTED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,6 +98,7 @@ def rendered(
         missing=missing,
         files={name: csv(name) for name in tables},
         overall=_overall(judged),
+        decision=DECISION,
         others=_others(found),
     )
 
@@ -110,12 +112,14 @@ def _others(found: Condensed) -> dict[str, list[str]]:
 
 
 def _overall(judged: "pd.DataFrame") -> str:
-    """How many claims the study agrees with, in a sentence."""
+    """How many claims the study supports, in a sentence."""
     said = judged.groupby("claim")["verdict"].agg(lambda lines: frozenset(lines) - {UNTESTED})
+    mixed = said.map(lambda verdicts: len(verdicts) > 1)
     counts = {
-        "agrees with {} wherever it tests {}": said == {AGREES},
-        "agrees with {} in some settings or pathways and not in others": said == {AGREES, DISAGREES},
-        "disagrees with {}": said == {DISAGREES},
+        "supports {} wherever it tests {}": said == {SUPPORTED},
+        "contradicts {} wherever it tests {}": said == {CONTRADICTED},
+        "is inconclusive about {}": said == {INCONCLUSIVE},
+        "has different verdicts on {} in different settings": mixed,
         "does not test {}": said == frozenset(),
     }
     parts = [
@@ -128,7 +132,7 @@ def _overall(judged: "pd.DataFrame") -> str:
 
 def _claim(claim: Any, judged: "pd.DataFrame") -> dict[str, Any]:
     lines = judged[judged["claim"] == claim.number]
-    counts = {said: int((lines["verdict"] == said).sum()) for said in (AGREES, DISAGREES, UNTESTED)}
+    counts = {said: int((lines["verdict"] == said).sum()) for said in (SUPPORTED, CONTRADICTED, INCONCLUSIVE, UNTESTED)}
     return {
         "number": claim.number,
         "statement": claim.statement,

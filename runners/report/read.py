@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 
-SHARPNESS = ("participation_ratio", "target_energy")  # of the logit gradient: means over the training
+SHARPNESS = ("participation_ratio", "target_energy", "alternatives")  # means over the training
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def _pathways(found: Condensed) -> Shown:
     columns = ["setting"]
     for role in ("read", "write"):
         columns += [f"{role} ratio (1) [95\u00a0%]", NULL, BEYOND]
-    return Shown([*columns, "interval over"], [False] + [True] * 6 + [False], rows)
+    return Shown([*columns, "over"], [False] + [True] * 6 + [False], rows)
 
 
 def _matrices(found: Condensed) -> Shown:
@@ -147,7 +147,7 @@ def _matrices(found: Condensed) -> Shown:
                 _percent(row["beyond"]), _number(row["matched_ratio"]), _samples(row),
             ])  # fmt: skip
     columns = ("setting", "pathway", "matrix", "k", "ratio (1) [95\u00a0%]", NULL, "z", BEYOND,
-               "matched level (1)", "interval over")  # fmt: skip
+               "matched level (1)", "over")  # fmt: skip
     return Shown(columns, [False] * 3 + [True] * 6 + [False], rows)
 
 
@@ -231,9 +231,7 @@ def _percent(share: float) -> str:
 
 
 def _samples(row: "pd.Series") -> str:
-    if row["interval_over"] == "layers":
-        return f"{row['layers']} layers, 1 run"
-    return f"{row['runs']} seeds" if row["interval_over"] else "1 run, 1 layer"
+    return f"{row['runs']} trainings" if row["runs"] > 1 else "1 training"
 
 
 def _range(values: "pd.Series") -> str:

@@ -66,7 +66,7 @@ def _parts(table: "pd.DataFrame", step: int, declaration: ProbeDeclaration) -> t
     (first, mean), *others = means.items()
     shown = [f"{first} {mean:.1f} times chance", *(f"{part} {mean:.1f} times" for part, mean in others)]
     shares = of_matrices(here, declaration.share)
-    both = rows.merge(shares, on=["layer", "matrix"], suffixes=("", "_share"))
+    both = rows.merge(shares, on=["layer", "matrix", "expert"], suffixes=("", "_share"))
     both = both[both["value_share"] > 0]
     most = f", of at most {(both['value'] / both['value_share']).median():.3g}" if len(both) else ""
     return ", ".join(shown), most + _null(here, headline)

@@ -38,8 +38,8 @@ def log_table(
         record.log({f"{probe}{suffix}/{matrix}": value}, step)
     if not suffix and declaration.by_layer:
         last = rows[(rows["step"] == table["step"].max()) & rows["layer"].notna()]
-        for _, row in last.iterrows():
-            record.log({f"{probe}_by_layer/{row['matrix']}": row["value"]}, int(row["layer"]))
+        for (layer, matrix), value in last.groupby(["layer", "matrix"], sort=False)["value"].mean().items():
+            record.log({f"{probe}_by_layer/{matrix}": value}, int(layer))
 
 
 def log_effects(

@@ -15,7 +15,8 @@ from runners.summary.note import note
 from runners.tracking.record import Record
 from weightgeom.analysis.chain import STAGES
 from weightgeom.analysis.declared import declared, of_text, plain_name
-from weightgeom.analysis.over_seeds import rank_correlation
+from weightgeom.analysis.evidence import rank_correlation
+from weightgeom.analysis.over_seeds import MEASURES
 from weightgeom.declarations import ASYMMETRY, SECTIONS, ProbeDeclaration
 from weightgeom.table import of_matrices, upgraded
 
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
-SHARPNESS = "train/participation_ratio"
+SHARPNESS, ALTERNATIVES = "train/participation_ratio", "train/alternatives"
 # What is said of a run as a whole: the last value of these metrics, or the mean where it is a curve.
 LAST = ("train/matched_tokens", "train/delta_norm", "train/heldout_accuracy", "train/loss")
-MEAN = (SHARPNESS, "train/target_energy")
+MEAN = (SHARPNESS, "train/target_energy", ALTERNATIVES)
 
 
 def summarise(record: Record, children: Sequence[Path]) -> None:
@@ -83,6 +84,7 @@ def _graded(record: Record, table: "pd.DataFrame") -> dict[str, tuple[float, flo
     from weightgeom.figures import base as figures
 
     wide = sharpness_and_ratios(table)
+    measure = MEASURES[wide.attrs["measure"].removeprefix("train/")]
     correlations = {}
     for role in ("read", "write"):
         correlations[role] = rank_correlation(wide[wide["role"] == role])
@@ -90,8 +92,8 @@ def _graded(record: Record, table: "pd.DataFrame") -> dict[str, tuple[float, flo
             f"graded_control/{role}_rank_correlation": correlations[role][0],
             f"graded_control/{role}_p_value": correlations[role][1],
         }, 0)  # fmt: skip
-        log.info("%s ratio and sharpness: rank correlation %.2f (p = %.2g)", role, *correlations[role])
-    save(record, "graded_control", figures.ratio_by_sharpness(wide, correlations))
+        log.info("%s ratio and %s: rank correlation %.2f (p = %.2g)", role, measure, *correlations[role])
+    save(record, "graded_control", figures.ratio_by_sharpness(wide, correlations, measure.removeprefix("the ")))
     return correlations
 
 
@@ -104,11 +106,19 @@ def save(record: Record, name: str, figure: "Figure") -> None:
 
 
 def sharpness_and_ratios(table: "pd.DataFrame") -> "pd.DataFrame":
-    """A row for each run, seed and role: its measured sharpness and its ratio, the mean over the matrices."""
+    """A row for each run, seed and role: its measured sharpness and its ratio, the mean over the matrices.
+
+    The sharpness is the effective number of alternatives where all runs have one, else the participation
+    ratio; the attribute `measure` is the name of its curve.
+    """
     keys = ["run", "seed"] if "seed" in table else ["run"]
-    sharpness = table[table["quantity"] == SHARPNESS].set_index(keys)["value"].rename("sharpness")
+    parts = {name: table[table["quantity"] == name] for name in (ALTERNATIVES, SHARPNESS)}
+    measure = ALTERNATIVES if len(parts[ALTERNATIVES]) == len(parts[SHARPNESS]) else SHARPNESS
+    sharpness = parts[measure].set_index(keys)["value"].rename("sharpness")
     ratios = table[table["quantity"] == "ratio"].groupby([*keys, "role"])["value"].mean().rename("ratio")
-    return ratios.reset_index().merge(sharpness.reset_index(), on=keys)
+    wide = ratios.reset_index().merge(sharpness.reset_index(), on=keys)
+    wide.attrs["measure"] = measure
+    return wide
 
 
 def _rows(child: Record) -> Iterator[dict[str, Any]]:

@@ -27,6 +27,9 @@ for name, level, negatives, tau in (
     ("graded/dpo", "sequence", None, 0.0),
     ("graded/ce", "token", None, 0.0),
     ("graded/token_tau01", "token", None, 0.1),
+    ("graded/token_hard_1", "token", 1, 0.0),
+    ("graded/token_hard_16", "token", 16, 0.0),
+    ("graded/sequence_tau1", "sequence", None, 1.0),
 ):
     target = "weightgeom.objectives.graded_contrastive.GradedContrastive"
     TARGETS[name] = {"_target_": target, "level": level, "negatives": negatives, "tau": tau}
@@ -83,7 +86,8 @@ def publish(directory: Path, uri: str, runs: Sequence[Planted]) -> None:
         )
         if run.sharpness is not None:
             for step, value in enumerate((run.sharpness - 0.1, run.sharpness + 0.1)):
-                record.log({"train/participation_ratio": value, "train/target_energy": 0.5}, step)
+                sharp = {"participation_ratio": value, "target_energy": 0.5, "alternatives": value}
+                record.log({f"train/{name}": number for name, number in sharp.items()}, step)
         for name, table in run.tables.items():
             table.to_parquet(record.artifact(f"tables/{name}.parquet"))
             table.to_csv(record.artifact(f"tables/{name}.csv"), index=False)
@@ -92,10 +96,21 @@ def publish(directory: Path, uri: str, runs: Sequence[Planted]) -> None:
 
 
 def rsf(
-    read: float, write: float, steps: Sequence[int] = (1, 64), null_sd: float = NULL_SD
+    read: float,
+    write: float,
+    steps: Sequence[int] = (1, 64),
+    null_sd: float = NULL_SD,
+    increments: float | None = None,
 ) -> "pd.DataFrame":
-    """Ratios of `read` and `write` at the last step, the mean over two layers 0.2 apart; half before it."""
+    """Ratios of `read` and `write` at the last step, the mean over two layers 0.2 apart; half before it.
+
+    `increments` is the ratio of the write matrices' increments, but for the first, which has none of it.
+    """
     rows = []
+    for step, matrix in product(steps if increments else (), ("o", "down")):
+        at: dict[str, Any] = {"step": step, "layer": 0, "matrix": matrix, "role": "write", "k": K}
+        value = 0.9 if step == steps[0] else increments or 0.0
+        rows.append(row("forward_increment_ratio", value, n=64, subspace="prediction", **at))
     for step, layer, (matrix, role) in product(steps, LAYERS, ROLES.items()):
         at: dict[str, Any] = {"step": step, "layer": layer, "matrix": matrix, "role": role}
         rows.append(row("delta_norm", 1.0, n=64, **at))
@@ -197,35 +212,46 @@ def surgery(top: float, random: float, draws: int = 19) -> "pd.DataFrame":
     return tabulate(rows)
 
 
+SHARP = {  # the mean number of alternatives of each objective
+    "dpo": 1.1, "graded/dpo": 1.2, "graded/sequence_tau1": 1.3, "graded/token_hard_1": 1.4,
+    "graded/token_hard_16": 1.8, "graded/token_tau01": 2.5, "ce": 3.5,
+}  # fmt: skip
+MATCHED = {"intervention.rank1.match": "output", "objective.train_on": "chosen"}
+
+
 def agreeing() -> list[Planted]:
-    """A study in which every claim of the paper holds: three objectives, two seeds each."""
-    runs = []
-    for seed in (0, 1):
-        before = rsf(5.0, 3.0)
-        for objective, write, sharpness in (
-            ("dpo", 1.05, 1.1), ("graded/dpo", 1.1, 1.2), ("graded/token_tau01", 2.5, 1.8), ("ce", 3.0, 2.5),
-        ):  # fmt: skip
-            tables = {
-                "rsf_pretraining": before,
-                "rsf": rsf(5.0, write + 0.02 * seed),
-                "behaviour": behaviour(),
-                "moments": moments(1, seed),
-            }
-            if objective == "dpo":
-                tables |= {"rank1": rank1(2.0, 0.5, 0.1), "surgery": surgery(-2.0, -0.5)}
-            runs.append(Planted(objective, tables, seed=seed, sharpness=sharpness + 0.01 * seed))
-    return runs
+    """A study in which every claim of the paper holds: seven objectives on three bases, a seed each."""
+    writes = (1.05, 1.1, 1.3, 1.5, 1.9, 2.5, 3.0)
+    return [*_study(writes, 1, 5.0, 5.0, 3.0, 2.0)]
 
 
 def contrary() -> list[Planted]:
-    """A study in which none holds."""
-    runs = []
-    for seed in (0, 1):
-        for objective, write, sharpness in (
-            ("dpo", 4.0, 1.1), ("graded/dpo", 3.5, 1.2), ("graded/token_tau01", 2.5, 1.8), ("ce", 1.2, 2.5),
-        ):  # fmt: skip
-            tables = {"rsf_pretraining": rsf(5.0, 2.0), "rsf": rsf(1.0, write), "moments": moments(-1, seed)}
+    """A study in which the opposite of every claim holds."""
+    writes = (4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.2)
+    return [Planted(**{**vars(run), "experiment": "contrary"}) for run in _study(writes, -1, 1.0, 5.0, 2.0, 0.8)]
+
+
+def _study(
+    writes: Sequence[float], sign: int, aligned: float, read: float, before: float, increments: float
+) -> Iterator[Planted]:
+    """Reads are `aligned` of the alignment by pairs and `read` of others; seeds differ by some per cent."""
+    for seed in range(3):
+        near = 1 + 0.01 * (seed + 0.3 * seed**2)  # no two seeds apart by the same
+        pretraining = rsf(5.0, before * near, increments=increments * near)
+        for (objective, sharpness), write in zip(SHARP.items(), writes, strict=True):
+            contrasts = "dpo" in objective or "sequence" in objective
+            nearer = 1 + 0.004 * seed * (1 + seed) + 0.001 * len(objective)
+            tables = {
+                "rsf_pretraining": pretraining,
+                "rsf": rsf((aligned if contrasts else read) * nearer, write * nearer),
+                "behaviour": behaviour(),
+                "moments": moments(sign, seed + 10 * len(objective)),
+            }
             if objective == "dpo":
-                tables |= {"rank1": rank1(0.3, 0.5, 0.9), "surgery": surgery(-0.2, -0.5)}
-            runs.append(Planted(objective, tables, seed=seed, sharpness=sharpness + 0.01 * seed))
-    return [Planted(**{**vars(run), "experiment": "contrary"}) for run in runs]
+                edit = (2.0, 0.5, 0.1) if sign > 0 else (0.3, 0.5, 0.9)
+                tables["rank1"] = rank1(edit[0] * near, *edit[1:])
+                tables["surgery"] = surgery((-2.0 if sign > 0 else -0.2) * near, -0.5)
+            yield Planted(
+                objective, tables, seed=seed, base=seed, sharpness=sharpness + 0.01 * seed,
+                params=MATCHED if objective == "ce" else {"intervention.rank1.match": "output"},
+            )  # fmt: skip

@@ -44,7 +44,7 @@ def side_by_side(tables: "Mapping[str, pd.DataFrame]", headlines: Mapping[str, s
     """The table `stages`: every row about a headline, behind `probe`, `stage` and `against`, its reference.
 
     `headlines` has those of the probes that compare, by the name of their tables. Each has a row for every
-    layer and one without a layer, the mean over them: its `stderr` is over layers, `n` their number;
+    layer and one without a layer, the mean over them, and over experts, `n` their number;
     `null_<headline>_sd` and `z` are of that mean (`null_of_mean`);
     `<headline>_low` and `<headline>_high` are the means of the layers' ends, as if all layers rose and fell
     with the prompts together, which errs on the wide side. `delta_norm` is the norm over all layers.
@@ -80,16 +80,16 @@ def _over_layers(part: "pd.DataFrame", headline: str, everything: "pd.DataFrame"
     by_name = dict(iter(part.groupby("quantity", sort=False)))
     if "delta_norm" in by_name:
         sizes = by_name["delta_norm"]
-        first = sizes.iloc[0].to_dict() | {"layer": None, "stderr": None, "subspace": "", "k": None}
+        place = {"layer": None, "expert": None, "stderr": None}
+        first = sizes.iloc[0].to_dict() | place | {"subspace": "", "k": None}
         norm = sqrt((sizes["value"] ** 2).sum())
         yield first | {"quantity": "delta_norm", "value": norm, "n": int(sizes["n"].sum())}
     if headline not in by_name:  # nothing moved
         return
     values, n = by_name[headline], len(by_name[headline])
-    first = values.iloc[0].to_dict() | {"layer": None, "stderr": None, "n": n}
+    first = values.iloc[0].to_dict() | {"layer": None, "expert": None, "stderr": None, "n": n}
     mean = values["value"].mean()
-    error = values["value"].std() / sqrt(n) if n > 1 else None
-    yield first | {"quantity": headline, "value": mean, "stderr": error}
+    yield first | {"quantity": headline, "value": mean}
     for end in (f"{headline}_low", f"{headline}_high"):
         if end in by_name and len(by_name[end]) == n:
             yield first | {"quantity": end, "value": by_name[end]["value"].mean()}

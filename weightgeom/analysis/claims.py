@@ -1,82 +1,128 @@
-"""Where a study stands to each claim of arXiv:2605.16600: agrees, disagrees or not tested here, by a rule.
-
-The rules are ours, and are printed beside their verdicts. They judge the direction of a claim, never a
-number of the paper.
-"""
+"""Where a study stands to each claim of arXiv:2605.16600, by the rules of `analysis.rules`."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from math import exp, log
+from typing import TYPE_CHECKING, Any
 
 from weightgeom.analysis.declared import UNDECLARED
-from weightgeom.analysis.over_seeds import LEVEL, Condensed, half_width, rank_correlation
+from weightgeom.analysis.evidence import Evidence, direction, equivalence, holm, logs, rank_correlation
+from weightgeom.analysis.over_seeds import EXPECTED, Condensed, expectation
+from weightgeom.analysis.rules import (
+    CLAIMS,
+    CONTRADICTED,
+    INCONCLUSIVE,
+    LEVEL,
+    MARGIN,
+    OBJECTIVES,
+    RUNS,
+    SUPPORTED,
+    TRAININGS,
+    UNTESTED,
+    Verdict,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
-
-BY_ROLE = (1, 2, 3)  # claims about alignment, which is judged by the role of the objective
-AGREES, DISAGREES, UNTESTED = "agrees", "disagrees", "not tested here"
+BY_ROLE = (1, 2, 3, 4)  # claims about alignment, which is judged by the role of the objective
 CONCENTRATED = {"read": "activation", "write": "prediction"}  # directions of `rank1` by pathway
-MARGIN, KL = "preference_margin_change", "kl_from_unedited"
+CHANGE, KL = "preference_margin_change", "kl_from_unedited"
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """One claim at one setting, with the number that decides and what it is (`finding`)."""
+class Tested:
+    """One claim at one setting: what was found, and the evidence, None where it is not tested."""
 
-    claim: int
     setting: str
     side: str  # read, write, or ""
-    verdict: str
     finding: str
-    value: float | None = None
-    low: float | None = None  # ends of a 95 % interval
-    high: float | None = None
+    evidence: Evidence | None = None
     unit: str = "1"
     n: int = 0
 
 
 def verdicts(found: Condensed, runs: "pd.DataFrame") -> "pd.DataFrame":
-    """A row for every claim and setting that tests it, or one that says it is not tested here."""
+    """A row for every claim and setting that tests it, or one that says it is not tested.
+
+    Columns: `claim setting side verdict finding value low high unit n p_for p_against statement rule`. The
+    p-values are Holm's, over all tests of the study.
+    """
     import pandas as pd
 
-    roles = dict(zip(runs["run_id"], _roles(runs), strict=True))
-    ended = found.ended.assign(kind=found.ended["run_id"].map(roles).astype(object))
+    about = runs.set_index("run_id")
+    ended = found.ended.assign(
+        kind=found.ended["run_id"].map(dict(zip(runs["run_id"], _roles(runs), strict=True))).astype(object),
+        design=found.ended["run_id"].map(about["design"]),
+    )
     ended.loc[ended["trajectory"] == "pretraining", "kind"] = "pretraining"
-    tests: tuple[Callable[[], Iterator[Verdict]], ...] = (
-        lambda: _reads(found, ended),
-        lambda: _hardly_writes(found, ended),
-        lambda: _pretraining_writes(ended),
-        lambda: _graded(found),
+    tests: tuple[Callable[[], Iterator[Tested]], ...] = (
+        lambda: _reads(ended),
+        lambda: _whatever_the_objective(ended),
+        lambda: _hardly_writes(ended),
+        lambda: _writes_less(ended),
+        lambda: _pretraining_writes(found, ended),
+        lambda: _graded(found, about),
         lambda: _mechanism(found),
         lambda: _edits(found),
         lambda: _surgery(found),
     )
-    rows = []
+    lines: list[tuple[Any, Tested]] = []
     for claim, test in zip(CLAIMS, tests, strict=True):
-        lines = [*test(), *(_left_out(found, runs, claim.number) if claim.number in BY_ROLE else ())]
-        if not lines:
-            lines = [Verdict(claim.number, "", "", UNTESTED, f"no run measured it: {claim.test}")]
-        rows += [{**asdict(line), "statement": claim.statement, "rule": claim.rule} for line in lines]
-    return pd.DataFrame(rows).astype(dict.fromkeys(("value", "low", "high"), "Float64"))
+        tested = [*test(), *(_left_out(found, runs) if claim.number in BY_ROLE else ())]
+        if not tested:
+            tested = [Tested("", "", f"no run measured it: {claim.test}")]
+        lines += [(claim, one) for one in tested]
+    evidence = [one.evidence for _, one in lines if one.evidence is not None]
+    sides = (holm([one.p_for for one in evidence]), holm([one.p_against for one in evidence]))
+    adjusted = iter(zip(*sides, strict=True))
+    rows = [
+        {
+            "claim": claim.number, "setting": one.setting, "side": one.side,
+            **_judged(one, *((None, None) if one.evidence is None else next(adjusted))),
+            "statement": claim.statement, "rule": claim.rule,
+        }
+        for claim, one in lines
+    ]  # fmt: skip
+    return pd.DataFrame(rows).astype(dict.fromkeys(("value", "low", "high", "p_for", "p_against"), "Float64"))
 
 
-def _left_out(found: Condensed, runs: "pd.DataFrame", claim: int) -> Iterator[Verdict]:
-    """A line for every setting whose objective has declared no role."""
-    undeclared = runs[runs["role"] == UNDECLARED].set_index("run_id")["objective_class"]
-    ended = found.ended[found.ended["run_id"].isin(undeclared.index)]
+def _judged(one: Tested, p_for: float | None, p_against: float | None) -> dict[str, Any]:
+    numbers = dict.fromkeys(("value", "low", "high"))
+    verdict: Verdict = UNTESTED
+    finding, n = one.finding, one.n
+    if one.evidence is not None and p_for is not None and p_against is not None:
+        numbers = {name: getattr(one.evidence, name) for name in numbers}
+        verdict = SUPPORTED if p_for <= LEVEL else CONTRADICTED if p_against <= LEVEL else INCONCLUSIVE
+        finding += f"; p {p_for:.2g} for the claim, {p_against:.2g} against it (Holm)"
+        n = n or one.evidence.n
+    return {
+        **{"verdict": verdict, "finding": finding, **numbers, "unit": one.unit, "n": n},
+        **{"p_for": p_for, "p_against": p_against},
+    }
+
+
+def _left_out(found: Condensed, runs: "pd.DataFrame") -> Iterator[Tested]:
+    """A line for every setting of which nothing says how it was trained."""
+    about = runs.set_index("run_id")
+    unknown = about[(about["role"] == UNDECLARED) | (about["pair"] & (about["role"] == ""))]
+    ended = found.ended[found.ended["run_id"].isin(unknown.index)]
     ended = ended[ended["trajectory"] == "training"]
     for setting, members in ended.groupby("setting", sort=False)["run_id"].unique().items():
         finding = (
-            f"left out: the objective {undeclared[members[0]]} declares no role, and nothing says whether it"
-            " contrasts responses; give it the properties role and of_text, and run it again"
+            f"left out: the objective {unknown.loc[members[0], 'objective_class']} declares no role, and nothing"
+            " says whether it contrasts responses; give it the properties role and of_text, and run it again"
         )
-        yield Verdict(claim, str(setting), "", UNTESTED, finding, n=len(members))
+        if unknown.loc[members[0], "pair"]:
+            finding = (
+                "left out: nothing says what trained the second checkpoint; run it again with model.stage=dpo,"
+                " or the name of what did"
+            )
+        yield Tested(str(setting), "", finding, n=len(members))
 
 
 def _roles(runs: "pd.DataFrame") -> list[str]:
@@ -90,290 +136,251 @@ def _settings(ended: "pd.DataFrame", kind: str) -> list[str]:
     return list(dict.fromkeys(ended.loc[ended["kind"] == kind, "setting"]))
 
 
-def _reads(found: Condensed, ended: "pd.DataFrame") -> Iterator[Verdict]:
+def _ratio(evidence: Evidence) -> Evidence:
+    """From logarithms back to ratios."""
+    ends = (exp(min(700.0, value)) for value in (evidence.value, evidence.low, evidence.high))
+    return Evidence(*ends, evidence.n, evidence.p_for, evidence.p_against)
+
+
+def _tested(
+    setting: str, side: str, what: str, values: "pd.Series", test: Callable[[list[float]], Evidence | None],
+    unit: str = "training",
+) -> Tested:  # fmt: skip
+    """A test of ratios, one for each training (or base), on their logarithms."""
+    values = values.drop_duplicates()  # copies of a training are no further evidence
+    n = len(values)
+    if n < TRAININGS or (evidence := test(logs(values))) is None:
+        mean = float(values.mean()) if n else float("nan")
+        return Tested(
+            setting, side, f"{what} {mean:.2f} in {_many(n, unit)}, where a test needs {TRAININGS}", n=n
+        )
+    evidence = _ratio(evidence)
+    finding = f"{what} {evidence.value:.2f} [{evidence.low:.2f}, {evidence.high:.2f}], {_many(n, unit)}"
+    return Tested(setting, side, finding, evidence)
+
+
+def _of_q_and_k(ended: "pd.DataFrame", setting: str) -> "pd.DataFrame":
+    """Means over q and k of every training of a setting, by replicate."""
+    rows = ended[(ended["setting"] == setting) & ended["matrix"].isin(["q", "k"])]
+    columns = ["ratio", "matched_ratio", "crossfit_ratio", "crossfit_matched_ratio"]
+    return rows.groupby("replicate")[columns].mean()
+
+
+def _reads(ended: "pd.DataFrame") -> Iterator[Tested]:
     for setting in _settings(ended, "alignment"):
-        table = found.asymmetry[(found.asymmetry["setting"] == setting) & (found.asymmetry["role"] == "read")]
-        table = table[table["matrix"] != ""].set_index("matrix")
-        both = [matrix for matrix in ("q", "k") if matrix in table.index]
-        if not both:
-            yield Verdict(1, setting, "read", UNTESTED, "neither q nor k moved")
+        values = _of_q_and_k(ended, setting)["ratio"]
+        if not len(values):
+            yield Tested(setting, "read", "neither q nor k moved")
             continue
-        runs = ended[(ended["setting"] == setting) & ended["matrix"].isin(both)]
-        value, low, high = _mean(runs.groupby("replicate")["ratio"].mean())
-        passed = all(
-            row["ratio"] > row["null_mean"] + 2 * row["null_sd"] for _, row in table.loc[both].iterrows()
+        whole = ended[(ended["setting"] == setting) & (ended["role"] == "read") & (ended["matrix"] != "")]
+        if (rank := whole["adapter_rank"].max()) > 0:
+            finding = (
+                f"an adapter of rank {rank:.0f}: its reads lie in the row space of A, which is random at first;"
+                " claim 2 compares with that row space"
+            )
+            yield Tested(setting, "read", finding, n=len(values))
+            continue
+        told = ", ".join(f"{name} {part.mean():.2f}" for name, part in whole.groupby("matrix")["ratio"])
+        line = _tested(
+            setting, "read", "ratio of q and k", values, lambda sample: direction(sample, log(MARGIN))
         )
-        told = [f"{matrix} {_ratio(table.loc[matrix])}" for matrix in [*both, *table.index.difference(both)]]
-        null = 2 * table.loc[both, "null_sd"].max()
-        beyond = table.loc[both, "beyond"].mean()
-        finding = (
-            f"ratios {', '.join(told)}; null 1 ± {null:.2f} (2 sd); {beyond:.0%} of the layers of"
-            f" {' and '.join(both)} have q ≤ {LEVEL}"
-        )
-        yield Verdict(
-            1, setting, "read", _said(bool(passed)), finding, value, low, high, n=int(table["runs"].max())
-        )
+        yield Tested(line.setting, line.side, f"{line.finding}; {told}", line.evidence, n=line.n)
 
 
-def _hardly_writes(found: Condensed, ended: "pd.DataFrame") -> Iterator[Verdict]:
-    pathways = found.asymmetry[(found.asymmetry["matrix"] == "") & (found.asymmetry["role"] == "write")]
+def _whatever_the_objective(ended: "pd.DataFrame") -> Iterator[Tested]:
+    def equal(sample: list[float]) -> Evidence | None:
+        return equivalence(sample, log(MARGIN))
+
     for setting in _settings(ended, "alignment"):
-        if not (own := pathways[pathways["setting"] == setting]).shape[0]:
-            yield Verdict(2, setting, "write", UNTESTED, "neither o nor down moved")
-            continue
-        row = own.iloc[0]
-        top = row["null_mean"] + 2 * row["null_sd"]
-        finding = f"write ratio {_ratio(row)}; the null reaches {top:.2f} (2 sd)"
-        passed = row["ratio"] <= top
-        reference = _reference(pathways, ended, row)
-        if reference is not None:
-            passed = passed or row["ratio"] < reference["ratio"] / 2
-            share = row["ratio"] / reference["ratio"]
-            finding += f"; {share:.0%} of that of {reference['setting']} ({reference['ratio']:.2f})"
-        yield Verdict(2, setting, "write", _said(bool(passed)), finding, *_numbers(row), n=int(row["runs"]))
+        means = _of_q_and_k(ended, setting)
+        crossfit = (means["crossfit_ratio"] / means["crossfit_matched_ratio"]).dropna()
+        values = crossfit if len(crossfit) else (means["ratio"] / means["matched_ratio"]).dropna()
+        if len(values):
+            rank = ended[ended["setting"] == setting]["adapter_rank"].max()
+            of = f" of an adapter of rank {rank:.0f}" if rank > 0 else ""
+            what = f"ratio of q and k over the matched level{of}"
+            yield _tested(f"{setting} against its inputs", "read", what, values, equal)
+        for other in _peers(ended, setting, "entropy"):
+            if not _alike_adapters(ended, setting, other):
+                continue
+            both = means.merge(
+                _of_q_and_k(ended, other), left_index=True, right_index=True, suffixes=("", "_other")
+            )
+            if len(both):
+                what = f"ratio of q and k over that of {other}"
+                values = both["ratio"] / both["ratio_other"]
+                yield _tested(f"{setting} against {other}", "read", what, values, equal)
 
 
-def _reference(pathways: "pd.DataFrame", ended: "pd.DataFrame", row: "pd.Series") -> "pd.Series | None":
-    """Pretraining's write ratio at the same model and data, else the highest of cross-entropy's."""
-    same = (pathways["model"] == row["model"]) & (pathways["data"] == row["data"])
-    for kind in ("pretraining", "entropy"):
-        rows = pathways[same & pathways["setting"].isin(_settings(ended, kind))]
-        rows = rows if kind == "pretraining" else rows[rows["preference"] == row["preference"]]
-        if len(rows):
-            return rows.loc[rows["ratio"].idxmax()]
-    return None
+def _alike_adapters(ended: "pd.DataFrame", *settings: str) -> bool:
+    """Whether all are adapters of one rank, or none is: the reads of others cannot be compared."""
+    ranks = [ended[ended["setting"] == setting]["adapter_rank"].fillna(0).max() for setting in settings]
+    return len(set(ranks)) == 1
 
 
-def _pretraining_writes(ended: "pd.DataFrame") -> Iterator[Verdict]:
+def _hardly_writes(ended: "pd.DataFrame") -> Iterator[Tested]:
     writes = ended[(ended["matrix"] == "") & (ended["role"] == "write")]
+    for setting in _settings(ended, "alignment"):
+        rows = writes[writes["setting"] == setting]
+        if not len(rows):
+            yield Tested(setting, "write", "neither o nor down moved")
+            continue
+        values = rows.groupby("replicate")["ratio"].mean()
+        line = _tested(
+            setting, "write", "write ratio", values, lambda sample: equivalence(sample, log(MARGIN))
+        )
+        null = f"one training's null is {rows['null_mean'].mean():.2f} ± {2 * rows['null_sd'].mean():.2f} (2 sd)"
+        yield Tested(line.setting, line.side, f"{line.finding}; {null}", line.evidence, n=line.n)
+
+
+def _writes_less(ended: "pd.DataFrame") -> Iterator[Tested]:
+    writes = ended[(ended["matrix"] == "") & (ended["role"] == "write")]
+
+    def less(sample: list[float]) -> Evidence | None:
+        return direction(sample, below=True)
+
     for setting in _settings(writes, "alignment"):
         own = writes[writes["setting"] == setting]
-        place = own.iloc[0]
-        peers = writes[(writes["model"] == place["model"]) & (writes["data"] == place["data"])]
-        compared = [(name, "base") for name in _settings(peers, "pretraining")]
-        alike = peers[peers["preference"] == place["preference"]]
-        compared += [(name, "replicate") for name in _settings(alike, "entropy")]
-        for other, key in compared:
-            pairs = own.merge(
-                peers.loc[peers["setting"] == other, [key, "ratio"]], on=key, suffixes=("", "_other")
-            )
-            if not len(pairs):
-                continue
-            difference = pairs["ratio_other"] - pairs["ratio"]
-            value, low, high = _mean(difference)
-            finding = (
-                f"{other} writes {pairs['ratio_other'].mean():.2f}, {setting} {pairs['ratio'].mean():.2f}:"
-                f" difference {value:+.2f}{_interval(low, high)}, positive in {(difference > 0).sum()} of"
-                f" {_many(len(pairs), 'run')}"
-            )
-            name = f"{setting} against {other}"
-            yield Verdict(
-                3, name, "write", _said(bool((difference > 0).all())), finding, value, low, high, n=len(pairs)
+        for kind, key, unit in (("pretraining", "base", "base"), ("entropy", "replicate", "training")):
+            for other in _peers(writes, setting, kind):
+                rows = writes[writes["setting"] == other]
+                both = own.merge(rows[[key, "ratio"]], on=key, suffixes=("", "_other"))
+                if not len(both):
+                    continue
+                values = (both["ratio"] / both["ratio_other"]).groupby(both[key]).mean()
+                what = f"write ratio over that of {other}"
+                yield _tested(f"{setting} against {other}", "write", what, values, less, unit)
+
+
+def _peers(ended: "pd.DataFrame", setting: str, kind: str) -> list[str]:
+    """The settings that one may be compared with: of its design, and its data and preference.
+
+    Where some share its variant too, such as the steps of the training, only those.
+    """
+    place = ended[ended["setting"] == setting].iloc[0]
+    peers = ended[(ended["kind"] == kind) & (ended["design"] == place["design"])]
+    if kind == "pretraining":
+        return list(dict.fromkeys(peers["setting"]))
+    peers = peers[peers["preference"] == place["preference"]]
+    alike = peers[peers["variant"] == place["variant"]]
+    return list(dict.fromkeys((alike if len(alike) else peers)["setting"]))
+
+
+def _pretraining_writes(found: Condensed, ended: "pd.DataFrame") -> Iterator[Tested]:
+    for setting in _settings(ended, "pretraining"):
+        rows = found.increments[found.increments["setting"] == setting]
+        if len(rows):
+            values = rows.groupby("base")["ratio"].mean()
+            what = "write ratio of the increments"
+            yield _tested(
+                setting, "write", what, values, lambda sample: direction(sample, log(MARGIN)), "base"
             )
 
 
-def _graded(found: Condensed) -> Iterator[Verdict]:
+def _graded(found: Condensed, about: "pd.DataFrame") -> Iterator[Tested]:
     writes = found.graded[found.graded["role"] == "write"]
-    for (model, data, preference), part in writes.groupby(["model", "data", "preference"]):
-        objectives = part["run"].nunique()
+    design = writes["run_id"].map(about["design"])
+    for _, part in writes.groupby([design, writes["preference"]], sort=False):
         if not part["objective"].str.startswith("graded").any():
             continue
-        setting = " · ".join(name for name in (model, data, preference) if name)
-        if objectives < 3 or len(part) < 5:
-            finding = f"{_many(objectives, 'objective')} in {_many(len(part), 'run')} are too few to rank"
-            yield Verdict(4, setting, "write", UNTESTED, finding, n=len(part))
+        objectives, first = part["run"].nunique(), part.iloc[0]
+        setting = " · ".join(name for name in first[["model", "data", "preference"]] if name)
+        if objectives < OBJECTIVES:
+            finding = f"{_many(objectives, 'objective')}, where the order of {OBJECTIVES} is tested"
+            yield Tested(setting, "write", finding, n=objectives)
             continue
         rank, p = rank_correlation(part)
-        means = part.groupby("run")[["sharpness", "ratio"]].mean()
-        over, _ = rank_correlation(means)
-        finding = (
-            f"rank correlation of write ratio and participation ratio {rank:.2f}"
-            f" (p = {p:.2g}) over {len(part)} runs of {objectives} objectives;"
-            f" {over:.2f} over the objectives' means"
+        evidence = Evidence(
+            rank, float("nan"), float("nan"), objectives, *((p, 1.0) if rank > 0 else (1.0, p))
         )
-        passed = rank > 0 and p <= LEVEL
-        yield Verdict(4, setting, "write", _said(bool(passed)), finding, rank, n=len(part))
+        finding = (
+            f"rank correlation of write ratio and {first['measure']} {rank:.2f} over {objectives} objectives"
+            f" in {_many(len(part), 'training')}"
+        )
+        yield Tested(setting, "write", finding, evidence)
 
 
-def _mechanism(found: Condensed) -> Iterator[Verdict]:
-    for (model, data, role), part in found.correlations.groupby(["model", "data", "role"]):
-        row = part.set_index("expected")
-        if "forecast" not in row.index:
+def _mechanism(found: Condensed) -> Iterator[Tested]:
+    keys = ["design", "role"]
+    for (_, role), part in found.mechanism.groupby(keys, sort=False):
+        setting = f"{part['model'].iloc[0]} · {part['data'].iloc[0]}"
+        made = {name: expectation(part, name) for name in EXPECTED}
+        if (part["forecast_ratio"].notna()).sum() == 0:
+            continue
+        first, runs = made["forecast"], part["run_id"].nunique()
+        if first is None:
+            finding = f"{_many(runs, 'training')}, where a correlation over trainings needs {RUNS}"
+            yield Tested(setting, role, finding, n=runs)
             continue
         told = [
-            f"{name} {one['correlation']:.2f}{_interval(one['low'], one['high'])}"
-            for name, one in row.iloc[::-1].iterrows()
+            f"{name} {one.value:.2f} [{one.low:.2f}, {one.high:.2f}]"
+            for name, one in reversed(made.items())
+            if one is not None
         ]
-        first = row.loc["forecast"]
         finding = (
-            f"correlation with the measured ratio: {', '.join(told)}; {int(first['n'])} points of"
-            f" {_many(int(first['runs']), 'run')}"
+            f"correlation with the measured ratio: {', '.join(told)}; {len(part)} points of"
+            f" {_many(runs, 'training')}"
         )
-        numbers = (float(first[name]) for name in ("correlation", "low", "high"))
-        yield Verdict(
-            5, f"{model} · {data}", role, _said(bool(first["low"] > 0)), finding, *numbers, n=int(first["n"])
-        )
+        yield Tested(setting, role, finding, first)
 
 
-def _edits(found: Condensed) -> Iterator[Verdict]:
+def _edits(found: Condensed) -> Iterator[Tested]:
     rank1 = found.rank1
-    if len(rank1):
-        strength = rank1["dose"].astype(float)
-        chosen = strength == strength.groupby(rank1["run_id"]).transform("max")
-        chosen &= (rank1["against"] == "random") & (rank1["treatment"] == rank1["role"].map(CONCENTRATED))
-        for (setting, role), part in rank1[chosen].groupby(["setting", "role"], sort=False):
-            by_effect = {
-                effect: (int((one["p_value"] <= LEVEL).sum()), len(one))
-                for effect, one in part.groupby("quantity", sort=False)
-            }
-            if KL not in by_effect:
-                continue
-            beaten, places = by_effect[KL]
-            kl = part[part["quantity"] == KL]
-            others = [f"{_plain(name)} {a} of {b}" for name, (a, b) in by_effect.items() if name != KL]
-            matrices = ", ".join(dict.fromkeys(kl["matrix"]))
-            finding = (
-                f"p ≤ {LEVEL} in {beaten} of {_many(places, 'place')} ({matrices});"
-                f" median KL {kl['effect'].median():.2g} against {kl['controls'].median():.2g} nats/token;"
-                f" by {', '.join(others)}"
-            )
-            passed = beaten > places / 2
-            yield Verdict(6, setting, role, _said(bool(passed)), finding, beaten / places, n=places)
-    for (setting, role), part in found.least.groupby(["setting", "role"], sort=False):
-        least, places = int(part["least"].sum()), len(part)
-        finding = f"the bottom direction does least in {least} of {_many(places, 'place')}"
-        yield Verdict(6, setting, role, _said(bool(least > places / 2)), finding, least / places, n=places)
+    if not len(rank1):
+        return
+    strength = rank1["dose"].astype(float)
+    chosen = strength == strength.groupby(rank1["run_id"]).transform("max")
+    chosen &= (rank1["against"] == "random") & (rank1["treatment"] == rank1["role"].map(CONCENTRATED))
+    chosen &= rank1["quantity"] == KL
+    for (setting, role), part in rank1[chosen].groupby(["setting", "role"], sort=False):
+        positive = part[(part["effect"] > 0) & (part["controls"] > 0)]
+        over = positive.assign(over=[log(a / b) for a, b in zip(positive["effect"], positive["controls"], strict=True)])
+        values = over.groupby("replicate")["over"].mean().map(exp)
+        beaten, places = int((part["p_value"] <= LEVEL).sum()), len(part)
+        matrices = ", ".join(dict.fromkeys(part["matrix"]))
+        told = (
+            f"p ≤ {LEVEL} in {beaten} of {_many(places, 'place')} ({matrices}); median KL"
+            f" {part['effect'].median():.2g} against {part['controls'].median():.2g} nats/token"
+        )
+        if len(left := found.least[(found.least["setting"] == setting) & (found.least["role"] == role)]):
+            told += f"; the bottom direction does least in {int(left['least'].sum())} of {len(left)}"
+        if (part["match"] != "output").any():
+            finding = f"edits of equal Frobenius norm are not judged (match=output is): {told}"
+            yield Tested(str(setting), str(role), finding, n=part["replicate"].nunique())
+            continue
+        line = _tested(str(setting), str(role), "KL over the median random edit's", values, direction)
+        yield Tested(line.setting, line.side, f"{line.finding}; {told}", line.evidence, n=line.n)
 
 
-def _surgery(found: Condensed) -> Iterator[Verdict]:
+def _surgery(found: Condensed) -> Iterator[Tested]:
     surgery = found.surgery
     if not len(surgery):
         return
-    chosen = (surgery["quantity"] == MARGIN) & (surgery["dose"] == "remove")
+    chosen = (surgery["quantity"] == CHANGE) & (surgery["dose"] == "remove")
     keys = ["setting", "role", "matrix", "against"]
     for (setting, role, matrix, against), part in surgery[chosen].groupby(keys, sort=False):
         setting += f" ({matrix})" if matrix else ""
         what = {"random_k": "the same dimension", "random_energy": "the same removed energy"}.get(
             against, against
         )
-        if 1 / (1 + part["n"].max()) > LEVEL:
-            finding = f"{part['n'].max()} random subspaces of {what} cannot give p ≤ {LEVEL}"
-            yield Verdict(7, setting, role, UNTESTED, finding, n=len(part))
-            continue
-        falls = (part["effect"] < part["controls"]) & (part["p_value"] <= LEVEL)
+        values = (part["effect"] - part["controls"]).groupby(part["replicate"]).mean().drop_duplicates()
         told = [
             f"k = {int(k)}: {one['effect'].mean():+.2g} against {one['controls'].mean():+.2g}"
             f" (p = {one['p_value'].max():.2g})"
             for k, one in part.groupby("k")
         ]
+        told = f"against subspaces of {what}; {'; '.join(told)} nats/pair"
+        evidence = direction(list(values), below=True)
+        if evidence is None:
+            finding = f"{_many(len(values), 'training')}, where a test needs {TRAININGS}, {told}"
+            yield Tested(setting, role, finding, unit="nats/pair", n=len(values))
+            continue
         finding = (
-            f"margin falls further than by subspaces of {what} in {int(falls.sum())} of"
-            f" {_many(len(part), 'removal')}; {'; '.join(told)} nats/pair"
+            f"change of the margin less the controls' {evidence.value:+.2g} [{evidence.low:+.2g},"
+            f" {evidence.high:+.2g}], {_many(len(values), 'training')}, {told}"
         )
-        yield Verdict(
-            7, setting, role, _said(bool(falls.mean() > 0.5)), finding, float(falls.mean()), n=len(part)
-        )
-
-
-def _said(passed: bool) -> str:
-    return AGREES if passed else DISAGREES
-
-
-def _mean(values: "pd.Series") -> tuple[float, float | None, float | None]:
-    """The mean of a number of every run, and the ends of its 95 % interval over them."""
-    mean, half = float(values.mean()), half_width(float(values.std()), len(values))
-    return (mean, None, None) if half is None else (mean, mean - half, mean + half)
-
-
-def _numbers(row: "pd.Series") -> tuple[float | None, ...]:
-    import pandas as pd
-
-    return tuple(None if pd.isna(row[name]) else float(row[name]) for name in ("ratio", "low", "high"))
-
-
-def _ratio(row: "pd.Series") -> str:
-    value, low, high = _numbers(row)
-    return f"{value:.2f}{_interval(low, high)}"
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
+        yield Tested(setting, role, finding, evidence, unit="nats/pair")
 
 
 def _many(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _plain(effect: str) -> str:
-    return effect.removesuffix("_change").replace("_", " ")
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What the paper says, when we say that a study agrees with it, and what to run to test it."""
-
-    number: int
-    statement: str
-    rule: str
-    test: str
-
-
-CLAIMS = (
-    Claim(
-        1,
-        "Alignment's updates concentrate in the read pathway: in what q and k (and v and up) read.",
-        "Agrees if the ratio of q and that of k, each the mean over layers and seeds, lie more than two of"
-        " the rotation null's standard deviations above its mean.",
-        "weightgeom run objective=dpo",
-    ),
-    Claim(
-        2,
-        "In the write pathway (o, down) they stay near-isotropic against the prediction subspace.",
-        "Agrees if the mean ratio over o, down, layers and seeds lies no more than two of the null's standard"
-        " deviations above its mean, or below half of the ratio of pretraining (of cross-entropy, where"
-        " pretraining was not measured).",
-        "weightgeom run objective=dpo",
-    ),
-    Claim(
-        3,
-        "Cross-entropy pretraining writes: its updates concentrate in the prediction subspace more than"
-        " alignment's.",
-        "Agrees if the write ratio of pretraining exceeds that of the alignment in every run; likewise for"
-        " other cross-entropy trainings on the same data, seed by seed.",
-        "weightgeom run objective=dpo,ce seed=0,1,2 -m",
-    ),
-    Claim(
-        4,
-        "The more contrastive the objective (the graded control), the less it writes.",
-        "Agrees if over runs the write ratio rises with the measured participation ratio of the logit"
-        " gradient (1: sharp, all of it on one token; more: spread over so many) by Spearman's rank"
-        " correlation, p ≤ 0.05. Tested with three objectives and five runs or more.",
-        "weightgeom run experiment=graded_control -m",
-    ),
-    Claim(
-        5,
-        "The cause is the accumulation of anisotropic gradients: what the base's moments lead to expect is"
-        " what is measured.",
-        "Agrees if the 95 % interval of Pearson's correlation between the forecast of the base's mean"
-        " gradient and the measured ratio, over layers, matrices and runs, lies above 0.",
-        "weightgeom run 'probe=[rsf,behaviour,moments]'",
-    ),
-    Claim(
-        6,
-        "Rank-1 edits along the concentrated direction do more than matched random ones, and those along"
-        " the bottom direction do least.",
-        "Agrees if, at the largest strength, more than half of the places (layer by matrix by run) have"
-        " p ≤ 0.05 against random directions by KL from the unedited model; for the bottom direction, if it"
-        " does less than every other arm in more than half of the places.",
-        "weightgeom run experiment=causal",
-    ),
-    Claim(
-        7,
-        "The behaviour lies in the concentrated part of the update: to remove it undoes more than to remove"
-        " random parts.",
-        "Agrees if, in more than half of the removals (dimension k by run), the preference margin falls"
-        " further than under the median control and p ≤ 0.05; against random subspaces of the same dimension,"
-        " and of the same removed energy.",
-        "weightgeom run experiment=causal",
-    ),
-)

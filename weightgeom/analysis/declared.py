@@ -37,7 +37,7 @@ EARLIER: Mapping[str, Declaration] = {
         share="fraction",
         form=".2f",
         section=ASYMMETRY,
-        harmless=("increments", "per_head", "resamples", "groups", "budget_gb", "prompts"),
+        harmless=("budget_gb",),
     ),
     "behaviour": ProbeDeclaration("", section=BEHAVIOUR, generic=False),
     "moments": ProbeDeclaration("measured_ratio", section=MECHANISM),

@@ -6,14 +6,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
-from math import factorial, sqrt
+from math import sqrt
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from weightgeom.analysis.comparisons import comparisons
 from weightgeom.analysis.declared import EARLIER, in_section
+from weightgeom.analysis.evidence import Evidence, correlation_over_runs, without_copies
 from weightgeom.analysis.settings import SETTING, placed
 from weightgeom.declarations import (
     ASYMMETRY,
@@ -33,8 +33,11 @@ if TYPE_CHECKING:
 
 MATRIX = [*SETTING, "role", "matrix", "k"]
 LEVEL = 0.05  # of significance
-EXACT = 8  # rows up to which the p-value of a rank correlation counts all orders
 EXPECTED = ("predicted", "mean", "forecast")
+MEASURES = {
+    "alternatives": "the effective number of alternatives",
+    "participation_ratio": "the participation ratio of the logit gradient",
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Condensed:
     asymmetry: "pd.DataFrame"  # over_seeds, at the last step
     trajectory: "pd.DataFrame"  # over_seeds, at every step
     graded: "pd.DataFrame"
+    increments: "pd.DataFrame"  # of pretrainings
     mechanism: "pd.DataFrame"
     correlations: "pd.DataFrame"
     rank1: "pd.DataFrame"  # effects
@@ -84,6 +88,7 @@ class Condensed:
             "asymmetry": self.asymmetry,
             "trajectory": self.trajectory,
             "graded_control": self.graded,
+            "pretraining_increments": self.increments,
             "mechanism": self.mechanism,
             "mechanism_correlations": self.correlations,
             "rank1": self.rank1,
@@ -106,16 +111,17 @@ def condense(
         for section in SECTIONS
     }
     by_layer = ratios(rows, names[ASYMMETRY])
-    ended, points = by_run(at_end(by_layer)), mechanism(rows, names[MECHANISM])
+    ended, points = by_run(at_end(by_layer)), mechanism(rows, runs, names[MECHANISM])
     return Condensed(
         rows=rows,
         ended=ended,
         asymmetry=over_seeds(ended),
         trajectory=over_seeds(by_run(by_layer), at_steps=True),
         graded=graded(ended, runs),
+        increments=increments(rows, names[ASYMMETRY]),
         mechanism=points,
         correlations=correlations(points),
-        rank1=effects(rows, names[EDITS]),
+        rank1=matched(effects(rows, names[EDITS]), runs, names[EDITS]),
         surgery=effects(rows, names[SURGERY]),
         least=least(rows, names[EDITS]),
         behaviour=behaviour(rows, names[BEHAVIOUR]),
@@ -159,15 +165,17 @@ def _means(single: "pd.DataFrame", keys: Sequence[str]) -> "pd.DataFrame":
 
 
 def ratios(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
-    """A row for every run, step, matrix and layer: its `ratio` at the smallest k, and its nulls.
+    """A row for every run, step, layer and matrix (or expert's): its `ratio` at the smallest k, and its nulls.
 
     `joint_sd` and `pathway_sd` are the joint null's, of the means over the matrix's layers and its pathway.
     """
     wanted = ["ratio", "null_ratio_mean", "null_ratio_sd", "q_value", "matched_ratio"]
+    wanted += ["crossfit_ratio", "crossfit_matched_ratio", "adapter_rank"]
     mine = rows[rows["table"] == table]
     part = at_own_subspaces(mine[mine["quantity"].isin(wanted)])
     part = part[part["k"] == part.groupby("run_id")["k"].transform("min")]
-    keys = ["setting", *MATRIX, "base", "replicate", "run_id", "step", "layer"]
+    keys = ["setting", *MATRIX, "base", "replicate", "run_id", "step", "layer", "expert"]
+    part = part.assign(expert=part["expert"].fillna(-1))
     wide = part.set_index([*keys, "quantity"])["value"].unstack().reindex(columns=wanted).reset_index()
     joint = mine[mine["quantity"] == "ratio_mean_null_sd"].rename(columns={"value": "joint_sd"})
     keys = ["setting", *MATRIX, "run_id", "step"]
@@ -204,6 +212,9 @@ def by_run(by_layer: "pd.DataFrame") -> "pd.DataFrame":
         null_sd=("null_sd", "mean"),
         beyond=("beyond", "mean"),
         matched_ratio=("matched_ratio", "mean"),
+        crossfit_ratio=("crossfit_ratio", "mean"),
+        crossfit_matched_ratio=("crossfit_matched_ratio", "mean"),
+        adapter_rank=("adapter_rank", "max"),
     )
     layers = whole.groupby([*keys, "layer"], sort=False)["ratio"].mean().groupby(keys, sort=False)
     return found.assign(layer_sd=layers.std(), layers=layers.size()).reset_index()
@@ -212,28 +223,27 @@ def by_run(by_layer: "pd.DataFrame") -> "pd.DataFrame":
 def over_seeds(found: "pd.DataFrame", at_steps: bool = False) -> "pd.DataFrame":
     """A row for every setting and matrix: the mean over its runs with its 95 % interval, and the nulls.
 
-    The interval is Student's over runs (`interval_over` seeds), or with a single run over its layers.
+    The interval is Student's over runs; a single run has none. `layer_sd` is the spread of the layers' means,
+    which is no error of the mean.
     """
     import pandas as pd
 
     keys = ["setting", *MATRIX, *(["step"] if at_steps else [])]
     rows = []
     for key, part in found.groupby(keys, sort=False):
-        runs, layers = len(part), int(part["layers"].max())
-        seeds = runs > 1
-        sd, n = (part["ratio"].std(), runs) if seeds else (part["layer_sd"].iloc[0], layers)
-        half = half_width(sd, n)
+        runs, sd = len(part), part["ratio"].std()
+        half = half_width(sd, runs)
         mean, null_mean = part["ratio"].mean(), part["null_mean"].mean()
         null_sd = sqrt((part["null_sd"] ** 2).mean())
         rows.append({
             **dict(zip(keys, key, strict=True)),
             "ratio": mean,
-            "stderr": None if half is None else sd / sqrt(n),
+            "stderr": None if half is None else sd / sqrt(runs),
             "low": None if half is None else max(0.0, mean - half),
             "high": None if half is None else mean + half,
-            "interval_over": ("seeds" if seeds else "layers") if half is not None else "",
             "runs": runs,
-            "layers": layers,
+            "layers": int(part["layers"].max()),
+            "layer_sd": part["layer_sd"].mean(),
             "null_mean": null_mean,
             "null_sd": null_sd,
             "z": (mean - null_mean) / null_sd if null_sd > 0 else None,
@@ -257,39 +267,26 @@ def half_width(sd: float, n: int) -> float | None:
 def graded(ended: "pd.DataFrame", runs: "pd.DataFrame") -> "pd.DataFrame":
     """A row for every run and pathway whose sharpness was measured; `run` is its setting's name.
 
-    Trainings on the corpus are left out: the family is compared on one data set, the responses.
+    `sharpness` is the effective number of alternatives, or the participation ratio where a run of the study
+    has no such number; `measure` says which. Trainings on the corpus are left out: the family is compared on
+    one data set, the responses. Of copies of a training the first counts.
     """
     about = runs.set_index("run_id")
     part = ended[(ended["matrix"] == "") & (ended["trajectory"] == "training")]
     part = part[~part["run_id"].map(about["of_text"]).astype(bool)]
     part = part.assign(
         run=_without(part["setting"], part["preference"]),
-        sharpness=part["run_id"].map(about["participation_ratio"]).astype(float),
-        target_energy=part["run_id"].map(about["target_energy"]).astype(float),
+        **{
+            name: part["run_id"].map(about[name]).astype(float)
+            for name in ("participation_ratio", "target_energy", "alternatives")
+        },
     )
-    columns = ["run", *SETTING, "replicate", "run_id", "role", "sharpness", "target_energy", "ratio"]
-    return part[part["sharpness"].notna()][columns].reset_index(drop=True)
-
-
-def rank_correlation(table: "pd.DataFrame") -> tuple[float, float]:
-    """Spearman's of `sharpness` and `ratio`, and its two-sided p-value; 0 and 1 where either is constant.
-
-    Up to eight rows the p-value is the share of all orders that correlate as much; beyond, it is that of
-    Student's t, which is 0 for a perfect correlation, and at least the 2/n! of the two perfect orders.
-    """
-    from scipy.stats import rankdata, spearmanr
-
-    sharpness, ratio = rankdata(table["sharpness"]), rankdata(table["ratio"])
-    if min(len(set(sharpness)), len(set(ratio))) < 2:
-        return 0.0, 1.0
-    found = spearmanr(sharpness, ratio)
-    n, statistic = len(table), float(found.statistic)
-    if n > EXACT:
-        return statistic, max(float(found.pvalue), 2 / factorial(n))
-    centred = sharpness - sharpness.mean()
-    orders = np.array(list(permutations(ratio - ratio.mean()))) @ centred
-    reached = abs(float((ratio - ratio.mean()) @ centred))
-    return statistic, float((np.abs(orders) >= reached - 1e-9).mean())
+    part = part[part["participation_ratio"].notna()]
+    measure = "participation_ratio" if part["alternatives"].isna().any() else "alternatives"
+    part = part.assign(sharpness=part[measure], measure=MEASURES[measure])
+    part = without_copies(part, ["ratio", "null_sd"], ["role"])
+    columns = ["run", *SETTING, "replicate", "run_id", "role", "sharpness", "measure"]
+    return part[[*columns, "target_energy", "ratio"]].reset_index(drop=True)
 
 
 def _without(settings: "pd.Series", preferences: "pd.Series") -> "list[str]":
@@ -298,8 +295,26 @@ def _without(settings: "pd.Series", preferences: "pd.Series") -> "list[str]":
     return [name.replace(f" · {preference}", "") for name, preference in pairs]
 
 
-def mechanism(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
-    """A row for every run, layer and matrix: the ratio that the base led to expect, and the measured one."""
+def increments(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
+    """A row for every pretraining: the write ratio of its increments, the mean over them and matrices.
+
+    Each is compared with the prediction subspace of the checkpoint before; the first, whose subspace is that
+    of random weights, is left out.
+    """
+    part = rows[(rows["table"] == table) & (rows["quantity"] == "forward_increment_ratio")]
+    part = part[(part["trajectory"] == "pretraining") & (part["role"] == "write")]
+    part = part[part["k"] == part.groupby("run_id")["k"].transform("min")]
+    part = part[part["step"] > part.groupby("run_id")["step"].transform("min")]
+    keys = ["setting", *SETTING, "base", "run_id"]
+    found = part.groupby(keys, sort=False).agg(ratio=("value", "mean"), increments=("step", "nunique"))
+    return found.reset_index()
+
+
+def mechanism(rows: "pd.DataFrame", runs: "pd.DataFrame", table: str) -> "pd.DataFrame":
+    """A row for every run, layer and matrix: the ratio that the base led to expect, and the measured one.
+
+    `design` says what the runs share; of copies of a training the first counts.
+    """
     part = rows[rows["table"] == table]
     part = part[part["step"] == part.groupby("run_id")["step"].transform("max")]
     part = part[part["k"] == part.groupby("run_id")["k"].transform("min")]
@@ -308,33 +323,53 @@ def mechanism(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
     part = part.assign(matrix=label(part))
     keys = ["setting", *MATRIX, "replicate", "run_id", "layer"]
     wide = part.set_index([*keys, "quantity"])["value"].unstack().reindex(columns=wanted)
-    return wide[wide["measured_ratio"].notna()].reset_index().rename_axis(columns=None)
+    points = wide[wide["measured_ratio"].notna()].reset_index().rename_axis(columns=None)
+    points = points.assign(design=points["run_id"].map(runs.set_index("run_id")["design"]))
+    return without_copies(points, ["measured_ratio"], ["layer", "matrix"]).reset_index(drop=True)
+
+
+def expectation(points: "pd.DataFrame", name: str) -> Evidence | None:
+    """The correlation of one expectation with the measured ratio, with its interval over trainings."""
+    pair = points[["run_id", f"{name}_ratio", "measured_ratio"]].dropna()
+    x, y = (pair[column].to_numpy(float) for column in (f"{name}_ratio", "measured_ratio"))
+    return correlation_over_runs(x, y, list(pair["run_id"]))
 
 
 def correlations(points: "pd.DataFrame") -> "pd.DataFrame":
-    """Pearson's correlation of every expectation with the measured ratio, by model, data and pathway.
+    """Pearson's correlation of every expectation with the measured ratio, by design and pathway.
 
-    Over all runs, layers and matrices; `low` and `high` are Fisher's 95 % interval, which takes the `n`
-    points for independent. Where a correlation is not defined there is no row.
+    Over all runs, layers and matrices; `low` and `high` are the jackknife's 95 % interval over runs, missing
+    with fewer than three of them. Where a correlation is not defined there is no row.
     """
     import pandas as pd
-    from scipy.stats import pearsonr
 
+    keys = ["model", "data", "role"]
     rows = []
-    for (model, data, role), part in points.groupby(["model", "data", "role"]):
+    groups = points.groupby([*(["design"] if "design" in points else []), *keys], sort=False)
+    for key, part in groups:
         for name in EXPECTED:
             pair = part[[f"{name}_ratio", "measured_ratio"]].dropna()
             if len(pair) < 4 or not (pair.std() > 0).all():
                 continue
-            found = pearsonr(*pair.to_numpy(float).T)
-            low, high = found.confidence_interval(0.95)
-            place = {"model": model, "data": data, "role": role, "expected": name}
+            made = expectation(part, name)
+            ends = {"low": None, "high": None} if made is None else {"low": made.low, "high": made.high}
             rows.append({
-                **place, "correlation": float(found.statistic), "low": float(low), "high": float(high),
+                **dict(zip(keys, key[-3:], strict=True)), "expected": name,
+                "correlation": float(pair.corr().iloc[0, 1]), **ends,
                 "unit": "1", "n": len(pair), "runs": part["run_id"].nunique(),
             })  # fmt: skip
     columns = ["model", "data", "role", "expected", "correlation", "low", "high", "unit", "n", "runs"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=columns).astype({"low": "Float64", "high": "Float64"})
+
+
+def matched(effects: "pd.DataFrame", runs: "pd.DataFrame", table: str) -> "pd.DataFrame":
+    """The effects with a column `match`: what the controls share with the treatment, frobenius or output."""
+    matches = runs.set_index("run_id")["matches"]
+    of_run = {
+        run: dict(pair.split("=", 1) for pair in text.split(", ") if pair).get(table, "frobenius")
+        for run, text in matches.items()
+    }
+    return effects.assign(match=effects["run_id"].map(of_run)) if len(effects) else effects
 
 
 def effects(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":

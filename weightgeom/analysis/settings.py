@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from weightgeom.analysis.declared import CLASS, EARLIER, of_text, role
-from weightgeom.declarations import ASYMMETRY, SECTIONS, Declaration, ProbeDeclaration
+from weightgeom.declarations import Declaration, ProbeDeclaration
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 SETTING = ["model", "data", "preference", "objective", "variant", "trajectory"]
 GROUPS = ("model", "data", "objective", "training")
 ARROW = " → "  # between two checkpoints that are compared
+# What a pair's `model.stage` says of the training between its checkpoints.
+TRAINED_BY = {
+    **dict.fromkeys(("dpo", "kto", "ipo", "orpo", "simpo", "rlhf", "ppo", "grpo"), "contrast"),
+    **dict.fromkeys(("sft", "ce", "pretraining"), "likelihood"),
+}
 LONG = 40  # characters of a variant that a name still holds
 SEEDS = ("model.seed", "data.seed")
 NAMED = ("data.preference",)  # has a column of its own
@@ -38,8 +43,9 @@ def settings(
     choice goes into the objective's name, or else into `variant`. `base_variant` is what of it matters to
     the pretraining too. `role` is that of the objective, `undeclared` where it has said none; `aligns`: it
     contrasts responses; `entropy`: it maximises likelihood; `of_text`: on the corpus, and not on responses;
-    `pair`: two finished checkpoints; `chain`: several, of whose trainings nothing is known. `model_is`,
-    `data_is`, ... are all parameters of a choice.
+    `pair`: two finished checkpoints, `compared`, whose role is that of `model.stage`; `chain`: several, of
+    whose trainings nothing is known; `design`: what settings must share to be compared; `matches`: what the
+    controls of interventions are matched in. `model_is`, `data_is`, ... are all parameters of a choice.
     `tags` are those of the runs, and `declarations` those of their tables.
     """
     about = [{}] * len(runs) if tags is None else tags
@@ -62,6 +68,9 @@ def placed(rows: "pd.DataFrame", runs: "pd.DataFrame") -> "pd.DataFrame":
     # Models of the hub and texts of a user have no seed, and a missing one would be no group.
     model, data = (rows[key].astype("str").fillna("-") for key in ("model_seed", "data_seed"))
     base = model + "/" + data
+    if "compared" in about:  # pairs have no seeds: each is a training of its own
+        compared = rows["run_id"].map(about["compared"]).fillna("")
+        base = base.where(compared == "", base + "/" + compared)
     found = rows.assign(
         objective=rows["objective"].where(~before, "pretraining"),
         preference=rows["preference"].where(~before, ""),
@@ -97,11 +106,14 @@ def _setting(
     run: Params, runs: Sequence[Params], tags: Params, declarations: Mapping[str, Declaration]
 ) -> dict[str, object]:
     pair = run.get("model._target_", "").endswith("TwoCheckpoints")
+    stage = run.get("model.stage", "None") if pair else "None"
     chain = run.get("model._target_", "").endswith(".Chain")
     trains, kind = run["objective"] != "none", role(run, tags)
     objective = " ".join([run["objective"], *_differing(run, runs, "objective")])
+    compared = f"{run['model.before']}{ARROW}{run['model.after']}" if pair else ""
     if pair:
-        objective = f"{run['model.before']}{ARROW}{run['model.after']}"
+        objective = compared if stage == "None" else stage
+        kind = TRAINED_BY.get(stage, "")
     if chain:  # each of its rows has the two stages that it compares
         objective = "a chain of stages"
     base = [
@@ -121,13 +133,30 @@ def _setting(
         "preference": run.get("data.preference", ""),
         "role": kind,
         "objective_class": run.get(CLASS, "").rpartition(".")[2],
-        "aligns": pair or kind == "contrast",
+        "aligns": kind == "contrast",
         "entropy": kind == "likelihood",
         "of_text": of_text(run, tags),
         "pair": pair,
+        "compared": compared,
+        "design": _design(run, base),
+        "matches": ", ".join(
+            f"{key.split('.')[1]}={run[key]}"
+            for key in run
+            if key.startswith("intervention.") and key.endswith(".match")
+        ),
         "chain": chain,
         **{f"{group}_is": _told(run, group) for group in GROUPS},
     }
+
+
+def _design(run: Params, base: Sequence[str]) -> str:
+    """What runs must share for their numbers to be compared: the base, the data, and how they were measured.
+
+    Seeds and the preference are left out: the seeds tell replicates apart, the preference has a column.
+    """
+    keys = sorted(key for key in run if key.startswith(("model", "data")))
+    keys = [key for key in keys if key not in (*SEEDS, *NAMED, *HARMLESS, "model.before", "model.after")]
+    return "; ".join([*(f"{key}={run[key]}" for key in keys), *base])
 
 
 def _told(run: Params, group: str) -> str:
@@ -142,23 +171,23 @@ def _differing(run: Params, runs: Sequence[Params], group: str) -> list[str]:
     peers = [one for one in runs if one[group] == run[group]]
     keys = [key for key in run if key.startswith(f"{group}.") and key not in (*SEEDS, *NAMED, *HARMLESS)]
     if "TwoCheckpoints" in run.get("model._target_", ""):
-        keys = [key for key in keys if key not in ("model.before", "model.after")]  # are its name
+        keys = [key for key in keys if key not in ("model.before", "model.after", "model.stage")]  # its name
     prefix = f"{group}." if group == "objective" else ""
     return [f"{key.removeprefix(prefix)}={run[key]}" for key in keys if _differ(peers, key)]
 
 
 def _measured(run: Params, runs: Sequence[Params], declarations: Mapping[str, Declaration]) -> list[str]:
-    """How the headlines were measured, where runs differ in it: their numbers must not be pooled."""
+    """How the run was measured, where runs differ in it: their numbers must not be pooled."""
     told = []
-    for name, declaration in declarations.items():
-        if not isinstance(declaration, ProbeDeclaration) or not declaration.generic:
+    for key in run:
+        group, _, rest = key.partition(".")
+        name, _, field = rest.partition(".")
+        if group not in ("probe", "intervention") or not field:
             continue
-        if declaration.section in SECTIONS and declaration.section != ASYMMETRY:
-            continue
-        prefix = f"probe.{name}."
-        keys = [key for key in run if key.startswith(prefix)]
-        keys = [key for key in keys if key.removeprefix(prefix) not in declaration.harmless]
-        told += [f"{key}={run[key]}" for key in keys if _differ(runs, key)]
+        declaration = declarations.get(name)
+        harmless = declaration.harmless if isinstance(declaration, ProbeDeclaration) else ()
+        if field not in harmless and _differ(runs, key):
+            told.append(f"{key}={run[key]}")
     return told
 
 

@@ -33,6 +33,9 @@ from weightgeom.text.examples import Examples
 from weightgeom.trajectory import Base, Trajectory
 
 log = logging.getLogger(__name__)
+TrainedBy = Literal[
+    "dpo", "kto", "ipo", "orpo", "simpo", "rlhf", "ppo", "grpo", "sft", "ce", "pretraining"
+]
 
 
 @dataclass(frozen=True)
@@ -172,11 +175,13 @@ class TwoCheckpoints:
     `after` may be a LoRA adapter of `before`, as saved by PEFT, and may have more or fewer embedding rows:
     the shared ones are compared. A pair has no optimizer steps: `before` stands at step 0, `after` at step 1.
     Text is tokenized, and chats are rendered, by the tokenizer of the checkpoint that `tokenizer` names.
+    `stage` says what trained `after` from `before`, such as dpo or sft: reports judge only pairs that say so.
     `allow_bin` and `trust_remote_code` are as in `Pretrained`.
     """
 
     before: str
     after: str
+    stage: TrainedBy | None = None
     tokenizer: Literal["before", "after"] = "before"
     allow_bin: bool = False
     trust_remote_code: bool = False

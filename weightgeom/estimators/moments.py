@@ -49,6 +49,28 @@ class Moment:
         return self.drawn(torch.ones_like(self.counts))
 
     @property
+    def per_dimension(self) -> float:
+        """Samples for each dimension."""
+        return self.samples / self.sums.shape[1]
+
+    @cached_property
+    def rank(self) -> int:
+        """Directions with an eigenvalue above 1e-6 of the largest: fp32 sums do not tell less from zero."""
+        values = self.root.square().sum(0)
+        return int((values > 1e-6 * values.max()).sum())
+
+    def halves(self) -> "tuple[Moment, Moment] | None":
+        """The moments of the two halves of the groups, for estimates that must not share samples."""
+        middle = len(self.sums) // 2
+        if not middle:
+            return None
+        first, second = (
+            Moment(self.sums[part], self.firsts[part], self.counts[part], self.centred)
+            for part in (slice(middle), slice(middle, None))
+        )
+        return first, second
+
+    @property
     def mean(self) -> Float[Tensor, " d"]:
         """E[a]."""
         return self.firsts.sum(0) / self.samples

@@ -45,7 +45,8 @@ class Pathways:
             self._grams.setdefault(group, []).append(sketch)
         for k in self.dimensions:
             if (frame.place, k) not in self._spaces:
-                self._spaces[frame.place, k] = self._sketches.of_space(frame.space.first(k))
+                space = frame.space.first(frame.directions(k))
+                self._spaces[frame.place, k] = self._sketches.of_space(space, k)
 
     def rows(self, ratios: Iterable[Row]) -> Iterator[Row]:
         """The mean over each group of `ratios`, rows of its matrices, with the null of that mean (no unit).

@@ -1,7 +1,9 @@
 """Subspaces that updates are compared with: of what a model reads, of what it predicts, and random."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -9,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from weightgeom.estimators.moments import Moment, Unit, activation_moments
+from weightgeom.geometry.bootstrap import FEW_TOKENS
 from weightgeom.geometry.subspace import Subspace, prediction_moment
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import ResidualMatrix
@@ -16,6 +19,8 @@ from weightgeom.params import Params
 from weightgeom.text.conversation import chats
 from weightgeom.text.tokens import packed
 
+log = logging.getLogger(__name__)
+PER_DIMENSION = 64  # tokens for each dimension of the residual stream that moments are estimated from
 BATCH_TOKENS = {True: 2048, False: 16_384}  # on a CPU: more of them leave its cache
 Place = tuple[str, int | None]  # the subspace's name and layer
 
@@ -32,6 +37,17 @@ class Frame:
     space: Subspace
     moment: Moment | None = None
     resampled: tuple[tuple[Subspace, Float[Tensor, " k"]], ...] = ()
+    crossfit: tuple[tuple[Subspace, Float[Tensor, " k"]], ...] = ()
+    """The directions of each half of the prompts, with their shares of the trace of the other half."""
+
+    def directions(self, k: int) -> int:
+        """How many of k directions there are: no more than the moment's rank."""
+        return k if self.moment is None else max(1, min(k, self.moment.rank))
+
+    @property
+    def per_dimension(self) -> float:
+        """Tokens for each dimension behind an estimated subspace; without end where none is estimated."""
+        return float("inf") if self.moment is None else self.moment.per_dimension
 
 
 @dataclass(frozen=True)
@@ -72,12 +88,58 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
     )
     for site, moment in moments:
         drawn = moment.resampled_tops(k, inputs.resamples, setting.seed) if inputs.resamples else ()
+        d = moment.sums.shape[1]
+        if inputs.unit == "token":
+            _warn_of_few(moment.samples, inputs.tokens, d)
+        if moment.rank < k:
+            place = f"the {site.name.replace('_', ' ')} of layer {site.layer}"
+            _warn_of_rank(moment.rank, k, place)
         yield Frame(
             (site.name, site.layer),
             moment.top(k),
             moment,
             tuple(drawn),
+            tuple(_crossfit(moment, k)),
         )
+
+
+def _crossfit(moment: Moment, k: int) -> Iterator[tuple[Subspace, Float[Tensor, " k"]]]:
+    """Directions of one half with their shares of the other's trace, both ways; none without two groups.
+
+    The shares of the moment that a subspace was estimated from are too large, the more so the fewer tokens.
+    """
+    halves = None if moment.centred else moment.halves()
+    if halves is None:
+        return
+    for one, other in (halves, halves[::-1]):
+        space, value = Subspace.top(one.value.cpu(), k), other.value.cpu().double()
+        yield space, space.shares(value)
+
+
+@cache
+def _warn_of_few(tokens: int, asked: int, d: int) -> None:
+    """Say, once in a process, that there are fewer tokens than asked for, or than moments need."""
+    per = tokens / d
+    if tokens >= asked and per >= FEW_TOKENS:
+        return
+    said = "%d tokens of held-out text, of %d asked for: %.1f tokens per dimension (d = %d)"
+    if per < FEW_TOKENS:
+        log.warning(
+            "too few tokens for the subspaces of the inputs: " + said + "; their intervals are widened, and"
+            " below 1 most directions are arbitrary: give more held-out text",
+            *(tokens, asked, per, d),
+        )
+    else:
+        log.info(said, *(tokens, asked, per, d))
+
+
+@cache
+def _warn_of_rank(rank: int, k: int, place: str) -> None:
+    log.warning(
+        "%s has only %d directions, fewer than k = %d: what follows them is arbitrary and is left out of the"
+        " subspace; give more varied held-out text, or a k of at most %d",
+        *(place, rank, k, rank),
+    )
 
 
 def prediction_frame(

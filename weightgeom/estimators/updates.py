@@ -30,13 +30,15 @@ class Update:
     tr(Uᵀ M U) / tr M (`Subspace.explained`), the squared singular values are the eigenvalues of M.
     `moved_share` is the share of dW's entries that are not zero, in [0, 1]; `shape` is dW's.
     `rounding_share` is the share of ‖dW‖² that the rounding of both checkpoints would have by itself
-    (`rounding_energy`), at most 1; None where neither is stored in half precision.
+    (`rounding_energy`), at most 1; None where neither is stored in half precision. `adapter` is the factor
+    A of an adapter's update B A on the residual stream's side, r x d, where the matrix reads.
     """
 
     gram: Float[Tensor, "d d"]
     moved_share: float
     shape: tuple[int, int]
     rounding_share: float | None = None
+    adapter: Float[Tensor, "r d"] | None = None
 
     @property
     def norm(self) -> float:
@@ -248,7 +250,8 @@ def _multiplied(matrix: ResidualMatrix, factors: LowRank) -> Update:
     _refuse_infinite(matrix, gram.diagonal().sum().item())
     rows, columns = factors.b.any(1), factors.a.any(0)
     moved = rows.double().mean() * columns.double().mean()
-    return Update(gram, moved.item(), (len(rows), len(columns)))
+    adapter = factors.a if matrix.role == "read" else None
+    return Update(gram, moved.item(), (len(rows), len(columns)), adapter=adapter)
 
 
 def _energy(x: Float[Tensor, "rows columns"]) -> float:

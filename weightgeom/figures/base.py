@@ -57,9 +57,10 @@ def ratio_by_layer(table: pd.DataFrame, step: int) -> Figure:
             )
             _chance(axis)
             for matrix, ratios in part[part["quantity"] == "ratio"].groupby("matrix", sort=False):
+                means = ratios.groupby("layer")["value"].mean()  # over experts
                 axis.plot(
-                    ratios["layer"].astype(int),
-                    ratios["value"],
+                    means.index.astype(int),
+                    means,
                     "o-",
                     ms=3,
                     lw=1.2,
@@ -75,7 +76,7 @@ def ratio_by_layer(table: pd.DataFrame, step: int) -> Figure:
 
 
 def ratio_by_step(tables: Mapping[str, pd.DataFrame], quantity: str = "ratio") -> Figure:
-    """Ratio by optimizer step, mean and standard error over layers, with one panel per trajectory.
+    """Ratio by optimizer step, mean and standard deviation over layers, with one panel per trajectory.
 
     Read matrices are solid, write matrices dashed. `tables` has rows of the probe `rsf` by the trajectory's
     name; a table's attribute `at` names the checkpoint of the subspaces. `quantity` is `ratio`, of the update
@@ -99,7 +100,7 @@ def ratio_by_step(tables: Mapping[str, pd.DataFrame], quantity: str = "ratio") -
                 axis.errorbar(
                     by_step.mean().index,
                     by_step.mean(),
-                    by_step.sem().fillna(0),
+                    by_step.std().fillna(0),
                     ls="-" if role == "read" else "--",
                     marker="o",
                     ms=2.5,
@@ -115,7 +116,7 @@ def ratio_by_step(tables: Mapping[str, pd.DataFrame], quantity: str = "ratio") -
             if len(rows):  # a trajectory without any update has no ratio
                 axis.legend(loc="upper left", bbox_to_anchor=(0, -0.28), ncols=4, borderaxespad=0)
         what = "relative subspace fraction" + (" of increments" if quantity == "increment_ratio" else "")
-        axes[0][0].set_ylabel(f"{what} (1)\nmean over layers ± s.e.")
+        axes[0][0].set_ylabel(f"{what} (1)\nmean over layers ± s.d.")
         axes[0][0].set_ylim(bottom=0)  # last, because it freezes the shared upper limit
     return figure
 
@@ -129,7 +130,8 @@ def expected_and_measured(table: pd.DataFrame) -> Figure:
     """
     runs = [part for _, part in table.groupby("run")] if "run" in table else [table]
     rows = pd.concat([_own(part[part["step"] == part["step"].max()]) for part in runs])
-    by = [*(["run"] if "run" in rows else []), "layer", "matrix", "role"]
+    rows = rows.assign(expert=rows["expert"].fillna(-1))
+    by = [*(["run"] if "run" in rows else []), "layer", "matrix", "expert", "role"]
     measured = rows[rows["quantity"] == "measured_ratio"].set_index(by)["value"]
     top = measured.max()
     with plt.rc_context(STYLE):
@@ -158,13 +160,17 @@ def expected_and_measured(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def ratio_by_sharpness(rows: pd.DataFrame, correlations: Mapping[str, tuple[float, float]]) -> Figure:
+def ratio_by_sharpness(
+    rows: pd.DataFrame,
+    correlations: Mapping[str, tuple[float, float]],
+    measure: str = "participation ratio of the logit gradient",
+) -> Figure:
     """Ratio of the read and the write side against the sharpness measured during training.
 
     A point is one objective, the mean over its seeds, with bars of ± 2 standard errors over seeds if there
-    are several; the grey points are single runs. `rows` has the columns `run`, `role`, `sharpness`
-    (participation ratio of the logit gradient, tokens) and `ratio`; `correlations` has Spearman's rank
-    correlation and its p-value by role. The exact ends of the family are squares.
+    are several; the grey points are single runs. `rows` has the columns `run`, `role`, `sharpness` (the
+    `measure`) and `ratio`; `correlations` has Spearman's rank correlation over objectives and its p-value by
+    role. The exact ends of the family are squares.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.0), sharey=True, layout="constrained")
@@ -196,7 +202,7 @@ def ratio_by_sharpness(rows: pd.DataFrame, correlations: Mapping[str, tuple[floa
                 axis.set_xscale("log")
             rank, p = correlations[role]
             axis.set_xlabel(
-                f"participation ratio of the logit gradient (tokens)\n{title}: rank {rank:.2f}, p {p:.2g}"
+                f"{measure}\n{title}: rank {rank:.2f}, p {p:.2g}"
             )
         axes[0].set_ylabel("relative subspace fraction (1)\nmean over matrices ± 2 s.e. over seeds")
         axes[0].set_ylim(bottom=0)
@@ -263,9 +269,8 @@ def save(figure: Figure, *paths: Path) -> None:
 
 
 def _own(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of whole matrices with their own subspaces, at the smallest k."""
-    whole = table["head"].isna() & table["expert"].isna()
-    rows = table[whole & ~table["subspace"].isin(["", "random"])]
+    """Rows of matrices, no heads, with their own subspaces, at the smallest k."""
+    rows = table[table["head"].isna() & ~table["subspace"].isin(["", "random"])]
     return rows[rows["k"] == rows["k"].min()]
 
 

@@ -19,7 +19,7 @@ OTHER = "0.35"  # the colour of a matrix of another kind
 
 
 def by_step(tables: Mapping[str, pd.DataFrame], label: str) -> Figure:
-    """A quantity by optimizer step, mean over layers with the standard error over layers; reads are solid.
+    """A quantity by optimizer step, mean and standard deviation over layers; reads are solid.
 
     `tables` holds rows of this quantity, one for each step, layer and matrix, by the trajectory's name: a
     panel each.
@@ -30,12 +30,12 @@ def by_step(tables: Mapping[str, pd.DataFrame], label: str) -> Figure:
             for (matrix, role), part in rows.groupby(["matrix", "role"], sort=False):
                 values = part.groupby("step")["value"]
                 axis.errorbar(
-                    *(values.mean().index, values.mean(), values.sem().fillna(0)),
+                    *(values.mean().index, values.mean(), values.std().fillna(0)),
                     ls="--" if role == "write" else "-",
                     **_look(matrix),
                 )
             _steps(axis, name)
-        axes[0].set_ylabel(f"{label} ({_unit(*tables.values())})\nmean over layers ± s.e.")
+        axes[0].set_ylabel(f"{label} ({_unit(*tables.values())})\nmean over layers ± s.d.")
     return figure
 
 
@@ -56,7 +56,8 @@ def by_layer(rows: pd.DataFrame, null: Mapping[str, pd.DataFrame], label: str) -
                 low, high = mean - 2 * sd, mean + 2 * sd
                 axis.fill_between(sd.index.astype(int), low, high, color="0.85", lw=0, label="null ± 2 sd")
             for matrix, values in part[part["layer"].notna()].groupby("matrix", sort=False):
-                axis.plot(values["layer"].astype(int), values["value"], **_look(matrix))
+                means = values.groupby("layer")["value"].mean()  # over experts
+                axis.plot(means.index.astype(int), means, **_look(matrix))
             axis.set_xlabel(f"layer ({PATHWAYS[role]})" if role else "layer")
             axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
             _legend(axis)
@@ -67,8 +68,7 @@ def by_layer(rows: pd.DataFrame, null: Mapping[str, pd.DataFrame], label: str) -
 def by_stage(table: pd.DataFrame, headline: str, label: str) -> Figure:
     """A headline stage by stage, against the first stage and against the one before; a line a matrix.
 
-    A point is the mean over layers, its bar one standard error over layers. `table` has one probe's rows of
-    the comparison of all stages.
+    A point is the mean over layers. `table` has one probe's rows of the comparison of all stages.
     """
     rows = table[(table["quantity"] == headline) & table["layer"].isna()]
     first = str(table["against"].iloc[0])
@@ -83,13 +83,12 @@ def by_stage(table: pd.DataFrame, headline: str, label: str) -> Figure:
             mine = rows[rows["against"] == rows["stage"].map(against)]
             for (matrix, role), part in mine.groupby(["matrix", "role"], sort=False):
                 places = [stages.index(stage) for stage in part["stage"]]
-                errors = part["stderr"].astype(float).fillna(0)
                 look = _look(matrix) | {"ls": "--" if role == "write" else "-"}
-                axis.errorbar(places, part["value"], errors, **look)
+                axis.plot(places, part["value"], **look)
             axis.set_xticks(range(len(stages)), [f"{against[stage]} →\n{stage}" for stage in stages])
             axis.set_xlabel(name)
             _legend(axis)
-        axes[0].set_ylabel(f"{label} ({_unit(rows)})\nmean over layers ± s.e.")
+        axes[0].set_ylabel(f"{label} ({_unit(rows)})\nmean over layers")
     return figure
 
 

@@ -69,7 +69,7 @@ def ratios_by_setting(means: pd.DataFrame, runs: pd.DataFrame) -> Figure:
 def ratio_along_training(table: pd.DataFrame) -> Figure:
     """Ratio by optimizer step, with one panel per setting: mean over layers and runs, with standard error.
 
-    The error is over runs if there are several, else over layers. Read matrices are solid, write matrices
+    The error is over runs, where there are several. Read matrices are solid, write matrices
     dashed; the grey dashed line is the isotropic level. `table` has the columns `setting step matrix role
     ratio stderr`.
     """

@@ -48,14 +48,15 @@ class Sketches:
         left, right = self.sides
         return Sketch(left.T @ (gram.float() @ right) / trace - left.T @ right / self.d, norm)
 
-    def of_space(self, space: Subspace) -> Sketch:
-        """Of U Uᵀ - (k/d) I."""
-        basis, k = space.basis.float(), space.basis.shape[1]
-        norm = sqrt(k * (1 - k / self.d))
+    def of_space(self, space: Subspace, k: int | None = None) -> Sketch:
+        """Of U Uᵀ - (r/d) I, with r the subspace's dimension, times k/r where its ratio is over d/r."""
+        basis, r = space.basis.float(), space.basis.shape[1]
+        scale = 1.0 if k is None else k / r
+        norm = scale * sqrt(r * (1 - r / self.d))
         if self.sides is None:
-            return Sketch(basis @ basis.T - torch.eye(self.d) * (k / self.d), norm)
+            return Sketch(scale * (basis @ basis.T - torch.eye(self.d) * (r / self.d)), norm)
         left, right = self.sides
-        return Sketch((left.T @ basis) @ (basis.T @ right) - left.T @ right * (k / self.d), norm)
+        return Sketch(scale * ((left.T @ basis) @ (basis.T @ right) - left.T @ right * (r / self.d)), norm)
 
 
 @dataclass(frozen=True)

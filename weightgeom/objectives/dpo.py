@@ -122,7 +122,7 @@ class DPO:
         trainer = preference_trainer(
             DPOTrainer, network, tokenizer, examples, {**arguments, **own, **self.options}
         )
-        return with_sharpness(trainer, self.scored)
+        return with_sharpness(trainer, self.scored, contrasted=1.0)
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
         """The tokens of the responses; a pair is one term, with its chosen response in the first half."""

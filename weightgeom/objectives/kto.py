@@ -64,7 +64,7 @@ class KTO:
             "undesirable_weight": self.undesirable_weight,
         }
         trainer = unpaired_trainer(KTOTrainer, network, tokenizer, examples, {**arguments, **own})
-        return with_sharpness(trainer, self.scored)
+        return with_sharpness(trainer, self.scored, contrasted=float("nan"))
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
         """The tokens of the responses; each response is one term and counts as its own prompt."""

@@ -1,6 +1,6 @@
 """Relative subspace fraction: how much of an update lies in what the model reads and predicts."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -15,6 +15,7 @@ from weightgeom.estimators.gradients import Gathering, folded, gradient_moments
 from weightgeom.estimators.moments import GIB, Moment
 from weightgeom.estimators.pathways import Pathways
 from weightgeom.estimators.reference_subspaces import (
+    PER_DIMENSION,
     Frame,
     Inputs,
     check_dimensions,
@@ -26,7 +27,14 @@ from weightgeom.estimators.reference_subspaces import (
 )
 from weightgeom.estimators.updates import Update, head_updates, update_of, warn_of_rounding
 from weightgeom.geometry.bootstrap import bootstrap_interval
-from weightgeom.geometry.nulls import isotropic_null, matched_null, rotation_null, spectrum_shares
+from weightgeom.geometry.nulls import (
+    adapter_moment,
+    isotropic_null,
+    matched_null,
+    moment_root,
+    rotation_null,
+    spectrum_shares,
+)
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture, ResidualMatrix
 from weightgeom.params import Params
@@ -54,15 +62,29 @@ class RSF:
         null_ratio_mean, null_ratio_sd: of the ratio under `null_kind`.
         z, p_value, q_value: of the fraction under `null_kind`, one-sided: is dW more concentrated than
             chance? p has its Monte Carlo standard error where it is sampled; q is Benjamini and
-            Hochberg's, over the layers and matrices that have the same k.
+            Hochberg's, over the layers and matrices that have the same k; heads and experts are families of
+            their own.
         matched_ratio: the ratio expected if what dW reads did not depend on what is sent back to it:
             from the inputs on the read side, from the objective's upstream gradients at the start on
             the write side. Left out where moments are centred, as the identity needs E[a aᵀ], and on
             the write side where the objective is not known. matched_ratio_low, matched_ratio_high.
-        matched_z, matched_p_value, matched_q_value: of the fraction against that level.
+        crossfit_ratio, crossfit_matched_ratio: the ratio, and its matched level, with the subspaces of one
+            half of the prompts and the level of the other, both ways: a subspace explains more of the text
+            that it was estimated from than of other text. On the read side.
+        matched_z, matched_p_value, matched_q_value: of the fraction against that level; on the read side of
+            the cross-fitted fraction against the cross-fitted level.
+        adapter_rank: the rank r of an adapter's factor A, where the update is one that reads. Its matched
+            level is then that of Q C Q with Q = Aᵀ A (`adapter_moment`): A is random at first, which hides
+            the inputs' directions.
+        adapter_ratio: the ratio of A itself, which an update with a random B has in expectation; adapter_z,
+            adapter_p_value: of the fraction against such updates.
+        directions: the directions of a subspace, where its moment has fewer than k; ratios are over d by it.
+        tokens_per_dimension: held-out tokens behind the inputs' moments, for each of the d dimensions.
+        forward_increment_ratio: of write matrices along a trajectory from random weights, the change since
+            the checkpoint before, in the prediction subspace of that checkpoint.
         delta_norm: ‖dW‖_F, in the units of the weights. moved_share: share of entries that changed.
         rounding_share: share of ‖dW‖² that rounding alone would give, for checkpoints in bf16 or fp16.
-        ratio_mean: the mean over the layers of one kind of matrix, without experts, or over all of a pathway
+        ratio_mean: the mean over the layers (and experts) of one kind of matrix, or over all of a pathway
             where `matrix` is "". ratio_mean_null_sd, ratio_mean_z: of that mean under one Haar rotation of
             all its updates together (`geometry.joint_null`), since matrices share directions and
             subspaces; above d = 256 the sd of reads has the error of its sketches. ratio_mean_p_value: of
@@ -83,7 +105,7 @@ class RSF:
         form=".2f",
         section=ASYMMETRY,
         of_pretraining=True,
-        harmless=("increments", "per_head", "resamples", "groups", "budget_gb", "prompts"),
+        harmless=("budget_gb",),
     )
 
     k: int | list[int] | None = None
@@ -91,7 +113,7 @@ class RSF:
     null_kind: Literal["rotation", "isotropic"] = "rotation"
     per_head: bool = False
     increments: bool = False  # what lies between neighbouring checkpoints, beside what lies behind the start
-    tokens: int = Field(default=8192, ge=2)  # of held-out text, for the inputs' second moments
+    tokens: int | None = Field(default=None, ge=2)  # of held-out text; None: 64 a dimension, at least 8192
     length: int = Field(default=96, ge=2)  # tokens a sequence
     text: Literal["raw", "chat"] = "raw"  # chat: held-out conversations, by the tokenizer's chat template
     prompts: int = Field(default=128, ge=0)  # of training examples, for upstream gradients; 0: none
@@ -120,7 +142,7 @@ class RSF:
         models = shape.weights * (2 if shape.reference else 1)
         gathered = models + batch + min(upstream, max(budget, moment)) if gradients else 0.0
         k = dimensions(self.k, shape.d_model)[-1]
-        frame = moment + 2 * shape.square + 8.0 * shape.d_model * k * (1 + self.resamples)
+        frame = moment + 2 * shape.square + 8.0 * shape.d_model * k * (3 + self.resamples)
         weights = shape.weights if shape.weights <= budget / 2 else shape.weights / shape.layers
         if self.budget_gb is None and self.at != "step":
             frames = 2 * shape.layers * frame
@@ -184,7 +206,13 @@ class RSF:
             rows: dict[str, list[Row]] = {}
             d = setting.model.architecture.d_model
             pathways = Pathways(dimensions(self.k, d), d, setting.seed)
+            seen: list[Moment] = []
+            written = prediction_frame(
+                setting, previous, self._largest(setting), fold_gain=self.fold_gain,
+                centre=self.centre_unembedding,
+            ) if setting.from_random else None  # fmt: skip
             for frame in frames(params):
+                seen += [frame.moment] if frame.moment is not None and not seen else []
                 for matrix in matrices:
                     if place_of(matrix) == frame.place:
                         moment = frame.moment if matrix.role == "read" else upstream.get(matrix.name)
@@ -194,9 +222,11 @@ class RSF:
                             rows[matrix.name] += self._increment(
                                 matrix, params, previous, frame, setting.seed
                             )
+                        if written is not None and matrix.role == "write":
+                            rows[matrix.name] += self._forward(matrix, params, previous, written)
             in_order = [one for matrix in matrices for one in rows[matrix.name]]
             warn_of_rounding(in_order)
-            return [*in_order, *_q_values(in_order), *pathways.rows(_ratios(in_order))]
+            return [*in_order, *_q_values(in_order), *pathways.rows(_ratios(in_order)), *_tokens(seen)]
 
         return measure
 
@@ -207,8 +237,9 @@ class RSF:
         return update_of(matrix, params, setting.start, written=self.fold_post_norm)
 
     def _frames(self, setting: Setting, params: Params) -> Iterator[Frame]:
+        d = setting.model.architecture.d_model
         inputs = Inputs(
-            tokens=self.tokens,
+            tokens=max(8192, PER_DIMENSION * d) if self.tokens is None else self.tokens,
             length=self.length,
             centre=self.centre_inputs,
             groups=self.groups,
@@ -255,7 +286,7 @@ class RSF:
         yield from _size(matrix, update)
         where = matrix.table_columns
         spectrum = self._spectrum(update)
-        if spectrum is not None and matrix.expert is None:
+        if spectrum is not None:
             pathways.add(matrix, update.gram, own)
         yield from self._compare(update, spectrum, own, moment, setting.seed, where)
         yield from self._compare(update, spectrum, chance, None, setting.seed, where)
@@ -276,6 +307,19 @@ class RSF:
         for one in self._compare(update, self._spectrum(update), own, None, seed, where):
             yield one | {"quantity": f"increment_{one['quantity']}"}
 
+    def _forward(
+        self, matrix: ResidualMatrix, params: Params, previous: Params, frame: Frame
+    ) -> Iterator[Row]:
+        """What changed since the checkpoint before, in the prediction subspace of that checkpoint."""
+        update = update_of(matrix, params, previous, written=self.fold_post_norm)
+        if not update.norm > 0:
+            return
+        gram = update.gram.cpu().double()
+        n, inside = update.shape[0] * update.shape[1], frame.space.shares(gram).cumsum(0)
+        for k in dimensions(self.k, len(gram)):
+            at = matrix.table_columns | {"subspace": frame.place[0], "k": k}
+            yield row("forward_increment_ratio", float(inside[k - 1]) * len(gram) / k, n=n, **at)
+
     def _spectrum(self, update: Update) -> Float[Tensor, " d"] | None:
         """What the rotation null needs of an update; None where nothing moved."""
         return spectrum_shares(update.gram.cpu()) if update.norm > 0 else None
@@ -295,15 +339,20 @@ class RSF:
         d, entries = len(gram), update.shape[0] * update.shape[1]
         inside = frame.space.shares(gram).cumsum(0)
         drawn = [space.shares(gram).cumsum(0) for space, _ in frame.resampled]
-        for k in dimensions(self.k, d):
-            at = where | {"subspace": frame.place[0], "k": k}
+        for asked in dimensions(self.k, d):
+            at = where | {"subspace": frame.place[0], "k": asked}
+            k = frame.directions(asked)
+            if k < asked:
+                yield row("directions", k, n=entries, **at)
             fraction, scale = float(inside[k - 1]), d / k
             if self.null_kind == "rotation":
                 null = rotation_null(spectrum, k, seed)
             else:
                 null = isotropic_null(d, k, entries // d)
             groups = 0 if frame.moment is None else len(frame.moment.sums)
-            interval = bootstrap_interval(fraction, [float(one[k - 1]) for one in drawn], groups)
+            interval = bootstrap_interval(
+                fraction, [float(one[k - 1]) for one in drawn], groups, frame.per_dimension
+            )
             stderr = None if interval is None else interval.stderr
             yield row("fraction", fraction, n=entries, stderr=stderr, **at)
             yield row(
@@ -317,7 +366,9 @@ class RSF:
             yield row("z", null.z(fraction), n=entries, **at)
             p, error = null.p_value(fraction)
             yield row("p_value", p, n=entries, stderr=error, **at)
-            if moment is not None and not moment.centred:
+            if update.adapter is not None and frame.moment is not None:
+                yield from _of_adapter(update, fraction, frame, k, seed, at)
+            elif moment is not None and not moment.centred:
                 yield from _matched(gram, fraction, frame, k, moment, self.resamples, seed, at)
 
 
@@ -343,9 +394,56 @@ def _matched(
     if interval is not None:
         yield row("matched_ratio_low", max(0.0, interval.low) * scale, n=n, **at)
         yield row("matched_ratio_high", min(1.0, interval.high) * scale, n=n, **at)
+    if frame.crossfit:
+        inside = [float(space.first(k).shares(gram).sum()) for space, _ in frame.crossfit]
+        level = sum(float(shares[:k].sum()) for _, shares in frame.crossfit) / len(inside)
+        fraction = sum(inside) / len(inside)
+        yield row("crossfit_ratio", fraction * scale, n=n, **at)
+        yield row("crossfit_matched_ratio", level * scale, n=n, **at)
+        fraction *= null.mean / level  # the null's level is that of the text its subspace is estimated from
     yield row("matched_z", null.z(fraction), n=n, **at)
     p, error = null.p_value(fraction)
     yield row("matched_p_value", p, n=n, stderr=error, **at)
+
+
+def _of_adapter(
+    update: Update, fraction: float, frame: Frame, k: int, seed: int, at: dict
+) -> Iterator[Row]:
+    """What reads of an adapter are compared with: its own row space, and the inputs seen through it."""
+    assert update.adapter is not None and frame.moment is not None
+    gram, a, space = update.gram.cpu().double(), update.adapter.cpu().double(), frame.space.first(k)
+    scale, n = len(gram) / k, frame.moment.samples
+    own = matched_null(gram, moment_root(a.T @ a), space, seed)
+    yield row("adapter_rank", len(a), n=n, **at)
+    yield row("adapter_ratio", own.mean * scale, n=n, **at)
+    yield row("adapter_z", own.z(fraction), n=n, **at)
+    p, error = own.p_value(fraction)
+    yield row("adapter_p_value", p, n=n, stderr=error, **at)
+    if frame.moment.centred:
+        return
+    null = matched_null(gram, moment_root(adapter_moment(a, frame.moment.value.cpu().double())), space, seed)
+    yield row("matched_ratio", null.mean * scale, n=n, **at)
+    halves = frame.moment.halves()
+    if frame.crossfit and halves is not None:
+        spaces = [space.first(k) for space, _ in frame.crossfit]
+        levels = [
+            float(one.shares(adapter_moment(a, other.value.cpu().double())).sum())
+            for one, other in zip(spaces, halves[::-1], strict=True)
+        ]
+        level = sum(levels) / 2
+        fraction = sum(float(one.shares(gram).sum()) for one in spaces) / 2
+        yield row("crossfit_ratio", fraction * scale, n=n, **at)
+        yield row("crossfit_matched_ratio", level * scale, n=n, **at)
+        fraction *= null.mean / level
+    yield row("matched_z", null.z(fraction), n=n, **at)
+    p, error = null.p_value(fraction)
+    yield row("matched_p_value", p, n=n, stderr=error, **at)
+
+
+def _tokens(moments: Sequence[Moment]) -> Iterator[Row]:
+    for moment in moments:
+        at = dict.fromkeys(("layer", "expert", "k")) | dict.fromkeys(("matrix", "role", "subspace"), "")
+        yield row("tokens_per_dimension", moment.per_dimension, n=moment.samples, **at)
 
 
 def _size(matrix: ResidualMatrix, update: Update) -> Iterator[Row]:
@@ -358,11 +456,10 @@ def _size(matrix: ResidualMatrix, update: Update) -> Iterator[Row]:
 
 
 def _ratios(rows: Iterable[Row]) -> Iterator[Row]:
-    """The ratios of whole matrices, no heads or experts, at their own subspaces."""
+    """The ratios of matrices, no heads, at their own subspaces."""
     for one in rows:
-        if one["quantity"] == "ratio" and one["subspace"] != "random":
-            if one.get("head") is None and one["expert"] is None:
-                yield one
+        if one["quantity"] == "ratio" and one["subspace"] != "random" and one.get("head") is None:
+            yield one
 
 
 def _unmoved(matrix: ResidualMatrix, params: Params, start: Params) -> bool:
@@ -377,8 +474,9 @@ def _q_values(rows: Iterable[Row]) -> Iterator[Row]:
     families: dict[tuple, list[Row]] = {}
     for one in rows:
         if one["quantity"] in ("p_value", "matched_p_value"):
-            chance, whole = one["subspace"] == "random", one.get("head") is None and one["expert"] is None
-            families.setdefault((one["quantity"], one["k"], chance, whole), []).append(one)
+            part = "head" if one.get("head") is not None else "expert" if one["expert"] is not None else ""
+            family = one["quantity"], one["k"], one["subspace"] == "random", part
+            families.setdefault(family, []).append(one)
     for (quantity, *_), family in families.items():
         q_values = false_discovery_control([one["value"] for one in family])
         name = quantity.replace("p_value", "q_value")

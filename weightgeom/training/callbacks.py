@@ -43,6 +43,7 @@ LIVE_METRICS = (
     "kl",
     "participation_ratio",
     "target_energy",
+    "alternatives",
 )
 
 

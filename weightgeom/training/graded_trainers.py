@@ -13,6 +13,7 @@ from weightgeom.compat.fused_head import FusedOutputs, first_rows, with_fused_he
 from weightgeom.compat.trainers import log_pairs
 from weightgeom.training.graded_loss import Contrasted, Draws, TokenContrast, graded_loss, score_gradient
 from weightgeom.training.sharpness import (
+    alternatives,
     evenly_spaced,
     is_logged_step,
     log_prob_gradient,
@@ -124,7 +125,10 @@ class SequenceTrainer(DPOTrainer):
         subset = evenly_spaced(len(coefficient))
         logits, targets = logits[:, :-1][where][subset], targets[where][subset]
         gradient = log_prob_gradient(logits, targets, coefficient[subset].to(logits))
-        log_sharpness(self, sharpness_sums(gradient, targets))
+        of_scores = score_gradient(scores, grades.to(scores), self.tau)
+        first = torch.zeros(len(scores), dtype=torch.long, device=scores.device)  # the chosen response
+        contrasted = float(alternatives(of_scores, first).mean())
+        log_sharpness(self, sharpness_sums(gradient, targets, contrasted))
 
 
 @dataclass(frozen=True)

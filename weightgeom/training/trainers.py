@@ -149,11 +149,17 @@ def unpaired_trainer(
     return _build(kind, KTOConfig, shuffled, network, tokenizer, arguments, ref_model=reference)
 
 
-def with_sharpness(trainer: Any, scored: Callable[[Mapping[str, Tensor]], Scored]) -> Any:
-    """The trainer of a loss of log-probabilities, mutated to log its sharpness."""
+def with_sharpness(
+    trainer: Any, scored: Callable[[Mapping[str, Tensor]], Scored], contrasted: float | None = None
+) -> Any:
+    """The trainer of a loss of log-probabilities, mutated to log its sharpness.
+
+    `contrasted` is the number of responses that each is contrasted with: 1 for pairs, NaN where the loss has
+    no such number, None for a loss that contrasts tokens.
+    """
     from weightgeom.training.sharpness import Sharpness
 
-    trainer.add_callback(Sharpness(trainer, scored))
+    trainer.add_callback(Sharpness(trainer, scored, contrasted=contrasted))
     return trainer
 
 

@@ -137,7 +137,7 @@ def test_collect_gives_every_row_of_every_finished_run_with_what_it_is_of(uri):
     one = rows[(rows["objective"] == "dpo") & (rows["seed"] == 1) & (rows["trajectory"] == "pretraining")]
     assert set(one["table"]) == {"rsf"} and set(one["preference"]) == {"style"}
     pd.testing.assert_frame_equal(
-        one[list(COLUMNS)].reset_index(drop=True), planted[4].tables["rsf_pretraining"]
+        one[list(COLUMNS)].reset_index(drop=True), planted[len(study.SHARP)].tables["rsf_pretraining"]
     )
 
 
@@ -181,15 +181,18 @@ def test_the_page_loads_nothing_and_what_it_links_to_is_there(report):
 
 def test_the_page_says_what_was_run_and_where_it_stands_to_every_claim(report):
     text = Page(report / "index.html").text
-    assert "Of the paper's 7 claims this study agrees with 7 wherever it tests them." in text
+    assert (
+        "Of the paper's 9 claims this study supports 8 wherever it tests them; it has different verdicts on 1"
+        " in different settings."
+    ) in text  # graded/sequence_tau1 writes 1.3
     for section in ("What was run", "The asymmetry", "The trajectory", "The mechanism", "Rank-1 edits"):
         assert section in text
     assert "c0ffeec0f + uncommitted changes" in text and "world-style abababababab" in text
     assert "objective dpo" in text and "beta=0.1" in text and "training steps=64" in text
     assert "Not measured." not in text
     assert "Run broken off is FAILED and not part of this report." in text
-    # dpo: two seeds of 1.05 and 1.07; t(1; 0.975) = 12.706, so ± 12.706 · 0.01
-    assert "1.06 [0.93, 1.19]" in text and "2 seeds" in text
+    # dpo: three seeds of 1.053, 1.062 and 1.078; t(2; 0.975) = 4.303, so ± 4.303 · 0.0128 / √3
+    assert "1.06 [1.03, 1.10]" in text and "3 trainings" in text
 
 
 def test_missing_parts_are_named_with_the_command_that_measures_them(outputs, capsys):
@@ -207,7 +210,7 @@ def test_missing_parts_are_named_with_the_command_that_measures_them(outputs, ca
         assert f"{what}: no finished run" in text
     assert "weightgeom run experiment=graded_control -m name=bare" in text
     assert "Seeds: one a setting, so no interval over seeds." in text
-    assert text.count("not tested here") >= 5 and "2 layers, 1 run" in text
+    assert text.count("not tested") >= 9 and "1 training" in text
 
 
 def test_uncertainty_has_its_claims_figures_and_bridge_where_it_was_measured(outputs):
