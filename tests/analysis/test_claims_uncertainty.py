@@ -32,7 +32,7 @@ def test_a_table_in_which_all_is_as_the_paper_says_agrees():
 @pytest.mark.parametrize(
     ("number", "changed"),
     [
-        (0, {"auroc_logistic": (0.6, 0.4, 0.8)}),
+        (0, {"auroc_logistic_max_p_value": 0.075}),
         (1, {"mle_dimension_ratio": (1.5, 1.3, 1.7)}),
         (4, {"fisher_ratio": (0.9, 0.7, 1.1)}),
         (5, {"gradient_coupling": (0.5, 0.4, 0.6)}),
@@ -44,6 +44,16 @@ def test_a_number_on_the_other_side_disagrees(number, changed):
     assert found[COUPLED] == "not tested here"
 
 
+def test_the_best_layer_is_judged_by_permutations_over_all_layers_and_not_by_its_own_interval():
+    found = judged({"uncertainty": tabulate(probed({"auroc_logistic": (0.6, 0.4, 0.8)}))})[0]
+    assert found.verdict == "agrees" and "p 0.025 among the best layers of permuted labels" in found.evidence
+    without = judged({"uncertainty": tabulate(probed({"auroc_logistic_max_p_value": None}))})[0]
+    assert without.verdict == "not tested here" and "set probe.uncertainty.refits=39" in without.evidence
+    few = tabulate(probed())
+    few.loc[few["quantity"] == "auroc_logistic_max_p_value", "n"] = 18  # at best p = 1/19 > 0.05
+    assert judged({"uncertainty": few})[0].verdict == "not tested here"
+
+
 def test_a_claim_about_layers_needs_more_than_half_of_them():
     table = tabulate(probed())
     of_layer = (table["quantity"] == "fisher_ratio_high") & (table["layer"] == 0)
@@ -53,7 +63,7 @@ def test_a_claim_about_layers_needs_more_than_half_of_them():
 
 
 def test_a_model_that_was_trained_is_judged_as_it_was_before():
-    changed = {"auroc_logistic": (0.6, 0.4, 0.8)}
+    changed = {"auroc_logistic_max_p_value": 0.5}
     table = tabulate([*probed(), *probed(changed, step=64)])
     assert verdicts(uncertainty=table, trained=True)[CLAIMS[0]] == "agrees"
     assert verdicts(uncertainty=table)[CLAIMS[0]] == "disagrees"

@@ -17,6 +17,7 @@ def probed(changed=(), step=0, stderr=0.1):
         "gradient_coupling": (0.01, 0.0, 0.02),
         **dict(changed),
     }
+    best = agreeing.pop("auroc_logistic_max_p_value", 0.025)
     rows = []
     for layer in (0, 1):
         place = {"layer": layer, "step": step, "subspace": "residual"}
@@ -30,6 +31,8 @@ def probed(changed=(), step=0, stderr=0.1):
             "fisher_sensitivity_random_sd": 0.1, "fisher_sensitivity_output": 9.0,
         }.items():  # fmt: skip
             rows.append(row(quantity, value, n=39, **ARM, **place))
+        if best is not None:
+            rows.append(row("auroc_logistic_max_p_value", best, n=39, **ARM, **place))
         for space in ("output_top", "output_bottom"):
             for end, one in (("", 0.3), ("_low", 0.2), ("_high", 0.4)):
                 rows.append(row(f"overlap{end}", one, n=60, k=4, **ARM, **{**place, "subspace": space}))

@@ -67,6 +67,8 @@ def test_it_measures_every_layer_of_every_architecture(name):
     for layer in (0, 1):
         for arm in ("heldout/known", "impossible/known"):
             assert 0 <= values[layer, arm, "auroc_projection", "residual", None] <= 1
+            # The best of four arrangements at most, as there are three permutations.
+            assert values[layer, arm, "auroc_logistic_max_p_value", "residual", None] in (0.25, 0.5, 0.75, 1)
             assert values[layer, arm, "fisher_sensitivity", "residual", None] > 0
             assert -1 <= values[layer, arm, "gradient_coupling", "residual", None] <= 1
             assert values[layer, arm, "fisher_quadratic_difference", "residual", None] <= 0.05

@@ -7,8 +7,23 @@ from torch.testing import assert_close
 
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.table import arm_columns
-from weightgeom.uncertainty.contrast import Contrast, auroc, equal_groups, half_samples, two_sided
-from weightgeom.uncertainty.rows import EstimateSettings, boundary_rows, output_rows, overlap_rows, shape_rows
+from weightgeom.uncertainty.contrast import (
+    Contrast,
+    auroc,
+    best_of_layers,
+    equal_groups,
+    half_samples,
+    permuted_aurocs,
+    two_sided,
+)
+from weightgeom.uncertainty.rows import (
+    EstimateSettings,
+    best_layer_rows,
+    boundary_rows,
+    output_rows,
+    overlap_rows,
+    shape_rows,
+)
 
 D, VOCABULARY = 16, 40
 ARM = arm_columns("u", against="f")
@@ -88,6 +103,91 @@ def test_auroc_is_that_of_mann_and_whitney_ties_included(generator):
     assert_close(found.p_value, float(reference.pvalue), rtol=1e-4, atol=1e-9)
     # Two against two, all but one pair in order: 3/4.
     assert auroc(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 4.0])).value == 0.75
+
+
+def test_the_interval_of_a_perfect_separation_ends_where_newcombes_equation_is_solved():
+    found = auroc(torch.arange(20.0), torch.arange(20.0) + 30)
+    # 1 - A = t √V(A) with V = A (1 - A) [1 + 19 ((1 - A)/(2 - A) + A/(1 + A))] / 400, t = 2.0244: A = 0.892070.
+    area, t = found.low, float(stats.t.ppf(0.975, 38))
+    clusters = 1 + 19 * ((1 - area) / (2 - area) + area / (1 + area))
+    assert_close(1 - area, t * sqrt(area * (1 - area) * clusters / 400), rtol=1e-9, atol=0)
+    assert_close(area, 0.892070, rtol=0, atol=1e-6)
+    assert (found.value, found.high) == (1, 1) and found.stderr > 0.02
+    # Mirrored groups have the mirrored interval.
+    other = auroc(torch.arange(20.0) + 30, torch.arange(20.0))
+    assert_close([other.low, other.high], [0.0, 1 - found.low], rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [10, 20, 50])
+@pytest.mark.parametrize("area", [0.5, 0.75, 0.9, 0.97, 0.995])
+def test_the_interval_of_the_auroc_covers_the_truth(size, area, generator):
+    draws, shift = 1000, sqrt(2) * float(stats.norm.ppf(area))
+    covered = 0
+    for _ in range(draws):
+        found = auroc(
+            torch.randn(size, generator=generator), torch.randn(size, generator=generator) + shift
+        )
+        covered += found.low <= area <= found.high
+    # Binomial: 0.95 within 3.7 of its standard errors, 1e-4 on either side; the areas near 1 take few values,
+    # which no interval covers at exactly 95 %: there it covers more.
+    least, most = (stats.binom.ppf(p, draws, 0.95) for p in (1e-4, 1 - 1e-4))
+    assert covered >= least and (covered <= most or area > 0.8 or size == 10)
+
+
+def test_the_p_value_of_the_best_layer_is_the_rank_of_its_value_among_all_maxima():
+    values = torch.tensor([[0.6, 0.5, 0.7, 0.4], [0.8, 0.9, 0.5, 0.6], [0.5, 0.5, 0.5, 0.5]])
+    # Maxima by arrangement: 0.8, 0.9, 0.7, 0.6. Of 0.6: all four; of 0.8: the first two; of 0.5: all.
+    assert best_of_layers(values).tolist() == [1.0, 0.5, 1.0]
+
+
+def test_the_first_of_the_permuted_aurocs_are_those_of_the_rows_and_each_layer_has_its_p_value(generator):
+    states = torch.randn(40, 6, generator=generator)
+    contrast = Contrast.of(20, 5, 0)
+    areas = permuted_aurocs(states, contrast, refits=3)
+    found = {one["quantity"]: one["value"] for one in boundary_rows(states, contrast, ARM)}
+    assert {name: len(values) for name, values in areas.items()} == {"projection": 6, "logistic": 4}
+    assert all(float(values[0]) == found[f"auroc_{name}"] for name, values in areas.items())
+    rows = list(best_layer_rows({2: areas, 5: areas}, ARM))
+    assert [(one["layer"], one["quantity"], one["n"]) for one in rows] == [
+        (layer, f"auroc_{name}_max_p_value", n) for name, n in (("projection", 5), ("logistic", 3))
+        for layer in (2, 5)
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [0.0, 0.9])
+def test_in_the_best_of_32_layers_of_noise_groups_are_told_apart_in_one_case_of_twenty(shared, generator):
+    draws, wrong, told = 200, 0, 0
+    for draw in range(draws):
+        contrast = Contrast.of(24, 39, draw)
+        common = torch.randn(48, 8, generator=generator) * shared**0.5
+        areas = [
+            permuted_aurocs(
+                common + torch.randn(48, 8, generator=generator) * (1 - shared) ** 0.5, contrast, refits=0
+            )["projection"]
+            for _ in range(32)
+        ]
+        wrong += float(best_of_layers(torch.stack(areas)).min()) <= 0.05
+        told += max(auroc_of(float(one[0]), 12) for one in areas) > 0.5
+    # 5 % exactly (2 of 40 ranks), within a binomial bound of 1e-4; the best layer's own interval errs far more.
+    assert wrong <= stats.binom.ppf(1 - 1e-4, draws, 0.05)
+    assert shared or told > draws / 4
+
+
+def auroc_of(area, size):
+    """The lower end of the interval of so large an area of two groups of `size`."""
+    wins = round(area * size * size)
+    high = torch.tensor([sum(wins > i * size + j for j in range(size)) - 0.5 for i in range(size)])
+    return auroc(torch.arange(float(size)), high).low
+
+
+def test_two_equal_layers_of_separated_groups_are_both_told_apart(generator):
+    states = torch.randn(60, 4, generator=generator)
+    states[30:] += 4
+    areas = permuted_aurocs(states, Contrast.of(30, 39, 0), refits=39)
+    for values in areas.values():
+        assert best_of_layers(torch.stack([values, values])).tolist() == [1 / 40, 1 / 40]
 
 
 def test_arrangements_permute_labels_within_each_half():

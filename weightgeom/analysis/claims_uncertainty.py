@@ -36,8 +36,9 @@ def lines(table: "pd.DataFrame | None", interventions: "Sequence[pd.DataFrame]",
     `table` is the probe's, and `interventions` are those of its section, the bypass among them or not.
 
     A claim agrees where the 95 % interval lies on its side in more than half of the layers, and disagrees
-    otherwise; that groups are told apart, where it does so in the best layer; of dimensions, it is the
-    median over layers. Where a table lacks, nothing is tested.
+    otherwise; that groups are told apart, where the AUROC of the best layer exceeds those of the best layers
+    of permuted labels, p ≤ 0.05; of dimensions, it is the median over layers. Where a table or the
+    permutations lack, nothing is tested.
     """
     found = []
     if table is not None and len(table):
@@ -91,7 +92,13 @@ def _of_group(rows: "pd.DataFrame", arm: str) -> Iterator[Line]:
     detected = _with_ends(rows, arm, "auroc_logistic")
     best = detected["value"].idxmax()
     value, low, high = detected.loc[best]
-    yield line(0, bool(low > 0.5), f"AUROC {value:.3f} [{low:.3f}, {high:.3f}] in layer {best}, held out")
+    told = f"AUROC {value:.3f} [{low:.3f}, {high:.3f}] in layer {best}, held out"
+    p = _values(rows, arm, "auroc_logistic_max_p_value").get(best)
+    if p is None or _permutations(rows, arm) + 1 < 1 / LEVEL:
+        few = "no or too few permutations over layers: set probe.uncertainty.refits=39"
+        yield Line(CLAIMS[0], "not tested here", f"{arm}: {told}; {few}")
+    else:
+        yield line(0, bool(p <= LEVEL), f"{told}; p {p:.2g} among the best layers of permuted labels")
     ratios = _values(rows, arm, "mle_dimension_ratio")
     better = _values(rows, arm, "mle_dimension_calibrated_ratio")
     yield line(
@@ -171,6 +178,11 @@ def _with_ends(rows: "pd.DataFrame", arm: str, quantity: str, subspace: str = "r
     return pd.DataFrame(
         {name: _values(rows, arm, f"{quantity}{end}", subspace) for name, end in ends.items()}
     )
+
+
+def _permutations(rows: "pd.DataFrame", arm: str) -> int:
+    """The number of permuted labels behind the p-value of the best layer."""
+    return int(rows.loc[(rows["arm"] == arm) & (rows["quantity"] == "auroc_logistic_max_p_value"), "n"].min())
 
 
 def _values(rows: "pd.DataFrame", arm: str, quantity: str, subspace: str = "residual") -> "pd.Series":

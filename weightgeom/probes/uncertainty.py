@@ -19,10 +19,11 @@ from weightgeom.params import Params
 from weightgeom.table import Row, arm_columns
 from weightgeom.text.examples import Examples, Question
 from weightgeom.text.prompt_groups import check_groups, first_tokens
-from weightgeom.uncertainty.contrast import Contrast, equal_groups
+from weightgeom.uncertainty.contrast import Contrast, equal_groups, permuted_aurocs
 from weightgeom.uncertainty.intrinsic_dimension import check_neighbours
 from weightgeom.uncertainty.rows import (
     EstimateSettings,
+    best_layer_rows,
     boundary_rows,
     group_rows,
     output_rows,
@@ -49,7 +50,9 @@ class Uncertainty:
     `_high` are the ends of a 95 % interval, `_permuted` and `_random` the mean under a null.
 
     Quantities:
-        auroc_projection, auroc_logistic: of the projection on b and of a logistic probe, in [0, 1].
+        auroc_projection, auroc_logistic: of the projection on b and of a logistic probe, in [0, 1];
+            `_max_p_value`, one-sided, among the best layers of permuted labels: of the best layer, it
+            counts that it was chosen.
         amplification: difference of the means along b over the norm of a state.
         mle_dimension, twonn_dimension: intrinsic dimension, > 0; `_calibrated` on as many Gaussian points;
             `_ratio`, of the uncertain group to the factual one.
@@ -81,6 +84,7 @@ class Uncertainty:
     points: int = Field(default=48, ge=4)
     thresholds: list[float] = Field(default_factory=lambda: [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5])
     permutations: int = Field(default=39, ge=1)
+    refits: int = Field(default=39, ge=0)  # permutations for which the logistic probe is fitted anew
     random: int = Field(default=39, ge=2)
     output: int = Field(default=4, ge=1)
     sensitivity_prompts: int = Field(default=32, ge=4)
@@ -146,6 +150,7 @@ class Uncertainty:
         contrast = Contrast.of(len(texts[factual]), self.permutations, setting.seed)
         held = contrast.test[0, 0, : self.sensitivity_prompts].tolist()  # of either group, as they are pooled
         spaces, output = self._output(params, architecture)
+        aurocs: dict[str, dict[int, dict[str, torch.Tensor]]] = {name: {} for name in uncertain}
         for layer in layers:
             place = {"layer": layer, "subspace": "residual"}
             for name in texts:
@@ -154,6 +159,7 @@ class Uncertainty:
             for name in uncertain:
                 arm = arm_columns(name, against=factual)
                 pooled = torch.cat([states[factual][layer], states[name][layer]])
+                aurocs[name][layer] = permuted_aurocs(pooled, contrast, self.refits)
                 directions = contrast.boundaries(pooled)
                 tail = Tail.of(
                     model, network, [texts[side][i] for side in (factual, name) for i in held], layer
@@ -169,6 +175,9 @@ class Uncertainty:
                     *shape_rows(pooled, contrast, arm, asked),
                 ):
                     yield {**place, **one}
+        for name, of_layers in aurocs.items():
+            for one in best_layer_rows(of_layers, arm_columns(name, against=factual)):
+                yield {"subspace": "residual", **one}
 
     def _output(self, params: Params, architecture: Architecture) -> tuple[dict[str, Subspace], torch.Tensor]:
         """Top and bottom right singular directions of the unembedding; and the first few of the top ones."""

@@ -12,7 +12,14 @@ from weightgeom.geometry.bootstrap import bootstrap_times
 from weightgeom.geometry.nulls import beta_null
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.table import Row, arm_columns, row
-from weightgeom.uncertainty.contrast import Contrast, auroc, half_samples, logistic_scores, two_sided
+from weightgeom.uncertainty.contrast import (
+    Contrast,
+    auroc,
+    best_of_layers,
+    half_samples,
+    logistic_scores,
+    two_sided,
+)
 from weightgeom.uncertainty.intrinsic_dimension import Estimator, calibrated, dimension, distances
 from weightgeom.uncertainty.sensitivity import (
     Readout,
@@ -122,15 +129,25 @@ def boundary_rows(states: Float[Tensor, "pooled d"], contrast: Contrast, arm: Ro
     train, test = contrast.train[0], contrast.test[0]
     scores = {"projection": states[test] @ directions[0], "logistic": logistic_scores(states, train, test)}
     for name, (low, high) in scores.items():
-        area = auroc(low, high)
-        yield from _normal_interval_rows(
-            f"auroc_{name}", area.value, area.stderr, test.shape[1], arm, low=0.0, high=1.0
-        )
-        yield row(f"auroc_{name}_p_value", area.p_value, n=2 * test.shape[1], **arm)
+        area, n = auroc(low, high), test.shape[1]
+        yield row(f"auroc_{name}", area.value, n=n, stderr=area.stderr, **arm)
+        yield row(f"auroc_{name}_low", area.low, n=n, **arm)
+        yield row(f"auroc_{name}_high", area.high, n=n, **arm)
+        yield row(f"auroc_{name}_p_value", area.p_value, n=2 * n, **arm)
     values, error = contrast.amplification(states, directions)
     yield from _normal_interval_rows("amplification", float(values[0]), error, test.shape[1], arm)
     yield row("amplification_p_value", two_sided(values), n=len(values) - 1, **arm)
     yield row("amplification_permuted", float(values[1:].mean()), n=len(values) - 1, **arm)
+
+
+def best_layer_rows(
+    aurocs: Mapping[int, Mapping[str, Float[Tensor, " arrangement"]]], arm: Row
+) -> Iterator[Row]:
+    """P-values of each layer's AUROC among the best layers of permuted labels; `aurocs` by layer and probe."""
+    for name in next(iter(aurocs.values())):
+        values = torch.stack([of_layer[name] for of_layer in aurocs.values()])
+        for layer, p in zip(aurocs, best_of_layers(values).tolist(), strict=True):
+            yield row(f"auroc_{name}_max_p_value", p, n=values.shape[1] - 1, layer=layer, **arm)
 
 
 def overlap_rows(
