@@ -22,7 +22,7 @@ def judged(tables, trained=False):
 def test_a_table_in_which_all_is_as_the_paper_says_agrees():
     found = judged({"uncertainty": tabulate(probed()), "bypass": bypassed()})
     assert [line.claim for line in found] == [*CLAIMS, COUPLED]
-    assert {line.verdict for line in found} == {"agrees"}
+    assert {line.verdict for line in found} == {"supported"}
     assert (
         "AUROC 0.909" in found[0].evidence
         and "abstention +0.60, false abstention +0.10" in found[-1].evidence
@@ -30,28 +30,31 @@ def test_a_table_in_which_all_is_as_the_paper_says_agrees():
 
 
 @pytest.mark.parametrize(
-    ("number", "changed"),
+    ("number", "changed", "verdict"),
     [
-        (0, {"auroc_logistic_max_p_value": 0.075}),
-        (1, {"mle_dimension_ratio": (1.5, 1.3, 1.7)}),
-        (4, {"fisher_ratio": (0.9, 0.7, 1.1)}),
-        (5, {"gradient_coupling": (0.5, 0.4, 0.6)}),
+        (0, {"auroc_logistic_max_p_value": 0.075}, "inconclusive"),
+        (1, {"mle_dimension_ratio": (1.5, 1.3, 1.7)}, "contradicted"),
+        (4, {"fisher_ratio": (0.9, 0.7, 1.1)}, "inconclusive"),
+        (4, {"fisher_ratio": (1.9, 1.7, 2.1)}, "contradicted"),
+        (5, {"gradient_coupling": (0.5, 0.4, 0.6)}, "contradicted"),
     ],
 )
-def test_a_number_on_the_other_side_disagrees(number, changed):
+def test_a_number_on_the_other_side_contradicts_and_one_on_neither_is_inconclusive(number, changed, verdict):
     found = verdicts(uncertainty=tabulate(probed(changed)))
-    assert [claim for claim, verdict in found.items() if verdict == "disagrees"] == [CLAIMS[number]]
-    assert found[COUPLED] == "not tested here"
+    assert {claim: said for claim, said in found.items() if said not in ("supported", "not tested")} == {
+        CLAIMS[number]: verdict
+    }
+    assert found[COUPLED] == "not tested"
 
 
 def test_the_best_layer_is_judged_by_permutations_over_all_layers_and_not_by_its_own_interval():
     found = judged({"uncertainty": tabulate(probed({"auroc_logistic": (0.6, 0.4, 0.8)}))})[0]
-    assert found.verdict == "agrees" and "p 0.025 among the best layers of permuted labels" in found.evidence
+    assert found.verdict == "supported" and "p 0.025 among the best layers of permuted labels" in found.evidence
     without = judged({"uncertainty": tabulate(probed({"auroc_logistic_max_p_value": None}))})[0]
-    assert without.verdict == "not tested here" and "set probe.uncertainty.refits=39" in without.evidence
+    assert without.verdict == "not tested" and "set probe.uncertainty.refits=39" in without.evidence
     few = tabulate(probed())
     few.loc[few["quantity"] == "auroc_logistic_max_p_value", "n"] = 18  # at best p = 1/19 > 0.05
-    assert judged({"uncertainty": few})[0].verdict == "not tested here"
+    assert judged({"uncertainty": few})[0].verdict == "not tested"
 
 
 def test_a_claim_about_layers_needs_more_than_half_of_them():
@@ -59,24 +62,24 @@ def test_a_claim_about_layers_needs_more_than_half_of_them():
     of_layer = (table["quantity"] == "fisher_ratio_high") & (table["layer"] == 0)
     table.loc[of_layer, "value"] = 1.2
     line = judged({"uncertainty": table})[4]
-    assert (line.verdict, "below 1 in 1 of 2 layers" in line.evidence) == ("disagrees", True)
+    assert (line.verdict, "below 1 in 1 of 2 layers" in line.evidence) == ("inconclusive", True)
 
 
 def test_a_model_that_was_trained_is_judged_as_it_was_before():
     changed = {"auroc_logistic_max_p_value": 0.5}
     table = tabulate([*probed(), *probed(changed, step=64)])
-    assert verdicts(uncertainty=table, trained=True)[CLAIMS[0]] == "agrees"
-    assert verdicts(uncertainty=table)[CLAIMS[0]] == "disagrees"
+    assert verdicts(uncertainty=table, trained=True)[CLAIMS[0]] == "supported"
+    assert verdicts(uncertainty=table)[CLAIMS[0]] == "inconclusive"
 
 
-def test_a_bypass_that_does_no_more_than_its_controls_disagrees():
+def test_a_bypass_that_does_no_more_than_its_controls_is_inconclusive():
     found = judged({"bypass": bypassed()})[-1]
-    assert (found.verdict, "p 0.05" in found.evidence) == ("agrees", True)
+    assert (found.verdict, "p 0.05" in found.evidence) == ("supported", True)
     assert "bypass@4 in layer 1" in found.evidence
     # Every control has 0 in that layer; in layer 0, where it is best, it gains up to 0.2.
-    assert verdicts(bypass=bypassed(change=0.25))[COUPLED] == "disagrees"
-    assert verdicts(bypass=bypassed(controls=9))[COUPLED] == "disagrees"  # too few for p <= 0.05
-    assert verdicts(bypass=bypassed())[CLAIMS[0]] == "not tested here"
+    assert verdicts(bypass=bypassed(change=0.25))[COUPLED] == "inconclusive"
+    assert verdicts(bypass=bypassed(controls=9))[COUPLED] == "inconclusive"  # too few for p <= 0.05
+    assert verdicts(bypass=bypassed())[CLAIMS[0]] == "not tested"
 
 
 def test_the_figures_are_drawn_from_tables_alone():

@@ -318,7 +318,7 @@ def test_the_report_shows_every_comparison_of_a_chain_and_none_as_pretraining(ho
     })  # fmt: skip
     assert set(found["trajectory"]) == {"training"}
     claims = pd.read_parquet("outputs/report/chain/tables/claims.parquet")
-    assert set(claims["verdict"]) == {"not tested here"}  # as nothing says how a stage was trained
+    assert set(claims["verdict"]) == {"not tested"}  # as nothing says how a stage was trained
 
 
 def test_the_stages_of_a_chain_are_kept_with_their_order(compared):

@@ -166,7 +166,8 @@ def test_every_row_has_its_place_its_unit_and_its_number_of_samples(model, examp
             place: {row["quantity"] for row in mine if row.get("subspace") == place}
             for place in (None, own(one.name), "random")
         }
-        matched = MATCHED | INTERVAL if one.role == "read" else set()
+        crossfit = {"crossfit_ratio", "crossfit_matched_ratio"}
+        matched = MATCHED | INTERVAL | crossfit if one.role == "read" else set()
         assert by_subspace == {
             None: {"delta_norm", "moved_share"},
             own(one.name): COMPARED | matched,
@@ -175,7 +176,7 @@ def test_every_row_has_its_place_its_unit_and_its_number_of_samples(model, examp
         tokens = sum(len(text.split()) + 1 for text in examples.heldout)
         n = {"q_value": 12, "matched_q_value": 8}  # matrices, and those that read
         for row in mine:
-            other = tokens if row["quantity"].startswith("matched") else entries
+            other = tokens if row["quantity"].startswith(("matched", "crossfit")) else entries
             assert row["n"] == n.get(row["quantity"], other)
 
 

@@ -1,4 +1,4 @@
-"""What arXiv:2603.13911v1 claims, set against the tables of a run: agrees, disagrees, or not tested here."""
+"""What arXiv:2603.13911v1 claims, judged by the tables of a run: of one model, over its prompts."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
@@ -6,16 +6,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from weightgeom.analysis.declared import in_section
+from weightgeom.analysis.rules import CONTRADICTED, INCONCLUSIVE, SUPPORTED, UNTESTED, Verdict
 from weightgeom.declarations import UNCERTAINTY, Declaration, InterventionDeclaration, ProbeDeclaration
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-Verdict = Literal["agrees", "disagrees", "not tested here"]
 LEVEL = 0.05
 BYPASS = "bypass"  # the treatment that couples the signal to the logits
 THRESHOLD = 0.15  # the cosine distance at which the paper counts components; the nearest there is
@@ -35,10 +35,11 @@ def lines(table: "pd.DataFrame | None", interventions: "Sequence[pd.DataFrame]",
 
     `table` is the probe's, and `interventions` are those of its section, the bypass among them or not.
 
-    A claim agrees where the 95 % interval lies on its side in more than half of the layers, and disagrees
-    otherwise; that groups are told apart, where the AUROC of the best layer exceeds those of the best layers
-    of permuted labels, p ≤ 0.05; of dimensions, it is the median over layers. Where a table or the
-    permutations lack, nothing is tested.
+    A claim is supported where the 95 % interval lies on its side in more than half of the layers,
+    contradicted where it lies on the other side in more than half, and inconclusive otherwise; that groups are
+    told apart is supported where the AUROC of the best layer exceeds those of the best layers of permuted
+    labels, p ≤ 0.05; of dimensions, the median over layers decides. Where a table or the permutations lack,
+    nothing is tested.
     """
     found = []
     if table is not None and len(table):
@@ -47,7 +48,7 @@ def lines(table: "pd.DataFrame | None", interventions: "Sequence[pd.DataFrame]",
         for arm in sorted(compared["arm"].unique()):
             found += _of_group(rows, arm)
     else:
-        found += [Line(claim, "not tested here", "no rows of the probe uncertainty") for claim in CLAIMS]
+        found += [Line(claim, UNTESTED, "no rows of the probe uncertainty") for claim in CLAIMS]
     bypasses = [one for one in interventions if treatment(one) == BYPASS]
     return [*found, *_of_interventions(bypasses[0] if bypasses else None)]
 
@@ -80,14 +81,16 @@ COUPLED = "coupling the signal to the logits by hand (bypass) restores abstentio
 
 
 def _of_group(rows: "pd.DataFrame", arm: str) -> Iterator[Line]:
-    def line(number: int, agrees: bool, evidence: str) -> Line:
-        return Line(CLAIMS[number], "agrees" if agrees else "disagrees", f"{arm}: {evidence}")
+    def line(number: int, holds: bool, fails: bool, evidence: str) -> Line:
+        return Line(CLAIMS[number], _verdict(holds, fails), f"{arm}: {evidence}")
 
-    def over_layers(number: int, values: "pd.Series", holds: "pd.Series", what: str, when: str) -> Line:
+    def over_layers(
+        number: int, values: "pd.Series", holds: "pd.Series", fails: "pd.Series", what: str, when: str
+    ) -> Line:
         told = f"{what} {values.median():.2f}, the median over layers of {values.min():.2f} to"
         told += f" {values.max():.2f}"
         counted = f"{when} in {int(holds.sum())} of {len(holds)} layers"
-        return line(number, bool(holds.mean() > 0.5), f"{told}; {counted}")
+        return line(number, bool(holds.mean() > 0.5), bool(fails.mean() > 0.5), f"{told}; {counted}")
 
     detected = _with_ends(rows, arm, "auroc_logistic")
     best = detected["value"].idxmax()
@@ -96,14 +99,15 @@ def _of_group(rows: "pd.DataFrame", arm: str) -> Iterator[Line]:
     p = _values(rows, arm, "auroc_logistic_max_p_value").get(best)
     if p is None or _permutations(rows, arm) + 1 < 1 / LEVEL:
         few = "no or too few permutations over layers: set probe.uncertainty.refits=39"
-        yield Line(CLAIMS[0], "not tested here", f"{arm}: {told}; {few}")
+        yield Line(CLAIMS[0], UNTESTED, f"{arm}: {told}; {few}")
     else:
-        yield line(0, bool(p <= LEVEL), f"{told}; p {p:.2g} among the best layers of permuted labels")
+        yield line(0, bool(p <= LEVEL), False, f"{told}; p {p:.2g} among the best layers of permuted labels")
     ratios = _values(rows, arm, "mle_dimension_ratio")
     better = _values(rows, arm, "mle_dimension_calibrated_ratio")
     yield line(
         1,
         float(ratios.median()) >= 2,
+        float(ratios.median()) < 2,
         f"ratio {ratios.median():.2f}, the median over layers of {ratios.min():.2f} to {ratios.max():.2f}"
         f" (calibrated {better.median():.2f})",
     )
@@ -113,24 +117,30 @@ def _of_group(rows: "pd.DataFrame", arm: str) -> Iterator[Line]:
     yield line(
         2,
         bool(ends[1]["low"] > ends[0]["high"]),
+        bool(ends[1]["high"] < ends[0]["low"]),
         f"{ends[0]['value']:.2f} of the norm in layer {first}, {ends[1]['value']:.2f} in layer {last}",
     )
     overlap = _with_ends(rows, arm, "overlap", subspace="output_top")
-    yield over_layers(3, overlap["value"], overlap["high"] < 1, "overlap (1 is chance)", "below 1")
+    below, above = overlap["high"] < 1, overlap["low"] > 1
+    yield over_layers(3, overlap["value"], below, above, "overlap (1 is chance)", "below 1")
     ratio = _with_ends(rows, arm, "fisher_ratio")
-    yield over_layers(4, ratio["value"], ratio["high"] < 1, "ratio", "below 1")
+    yield over_layers(4, ratio["value"], ratio["high"] < 1, ratio["low"] > 1, "ratio", "below 1")
     cosines = _values(rows, arm, "gradient_coupling")
     spread = 2 * _values(rows, arm, "gradient_coupling_random_sd").reindex(cosines.index, fill_value=0)
-    yield over_layers(
-        5, cosines, cosines.abs() <= spread, "cosine", "within two standard deviations of random directions"
-    )
+    near = cosines.abs() <= spread
+    yield over_layers(5, cosines, near, ~near, "cosine", "within two standard deviations of random directions")
     uncertain, factual = rows.loc[rows["arm"] == arm, ["treatment", "against"]].iloc[0]
     same = (rows["treatment"] == uncertain) & (rows["against"] == factual) & (rows["dose"] != "")
     threshold = min(rows.loc[same, "dose"].unique(), key=lambda dose: abs(float(dose) - THRESHOLD))
     where = rows.loc[same & (rows["dose"] == threshold), "arm"].iloc[0]
     more, p = (_values(rows, where, f"components_difference{end}") for end in ("", "_p_value"))
     what = f"difference at cosine distance {threshold}, as a share of the points,"
-    yield over_layers(6, more, (more > 0) & (p <= LEVEL), what, f"above 0 with p ≤ {LEVEL}")
+    apart = p <= LEVEL
+    yield over_layers(6, more, (more > 0) & apart, (more < 0) & apart, what, f"above 0 with p ≤ {LEVEL}")
+
+
+def _verdict(holds: bool, fails: bool) -> Verdict:
+    return SUPPORTED if holds else CONTRADICTED if fails else INCONCLUSIVE
 
 
 def treatment(table: "pd.DataFrame") -> str:
@@ -141,7 +151,7 @@ def treatment(table: "pd.DataFrame") -> str:
 
 def _of_interventions(table: "pd.DataFrame | None") -> Iterator[Line]:
     if table is None or not len(table):
-        yield Line(COUPLED, "not tested here", "no rows of the intervention bypass")
+        yield Line(COUPLED, UNTESTED, "no rows of the intervention bypass")
         return
     # The best layer and strength is a choice: the controls are granted the same, each its own best.
     gains = _gains(table)
@@ -154,7 +164,7 @@ def _of_interventions(table: "pd.DataFrame | None") -> Iterator[Line]:
     random = there["abstention_change"]
     yield Line(
         COUPLED,
-        "agrees" if more else "disagrees",
+        _verdict(bool(more), bool(best["gain"] < others.median())),
         f"bypass@{best['dose']} in layer {best['layer']}: abstention {best['abstention_change']:+.2f}, false"
         f" abstention {best['false_abstention_change']:+.2f}; random projections there"
         f" {random.median():+.2f}, at most {random.max():+.2f}; p {p:.2g} of the gain, each at its best layer"

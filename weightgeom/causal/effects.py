@@ -56,12 +56,16 @@ class Effects:
 
 @plain_dataclass(frozen=True, eq=False)
 class _Scored:
-    """A batch, what it is for, and what the unedited model says at its targets."""
+    """A batch, what it is for, and what the unedited model says at its targets.
+
+    `tokens` are the predicted tokens of a sequence of text, in the mean over all of the text.
+    """
 
     batch: Batch
     kind: str  # text, chosen, rejected or question
     logits: Float[Tensor, "target vocabulary"]
     normaliser: Float[Tensor, " target"]
+    tokens: float
 
     @property
     def rows(self) -> "tuple[Tensor, Tensor]":
@@ -86,15 +90,16 @@ class Evaluation:
         self.device = model.device
         self._places = _places(self.network)
         self._kept: dict[str, list[Any]] = {}  # by module, what it puts out for every batch
-        self.parts = [self._scored(batch.to(model.device), kind) for batch, kind in _batches(
-            model, examples, effects
-        )]  # fmt: skip
+        batches = list(_batches(model, examples, effects))
+        texts = [batch.target[:, 1:].sum(1) for batch, kind in batches if kind == "text"]
+        tokens = float(torch.cat(texts).double().mean()) if texts else 1.0
+        self.parts = [self._scored(batch.to(model.device), kind, tokens) for batch, kind in batches]
         self.unedited = self.samples(self.params)
 
-    def _scored(self, batch: Batch, kind: str) -> _Scored:
+    def _scored(self, batch: Batch, kind: str, tokens: float) -> _Scored:
         with torch.no_grad():
             logits = logits_of(self.network, self._hidden(batch)[batch.target[:, 1:]])
-        return _Scored(batch, kind, logits, logits.logsumexp(-1))
+        return _Scored(batch, kind, logits, logits.logsumexp(-1), tokens)
 
     def changed_by(self, edit: Edit) -> Samples:
         """What an edit of the weights changes, prompt by prompt."""
@@ -138,7 +143,7 @@ class Evaluation:
                 hidden = self._hidden(part.batch)[part.batch.target[:, 1:]]
                 logits = logits_of(self.network, hidden)
             log_probs = _picked(part, logits) - logits.logsumexp(-1)
-            loss = sign * _by_prompt(part, log_probs, mean=part.kind == "text").sum()
+            loss = sign * _by_prompt(part, log_probs).sum()
             for leaf, gradient in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
                 gradients[name][leaf] += gradient
             if part.kind != "rejected":
@@ -246,15 +251,16 @@ def _measured(part: _Scored, logits: Float[Tensor, "target vocabulary"]) -> Iter
     if part.kind == "question":
         ids = part.batch.input_ids[:, 1:][part.batch.target[:, 1:]]
         right = (logits.argmax(-1) == ids).to(logits)
-        yield "question", (_by_prompt(part, right, mean=True) == 1).to(logits)
+        answered = part.batch.target[:, 1:].sum(1)
+        yield "question", (_by_prompt(part, right) == answered).to(logits)
         return
     picked = _picked(part, logits)
     if part.kind == "text":
         divergence, normaliser = divergences(part.logits, part.normaliser, logits)
-        yield "kl", _by_prompt(part, divergence, mean=True)
-        yield "text", -_by_prompt(part, picked - normaliser, mean=True)
+        yield "kl", _by_prompt(part, divergence)
+        yield "text", -_by_prompt(part, picked - normaliser)
     else:
-        yield part.kind, _by_prompt(part, picked - logits.logsumexp(-1), mean=False)
+        yield part.kind, _by_prompt(part, picked - logits.logsumexp(-1))
 
 
 def _quantities(found: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -274,8 +280,11 @@ def _picked(part: _Scored, logits: Float[Tensor, "target vocabulary"]) -> Float[
     return logits.gather(1, ids[:, None])[:, 0]
 
 
-def _by_prompt(part: _Scored, values: Float[Tensor, " target"], mean: bool) -> Float[Tensor, " sequence"]:
-    """The sum, or the mean, of the targets' values in every sequence."""
+def _by_prompt(part: _Scored, values: Float[Tensor, " target"]) -> Float[Tensor, " sequence"]:
+    """The sum of the targets' values in every sequence; of text over the tokens that a sequence has on average.
+
+    So the mean over sequences of text is the mean over tokens, however long the last one is.
+    """
     sequences, _ = part.rows
     total = values.new_zeros(len(part.batch.input_ids)).index_add(0, sequences, values)
-    return total / part.batch.target[:, 1:].sum(1).clamp(min=1) if mean else total
+    return total / part.tokens if part.kind == "text" else total

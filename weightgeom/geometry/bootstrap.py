@@ -29,6 +29,11 @@ def bootstrap_times(groups: int, resamples: int, seed: int) -> Float[Tensor, "re
     return torch.zeros(resamples, groups).scatter_add_(1, drawn, torch.ones(resamples, groups))
 
 
+def widening(per_dimension: float) -> float:
+    """The factor of errors that are estimated from few tokens: √(16 / tokens per dimension), at least 1."""
+    return sqrt(max(1.0, FEW_TOKENS / per_dimension))
+
+
 def bootstrap_interval(
     value: float, resampled: Sequence[float], groups: int, per_dimension: float = float("inf")
 ) -> Interval | None:
@@ -40,7 +45,7 @@ def bootstrap_interval(
     interval is 2 value - mean(samples) ± t · stderr, with Student's t of g - 1 degrees of freedom.
     With fewer than 16 tokens `per_dimension` behind an estimated subspace, its error is no longer that of a
     linear estimate and the interval covers too little (61 % at one); its half-width is then multiplied by
-    √(16 / tokens per dimension).
+    `widening`.
     Source: Efron & Tibshirani (1993), An Introduction to the Bootstrap, 10.2 and 12.2; the corrections for
     few groups and few tokens are ours.
     """
@@ -51,6 +56,5 @@ def bootstrap_interval(
     samples = torch.tensor(resampled, dtype=torch.float64)
     stderr = float(samples.std()) * sqrt(groups / (groups - 1))
     centre = 2 * value - float(samples.mean())
-    wider = sqrt(max(1.0, FEW_TOKENS / per_dimension))
-    reach = float(stats.t.ppf(0.975, groups - 1)) * stderr * wider
+    reach = float(stats.t.ppf(0.975, groups - 1)) * stderr * widening(per_dimension)
     return Interval(stderr, centre - reach, centre + reach)

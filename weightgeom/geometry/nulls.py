@@ -35,6 +35,35 @@ class Null:
         return self.tail(fraction) if self.sd > 0 else (1.0, None)
 
 
+@dataclass(frozen=True)
+class Estimated:
+    """A null whose level was estimated, with a relative standard error on `df` degrees of freedom.
+
+    The level is taken to vary as Student's t around its estimate. Source: ours.
+    """
+
+    null: Null
+    error: float
+    df: int
+
+    def z(self, fraction: float) -> float:
+        """As `Null.z`, with the error of the level added in square to the null's standard deviation."""
+        sd = sqrt(self.null.sd**2 + (self.error * self.null.mean) ** 2)
+        return (fraction - self.null.mean) / sd if sd > 0 else 0.0
+
+    def p_value(self, fraction: float) -> tuple[float, float | None]:
+        """As `Null.p_value`, the mean over 15 equally likely levels."""
+        if not self.error:
+            return self.null.p_value(fraction)
+        from scipy.stats import t
+
+        levels = [1 + self.error * float(t.ppf((place + 0.5) / 15, self.df)) for place in range(15)]
+        found = [self.null.p_value(fraction / max(level, 1e-3)) for level in levels]
+        errors = [error for _, error in found if error is not None]
+        p = sum(value for value, _ in found) / len(found)
+        return p, sum(errors) / len(errors) if errors else None
+
+
 def beta_null(mean: float, sd: float) -> Null:
     """The Beta distribution with this mean and standard deviation."""
 

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 class Behaviour:
     """Held-out behaviour, each number a mean with its standard error.
 
+    The error of means over tokens is over sequences, as tokens of one text are not independent.
+
     Quantities:
         heldout_ce: -log p(token | before) on held-out text, nats per token, >= 0.
         kl_from_base: KL(base || model) of the next-token predictions there, nats per token, >= 0; the
@@ -89,12 +91,15 @@ class Behaviour:
             losses, divergences = [], []
             for batch in texts:
                 target = batch.target[:, 1:]
-                losses.append(-model.log_probs(weights, batch)[target])
+                losses.append((-model.log_probs(weights, batch) * target).sum(1))
                 now, then = model.logits(weights, batch)[:, :-1], model.logits(base, batch)[:, :-1]
-                divergences.append(kl_divergence(then, now, target))
+                divergence = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
+                divergence[target] = kl_divergence(then, now, target).double()
+                divergences.append(divergence.sum(1))
             if losses:
-                rows.append(_mean("heldout_ce", torch.cat(losses), "nats/token"))
-                rows.append(_mean("kl_from_base", torch.cat(divergences), "nats/token"))
+                tokens = torch.cat([batch.target[:, 1:].sum(1) for batch in texts])
+                rows.append(_over_tokens("heldout_ce", torch.cat(losses), tokens))
+                rows.append(_over_tokens("kl_from_base", torch.cat(divergences), tokens))
             margins = [
                 model.log_probs(weights, chosen.to(model.device)).sum(1)
                 - model.log_probs(weights, rejected.to(model.device)).sum(1)
@@ -107,6 +112,14 @@ class Behaviour:
             return rows
 
         return measure
+
+
+def _over_tokens(quantity: str, sums: Tensor, tokens: Tensor) -> Row:
+    """A mean over tokens from the sums over sequences, with the error of a ratio of two means over them."""
+    sums, tokens, n = sums.double(), tokens.double(), len(sums)
+    mean = (sums.sum() / tokens.sum()).item()
+    error = sqrt((sums - mean * tokens).square().sum().item() * n / (n - 1)) / tokens.sum().item() if n > 1 else None
+    return row(quantity, mean, n=int(tokens.sum()), unit="nats/token", stderr=error)
 
 
 def _mean(quantity: str, values: Tensor, unit: str) -> Row:

@@ -26,8 +26,9 @@ from weightgeom.estimators.reference_subspaces import (
     random_frame,
 )
 from weightgeom.estimators.updates import Update, head_updates, update_of, warn_of_rounding
-from weightgeom.geometry.bootstrap import bootstrap_interval
+from weightgeom.geometry.bootstrap import bootstrap_interval, widening
 from weightgeom.geometry.nulls import (
+    Estimated,
     adapter_moment,
     isotropic_null,
     matched_null,
@@ -72,7 +73,7 @@ class RSF:
             half of the prompts and the level of the other, both ways: a subspace explains more of the text
             that it was estimated from than of other text. On the read side.
         matched_z, matched_p_value, matched_q_value: of the fraction against that level; on the read side of
-            the cross-fitted fraction against the cross-fitted level.
+            the cross-fitted fraction against the cross-fitted level. They allow for the level's own error.
         adapter_rank: the rank r of an adapter's factor A, where the update is one that reads. Its matched
             level is then that of Q C Q with Q = Aᵀ A (`adapter_moment`): A is random at first, which hides
             the inputs' directions.
@@ -366,10 +367,14 @@ class RSF:
             yield row("z", null.z(fraction), n=entries, **at)
             p, error = null.p_value(fraction)
             yield row("p_value", p, n=entries, stderr=error, **at)
-            if update.adapter is not None and frame.moment is not None:
-                yield from _of_adapter(update, fraction, frame, k, seed, at)
-            elif moment is not None and not moment.centred:
-                yield from _matched(gram, fraction, frame, k, moment, self.resamples, seed, at)
+            adapter = update.adapter
+            if adapter is not None and frame.moment is not None:
+                adapter = adapter.cpu().double()
+                yield from _of_adapter(gram, adapter, fraction, frame, k, seed, at)
+            if moment is not None and not moment.centred:
+                yield from _matched(
+                    gram, fraction, frame, k, moment, self.resamples, seed, at, adapter
+                )
 
 
 def _matched(
@@ -381,63 +386,63 @@ def _matched(
     resamples: int,
     seed: int,
     at: dict,
+    adapter: Float[Tensor, "r d"] | None = None,
 ) -> Iterator[Row]:
     """The level that independence of what is read and what is sent back predicts, and p against it."""
-    null = matched_null(gram, moment.root, frame.space.first(k), seed)
-    scale, n = len(gram) / k, moment.samples
-    drawn = [shares for _, shares in frame.resampled]
-    if not drawn:  # the unembedding's subspace is not estimated from data, the moment is
-        drawn = [frame.space.shares(one.cpu()) for one in moment.resampled(resamples, seed)]
-    interval = bootstrap_interval(null.mean, [float(one[:k].sum()) for one in drawn], len(moment.sums))
+
+    def seen(value: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+        value = value.cpu().double()
+        return value if adapter is None else adapter_moment(adapter, value)
+
+    space, scale, n = frame.space.first(k), len(gram) / k, moment.samples
+    root = moment.root if adapter is None else moment_root(seen(moment.value))
+    null = matched_null(gram, root, space, seed)
+    drawn = [float(shares[:k].sum()) for _, shares in frame.resampled] if adapter is None else []
+    if not drawn:  # the subspace is not estimated from data, or seen through an adapter; the moment is
+        drawn = [float(space.shares(seen(one)).sum()) for one in moment.resampled(resamples, seed)]
+    interval = bootstrap_interval(null.mean, drawn, len(moment.sums))
     stderr = None if interval is None else interval.stderr * scale
     yield row("matched_ratio", null.mean * scale, n=n, stderr=stderr, **at)
     if interval is not None:
         yield row("matched_ratio_low", max(0.0, interval.low) * scale, n=n, **at)
         yield row("matched_ratio_high", min(1.0, interval.high) * scale, n=n, **at)
-    if frame.crossfit:
-        inside = [float(space.first(k).shares(gram).sum()) for space, _ in frame.crossfit]
-        level = sum(float(shares[:k].sum()) for _, shares in frame.crossfit) / len(inside)
-        fraction = sum(inside) / len(inside)
+    halves = moment.halves()
+    if frame.crossfit and halves is not None:
+        spaces = [space.first(k) for space, _ in frame.crossfit]
+        levels = [float(shares[:k].sum()) for _, shares in frame.crossfit]
+        if adapter is not None:
+            others = halves[::-1]
+            levels = [
+                float(one.shares(seen(other.value)).sum())
+                for one, other in zip(spaces, others, strict=True)
+            ]
+        fraction = sum(float(one.shares(gram).sum()) for one in spaces) / 2
         yield row("crossfit_ratio", fraction * scale, n=n, **at)
-        yield row("crossfit_matched_ratio", level * scale, n=n, **at)
-        fraction *= null.mean / level  # the null's level is that of the text its subspace is estimated from
-    yield row("matched_z", null.z(fraction), n=n, **at)
-    p, error = null.p_value(fraction)
+        yield row("crossfit_matched_ratio", sum(levels) / 2 * scale, n=n, **at)
+        fraction *= 2 * null.mean / sum(levels)  # the null's level is that of the subspace's own text
+    error = 0.0 if interval is None else interval.stderr / null.mean * widening(frame.per_dimension)
+    estimated = Estimated(null, error, len(moment.sums) - 1)
+    yield row("matched_z", estimated.z(fraction), n=n, **at)
+    p, error = estimated.p_value(fraction)
     yield row("matched_p_value", p, n=n, stderr=error, **at)
 
 
 def _of_adapter(
-    update: Update, fraction: float, frame: Frame, k: int, seed: int, at: dict
+    gram: Float[Tensor, "d d"],
+    adapter: Float[Tensor, "r d"],
+    fraction: float,
+    frame: Frame,
+    k: int,
+    seed: int,
+    at: dict,
 ) -> Iterator[Row]:
-    """What reads of an adapter are compared with: its own row space, and the inputs seen through it."""
-    assert update.adapter is not None and frame.moment is not None
-    gram, a, space = update.gram.cpu().double(), update.adapter.cpu().double(), frame.space.first(k)
-    scale, n = len(gram) / k, frame.moment.samples
-    own = matched_null(gram, moment_root(a.T @ a), space, seed)
-    yield row("adapter_rank", len(a), n=n, **at)
-    yield row("adapter_ratio", own.mean * scale, n=n, **at)
-    yield row("adapter_z", own.z(fraction), n=n, **at)
-    p, error = own.p_value(fraction)
-    yield row("adapter_p_value", p, n=n, stderr=error, **at)
-    if frame.moment.centred:
-        return
-    null = matched_null(gram, moment_root(adapter_moment(a, frame.moment.value.cpu().double())), space, seed)
-    yield row("matched_ratio", null.mean * scale, n=n, **at)
-    halves = frame.moment.halves()
-    if frame.crossfit and halves is not None:
-        spaces = [space.first(k) for space, _ in frame.crossfit]
-        levels = [
-            float(one.shares(adapter_moment(a, other.value.cpu().double())).sum())
-            for one, other in zip(spaces, halves[::-1], strict=True)
-        ]
-        level = sum(levels) / 2
-        fraction = sum(float(one.shares(gram).sum()) for one in spaces) / 2
-        yield row("crossfit_ratio", fraction * scale, n=n, **at)
-        yield row("crossfit_matched_ratio", level * scale, n=n, **at)
-        fraction *= null.mean / level
-    yield row("matched_z", null.z(fraction), n=n, **at)
+    """The reads of an adapter against those of a random B: they lie in the row space of its A."""
+    null = matched_null(gram, moment_root(adapter.T @ adapter), frame.space.first(k), seed)
+    yield row("adapter_rank", len(adapter), n=len(adapter), **at)
+    yield row("adapter_ratio", null.mean * len(gram) / k, n=len(adapter), **at)
+    yield row("adapter_z", null.z(fraction), n=len(adapter), **at)
     p, error = null.p_value(fraction)
-    yield row("matched_p_value", p, n=n, stderr=error, **at)
+    yield row("adapter_p_value", p, n=len(adapter), stderr=error, **at)
 
 
 def _tokens(moments: Sequence[Moment]) -> Iterator[Row]:

@@ -219,7 +219,7 @@ def test_uncertainty_has_its_claims_figures_and_bridge_where_it_was_measured(out
     text = Page(place / "index.html").text
     claims = pd.read_parquet(place / "tables/claims_uncertainty.parquet")
     # One base, whatever was trained from it: a line for each claim.
-    assert list(claims["claim"]) == [*CLAIMS, COUPLED] and set(claims["verdict"]) == {"agrees"}
+    assert list(claims["claim"]) == [*CLAIMS, COUPLED] and set(claims["verdict"]) == {"supported"}
     assert set(claims["setting"]) == {"tiny · world, seed 0"}
     assert all(f"{claim[:1].upper()}{claim[1:]}." in text for claim in claims["claim"])
     assert "abstention +0.60, false abstention +0.10" in text

@@ -10,7 +10,7 @@ import pytest
 
 from runners.summary.sweep import sharpness_and_ratios, summarise
 from runners.tracking.record import Record
-from weightgeom.analysis.over_seeds import rank_correlation
+from weightgeom.analysis.evidence import rank_correlation
 from weightgeom.declarations import ProbeDeclaration, recorded
 from weightgeom.figures.base import ratio_by_sharpness, save
 from weightgeom.table import ADDED, row, tabulate
