@@ -1,5 +1,6 @@
 """Checks of declarations before anything runs, and how they go into records and tables."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, get_args
@@ -17,10 +18,12 @@ from weightgeom.declarations import (
 )
 from weightgeom.interfaces import Intervention, KnownRole, Objective, Probe
 from weightgeom.text.examples import Examples
+from weightgeom.training.config import Training
 
 if TYPE_CHECKING:
     import pandas as pd
 
+log = logging.getLogger(__name__)
 MEMBERS = {
     "probe": (Probe, ProbeDeclaration, ("declaration", "check", "measurement"), " or headline and of_matrix"),
     "intervention": (Intervention, InterventionDeclaration, ("declaration", "check", "arms", "rows"), ""),
@@ -53,6 +56,19 @@ def check_declarations(
                     f" name, such as +{group}.{short}_2={{_target_: ...}}"
                 )
             owners[name] = key
+
+
+def warn_of_uninformative(probes: Mapping[str, Probe], training: Training) -> None:
+    """Log a warning for every probe of shares whose headline is 1 whatever is trained, by the optimizer."""
+    for name, probe in probes.items():
+        declaration = probe.declaration
+        if declaration.share and training.orthogonal:
+            log.warning(
+                "training.optimizer=%s gives all singular values of an update nearly one size, so %s of probe"
+                " %s is about 1 for every matrix of full rank, whatever the model reads or writes: train by"
+                " another optimizer to measure it",
+                *(training.optimizer, declaration.headline, name),
+            )
 
 
 def _check_members(key: str, group: str, thing: object) -> None:

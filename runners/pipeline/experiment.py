@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from runners.disk import full_disk_explained
 from runners.modules import modules_of
-from runners.pipeline.declarations import check_declarations, objective_tags, with_declaration
+from runners.pipeline.declarations import (
+    check_declarations,
+    objective_tags,
+    warn_of_uninformative,
+    with_declaration,
+)
 from runners.pipeline.fingerprint import code_behind, contents, package
 from runners.pipeline.foresight import PRETRAINING, against, foreseen
 from runners.pipeline.logged_stages import Stages, warn_if_memorised
@@ -104,6 +109,8 @@ class Experiment:
                     " (contrast, likelihood or other) and of_text",
                     type(self.objective).__name__,
                 )
+            if self.objective is not None:
+                warn_of_uninformative(self.probes, self.training)
             try:
                 tables = self._tables(record, examples, progress)
             except (KeyboardInterrupt, SystemExit):

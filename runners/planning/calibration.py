@@ -26,6 +26,7 @@ from weightgeom.params import Params
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
 from weightgeom.training.fit import outdated_name_allowed
+from weightgeom.training.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ class TrainingCost:
 
     `activations` is the peak memory of a step, gradients included; `saved` is the memory per token between
     the forward and the backward pass; `trained` is the size of the trained parameters, for which the
-    optimizer keeps two moments; `reference` is whether a copy of the weights serves as the reference.
+    optimizer keeps moments; `reference` is whether a copy of the weights serves as the reference.
     """
 
     step: float
@@ -56,7 +57,8 @@ class TrainingCost:
     def peak_memory(self, weights: float, training: Training) -> float:
         """Peak memory in bytes for a network with `weights` bytes of weights."""
         copies = 1 + self.reference + (training.match == "delta_norm")
-        return copies * weights + 2 * self.trained + self.activations
+        moments = OPTIMIZERS[training.optimizer].moments
+        return copies * weights + moments * self.trained + self.activations
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class Benchmark:
             saved = memory.now / tokens  # kept for the backward pass
             value.backward()
             parameters = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-            optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+            optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)  # stands for all
             passes, updates = [], []
             for _ in range(2):
                 start = self._now()

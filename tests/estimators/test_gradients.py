@@ -188,6 +188,24 @@ def test_groups_of_prompts_add_up_and_are_what_a_bootstrap_draws(models, example
     assert_close(moment.drawn(times), expected)
 
 
+def test_squared_gradients_are_of_whole_training_batches_and_of_the_rest_if_it_is_all(models, examples):
+    model, params = models["llama"], weights(models["llama"])
+
+    def found(prompts, step):
+        training = Training(max_length=48, batch_size=step)
+        gathering = Gathering(prompts=prompts, batch_size=2, groups=2)
+        (some,) = gradient_moments(model, params, DPO(), training, examples, gathering, seed=5)
+        return next(iter(some.gradients.values()))
+
+    one, two = found(3, 3), found(7, 3)
+    assert_close(one.squares, one.value.square(), rtol=1e-4, atol=1e-12)  # a single batch: its own square
+    short = found(2, 3)
+    assert_close(short.squares * (2 / 3) ** 2, (short.value * 2 / 3).square(), rtol=1e-4, atol=1e-12)
+    six = found(6, 3)
+    assert_close(two.squares, six.squares, rtol=1e-4, atol=1e-12)  # the seventh fills no batch
+    assert not torch.allclose(six.squares, one.squares, rtol=1e-2, atol=0)
+
+
 def test_what_is_not_wanted_is_not_gathered(models, examples):
     (found,) = gathered(models["llama"], DPO(), examples, gradients=False, inputs=False)
     assert not found.gradients and not found.inputs and len(found.upstream) == 4

@@ -15,7 +15,7 @@ from weightgeom.geometry.nulls import matched_null, moment_root
 from weightgeom.interfaces import Setting
 from weightgeom.objectives.ce import CE
 from weightgeom.objectives.dpo import DPO
-from weightgeom.probes.moments import Moments
+from weightgeom.probes.moments import EXPECTED, Moments
 from weightgeom.probes.rsf import RSF
 from weightgeom.table import tabulate
 from weightgeom.training.config import Training
@@ -170,6 +170,151 @@ def test_the_forecast_is_the_fraction_of_the_gradient_of_the_mean_loss(name, at,
             of = matrix.norm.gain(setting.start)[:, None] * of
         expected = subspaces[matrix.name].relative_fraction(of if matrix.role == "read" else of.T)
         assert_close(forecast[matrix.name], expected, rtol=1e-3, atol=1e-4)  # fp32, as above
+
+
+def in_batches(setting, directory, size):
+    """The gradients of the trainer's own mean loss of each whole training batch, by parameter."""
+    model, objective = setting.model, setting.objective
+    network = model.with_weights(setting.start).eval()
+    arguments = TRAINING.arguments(directory, SEED, "cpu") | {"per_device_eval_batch_size": size}
+    some = sampled(setting.examples, 2048, TRAINING.max_length, setting.seed)
+    trainer = objective.trainer(network, model.tokenizer, some, arguments)
+    network.requires_grad_(True)
+    data, gradients = trainer.train_dataset.shuffle(seed=SEED), []
+    for inputs in trainer.get_eval_dataloader(data.select(range(len(data) // size * size))):
+        network.zero_grad()
+        with outdated_name_allowed():
+            trainer.compute_loss(network, inputs).backward()
+        names = {matrix.parameter for matrix in model.architecture.matrices}
+        gradients.append({name: network.get_parameter(name).grad.clone() for name in names})
+    assert len(gradients) > 2
+    return gradients
+
+
+@pytest.mark.parametrize("objective", [CE("chosen"), DPO()], ids=["ce", "dpo"])
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "olmo2"])  # fused, transposed, with a norm behind
+def test_the_forecast_of_adam_divides_by_the_root_of_the_mean_squared_gradient_of_training_batches(
+    name, objective, at, tmp_path
+):
+    training = replace(TRAINING, batch_size=2, accumulate=2)  # a step has 4, and the probe's batches have 3
+    setting = replace(at(name, objective), training=training)
+    rows = measured(Moments(batch_size=3, resamples=0), setting, moved(setting))
+    mean, batches = by_autograd(setting, tmp_path), in_batches(setting, tmp_path, 4)
+    found, plain = values(rows, "forecast_adam_ratio"), values(rows, "forecast_ratio")
+    subspaces = spaces(setting)
+    step = {}
+    for parameter, gradient in mean.items():
+        squares = torch.stack([one[parameter].square() for one in batches]).mean(0)
+        step[parameter] = gradient / (squares.sqrt() + 1e-8)
+    for matrix in setting.model.architecture.matrices:
+        of = matrix.of(step)
+        if matrix.norm is not None:
+            of = matrix.norm.gain(setting.start)[:, None] * of
+        expected = subspaces[matrix.name].relative_fraction(of if matrix.role == "read" else of.T)
+        # Where a gradient cancels to next to nothing, its sign is that of fp32's rounding.
+        assert_close(found[matrix.name], expected, rtol=5e-3, atol=5e-3)
+    assert max(abs(found[one] / plain[one] - 1) for one in found) > 0.05
+
+
+def test_a_single_batch_makes_the_forecast_of_adam_that_of_the_gradients_signs(at, tmp_path):
+    setting = at("llama")
+    prompts = len(setting.examples.pairs)
+    setting = replace(setting, training=replace(TRAINING, batch_size=2 * prompts))
+    after = moved(setting)
+    found = values(measured(Moments(resamples=0, precision="float64"), setting, after), "forecast_adam_ratio")
+    gradient, subspaces = by_autograd(setting, tmp_path), spaces(setting)
+    for matrix in setting.model.architecture.matrices:
+        signs = matrix.of(gradient).sign()
+        expected = subspaces[matrix.name].relative_fraction(signs if matrix.role == "read" else signs.T)
+        assert_close(found[matrix.name], expected, rtol=0.02, atol=0.02)  # EPSILON, and signs of rounding
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "llama"])
+def test_the_kronecker_form_divides_by_the_roots_of_both_factors_mean_squares(name, at):
+    setting = at(name)
+    rows = measured(Moments(resamples=0), setting, moved(setting))
+    some, subspaces = gathered(setting, groups=1, positions="all"), spaces(setting)
+    for matrix in setting.model.architecture.matrices:
+        gradient = some.gradients[matrix.parameter]
+        of = matrix.of({matrix.parameter: gradient.value / gradient.kronecker})
+        expected = subspaces[matrix.name].relative_fraction(of if matrix.role == "read" else of.T)
+        assert_close(values(rows, "forecast_kronecker_ratio")[matrix.name], expected, rtol=1e-6, atol=0)
+    for site, moment in some.inputs.items():  # over all positions, a² is the diagonal of C_a
+        read = next(one for one in setting.model.architecture.matrices if one.module == site.module)
+        gradient = some.gradients[read.parameter]
+        squares = gradient.rows if read.transposed else gradient.columns
+        assert_close(squares, moment.value.diagonal(), rtol=1e-5, atol=1e-7)
+    for one, moment in some.upstream.items():  # and δ² that of C_delta
+        (write,) = [matrix for matrix in setting.model.architecture.matrices if matrix.name == one]
+        gradient = some.gradients[write.parameter]
+        squares = gradient.columns if write.transposed else gradient.rows
+        assert_close(squares, moment.value.diagonal(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("centre", [False, True])
+@pytest.mark.parametrize("unit", ["token", "prompt"])
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "olmo2"])
+def test_the_mixture_is_the_mean_over_all_pairings_of_what_is_read_with_what_is_sent_back(
+    name, unit, centre, at
+):
+    setting = at(name)
+    options = {"unit": unit, "centre": centre}
+    rows = measured(Moments(resamples=0, **options), setting, moved(setting))
+    some, subspaces = gathered(setting, groups=1, **options), spaces(setting)
+    found = values(rows, "mixture_ratio")
+    for matrix in setting.model.architecture.matrices:
+        second, first = moment_of(matrix, some, setting.start)
+        if centre:
+            second = second + torch.outer(first, first)
+        other = some.others[matrix.name]
+        firsts, squares = other.firsts.double(), other.squares.double()
+        if matrix.role == "read":
+            shape = (1, -1) if matrix.transposed else (-1, 1)
+            firsts, squares = (matrix.of({matrix.parameter: one.reshape(shape)}) for one in (firsts, squares))
+        # Σ_nm (x_n x_m) a_n a_mᵀ over pairings: the N terms n = m have C, the others μ μᵀ.
+        same, different = squares.sum(), firsts.square().sum() - squares.sum()
+        expected = ratio(subspaces[matrix.name].basis, same * second + different * torch.outer(first, first))
+        assert_close(found[matrix.name], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_factors_that_are_independent_have_the_ratio_of_the_mixture(generator):
+    # N = 50 samples of a and x, independent, both with a mean; their Gram matrix over 4000 draws.
+    n, draws = 50, 4000
+    mean_a, mean_x = torch.zeros(6).double(), torch.zeros(3).double()
+    mean_a[0], mean_x[0] = 0.3, 0.4
+    total = torch.zeros(6, 6).double()
+    for _ in range(draws):
+        a = torch.randn(n, 6, generator=generator, dtype=torch.float64) + mean_a
+        x = torch.randn(n, 3, generator=generator, dtype=torch.float64) + mean_x
+        total += (x.T @ a).T @ (x.T @ a)
+    second = torch.eye(6).double() + torch.outer(mean_a, mean_a)
+    rho = 0.16 / 3.16
+    expected = second + (n - 1) * rho * torch.outer(mean_a, mean_a)
+    share = float(total[0, 0] / total.trace())
+    # 1.3132 of 6.3132 with the mixture; the second moments alone say 1.09 of 6.09, the mean alone all.
+    assert_close(share, float(expected[0, 0] / expected.trace()), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "forecast"),
+    [
+        ("adamw", "forecast_adam_ratio"), ("lion", "forecast_adam_ratio"), ("sgd", "forecast_ratio"),
+        ("muon", None),
+    ],
+)  # fmt: skip
+def test_the_table_names_the_optimizer_and_the_forecast_that_belongs_to_it(optimizer, forecast, at):
+    setting = at("llama")
+    setting = replace(setting, training=replace(TRAINING, optimizer=optimizer))
+    rows = measured(Moments(resamples=2), setting, moved(setting))
+    named = {row["quantity"] for row in rows if row.get("treatment") == optimizer}
+    ends = () if forecast is None else (forecast, f"{forecast}_low", f"{forecast}_high")
+    assert named == {"measured_ratio", *ends}
+    assert not [row for row in rows if row.get("treatment") not in (None, optimizer)]
+    columns = list(Moments().summary(tabulate([{"step": 1, **row} for row in rows])))
+    shown = {name: f"{name} ({optimizer})" for name in ("forecast", "forecast_adam")}
+    belonging = [name for name in shown if f"{name}_ratio" == forecast]
+    middle = [shown[name] if name in belonging else name for name in shown]
+    assert columns == ["pathway", "matrix", "predicted", *middle, f"measured ({optimizer})"]
 
 
 @architectures
@@ -364,10 +509,11 @@ def test_without_resamples_there_are_no_intervals(at):
     for resamples in (40, 0):
         rows = measured(Moments(resamples=resamples), setting, moved(setting))
         ends = {row["quantity"] for row in rows if row["quantity"].endswith(("_low", "_high"))}
-        expected = {f"{one}_ratio_{end}" for one in ("predicted", "forecast") for end in ("low", "high")}
+        estimates = ("predicted", "forecast", "forecast_adam")
+        expected = {f"{one}_ratio_{end}" for one in estimates for end in ("low", "high")}
         assert ends == (expected if resamples else set())
         for row in rows:
-            estimated = row["quantity"] in ("predicted_ratio", "forecast_ratio")
+            estimated = row["quantity"] in [f"{one}_ratio" for one in estimates]
             assert (row["stderr"] is not None) == (estimated and resamples > 0)
 
 
@@ -376,10 +522,10 @@ def test_the_correlations_are_pearsons_over_the_layers_and_matrices_of_a_role(at
     rows = measured(Moments(k=[K, 8]), setting, moved(setting))
     roles = {one.name: one.role for one in setting.model.architecture.matrices}
     found = {row["quantity"]: row for row in rows if row["quantity"].endswith("correlation")}
-    expected = {f"{role}_{one}" for role in ("read", "write") for one in ("predicted", "mean", "forecast")}
+    expected = {f"{role}_{one}" for role in ("read", "write") for one in EXPECTED}
     assert set(found) == {f"{one}_correlation" for one in expected}
     for key, row in found.items():
-        role, one, _ = key.split("_")
+        role, _, one = key.removesuffix("_correlation").partition("_")
         names = [name for name, of in roles.items() if of == role]
         x, y = ([values(rows, f"{which}_ratio")[name] for name in names] for which in (one, "measured"))
         assert_close(row["value"], stats.pearsonr(x, y)[0], rtol=1e-9, atol=1e-12)
@@ -429,7 +575,7 @@ def test_every_row_has_its_place_its_unit_and_its_number_of_samples(name, at):
     assert all(row["n"] > 0 for row in rows)
     for matrix in setting.model.architecture.matrices:
         mine = [row for row in rows if (row.get("layer"), row.get("matrix")) == (matrix.layer, matrix.kind)]
-        assert len(mine) == len({row["quantity"] for row in mine}) == 8  # four ratios, two with two ends
+        assert len(mine) == len({row["quantity"] for row in mine}) == 13  # seven ratios, three with two ends
         assert {row["subspace"] for row in mine} == {place_of(matrix)[0]}
         assert {row["role"] for row in mine} == {matrix.role}
 

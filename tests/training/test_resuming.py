@@ -270,6 +270,19 @@ def test_a_damaged_state_is_logged_and_the_state_before_is_used(damage, interrup
     assert_equal_trajectories(whole["dpo"][0], cut)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "muon", "lion"])
+def test_a_training_by_any_optimizer_resumes_to_the_same_bits(optimizer, tmp_path):
+    asked = replace(TRAINING, optimizer=optimizer, warmup=3, schedule="cosine", weight_decay=0.1)
+    train(tmp_path / "whole", CE("chosen"), training=asked)
+    cut = tmp_path / "cut"
+    for last in (5, 8):
+        with pytest.raises(Ended):
+            train(cut, CE("chosen"), Curves(last), asked)
+    curves = train(cut, CE("chosen"), None, asked)
+    assert min(curves.by_step) == 7
+    assert_equal_trajectories(tmp_path / "whole", cut)
+
+
 def test_without_a_whole_state_it_starts_afresh(interrupted, whole, tmp_path, caplog):
     shutil.copytree(interrupted.parent, tmp_path, dirs_exist_ok=True)
     for state in resume_states(tmp_path / "cut"):

@@ -107,7 +107,7 @@ def test_auroc_is_that_of_mann_and_whitney_ties_included(generator):
 
 def test_the_interval_of_a_perfect_separation_ends_where_newcombes_equation_is_solved():
     found = auroc(torch.arange(20.0), torch.arange(20.0) + 30)
-    # 1 - A = t √V(A) with V = A (1 - A) [1 + 19 ((1 - A)/(2 - A) + A/(1 + A))] / 400, t = 2.0244: A = 0.892070.
+    # 1 - A = t √V(A), V = A (1 - A) [1 + 19 ((1 - A)/(2 - A) + A/(1 + A))] / 400, t = 2.0244: A = 0.89207.
     area, t = found.low, float(stats.t.ppf(0.975, 38))
     clusters = 1 + 19 * ((1 - area) / (2 - area) + area / (1 + area))
     assert_close(1 - area, t * sqrt(area * (1 - area) * clusters / 400), rtol=1e-9, atol=0)
@@ -125,9 +125,7 @@ def test_the_interval_of_the_auroc_covers_the_truth(size, area, generator):
     draws, shift = 1000, sqrt(2) * float(stats.norm.ppf(area))
     covered = 0
     for _ in range(draws):
-        found = auroc(
-            torch.randn(size, generator=generator), torch.randn(size, generator=generator) + shift
-        )
+        found = auroc(torch.randn(size, generator=generator), torch.randn(size, generator=generator) + shift)
         covered += found.low <= area <= found.high
     # Binomial: 0.95 within 3.7 of its standard errors, 1e-4 on either side; the areas near 1 take few values,
     # which no interval covers at exactly 95 %: there it covers more.
@@ -170,7 +168,7 @@ def test_in_the_best_of_32_layers_of_noise_groups_are_told_apart_in_one_case_of_
         ]
         wrong += float(best_of_layers(torch.stack(areas)).min()) <= 0.05
         told += max(auroc_of(float(one[0]), 12) for one in areas) > 0.5
-    # 5 % exactly (2 of 40 ranks), within a binomial bound of 1e-4; the best layer's own interval errs far more.
+    # 5 % (2 of 40 ranks), within a binomial bound of 1e-4; the best layer's own interval errs far more.
     assert wrong <= stats.binom.ppf(1 - 1e-4, draws, 0.05)
     assert shared or told > draws / 4
 

@@ -1,4 +1,4 @@
-"""Streaming moments under an objective: inputs, upstream gradients and the mean gradient, in one pass."""
+"""Streaming moments under an objective: inputs, upstream gradients, mean and squared gradient, in a pass."""
 
 import logging
 import random
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+EPSILON = 1e-8  # of AdamW in torch and transformers: added to the root
 CHARACTERS = 10  # of a text for each token that is wanted of it: more than the tokens of any tokenizer have
 
 
@@ -45,15 +46,39 @@ class MeanGradient:
     """G = E[δ aᵀ] of one parameter as it is stored: the gradient of the mean loss, by group of prompts.
 
     `sums` holds Σ δ aᵀ over the tokens of each group, `terms` how many terms the group's loss is a sum of.
+    `squares` is the mean over training batches of the squared entries of a batch's gradient. `rows` and
+    `columns` are the mean squares of the two factors over all tokens, δ and a, or a and δ where the
+    parameter is stored transposed.
     """
 
     sums: Float[Tensor, "group rows columns"]
     terms: Float[Tensor, " group"]
+    squares: Float[Tensor, "rows columns"]
+    rows: Float[Tensor, " rows"]
+    columns: Float[Tensor, " columns"]
 
     @property
     def value(self) -> Float[Tensor, "rows columns"]:
         """The gradient of the mean loss."""
         return self.drawn(torch.ones_like(self.terms))
+
+    @property
+    def adam(self) -> Float[Tensor, "rows columns"]:
+        """What Adam divides a gradient by, on average: √(mean squared batch gradient) + EPSILON.
+
+        Source: arXiv:1412.6980, Algorithm 1, with expectations for the running means.
+        """
+        return self.squares.sqrt() + EPSILON
+
+    @property
+    def kronecker(self) -> Float[Tensor, "rows columns"]:
+        """The root of the product of the factors' mean squares: infinite where one of them is always 0.
+
+        It is proportional to `adam` where tokens are uncorrelated and their factors' squares independent,
+        and needs two vectors only. G over it is D_δ^(-1/2) G D_a^(-1/2).
+        """
+        root = torch.outer(self.rows.sqrt(), self.columns.sqrt())
+        return root.masked_fill(root == 0, float("inf"))
 
     def drawn(self, times: Float[Tensor, " group"]) -> Float[Tensor, "rows columns"]:
         """The gradient for a sample in which each group occurs this many times."""
@@ -71,7 +96,9 @@ class Pass:
     """What one pass found in some of the layers.
 
     `inputs` has C_a = E[a aᵀ] by site; `upstream` C_delta = E[δ δᵀ] by the name of the o or down at whose
-    output it is taken, one object for both in a parallel block; `gradients` G by parameter.
+    output it is taken, one object for both in a parallel block; `gradients` G by parameter. `others` has, by
+    the name of a matrix, the sums of the other factor than the one in these moments: of δ for a matrix that
+    reads, of a for one that writes.
     """
 
     layers: Sequence[int]
@@ -79,6 +106,7 @@ class Pass:
     upstream: Mapping[str, Moment]
     gradients: Mapping[str, MeanGradient]
     prompts: int
+    others: Mapping[str, "Diagonal"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +150,8 @@ def gradient_moments(
     as many passes as the budget asks for, with identical results; take what is yielded before asking
     for more. Source: the mechanism offered by arXiv:2605.16600; these estimators are ours.
     Nothing is yielded for a mixture of experts: TRL adds its routers' balance to the loss, which is then no
-    mean over terms.
+    mean over terms. A training batch has the prompts of one optimizer step of `training`; a rest of prompts
+    that fills none counts for the squared gradients only if it is all there is. Clipping is left out.
 
     Raises:
         ValueError: if the data lack what the objective needs, or a sum is not finite.
@@ -144,17 +173,18 @@ def gradient_moments(
         data = trainer.train_dataset.shuffle(seed=seed)
         data = data.select(range(min(gathering.prompts, len(data))))
         groups = max(1, min(gathering.groups, len(data)))
+        step = training.batch_size * training.accumulate
         budget = float("inf") if gathering.budget_gb is None else gathering.budget_gb * GIB
         layer_size = _layer_size(architecture, params, gathering, groups)
         for layers in passes(range(architecture.n_layers), lambda layer: layer_size, budget):
-            sums = _Sums(architecture, layers, gathering, groups)
+            sums = _Sums(architecture, layers, gathering, groups, max(1, len(data) // step))
             seen = 0
             with sums.hooked(network), outdated_name_allowed():
                 for inputs in trainer.get_eval_dataloader(data):  # pyright: ignore[reportArgumentType]
                     scored = objective.scored(inputs)
                     here = range(seen, seen + len(scored.terms))
                     of_prompts = [group_of(prompt, len(data), groups) for prompt in here]
-                    sums.expect(scored, scored.read(inputs)[1], of_prompts)
+                    sums.expect(scored, scored.read(inputs)[1], of_prompts, [one // step for one in here])
                     loss = objective.total_loss(trainer, inputs)
                     if gathering.upstream or gathering.gradients:
                         loss.backward()
@@ -174,24 +204,81 @@ def folded(moment: Moment, matrix: ResidualMatrix, params: Params) -> Moment:
     return replace(moment, sums=moment.sums * torch.outer(gain, gain), firsts=moment.firsts * gain)
 
 
+class Diagonal:
+    """Sums x and its squares entry by entry, as rows `x` come in; `add` mutates it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.firsts = self.squares = torch.zeros(0, dtype=dtype)
+        self.count = 0
+
+    def add(self, x: Float[Tensor, "row d"]) -> None:
+        """Add the rows."""
+        x = x.to(self.dtype)
+        if not self.count:
+            self.firsts, self.squares = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
+        self.firsts = self.firsts + x.sum(0)
+        self.squares = self.squares + x.square().sum(0)
+        self.count += len(x)
+
+
+class _GradientSums:
+    """Σ δ aᵀ of one parameter by group, and the squared mean gradients of training batches."""
+
+    def __init__(self, groups: int, like: Float[Tensor, "rows columns"]) -> None:
+        self.sums = like.new_zeros(groups, *like.shape)
+        self.squares, self.open = torch.zeros_like(like), torch.zeros_like(like)
+        self.batch = 0  # which `open` is of
+
+    def add(self, part: Float[Tensor, "rows columns"], group: int, batch: int, terms: Tensor) -> None:
+        """Add Σ δ aᵀ over tokens of a group and a batch, batch by batch; mutates it.
+
+        `terms` counts those of every batch.
+        """
+        if batch != self.batch:
+            self.close(terms)
+            self.batch = batch
+        self.sums[group] += part
+        self.open += part
+
+    def close(self, terms: Float[Tensor, " batch"]) -> None:
+        """Add the squares of the open batch's mean gradient, unless it is a rest; mutates it."""
+        if self.batch < len(terms):
+            self.squares += (self.open / terms[self.batch].clamp(min=1).to(self.open)).square_()
+        self.open.zero_()
+
+
 class _Sums:
     """What is accumulated over some layers; its hooks add to it."""
 
     def __init__(
-        self, architecture: Architecture, layers: Sequence[int], gathering: Gathering, groups: int
+        self,
+        architecture: Architecture,
+        layers: Sequence[int],
+        gathering: Gathering,
+        groups: int,
+        batches: int,
     ) -> None:
         self.layers, self.gathering, self.groups = layers, gathering, groups
         self.matrices = [matrix for matrix in architecture.matrices if matrix.layer in layers]
         self.sites = {site.module: site for site in architecture.sites if site.layer in layers}
         self.parallel = architecture.parallel
-        self.samples = self.everywhere = Samples(torch.zeros(0, 0, dtype=torch.bool), [], [])
+        self.samples = self.everywhere = self.cells = Samples(torch.zeros(0, 0, dtype=torch.bool), [], [])
         self.counts = torch.zeros(groups, dtype=torch.float64)
         self.terms = torch.zeros(groups, dtype=torch.float64)
+        self.of_batches = torch.zeros(batches, dtype=torch.float64)  # terms of the whole training batches
         self.accumulators: dict[str, Accumulator] = {}
-        self.gradients: dict[str, Tensor] = {}
+        self.diagonals: dict[str, Diagonal] = {}
+        self.gradients: dict[str, _GradientSums] = {}
 
-    def expect(self, scored: Scored, attention: Int[Tensor, "sequence position"], group: list[int]) -> None:
-        """Take note of a batch that comes next: its positions, and the group of each of its prompts."""
+    def expect(
+        self,
+        scored: Scored,
+        attention: Int[Tensor, "sequence position"],
+        group: list[int],
+        batch: list[int],
+    ) -> None:
+        """Note the positions of the next prompts, with the group and the training batch of each."""
         everywhere = attention.bool()
         where = everywhere
         if self.gathering.positions == "scored":
@@ -199,9 +286,13 @@ class _Sums:
             where[:, :-1] = scored.targets[:, 1:]  # a token is predicted at the position before it
         self.samples = Samples(where, scored.prompt, group, self.gathering.unit)
         self.everywhere = Samples(everywhere, scored.prompt, group)
+        pairs = zip(batch, group, strict=True)
+        self.cells = Samples(everywhere, scored.prompt, [one * self.groups + other for one, other in pairs])
         self.samples.add_counts(self.counts)
         for prompt, terms in enumerate(scored.terms):
             self.terms[group[prompt]] += terms
+            if batch[prompt] < len(self.of_batches):
+                self.of_batches[batch[prompt]] += terms
 
     @contextmanager
     def hooked(self, network: "PreTrainedModel") -> Iterator[None]:
@@ -223,12 +314,15 @@ class _Sums:
         site = self.sites.get(matrix.module) if self.gathering.inputs else None
         shared = self.parallel and matrix.kind == "o"  # its upstream gradient is that of down
         upstream = self.gathering.upstream and matrix.role == "write" and not shared
+        both = self.gathering.inputs and self.gathering.upstream
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():  # not the policy's own pass
                 return None
             if site is not None:
                 self._add(matrix.module + " input", inputs[0].detach(), mean=True)
+            if both and matrix.role == "write":
+                self._diagonal(matrix, "other").add(_rows(self.samples, inputs[0].detach(), mean=True))
             if not (upstream or self.gathering.gradients):
                 return None
             a = inputs[0].detach() if self.gathering.gradients else None  # held until the backward pass
@@ -236,6 +330,8 @@ class _Sums:
             def send_back(delta: Tensor) -> None:
                 if upstream:
                     self._add(matrix.name, delta)
+                if both and matrix.role == "read":
+                    self._diagonal(matrix, "other").add(_rows(self.samples, delta))
                 if a is not None:
                     self._add_gradient(matrix, delta, a)
 
@@ -251,6 +347,9 @@ class _Sums:
             self.accumulators[name] = Accumulator(self.groups, self.gathering.dtype)
         self.samples.add(self.accumulators[name], a, mean)
 
+    def _diagonal(self, matrix: ResidualMatrix, of: str) -> Diagonal:
+        return self.diagonals.setdefault(f"{matrix.module} {of}", Diagonal(self.gathering.dtype))
+
     def _add_gradient(
         self,
         matrix: ResidualMatrix,
@@ -259,14 +358,17 @@ class _Sums:
     ) -> None:
         delta, a = self.everywhere.by_sequence(delta), self.everywhere.by_sequence(a)
         rows, columns = (a, delta) if matrix.transposed else (delta, a)
+        dtype = self.gathering.dtype
         if matrix.parameter not in self.gradients:
-            self.gradients[matrix.parameter] = torch.zeros(
-                *(self.groups, rows.shape[-1], columns.shape[-1]), dtype=self.gathering.dtype, device=a.device
-            )
-        for start, end, group in self.everywhere.runs():
+            like = torch.zeros(rows.shape[-1], columns.shape[-1], dtype=dtype, device=a.device)
+            self.gradients[matrix.parameter] = _GradientSums(self.groups, like)
+        sums = self.gradients[matrix.parameter]
+        for start, end, cell in sorted(self.cells.runs(), key=lambda run: run[2]):
+            batch, group = divmod(cell, self.groups)
             some, others = rows[start:end].flatten(0, 1), columns[start:end].flatten(0, 1)
-            total = self.gradients[matrix.parameter][group]
-            total.addmm_(some.T.to(total.dtype), others.to(total.dtype))
+            sums.add(some.T.to(dtype) @ others.to(dtype), group, batch, self.of_batches)
+        for name, factor in (("rows", rows), ("columns", columns)):
+            self._diagonal(matrix, name).add(factor[self.everywhere.where.to(factor.device)])
 
     def found(self, prompts: int) -> Pass:
         """All that was accumulated."""
@@ -277,7 +379,8 @@ class _Sums:
         for name, moment in moments.items():
             check_finite(moment.sums, f"the moment of {name}")
         for name, sums in self.gradients.items():
-            check_finite(sums, f"the gradient of {name}")
+            sums.close(self.of_batches)
+            check_finite(sums.sums, f"the gradient of {name}")
         writes = (
             [matrix for matrix in self.matrices if matrix.role == "write"] if self.gathering.upstream else []
         )
@@ -286,20 +389,50 @@ class _Sums:
             self.layers,
             {site: moments[f"{name} input"] for name, site in self.sites.items() if self.gathering.inputs},
             {name: moments[taken] for name, taken in source.items()},
-            {name: MeanGradient(sums, self.terms) for name, sums in self.gradients.items()},
+            {name: self._gradient(name, sums) for name, sums in self.gradients.items()},
             prompts,
+            {
+                matrix.name: self.diagonals[f"{matrix.module} other"]
+                for matrix in self.matrices
+                if f"{matrix.module} other" in self.diagonals
+            },
+        )
+
+    def _gradient(self, parameter: str, sums: _GradientSums) -> MeanGradient:
+        module = parameter.removesuffix(".weight")
+        rows, columns = (self.diagonals[f"{module} {name}"] for name in ("rows", "columns"))
+        return MeanGradient(
+            sums.sums,
+            self.terms,
+            sums.squares / len(self.of_batches),
+            rows.squares / rows.count,
+            columns.squares / columns.count,
         )
 
 
+def _rows(samples: Samples, a: Float[Tensor, "*token d"], mean: bool = False) -> Float[Tensor, "row d"]:
+    """A module's inputs, or the gradients of its outputs, by sample; a prompt has its `mean` or its sum."""
+    a, where = samples.by_sequence(a), samples.where.to(a.device)
+    if samples.unit == "token":
+        return a[where]
+    prompts = torch.tensor(samples.prompt, device=a.device)
+    whole = a.new_zeros(len(samples.group), a.shape[2]).index_add_(0, prompts, (a * where[..., None]).sum(1))
+    if not mean:
+        return whole
+    counts = whole.new_zeros(len(whole)).index_add_(0, prompts, where.sum(1).to(whole))
+    return whole / counts.clamp(min=1)[:, None]
+
+
 def _layer_size(architecture: Architecture, params: Params, gathering: Gathering, groups: int) -> float:
-    """The bytes of the sums of one layer: those of the largest."""
+    """The bytes of the sums of one layer, the largest; two of those of gradients belong to no group."""
     d = architecture.d_model
     squares = (2 if gathering.inputs else 0) + (
         (1 if architecture.parallel else 2) if gathering.upstream else 0
     )
     first = [matrix for matrix in architecture.matrices if matrix.layer == 0]
     entries = sum(params[name].numel() for name in {matrix.parameter for matrix in first})
-    return float((squares * d * d + gathering.gradients * entries) * gathering.dtype.itemsize * groups)
+    gradients = gathering.gradients * entries * (groups + 2)
+    return float((squares * d * d * groups + gradients) * gathering.dtype.itemsize)
 
 
 def sampled(examples: Examples, prompts: int, length: int, seed: int) -> Examples:

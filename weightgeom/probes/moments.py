@@ -29,12 +29,14 @@ from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture, ResidualMatrix
 from weightgeom.params import Params
-from weightgeom.table import Row, own, row
+from weightgeom.table import Row, arm_columns, own, row
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+EXPECTED = ("predicted", "mean", "mixture", "forecast", "forecast_adam", "forecast_kronecker")
+SHOWN = ("predicted", "forecast", "forecast_adam")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -53,12 +55,23 @@ class Moments:
             C_delta (write) alone.
         mean_ratio: the ratio of the mean E[a] (read) or E[δ] (write) alone, which is what independence
             leads to as samples add up: E[δ aᵀ] = E[δ] E[a]ᵀ.
-        forecast_ratio: the ratio of the mean gradient G = E[δ aᵀ]: a single step of plain descent. As
-            predicted_ratio it has the bootstrap's standard error over prompts, and predicted_ratio_low,
-            ..._high, forecast_ratio_low, ..._high are the ends of the 95 % intervals.
+        mixture_ratio: the ratio of C + (N - 1) ρ μ μᵀ, which lies between the two: what independence leads
+            to for N samples, ρ = ‖E[x]‖² / E‖x‖² of the other factor (δ for a read, a for a write) without
+            its bias, μ the mean of this one.
+        forecast_ratio: the ratio of the mean gradient G = E[δ aᵀ]: a single step of plain descent.
+        forecast_adam_ratio: the ratio of G over the root of the mean squared gradient of a training batch,
+            entry by entry as the parameter is stored: a single step of Adam once its running means have
+            settled. Its intervals hold the divisor fixed.
+        forecast_kronecker_ratio: the ratio of D_δ^(-1/2) G D_a^(-1/2), D the diagonals of the second moments
+            over all tokens: a cheap stand-in for forecast_adam_ratio.
         measured_ratio: the ratio of the update at this step.
-        read_predicted_correlation, read_mean_..., read_forecast_..., write_...: Pearson's correlation
-            with the measured ratio over layers and matrices of one role, at the smallest k.
+        predicted_ratio, forecast_ratio and forecast_adam_ratio have the bootstrap's standard error over
+            prompts; predicted_ratio_low, ..._high and so on are the ends of the 95 % intervals.
+        read_predicted_correlation, read_mean_..., read_mixture_..., read_forecast_...,
+            read_forecast_adam_..., read_forecast_kronecker_..., write_...: Pearson's correlation with the
+            measured ratio over layers and matrices of one role, at the smallest k.
+    The column `treatment` of measured_ratio, and of the forecast that belongs to it, is the training's
+    optimizer; Muon has no forecast: its update of full rank has ratio 1.
     """
 
     declaration: ClassVar[ProbeDeclaration] = ProbeDeclaration(
@@ -85,17 +98,24 @@ class Moments:
     def held(self, shape: Shape, objective: bool) -> float:
         """The sums over each group of prompts: of moments and, in full size, of gradients."""
         groups = self.groups if self.resamples else 1
-        size = {"float32": 1, "float64": 2}[self.precision] * groups
-        in_layers = shape.weights - 2 * shape.logits(shape.d_model)  # without embedding and unembedding
-        sums = size * (4 * shape.layers * shape.square + max(in_layers, 0.0)) if objective else 0.0
+        size = {"float32": 1, "float64": 2}[self.precision]
+        in_layers = max(shape.weights - 2 * shape.logits(shape.d_model), 0.0)  # no embedding, no unembedding
+        moments, gradients = 4 * shape.layers * shape.square, in_layers
+        sums = size * (groups * moments + (groups + 2) * gradients) if objective else 0.0
         if self.budget_gb is not None:
             sums = min(sums, max(self.budget_gb * GIB, sums / shape.layers))
         models = shape.weights * (2 if objective and shape.reference else 1)
         return models + sums + shape.passing(2 * self.batch_size * shape.longest)
 
     def summary(self, table: "pd.DataFrame") -> "pd.DataFrame":
-        """Predicted, forecast and measured ratio, and the correlations."""
-        return by_expectation(table, ("predicted", "forecast"))
+        """Expected and measured ratio, and the correlations; the heads of columns name the optimizer."""
+        there = {"predicted", "forecast", *table["quantity"].str.removesuffix("_ratio")}
+        shown = by_expectation(table, [name for name in SHOWN if name in there])
+        named = table[table["treatment"] != ""]
+        by = dict(zip(named["quantity"], named["treatment"], strict=True))
+        return shown.rename(
+            columns={name: f"{name} ({by[f'{name}_ratio']})" for name in shown if f"{name}_ratio" in by}
+        )
 
     def figures(self, tables: "Mapping[str, pd.DataFrame]") -> "Mapping[str, Figure]":
         """Expected against measured ratio."""
@@ -110,7 +130,9 @@ class Moments:
         """The measurement of one checkpoint's update since the trajectory's start."""
         if setting.objective is None or setting.from_random:
             return lambda params: []
+        assert setting.training is not None
         dims = dimensions(self.k, setting.model.architecture.d_model)
+        optimizer = arm_columns(setting.training.optimizer)
         spaces = {frame.place: frame.space for frame in self._frames(setting, dims[-1])}
         expected = list(self._expected(setting, spaces))
 
@@ -123,7 +145,7 @@ class Moments:
                     n = update.shape[0] * update.shape[1]
                     for k in dims:
                         ratio = float(inside[k - 1]) * len(update.gram) / k
-                        rows.append(row("measured_ratio", ratio, n=n, **_at(matrix, k)))
+                        rows.append(row("measured_ratio", ratio, n=n, **_at(matrix, k), **optimizer))
             if not rows:
                 return []
             return [*expected, *rows, *_correlations([*expected, *rows], dims[0])]
@@ -156,17 +178,36 @@ class Moments:
         for some in passes:
             for matrix in setting.model.architecture.matrices:
                 if matrix.layer in some.layers:
-                    space = spaces[place_of(matrix)]
-                    moment = _moment(matrix, some, setting.start)
-                    yield from self._ratios("predicted_ratio", matrix, moment, moment.samples, space, setting)
-                    for k in dimensions(self.k, len(space.basis)):
-                        mean = moment.mean.cpu()[None]
-                        if not mean.any():
-                            continue
-                        ratio = space.first(k).relative_fraction(mean)
-                        yield row("mean_ratio", ratio, n=moment.samples, **_at(matrix, k))
-                    grams = _Grams(matrix, some.gradients[matrix.parameter], setting.start)
-                    yield from self._ratios("forecast_ratio", matrix, grams, some.prompts, space, setting)
+                    yield from self._of_matrix(matrix, some, spaces[place_of(matrix)], setting)
+
+    def _of_matrix(
+        self, matrix: ResidualMatrix, some: Pass, space: Subspace, setting: Setting
+    ) -> Iterator[Row]:
+        """Rows of what one matrix's moments and mean gradient lead to expect of its update."""
+        assert setting.training is not None
+        moment = _moment(matrix, some, setting.start)
+        yield from self._ratios("predicted_ratio", matrix, moment, moment.samples, space, setting)
+        mean, mixture = moment.mean.cpu()[None], _mixture(matrix, moment, some).cpu()
+        inside = space.shares(mixture).cumsum(0)
+        for k in dimensions(self.k, len(space.basis)):
+            if mean.any():
+                ratio = space.first(k).relative_fraction(mean)
+                yield row("mean_ratio", ratio, n=moment.samples, **_at(matrix, k))
+            if float(mixture.trace()) > 0:
+                ratio = float(inside[k - 1]) * len(mixture) / k
+                yield row("mixture_ratio", ratio, n=moment.samples, **_at(matrix, k))
+        gradient = some.gradients[matrix.parameter]
+        forecasts = {
+            "forecast_ratio": (None, self.resamples),
+            "forecast_adam_ratio": (gradient.adam, self.resamples),
+            "forecast_kronecker_ratio": (gradient.kronecker, 0),
+        }
+        for quantity, (divisor, resamples) in forecasts.items():
+            grams = _Grams(matrix, gradient, setting.start, divisor)
+            belongs = quantity == setting.training.forecast
+            optimizer = arm_columns(setting.training.optimizer) if belongs else {}
+            rows = self._ratios(quantity, matrix, grams, some.prompts, space, setting, resamples)
+            yield from ({**one, **optimizer} for one in rows)
 
     def _ratios(
         self,
@@ -176,14 +217,16 @@ class Moments:
         n: int,
         space: Subspace,
         setting: Setting,
+        resamples: int | None = None,
     ) -> Iterator[Row]:
+        resamples = self.resamples if resamples is None else resamples
         d, second = space.basis.shape[0], source.value.cpu()
         if not float(second.trace()) > 0:  # no gradient reaches the matrix: no share of it lies anywhere
             return
         inside = space.shares(second).cumsum(0)
         drawn = [
             space.shares(one).cumsum(0)
-            for one in (one.cpu() for one in source.resampled(self.resamples, setting.seed))
+            for one in (one.cpu() for one in source.resampled(resamples, setting.seed))
             if float(one.trace()) > 0
         ]
         for k in dimensions(self.k, d):
@@ -198,10 +241,19 @@ class Moments:
 
 
 class _Grams:
-    """Gram matrices of a matrix's mean gradient on its residual side, the gain behind it folded in."""
+    """Gram matrices of a matrix's mean gradient on its residual side, the gain behind it folded in.
 
-    def __init__(self, matrix: ResidualMatrix, gradient: MeanGradient, start: Params) -> None:
-        self.matrix, self.gradient, self.start = matrix, gradient, start
+    `divisor` divides the gradient of the stored parameter, entry by entry, before the matrix is taken of it.
+    """
+
+    def __init__(
+        self,
+        matrix: ResidualMatrix,
+        gradient: MeanGradient,
+        start: Params,
+        divisor: Float[Tensor, "rows columns"] | None,
+    ) -> None:
+        self.matrix, self.gradient, self.start, self.divisor = matrix, gradient, start, divisor
         self.sums = gradient.sums  # as many as there are groups
 
     @property
@@ -215,6 +267,7 @@ class _Grams:
             yield self._gram(gradient)
 
     def _gram(self, stored: Tensor) -> Float[Tensor, "d d"]:
+        stored = stored if self.divisor is None else stored / self.divisor
         gradient = self.matrix.of({self.matrix.parameter: stored})
         if self.matrix.norm is not None:
             gradient = self.matrix.norm.gain(self.start).to(gradient)[:, None] * gradient
@@ -232,6 +285,25 @@ def _moment(matrix: ResidualMatrix, some: Pass, start: Params) -> Moment:
     return moment
 
 
+def _mixture(matrix: ResidualMatrix, moment: Moment, some: Pass) -> Float[Tensor, "d d"]:
+    """C + (N - 1) ρ μ μᵀ, the expected Gram matrix over N of Σ x aᵀ if x and a are independent.
+
+    Of x, the other factor, (N - 1) ρ is estimated by ‖Σ x‖² / Σ ‖x‖² - 1, without the bias that the N terms
+    x x have in ‖Σ x‖².
+    """
+    other = some.others[matrix.name]
+    firsts, squares = other.firsts, other.squares
+    if matrix.role == "read":  # of the module's outputs, those of this matrix
+        stored = (1, -1) if matrix.transposed else (-1, 1)
+        firsts, squares = (
+            matrix.of({matrix.parameter: sums.reshape(stored)}).squeeze(1) for sums in (firsts, squares)
+        )
+    total = float(squares.sum())
+    repeats = float(firsts.square().sum()) / total - 1 if total else 0.0
+    mean = moment.mean
+    return moment.value + (repeats + moment.centred) * torch.outer(mean, mean)
+
+
 def _at(matrix: ResidualMatrix, k: int) -> dict:
     return {**matrix.table_columns, "subspace": place_of(matrix)[0], "k": k}
 
@@ -245,7 +317,7 @@ def _correlations(rows: list[Row], k: int) -> Iterator[Row]:
                 place = one["layer"], one["matrix"], one["expert"]
                 by_quantity.setdefault(one["quantity"], {})[place] = one["value"]
         measured = by_quantity.get("measured_ratio", {})
-        for name in ("predicted", "mean", "forecast"):
+        for name in EXPECTED:
             expected = by_quantity.get(f"{name}_ratio", {})
             pairs = torch.tensor(
                 [[expected[place], measured[place]] for place in measured if place in expected],

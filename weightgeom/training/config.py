@@ -8,11 +8,15 @@ from pydantic.dataclasses import dataclass
 
 from weightgeom.text.examples import Examples
 from weightgeom.training.lora import Lora
+from weightgeom.training.optimizers import OPTIMIZERS, Name
 
 
 @dataclass(frozen=True)
 class Training:
-    """Training by AdamW in fp32, with linear warm-up and then the `schedule` of the learning rate.
+    """Training in fp32, with linear warm-up and then the `schedule` of the learning rate.
+
+    `optimizer` is `adamw`, `sgd` (without momentum), `muon` (of the matrices at the residual stream, AdamW of
+    all other parameters) or `lion`; all decay weights apart from the gradient except `sgd`.
 
     Checkpoints are kept at steps 0, 1, 2, 4, 8, ... and the last. `max_length` is in tokens: the
     length of a packed sequence of text, and of the longest prompt + response.
@@ -28,6 +32,7 @@ class Training:
     steps: int = Field(default=64, ge=1)
     batch_size: int = Field(default=24, ge=1)
     accumulate: int = Field(default=1, ge=1)  # batches per optimizer step
+    optimizer: Name = "adamw"
     learning_rate: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
     warmup: int = Field(default=0, ge=0)  # steps
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # linear and cosine decay to 0
@@ -55,6 +60,25 @@ class Training:
             raise ValueError(
                 "log_gradients needs the gradients of whole matrices, which lora.r freezes: set only one"
             )
+        if self.lora.r is not None and self.orthogonal:
+            raise ValueError(
+                f"optimizer={self.optimizer} orthogonalises the updates of whole matrices, which lora.r"
+                " freezes: set only one"
+            )
+
+    @property
+    def orthogonal(self) -> bool:
+        """Whether the optimizer gives the updates of matrices singular values of nearly one size.
+
+        Of such an update of full rank, every subspace of dimension k has the share k/d: no measurement of
+        shares says anything about the model.
+        """
+        return OPTIMIZERS[self.optimizer].orthogonal
+
+    @property
+    def forecast(self) -> str:
+        """The quantity of the probe `moments` that stands for the optimizer's update; "" for none."""
+        return OPTIMIZERS[self.optimizer].forecast
 
     def check(self, examples: Examples) -> None:
         """Raise ValueError if `match` needs examples that the data lack."""
@@ -69,22 +93,25 @@ class Training:
     def checkpoints_size(self, weights: float, trained: float, from_random: bool) -> tuple[float, float]:
         """Bytes on disk of the kept checkpoints, and at peak of the resumable states.
 
-        `weights` is the size of the network in bytes, `trained` that of its trainable parameters, for each of
-        which the optimizer keeps two moments.
+        `weights` is the size of the network in bytes, `trained` that of its trainable parameters.
         """
         each = weights if self.lora.r is None else trained
         steps = [step for step in self.save_steps() if step or from_random]
         states = 0 if self.save_every is None else min(self.keep + 1, self.steps // self.save_every)
-        return len(steps) * each, states * (each + 2 * trained)
+        return len(steps) * each, states * (each + OPTIMIZERS[self.optimizer].moments * trained)
 
     def arguments(self, directory: Path, seed: int, device: str) -> dict[str, Any]:
-        """Arguments of a TRL trainer: fp32, no tracking, TRL's own checkpoints only as resumable states."""
+        """Arguments of a TRL trainer: fp32, no tracking, TRL's own checkpoints only as resumable states.
+
+        The `optim` of an optimizer that transformers lacks is AdamW's: `fit` gives the trainer its own.
+        """
         return {
             "output_dir": str(directory),
             "max_steps": self.steps,
             "per_device_train_batch_size": self.batch_size,
             "gradient_accumulation_steps": self.accumulate,
             "learning_rate": self.learning_rate,
+            "optim": OPTIMIZERS[self.optimizer].transformers or OPTIMIZERS["adamw"].transformers,
             "lr_scheduler_type": "constant_with_warmup" if self.schedule == "constant" else self.schedule,
             "warmup_steps": self.warmup,
             "weight_decay": self.weight_decay,

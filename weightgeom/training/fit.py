@@ -58,6 +58,7 @@ def fit(
     from weightgeom.models.residual import architecture_of
     from weightgeom.training.callbacks import CheckpointWriter, GradientNorms
     from weightgeom.training.matching import MatchedBudget, TrainingProgress
+    from weightgeom.training.optimizers import set_optimizer
     from weightgeom.training.resuming import ResumeStates, delete_after, restored_weights, resumable
 
     disable_progress_bar()  # the run shows its own
@@ -76,6 +77,7 @@ def fit(
         arguments["peft_config"] = training.lora.config(architecture)
     with outdated_name_allowed():
         trainer = objective.trainer(network, tokenizer, examples, arguments)
+    set_optimizer(trainer, training.optimizer, training.learning_rate, architecture)
     moving = getattr(trainer.args, "sync_ref_model", False)
     if training.save_every is not None and moving:
         raise ValueError(

@@ -143,7 +143,7 @@ def boundary_rows(states: Float[Tensor, "pooled d"], contrast: Contrast, arm: Ro
 def best_layer_rows(
     aurocs: Mapping[int, Mapping[str, Float[Tensor, " arrangement"]]], arm: Row
 ) -> Iterator[Row]:
-    """P-values of each layer's AUROC among the best layers of permuted labels; `aurocs` by layer and probe."""
+    """P-values of the layers' AUROC among the best layers of permuted labels, by layer and probe."""
     for name in next(iter(aurocs.values())):
         values = torch.stack([of_layer[name] for of_layer in aurocs.values()])
         for layer, p in zip(aurocs, best_of_layers(values).tolist(), strict=True):

@@ -5,7 +5,12 @@ from typing import ClassVar
 import pytest
 import small
 
-from runners.pipeline.declarations import check_declarations, objective_tags, with_declaration
+from runners.pipeline.declarations import (
+    check_declarations,
+    objective_tags,
+    warn_of_uninformative,
+    with_declaration,
+)
 from runners.pipeline.measurements import plain
 from weightgeom.analysis.declared import declared
 from weightgeom.declarations import InterventionDeclaration, ProbeDeclaration
@@ -15,9 +20,11 @@ from weightgeom.objectives.ce import CE
 from weightgeom.objectives.dpo import DPO
 from weightgeom.objectives.graded_contrastive import GradedContrastive
 from weightgeom.objectives.kto import KTO
+from weightgeom.probes.moments import Moments
 from weightgeom.probes.rsf import RSF
 from weightgeom.probes.spectrum import Spectrum
 from weightgeom.table import tabulate
+from weightgeom.training.config import Training
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,22 @@ def refused(match, probes=None, interventions=None, objective=None):
 def test_the_built_in_ones_and_two_instances_of_one_class_are_right():
     probes = {"rsf": RSF(), "rsf16": RSF(k=16), "gap": Gap(), "edges": PerMatrix(Edges())}
     check_declarations(probes, {"rank1": Rank1()}, DPO())
+
+
+def test_a_run_warns_of_shares_under_an_optimizer_that_makes_them_all_chance(caplog):
+    @dataclass(frozen=True)
+    class Shares(Gap):
+        declaration: ClassVar = ProbeDeclaration("multiple", share="portion")
+
+    probes = {"gap": Gap(), "mine": Shares()}
+    warn_of_uninformative(probes, Training(optimizer="lion"))
+    assert not caplog.messages
+    warn_of_uninformative(probes, Training(optimizer="muon"))
+    (message,) = caplog.messages
+    assert message.startswith("training.optimizer=muon gives all singular values")
+    assert "so multiple of probe mine is about 1 for every matrix of full rank" in message
+    warn_of_uninformative({"rsf": RSF(), "moments": Moments()}, Training(optimizer="muon"))
+    assert len(caplog.messages) == 2 and "ratio of probe rsf" in caplog.messages[1]
 
 
 def test_a_class_without_a_declaration_is_refused_with_all_members():
