@@ -150,11 +150,11 @@ def _graded(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
             "graded",
             f"graded_control_{number}",
             figures.ratio_by_sharpness(part, correlations, part["measure"].iloc[0].removeprefix("the ")),
-            f"{where}: ratio against {part['measure'].iloc[0]}, as measured along each training. A pair has one"
-            " alternative that carries gradient, the next token up to all of the vocabulary. A point is an"
-            " objective, with ± 2 standard errors over its seeds; grey points are single runs, squares the"
-            " exact ends of the family. Below: Spearman's rank correlation over objectives, and its p-value by"
-            " permuting them.",
+            f"{where}: ratio against {part['measure'].iloc[0]}, as measured along each training. A pair has"
+            " one alternative that carries gradient, the next token up to all of the vocabulary. A point is"
+            " an objective, with ± 2 standard errors over its seeds; grey points are single runs, squares the"
+            " exact ends of the family. Below: Spearman's rank correlation over objectives, and its p-value"
+            " by permuting them.",
             False,
         )
 

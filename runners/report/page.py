@@ -132,7 +132,10 @@ def _overall(judged: "pd.DataFrame") -> str:
 
 def _claim(claim: Any, judged: "pd.DataFrame") -> dict[str, Any]:
     lines = judged[judged["claim"] == claim.number]
-    counts = {said: int((lines["verdict"] == said).sum()) for said in (SUPPORTED, CONTRADICTED, INCONCLUSIVE, UNTESTED)}
+    counts = {
+        said: int((lines["verdict"] == said).sum())
+        for said in (SUPPORTED, CONTRADICTED, INCONCLUSIVE, UNTESTED)
+    }
     return {
         "number": claim.number,
         "statement": claim.statement,

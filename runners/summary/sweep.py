@@ -93,7 +93,9 @@ def _graded(record: Record, table: "pd.DataFrame") -> dict[str, tuple[float, flo
             f"graded_control/{role}_p_value": correlations[role][1],
         }, 0)  # fmt: skip
         log.info("%s ratio and %s: rank correlation %.2f (p = %.2g)", role, measure, *correlations[role])
-    save(record, "graded_control", figures.ratio_by_sharpness(wide, correlations, measure.removeprefix("the ")))
+    save(
+        record, "graded_control", figures.ratio_by_sharpness(wide, correlations, measure.removeprefix("the "))
+    )
     return correlations
 
 

@@ -95,12 +95,19 @@ def test_what_no_run_measured_is_said_to_be_not_tested_and_how_to_test_it():
 
 
 def test_a_single_training_tests_nothing():
-    tables = {"rsf": rsf(9.0, 1.0), "rsf_pretraining": rsf(5.0, 3.0, increments=3.0), "rank1": rank1(2.0, 0.5, 0.1)}
+    tables = {
+        "rsf": rsf(9.0, 1.0),
+        "rsf_pretraining": rsf(5.0, 3.0, increments=3.0),
+        "rank1": rank1(2.0, 0.5, 0.1),
+    }
     runs = [Planted("dpo", tables), Planted("ce", {"rsf": rsf(5.0, 3.0)})]
     found = judged(runs)
     assert set(found["verdict"]) == {UNTESTED}
     line = found[(found["claim"] == 1)].iloc[0]
-    assert line["finding"].startswith("ratio of q and k 9.00 in 1 training, where a test needs 2") and line["n"] == 1
+    assert (
+        line["finding"].startswith("ratio of q and k 9.00 in 1 training, where a test needs 2")
+        and line["n"] == 1
+    )
 
 
 def test_copies_of_a_training_count_once():
@@ -156,9 +163,7 @@ def test_only_settings_of_one_base_and_preference_are_compared():
     runs = [*trained([1.0, 1.01, 1.02]), *trained([3.0, 3.01, 3.02], "ce")]
     runs += [*trained([4.5, 4.51, 4.52], params=facts), *trained([4.0, 4.01, 4.02], "ce", params=facts)]
     runs += trained([2.0, 2.01, 2.02], "ce", params={"model.d_model": 64})
-    runs = [
-        Planted(**{**vars(run), "params": {"model.d_model": 128, **run.params}}) for run in runs
-    ]
+    runs = [Planted(**{**vars(run), "params": {"model.d_model": 128, **run.params}}) for run in runs]
     found = judged(runs)
     against = [name for name, _ in said(found, 4)]
     assert len(against) == 2 and all("d_model=128" in name and "d_model=64" not in name for name in against)
@@ -176,7 +181,9 @@ def test_runs_that_differ_in_more_than_seeds_are_not_pooled():
     ]
 
 
-@pytest.mark.parametrize("key", ["probe.rsf.increments", "probe.behaviour.tokens", "intervention.rank1.tokens"])
+@pytest.mark.parametrize(
+    "key", ["probe.rsf.increments", "probe.behaviour.tokens", "intervention.rank1.tokens"]
+)
 def test_runs_that_were_measured_otherwise_are_settings_of_their_own(key):
     runs = [Planted("dpo", {"rsf": rsf(5.0, 1.0)}, seed=n, params={key: n}) for n in (0, 1)]
     assert judged(runs).query("claim == 3")["n"].tolist() == [1, 1]
@@ -231,7 +238,10 @@ def test_the_forecast_needs_three_trainings_and_has_the_jackknifes_interval(agre
     assert (lines["low"] <= lines["value"]).all() and (lines["value"] <= lines["high"]).all()
     two = judged([Planted("dpo", {"moments": study.moments(1, n)}, seed=n) for n in (0, 1)])
     line = two[two["claim"] == 7].iloc[0]
-    assert line["verdict"] == UNTESTED and "2 trainings, where a correlation over trainings needs 3" in line["finding"]
+    assert (
+        line["verdict"] == UNTESTED
+        and "2 trainings, where a correlation over trainings needs 3" in line["finding"]
+    )
 
 
 def test_edits_of_equal_norm_are_shown_and_not_judged():
@@ -240,7 +250,9 @@ def test_edits_of_equal_norm_are_shown_and_not_judged():
     assert set(found["verdict"]) == {UNTESTED}
     assert found["finding"].str.contains("edits of equal Frobenius norm are not judged").all()
     output = {"intervention.rank1.match": "output"}
-    runs = [Planted("dpo", {"rank1": rank1(2.0 + 0.01 * n, 0.5, 0.1)}, seed=n, params=output) for n in range(3)]
+    runs = [
+        Planted("dpo", {"rank1": rank1(2.0 + 0.01 * n, 0.5, 0.1)}, seed=n, params=output) for n in range(3)
+    ]
     found = judged(runs).query("claim == 8")
     assert set(found["verdict"]) == {SUPPORTED}
     assert found["finding"].str.contains("p ≤ 0.05 in 6 of 6 places").all()

@@ -49,7 +49,9 @@ def test_a_number_on_the_other_side_contradicts_and_one_on_neither_is_inconclusi
 
 def test_the_best_layer_is_judged_by_permutations_over_all_layers_and_not_by_its_own_interval():
     found = judged({"uncertainty": tabulate(probed({"auroc_logistic": (0.6, 0.4, 0.8)}))})[0]
-    assert found.verdict == "supported" and "p 0.025 among the best layers of permuted labels" in found.evidence
+    assert (
+        found.verdict == "supported" and "p 0.025 among the best layers of permuted labels" in found.evidence
+    )
     without = judged({"uncertainty": tabulate(probed({"auroc_logistic_max_p_value": None}))})[0]
     assert without.verdict == "not tested" and "set probe.uncertainty.refits=39" in without.evidence
     few = tabulate(probed())

@@ -228,7 +228,9 @@ def agreeing() -> list[Planted]:
 def contrary() -> list[Planted]:
     """A study in which the opposite of every claim holds."""
     writes = (4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.2)
-    return [Planted(**{**vars(run), "experiment": "contrary"}) for run in _study(writes, -1, 1.0, 5.0, 2.0, 0.8)]
+    return [
+        Planted(**{**vars(run), "experiment": "contrary"}) for run in _study(writes, -1, 1.0, 5.0, 2.0, 0.8)
+    ]
 
 
 def _study(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightgeom.analysis.declared import UNDECLARED
 from weightgeom.analysis.evidence import Evidence, direction, equivalence, holm, logs, rank_correlation
-from weightgeom.analysis.over_seeds import EXPECTED, Condensed, expectation
+from weightgeom.analysis.over_seeds import EXPECTED, OWN, Condensed, expectation
 from weightgeom.analysis.rules import (
     CLAIMS,
     CONTRADICTED,
@@ -114,13 +114,14 @@ def _left_out(found: Condensed, runs: "pd.DataFrame") -> Iterator[Tested]:
     ended = ended[ended["trajectory"] == "training"]
     for setting, members in ended.groupby("setting", sort=False)["run_id"].unique().items():
         finding = (
-            f"left out: the objective {unknown.loc[members[0], 'objective_class']} declares no role, and nothing"
-            " says whether it contrasts responses; give it the properties role and of_text, and run it again"
+            f"left out: the objective {unknown.loc[members[0], 'objective_class']} declares no role, and"
+            " nothing says whether it contrasts responses; give it the properties role and of_text, and run it"
+            " again"
         )
         if unknown.loc[members[0], "pair"]:
             finding = (
-                "left out: nothing says what trained the second checkpoint; run it again with model.stage=dpo,"
-                " or the name of what did"
+                "left out: nothing says what trained the second checkpoint; run it again with"
+                " model.stage=dpo, or the name of what did"
             )
         yield Tested(str(setting), "", finding, n=len(members))
 
@@ -175,8 +176,8 @@ def _reads(ended: "pd.DataFrame") -> Iterator[Tested]:
         whole = ended[(ended["setting"] == setting) & (ended["role"] == "read") & (ended["matrix"] != "")]
         if (rank := whole["adapter_rank"].max()) > 0:
             finding = (
-                f"an adapter of rank {rank:.0f}: its reads lie in the row space of A, which is random at first;"
-                " claim 2 compares with that row space"
+                f"an adapter of rank {rank:.0f}: its reads lie in the row space of A, which is random at"
+                " first; claim 2 compares with that row space"
             )
             yield Tested(setting, "read", finding, n=len(values))
             continue
@@ -229,7 +230,9 @@ def _hardly_writes(ended: "pd.DataFrame") -> Iterator[Tested]:
         line = _tested(
             setting, "write", "write ratio", values, lambda sample: equivalence(sample, log(MARGIN))
         )
-        null = f"one training's null is {rows['null_mean'].mean():.2f} ± {2 * rows['null_sd'].mean():.2f} (2 sd)"
+        null = (
+            f"one training's null is {rows['null_mean'].mean():.2f} ± {2 * rows['null_sd'].mean():.2f} (2 sd)"
+        )
         yield Tested(line.setting, line.side, f"{line.finding}; {null}", line.evidence, n=line.n)
 
 
@@ -305,9 +308,9 @@ def _mechanism(found: Condensed) -> Iterator[Tested]:
     for (_, role), part in found.mechanism.groupby(keys, sort=False):
         setting = f"{part['model'].iloc[0]} · {part['data'].iloc[0]}"
         made = {name: expectation(part, name) for name in EXPECTED}
-        if (part["forecast_ratio"].notna()).sum() == 0:
+        if part[f"{OWN}_ratio"].isna().all():
             continue
-        first, runs = made["forecast"], part["run_id"].nunique()
+        first, runs = expectation(part, OWN), part["run_id"].nunique()
         if first is None:
             finding = f"{_many(runs, 'training')}, where a correlation over trainings needs {RUNS}"
             yield Tested(setting, role, finding, n=runs)
@@ -318,7 +321,8 @@ def _mechanism(found: Condensed) -> Iterator[Tested]:
             if one is not None
         ]
         finding = (
-            f"correlation with the measured ratio: {', '.join(told)}; {len(part)} points of"
+            f"correlation of the optimizer's forecast with the measured ratio {first.value:.2f}"
+            f" [{first.low:.2f}, {first.high:.2f}]; of {', '.join(told)}; {len(part)} points of"
             f" {_many(runs, 'training')}"
         )
         yield Tested(setting, role, finding, first)
@@ -334,7 +338,9 @@ def _edits(found: Condensed) -> Iterator[Tested]:
     chosen &= rank1["quantity"] == KL
     for (setting, role), part in rank1[chosen].groupby(["setting", "role"], sort=False):
         positive = part[(part["effect"] > 0) & (part["controls"] > 0)]
-        over = positive.assign(over=[log(a / b) for a, b in zip(positive["effect"], positive["controls"], strict=True)])
+        over = positive.assign(
+            over=[log(a / b) for a, b in zip(positive["effect"], positive["controls"], strict=True)]
+        )
         values = over.groupby("replicate")["over"].mean().map(exp)
         beaten, places = int((part["p_value"] <= LEVEL).sum()), len(part)
         matrices = ", ".join(dict.fromkeys(part["matrix"]))

@@ -36,8 +36,8 @@ def lines(table: "pd.DataFrame | None", interventions: "Sequence[pd.DataFrame]",
     `table` is the probe's, and `interventions` are those of its section, the bypass among them or not.
 
     A claim is supported where the 95 % interval lies on its side in more than half of the layers,
-    contradicted where it lies on the other side in more than half, and inconclusive otherwise; that groups are
-    told apart is supported where the AUROC of the best layer exceeds those of the best layers of permuted
+    contradicted where it lies on the other side in more than half, and inconclusive otherwise. That groups
+    are told apart is supported where the AUROC of the best layer exceeds those of the best layers of permuted
     labels, p ≤ 0.05; of dimensions, the median over layers decides. Where a table or the permutations lack,
     nothing is tested.
     """
@@ -128,7 +128,9 @@ def _of_group(rows: "pd.DataFrame", arm: str) -> Iterator[Line]:
     cosines = _values(rows, arm, "gradient_coupling")
     spread = 2 * _values(rows, arm, "gradient_coupling_random_sd").reindex(cosines.index, fill_value=0)
     near = cosines.abs() <= spread
-    yield over_layers(5, cosines, near, ~near, "cosine", "within two standard deviations of random directions")
+    yield over_layers(
+        5, cosines, near, ~near, "cosine", "within two standard deviations of random directions"
+    )
     uncertain, factual = rows.loc[rows["arm"] == arm, ["treatment", "against"]].iloc[0]
     same = (rows["treatment"] == uncertain) & (rows["against"] == factual) & (rows["dose"] != "")
     threshold = min(rows.loc[same, "dose"].unique(), key=lambda dose: abs(float(dose) - THRESHOLD))

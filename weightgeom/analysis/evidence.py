@@ -51,7 +51,7 @@ def equivalence(values: Sequence[float], margin: float) -> Evidence | None:
     """Two one-sided t tests that the mean of values lies within ± `margin`.
 
     The p-value for the claim is the larger of the two; against it, twice the smaller p-value of a mean beyond
-    an end. None without two values that differ. Source: Schuirmann (1987), J. Pharmacokinet. Biopharm. 15:657.
+    an end. None without two values that differ. Source: Schuirmann (1987).
     """
     made = _t(values)
     if made is None:
@@ -63,7 +63,7 @@ def equivalence(values: Sequence[float], margin: float) -> Evidence | None:
     return Evidence(mean, mean - half, mean + half, len(values), inside, beyond)
 
 
-def _t(values: Sequence[float]):  # noqa: ANN202
+def _t(values: Sequence[float]):
     """Mean, standard error, half of the 95 % interval, and the upper tail of Student's t."""
     from scipy.stats import t
 
@@ -100,7 +100,9 @@ def rank_correlation(table: "pd.DataFrame") -> tuple[float, float]:
     ranks = {}
     for column in ("sharpness", "ratio"):
         grouped = table[column].astype(float)
-        ranks[column] = grouped.rank() if within is None else grouped.groupby(within.to_numpy()).rank(pct=True)
+        ranks[column] = (
+            grouped.rank() if within is None else grouped.groupby(within.to_numpy()).rank(pct=True)
+        )
     run = table["run"].to_numpy() if "run" in table else np.arange(len(table))
     x, y = (rankdata(ranks[column].groupby(run).mean().round(12)) for column in ("sharpness", "ratio"))
     if min(len(set(x)), len(set(y))) < 2:

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 MATRIX = [*SETTING, "role", "matrix", "k"]
 LEVEL = 0.05  # of significance
-EXPECTED = ("predicted", "mean", "forecast")
+EXPECTED = ("predicted", "mean", "mixture", "forecast", "forecast_adam", "forecast_kronecker")
+OWN = "own_forecast"  # the forecast that belongs to the optimizer of each training
 MEASURES = {
     "alternatives": "the effective number of alternatives",
     "participation_ratio": "the participation ratio of the logit gradient",
@@ -165,7 +166,7 @@ def _means(single: "pd.DataFrame", keys: Sequence[str]) -> "pd.DataFrame":
 
 
 def ratios(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
-    """A row for every run, step, layer and matrix (or expert's): its `ratio` at the smallest k, and its nulls.
+    """A row for every run, step, layer and matrix: its `ratio` at the smallest k, and its nulls.
 
     `joint_sd` and `pathway_sd` are the joint null's, of the means over the matrix's layers and its pathway.
     """
@@ -313,7 +314,9 @@ def increments(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
 def mechanism(rows: "pd.DataFrame", runs: "pd.DataFrame", table: str) -> "pd.DataFrame":
     """A row for every run, layer and matrix: the ratio that the base led to expect, and the measured one.
 
-    `design` says what the runs share; of copies of a training the first counts.
+    `own_forecast_ratio` is the forecast that belongs to the training's optimizer, by the column `treatment`;
+    that of the plain mean gradient in tables that do not say which. `design` says what the runs share. Of
+    copies of a training the first counts.
     """
     part = rows[rows["table"] == table]
     part = part[part["step"] == part.groupby("run_id")["step"].transform("max")]
@@ -323,6 +326,10 @@ def mechanism(rows: "pd.DataFrame", runs: "pd.DataFrame", table: str) -> "pd.Dat
     part = part.assign(matrix=label(part))
     keys = ["setting", *MATRIX, "replicate", "run_id", "layer"]
     wide = part.set_index([*keys, "quantity"])["value"].unstack().reindex(columns=wanted)
+    named = part[part["treatment"] != ""].set_index(keys)
+    own = named[named["quantity"] != "measured_ratio"]["value"].reindex(wide.index)
+    unnamed = ~wide.index.isin(named.index)
+    wide[f"{OWN}_ratio"] = own.where(~unnamed, wide["forecast_ratio"])
     points = wide[wide["measured_ratio"].notna()].reset_index().rename_axis(columns=None)
     points = points.assign(design=points["run_id"].map(runs.set_index("run_id")["design"]))
     return without_copies(points, ["measured_ratio"], ["layer", "matrix"]).reset_index(drop=True)

@@ -17,9 +17,9 @@ TRAININGS = 2  # the least number of trainings, or of bases, that a test needs
 OBJECTIVES = 5  # the least number of objectives whose order is tested: 2/4! is above the level
 RUNS = 3  # the least number of trainings of a correlation over trainings
 DECISION = (
-    f"Supported or contradicted where the p-value of that side is at most {LEVEL} after Holm's correction over"
-    " all tests of the report; otherwise inconclusive; not tested with fewer trainings than a test needs."
-    " p-values are Student's t over trainings, two-sided for a direction, and of two one-sided tests for an"
+    f"Supported or contradicted where the p-value of that side is at most {LEVEL} after Holm's correction"
+    " over all tests of the report; otherwise inconclusive; not tested with fewer trainings than a test"
+    " needs. p-values are Student's t over trainings, two-sided for a direction, and of two one-sided tests for an"
     " equivalence. Intervals are the 95 % intervals of one test, without the correction."
 )
 
@@ -85,8 +85,9 @@ CLAIMS = (
         7,
         "The cause is the accumulation of anisotropic gradients: the base's mean gradient forecasts the"
         " geometry of the update.",
-        "Direction: Pearson's correlation of forecast and measured ratio over layers, matrices and trainings"
-        f" is positive; by the jackknife over trainings. Needs {RUNS} trainings.",
+        "Direction: Pearson's correlation of the measured ratio with the forecast that belongs to the"
+        " training's optimizer, over layers, matrices and trainings, is positive; by the jackknife over"
+        f" trainings. Needs {RUNS} trainings.",
         "weightgeom run objective=dpo,sft seed=0,1,2 'probe=[rsf,behaviour,moments]' -m",
     ),
     Claim(

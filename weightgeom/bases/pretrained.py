@@ -33,9 +33,7 @@ from weightgeom.text.examples import Examples
 from weightgeom.trajectory import Base, Trajectory
 
 log = logging.getLogger(__name__)
-TrainedBy = Literal[
-    "dpo", "kto", "ipo", "orpo", "simpo", "rlhf", "ppo", "grpo", "sft", "ce", "pretraining"
-]
+TrainedBy = Literal["dpo", "kto", "ipo", "orpo", "simpo", "rlhf", "ppo", "grpo", "sft", "ce", "pretraining"]
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from weightgeom.calibrate.simulations import Rate, rates
 
 HEAD = """# Calibration
 
-How often p-values, intervals and verdicts err where the truth is known, in {draws} simulations each. Rates are beside
-their nominal value, with Clopper and Pearson's 99 % interval; a power has no nominal value. Made by
+How often p-values, intervals and verdicts err where the truth is known, in {draws} simulations each.
+Rates are beside their nominal value, with Clopper and Pearson's 99 % interval; a power has no nominal
+value. Made by
 
 ```bash
 {command}
@@ -28,7 +29,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--draws", type=int, default=400, help="simulations of each")
     parser.add_argument("--d", type=int, nargs="+", default=[128], help="widths of the residual stream")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", type=Path, help="a Markdown page to write, such as docs/concepts/calibration.md")
+    parser.add_argument(
+        "--write", type=Path, help="a Markdown page to write, such as docs/concepts/calibration.md"
+    )
     asked = parser.parse_args(arguments)
     if asked.draws < 1 or min(asked.d) < 8:
         parser.error("--draws must be 1 or more, and each --d at least 8")

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from math import log, sqrt
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -145,9 +144,7 @@ def _joint(generator: torch.Generator, d: int, draws: int) -> Iterator[Rate]:
     yield Rate("`ratio_mean_z` beyond ± 3, shared directions", shape, 0.03, beyond, draws, "at most")
 
 
-def _texts(
-    scale: Float[Tensor, " d"], tokens: int, generator: torch.Generator
-) -> Float[Tensor, "token d"]:
+def _texts(scale: Float[Tensor, " d"], tokens: int, generator: torch.Generator) -> Float[Tensor, "token d"]:
     sequences = -(-tokens // SEQUENCE)
     common = torch.randn(sequences, len(scale), generator=generator, dtype=torch.float64)
     x = torch.randn(sequences * SEQUENCE, len(scale), generator=generator, dtype=torch.float64)
@@ -166,7 +163,7 @@ def _moment(x: Float[Tensor, "token d"], groups: int = 16) -> Moment:
 def crossfit(
     gram: Float[Tensor, "d d"], moment: Moment, k: int, seed: int, draws: int = 199
 ) -> tuple[float, float]:
-    """p-value and ratio of the cross-fitted fraction over its cross-fitted level, as the probe `rsf` has them."""
+    """p-value and ratio of the cross-fitted fraction over its level, as the probe `rsf` has them."""
     halves = moment.halves()
     assert halves is not None
     null = matched_null(gram, moment.root, moment.top(k), seed, draws)
@@ -272,6 +269,8 @@ def _rate(
 
 def _orders(generator: np.random.Generator, draws: int) -> Iterator[Rate]:
     """The graded control: eight objectives whose ratios have nothing to do with their alternatives."""
+    import pandas as pd
+
     rejected = 0
     for _ in range(draws):
         x, y = (np.repeat(generator.normal(size=8), 3) for _ in range(2))

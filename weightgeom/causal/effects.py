@@ -281,7 +281,7 @@ def _picked(part: _Scored, logits: Float[Tensor, "target vocabulary"]) -> Float[
 
 
 def _by_prompt(part: _Scored, values: Float[Tensor, " target"]) -> Float[Tensor, " sequence"]:
-    """The sum of the targets' values in every sequence; of text over the tokens that a sequence has on average.
+    """The sum of the targets' values in every sequence; of text, over the mean number of targets.
 
     So the mean over sequences of text is the mean over tokens, however long the last one is.
     """

@@ -201,9 +201,7 @@ def ratio_by_sharpness(
             if len(part) and part["sharpness"].max() > 10 * part["sharpness"].min():
                 axis.set_xscale("log")
             rank, p = correlations[role]
-            axis.set_xlabel(
-                f"{measure}\n{title}: rank {rank:.2f}, p {p:.2g}"
-            )
+            axis.set_xlabel(f"{measure}\n{title}: rank {rank:.2f}, p {p:.2g}")
         axes[0].set_ylabel("relative subspace fraction (1)\nmean over matrices ± 2 s.e. over seeds")
         axes[0].set_ylim(bottom=0)
     return figure

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-
 FEW_TOKENS = 16  # per dimension, below which intervals are widened
 
 

@@ -223,8 +223,8 @@ def matched_null(
 def adapter_moment(a: Float[Tensor, "r d"], moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """Q C Q with Q = Aᵀ A: the second moment of the rows of a LoRA update while A is near its start.
 
-    With B = 0 at first, B becomes a sum of -δ_t (A a_t)ᵀ, so that B A = -G Q with G the plain update, a sum of
-    δ_t a_tᵀ. If δ_t is independent of a_t, the share of B A inside U is tr(Uᵀ Q C Q U) / tr(Q C Q) in
+    With B = 0 at first, B becomes a sum of -δ_t (A a_t)ᵀ, so that B A = -G Q with G the plain update, a sum
+    of δ_t a_tᵀ. If δ_t is independent of a_t, the share of B A inside U is tr(Uᵀ Q C Q U) / tr(Q C Q) in
     expectation: that of `matched_null` for this moment. Source: ours, after arXiv:2106.09685, eq. 3.
     """
     a = a.to(moment)

@@ -118,7 +118,11 @@ def _over_tokens(quantity: str, sums: Tensor, tokens: Tensor) -> Row:
     """A mean over tokens from the sums over sequences, with the error of a ratio of two means over them."""
     sums, tokens, n = sums.double(), tokens.double(), len(sums)
     mean = (sums.sum() / tokens.sum()).item()
-    error = sqrt((sums - mean * tokens).square().sum().item() * n / (n - 1)) / tokens.sum().item() if n > 1 else None
+    error = (
+        sqrt((sums - mean * tokens).square().sum().item() * n / (n - 1)) / tokens.sum().item()
+        if n > 1
+        else None
+    )
     return row(quantity, mean, n=int(tokens.sum()), unit="nats/token", stderr=error)
 
 

@@ -372,9 +372,7 @@ class RSF:
                 adapter = adapter.cpu().double()
                 yield from _of_adapter(gram, adapter, fraction, frame, k, seed, at)
             if moment is not None and not moment.centred:
-                yield from _matched(
-                    gram, fraction, frame, k, moment, self.resamples, seed, at, adapter
-                )
+                yield from _matched(gram, fraction, frame, k, moment, self.resamples, seed, at, adapter)
 
 
 def _matched(
@@ -413,8 +411,7 @@ def _matched(
         if adapter is not None:
             others = halves[::-1]
             levels = [
-                float(one.shares(seen(other.value)).sum())
-                for one, other in zip(spaces, others, strict=True)
+                float(one.shares(seen(other.value)).sum()) for one, other in zip(spaces, others, strict=True)
             ]
         fraction = sum(float(one.shares(gram).sum()) for one in spaces) / 2
         yield row("crossfit_ratio", fraction * scale, n=n, **at)
