@@ -1,3 +1,5 @@
+# scipy types its results too widely.
+# pyright: reportAttributeAccessIssue=false
 from math import log, sqrt
 
 import numpy as np

@@ -12,10 +12,13 @@ from weightgeom.training.fit import outdated_name_allowed
 from weightgeom.training.sharpness import (
     MAX_TOKENS,
     Sharpness,
+    alternatives,
     evenly_spaced,
     log_prob_gradient,
     participation_ratio,
     sharpness,
+    sharpness_means,
+    sharpness_sums,
     target_energy,
 )
 
@@ -48,8 +51,24 @@ def test_tokens_without_a_gradient_do_not_count():
     targets = torch.tensor([0, 1])
     # p is 1/3: the gradient ∝ (2, -1, -1), (4 + 1 + 1)² / (16 + 1 + 1) = 2 and 4/6
     found = sharpness(logits, targets, torch.tensor([0.5, 0.0], dtype=torch.float64))
-    assert found == pytest.approx({"participation_ratio": 2, "target_energy": 2 / 3})
+    assert found == pytest.approx({"participation_ratio": 2, "target_energy": 2 / 3, "alternatives": 2})
     assert sharpness(logits, targets, torch.zeros(2, dtype=torch.float64)) == {}
+
+
+def test_alternatives_are_the_candidates_that_the_target_is_contrasted_with():
+    gradient = torch.tensor([[-1.0, 1.0, 0.0, 0.0], [-3.0, 1.0, 1.0, 1.0], [2.0, -2.0, 0.0, 1.0]])
+    # a pair; three equal ones; one, as a candidate of the target's own sign is no alternative
+    assert alternatives(gradient, torch.tensor([0, 0, 0])).tolist() == pytest.approx([1, 3, 1])
+    assert alternatives(1e-30 * gradient[:1], torch.tensor([0])).tolist() == [1]
+    assert alternatives(torch.zeros(1, 4), torch.tensor([0])).tolist() == [0]
+    uneven = torch.tensor([[-1.0, 0.75, 0.25]])
+    assert alternatives(uneven, torch.tensor([0])).tolist() == pytest.approx([1 / (0.75**2 + 0.25**2)])
+
+
+def test_a_loss_of_pairs_says_itself_how_many_responses_it_contrasts():
+    gradient, targets = torch.tensor([[-1.0, 0.5, 0.5]]), torch.tensor([0])
+    assert sharpness_means(sharpness_sums(gradient, targets, 1.0))["alternatives"] == 1
+    assert "alternatives" not in sharpness_means(sharpness_sums(gradient, targets, float("nan")))
 
 
 def test_of_many_tokens_some_are_looked_at_from_first_to_last():

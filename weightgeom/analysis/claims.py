@@ -115,8 +115,8 @@ def _left_out(found: Condensed, runs: "pd.DataFrame") -> Iterator[Tested]:
     for setting, members in ended.groupby("setting", sort=False)["run_id"].unique().items():
         finding = (
             f"left out: the objective {unknown.loc[members[0], 'objective_class']} declares no role, and"
-            " nothing says whether it contrasts responses; give it the properties role and of_text, and run it"
-            " again"
+            " nothing says whether it contrasts responses; give it the properties role and of_text, and run"
+            " it again"
         )
         if unknown.loc[members[0], "pair"]:
             finding = (

@@ -19,8 +19,8 @@ RUNS = 3  # the least number of trainings of a correlation over trainings
 DECISION = (
     f"Supported or contradicted where the p-value of that side is at most {LEVEL} after Holm's correction"
     " over all tests of the report; otherwise inconclusive; not tested with fewer trainings than a test"
-    " needs. p-values are Student's t over trainings, two-sided for a direction, and of two one-sided tests for an"
-    " equivalence. Intervals are the 95 % intervals of one test, without the correction."
+    " needs. p-values are Student's t over trainings, two-sided for a direction, and of two one-sided"
+    " tests for an equivalence. Intervals are the 95 % intervals of one test, without the correction."
 )
 
 

@@ -91,7 +91,7 @@ class Behaviour:
             losses, divergences = [], []
             for batch in texts:
                 target = batch.target[:, 1:]
-                losses.append((-model.log_probs(weights, batch) * target).sum(1))
+                losses.append(-(model.log_probs(weights, batch).double() * target).sum(1))
                 now, then = model.logits(weights, batch)[:, :-1], model.logits(base, batch)[:, :-1]
                 divergence = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
                 divergence[target] = kl_divergence(then, now, target).double()

@@ -344,7 +344,7 @@ class RSF:
             at = where | {"subspace": frame.place[0], "k": asked}
             k = frame.directions(asked)
             if k < asked:
-                yield row("directions", k, n=entries, **at)
+                yield row("directions", float(k), n=entries, **at)
             fraction, scale = float(inside[k - 1]), d / k
             if self.null_kind == "rotation":
                 null = rotation_null(spectrum, k, seed)
@@ -435,7 +435,7 @@ def _of_adapter(
 ) -> Iterator[Row]:
     """The reads of an adapter against those of a random B: they lie in the row space of its A."""
     null = matched_null(gram, moment_root(adapter.T @ adapter), frame.space.first(k), seed)
-    yield row("adapter_rank", len(adapter), n=len(adapter), **at)
+    yield row("adapter_rank", float(len(adapter)), n=len(adapter), **at)
     yield row("adapter_ratio", null.mean * len(gram) / k, n=len(adapter), **at)
     yield row("adapter_z", null.z(fraction), n=len(adapter), **at)
     p, error = null.p_value(fraction)

@@ -1,6 +1,6 @@
 # pyright: reportIncompatibleMethodOverride=false, reportAssignmentType=false
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import small
@@ -70,7 +70,8 @@ def test_a_run_warns_of_shares_under_an_optimizer_that_makes_them_all_chance(cap
     (message,) = caplog.messages
     assert message.startswith("training.optimizer=muon gives all singular values")
     assert "so multiple of probe mine is about 1 for every matrix of full rank" in message
-    warn_of_uninformative({"rsf": RSF(), "moments": Moments()}, Training(optimizer="muon"))
+    real: Any = {"rsf": RSF(), "moments": Moments()}
+    warn_of_uninformative(real, Training(optimizer="muon"))
     assert len(caplog.messages) == 2 and "ratio of probe rsf" in caplog.messages[1]
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from runners.summary.sweep import sharpness_and_ratios, summarise
 from runners.tracking.record import Record
-from weightgeom.analysis.evidence import rank_correlation
 from weightgeom.declarations import ProbeDeclaration, recorded
 from weightgeom.figures.base import ratio_by_sharpness, save
 from weightgeom.table import ADDED, row, tabulate
@@ -98,11 +97,9 @@ def test_the_rank_correlation_of_ratio_and_sharpness_is_logged_and_drawn(tmp_pat
         point["key"]: point["value"]
         for point in map(json.loads, (parent.directory / "metrics.jsonl").read_text().splitlines())
     }
-    sharp = [value for value in SHARPNESS.values() for _ in (0, 1)]
-    write = [value + seed + 0.5 for value in SHARPNESS.values() for seed in (0, 1)]
-    statistic, p_value = rank_correlation(pd.DataFrame({"sharpness": sharp, "ratio": write}))
-    assert logged["graded_control/write_rank_correlation"] == pytest.approx(statistic)
-    assert logged["graded_control/write_p_value"] == pytest.approx(p_value)
+    # Three objectives in order, whatever their seeds: of 3! = 6 orders, it and its reverse.
+    assert logged["graded_control/write_rank_correlation"] == pytest.approx(1)
+    assert logged["graded_control/write_p_value"] == pytest.approx(2 / 6)
     assert logged["graded_control/read_rank_correlation"] < -0.7
     for ending in ("png", "pdf"):
         assert (parent.directory / f"artifacts/figures/graded_control.{ending}").stat().st_size > 1000
