@@ -128,14 +128,20 @@ def test_the_effects_of_an_edit_are_those_of_another_network_with_the_edited_wei
 
     other = _copied(network, edited)
     examples = padded(examples)
-    losses, divergences_ = [], []
+    losses, divergences_, counts = [], [], []
     for batch in packed(examples.heldout, tokenizer, EFFECTS.length, EFFECTS.tokens):
         then, now = _logits(network, batch), _logits(other, batch)
         for row, target in enumerate(batch.target[:, 1:]):
-            losses.append(-_log_probs(now, batch)[row][target].mean())
-            divergences_.append(kl_divergence(then[row][None], now[row][None], target[None]).mean())
-    assert_close(found["heldout_ce"], torch.stack(losses), rtol=1e-9, atol=0)
-    assert_close(found["kl_from_unedited"], torch.stack(divergences_), rtol=1e-7, atol=1e-12)
+            counts.append(int(target.sum()))
+            losses.append(-_log_probs(now, batch)[row][target].sum())
+            divergences_.append(kl_divergence(then[row][None], now[row][None], target[None]).sum())
+    tokens = sum(counts) / len(counts)
+    assert_close(found["heldout_ce"], torch.stack(losses) / tokens, rtol=1e-9, atol=0)
+    assert_close(found["kl_from_unedited"], torch.stack(divergences_) / tokens, rtol=1e-7, atol=1e-12)
+    # So the mean over sequences is the mean over tokens, though the last sequence is shorter.
+    assert counts[-1] < counts[0]
+    mean = float(torch.stack(losses).sum()) / sum(counts)
+    assert float(found["heldout_ce"].mean()) == pytest.approx(mean)
     margins = []
     for chosen, rejected in responses(
         examples.heldout_pairs[: EFFECTS.pairs], tokenizer, EFFECTS.pair_length
@@ -172,12 +178,13 @@ def test_losses_and_margins_are_those_of_the_models_log_probs(model, params, exa
     deltas = {"L1.o": torch.randn(32, 32, generator=generator) / 10}
     edited = moved(model, params, deltas)
     found = small.samples(edited)
-    losses = []
+    losses, counts = [], []
     for batch in packed(examples.heldout, model.tokenizer, EFFECTS.length, EFFECTS.tokens):
-        log_probs = model.log_probs(edited, batch)
-        losses.append(-log_probs.sum(1) / batch.target[:, 1:].sum(1))
+        losses.append(-model.log_probs(edited, batch).sum(1))
+        counts.append(batch.target[:, 1:].sum(1))
+    tokens = torch.cat(counts).float().mean()
     # fp32 logits of order 10 in another order of summation.
-    assert_close(found["heldout_ce"], torch.cat(losses), rtol=1e-5, atol=1e-5)
+    assert_close(found["heldout_ce"], torch.cat(losses) / tokens, rtol=1e-5, atol=1e-5)
     ((chosen, rejected),) = responses(examples.heldout_pairs[:6], model.tokenizer, EFFECTS.pair_length)
     margin = model.log_probs(edited, chosen).sum(1) - model.log_probs(edited, rejected).sum(1)
     assert_close(found["preference_margin"], margin, rtol=1e-5, atol=1e-4)
