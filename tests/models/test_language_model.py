@@ -288,3 +288,4 @@ def test_a_tied_network_stored_without_its_unembedding_lacks_nothing(tmp_path):
 def test_the_first_line_of_an_error():
     assert first_line(ValueError("\n  what was wrong.\nand more")) == "what was wrong"
     assert first_line(KeyError()) == "KeyError"
+    assert first_line(ValueError("it fails:\n\n  as it must.\nand more")) == "it fails: as it must"
