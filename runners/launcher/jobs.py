@@ -59,8 +59,12 @@ class State:
         line = {"time": round(time.time(), 3), **asdict(self), **more}
         with (directory / "events.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-        write_atomically(directory / "state.json", json.dumps(asdict(self), indent=2) + "\n")
+        self.keep(directory)
         return self
+
+    def keep(self, directory: Path) -> None:
+        """Write the state without an event."""
+        write_atomically(directory / "state.json", json.dumps(asdict(self), indent=2) + "\n")
 
     def alive(self) -> bool:
         """Whether the job's process runs on this host."""
@@ -110,8 +114,9 @@ class Job:
 
         with held(directory / LOCK, PATIENCE, about):
             before = State.load(directory)
-            if before is not None and (before.id, before.state) == (id, "COMPLETED"):
+            if before is not None and before.state == "COMPLETED":
                 print(f"nothing to do: attempt {before.attempt} completed this job")
+                replace(before, id=id).keep(directory)
                 return
             self._attempt(directory, id)
 

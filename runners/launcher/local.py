@@ -73,17 +73,20 @@ def gpus() -> list[str]:
     return [str(index) for index in range(len(glob.glob("/dev/nvidia[0-9]*")))]
 
 
-def start_supervisor(
-    sweep: Sweep, numbers: Sequence[int], options: LocalOptions, code: Path
-) -> dict[int, str]:
-    """Start a supervisor for the jobs `numbers`; returns their ids by number."""
-    parallelism = options.parallelism(len(numbers))
-    ids = {number: f"local.{time.time_ns() // 1_000_000}.{number}" for number in numbers}
+def new_ids(numbers: Sequence[int]) -> dict[int, str]:
+    """Ids of jobs by number, for one submission."""
+    moment = time.time_ns() // 1_000_000
+    return {number: f"local.{moment}.{number}" for number in numbers}
+
+
+def start_supervisor(sweep: Sweep, ids: Mapping[int, str], options: LocalOptions, code: Path) -> None:
+    """Start a supervisor for the jobs in `ids`."""
+    parallelism = options.parallelism(len(ids))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     # Jobs share the cores; an OMP_NUM_THREADS of the user's takes precedence.
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // parallelism))
     plan = {
-        "ids": ids,
+        "ids": dict(ids),
         "parallelism": parallelism,
         "gpus": gpus(),
         "gpus_per_job": options.gpus_per_node,
@@ -103,7 +106,6 @@ def start_supervisor(
         )
     identity = {"pid": process.pid, "process_start": process_start(process.pid), "host": socket.gethostname()}
     write_atomically(path, json.dumps(plan | identity, indent=2) + "\n")
-    return ids
 
 
 def lock_of(plan: Path) -> Path:
