@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from runners.disk import write_atomically
+from runners.disk import read_object, write_atomically
 from runners.launcher.ownership import held
 from runners.launcher.queue import undisturbed
 from runners.signals import Interruption, process_start, share_processors, status_after
@@ -51,8 +51,13 @@ class State:
     @classmethod
     def load(cls, directory: Path) -> "State | None":
         """The state of the job in `directory`, None before its first attempt."""
-        path = directory / "state.json"
-        return cls(**json.loads(path.read_text())) if path.exists() else None
+        path, advice = directory / "state.json", "delete it, and the job counts as not begun"
+        if not path.exists():
+            return None
+        try:
+            return cls(**read_object(path, advice))
+        except TypeError as error:  # other fields
+            raise ValueError(f"{path} is damaged ({error}): {advice}") from error
 
     def save(self, directory: Path, **more: Any) -> "State":
         """Write the state, and a line with the state and `more` to the log of events; returns the state."""

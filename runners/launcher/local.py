@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from runners.disk import write_atomically
+from runners.disk import read_object, write_atomically
 from runners.launcher.jobs import CANCEL, GO_ON, LOCK, State
 from runners.launcher.manifest import Sweep
 from runners.launcher.ownership import holder_of
@@ -119,7 +119,9 @@ def has_supervisor(sweep: Sweep) -> bool:
 
 
 def _supervised(path: Path) -> bool:
-    plan = json.loads(path.read_text())
+    plan: dict[str, Any] = {}
+    with suppress(ValueError):  # a damaged one says nothing; its lock does
+        plan = read_object(path, "")
     if plan.get("host") == socket.gethostname():  # from its first moment, before it holds the lock
         return process_start(plan["pid"]) == plan["process_start"]
     return holder_of(lock_of(path)) is not None

@@ -18,6 +18,7 @@ from runners.launcher.manifest import Sweep
 from runners.launcher.ownership import held
 from runners.launcher.status import StatusPoller
 
+SWEEP_JSON = '{"launcher": "local", "options": {}, "overrides": [], "jobs": %s, "submissions": %s}'
 LIMITS = {"timeout_min": 60, "max_num_timeout": 3, "signal_delay_s": 120}
 
 
@@ -228,9 +229,24 @@ def test_options_of_the_launcher_change_at_resubmit(tmp_path, slurm):
     ("content", "said"),
     [
         (None, "holds no sweep (no sweep.json)"),
-        ("", "is damaged, or not a sweep's"),
+        ("", "is damaged (Expecting value"),
         ('{"a": 1}', "is not a sweep's"),
-        ("[]", "is not a sweep's"),
+        ("[]", "is damaged (it holds a list): give the directory"),
+        ("[" * 100_000, "is damaged (maximum recursion depth exceeded"),
+        ('{"a": "\\ud800', "is damaged (Invalid "),
+        (
+            '{"launcher": 1, "options": {}, "overrides": [], "jobs": {}, "submissions": []}',
+            "is not a sweep's",
+        ),
+        (SWEEP_JSON % ("[1]", "[]"), "is not a sweep's"),
+        (SWEEP_JSON % ('{"a": "b"}', "[]"), "is not a sweep's"),
+        (SWEEP_JSON % ('{"0": 3}', "[]"), "is not a sweep's"),
+        (SWEEP_JSON % ('{"0": "/none"}', "[3]"), "is not a sweep's"),
+        (SWEEP_JSON % ('{"0": "/none"}', '[{"ids": 3}]'), "is not a sweep's"),
+        (
+            SWEEP_JSON % ('{"0": "/none"}', "[]"),
+            "has no /none/job.json, which describes job 0: bring the direc",
+        ),
         (
             '{"launcher": "local", "options": {}, "overrides": [], "jobs": {}, "submissions": []}',
             "start it again",
@@ -243,6 +259,16 @@ def test_a_foreign_sweep_json_gets_a_sentence(tmp_path, content, said, capsys):
     assert main(["status", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert said in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["state.json", "job.json"])
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"status": 3}', "\xff", "[" * 100_000])
+def test_a_damaged_file_of_a_job_is_named(tmp_path, name, content, capsys):
+    sweep = sweep_of(tmp_path / "sweep", 1, "local")
+    (sweep.directory / "0" / name).write_bytes(content.encode("latin-1"))
+    assert main(["status", str(sweep.directory)]) == 1
+    error = capsys.readouterr().err
+    assert f"0/{name} " in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_an_unknown_number_is_not_cancelled_in_silence(tmp_path, slurm, capsys):
