@@ -1,12 +1,14 @@
-"""Atomic writes, and one clear error for every sign of a full disk."""
+"""Atomic writes and reads of JSON, and one clear error for every sign of a full disk."""
 
 import errno
+import json
 import os
 import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -38,6 +40,22 @@ def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> Non
             temporary.unlink(missing_ok=True)
             raise
         _flush(path.parent)  # makes the rename durable
+
+
+def read_object(path: Path, advice: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: with `advice` if it holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {advice}") from error
+    return content
 
 
 def flush_to_disk(directory: Path) -> None:

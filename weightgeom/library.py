@@ -29,7 +29,7 @@ from weightgeom.models.loading import (
     unloaded,
     warn_of_other_vocabulary,
 )
-from weightgeom.models.weights import difference
+from weightgeom.models.weights import check_finite, difference
 from weightgeom.params import Params
 from weightgeom.table import tabulate
 from weightgeom.text.examples import Examples
@@ -108,6 +108,7 @@ def measure(
     if start.directory is not None and end.directory is not None:
         warn_of_other_vocabulary(start.directory, end.directory)
     check_apart(base, moved)
+    check_finite(moved, model.architecture, str(end.directory or end.label))
     setting = Setting(model, base, moved, False, examples, seed, last=1)
     for name, probe in chosen:
         _check(name, probe, k, setting)
@@ -307,7 +308,9 @@ def _device(wanted: str | torch.device) -> torch.device:
 def _weights(source: Source, model: LanguageModel, examples: Examples) -> Params:
     """The weights of a checkpoint; refuses those that do not belong to the model, and a text too short."""
     params = source.params(model.architecture)
-    check_fits(params, model.network, model.architecture, str(source.directory or source.label))
+    label = str(source.directory or source.label)
+    check_fits(params, model.network, model.architecture, label)
+    check_finite(params, model.architecture, label)
     check_vocabulary(model.tokenizer, len(params[model.architecture.embed]))
     count = 0
     for text in examples.heldout:

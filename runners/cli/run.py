@@ -12,6 +12,7 @@ import hydra
 from omegaconf import DictConfig
 
 from runners.cli.choices import reference
+from runners.cli.compare import quoted
 from runners.compose import check, checked, described, experiment, plan
 from runners.errors import CONF, explanation
 from runners.launcher.hydra_launcher import register
@@ -38,6 +39,8 @@ One run; with -m a sweep over all combinations of values: seed=0,1,2 objective=c
 
 """
 EARLIER = re.compile(r"^(\+{0,2})objective\.on=")  # the earlier name of objective.train_on
+# A value that Hydra takes as this very text; others may be a list, a mapping, or several values.
+PLAIN = re.compile(r"[\w/\-+.$%*@?|:]*", re.ASCII)
 PLANNED = re.compile(r"\+{0,2}plan=(?i:true|on|yes|1)")
 
 
@@ -89,12 +92,19 @@ def temporary_output_directory() -> "Iterator[None]":
         yield
 
 
+def _whole_path(argument: str) -> str:
+    """`key='a{1}.txt'` for `key=a{1}.txt` if there is such a file or directory."""
+    key, _, value = argument.partition("=")
+    there = bool(value) and not PLAIN.fullmatch(value) and "${" not in value
+    return f"{key}={quoted(value)}" if there and os.path.exists(os.path.expanduser(value)) else argument
+
+
 def main(arguments: "Sequence[str]") -> None:
     """Run Hydra on overrides and flags, set as this process's arguments.
 
     Any error is printed as one sentence, and the exit code is not zero.
     """
-    named = [EARLIER.sub(r"\1objective.train_on=", argument) for argument in arguments]
+    named = [_whole_path(EARLIER.sub(r"\1objective.train_on=", argument)) for argument in arguments]
     sys.argv[1:] = sorted(named, key=MULTIRUN.__contains__)  # last: Hydra refuses overrides behind a flag
     share_processors()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them

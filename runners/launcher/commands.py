@@ -113,8 +113,13 @@ def submit(sweep: Sweep, numbers: Sequence[int], code: Path) -> None:
         (directories[number] / CANCEL).unlink(missing_ok=True)
     options = _options(manifest["launcher"], manifest["options"])
     if isinstance(options, local.LocalOptions):
-        started = local.start_supervisor(sweep, numbers, options, code)
-        sweep.add_submission(code, ids=_as_text(started))
+        started = local.new_ids(numbers)
+        place = sweep.add_submission(code, ids=_as_text(started))  # first: a killed launcher leaves its jobs
+        try:
+            local.start_supervisor(sweep, started, options, code)
+        except Exception:
+            sweep.amend_submission(place, ids={}, withdrawn=True)
+            raise
         log.info("started %d jobs on this machine", len(started))
     else:
         started = _submit_arrays(sweep, numbers, options, code)

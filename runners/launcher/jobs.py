@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from runners.disk import write_atomically
+from runners.disk import read_object, write_atomically
 from runners.launcher.ownership import held
 from runners.launcher.queue import undisturbed
 from runners.signals import Interruption, process_start, share_processors, status_after
@@ -51,16 +51,25 @@ class State:
     @classmethod
     def load(cls, directory: Path) -> "State | None":
         """The state of the job in `directory`, None before its first attempt."""
-        path = directory / "state.json"
-        return cls(**json.loads(path.read_text())) if path.exists() else None
+        path, advice = directory / "state.json", "delete it, and the job counts as not begun"
+        if not path.exists():
+            return None
+        try:
+            return cls(**read_object(path, advice))
+        except TypeError as error:  # other fields
+            raise ValueError(f"{path} is damaged ({error}): {advice}") from error
 
     def save(self, directory: Path, **more: Any) -> "State":
         """Write the state, and a line with the state and `more` to the log of events; returns the state."""
         line = {"time": round(time.time(), 3), **asdict(self), **more}
         with (directory / "events.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-        write_atomically(directory / "state.json", json.dumps(asdict(self), indent=2) + "\n")
+        self.keep(directory)
         return self
+
+    def keep(self, directory: Path) -> None:
+        """Write the state without an event."""
+        write_atomically(directory / "state.json", json.dumps(asdict(self), indent=2) + "\n")
 
     def alive(self) -> bool:
         """Whether the job's process runs on this host."""
@@ -110,8 +119,9 @@ class Job:
 
         with held(directory / LOCK, PATIENCE, about):
             before = State.load(directory)
-            if before is not None and (before.id, before.state) == (id, "COMPLETED"):
+            if before is not None and before.state == "COMPLETED":
                 print(f"nothing to do: attempt {before.attempt} completed this job")
+                replace(before, id=id).keep(directory)
                 return
             self._attempt(directory, id)
 

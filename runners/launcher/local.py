@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from runners.disk import write_atomically
+from runners.disk import read_object, write_atomically
 from runners.launcher.jobs import CANCEL, GO_ON, LOCK, State
 from runners.launcher.manifest import Sweep
 from runners.launcher.ownership import holder_of
@@ -73,17 +73,20 @@ def gpus() -> list[str]:
     return [str(index) for index in range(len(glob.glob("/dev/nvidia[0-9]*")))]
 
 
-def start_supervisor(
-    sweep: Sweep, numbers: Sequence[int], options: LocalOptions, code: Path
-) -> dict[int, str]:
-    """Start a supervisor for the jobs `numbers`; returns their ids by number."""
-    parallelism = options.parallelism(len(numbers))
-    ids = {number: f"local.{time.time_ns() // 1_000_000}.{number}" for number in numbers}
+def new_ids(numbers: Sequence[int]) -> dict[int, str]:
+    """Ids of jobs by number, for one submission."""
+    moment = time.time_ns() // 1_000_000
+    return {number: f"local.{moment}.{number}" for number in numbers}
+
+
+def start_supervisor(sweep: Sweep, ids: Mapping[int, str], options: LocalOptions, code: Path) -> None:
+    """Start a supervisor for the jobs in `ids`."""
+    parallelism = options.parallelism(len(ids))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     # Jobs share the cores; an OMP_NUM_THREADS of the user's takes precedence.
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // parallelism))
     plan = {
-        "ids": ids,
+        "ids": dict(ids),
         "parallelism": parallelism,
         "gpus": gpus(),
         "gpus_per_job": options.gpus_per_node,
@@ -103,7 +106,6 @@ def start_supervisor(
         )
     identity = {"pid": process.pid, "process_start": process_start(process.pid), "host": socket.gethostname()}
     write_atomically(path, json.dumps(plan | identity, indent=2) + "\n")
-    return ids
 
 
 def lock_of(plan: Path) -> Path:
@@ -117,7 +119,9 @@ def has_supervisor(sweep: Sweep) -> bool:
 
 
 def _supervised(path: Path) -> bool:
-    plan = json.loads(path.read_text())
+    plan: dict[str, Any] = {}
+    with suppress(ValueError):  # a damaged one says nothing; its lock does
+        plan = read_object(path, "")
     if plan.get("host") == socket.gethostname():  # from its first moment, before it holds the lock
         return process_start(plan["pid"]) == plan["process_start"]
     return holder_of(lock_of(path)) is not None

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runners.disk import write_atomically
+from runners.disk import read_object, write_atomically
 from runners.launcher.ownership import held
 
 PRIVATE = 0o600  # a tracking URI or a setup line may hold a password
-KEYS = {"launcher", "options", "overrides", "jobs", "submissions"}
+KINDS = {"launcher": str, "options": dict, "overrides": list, "jobs": dict, "submissions": list}
+JOB = {"directory", "overrides", "run_name", "config", "limits"}
+SUBMISSION = {"time", "code", "ids"}
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,26 @@ class Sweep:
         path, advice = directory / "sweep.json", "give the directory that run.py -m printed after `sweep:`"
         if not path.is_file():
             raise FileNotFoundError(f"{directory} holds no sweep (no sweep.json): {advice}")
-        try:
-            manifest = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged, or not a sweep's ({error}): {advice}") from error
-        if not isinstance(manifest, dict) or not KEYS <= manifest.keys():
+        manifest = read_object(path, advice)
+        if not all(isinstance(manifest.get(key), kind) for key, kind in KINDS.items()):
             raise ValueError(f"{path} is not a sweep's: {advice}")
         if not manifest["jobs"]:
             raise ValueError(f"the sweep in {directory} was interrupted before it had jobs: start it again")
-        return cls(directory.resolve())
+        sweep = cls(directory.resolve())
+        try:
+            directories, _ = sweep.jobs(), sweep.ids()
+            parts = [SUBMISSION <= submission.keys() for submission in manifest["submissions"]]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is not a sweep's: {advice}") from error
+        if not all(parts):
+            raise ValueError(f"{path} is not a sweep's: {advice}")
+        for number, place in directories.items():
+            if not (place / "job.json").is_file():
+                raise ValueError(
+                    f"the sweep in {directory} has no {place / 'job.json'}, which describes job {number}:"
+                    " bring the directory back to where it was, or start the sweep again"
+                )
+        return sweep
 
     def create(self, launcher: str, options: Mapping[str, Any], overrides: Sequence[str]) -> None:
         """Create the manifest, unless an earlier batch of the same sweep has done so."""
@@ -83,7 +96,9 @@ class Sweep:
 
     def manifest(self) -> dict[str, Any]:
         """The content of sweep.json: `launcher options overrides jobs submissions`."""
-        return json.loads((self.directory / "sweep.json").read_text())
+        return read_object(
+            self.directory / "sweep.json", "bring it back from a copy, or start the sweep again"
+        )
 
     def jobs(self) -> dict[int, Path]:
         """The jobs' directories by number."""
@@ -91,7 +106,11 @@ class Sweep:
 
     def job(self, number: int) -> dict[str, Any]:
         """The description of a job: the content of its job.json."""
-        return json.loads((self.jobs()[number] / "job.json").read_text())
+        path, advice = self.jobs()[number] / "job.json", "bring it back from a copy, or start the sweep again"
+        job = read_object(path, advice)
+        if missing := JOB - job.keys():
+            raise ValueError(f"{path} is damaged (it has no {min(missing)}): {advice}")
+        return job
 
     def ids(self) -> dict[int, str]:
         """The latest id of each job that was ever submitted."""

@@ -59,7 +59,7 @@ class Published:
         """The content of `published.json`, None if there is no readable one."""
         try:
             return cls(**json.loads((directory / "published.json").read_text()))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
 
     def save(self, directory: Path) -> "Published":

@@ -11,7 +11,7 @@ import pytest
 import small
 import torch
 from networks import save
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from stored import OFFLINE, checkpoint, fetched, hub_cache, no_stage
 
 from weightgeom.bases.hub import fetch, identity
@@ -111,6 +111,22 @@ def test_two_checkpoints_are_a_trajectory_of_one_step(tmp_path):
     base = pair.prepare(no_stage, small.WORLD.examples(), small.WORLD, "cpu")
     assert base.trajectory is not None and not base.trajectory.from_random
     assert base.trajectory.steps == {0: tmp_path / "a", 1: tmp_path / "b"}
+
+
+@pytest.mark.parametrize(
+    "part", ["embed_in.weight", "layers.1.attention.dense.bias", "final_layer_norm.weight"]
+)
+def test_values_that_are_not_finite_are_refused_where_no_update_is_measured(tmp_path, part):
+    good, bad = (checkpoint(tmp_path / name) for name in "ab")
+    weights = load_file(bad / "model.safetensors")
+    weights[f"gpt_neox.{part}"][3] = torch.nan
+    save_file(weights, bad / "model.safetensors", {"format": "pt"})
+    for before, after in ((good, bad), (bad, good)):
+        pair = TwoCheckpoints(str(before), str(after))
+        with pytest.raises(ValueError, match=rf"{part} of {bad} has values that are not finite: the checkpo"):
+            pair.prepare(no_stage, small.WORLD.examples(), small.WORLD, "cpu")
+    with pytest.raises(ValueError, match="has values that are not finite"):
+        Pretrained(name=str(bad)).prepare(no_stage, small.WORLD.examples(), small.WORLD, "cpu")
 
 
 def test_checkpoints_with_nothing_to_measure_or_train_are_refused(tmp_path):

@@ -262,7 +262,11 @@ def test_an_adapter_of_another_library_is_refused(llama):
     "patterns, message",
     [
         ({"(a|aa)+[xy]": 3}, "takes too long to match"),
-        ({"(": 3}, r"has an alpha_pattern that is no regular expression: '\('"),
+        ({"(": 3}, r"has an alpha_pattern that is no regular expression, or a huge one: '\('"),
+        ({"(?R)": 3}, r"no regular expression, or a huge one: '\(\?R\)'"),
+        ({"((a{100}){100}){100}": 3}, r"no regular expression, or a huge one"),
+        ({"q" * 200_000: 3}, r"no regular expression, or a huge one"),
+        ({"q_proj": 10**400}, r"has an alpha that is no number: 10"),
         ({"q_proj": "much"}, "has an alpha that is no number: 'much'"),
         ([1], r"has an alpha_pattern that is no mapping: \[1\]"),
     ],

@@ -243,6 +243,14 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(directory):
         load(directory, "cpu")
 
 
+@pytest.mark.parametrize("content", ["", "[]", "3", "null", '{"a": 1', "[" * 100_000, "\xff\xfe{"])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"])
+def test_a_damaged_file_of_a_tokenizer_is_named(directory, name, content):
+    (directory / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{name} is truncated or corrupt; copy or download it again"):
+        load_tokenizer(directory)
+
+
 def test_a_tokenizer_without_end_token_is_refused(model, directory):
     tokenizer = deepcopy(model.tokenizer)
     tokenizer.eos_token = None
@@ -288,3 +296,4 @@ def test_a_tied_network_stored_without_its_unembedding_lacks_nothing(tmp_path):
 def test_the_first_line_of_an_error():
     assert first_line(ValueError("\n  what was wrong.\nand more")) == "what was wrong"
     assert first_line(KeyError()) == "KeyError"
+    assert first_line(ValueError("it fails:\n\n  as it must.\nand more")) == "it fails: as it must"

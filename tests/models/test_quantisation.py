@@ -73,6 +73,7 @@ def test_a_network_that_was_loaded_with_quantisation_is_refused():
         "q.weight.quant_state.bitsandbytes__nf4", "mlp.experts.gate_up_proj_blocks", "q.input_scale",
         "mlp.experts.gate_up_proj_scales", "mlp.experts.down_proj_scale", "q.weight_scale_2", "q.zero_point",
         "q.weight.nested_absmax", "q.weight._data", "attn.k_scale",
+        "q.Qidxs", "q.qscale", "q_proj.scale", "q_proj.zero", "q.weight:int_data", "q.q_scale",
     ],
 )  # fmt: skip
 def test_the_tensors_beside_quantised_weights_are_known_by_name(name: str):
@@ -80,9 +81,16 @@ def test_the_tensors_beside_quantised_weights_are_known_by_name(name: str):
         check_not_quantised("here", {}, {name: ("F32", 1)})
 
 
+@pytest.mark.parametrize("place", ["text_config", "llm_config", "language_config"])
+def test_the_config_of_a_text_model_inside_another_says_how_it_is_quantised(place: str):
+    with pytest.raises(ValueError, match=r"here is quantised \(awq, 4 bits\)"):
+        check_not_quantised("here", {place: {"quantization_config": {"quant_method": "awq", "bits": 4}}}, {})
+
+
 def test_tensors_of_plain_checkpoints_are_let_through():
     names = ("model.embed_tokens.weight", "attn.bias", "block_scale.weight", "layer_scalar", "embed_scale")
     check_not_quantised("here", {"quantization_config": None}, {name: ("BF16", 2) for name in names})
+    check_not_quantised("here", {}, {"input_layernorm.scale": ("F32", 1), "logit_scale": ("F32", 0)})
     check_not_quantised("here", {}, {"vision.position_ids": ("I64", 2), "mask": ("BOOL", 4)})
     for dtype in ("F64", "F32", "F16", "torch.float64", "torch.float32", "torch.bfloat16", "float64"):
         check_not_quantised("here", {}, {"q.weight": (dtype, 2)})

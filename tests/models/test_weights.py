@@ -184,6 +184,18 @@ def test_an_index_that_leads_outside_its_checkpoint_is_refused(tmp_path, params,
         open_params(inside, LLAMA)
 
 
+def test_an_index_that_leads_outside_through_a_linked_folder_is_refused(tmp_path, params):
+    (inside := tmp_path / "checkpoint").mkdir()
+    (tmp_path / "other").mkdir()
+    save_file(params, tmp_path / "other/a.safetensors")
+    (inside / "shards").symlink_to(tmp_path / "other")
+    (inside / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(params, "shards/a.safetensors")})
+    )
+    with pytest.raises(ValueError, match=r"names shards/a\.safetensors, which lies outside"):
+        open_params(inside, LLAMA)
+
+
 def test_shards_that_are_links_are_read_and_a_link_to_nothing_is_named(tmp_path, params):
     (cache := tmp_path / "snapshot").mkdir()
     for name in save_sharded(params, tmp_path):

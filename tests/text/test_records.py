@@ -61,6 +61,20 @@ def test_messages_that_are_not_used_are_named_in_a_warning(caplog):
     assert "the text columns messages in here are not used" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "今天天气怎么样？",
+        {"role": "user", "content": "why not"},
+        [{"from": "human", "value": "why not"}],
+        ["why not"],
+    ],
+)
+def test_text_of_any_form_in_an_unknown_column_is_named_in_a_warning(value, caplog):
+    pairs_of(placed({"post": value, "chosen": "a b", "rejected": "a c", "id": ["x1"], "n": 3}), "here")
+    assert "the text columns post in here are not used" in caplog.text
+
+
 def test_a_string_question_belongs_to_responses_of_messages():
     record = {"question": "why not", "chosen": CHAT.chosen, "rejected": CHAT.rejected}
     assert pairs_of(placed(record), "here") == [CHAT]

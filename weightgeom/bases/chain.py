@@ -26,6 +26,7 @@ from weightgeom.interruption import Request, no_request
 from weightgeom.models.adapters import is_adapter
 from weightgeom.models.loading import check_tokenizer, load_architecture, warn_of_other_vocabulary
 from weightgeom.models.residual import Architecture
+from weightgeom.models.weights import check_finite, open_params
 from weightgeom.text.examples import Examples
 from weightgeom.trajectory import Base, Trajectory
 
@@ -107,6 +108,9 @@ class Chain:
             for name, directory in self._fetched(weights=True).items()
         }
         self._compare(by_name)
+        for directory in by_name.values():
+            architecture = load_architecture(directory)
+            check_finite(open_params(directory, architecture), architecture, str(directory))
         first, *_ = directories = list(by_name.values())
         tokenizer = None if self.tokenizer is None else by_name[self.tokenizer]
         warn_of_generated_text(data, tokenizer or first)

@@ -14,7 +14,7 @@ from weightgeom.bases.outline import Outline
 from weightgeom.data.world import World
 from weightgeom.interfaces import Data, Stage
 from weightgeom.interruption import Request, no_request
-from weightgeom.models.adapters import as_pair, is_adapter, open_adapter, warn_of_other_base
+from weightgeom.models.adapters import as_pair, is_adapter, open_adapter, open_checkpoint, warn_of_other_base
 from weightgeom.models.language_model import trust
 from weightgeom.models.loading import (
     check_length,
@@ -28,7 +28,7 @@ from weightgeom.models.loading import (
 from weightgeom.models.pickled import convert, is_pickled
 from weightgeom.models.residual import Architecture
 from weightgeom.models.vocabulary import aligned
-from weightgeom.models.weights import difference, open_params
+from weightgeom.models.weights import check_finite, difference, open_params
 from weightgeom.text.examples import Examples
 from weightgeom.trajectory import Base, Trajectory
 
@@ -155,7 +155,8 @@ class Pretrained:
         }
         last = steps[max(steps)]
         for directory in dict.fromkeys(steps.values()):
-            open_params(directory, load_architecture(directory))
+            architecture = load_architecture(directory)
+            check_finite(open_params(directory, architecture), architecture, str(directory))
         check_tokenizer(last)
         warn_of_generated_text(data, last)
         if len(steps) == 1:
@@ -213,7 +214,11 @@ class TwoCheckpoints:
     ) -> Base:
         """Fetch both checkpoints."""
         before, after = (with_safetensors(fetched, self.allow_bin, stage) for fetched in self._fetched())
-        self._compare(before, after, load_architecture(before))
+        architecture = load_architecture(before)
+        self._compare(before, after, architecture)
+        start = open_params(before, architecture)
+        check_finite(start, architecture, str(before))
+        check_finite(open_checkpoint(after, architecture, start), architecture, str(after))
         warn_of_generated_text(data, before)
         return pair_base(before, after, after if self.tokenizer == "after" else before)
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from math import isfinite, sqrt
+from math import prod, sqrt
 from pathlib import Path
 from reprlib import repr as short
 from time import monotonic
@@ -30,6 +30,8 @@ PREFIX = "base_model.model."
 FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.[^.]+)??(?:\.weight)?")
 WHOLE = re.compile(r"(.+?)(?:\.(base_layer|original_module|modules_to_save)(?:\.[^.]+)?)?\.(weight|bias)")
 MATCHING = 10.0  # seconds for the patterns of one adapter
+LONGEST, LARGEST = 100_000, 100_000  # characters of a pattern, and repetitions that it counts
+MOST = 1e12  # an alpha, either way
 # What makes a PEFT "LoRA" more than W + scale · B A, or not the same for every token.
 VARIANTS = (
     "use_dora",
@@ -392,13 +394,24 @@ def _alpha_patterns(directory: Path, config: Mapping[str, Any]) -> list[tuple["r
     patterns = []
     for pattern, alpha in given.items():
         try:
+            if len(pattern) > LONGEST or prod(_counts(pattern)) > LARGEST:
+                raise ValueError("too large")
+            re.compile(pattern)  # as PEFT does: `regex` knows more, such as recursion
             compiled = regex.compile(rf"(.*\.)?({pattern})$")
-        except (regex.error, RecursionError) as error:
+        except (ValueError, re.error, regex.error, OverflowError, RecursionError) as error:
             raise ValueError(
-                f"{directory / CONFIG} has an alpha_pattern that is no regular expression: {short(pattern)}"
+                f"{directory / CONFIG} has an alpha_pattern that is no regular expression, or a huge one:"
+                f" {short(pattern)}"
             ) from error
         patterns.append((compiled, _number(directory, alpha)))
     return patterns
+
+
+def _counts(pattern: str) -> Iterator[int]:
+    """The repetitions that a pattern counts, such as 3 and 20 of `(a{3}){,20}`; nested ones multiply."""
+    yield from (
+        max(1, *map(int, re.findall(r"\d+", counted))) for counted in re.findall(r"\{[\d,]+\}", pattern)
+    )
 
 
 def _alpha(
@@ -422,6 +435,7 @@ def _alpha(
 
 
 def _number(directory: Path, alpha: object) -> float:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not isfinite(alpha):
+    is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    if not is_number or not abs(alpha) <= MOST:
         raise ValueError(f"{directory / CONFIG} has an alpha that is no number: {short(alpha)}")
     return float(alpha)

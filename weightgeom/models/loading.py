@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 LAYERS, EXPERTS, POSITIONS = 4096, 2**18, 2**17  # more than any model has, and few enough to list
+OF_TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 OTHER_MODALITY = re.compile("image|audio|video|vision", re.IGNORECASE)
 
@@ -262,7 +263,7 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
     Raises:
         FileNotFoundError: if there is none in the directory.
-        ValueError: if it has no end token.
+        ValueError: if a file of it is damaged, or it has no end token.
     """
     from transformers import AutoTokenizer
 
@@ -274,6 +275,9 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
             raise ValueError(
                 f"{pointers[0]} is a pointer of git-lfs, not the file: run git lfs pull in {directory}"
             ) from error
+        for path in (path for pattern in OF_TOKENIZER for path in sorted(directory.glob(pattern))):
+            if path.is_file():
+                json_object(path)  # names the file if it is the one that is damaged
         raise FileNotFoundError(
             f"{directory} holds no tokenizer that can be read ({first_line(error)}):"
             " save one beside the weights"

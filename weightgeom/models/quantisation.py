@@ -4,14 +4,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-CONFIGS = ("quantization_config", "compression_config", "quantization")
+CONFIGS = ("quantization_config", "compression_config", "quantization", "quantize_config")
+TEXT = ("text_config", "llm_config", "language_config")  # of a model that also sees or hears
 CODES = re.compile(r"(?:torch\.)?(?:u?int|U|I)(?:1|2|4|8|16|32)|(?:torch\.)?float(?:4|6|8)_\w+|F4|F[468]_\w+")
 WHOLE_NUMBERS = re.compile(r"(?:torch\.)?(?:u?int64|bool)|U64|I64|BOOL")
 # Scales, zero points and codes, as bitsandbytes, GPTQ, AWQ, MLX, compressed-tensors, fp8, ModelOpt, MXFP4,
-# HQQ, Quanto, torchao, AQLM, EETQ and EXL store them beside a weight or in its place.
+# HQQ, Quanto, torchao, AQLM, QuIP, EETQ and EXL store them beside a weight or in its place.
 COMPANION = re.compile(
     r"(?:^|[._])(?:SCB|qweight|qzeros|g_idx|absmax|quant_map|nested_\w+|weight_format|weight_packed"
-    r"|weight_shape|codebooks|trellis|W_q|zero_points?)$"
+    r"|weight_shape|codebooks|trellis|W_q|zero_points?|Qidxs|qscale|qtype|q_scales?)$"
+    r"|proj\.(?:scale|zero)$|:int_data|:scale|:zero_point"
     r"|quant_state|_packed_params"
     r"|(?:weight|weights|input|output|activation|proj|[qkv])_scales?(?:_inv|_2)?$"
     r"|_scale_inv$|\.scales$|_(?:blocks|scales)$|weight\._(?:data|scale)$"
@@ -48,8 +50,7 @@ def _is_code(name: str, dtype: str) -> bool:
 
 def _method(config: Mapping[str, Any]) -> str | None:
     """The method that a config names, with the bits; None without one."""
-    text = config.get("text_config")
-    places = (config, text if isinstance(text, Mapping) else {})
+    places = [config, *(config[name] for name in TEXT if isinstance(config.get(name), Mapping))]
     given = next((place[key] for place in places for key in CONFIGS if place.get(key)), None)
     if given is None:
         return None

@@ -22,6 +22,7 @@ WRAPPERS = re.compile(rf"^(?:(?:module|_forward_module|base_model\.model|{INSIDE
 TEXT_MODEL = re.compile(r"(?:model\.)?language_model\.")  # of a model that also sees or hears
 PICKLED = re.compile(r"(?:pytorch_model|adapter_model).*\.bin")
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
+ROWS = 4096  # that are looked at together
 OF_A_TRAINER = re.compile(r"(?:training_args|optimizer|scheduler|scaler|rng_state).*")
 
 
@@ -154,6 +155,24 @@ def names_in_memory(stored: Collection[str], architecture: Architecture, where: 
     return names
 
 
+def check_finite(params: Params, architecture: Architecture, label: str) -> None:
+    """Refuse embeddings, norms and biases with values that are not finite.
+
+    An update is refused where it is measured; a token that the measured text lacks would hide the others.
+
+    Raises:
+        ValueError: with the first such parameter.
+    """
+    updates = {matrix.parameter for matrix in architecture.matrices}
+    for name in (name for name in params if name not in updates):
+        blocks = params[name].split(ROWS) if params[name].ndim else (params[name],)
+        if not all(bool(block.isfinite().all()) for block in blocks):
+            raise ValueError(
+                f"{name} of {label} has values that are not finite: the checkpoint is corrupt, or its"
+                " training diverged; copy or download it again, or give an earlier one"
+            )
+
+
 def difference(after: Params, before: Params, architecture: Architecture | None = None) -> Params:
     """The update from `before` to `after`, in float32 and tensor by tensor.
 
@@ -206,7 +225,9 @@ def _files(directory: Path) -> dict[str, Path]:
         raise ValueError(f"{index} is truncated or corrupt; copy or download it again")
     held: dict[str, frozenset[str]] = {}
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+        leads_outside = Path(shard).is_absolute() or ".." in Path(shard).parts
+        folder = (directory / shard).parent.resolve()  # a shard itself may be a link, as in a hub's cache
+        if leads_outside or not folder.is_relative_to(directory.resolve()):
             raise ValueError(f"{index} names {shard}, which lies outside {directory}: download it again")
         if not (directory / shard).is_file():
             raise FileNotFoundError(f"{index} names {shard}, which is missing from {directory}")

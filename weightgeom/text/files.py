@@ -322,7 +322,10 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message without its full stop, to be quoted in a sentence."""
-    return next(
-        (line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )
+    """The first line of an error's message without its full stop, to be quoted in a sentence.
+
+    A line that ends in a colon is followed by the next one.
+    """
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    return f"{first} {lines[1]}" if first.endswith(":") and len(lines) > 1 else first

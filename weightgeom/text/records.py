@@ -137,9 +137,12 @@ def _warn_ignored(records: Placed, used: Collection[str], source: str) -> None:
 
 
 def _is_text(value: object) -> bool:
+    """Whether a value holds text: some words, or letters of a script that may not space them."""
     if isinstance(value, str):
-        return len(value.split()) > 1
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "content" in value[0]
+        return len(value.split()) > 1 or (len(value) > 3 and not value.isascii())
+    if isinstance(value, dict):
+        return "content" in value or any(map(_is_text, value.values()))
+    return isinstance(value, list) and any(map(_is_text, value))
 
 
 def _prompt(where: str, record: dict, name: str | None) -> Text | None:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from runners.cli.app import PLURALS, app
 from runners.cli.choices import reference
 from runners.cli.compare import compared, quoted
+from runners.cli.run import _whole_path
 
 CHOICES = [
     path for path in CONF.rglob("*.yaml") if len(path.relative_to(CONF).parts) > 1 and path.stem != "rich"
@@ -109,6 +110,18 @@ def test_a_quoted_path_reaches_the_configuration_as_it_is(path: str) -> None:
     override = OverridesParser.create().parse_override(f"key={quoted(path)}")
     assert not override.is_sweep_override()
     assert OmegaConf.to_container(OmegaConf.create({"key": override.value()}), resolve=True) == {"key": path}
+
+
+def test_a_path_that_exists_needs_no_quotes_on_the_command_line(tmp_path: Path) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parser = OverridesParser.create()
+    for name in ("x{y}", "a,b", "it's", "é", "a=[1,2]", "a b", "(c)", "50%", "a\nb", "#1", "null"):
+        (path := tmp_path / name).mkdir()
+        override = parser.parse_override(_whole_path(f"+model.name={path}"))
+        assert not override.is_sweep_override() and override.value() == str(path)
+    for argument in ("seed=0,1", "probe=[rsf]", f"model.name={tmp_path}/none,other", "-m", "x='a,b'", "x="):
+        assert _whole_path(argument) == argument
 
 
 def test_a_comparison_is_a_run_without_a_training() -> None:

@@ -16,7 +16,9 @@ from runners.launcher.__main__ import launcher_options, main
 from runners.launcher.jobs import CANCEL, LOCK, Job, State, _out_of_time, _time_is_up
 from runners.launcher.manifest import Sweep
 from runners.launcher.ownership import held
+from runners.launcher.status import StatusPoller
 
+SWEEP_JSON = '{"launcher": "local", "options": {}, "overrides": [], "jobs": %s, "submissions": %s}'
 LIMITS = {"timeout_min": 60, "max_num_timeout": 3, "signal_delay_s": 120}
 
 
@@ -158,6 +160,38 @@ def test_two_attempts_of_a_job_do_not_run_at_once_and_a_completed_one_does_not_r
     Job(str(directory), slurm=False)()
     assert "nothing to do: attempt 1 completed this job" in capsys.readouterr().out
     assert len((directory / "events.jsonl").read_text().splitlines()) == 1
+    monkeypatch.setenv("WEIGHTGEOM_JOB", "local.2.0")  # of a second submission, which waited for the first
+    Job(str(directory), slurm=False)()
+    state = State.load(directory)
+    assert state is not None and (state.id, state.state, state.attempt) == ("local.2.0", "COMPLETED", 1)
+    assert len((directory / "events.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_supervisor_that_outlives_its_killed_launcher_runs_jobs_that_are_known(tmp_path, monkeypatch):
+    sweep = sweep_of(tmp_path / "sweep", 1, "local")
+
+    class Killed(BaseException):
+        pass
+
+    def dying(*given: object) -> None:
+        ids = sweep.ids()
+        State("RUNNING", 1, id=ids[0], pid=os.getpid()).save(sweep.directory / "0")
+        raise Killed
+
+    monkeypatch.setattr("runners.launcher.local.start_supervisor", dying)
+    with held(sweep.directory / "0" / LOCK, 1, lambda: {"id": "7", "attempt": 1}):
+        with pytest.raises(Killed):
+            monkeypatch.setattr("runners.launcher.commands.holder_of", lambda path: None)
+            commands.submit(sweep, [0], sweep.directory / "code")
+        assert [job.state for job in StatusPoller(sweep).poll()] == ["RUNNING"]
+
+
+def test_jobs_of_a_supervisor_that_cannot_start_are_not_counted_as_submitted(tmp_path):
+    sweep = sweep_of(tmp_path / "sweep", 1, "local")
+    sweep.set_options({"gpus_per_node": 1000})
+    with pytest.raises(ValueError, match=r"hydra\.launcher\.gpus_per_node is 1000, but this machine has"):
+        commands.submit(sweep, [0], sweep.directory / "code")
+    assert sweep.ids() == {} and sweep.manifest()["submissions"][0]["withdrawn"] is True
 
 
 def test_an_attempt_that_was_superseded_leaves_the_state_alone(tmp_path):
@@ -195,9 +229,24 @@ def test_options_of_the_launcher_change_at_resubmit(tmp_path, slurm):
     ("content", "said"),
     [
         (None, "holds no sweep (no sweep.json)"),
-        ("", "is damaged, or not a sweep's"),
+        ("", "is damaged (Expecting value"),
         ('{"a": 1}', "is not a sweep's"),
-        ("[]", "is not a sweep's"),
+        ("[]", "is damaged (it holds a list): give the directory"),
+        ("[" * 100_000, "is damaged (maximum recursion depth exceeded"),
+        ('{"a": "\\ud800', "is damaged (Invalid "),
+        (
+            '{"launcher": 1, "options": {}, "overrides": [], "jobs": {}, "submissions": []}',
+            "is not a sweep's",
+        ),
+        (SWEEP_JSON % ("[1]", "[]"), "is not a sweep's"),
+        (SWEEP_JSON % ('{"a": "b"}', "[]"), "is not a sweep's"),
+        (SWEEP_JSON % ('{"0": 3}', "[]"), "is not a sweep's"),
+        (SWEEP_JSON % ('{"0": "/none"}', "[3]"), "is not a sweep's"),
+        (SWEEP_JSON % ('{"0": "/none"}', '[{"ids": 3}]'), "is not a sweep's"),
+        (
+            SWEEP_JSON % ('{"0": "/none"}', "[]"),
+            "has no /none/job.json, which describes job 0: bring the direc",
+        ),
         (
             '{"launcher": "local", "options": {}, "overrides": [], "jobs": {}, "submissions": []}',
             "start it again",
@@ -210,6 +259,16 @@ def test_a_foreign_sweep_json_gets_a_sentence(tmp_path, content, said, capsys):
     assert main(["status", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert said in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["state.json", "job.json"])
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"status": 3}', "\xff", "[" * 100_000])
+def test_a_damaged_file_of_a_job_is_named(tmp_path, name, content, capsys):
+    sweep = sweep_of(tmp_path / "sweep", 1, "local")
+    (sweep.directory / "0" / name).write_bytes(content.encode("latin-1"))
+    assert main(["status", str(sweep.directory)]) == 1
+    error = capsys.readouterr().err
+    assert f"0/{name} " in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_an_unknown_number_is_not_cancelled_in_silence(tmp_path, slurm, capsys):

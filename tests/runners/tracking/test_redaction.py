@@ -8,10 +8,11 @@ from runners.tracking.redaction import Masked, announces_secret, redacted, redac
 SECRET_NAMES = """
     token hf_token HF_TOKEN model.token password db.passwd client_secret secret.value PGPASSWORD DB_PASS
     MYSQL_PWD Pwd smtp_pass api_key apiKey OPENAI_API_KEY aws_secret_access_key AccountKey PRIVATE-TOKEN
+    PASS DBPASS dbpass userpwd DB_PW KAGGLE_KEY secretkey accesstoken HFTOKEN auth _auth pass
 """.split()
 PLAIN_NAMES = """
     tokenizer max_tokens pad_token eos_token_id level key next_token bypass first_pass compass PWD passed
-    password_file monkey
+    password_file monkey surpass author authority sort_key
 """.split()
 S = "Xy7hunter2hunter2"  # stands for a secret
 SECRETS = [
@@ -44,12 +45,33 @@ SECRETS = [
     f"curl -u me:{S} http://h",
     f"token: str = '{S}'",
     f"//registry/:_authToken={S}",
+    f"postgres://me:8080/{S}@host/db",
+    f"redis://:12/{S}@host:6379/0",
+    f"-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,AB12\n\n{S}\n{S}",
+    f"sk-ant-api03-Ab-{S}-{S}_{S}",
+    f"mysql -h db -u me -p{S} world",
+    f"sshpass -p {S} ssh host",
+    f"curl --proxy-user me:{S} http://h",
+    f"setenv HF_TOKEN {S}",
+    f"machine host\n  login me\n  password {S}",
+    f"https://hooks.slack.com/services/T0/B0/{S}",
+    f"https://discord.com/api/webhooks/123/{S}",
+    f"server --pass {S}",
+    f"pass: {S}",
+    f'{{"auths": {{"registry": {{"auth": "{S}"}}}}}}',
+    f"hvs.{S}{S}",
+    f"ATATT3x{S}{S}",
+    f"gsk_{S}{S}",
+    f"nvapi-{S}{S}",
+    f"r8_{S}{S}",
 ]
 PLAIN = """
 data.max_tokens=512
 model.tokenizer=before
 pad_token: <pad>
 3.2 nats per token: 0.5
+loss per token: 2.3145e-01
+http://host:8080/lab/model@v1
 intervention.bypass.k=3
 first pass: 2, second pass: 3
 /home/me/secrets/run.py
@@ -115,6 +137,16 @@ REPEATED = [
     *"token a 0f eyJ eyJ. hf_ sk- sk-a- glpat- xoxb- AKIA :// a://b: a://b@ u:p@ key= key: password=".split(),
     *"token=' token=\" Authorization: ?sig= --password --p KEY----- \\ \\\" ' : = a.b- Cookie:".split(),
     *("-----BEGIN PRIVATE KEY-----", "tok ", "Bearer ", "--p a ", "password = ", "-u a:b ", "-----BEGIN "),
+    *(
+        "mysql ",
+        "mysql -a ",
+        "login a ",
+        "setenv ",
+        "hooks.slack.com/services/",
+        "do_v1_",
+        "pass: ",
+        "auth: ",
+    ),
 ]
 
 
