@@ -1,13 +1,14 @@
-"""Disturbs sweeps of six at random, goes on with them, and compares their end with that of an undisturbed one.
+"""Disturbs sweeps of six at random, goes on with them, and compares the end with an undisturbed one.
 
     python benchmarks/storm.py DIRECTORY [DISTURBANCES] [SEED] [--local]
 
-Under the SLURM that `sinfo` shows, by a user who may change the states of nodes: USR2, TERM and KILL to a job,
-`scontrol requeue`, a node that is lost, one that is cut off while its jobs live on (these two on a cluster of
-tests/helpers/slurm-local), `resubmit`, two of them at once, and a submitter that is killed. With `--local`
-those that exist here, and a supervisor that is killed. A sweep that ends before all disturbances were made is
-followed by another. Prints a line for each, and exits with 1 if a finished job runs again, points are in a
-record twice or not at all, tables differ, MLflow and the records differ, or the accounting has another end.
+Under the SLURM that `sinfo` shows: USR2, TERM and KILL to a job, `scontrol requeue`, a node that is lost, one
+that is cut off while its jobs live on (these two where tests/helpers/slurm-local has made the cluster),
+`resubmit`, two of them at once, and a submitter that is killed. With `--local` those that exist here, and a
+supervisor that is killed. A sweep that ends before all disturbances were made is followed by another.
+
+Prints a line for each, and exits with 1 if a finished job runs again, points are in a record twice or not at
+all, tables differ, MLflow and the records differ, or the accounting has another end.
 """
 
 import json
@@ -143,7 +144,9 @@ class Storm:
         return f"{what}, and its resubmit killed after {moment:.1f} s"
 
     def supervisor(self) -> str:
-        supervisors = [pid for pid, line in processes(self.home) if "-m runners.launcher.local_main" in line]
+        plans = [json.loads(path.read_text()) for path in self.home.rglob("supervisor.*.json")]
+        alive = {pid for pid, _ in processes(self.home)}
+        supervisors = [plan["pid"] for plan in plans if plan.get("pid") in alive]
         for pid in supervisors[:1]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
