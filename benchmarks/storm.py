@@ -28,8 +28,8 @@ from typing import Any
 
 from kills import LAUNCHER, ROOT, SMALL, ended, processes, started, tables
 
-JOBS, STEPS = 6, 150
-SWEEP = [f"training.steps={STEPS}", "training.save_every=10", "objective=dpo,ce", "seed=0,1,2", "-m"]
+JOBS, STEPS = 6, 60
+SWEEP = [f"training.steps={STEPS}", "training.save_every=5", "objective=dpo,ce", "seed=0,1,2", "-m"]
 UNDER_SLURM = ["hydra/launcher=slurm", "hydra.launcher.mem_gb=1", "hydra.launcher.poll_s=1"]
 HERE = ["hydra.launcher.array_parallelism=3"]
 ENDS = {"COMPLETED", "REQUEUED", "NODE_FAIL", "FAILED", "CANCELLED", "PREEMPTED"}
