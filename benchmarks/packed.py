@@ -1,10 +1,11 @@
 """The processor time that short jobs cost beyond their runs, packed into one task and on this machine.
 
-    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/packed.py DIRECTORY [JOBS]
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/packed.py DIRECTORY [JOBS] [packed|local]
 
-Starts a sweep of JOBS tiny runs twice: in one task with `jobs_per_task`, where stand-ins for sbatch and srun
-run the task here, and by the local launcher. All processes of the sweep count, down to their children. A run
-itself is measured in a process that has imported everything. The target is 3 s beyond the run.
+Starts a sweep of JOBS tiny runs in both ways or the given one: in one task with `jobs_per_task`, where
+stand-ins for sbatch and srun run the task here, and by the local launcher. All processes of the sweep count,
+down to their children. A run itself is measured in a process that has imported everything. The target is 3 s
+beyond the run.
 """
 
 import ctypes
@@ -15,13 +16,22 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from kills import ROOT, SMALL, environment
 
+TINY = [
+    *(override for override in SMALL if not override.startswith("probe.")),
+    "training.steps=2",
+    "probe=[]",
+]
 SUBREAPER = 36  # prctl's PR_SET_CHILD_SUBREAPER: detached processes become children of this one
 STANDS = {
-    "sbatch": 'cp "$2" "$0.script"; SLURM_JOB_ID=1 SLURMD_NODENAME=here setsid bash "$0.script" > "$0.log" 2>&1 &\necho 1',
+    "sbatch": (
+        'cp "$2" "$0.script"; echo 1\n'
+        'SLURM_JOB_ID=1 SLURMD_NODENAME=here setsid bash "$0.script" > "$0.log" 2>&1 &'
+    ),
     "srun": 'while [ "$1" != sh ]; do shift; done; exec "$@"',
     **dict.fromkeys(("squeue", "sacct", "scontrol"), "true"),
 }
@@ -51,7 +61,7 @@ def used() -> float:
 
 def swept(home: Path, jobs: int, options: list[str], variables: dict[str, str]) -> tuple[Path, float]:
     """The directory of a sweep and its processor time without that of the launcher."""
-    command = [sys.executable, str(ROOT / "run.py"), *SMALL, f"seed=range({jobs})", *options]
+    command = [sys.executable, str(ROOT / "run.py"), *TINY, f"seed=range({jobs})", *options]
     began = used()
     subprocess.run(
         [*command, "hydra.launcher.detach=true", "-m"], cwd=home, env=variables, check=True, stdout=-3
@@ -69,8 +79,8 @@ def swept(home: Path, jobs: int, options: list[str], variables: dict[str, str]) 
     return path.parent, used() - after
 
 
-def main(directory: Path, jobs: int) -> None:
-    """Print the processor time of a job in both ways, and that of a run alone."""
+def main(directory: Path, jobs: int, kinds: Sequence[str]) -> None:
+    """Print the processor time of a job in these ways, and that of a run alone."""
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
     (directory / "bin").mkdir(parents=True)
     for name, script in STANDS.items():
@@ -80,18 +90,18 @@ def main(directory: Path, jobs: int) -> None:
     base = directory / "base"
     base.mkdir()
     subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *SMALL, "seed=1000"],
+        [sys.executable, str(ROOT / "run.py"), *TINY, "seed=1000"],
         cwd=base, env=variables, check=True, stdout=-3,
     )  # fmt: skip
-    kinds = {
+    options = {
         "packed": ["hydra/launcher=slurm", f"hydra.launcher.jobs_per_task={jobs}"],
         "local": ["hydra.launcher.array_parallelism=1"],
     }
-    for kind, options in kinds.items():
+    for kind in kinds:
         home = directory / kind
         shutil.copytree(base / "outputs/pretraining", home / "outputs/pretraining")
         began = time.monotonic()
-        sweep, seconds = swept(home, jobs, options, variables)
+        sweep, seconds = swept(home, jobs, options[kind], variables)
         print(f"{kind}: {seconds / jobs:.2f} s of processor time a job", flush=True)
         print(f"  {time.monotonic() - began:.0f} s for {jobs} jobs", flush=True)
     outputs = directory / "alone"
@@ -105,4 +115,5 @@ def main(directory: Path, jobs: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 60)
+    jobs = int(sys.argv[2]) if len(sys.argv) > 2 else 60
+    main(Path(sys.argv[1]).resolve(), jobs, sys.argv[3:] or ["packed", "local"])

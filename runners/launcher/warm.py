@@ -1,5 +1,6 @@
 """Jobs as forks of one process that has imported their libraries."""
 
+import gc
 import glob
 import json
 import os
@@ -22,9 +23,9 @@ MODULES = "modules.json"  # in a sweep's directory: the libraries that its jobs 
 def learn(path: Path) -> None:
     """Add the libraries that this process has imported to the list in `path`."""
     known = dict.fromkeys(_listed(path))
-    imported = [name for name, module in list(sys.modules.items()) if _is_shared(name, module)]
-    if not known.keys() >= set(imported):
-        write_atomically(path, json.dumps(list(known | dict.fromkeys(imported))))
+    others = [(name, module) for name, module in list(sys.modules.items()) if name not in known]
+    if imported := [name for name, module in others if _is_shared(name, module)]:
+        write_atomically(path, json.dumps([*known, *imported]))
 
 
 def _is_shared(name: str, module: object) -> bool:
@@ -82,6 +83,7 @@ class Libraries:
             if name not in sys.modules:
                 with suppress(Exception):
                     import_module(name)
+        gc.freeze()  # so that the forks share this memory, and do not search it for garbage
         return True
 
 
