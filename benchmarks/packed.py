@@ -97,6 +97,7 @@ def main(directory: Path, jobs: int, kinds: Sequence[str]) -> None:
         "packed": ["hydra/launcher=slurm", f"hydra.launcher.jobs_per_task={jobs}"],
         "local": ["hydra.launcher.array_parallelism=1"],
     }
+    sweep = directory
     for kind in kinds:
         home = directory / kind
         shutil.copytree(base / "outputs/pretraining", home / "outputs/pretraining")
@@ -109,7 +110,7 @@ def main(directory: Path, jobs: int, kinds: Sequence[str]) -> None:
     modules = sweep / "modules.json"
     alone = subprocess.check_output(
         [sys.executable, "-c", ALONE, str(sweep / "0/job.json"), str(modules), str(outputs)],
-        cwd=home, env=variables, text=True,
+        cwd=directory, env=variables, text=True,
     )  # fmt: skip
     print(f"a run itself: {float(alone.rpartition('took ')[2]):.2f} s")
 

@@ -293,5 +293,5 @@ def main(directory: Path, disturbances: int, seed: int, local: bool) -> int:
 
 if __name__ == "__main__":
     given = [argument for argument in sys.argv[1:] if argument != "--local"]
-    counts = [int(given[n]) if len(given) > n else default for n, default in ((1, 30), (2, 0))]
-    sys.exit(main(Path(given[0]).resolve(), *counts, "--local" in sys.argv))
+    disturbances, seed = (int(given[n]) if len(given) > n else default for n, default in ((1, 30), (2, 0)))
+    sys.exit(main(Path(given[0]).resolve(), disturbances, seed, "--local" in sys.argv))

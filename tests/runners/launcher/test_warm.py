@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_libraries_are_listed_and_imported_once_and_the_users_own_modules_are_not(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    __import__("mine"), __import__("colorsys")
+    import_module("mine")
+    import_module("colorsys")
     path = tmp_path / "modules.json"
     learn(path)
     assert "mine" not in json.loads(path.read_text()) and "runners.disk" in json.loads(path.read_text())
