@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, base
-from sweeps import Place, events, states, steps, until
+from sweeps import events, states, steps, until
 
 LIBRARIES = [*Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")]
 # For the job alone: SLURM's own messages would be refused, and files have the clock of their file system.
