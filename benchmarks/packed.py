@@ -73,9 +73,11 @@ def swept(home: Path, jobs: int, options: list[str], variables: dict[str, str]) 
         except ChildProcessError:
             break
     (path,) = home.glob("outputs/jobs/*/*/sweep.json")
-    states = [json.loads((path.parent / str(n) / "state.json").read_text())["state"] for n in range(jobs)]
-    assert states == ["COMPLETED"] * jobs, states
-    print(f"  launched in {launched:.1f} s", flush=True)
+    logs = [(path.parent / str(number) / "events.jsonl").read_text() for number in range(jobs)]
+    ends = [json.loads(log.splitlines()[-1]) for log in logs]
+    assert all(end["state"] == "COMPLETED" for end in ends), ends
+    each = [end.get("processor_seconds", 0.0) for end in ends]
+    print(f"  launched in {launched:.1f} s; the jobs' own processes took {each} s", flush=True)
     return path.parent, used() - after
 
 

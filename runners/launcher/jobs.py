@@ -134,7 +134,8 @@ class Job:
             self._fail(begun, error)
             raise
         else:
-            begun = replace(begun, state="COMPLETED").save(directory)
+            spent = round(time.process_time(), 2)
+            begun = replace(begun, state="COMPLETED").save(directory, processor_seconds=spent)
         finally:
             interruption.end()
 
