@@ -29,9 +29,9 @@ def test_a_run_that_goes_on_at_a_node_an_hour_behind_has_its_steps_and_its_durat
     prolog = tmp_path / "prolog"
     prolog.write_text(PROLOG.format(library=LIBRARIES[0]))
     prolog.chmod(0o755)
-    options = [f"hydra.launcher.srun_args=[--task-prolog={prolog}]", "hydra.launcher.timeout_min=30"]
+    options = [f'hydra.launcher.srun_args=["--task-prolog={prolog}"]', "hydra.launcher.timeout_min=30"]
     nodes = ["hydra.launcher.exclude=n3,n4", "hydra.launcher.exclusive=true"]
-    own = ["name=clocks", "training.steps=150", "training.save_every=5", "seed=1,2"]
+    own = ["name=clocks", "training.steps=100", "training.save_every=5", "seed=1,2"]
     sweep = place.started("hydra/launcher=slurm", *options, *nodes, *own)
     until(lambda: all(max(steps(sweep, number), default=0) > 5 for number in (0, 1)))
     began = {number: events(sweep, number)[0] for number in (0, 1)}
@@ -48,7 +48,7 @@ def test_a_run_that_goes_on_at_a_node_an_hour_behind_has_its_steps_and_its_durat
     assert states(sweep, ahead) == ["RUNNING", "INTERRUPTED", "RUNNING", "COMPLETED"]
     assert events(sweep, ahead)[-1]["node"] == "n2" and events(sweep, ahead)[1]["timeouts"] == 0
     for number in (0, 1):
-        assert steps(sweep, number) == list(range(1, 151))
+        assert steps(sweep, number) == list(range(1, 101))
         description, status = (
             json.loads((sweep / f"{number}/record/{name}.json").read_text()) for name in ("run", "status")
         )
