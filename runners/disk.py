@@ -58,6 +58,22 @@ def read_object(path: Path, advice: str) -> dict[str, Any]:
     return content
 
 
+def time_at(directory: Path) -> float:
+    """The time by the clock of the file system of `directory`, in seconds since 1970.
+
+    Those of two nodes may differ, and a run may begin on the one and end on the other.
+
+    Raises:
+        OSError: if the directory takes no file.
+    """
+    probe = directory / f".{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def flush_to_disk(directory: Path) -> None:
     """Flush all files and directories under `directory`, and its own name, from the caches to the disk."""
     for folder, _, names in os.walk(directory, topdown=False):

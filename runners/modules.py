@@ -253,7 +253,7 @@ def travelling(config: object, *things: object) -> list[str]:
 def own_places() -> list[str]:
     """The directories on `sys.path`, those of installed libraries left out."""
     places = [Path(entry).resolve() for entry in sys.path]
-    return [str(place) for place in places if place.is_dir() and not _is_installed(place)]
+    return [str(place) for place in places if place.is_dir() and not is_installed_file(place)]
 
 
 def _top(name: str) -> Module | None:
@@ -277,9 +277,11 @@ def _inside(package: Module, last: str) -> Module | None:
     for place in places:
         for suffix in CODE:
             if (file := place / f"__init__{suffix}").is_file():
-                return None if _is_installed(file) and not is_house(name) else Module(name, file, (place,))
+                return (
+                    None if is_installed_file(file) and not is_house(name) else Module(name, file, (place,))
+                )
             if (file := place.with_name(f"{last}{suffix}")).is_file():
-                return None if _is_installed(file) and not is_house(name) else Module(name, file)
+                return None if is_installed_file(file) and not is_house(name) else Module(name, file)
     directories = tuple(place for place in places if place.is_dir())
     return Module(name, None, directories) if directories else None
 
@@ -298,11 +300,14 @@ def _is_library(top: str) -> bool:
     if spec is None:
         return False
     if spec.origin is not None and spec.has_location:
-        return _is_installed(Path(spec.origin))
-    return all(_is_installed(Path(place)) for place in spec.submodule_search_locations or ())  # or built in
+        return is_installed_file(Path(spec.origin))
+    return all(
+        is_installed_file(Path(place)) for place in spec.submodule_search_locations or ()
+    )  # or built in
 
 
-def _is_installed(path: Path) -> bool:
+def is_installed_file(path: Path) -> bool:
+    """Whether a file is that of an installed library, or comes with Python."""
     path = path.resolve()
     return bool(INSTALLED.intersection(path.parts)) or any(path.is_relative_to(place) for place in STANDARD)
 

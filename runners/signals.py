@@ -72,6 +72,8 @@ class Interruption:
             worker.kill()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self._asked == "stop":  # a second one must not interrupt the saving and the requeue
+            return
         self._asked = "stop"
         log.warning("stop requested (USR2): %s", "after this step" if self._polled else "at once")
         if not self._polled:

@@ -34,7 +34,7 @@ def end_sweep(sweep: Sweep, statuses: Sequence[JobStatus]) -> None:
     first = next(iter(descriptions.values()))
     run_records = [_ended_record(job, descriptions[job.number]) for job in statuses]
     summarise(record, [run_record.directory for run_record in run_records])
-    if sweep.manifest()["launcher"] == "slurm" and (used := queue.usage(list(sweep.ids().values()))):
+    if sweep.manifest()["launcher"] == "slurm" and (used := queue.usage(sweep.every_id())):
         tags = {"slurm_hours": f"{used[0]:.2f}", "slurm_peak_memory_gib": f"{used[1]:.2f}"}
         record.update(tags=tags)  # not metrics: a sweep that is resubmitted ends again
         log.info("used %.2f hours of SLURM jobs, and at most %.2f GiB of memory in one", *used)

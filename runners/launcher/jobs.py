@@ -7,12 +7,14 @@ installed its handlers are lost.
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from typing import Any, Literal
 from runners.disk import read_object, write_atomically
 from runners.launcher.ownership import held
 from runners.launcher.queue import undisturbed
+from runners.launcher.warm import learn
 from runners.signals import Interruption, process_start, share_processors, status_after
 from runners.tracking.record import Record
 from runners.tracking.redaction import one_line, redacted_text
@@ -28,6 +31,7 @@ from weightgeom.interruption import Interrupted
 GO_ON = 75  # exit code of an interrupted job that has to be restarted (EX_TEMPFAIL)
 CANCEL = "cancel"  # the file in a job's directory that requests its end
 LOCK = "job.lock"  # in a job's directory, held while the job runs
+LOG = "log.txt"  # in a job's directory: its output, unless SLURM has a file for it
 PATIENCE = 60.0  # seconds for which an attempt waits for another one to end
 BEGAN = time.monotonic()
 STATES = {"FINISHED": "COMPLETED", "FAILED": "FAILED", "KILLED": "KILLED", "SCHEDULED": "INTERRUPTED"}
@@ -96,11 +100,12 @@ class State:
 class Job:
     """One run of a sweep, in a process of its own: the call runs or resumes it.
 
-    `directory` holds its `job.json`.
+    `directory` holds its `job.json`; `began` is when its time did, on this process's clock.
     """
 
     directory: str
     slurm: bool
+    began: float = BEGAN
 
     def __call__(self) -> None:
         """Run the job; an error is saved in its state and raised, so that the exit code shows it.
@@ -139,7 +144,8 @@ class Job:
             self._fail(begun, error)
             raise
         else:
-            begun = replace(begun, state="COMPLETED").save(directory)
+            spent = round(time.process_time(), 2)
+            begun = replace(begun, state="COMPLETED").save(directory, processor_seconds=spent)
         finally:
             interruption.end()
 
@@ -156,7 +162,7 @@ class Job:
 
     def _pause(self, begun: State, asked: dict[str, Any], pause: Interrupted) -> None:
         """Requeue the job, or fail if it has reached its time limit more than `max_num_timeout` times."""
-        timeouts = begun.timeouts + _time_is_up(asked["limits"])
+        timeouts = begun.timeouts + _time_is_up(asked["limits"], self.began)
         allowed = asked["limits"]["max_num_timeout"]
         paused = replace(begun, state="INTERRUPTED", timeouts=timeouts, error=str(pause))
         if timeouts > allowed:
@@ -225,41 +231,66 @@ def own_id(slurm: bool) -> str:
     return os.environ["SLURM_JOB_ID"]
 
 
-def _time_is_up(limits: dict[str, Any]) -> bool:
+def _time_is_up(limits: dict[str, Any], began: float) -> bool:
     """Whether the signal announced the end of the job's time rather than a preemption.
 
-    By the time since this process began: the clock of a node and that of SLURM's controller may differ.
+    By this process's own clock: that of a node and that of SLURM's controller may differ.
     """
     if limits["timeout_min"] is None:
         return False
     early = 60  # seconds by which SLURM may send the signal early
-    return time.monotonic() - BEGAN >= 60 * limits["timeout_min"] - limits["signal_delay_s"] - early
+    return time.monotonic() - began >= 60 * limits["timeout_min"] - limits["signal_delay_s"] - early
 
 
 def requeue(patience: float) -> None:
-    """Requeue this job, which stops it; retries for `patience` seconds while SLURM does not answer."""
-    end = time.time() + patience
+    """Requeue this job, which stops it, unless SLURM has done so already, as after the loss of its node.
+
+    Retries for `patience` seconds while SLURM does not answer.
+    """
+    end = time.monotonic() + patience
+    id = own_id(slurm=True)  # not SLURM_JOB_ID: that of an array's last task is the id of the whole array
     while True:
-        asked = subprocess.run(
-            # Not SLURM_JOB_ID: that of an array's last task is the id of the whole array.
-            ["scontrol", "requeue", own_id(slurm=True)],
-            capture_output=True,
-            text=True,
-            env=undisturbed(),
-        )
+        restarts = re.search(r"\bRestarts=(\d+)", _scontrol("-o", "show", "job", id).stdout)
+        if restarts is not None and int(restarts[1]) > int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+            return
+        asked = _scontrol("requeue", id)
         if asked.returncode == 0:
             return
-        if time.time() > end:
+        if time.monotonic() > end:
             raise ChildProcessError(f"SLURM did not requeue the job: {asked.stderr.strip()}")
         time.sleep(2)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """`python -m runners.launcher.jobs DIRECTORY`: run the job in that directory."""
+def _scontrol(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, env=undisturbed())
+
+
+def exit_code(job: Job, modules: Path | None = None) -> int:
+    """Run a job in this process; its exit code. An error is printed, with secrets masked.
+
+    The libraries that the job has imported are listed in `modules`.
+    """
     try:
-        Job(arguments[0], slurm=False)()
+        job()
+        return 0
     except BlockingIOError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            return end.code
+        print(end.code, file=sys.stderr)
+    except BaseException:
+        sys.stderr.write(redacted_text(traceback.format_exc()))
+    finally:
+        if modules is not None:
+            with suppress(OSError):
+                learn(modules)
+    return 1
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`python -m runners.launcher.jobs DIRECTORY MODULES`: run the job in that directory."""
+    sys.exit(exit_code(Job(arguments[0], slurm=False), Path(arguments[1])))
 
 
 if __name__ == "__main__":

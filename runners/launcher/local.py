@@ -1,6 +1,5 @@
 """Jobs on this machine: a supervisor process in its own session runs them, a few at a time."""
 
-import glob
 import json
 import logging
 import os
@@ -14,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from runners.disk import read_object, write_atomically
-from runners.launcher.jobs import CANCEL, GO_ON, LOCK, State
+from runners.launcher.jobs import CANCEL, GO_ON, LOCK, LOG, Job, State, exit_code
 from runners.launcher.manifest import Sweep
 from runners.launcher.ownership import holder_of
 from runners.launcher.snapshot import python_of
+from runners.launcher.warm import MODULES, Fork, Libraries, gpus
 from runners.signals import process_start
 
 log = logging.getLogger(__name__)
@@ -63,14 +64,6 @@ class LocalOptions:
         if self.gpus_per_node:
             parallel = min(parallel, len(gpus()) // self.gpus_per_node)
         return min(parallel, jobs)
-
-
-def gpus() -> list[str]:
-    """The GPUs that this process may use, by their names in CUDA_VISIBLE_DEVICES."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [gpu for gpu in visible.split(",") if gpu and gpu != "-1"]
-    return [str(index) for index in range(len(glob.glob("/dev/nvidia[0-9]*")))]
 
 
 def new_ids(numbers: Sequence[int]) -> dict[int, str]:
@@ -142,7 +135,7 @@ def request_cancel(sweep: Sweep, numbers: Sequence[int]) -> None:
 class RunningJob:
     """A job's process, and the signals sent to it."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Fork
     slot: int
     began: float  # monotonic, in seconds
     saving: bool = False  # USR2 was sent
@@ -151,16 +144,22 @@ class RunningJob:
 
 
 class Supervisor:
-    """Runs the jobs of one submission, `parallelism` at a time, until all have ended."""
+    """Runs the jobs of one submission, `parallelism` at a time, until all have ended.
+
+    Jobs that start after another has ended are forks of this process, which has imported the libraries.
+    """
 
     def __init__(self, sweep: Sweep, plan: Mapping[str, Any]) -> None:
         self.plan = plan
         self.directories = sweep.jobs()
         self.pending = deque(int(number) for number in plan["ids"])
         self.running: dict[int, RunningJob] = {}
+        self.modules = sweep.directory / MODULES
+        jobs = [sweep.job(number)["environment"] for number in self.pending]
+        self.libraries = Libraries(self.modules, [{**self.plan["environment"], **job} for job in jobs])
 
     def __call__(self) -> None:
-        """Run all jobs."""
+        """Run all jobs; mutates the environment."""
         while self.pending or self.running:
             for number in list(self.pending):
                 if (self.directories[number] / CANCEL).exists():
@@ -168,24 +167,41 @@ class Supervisor:
                     self._save_state(number, "CANCELLED", "cancelled before it started")
             for number, job in list(self.running.items()):
                 self._watch(number, job)
-            while self.pending and len(self.running) < self.plan["parallelism"]:
+            if self.pending and len(self.running) < self.plan["parallelism"] and self._is_ready():
                 self._start(self.pending.popleft())
-            time.sleep(TICK)
+            else:
+                time.sleep(TICK)
+
+    def _is_ready(self) -> bool:
+        """Whether this process has imported the libraries; each call imports some. True for a few jobs."""
+        few = len(self.pending) < 3  # for which it takes longer than it saves
+        return (
+            (few and not self.libraries.imported) or not self.libraries.known() or self.libraries.warm(TICK)
+        )
 
     def _start(self, number: int) -> None:
         slot = min(set(range(self.plan["parallelism"])) - {job.slot for job in self.running.values()})
         directory = self.directories[number]
-        identity = {"WEIGHTGEOM_JOB": self.plan["ids"][str(number)]}
-        with (directory / "log.txt").open("ab") as log_file:
-            process = subprocess.Popen(
-                [*self.plan["python"], "-u", "-m", "runners.launcher.jobs", str(directory)],
-                env={**os.environ, **self.plan["environment"], **self._gpus(slot), **identity},
+        own = {**self._gpus(slot), "WEIGHTGEOM_JOB": self.plan["ids"][str(number)]}
+        began = time.monotonic()
+        if self.libraries.imported:
+            job = partial(exit_code, Job(str(directory), slurm=False, began=began), self.modules)
+            process = Fork(job, directory / LOG, own)
+        else:
+            process = self._cold(directory, own)
+        self.running[number] = RunningJob(process, slot, began)
+
+    def _cold(self, directory: Path, own: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+        """A job in a process that imports the libraries itself, with `own` variables."""
+        with (directory / LOG).open("ab") as log_file:
+            return subprocess.Popen(
+                [*self.plan["python"], "-um", "runners.launcher.jobs", str(directory), str(self.modules)],
+                env={**os.environ, **self.plan["environment"], **own},
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=log_file,
                 start_new_session=True,
             )
-        self.running[number] = RunningJob(process, slot, time.monotonic())
 
     def _gpus(self, slot: int) -> dict[str, str]:
         """The environment variable with the GPUs of a slot; with more slots than GPUs, slots share them."""

@@ -120,6 +120,11 @@ class Sweep:
             for number, id in submission["ids"].items()
         }
 
+    def every_id(self) -> list[str]:
+        """The ids of all submissions."""
+        submissions = self.manifest()["submissions"]
+        return list(dict.fromkeys(id for submission in submissions for id in submission["ids"].values()))
+
     def code(self) -> Path:
         """The copy of the code of the latest submission."""
         return self.directory / self.manifest()["submissions"][-1]["code"]

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from runners.disk import write_atomically
+from runners.disk import time_at, write_atomically
 from runners.signals import process_start
 
 log = logging.getLogger(__name__)
@@ -150,14 +150,10 @@ def _expired(lease: Path) -> bool:
     owner = _read(lease)
     if owner.get("host") == socket.gethostname() and process_start(owner["pid"]) != owner["process_start"]:
         return True
-    now = lease.with_name(f".{lease.name}.{uuid.uuid4().hex[:8]}.tmp")
-    now.touch()
     try:
-        return now.stat().st_mtime - lease.stat().st_mtime > SILENCE
+        return time_at(lease.parent) - lease.stat().st_mtime > SILENCE
     except FileNotFoundError:
         return False
-    finally:
-        now.unlink(missing_ok=True)
 
 
 def _this_process() -> dict[str, object]:

@@ -113,8 +113,10 @@ def named(names: Sequence[str], since: str) -> dict[str, str]:
 def usage(ids: Sequence[str]) -> tuple[float, float] | None:
     """The hours of all attempts of the jobs together and the largest memory of one in GiB, by the accounting.
 
-    None on a site without accounting.
+    None on a site without accounting, and for no jobs, for which sacct would take all of the user's.
     """
+    if not ids:
+        return None
     arrays = ",".join(dict.fromkeys(id.split("_")[0] for id in ids))
     try:
         output = output_of("sacct", "-n", "-P", "-D", "-o", "JobID,ElapsedRaw,MaxRSS", "-j", arrays)

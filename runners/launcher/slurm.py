@@ -151,7 +151,8 @@ def _found(name: str, reason: str) -> str:
     for pause in AGAIN_AFTER if UNCERTAIN.search(reason) else AGAIN_AFTER[:1]:
         time.sleep(pause)
         try:
-            if array := named([name], "now-1hours").get(name):
+            since = "now-2days"  # the clocks of this machine and of the accounting may differ
+            if array := named([name], since).get(name):
                 log.warning("sbatch failed (%s), but SLURM has the jobs", reason)
                 return array
         except ConnectionError as error:

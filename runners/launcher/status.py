@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runners.launcher import local, queue, slurm
-from runners.launcher.jobs import LOCK, State
+from runners.launcher.jobs import LOCK, LOG, State
 from runners.launcher.manifest import Sweep
 from runners.launcher.ownership import holder_of
 from runners.launcher.queue import ReportedState
@@ -77,16 +77,17 @@ class StatusPoller:
             ConnectionError: if SLURM does not answer.
         """
         ids, directories = self.sweep.ids(), self.sweep.jobs()
+        sharing = Counter(ids.values())
         states = {number: State.load(directory) for number, directory in directories.items()}
         under_slurm = self.sweep.manifest()["launcher"] == "slurm"
         report = self._slurm if under_slurm else self._local
         reported = report(ids, states, directories)
-        statuses = []
+        statuses, folder = [], self.sweep.directory / "slurm"
         for number, directory in sorted(directories.items()):
             job = JobStatus(number, self.names[number], ids.get(number, ""), "NEVER STARTED")
             if number in ids:
-                folder = self.sweep.directory / "slurm"
-                log = slurm.log_path(folder, ids[number]) if under_slurm else directory / "log.txt"
+                alone = under_slurm and sharing[ids[number]] == 1
+                log = slurm.log_path(folder, ids[number]) if alone else directory / LOG
                 job = _merged(replace(job, log=log), states[number], reported[number])
             latest = progress(directory / "record") if job.state == "RUNNING" else ""
             statuses.append(replace(job, progress=latest))
@@ -157,7 +158,7 @@ NOTHING = ReportedState("")
 def _of_several(task: ReportedState, state: State | None, id: str) -> ReportedState:
     """The state of a job whose task, in the state `task`, runs several jobs in turn."""
     own = state if state is not None and state.id == id else None
-    if own is not None and own.state in ("COMPLETED", "FAILED", "CANCELLED"):
+    if own is not None and own.state in ("COMPLETED", "FAILED", "KILLED", "CANCELLED"):
         return ReportedState(own.state, own.node, own.error or "")
     if own is None and task.state == "RUNNING":
         return ReportedState("PENDING", "", "its task runs the jobs before it")

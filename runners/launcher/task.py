@@ -5,18 +5,19 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from importlib import import_module
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from runners.launcher.jobs import CANCEL, GO_ON, Job, State, own_id, requeue
+from runners.launcher.jobs import CANCEL, GO_ON, LOG, Job, State, exit_code, own_id, requeue
 from runners.launcher.manifest import Sweep
+from runners.launcher.warm import MODULES, Fork, Libraries
 
 TICK = 0.2  # seconds between two looks at a job
-ENDED = ("COMPLETED", "FAILED", "CANCELLED")
+ENDED = ("COMPLETED", "FAILED", "KILLED", "CANCELLED")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -35,22 +36,19 @@ def main(arguments: Sequence[str]) -> None:
             print(f"job {number} does not start: it was {'submitted again' if later else 'cancelled'} since")
         else:
             started.append(sweep.jobs()[number])
-    if len(numbers) == 1:
-        try:
-            for directory in started:
-                Job(str(directory), slurm=True)()
-        except BlockingIOError as error:
-            sys.exit(f"error: {error}")
+    if len(numbers) > 1:
+        code = run_in_turn(started, sweep.directory / MODULES)
     else:
-        sys.exit(run_in_turn(started, sweep.directory / "slurm" / f"{own_id(slurm=True)}_modules.json"))
+        code = max((exit_code(Job(str(directory), slurm=True)) for directory in started), default=0)
+    if code:
+        sys.exit(code)
 
 
 def run_in_turn(directories: Sequence[Path], modules: Path) -> int:
     """Run several jobs one after another, each in a fork of this process; returns the exit code.
 
-    The first job writes the names of the `modules` that it has imported; they are imported here for the
-    others, which share them. A task that is interrupted is requeued and goes on with the jobs that have not
-    ended.
+    They share the libraries that the jobs before have listed in `modules`. A task that is interrupted is
+    requeued and goes on with the jobs that have not ended.
     """
     stopped = False
 
@@ -58,69 +56,47 @@ def run_in_turn(directories: Sequence[Path], modules: Path) -> int:
         nonlocal stopped
         stopped = True
 
+    signal.signal(signal.SIGUSR2, stop)
     id, failed = own_id(slurm=True), False
+    descriptions = {directory: json.loads((directory / "job.json").read_text()) for directory in directories}
+    libraries = Libraries(modules, [described["environment"] for described in descriptions.values()])
     for directory in directories:
-        signal.signal(signal.SIGUSR2, stop)
-        if stopped:  # between two jobs
-            requeue(json.loads((directory / "job.json").read_text())["limits"]["signal_delay_s"])
-            return GO_ON
         before = State.load(directory)
         if before is not None and before.id == id and before.state in ENDED:
             failed = failed or before.state != "COMPLETED"
             continue
-        _warm(modules)
-        code = _in_fork(directory, modules)
+        if (directory / CANCEL).exists():
+            _save(directory, id, "CANCELLED", "cancelled")
+            failed = True
+            continue
+        if libraries.known():
+            libraries.warm()
+        if stopped:  # between two jobs
+            requeue(descriptions[directory]["limits"]["signal_delay_s"])
+            return GO_ON
+        print(f"runs {directory}: see {directory / LOG}", flush=True)
+        job = Fork(partial(exit_code, Job(str(directory), slurm=True), modules), directory / LOG)
+        while (code := job.poll()) is None:
+            if (directory / CANCEL).exists():
+                with suppress(ProcessLookupError):
+                    os.killpg(job.pid, signal.SIGKILL)
+            elif stopped:  # SLURM may have signalled this process alone
+                job.send_signal(signal.SIGUSR2)
+            time.sleep(TICK)
         if code == GO_ON:
             return GO_ON
-        if (directory / CANCEL).exists():
-            known = State.load(directory) or State("RUNNING")
-            replace(known, state="CANCELLED", id=id, error="cancelled", traceback=None).save(directory)
+        if code != 0 and (directory / CANCEL).exists():
+            _save(directory, id, "CANCELLED", "cancelled")
+        elif code < 0:
+            time.sleep(5 * TICK)  # SLURM kills all processes of a task: then this one comes no further
+            _save(directory, id, "KILLED", f"killed by signal {-code}")
         failed = failed or code != 0
     return int(failed)
 
 
-def _in_fork(directory: Path, modules: Path) -> int:
-    """The exit code of a job in a fork, which is killed where the job is cancelled."""
-    if (directory / CANCEL).exists():
-        return 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if (child := os.fork()) == 0:
-        code = 1
-        try:
-            os.setpgid(0, 0)
-            Job(str(directory), slurm=True)()
-            code = 0
-        except BlockingIOError as error:
-            print(f"error: {error}")
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with suppress(BaseException):
-                if not modules.exists():
-                    modules.write_text(json.dumps(list(sys.modules)))
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code)
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        if (directory / CANCEL).exists():
-            with suppress(ProcessLookupError):
-                os.killpg(child, signal.SIGKILL)
-        time.sleep(TICK)
-
-
-def _warm(modules: Path) -> None:
-    """Import the modules that the first job imported; those that fail are skipped."""
-    if modules.exists():
-        for name in json.loads(modules.read_text()):
-            if name not in sys.modules:
-                with suppress(Exception):
-                    import_module(name)
+def _save(directory: Path, id: str, state: Any, error: str) -> None:
+    known = State.load(directory) or State("RUNNING")
+    replace(known, state=state, id=id, error=error, traceback=None).save(directory)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from time import time_ns
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypedDict
 
-from runners.disk import full_disk_explained, write_atomically
+from runners.disk import full_disk_explained, time_at, write_atomically
 from runners.signals import Status, process_start, status_after
 from runners.tracking.redaction import one_line, redacted, redacted_text
 
@@ -105,7 +105,7 @@ class Record:
             "kind": kind,
             "parent": None if parent is None else os.path.relpath(parent, directory),
             "tracking_uri": redacted_text(tracking_uri),
-            "start_time": old.get("start_time", _now()),
+            "start_time": old.get("start_time", _now(directory)),
             "tags": old.get("tags", {}),
             "inputs": old.get("inputs", []),
         }
@@ -121,7 +121,7 @@ class Record:
             PermissionError: if a later attempt writes the record now, or another process has ended it.
         """
         self._check_writer()
-        moment = _now() if time is None else time
+        moment = time_ns() // 1_000_000 if time is None else time
         lines = ""
         for key, value in metrics.items():
             point = Point(key, float(value), int(step), moment)
@@ -159,7 +159,7 @@ class Record:
             PermissionError: if a later attempt writes the record now, or another process has ended it.
         """
         self._check_writer()
-        self._write_status(status, error, _now() if end_time is None else end_time)
+        self._write_status(status, error, _now(self.directory) if end_time is None else end_time)
 
     def description(self) -> dict[str, Any]:
         """The content of run.json: `id experiment name kind params tags inputs parent` and others.
@@ -332,5 +332,8 @@ def _json(content: Mapping[str, object]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _now() -> int:
-    return time_ns() // 1_000_000
+def _now(directory: Path) -> int:
+    try:
+        return round(1000 * time_at(directory))
+    except OSError:  # a full disk has no room for another file
+        return time_ns() // 1_000_000

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 
 from runners.launcher import commands, jobs, task
 from runners.launcher.__main__ import launcher_options, main
-from runners.launcher.jobs import CANCEL, LOCK, Job, State, _out_of_time, _time_is_up
+from runners.launcher.jobs import CANCEL, GO_ON, LOCK, Job, State, _out_of_time, _time_is_up
 from runners.launcher.manifest import Sweep
 from runners.launcher.ownership import held
 from runners.launcher.status import StatusPoller
@@ -34,6 +35,7 @@ def sweep_of(directory: Path, count: int, launcher: str = "slurm") -> Sweep:
             "run_name": "dpo",
             "config": {"name": "a study, of two"},
             "limits": LIMITS,
+            "environment": {},
         }
         sweep.add_job(number, job)
     sweep.list_jobs({number: str(directory / str(number)) for number in range(count)})
@@ -277,35 +279,85 @@ def test_an_unknown_number_is_not_cancelled_in_silence(tmp_path, slurm, capsys):
     assert "has no job 9; its jobs are 0 to 1" in capsys.readouterr().err
 
 
-def test_jobs_of_one_task_run_in_turn_share_their_imports_and_end_each_on_its_own(tmp_path, monkeypatch):
+@pytest.fixture
+def packed(tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    """A sweep of four jobs in one task, in which this process is."""
     sweep = sweep_of(tmp_path / "sweep", 4)
     sweep.add_submission(sweep.directory / "code", name="packed", tasks=[[0, 1, 2, 3]], ids={})
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
-    for variable in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+    monkeypatch.setattr("runners.launcher.warm.gpus", list)
+    for variable in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(variable, raising=False)
-    (sweep.directory / "slurm").mkdir()
-    (sweep.directory / "2" / CANCEL).touch()
+    return sweep
+
+
+def states_of(sweep: Sweep) -> list[str | None]:
+    states = [State.load(directory) for directory in sweep.jobs().values()]
+    return [None if state is None else state.state for state in states]
+
+
+def test_jobs_of_one_task_run_in_turn_share_their_imports_and_end_each_on_its_own(packed, monkeypatch):
+    (packed.directory / "2" / CANCEL).touch()
 
     def run(job: Job, asked: dict[str, Any], interruption: object) -> None:
-        seen = [name for name in ("colorsys",) if name in sys.modules]
-        (Path(job.directory) / "seen").write_text(json.dumps(seen))
+        print("imported:", "colorsys" in sys.modules)
         importlib.import_module("colorsys")
         if job.directory.endswith("1"):
-            raise ValueError("no luck")
+            raise ValueError("no luck with postgresql://me:secret@host/db")
 
     monkeypatch.setattr(Job, "_run", run)
     sys.modules.pop("colorsys", None)
     with pytest.raises(SystemExit, match="1"):
-        task.main([str(sweep.directory), "packed"])
-    states = [State.load(sweep.directory / str(number)) for number in range(4)]
-    assert [state and state.state for state in states] == ["COMPLETED", "FAILED", "CANCELLED", "COMPLETED"]
-    seen = [json.loads((sweep.directory / number / "seen").read_text()) for number in "013"]
-    assert seen == [[], ["colorsys"], ["colorsys"]]
+        task.main([str(packed.directory), "packed"])
+    ended = ["COMPLETED", "FAILED", "CANCELLED", "COMPLETED"]
+    assert states_of(packed) == ended
+    logs = [packed.directory / number / "log.txt" for number in "013"]
+    assert ["imported: True" in log.read_text() for log in logs] == [False, True, True]
+    assert "ValueError: no luck" in logs[1].read_text() and "secret" not in logs[1].read_text()
     with pytest.raises(SystemExit, match="1"):  # requeued: those that have ended are left alone
-        task.main([str(sweep.directory), "packed"])
-    assert [state.attempt for state in states if state] == [1, 1, 0, 1]
-    assert len((sweep.directory / "0/events.jsonl").read_text().splitlines()) == 2
+        task.main([str(packed.directory), "packed"])
+    assert states_of(packed) == ended
+    assert len((packed.directory / "0/events.jsonl").read_text().splitlines()) == 2
+
+
+def test_in_a_task_of_several_a_killed_job_is_known_and_the_end_of_its_time_reaches_the_running_one(
+    packed, slurm, monkeypatch
+):
+    def run(job: Job, asked: dict[str, Any], interruption: object) -> None:
+        if job.directory.endswith("0"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if job.directory.endswith("1"):
+            os.kill(os.getppid(), signal.SIGUSR2)  # to the task alone
+            time.sleep(60)
+
+    monkeypatch.setattr(Job, "_run", run)
+    monkeypatch.setattr(task, "TICK", 0.02)
+    handler = signal.getsignal(signal.SIGUSR2)
+    try:
+        with pytest.raises(SystemExit, match=str(GO_ON)):
+            task.main([str(packed.directory), "packed"])
+    finally:
+        signal.signal(signal.SIGUSR2, handler)
+    assert states_of(packed) == ["KILLED", "INTERRUPTED", None, None]
+    assert asked(slurm, "scontrol")[-1] == "requeue 7"
+    packed.amend_submission(0, ids=dict.fromkeys("0123", "7"))
+    (slurm / "queue").write_text("7|RUNNING|n1|4|4|None|7|packed\n")
+    polled = {job.number: job for job in StatusPoller(packed).poll()}
+    assert [polled[number].state for number in (0, 2)] == ["KILLED", "PENDING"]
+    assert polled[0].error == "killed by signal 9" and polled[0].log == packed.directory / "0/log.txt"
+
+
+def test_a_job_that_slurm_has_requeued_already_is_not_requeued_again(slurm, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    stand(slurm, "scontrol", "echo JobId=7 Restarts=2 BatchFlag=1")
+    jobs.requeue(1)
+    assert asked(slurm, "scontrol") == ["-o show job 7"]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    jobs.requeue(1)
+    assert asked(slurm, "scontrol")[1:] == ["-o show job 7", "requeue 7"]
 
 
 def test_a_sweep_after_another_depends_on_its_arrays_and_is_refused_where_it_failed(tmp_path, slurm):
@@ -325,7 +377,6 @@ def test_a_sweep_after_another_depends_on_its_arrays_and_is_refused_where_it_fai
 # 60 min less 120 s to save, less 60 s by which SLURM may be early, are 3420 s.
 def test_the_end_of_the_time_is_told_from_a_preemption_by_the_processs_own_clock(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_START_TIME", "1")  # of a controller whose clock is elsewhere
-    monkeypatch.setattr(jobs, "BEGAN", time.monotonic() - 3430)
-    assert _time_is_up(LIMITS)
-    monkeypatch.setattr(jobs, "BEGAN", time.monotonic() - 1800)
-    assert not _time_is_up(LIMITS) and not _time_is_up({**LIMITS, "timeout_min": None})
+    now = time.monotonic()
+    assert _time_is_up(LIMITS, now - 3430) and not _time_is_up(LIMITS, now - 1800)
+    assert not _time_is_up({**LIMITS, "timeout_min": None}, now - 3430)

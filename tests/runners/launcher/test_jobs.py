@@ -44,7 +44,7 @@ def job(folder: Path, body: str, **limits: Any) -> "subprocess.Popen[str]":
     (folder / "job.json").write_text(json.dumps(description))
     variables = {"PYTHONPATH": f"{folder}:{ROOT}", "PYTHONSAFEPATH": "1", "WEIGHTGEOM_JOB": "local.1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "runners.launcher.jobs", str(folder)],
+        [sys.executable, "-m", "runners.launcher.jobs", str(folder), str(folder / "modules.json")],
         env={**os.environ, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -112,6 +112,7 @@ def test_usr2_in_a_training_waits_for_the_end_of_the_step_and_forked_workers_blo
             assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7
         with pytest.raises(Interrupted), interruption.stage():
             raise AssertionError("a stage after that does not begin")
+        os.kill(os.getpid(), signal.SIGUSR2)  # a second one does not interrupt what follows the first
     finally:
         interruption.end()
         for number, handler in before.items():

@@ -64,7 +64,7 @@ def test_arrays_are_found_by_name_in_queue_and_accounting_also_where_there_is_no
 
 def test_hours_and_memory_are_those_of_all_attempts_in_the_accounting(answers):
     answers("sacct", "7_0|3600|\\n7_0.batch|3600|10K\\n7_0.0|3600|3G\\n7_0|1800|\\n7_0.0|1800|512M\\n")
-    assert usage(["7_0"]) == (1.5, 3.0)
+    assert usage(["7_0"]) == (1.5, 3.0) and usage([]) is None
     answers("sacct", "", 1)
     assert usage(["7_0"]) is None
 

@@ -227,6 +227,16 @@ def test_a_parent_is_found_even_after_both_records_have_moved(tmp_path):
     assert parent.parent() is None
 
 
+def test_a_run_over_two_nodes_whose_clocks_differ_has_its_duration(tmp_path, monkeypatch):
+    ahead = time.time_ns() + 3600 * 10**9
+    monkeypatch.setattr("runners.tracking.record.time_ns", lambda: ahead)
+    new(tmp_path).log({"loss": 1.0}, step=0)
+    monkeypatch.undo()
+    new(tmp_path).end("FINISHED")
+    took = Record(tmp_path).status()["end_time"] - Record(tmp_path).description()["start_time"]
+    assert 0 <= took < 60_000
+
+
 def test_a_run_has_died_when_its_process_is_gone(tmp_path):
     process = multiprocessing.get_context("spawn").Process(target=log_until_killed, args=(tmp_path,))
     process.start()
