@@ -435,7 +435,6 @@ def _alpha(
 
 
 def _number(directory: Path, alpha: object) -> float:
-    is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if not is_number or not abs(alpha) <= MOST:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= MOST:
         raise ValueError(f"{directory / CONFIG} has an alpha that is no number: {short(alpha)}")
     return float(alpha)
