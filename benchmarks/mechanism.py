@@ -14,8 +14,7 @@ on one core.
 import argparse
 import json
 import logging
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from weightgeom.probes.moments import EXPECTED, Moments
 from weightgeom.table import tabulate
 from weightgeom.training.config import Training
 from weightgeom.training.fit import fit, saved_trajectory
-from weightgeom.trajectory import Base
+from weightgeom.trajectory import Base, Trajectory
 
 OUTPUTS = Path("outputs/mechanism")
 OBJECTIVES: dict[str, Objective] = {"ce": CE("chosen"), "dpo": DPO()}
@@ -58,29 +57,47 @@ def stage(
 
 
 def points(
-    base: Base, objective: str, preference: str, training: Training, prompts: int, seed: int
+    base: Base,
+    objective: str,
+    preference: str,
+    trainings: Sequence[Training],
+    prompts: int,
+    seed: int,
 ) -> pd.DataFrame:
-    """The table of the probe `moments` of one training, at its last step."""
-    examples = World(preference=preference).examples()  # pyright: ignore[reportArgumentType]
-    specification = {"base": str(base.directory), "of": (objective, preference, training, seed)}
-    options = {"name": f"{objective} {preference}", "seed": seed, "device": "cpu", "start": base.directory}
+    """The tables of the probe `moments` of trainings that differ in the optimizer alone, at their last steps.
 
-    def train(directory: Path, log_metrics: Log) -> None:
-        network, tokenizer = load_network(base.directory), load_tokenizer(base.directory)
-        arguments = (OBJECTIVES[objective], network, tokenizer, examples, training, directory)
-        fit(*arguments, log_metrics=log_metrics, **options)
+    The moments at the base are those of all of them, and taken once.
+    """
+    examples = World(preference=preference).examples()  # pyright: ignore[reportArgumentType]
+    options = {"name": f"{objective} {preference}", "seed": seed, "device": "cpu", "start": base.directory}
+    of = {"base": str(base.directory), "objective": objective, "preference": preference, "seed": seed}
+
+    def train(training: Training) -> Trajectory:
+        def work(directory: Path, log_metrics: Log) -> None:
+            network, tokenizer = load_network(base.directory), load_tokenizer(base.directory)
+            arguments = (OBJECTIVES[objective], network, tokenizer, examples, training, directory)
+            fit(*arguments, log_metrics=log_metrics, **options)
+
+        directory = stage("training", {**of, "training": training}, work)
+        return saved_trajectory(directory, "training", base.directory)
+
+    trained = {training.optimizer: train(training) for training in trainings}
 
     def measure(directory: Path, log_metrics: Log) -> None:
         model = load(base.directory, "cpu")
-        start, end = (model.params(place) for place in (base.directory, trained.steps[trained.last]))
-        of = (examples, seed, OBJECTIVES[objective], training, trained.last)
-        rows = Moments(prompts=prompts, resamples=0).measurement(Setting(model, start, end, False, *of))(end)
-        tabulate([{"step": trained.last, **row} for row in rows]).to_parquet(directory / "moments.parquet")
+        start = model.params(base.directory)
+        given = (examples, seed, OBJECTIVES[objective], trainings[0])
+        probe = Moments(prompts=prompts, resamples=0)
+        measurement = probe.measurement(Setting(model, start, start, False, *given))
+        found = []
+        for optimizer, trajectory in trained.items():
+            rows = measurement(model.params(trajectory.steps[trajectory.last]))
+            table = tabulate([{"step": trajectory.last, **row} for row in rows])
+            found.append(table.assign(optimizer=optimizer))
+        pd.concat(found).to_parquet(directory / "moments.parquet")
 
-    trained = saved_trajectory(stage("training", specification, train), "training", base.directory)
-    directory = stage("moments", {**specification, "prompts": prompts}, measure)
-    table = pd.read_parquet(directory / "moments.parquet")
-    return table.assign(run=f"{objective} {preference} {seed}", optimizer=training.optimizer)
+    directory = stage("moments", {**of, "trainings": trainings, "prompts": prompts}, measure)
+    return pd.read_parquet(directory / "moments.parquet").assign(run=f"{objective} {preference} {seed}")
 
 
 def main() -> None:
@@ -101,11 +118,11 @@ def main() -> None:
     world = World()
     tiny = Tiny(corpus="world", d_model=asked.d_model, d_mlp=4 * asked.d_model, pretraining=pretraining)
     base = tiny.prepare(stage, world.examples(), world, "cpu")
-    tables = []
-    for optimizer in asked.optimizers:
-        training = Training(steps=asked.steps, optimizer=optimizer, learning_rate=rates[optimizer])
-        measure = partial(points, base, training=training, prompts=asked.prompts)
-        tables += [measure(*run, seed=seed) for run in RUNS for seed in asked.seeds]
+    trainings = [
+        Training(steps=asked.steps, optimizer=optimizer, learning_rate=rates[optimizer])
+        for optimizer in asked.optimizers
+    ]
+    tables = [points(base, *run, trainings, asked.prompts, seed) for run in RUNS for seed in asked.seeds]
     table = pd.concat(tables, ignore_index=True)
     quantities = [f"{name}_ratio" for name in ("measured", *EXPECTED)]
     place = ["optimizer", "run", "role", "matrix", "layer"]
