@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
+MEANS = "_means"  # the suffix of the table with the means over matrices, which have no layer
 PRETRAINING = "_pretraining"  # of the base that is then trained: the suffix of its tables and metrics
 
 Row = dict[str, Any]
@@ -110,6 +111,12 @@ def upgraded(table: "pd.DataFrame") -> "pd.DataFrame":
     return found[
         [*(name for name in COLUMNS if name in found), *table.columns.difference(COLUMNS, sort=False)]
     ]
+
+
+def apart(table: "pd.DataFrame", headline: str) -> "tuple[pd.DataFrame, pd.DataFrame]":
+    """The rows of matrices, and those of a headline's means over them, which have no layer of their own."""
+    means = table["quantity"].str.startswith(f"{headline}_mean") & table["layer"].isna() & bool(headline)
+    return table[~means], table[means]
 
 
 def label(table: "pd.DataFrame") -> "pd.Series":

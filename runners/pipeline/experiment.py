@@ -38,7 +38,7 @@ from runners.tracking.record import Record
 from runners.tracking.redaction import redacted_text
 from runners.tracking.stores import check_experiment, check_tracking_uri
 from weightgeom.analysis.chain import BETWEEN, ENDS, STAGES, between, side_by_side
-from weightgeom.analysis.declared import ROLE, UNDECLARED
+from weightgeom.analysis.declared import ROLE, UNDECLARED, plain_name
 from weightgeom.bases.chain import Chain, check_chain
 from weightgeom.interfaces import (
     Data,
@@ -51,6 +51,7 @@ from weightgeom.interfaces import (
     Stage,
 )
 from weightgeom.interruption import Request, no_request
+from weightgeom.table import MEANS, apart
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
 from weightgeom.trajectory import Base, Trajectory
@@ -117,7 +118,7 @@ class Experiment:
                 say(progress.interrupted("" if self.parent else again()))
                 raise
             with full_disk_explained(record.directory):
-                for name, table in tables.items():
+                for name, table in self._parts(tables):
                     table.to_parquet(record.artifact(f"tables/{name}.parquet"))
                     table.to_csv(record.artifact(f"tables/{name}.csv"), index=False)
                 draw(tables, record, self.probes, self.interventions)
@@ -126,6 +127,18 @@ class Experiment:
         end = End(said, warnings(), record.directory, uri, self._next(uri))
         print_summary(tables, self.probes, self.interventions, end)
         return tables
+
+    def _parts(self, tables: "dict[str, pd.DataFrame]") -> "Iterator[tuple[str, pd.DataFrame]]":
+        """The tables as they are kept: means over matrices in one of their own."""
+        for name, table in tables.items():
+            probe = self.probes.get(plain_name(name))
+            if probe is None or "layer" not in table:
+                yield name, table
+                continue
+            rows, means = apart(table, probe.declaration.headline)
+            yield name, rows
+            if len(means):
+                yield f"{name}{MEANS}", means
 
     def _next(self, uri: str) -> str:
         """A command to try next: the same over seeds, or without a training the report; none in a sweep."""

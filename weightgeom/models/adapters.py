@@ -435,6 +435,6 @@ def _alpha(
 
 
 def _number(directory: Path, alpha: object) -> float:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= MOST:
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= MOST:
         raise ValueError(f"{directory / CONFIG} has an alpha that is no number: {short(alpha)}")
     return float(alpha)

@@ -1,6 +1,6 @@
 """Relative subspace fraction: how much of an update lies in what the model reads and predicts."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -80,7 +80,7 @@ class RSF:
         adapter_ratio: the ratio of A itself, which an update with a random B has in expectation; adapter_z,
             adapter_p_value: of the fraction against such updates.
         directions: the directions of a subspace, where its moment has fewer than k; ratios are over d by it.
-        tokens_per_dimension: held-out tokens behind the inputs' moments, for each of the d dimensions.
+        tokens_per_dimension: held-out tokens behind the inputs' moment, for each of the d dimensions.
         forward_increment_ratio: of write matrices along a trajectory from random weights, the change since
             the checkpoint before, in the prediction subspace of that checkpoint.
         delta_norm: ‖dW‖_F, in the units of the weights. moved_share: share of entries that changed.
@@ -207,13 +207,11 @@ class RSF:
             rows: dict[str, list[Row]] = {}
             d = setting.model.architecture.d_model
             pathways = Pathways(dimensions(self.k, d), d, setting.seed)
-            seen: list[Moment] = []
             written = prediction_frame(
                 setting, previous, self._largest(setting), fold_gain=self.fold_gain,
                 centre=self.centre_unembedding,
             ) if setting.from_random else None  # fmt: skip
             for frame in frames(params):
-                seen += [frame.moment] if frame.moment is not None and not seen else []
                 for matrix in matrices:
                     if place_of(matrix) == frame.place:
                         moment = frame.moment if matrix.role == "read" else upstream.get(matrix.name)
@@ -227,7 +225,7 @@ class RSF:
                             rows[matrix.name] += self._forward(matrix, params, previous, written)
             in_order = [one for matrix in matrices for one in rows[matrix.name]]
             warn_of_rounding(in_order)
-            return [*in_order, *_q_values(in_order), *pathways.rows(_ratios(in_order)), *_tokens(seen)]
+            return [*in_order, *_q_values(in_order), *pathways.rows(_ratios(in_order))]
 
         return measure
 
@@ -286,6 +284,8 @@ class RSF:
         update = self._update(matrix, params, setting)
         yield from _size(matrix, update)
         where = matrix.table_columns
+        if own.moment is not None:
+            yield row("tokens_per_dimension", own.per_dimension, n=own.moment.samples, **where)
         spectrum = self._spectrum(update)
         if spectrum is not None:
             pathways.add(matrix, update.gram, own)
@@ -440,12 +440,6 @@ def _of_adapter(
     yield row("adapter_z", null.z(fraction), n=len(adapter), **at)
     p, error = null.p_value(fraction)
     yield row("adapter_p_value", p, n=len(adapter), stderr=error, **at)
-
-
-def _tokens(moments: Sequence[Moment]) -> Iterator[Row]:
-    for moment in moments:
-        at = dict.fromkeys(("layer", "expert", "k")) | dict.fromkeys(("matrix", "role", "subspace"), "")
-        yield row("tokens_per_dimension", moment.per_dimension, n=moment.samples, **at)
 
 
 def _size(matrix: ResidualMatrix, update: Update) -> Iterator[Row]:
