@@ -129,7 +129,8 @@ def test_the_first_step_of_a_training_is_its_optimizers(optimizer, model, exampl
         assert_close(norm, 0.001, rtol=1e-3, atol=0)
     elif optimizer == "muon":  # 0.2 √64 · 0.01 times singular values of about 1
         values = torch.linalg.svdvals(up) / (0.01 * 0.2 * 8)
-        assert 0.3 < values.min() and values.max() < 1.4
+        # But for the last: what a fresh LayerNorm gives sums to zero, so that a direction has no gradient.
+        assert 0.3 < values[-2] and values[0] < 1.4
     else:  # the rate times the sign; of Adam, less where gradients are as small as its epsilon
         assert_close(q.abs().median(), torch.tensor(0.01), rtol=0.02, atol=0)
 
