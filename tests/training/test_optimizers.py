@@ -146,5 +146,7 @@ def test_what_does_not_go_together_is_refused():
 
 def test_a_state_holds_as_many_moments_as_the_optimizer_keeps():
     asked = Training(steps=8, save_every=8)
-    sizes = {name: replace(asked, optimizer=name).checkpoints_size(10.0, 10.0, False)[1] for name in OPTIMIZERS}
+    sizes = {
+        name: replace(asked, optimizer=name).checkpoints_size(10.0, 10.0, False)[1] for name in OPTIMIZERS
+    }
     assert sizes == {"adamw": 30, "sgd": 10, "muon": 30, "lion": 20}
