@@ -129,7 +129,8 @@ def test_the_first_step_of_a_training_is_its_optimizers(optimizer, model, exampl
         assert_close(norm, 0.001, rtol=1e-3, atol=0)
     elif optimizer == "muon":  # 0.2 √64 · 0.01 times singular values of about 1
         values = torch.linalg.svdvals(up) / (0.01 * 0.2 * 8)
-        assert 0.3 < values.min() and values.max() < 1.4
+        # But for the last: what a fresh LayerNorm gives sums to zero, so that a direction has no gradient.
+        assert 0.3 < values[-2] and values[0] < 1.4
     else:  # the rate times the sign; of Adam, less where gradients are as small as its epsilon
         assert_close(q.abs().median(), torch.tensor(0.01), rtol=0.02, atol=0)
 
@@ -145,5 +146,7 @@ def test_what_does_not_go_together_is_refused():
 
 def test_a_state_holds_as_many_moments_as_the_optimizer_keeps():
     asked = Training(steps=8, save_every=8)
-    sizes = {name: replace(asked, optimizer=name).checkpoints_size(10.0, 10.0, False)[1] for name in OPTIMIZERS}
+    sizes = {
+        name: replace(asked, optimizer=name).checkpoints_size(10.0, 10.0, False)[1] for name in OPTIMIZERS
+    }
     assert sizes == {"adamw": 30, "sgd": 10, "muon": 30, "lion": 20}
