@@ -36,7 +36,7 @@ def test_intervals_of_few_tokens_are_wider():
     assert [widening(per) for per in (64.0, 16.0, 4.0, 1.0)] == [1, 1, 2, 4]
     wide, plain = (bootstrap_interval(0.5, [0.4, 0.5, 0.6], 16, per) for per in (1.0, 16.0))
     assert wide is not None and plain is not None
-    assert wide.high - wide.low == pytest.approx(4 * (plain.high - plain.low))
+    assert wide.high - wide.low == pytest.approx(16 * (plain.high - plain.low))
     assert wide.stderr == plain.stderr
 
 

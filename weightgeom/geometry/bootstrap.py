@@ -44,7 +44,7 @@ def bootstrap_interval(
     interval is 2 value - mean(samples) ± t · stderr, with Student's t of g - 1 degrees of freedom.
     With fewer than 16 tokens `per_dimension` behind an estimated subspace, its error is no longer that of a
     linear estimate and the interval covers too little (61 % at one); its half-width is then multiplied by
-    `widening`.
+    16 / tokens per dimension.
     Source: Efron & Tibshirani (1993), An Introduction to the Bootstrap, 10.2 and 12.2; the corrections for
     few groups and few tokens are ours.
     """
@@ -55,5 +55,5 @@ def bootstrap_interval(
     samples = torch.tensor(resampled, dtype=torch.float64)
     stderr = float(samples.std()) * sqrt(groups / (groups - 1))
     centre = 2 * value - float(samples.mean())
-    reach = float(stats.t.ppf(0.975, groups - 1)) * stderr * widening(per_dimension)
+    reach = float(stats.t.ppf(0.975, groups - 1)) * stderr * widening(per_dimension) ** 2
     return Interval(stderr, centre - reach, centre + reach)
