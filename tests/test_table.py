@@ -148,7 +148,7 @@ def test_a_file_that_is_no_table_stays_as_it_is():
     assert upgraded(other) is other
 
 
-def test_heads_experts_and_random_subspaces_are_not_a_matrix_at_its_own_subspace():
+def test_heads_and_random_subspaces_are_not_a_matrix_at_its_own_subspace_and_experts_are():
     places = [
         {"subspace": "mlp_input"},
         {"subspace": "mlp_input", "head": 0},
@@ -157,5 +157,5 @@ def test_heads_experts_and_random_subspaces_are_not_a_matrix_at_its_own_subspace
         {},
     ]
     table = tabulate(row("ratio", 1.0, n=n, step=0, matrix="up", **place) for n, place in enumerate(places))
-    assert whole_matrices(table)["n"].tolist() == [0, 3, 4]
-    assert at_own_subspaces(table)["n"].tolist() == [0]
+    assert whole_matrices(table)["n"].tolist() == [0, 2, 3, 4]
+    assert at_own_subspaces(table)["n"].tolist() == [0, 2]

@@ -17,6 +17,7 @@ from weightgeom.estimators.reference_subspaces import (
     check_dimensions,
     dimensions,
     input_frames,
+    most_tokens,
     prediction_frame,
 )
 from weightgeom.geometry.subspace import Subspace
@@ -339,7 +340,8 @@ def _check(name: str, probe: Probe, k: int | Sequence[int] | None, setting: Sett
             ) from error
     if settings.keys() >= {"k", "length", "tokens"}:
         largest = dimensions(settings["k"], d)[-1]
-        _check_tokens(setting.examples, model, largest, settings["length"], settings["tokens"])
+        limit = settings["tokens"] or most_tokens(d)
+        _check_tokens(setting.examples, model, largest, settings["length"], limit)
 
 
 def _check_tokens(examples: Examples, model: LanguageModel, k: int, length: int, limit: int) -> None:

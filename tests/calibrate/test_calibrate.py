@@ -11,7 +11,7 @@ PAGE = Path(__file__).parents[2] / "docs/concepts/calibration.md"
 def test_a_rate_holds_where_its_interval_allows_for_the_nominal_one():
     assert Rate("p", "d 8", 0.05, 20, 400).holds
     assert Rate("p", "d 8", 0.05, 60, 400).holds is False
-    assert Rate("p", "d 8", 0.05, 1, 400).holds is False  # 1 of 400 is too few for an exact p-value
+    assert Rate("p", "d 8", 0.05, 2, 400).holds is False  # 2 of 400 is too few for an exact p-value
     assert Rate("p", "d 8", 0.05, 1, 400, "at most").holds
     assert Rate("covers", "d 8", 0.9, 399, 400, "at least").holds
     assert Rate("covers", "d 8", 0.9, 300, 400, "at least").holds is False

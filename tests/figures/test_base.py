@@ -117,8 +117,8 @@ def test_ratio_by_step_has_a_line_for_every_matrix_with_its_mean_over_layers():
             ratios = np.array([[ratio(step, layer, matrix) for layer in LAYERS] for step in steps])
             assert points(line)[0] == list(steps)
             np.testing.assert_allclose(points(line)[1], ratios.mean(1))
-            # s.e. over three layers: sd / √3, sd with n - 1
-            error = ratios.std(1, ddof=1) / np.sqrt(3)
+            # s.d. over three layers, with n - 1
+            error = ratios.std(1, ddof=1)
             np.testing.assert_allclose([np.ptp(one[:, 1]) for one in segments.get_segments()], 2 * error)
             assert line.get_linestyle() == ("-" if matrix in READ else "--")
             assert line.get_color() == COLOURS[matrix]

@@ -65,6 +65,11 @@ class Inputs:
     text: Literal["raw", "chat"] = "raw"  # chat: by the tokenizer's chat template
 
 
+def most_tokens(d: int) -> int:
+    """The tokens that moments of width d are estimated from by default: 64 d, at least 8192."""
+    return max(8192, PER_DIMENSION * d)
+
+
 def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> Iterator[Frame]:
     """The frame of every attention and mlp input of a network that has `params`, in the order of the layers.
 

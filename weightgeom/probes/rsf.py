@@ -15,12 +15,12 @@ from weightgeom.estimators.gradients import Gathering, folded, gradient_moments
 from weightgeom.estimators.moments import GIB, Moment
 from weightgeom.estimators.pathways import Pathways
 from weightgeom.estimators.reference_subspaces import (
-    PER_DIMENSION,
     Frame,
     Inputs,
     check_dimensions,
     dimensions,
     input_frames,
+    most_tokens,
     place_of,
     prediction_frame,
     random_frame,
@@ -238,7 +238,7 @@ class RSF:
     def _frames(self, setting: Setting, params: Params) -> Iterator[Frame]:
         d = setting.model.architecture.d_model
         inputs = Inputs(
-            tokens=max(8192, PER_DIMENSION * d) if self.tokens is None else self.tokens,
+            tokens=self.tokens or most_tokens(d),
             length=self.length,
             centre=self.centre_inputs,
             groups=self.groups,
