@@ -25,7 +25,8 @@ from runners.pipeline.fingerprint import code_behind
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
 )
-TABLES = {"rsf", "rsf_pretraining", "behaviour", "behaviour_pretraining"}
+MEANS = {"rsf_means", "rsf_pretraining_means"}  # means over matrices
+TABLES = {"rsf", "rsf_pretraining", "behaviour", "behaviour_pretraining"} | MEANS
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +192,7 @@ def test_all_probes_together_show_the_mechanism_and_stay_within_what_mlflow_show
     ended = run(home, *SMALL, *WORLD, f"probe=[{','.join(probes)}]", "probe.moments.tokens=256", "name=all")
     assert ended.code == 0, ended.err
     found = tables(ended.record)
-    assert set(found) == {name + suffix for name in probes for suffix in ("", "_pretraining")}
+    assert set(found) == {name + suffix for name in probes for suffix in ("", "_pretraining")} | MEANS
     assert not len(found["moments_pretraining"])  # whose objective is not known, and whose start is random
     mechanism = found["moments"]
     assert (
@@ -216,7 +217,8 @@ def test_all_probes_together_show_the_mechanism_and_stay_within_what_mlflow_show
     (published_run,) = published(home, "all").values()
     metrics = published_run.data.metrics
     for role in ("read", "write"):
-        values = [metrics[f"moments/{role}_{name}_correlation"] for name in ("predicted", "forecast")]
+        names = ("predicted", "forecast", "forecast_adam")
+        values = [metrics[f"moments/{role}_{name}_correlation"] for name in names]
         assert shown[role] == [*(f"{value:.2f}" for value in values), "1"]
     of_last = mechanism.query("quantity == 'write_forecast_correlation' and step == 2")["value"]
     assert metrics["moments/write_forecast_correlation"] == of_last.item()
@@ -243,7 +245,7 @@ def test_no_objective_measures_the_pretraining(home: Path, default: Ended) -> No
     ended = run(home, *SMALL, *WORLD, "objective=none")
     assert ended.code == 0, ended.err
     found = tables(ended.record)
-    assert set(found) == {"rsf", "behaviour"}
+    assert set(found) == {"rsf", "rsf_means", "behaviour"}
     assert_frame_equal(found["rsf"], tables(default.record)["rsf_pretraining"], check_exact=True)
 
 

@@ -4,7 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +116,20 @@ def upgraded(table: "pd.DataFrame") -> "pd.DataFrame":
 def apart(table: "pd.DataFrame", headline: str) -> "tuple[pd.DataFrame, pd.DataFrame]":
     """The rows of matrices, and those of a headline's means over them, which have no layer of their own."""
     means = table["quantity"].str.startswith(f"{headline}_mean") & table["layer"].isna() & bool(headline)
-    return table[~means], table[means]
+    return table[~means].reset_index(drop=True), table[means].reset_index(drop=True)
+
+
+def joined(tables: "Mapping[str, pd.DataFrame]") -> "dict[str, pd.DataFrame]":
+    """The tables by name, those of means behind the rows that they are of, as a run has them in memory."""
+    import pandas as pd
+
+    found = {name: table for name, table in tables.items() if name.removesuffix(MEANS) not in tables}
+    found |= {name: table for name, table in tables.items() if not name.endswith(MEANS)}
+    for name, rows in found.items():
+        if (means := tables.get(f"{name}{MEANS}")) is not None:
+            found[name] = pd.concat([rows, means], ignore_index=True)
+            found[name].attrs = rows.attrs
+    return found
 
 
 def label(table: "pd.DataFrame") -> "pd.Series":

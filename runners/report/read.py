@@ -19,7 +19,7 @@ from weightgeom.analysis.chain import STAGES, comparisons
 from weightgeom.analysis.declared import EARLIER, declared, plain_name
 from weightgeom.analysis.settings import ARROW, is_run, settings
 from weightgeom.declarations import Declaration
-from weightgeom.table import MEANS, PRETRAINING
+from weightgeom.table import PRETRAINING, joined
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -192,13 +192,7 @@ def _downloaded(client: "MlflowClient", run: "Run") -> "dict[str, pd.DataFrame]"
                 raise ValueError(f"{name} in {where} is no table of ours: it has no {', '.join(missing)}")
             if Path(name).stem != STAGES:
                 tables[Path(name).stem] = table
-    for name in [name for name in tables if name.endswith(MEANS)]:
-        means, whole = tables.pop(name), tables.get(name.removesuffix(MEANS))
-        if whole is not None:
-            both = pd.concat([whole, means], ignore_index=True)
-            both.attrs = whole.attrs
-            tables[name.removesuffix(MEANS)] = both
-    return tables
+    return joined(tables)
 
 
 def _declarations(runs: "Sequence[Mapping[str, pd.DataFrame]]") -> dict[str, Declaration]:

@@ -156,7 +156,9 @@ def _tested(
             setting, side, f"{what} {mean:.2f} in {_many(n, unit)}, where a test needs {TRAININGS}", n=n
         )
     evidence = _ratio(evidence)
-    finding = f"{what} {evidence.value:.2f} [{evidence.low:.2f}, {evidence.high:.2f}], {_many(n, unit)}"
+    bases = len({str(replicate).partition("/")[2] for replicate in values.index})
+    of = _many(n, unit) + (f" on {_many(bases, 'base')}" if unit == "training" else "")
+    finding = f"{what} {evidence.value:.2f} [{evidence.low:.2f}, {evidence.high:.2f}], {of}"
     return Tested(setting, side, finding, evidence)
 
 

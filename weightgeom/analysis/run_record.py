@@ -94,11 +94,11 @@ def _record(directory: Path) -> Path:
 def _tables(directory: Path) -> "dict[str, pd.DataFrame]":
     import pandas as pd
 
-    from weightgeom.table import upgraded
+    from weightgeom.table import joined, upgraded
 
     tables = {path.stem: pd.read_csv(path) for path in directory.glob("*.csv")}
     tables |= {path.stem: upgraded(pd.read_parquet(path)) for path in directory.glob("*.parquet")}
-    return dict(sorted(tables.items()))
+    return dict(sorted(joined(tables).items()))
 
 
 def _json(path: Path) -> dict[str, Any]:

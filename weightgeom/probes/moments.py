@@ -76,6 +76,7 @@ class Moments:
 
     declaration: ClassVar[ProbeDeclaration] = ProbeDeclaration(
         headline="measured_ratio", section=MECHANISM, by_layer=False, compares=False, needs_objective=True
+        whole=tuple(f"{role}_{name}_correlation" for role in ("read", "write") for name in SHOWN),
     )
 
     k: int | list[int] | None = None
