@@ -75,7 +75,11 @@ class Moments:
     """
 
     declaration: ClassVar[ProbeDeclaration] = ProbeDeclaration(
-        headline="measured_ratio", section=MECHANISM, by_layer=False, compares=False, needs_objective=True
+        headline="measured_ratio",
+        section=MECHANISM,
+        by_layer=False,
+        compares=False,
+        needs_objective=True,
         whole=tuple(f"{role}_{name}_correlation" for role in ("read", "write") for name in SHOWN),
     )
 
