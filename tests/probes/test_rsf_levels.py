@@ -1,4 +1,4 @@
-"""Levels of the read side: cross-fitting, adapters, few tokens; and what a pretraining writes."""
+"""Matched levels of reads (cross-fitting, adapters, few tokens), and increments of writes."""
 
 from dataclasses import replace
 
@@ -100,11 +100,11 @@ def test_a_text_of_one_word_has_fewer_directions_than_asked_for(model, params, e
         one for one in input_frames(setting, params, 16, Inputs(tokens=8192))
         if one.place == ("attention_input", 0)
     ]  # fmt: skip
-    assert frame.moment is not None and frame.moment.rank < 16
-    assert values(rows, "directions", "L0.q", 16) == [frame.moment.rank]
-    assert f"has only {frame.moment.rank} directions, fewer than k = 16" in caplog.text
+    assert frame.rank is not None and frame.rank < 16
+    assert values(rows, "directions", "L0.q", 16) == [frame.rank]
+    assert f"has only {frame.rank} directions, fewer than k = 16" in caplog.text
     ratios = values(rows, "ratio", "L0.q", 16)
-    assert len(ratios) == 1 and 0 <= ratios[0] <= model.architecture.d_model / frame.moment.rank
+    assert len(ratios) == 1 and 0 <= ratios[0] <= model.architecture.d_model / frame.rank
 
 
 @pytest.mark.parametrize("from_random", [True, False])

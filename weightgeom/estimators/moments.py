@@ -53,12 +53,6 @@ class Moment:
         """Samples for each dimension."""
         return self.samples / self.sums.shape[1]
 
-    @cached_property
-    def rank(self) -> int:
-        """Directions with an eigenvalue above 1e-6 of the largest: fp32 sums do not tell less from zero."""
-        values = self.root.square().sum(0)
-        return int((values > 1e-6 * values.max()).sum())
-
     def halves(self) -> "tuple[Moment, Moment] | None":
         """The moments of the two halves of the groups, for estimates that must not share samples."""
         middle = len(self.sums) // 2

@@ -39,10 +39,11 @@ class Frame:
     resampled: tuple[tuple[Subspace, Float[Tensor, " k"]], ...] = ()
     crossfit: tuple[tuple[Subspace, Float[Tensor, " k"]], ...] = ()
     """The directions of each half of the prompts, with their shares of the trace of the other half."""
+    rank: int | None = None  # of the directions, those with an eigenvalue above 1e-6 of the largest
 
     def directions(self, k: int) -> int:
-        """How many of k directions there are: no more than the moment's rank."""
-        return k if self.moment is None else max(1, min(k, self.moment.rank))
+        """How many of the first k directions there are: no more than the rank."""
+        return k if self.rank is None else max(1, min(k, self.rank))
 
     @property
     def per_dimension(self) -> float:
@@ -63,6 +64,7 @@ class Inputs:
     resamples: int = 0
     budget_gb: float | None = None
     text: Literal["raw", "chat"] = "raw"  # chat: by the tokenizer's chat template
+    crossfit: bool = False  # also the directions of each half of the sequences
 
 
 def most_tokens(d: int) -> int:
@@ -96,15 +98,18 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
         d = moment.sums.shape[1]
         if inputs.unit == "token":
             _warn_of_few(moment.samples, inputs.tokens, d)
-        if moment.rank < k:
-            place = f"the {site.name.replace('_', ' ')} of layer {site.layer}"
-            _warn_of_rank(moment.rank, k, place)
+        space = moment.top(k)
+        shares = space.shares(moment.value.cpu().double())
+        rank = int((shares > 1e-6 * shares.max()).sum())  # fp32 sums do not tell less from zero
+        if rank < k:
+            _warn_of_rank(rank, k, f"the {site.name.replace('_', ' ')} of layer {site.layer}")
         yield Frame(
             (site.name, site.layer),
-            moment.top(k),
+            space,
             moment,
             tuple(drawn),
-            tuple(_crossfit(moment, k)),
+            tuple(_crossfit(moment, k)) if inputs.crossfit else (),
+            rank,
         )
 
 

@@ -245,6 +245,7 @@ class RSF:
             resamples=self.resamples,
             budget_gb=self.budget_gb,
             text=self.text,
+            crossfit=True,
         )
         k = self._largest(setting)
         yield from input_frames(setting, params, k, inputs)
