@@ -115,7 +115,14 @@ def test_rsf_from_the_factors_is_that_of_the_multiplied_out_weights(tmp_path):
         keys = ("layer", "matrix", "arm", "subspace", "quantity")
         tables.append({tuple(row.get(key) for key in keys): row["value"] for row in rows})
     factors, dense = tables
-    assert factors.keys() == dense.keys() and any(key[-1] == "ratio" for key in factors)
+    of_adapters = {key for key in factors if key[-1].startswith("adapter_")}
+    assert {key[-1] for key in of_adapters} == {
+        "adapter_rank",
+        "adapter_ratio",
+        "adapter_z",
+        "adapter_p_value",
+    }
+    assert factors.keys() - of_adapters == dense.keys() and any(key[-1] == "ratio" for key in dense)
     for key, value in factors.items():
         if key[-1] in ("fraction", "ratio", "delta_norm"):
             assert value == pytest.approx(dense[key], rel=1e-5, abs=1e-6), key

@@ -148,7 +148,7 @@ def alive(sweep: Path, number: int) -> bool:
 
 def test_at_a_time_limit_a_job_saves_its_state_and_resumes_without_losing_a_step(place):
     whole = ["training.steps=130", "seed=5"]
-    limit = ["hydra.launcher.timeout_min=0.5", "hydra.launcher.signal_delay_s=12", TWO]
+    limit = ["hydra.launcher.timeout_min=0.9", "hydra.launcher.signal_delay_s=34", TWO]  # ample time to save
     often = "hydra.launcher.max_num_timeout=30"
     sweep = place.started(*limit, often, "name=limited", *whole, "outputs=limited")
     with place.popen("wait", sweep) as waiting:
