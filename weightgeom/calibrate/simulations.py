@@ -18,6 +18,7 @@ from weightgeom.analysis.evidence import (
     rank_correlation,
 )
 from weightgeom.analysis.rules import CLAIMS, LEVEL, MARGIN
+from weightgeom.calibrate.reports import SUBJECTS, false_support
 from weightgeom.estimators.moments import Moment
 from weightgeom.geometry.bootstrap import bootstrap_interval, widening
 from weightgeom.geometry.joint_null import Sketches, Spread
@@ -59,7 +60,7 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Clopper and Pearson's 99.9 % interval of the rate, as some forty of them are looked at."""
+        """Clopper and Pearson's 99.9 % interval of the rate, as some sixty of them are looked at."""
         from scipy.stats import binomtest
 
         found = binomtest(self.happened, self.draws).proportion_ci(0.999, "exact")
@@ -82,21 +83,35 @@ Simulation = Callable[[torch.Generator, int], Iterator[Rate]]
 def rates(draws: int, dimensions: tuple[int, ...], seed: int) -> Iterator[Rate]:
     """All rates, of `draws` simulations each; matrices have the given widths d, with k = d/8.
 
-    What takes next to no time, as it simulates no matrices, has ten times as many.
+    What takes next to no time, as it simulates no matrices, has ten times as many; whole reports half.
     """
     for d in dimensions:
-        for simulation in (_rotation, _joint, _matched, _adapter, _coverage):
-            yield from simulation(torch.Generator().manual_seed(seed), d, draws)
+        yield from _rotation(torch.Generator().manual_seed(seed), d, draws)
+    for d in dict.fromkeys(min(d, 1024) for d in dimensions):  # wide enough to be sketched
+        yield from _joint(torch.Generator().manual_seed(seed), d, draws)
+    for simulation in (_matched, _adapter, _coverage):
+        yield from simulation(torch.Generator().manual_seed(seed), min(dimensions), draws)
     generator = np.random.default_rng(seed)
     for over in (_orders, _forecasts):
         yield from over(generator, draws)
     for over in (_ranks, _trainings, _family, _detections):
         yield from over(generator, 10 * draws)
+    yield from _reports(torch.Generator().manual_seed(seed), max(1, draws // 2))
 
 
 def _update(d: int, rank: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
     x = torch.randn(ROWS, rank, generator=generator, dtype=torch.float64)
     return x @ torch.randn(rank, d, generator=generator, dtype=torch.float64)
+
+
+def _spectrum(x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
+    """The shares of the singular values, from the smaller Gram matrix x xᵀ."""
+    shares = spectrum_shares(x @ x.T)
+    return torch.cat([shares.new_zeros(x.shape[1] - len(shares)), shares])
+
+
+def _fraction(x: Float[Tensor, "n d"], space: Subspace) -> float:
+    return float((x @ space.basis).square().sum() / x.square().sum())
 
 
 def _rotation(generator: torch.Generator, d: int, draws: int) -> Iterator[Rate]:
@@ -106,22 +121,19 @@ def _rotation(generator: torch.Generator, d: int, draws: int) -> Iterator[Rate]:
     for rank in (1, 4, ROWS):
         rejected = found = 0
         for draw in range(draws):
-            x = _update(d, rank, generator)
-            gram = x.T @ x
-            null = rotation_null(spectrum_shares(gram), k, draw, 199)
-            rejected += null.p_value(space.explained(gram))[0] <= LEVEL
+            x, seed = _update(d, rank, generator), draw if d <= 128 else 0  # draws of wide bases are shared
+            null = rotation_null(_spectrum(x), k, seed, 199 if d <= 128 else 999)
+            rejected += null.p_value(_fraction(x, space))[0] <= LEVEL
             planted = x + (sqrt(2.0) - 1) * x @ space.basis @ space.basis.T
-            gram = planted.T @ planted
-            null = rotation_null(spectrum_shares(gram), k, draw, 199)
-            found += null.p_value(space.explained(gram))[0] <= LEVEL
+            null = rotation_null(_spectrum(planted), k, seed, 199 if d <= 128 else 999)
+            found += null.p_value(_fraction(planted, space))[0] <= LEVEL
         shape = f"d {d}, rank {rank}"
         yield Rate("`p_value` (rotation), no structure", shape, LEVEL, rejected, draws)
         yield Rate("`p_value` (rotation), twice the share: power", shape, None, found, draws)
     rejected = 0
     for _ in range(draws):
         x = torch.randn(ROWS, d, generator=generator, dtype=torch.float64)
-        null = isotropic_null(d, k, ROWS)
-        rejected += null.p_value(space.explained(x.T @ x))[0] <= LEVEL
+        rejected += isotropic_null(d, k, ROWS).p_value(_fraction(x, space))[0] <= LEVEL
     yield Rate("`p_value` (isotropic), Gaussian entries", f"d {d}", LEVEL, rejected, draws)
 
 
@@ -131,17 +143,19 @@ def _joint(generator: torch.Generator, d: int, draws: int) -> Iterator[Rate]:
     space, sketches = Subspace.random(d, k, generator), Sketches(d, 0)
     for draw in range(draws):
         shared = torch.randn(2, d, generator=generator, dtype=torch.float64)
-        grams = []
+        updates = []
         for _ in range(8):
             x = torch.randn(ROWS, 2, generator=generator, dtype=torch.float64) @ shared
             x = x + 0.3 * torch.randn(ROWS, d, generator=generator, dtype=torch.float64)
-            grams.append(x.T @ x)
-        mean = torch.stack([gram / gram.trace() for gram in grams]).mean(0)
-        fraction = space.explained(mean)
-        null = rotation_null(spectrum_shares(mean), k, draw, 199)
+            updates.append(x / x.norm())
+        mean = torch.cat(updates) / sqrt(8)  # whose Gram matrix is the mean of theirs
+        if len(mean) > d:
+            mean = torch.linalg.qr(mean).R
+        fraction, seed = _fraction(mean, space), draw if d <= 128 else 0
+        null = rotation_null(_spectrum(mean), k, seed, 199 if d <= 128 else 999)
         rejected += null.p_value(fraction)[0] <= LEVEL
         spread = Spread.of(
-            [sketches.of_gram(gram) for gram in grams], [sketches.of_space(space)] * 8, sketches, k
+            [sketches.of_gram(x.T @ x) for x in updates], [sketches.of_space(space)] * 8, sketches, k
         )
         beyond += abs(fraction * d / k - 1) > 3 * spread.sd
     shape = f"d {d}, 8 matrices"
@@ -323,3 +337,11 @@ def _detections(generator: np.random.Generator, draws: int) -> Iterator[Rate]:
         sample = torch.from_numpy(generator.normal(size=(draws, 2, n)))
         rejected = sum(auroc(low, high).p_value <= LEVEL for low, high in sample)
         yield Rate("AUROC's p-value, no difference", f"{n} prompts a side", LEVEL, rejected, draws)
+
+
+def _reports(generator: torch.Generator, draws: int) -> Iterator[Rate]:
+    """Whole studies whose alignment, graded control, forecasts and edits have none of the claimed effects."""
+    for truth, subject in SUBJECTS.items():
+        happened = false_support(truth, draws, 3, generator)
+        what = f"any false `supported` of a whole report: {subject}"
+        yield Rate(what, "5 objectives, 3 seeds", LEVEL, happened, draws, "at most")
