@@ -10,6 +10,9 @@ each test rejects beside its nominal rate, over all splits, matrices and pathway
 suggests. A quarter of an hour on one core.
 """
 
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportArgumentType=false
+
 import argparse
 import logging
 from math import log
