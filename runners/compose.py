@@ -184,7 +184,8 @@ def measured(plain: dict[str, Any], objective: str) -> dict[str, Any]:
     """A configuration without the probes and interventions that `only` keeps for other objectives."""
     only = plain["only"]
     sources = search_path() if only else []
-    measurements = [*choices("probe", sources), *choices("intervention", sources)]
+    chosen = [*plain["probe"], *plain["intervention"]]  # a second instance has a name of its own
+    measurements = sorted({*choices("probe", sources), *choices("intervention", sources), *chosen})
     objectives = choices("objective", sources)
     for key, wanted in only.items():
         if key not in measurements:

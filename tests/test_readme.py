@@ -32,7 +32,11 @@ SMALLER = {
     "objective=ce,dpo seed=0,1 -m": [*TINY, *WORLD, *SHORT, *NO_PROBE, "objective=dpo", "seed=0"],
     "hydra/launcher=slurm": [*TINY, *WORLD, *SHORT, *NO_PROBE, "plan=true"],  # tests/slurm starts such sweeps
     "experiment=paper": [
-        *(*TINY, *WORLD, *SHORT, *PROBE, "intervention=[]", "objective=dpo", "seed=0", "name=scratch"),
+        *(*TINY, *WORLD, *SHORT, *PROBE, "objective=dpo", "seed=0", "name=scratch"),
+        *("intervention.rank1.strengths=[0.1]", "+intervention.rank1_frobenius.strengths=[0.1]"),
+        *("intervention.rank1.layers=[1]", "+intervention.rank1_frobenius.layers=[1]"),
+        *("intervention.surgery.k=[4]", "intervention.surgery.operations=[remove]"),
+        *("intervention.surgery.groups=[[q]]", "intervention.surgery.transplants=[]"),
     ],
 }
 

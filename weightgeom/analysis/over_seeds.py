@@ -404,9 +404,8 @@ def least(rows: "pd.DataFrame", table: str, effect: str = "kl_from_unedited") ->
     part = part[part["strength"] == part.groupby("run_id")["strength"].transform("max")]
     keys = ["setting", *SETTING, "replicate", "run_id", "role", "matrix", "layer"]
     sizes = part.groupby([*keys, "treatment"])["size"].median().unstack()
-    if "bottom" not in sizes:
-        return sizes.iloc[:0].reset_index()
-    sizes = sizes[sizes["bottom"].notna()]
+    sizes = sizes.reindex(columns=sorted({*sizes.columns, "bottom"}))
+    sizes = sizes[sizes["bottom"].notna()]  # none without that control
     others = sizes.drop(columns="bottom").min(axis=1)
     found = sizes[["bottom"]].assign(others=others, least=sizes["bottom"] < others)
     return found.reset_index().rename_axis(columns=None)
