@@ -115,6 +115,19 @@ def test_copies_of_a_training_count_once():
     assert said(found, 3) == {("dpo · style", "write"): UNTESTED}
 
 
+def test_edits_without_a_bottom_direction_but_of_another_layer_are_judged():
+    runs = []
+    for seed in range(3):
+        table = rank1(2.0 + 0.1 * seed**2, 0.5, 0.1)
+        layer = table["treatment"].where(table["treatment"] != "bottom", "layer")
+        table = table.assign(treatment=layer, arm=layer + "@" + table["dose"])
+        params = {"intervention.rank1.match": "output"}
+        runs.append(Planted("dpo", {"rank1": table}, seed=seed, base=seed, params=params))
+    found = judged(runs)
+    assert set(said(found, 8).values()) == {SUPPORTED}
+    assert not found["finding"].str.contains("bottom").any()
+
+
 def test_a_write_ratio_within_the_margin_is_near_isotropic_and_chance_is_not():
     # sd / √3 = 0.006, t(2) of ln(1.25) / 0.006: well within; 5 tests in the family
     assert said(judged(trained([1.0, 1.01, 1.02])), 3) == {("dpo · style", "write"): SUPPORTED}
