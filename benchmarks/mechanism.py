@@ -30,7 +30,8 @@ from weightgeom.interfaces import Log, Objective, Setting
 from weightgeom.models.loading import load, load_network, load_tokenizer
 from weightgeom.objectives.ce import CE
 from weightgeom.objectives.dpo import DPO
-from weightgeom.probes.moments import EXPECTED, Moments
+from weightgeom.probes.moments import EXPECTED as OF_ANY
+from weightgeom.probes.moments import Moments
 from weightgeom.table import tabulate
 from weightgeom.training.config import Training
 from weightgeom.training.fit import fit, saved_trajectory
@@ -39,6 +40,7 @@ from weightgeom.trajectory import Base, Trajectory
 OUTPUTS = Path("outputs/mechanism")
 OBJECTIVES: dict[str, Objective] = {"ce": CE("chosen"), "dpo": DPO()}
 RUNS = [("ce", "style"), ("ce", "facts"), ("dpo", "style"), ("dpo", "facts"), ("dpo", "facts_style")]
+EXPECTED = [name for name in OF_ANY if name != "forecast_adapter"]  # whole matrices are trained
 log = logging.getLogger(__name__)
 
 

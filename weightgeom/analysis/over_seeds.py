@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 MATRIX = [*SETTING, "role", "matrix", "k"]
 LEVEL = 0.05  # of significance
-EXPECTED = ("predicted", "mean", "mixture", "forecast", "forecast_adam", "forecast_kronecker")
+EXPECTED = (
+    *("predicted", "mean", "mixture"),
+    *("forecast", "forecast_adam", "forecast_kronecker", "forecast_adapter"),
+)
 OWN = "own_forecast"  # the forecast that belongs to the optimizer of each training
 MEASURES = {
     "alternatives": "the effective number of alternatives",

@@ -72,6 +72,12 @@ def update_of(matrix: ResidualMatrix, after: Params, before: Params, *, written:
     return _measured(matrix, _pair(matrix, after, before, written))
 
 
+def adapter_of(matrix: ResidualMatrix, after: Params, before: Params) -> Float[Tensor, "r d_in"] | None:
+    """The factor A of the matrix's update B A; None where `after` is no adapter on `before`."""
+    factors = _factors(matrix, after, before, written=False)
+    return None if factors is None else factors.a
+
+
 def zeros(matrix: ResidualMatrix, params: Params) -> Params:
     """What to subtract for the matrix itself: zeros that take no memory."""
     names = [matrix.parameter, *([matrix.norm.parameter] if matrix.norm else [])]

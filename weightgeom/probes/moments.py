@@ -23,7 +23,7 @@ from weightgeom.estimators.reference_subspaces import (
     place_of,
     prediction_frame,
 )
-from weightgeom.estimators.updates import update_of
+from weightgeom.estimators.updates import adapter_of, update_of
 from weightgeom.geometry.bootstrap import bootstrap_interval
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Setting
@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-EXPECTED = ("predicted", "mean", "mixture", "forecast", "forecast_adam", "forecast_kronecker")
+EXPECTED = (
+    *("predicted", "mean", "mixture"),
+    *("forecast", "forecast_adam", "forecast_kronecker", "forecast_adapter"),
+)
 SHOWN = ("predicted", "forecast", "forecast_adam")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -64,14 +67,18 @@ class Moments:
             settled. Its intervals hold the divisor fixed.
         forecast_kronecker_ratio: the ratio of D_δ^(-1/2) G D_a^(-1/2), D the diagonals of the second moments
             over all tokens: a cheap stand-in for forecast_adam_ratio.
+        forecast_adapter_ratio: for a matrix with a LoRA adapter, the ratio of sign(G Aᵀ) A, a first step of
+            Adam from B = 0 with the trained A (G Aᵀ A where the optimizer is plain descent).
         measured_ratio: the ratio of the update at this step.
         predicted_ratio, forecast_ratio and forecast_adam_ratio have the bootstrap's standard error over
             prompts; predicted_ratio_low, ..._high and so on are the ends of the 95 % intervals.
         read_predicted_correlation, read_mean_..., read_mixture_..., read_forecast_...,
-            read_forecast_adam_..., read_forecast_kronecker_..., write_...: Pearson's correlation with the
-            measured ratio over layers and matrices of one role, at the smallest k.
+            read_forecast_adam_..., read_forecast_kronecker_..., read_forecast_adapter_..., write_...:
+            Pearson's correlation with the measured ratio over layers and matrices of one role, at the
+            smallest k.
     The column `treatment` of measured_ratio, and of the forecast that belongs to it, is the training's
-    optimizer; Muon has no forecast: its update of full rank has ratio 1.
+    optimizer; Muon has no forecast: its update of full rank has ratio 1. The forecast of an adapter is
+    forecast_adapter_ratio.
     """
 
     declaration: ClassVar[ProbeDeclaration] = ProbeDeclaration(
@@ -115,7 +122,7 @@ class Moments:
     def summary(self, table: "pd.DataFrame") -> "pd.DataFrame":
         """Expected and measured ratio, and the correlations; the heads of columns name the optimizer."""
         there = {"predicted", "forecast", *table["quantity"].str.removesuffix("_ratio")}
-        shown = by_expectation(table, [name for name in SHOWN if name in there])
+        shown = by_expectation(table, [name for name in (*SHOWN, "forecast_adapter") if name in there])
         named = table[table["treatment"] != ""]
         by = dict(zip(named["quantity"], named["treatment"], strict=True))
         return shown.rename(
@@ -207,9 +214,15 @@ class Moments:
             "forecast_adam_ratio": (gradient.adam, self.resamples),
             "forecast_kronecker_ratio": (gradient.kronecker, 0),
         }
+        own, factor = setting.training.forecast, adapter_of(matrix, setting.end, setting.start)
+        if factor is not None:
+            own = "forecast_adapter_ratio"
+            forecasts[own] = (None, 0)
         for quantity, (divisor, resamples) in forecasts.items():
             grams = _Grams(matrix, gradient, setting.start, divisor)
-            belongs = quantity == setting.training.forecast
+            if quantity == "forecast_adapter_ratio":
+                grams.adapter, grams.signs = factor, setting.training.optimizer != "sgd"
+            belongs = quantity == own
             optimizer = arm_columns(setting.training.optimizer) if belongs else {}
             rows = self._ratios(quantity, matrix, grams, some.prompts, space, setting, resamples)
             yield from ({**one, **optimizer} for one in rows)
@@ -249,7 +262,11 @@ class _Grams:
     """Gram matrices of a matrix's mean gradient on its residual side, the gain behind it folded in.
 
     `divisor` divides the gradient of the stored parameter, entry by entry, before the matrix is taken of it.
+    With the factor A of an `adapter` they are those of G Aᵀ A, or with `signs` of sign(G Aᵀ) A.
     """
+
+    adapter: Float[Tensor, "r d_in"] | None = None
+    signs: bool = False
 
     def __init__(
         self,
@@ -274,6 +291,10 @@ class _Grams:
     def _gram(self, stored: Tensor) -> Float[Tensor, "d d"]:
         stored = stored if self.divisor is None else stored / self.divisor
         gradient = self.matrix.of({self.matrix.parameter: stored})
+        if self.adapter is not None:
+            factor = self.adapter.to(gradient)
+            inner = gradient @ factor.T
+            gradient = (inner.sign() if self.signs else inner) @ factor
         if self.matrix.norm is not None:
             gradient = self.matrix.norm.gain(self.start).to(gradient)[:, None] * gradient
         x = gradient if self.matrix.role == "read" else gradient.T
