@@ -14,6 +14,7 @@ from app import SMALL, WORLD, Ended, done, run
 from mlflow import MlflowClient
 from networks import save
 from pandas.testing import assert_frame_equal
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +28,8 @@ from weightgeom.probes.rsf import RSF
 from weightgeom.trajectory import Base
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
+    "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning",
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # PEFT asks for it
 )
 EXAMPLES = small.WORLD.examples()
 COMMITS = {"base": "a" * 40, "sft": "b" * 40, "dpo": "c" * 40}
@@ -159,10 +161,42 @@ def test_a_stage_of_another_shape_or_an_adapter_is_refused(tmp_path):
         prepared(Chain(stages))
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(
-        ValueError, match=r"model\.stages\.sft=.* is an adapter: merge it into the stage that"
-    ):
-        Chain(stages | {"sft": str(tmp_path / "adapter")}).check(None)
+    with pytest.raises(ValueError, match=r"model\.stages\.base=.* is an adapter, .* put its base before it"):
+        Chain({"base": str(tmp_path / "adapter"), "sft": stages["base"]}).check(None)
+
+
+def adapter_of(base: Path, directory: Path, seed: int = 5) -> Path:
+    torch.manual_seed(seed)
+    config = LoraConfig(r=3, lora_alpha=8, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(str(directory))
+    return directory
+
+
+def test_a_stage_that_is_an_adapter_is_merged_into_the_one_before_it(tmp_path):
+    stages = saved(tmp_path, "base", "dpo")
+    adapter = adapter_of(tmp_path / "base", tmp_path / "adapter")
+    stages = {"base": stages["base"], "sft": str(adapter), "dpo": stages["dpo"]}
+    made: list[Path] = []
+
+    def stage(name: str, specification: Mapping[str, object], work: Callable, steps: int) -> Path:
+        assert name == "merged" and set(specification) == {"adapter", "base"}
+        made.append(tmp_path / "merged")
+        made[0].mkdir()
+        work(made[0], lambda metrics, step: None)
+        return made[0]
+
+    chain = Chain(stages)
+    assert chain.check(longest=None).n_layers == 2
+    base = chain.prepare(stage, EXAMPLES, small.WORLD, "cpu")
+    assert base.trajectory is not None and len(made) == 1
+    assert list(base.trajectory.steps.values()) == [tmp_path / "base", made[0], tmp_path / "dpo"]
+    of_pairs = [one.trajectory.steps for one in base.pairs if one.trajectory is not None]
+    assert of_pairs == [{0: tmp_path / "base", 1: adapter}, {0: made[0], 1: tmp_path / "dpo"}]
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    expected = PeftModel.from_pretrained(network, str(adapter)).merge_and_unload().state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(made[0]).state_dict()
+    assert merged.keys() == expected.keys()
+    assert all(torch.allclose(merged[name], weight, atol=1e-6) for name, weight in expected.items())
 
 
 def test_an_update_inside_the_subspace_of_the_stage_before_has_the_ratio_d_over_k(tmp_path):
@@ -328,3 +362,37 @@ def test_the_stages_of_a_chain_are_kept_with_their_order(compared):
     assert [key for key in params if key.startswith("model.stages.")] == [
         f"model.stages.{n}" for n in COMMITS
     ]
+
+
+UNORDERED = ("stage1-step1413814", "stage2-step1000", "it-SFT", "10", "2-APO")
+
+
+def test_a_chain_of_five_stages_has_the_order_of_its_list_and_one_may_be_an_adapter(tmp_path):
+    cache = tmp_path / "hf/hub"
+    places = {
+        name: cache / f"models--lab--tiny/snapshots/{number:040x}" for number, name in enumerate(UNORDERED, 1)
+    }
+    for seed, (name, place) in enumerate(places.items()):
+        if name == "it-SFT":
+            adapter_of(places["stage2-step1000"], place)
+        else:
+            save("llama", place, seed)
+    told = ", ".join(f"{name}: lab/tiny@{place.name}" for name, place in places.items())
+    ended = run(
+        tmp_path, *WORLD, "probe=[rsf]", "probe.rsf.tokens=256", "probe.rsf.resamples=0", "device=cpu",
+        "model=chain/own", f"model.stages={{{told}}}", "objective=none", HF_HOME=str(tmp_path / "hf"),
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    found = table(ended, "stages")
+    first, *later = UNORDERED
+    assert list(dict.fromkeys(found["stage"])) == later
+    pairs = set(found[["stage", "against"]].itertuples(index=False, name=None))
+    assert pairs == {(name, first) for name in later} | set(zip(later[1:], later[:-1], strict=True))
+    between = table(ended, "rsf_stages")
+    ranks = between[between["quantity"] == "adapter_rank"]
+    assert set(ranks["step"]) == {UNORDERED.index("it-SFT")} and set(ranks["value"]) == {3.0}
+    moved = between[(between["quantity"] == "delta_norm") & (between["value"] > 0)]
+    assert set(moved.query("step == 2")["matrix"]) == {"q", "o"}
+    assert set(moved.query("step == 3")["matrix"]) == {"q", "k", "v", "o", "gate", "up", "down"}
+    figures = {path.stem for path in (ended.record / "artifacts/figures").glob("*.png")}
+    assert figures == {"stages", *(f"ratio_by_layer_{name}" for name in later)}

@@ -21,10 +21,11 @@ from weightgeom.bases.pretrained import (
     with_safetensors,
 )
 from weightgeom.declarations import ProbeDeclaration
-from weightgeom.interfaces import Data, Stage
+from weightgeom.interfaces import Data, Log, Stage
 from weightgeom.interruption import Request, no_request
-from weightgeom.models.adapters import is_adapter
+from weightgeom.models.adapters import is_adapter, warn_of_other_base
 from weightgeom.models.loading import check_tokenizer, load_architecture, warn_of_other_vocabulary
+from weightgeom.models.merging import merge
 from weightgeom.models.residual import Architecture
 from weightgeom.models.weights import check_finite, open_params
 from weightgeom.text.examples import Examples
@@ -33,12 +34,13 @@ from weightgeom.trajectory import Base, Trajectory
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"coerce_numbers_to_str": True})  # a stage may be named 10
 class Chain:
     """Two or more stages of one network, by name and in order; the first is the start of all others.
 
     A stage is a directory, or a hub name (with `{size}` filled in) with `@revision` or with its commit in
-    `revisions`; an unpinned name is refused, because `main` may change. Every stage is compared with the
+    `revisions`; an unpinned name is refused, because `main` may change. It may be a LoRA adapter of the stage
+    before it, into which it is merged for all later comparisons. Every stage is compared with the
     first stage and with the one before it, in the subspaces of the earlier stage. The stages stand at steps
     0, 1, 2, ... Text is tokenized, and chats are rendered, by the tokenizer of the stage named in
     `tokenizer`; by default by that of the earlier stage of each comparison. Stages may differ in dtype and in
@@ -76,20 +78,25 @@ class Chain:
             )
 
     def check(self, longest: int | None) -> Architecture:
-        """Fetch only the configs; refuses an objective, an adapter, and stages of different architectures."""
+        """Fetch only the configs; refuses an objective, and stages of different architectures."""
         if longest is not None:
             raise ValueError(
                 "model=chain/... compares finished stages: set objective=none, or to train from one stage"
                 " choose that checkpoint with model=..."
             )
-        directories = self._fetched(weights=False)
+        directories = {
+            name: directory
+            for name, directory in self._fetched(weights=False).items()
+            if not _adapts(directory, weights=False)
+        }
         maps = {
             name: replace(load_architecture(directory), tied=True) for name, directory in directories.items()
         }
         for name, directory in directories.items():
             check_here(self.locations()[name], directory)
         for name in [self.tokenizer] if self.tokenizer else list(directories)[:-1]:
-            check_tokenizer(directories[name], only_if_there=True)
+            if name in directories:
+                check_tokenizer(directories[name], only_if_there=True)
         first, *others = maps
         for name in others:
             if maps[name] != maps[first]:
@@ -102,11 +109,15 @@ class Chain:
     def prepare(
         self, stage: Stage, examples: Examples, data: Data, device: str, request: Request = no_request
     ) -> Base:
-        """Fetch all stages."""
-        by_name = {
-            name: with_safetensors(directory, self.allow_bin, stage)
-            for name, directory in self._fetched(weights=True).items()
-        }
+        """Fetch all stages, and merge those that are adapters."""
+        by_name: dict[str, Path] = {}
+        given: dict[str, Path] = {}  # an adapter's own directory, whose factors a pair is measured by
+        for name, directory in self._fetched(weights=True).items():
+            given[name] = by_name[name] = with_safetensors(directory, self.allow_bin, stage)
+            if _adapts(given[name], weights=True):
+                before = list(by_name)[-2]
+                warn_of_other_base(given[name], self.stages[before])
+                by_name[name] = self._merged(name, given[name], by_name[before], stage)
         self._compare(by_name)
         for directory in by_name.values():
             architecture = load_architecture(directory)
@@ -120,8 +131,20 @@ class Chain:
             tokenizer or first,
             f"chain/{digest}{suffix}",
             Trajectory("chain", dict(enumerate(directories)), stages=tuple(by_name)),
-            tuple(pair_base(before, after, tokenizer or before) for before, after in pairwise(directories)),
+            tuple(
+                pair_base(by_name[before], given[after], tokenizer or by_name[before])
+                for before, after in pairwise(by_name)
+            ),
         )
+
+    def _merged(self, name: str, adapter: Path, base: Path, stage: Stage) -> Path:
+        def work(target: Path, log_metrics: Log) -> None:
+            try:
+                merge(adapter, base, target)
+            except ValueError as error:
+                raise ValueError(f"{self._named(name)}: {error}") from error
+
+        return stage("merged", {"adapter": identity(adapter), "base": identity(base)}, work, 1)
 
     def locations(self) -> dict[str, str]:
         """The locations to fetch, by stage and in order.
@@ -160,11 +183,10 @@ class Chain:
                 fetched = fetch(location, self.allow_bin, self.trust_remote_code, weights)
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"in model.stages.{name}: {error}") from error
-            # A merged model may keep its adapter's config; only the weights tell them apart.
-            if is_adapter(fetched) and (weights or not (fetched / "config.json").is_file()):
+            if not directories and _adapts(fetched, weights):
                 raise ValueError(
-                    f"{self._named(name)} is an adapter: merge it into the stage that it was trained from,"
-                    " with PEFT's merge_and_unload, and give the merged checkpoint"
+                    f"{self._named(name)} is an adapter, which has no weights of its own: put its base before"
+                    " it, as the first stage"
                 )
             if twin := [other for other, directory in directories.items() if directory == fetched]:
                 raise ValueError(
@@ -195,6 +217,11 @@ class Chain:
 
     def _named(self, name: str) -> str:
         return f"model.stages.{name}={self.stages[name]}"
+
+
+def _adapts(directory: Path, weights: bool) -> bool:
+    """Whether a stage is an adapter; merged models may keep its config, and only weights tell them apart."""
+    return is_adapter(directory) and (weights or not (directory / "config.json").is_file())
 
 
 def check_chain(probes: Mapping[str, ProbeDeclaration], interventions: Sequence[str]) -> None:
