@@ -17,9 +17,7 @@ from weightgeom.params import Params
 
 # Old checkpoints of GPT-2, GPT-NeoX and Llama also store causal masks and rotary frequencies, and those of
 # Apertus the constants of its activation.
-BUFFER = re.compile(
-    r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$|\.act_fn\.(beta|eps)$"
-)
+BUFFER = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$|\.act_fn\.(beta|eps)$")
 # Left in front of a parameter's name by DataParallel, PEFT, DeepSpeed, and anywhere in it by the others.
 INSIDE = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
 WRAPPERS = re.compile(rf"^(?:(?:module|_forward_module|base_model\.model|{INSIDE})\.)+|(?<=\.)(?:{INSIDE})\.")
