@@ -51,7 +51,9 @@ def test_an_update_planted_in_a_subspace_has_the_ratio_d_over_k_and_one_outside_
         d_out, d_in = matrix.of(start).shape
         other = d_out if matrix.role == "read" else d_in
         delta = torch.randn(other, axes.shape[1], generator=generator, dtype=torch.float64) @ axes.T / 10
-        if matrix.role == "write":  # W' with diag(g) W' = diag(g) W + delta: what is planted reaches the stream
+        if (
+            matrix.role == "write"
+        ):  # W' with diag(g) W' = diag(g) W + delta: what is planted reaches the stream
             delta = delta.T if matrix.norm is None else delta.T / matrix.norm.gain(start)[:, None]
         end = matrix.replaced(end, matrix.of(end) + delta.float())
     probe = RSF(k=K, resamples=0, tokens=TOKENS, length=LENGTH, prompts=0)

@@ -84,8 +84,8 @@ CONFIGS: dict[str, Config] = {
     "bloom": plain("bloom"),
 }
 
-# One network of each form: fused, transposed, with grouped heads, norms behind, or biases.
-FORMS = ("gpt_neox", "gpt2", "llama", "llama_tied", "phi3", "olmo2", "gemma2", "opt")
+# One network of each form: fused, transposed, with grouped heads, norms behind, biases, or multipliers.
+FORMS = ("gpt_neox", "gpt2", "llama", "llama_tied", "phi3", "olmo2", "gemma2", "opt", "granite", "falcon_new")
 
 # Their experts have no modules of their own: what they read and write is tested in test_qwen3_moe.py.
 MIXTURES: dict[str, Config] = {
