@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from weightgeom.estimators.moments import activation_moments
 from weightgeom.models.invariants import INVARIANTS, Invariant
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.loading import load_config
+from weightgeom.models.residual import text_part
 from weightgeom.models.small_config import small_config
 from weightgeom.models.specimen import TOKENS, Specimen
 from weightgeom.text.files import first_line
@@ -68,7 +70,7 @@ def config_of(name: str) -> "PreTrainedConfig":
 
     if name not in CONFIG_MAPPING or Path(name).is_dir():
         return load_config(fetch(name, weights=False))
-    config = CONFIG_MAPPING[name]()
+    config = text_part(CONFIG_MAPPING[name]())
     groups = getattr(config, "num_key_value_heads", None)
     if groups is not None and groups == config.num_attention_heads:
         config.num_key_value_heads = groups // 2  # groups are checked wherever the type can have them
@@ -86,6 +88,19 @@ def failure(invariant: Invariant, specimen: Specimen) -> str | None:
     return None
 
 
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Within it transformers does not warn of settings of a config that do not go with its small sizes."""
+    from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
+
+    before = get_verbosity()
+    set_verbosity_error()
+    try:
+        yield
+    finally:
+        set_verbosity(before)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Print each invariant of a model's map as passed or failed; the exit code is 1 if one failed."""
     parser = argparse.ArgumentParser(
@@ -95,12 +110,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "model", help="a model type such as olmo3, a checkpoint directory, or a hub name (NAME@REVISION)"
     )
+    model = parser.parse_args(arguments).model
     try:
-        config = small_config(config_of(parser.parse_args(arguments).model))
+        with _unwarned():
+            config = small_config(config_of(model))
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    specimen = Specimen.of(config)
+    with _unwarned():
+        specimen = Specimen.of(config)
     failures = 0
     for invariant in CHECKS:
         reason = failure(invariant, specimen)

@@ -13,6 +13,8 @@ from weightgeom.models.residual import architecture_of
 
 Config = Callable[[int, int], PreTrainedConfig]
 """Makes a config for a number of tokens in the vocabulary and one of positions."""
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+SCALED = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 4}  # of queries by their position
 PATTERN = ["sliding_attention", "full_attention"]
 
 
@@ -58,10 +60,32 @@ CONFIGS: dict[str, Config] = {
     "smollm3": grouped("smollm3", no_rope_layers=[1, 0]),
     "gptj": plain("gptj", n_inner=40, rotary_dim=4),
     "opt": plain("opt", ffn_dim=40),
+    "granite": plain("granite", num_key_value_heads=2, residual_multiplier=0.3, logits_scaling=4.0),
+    "ministral3": grouped("ministral3", rope_parameters=ROPE | SCALED),
+    "gemma": grouped("gemma"),
+    "apertus": plain("apertus", num_key_value_heads=2, rope_parameters=ROPE),
+    "cohere2": plain("cohere2", num_key_value_heads=2, layer_types=PATTERN, logit_scale=0.25),
+    "glm4": grouped("glm4"),
+    "phi": plain("phi", num_key_value_heads=2),
+    "phi_norms": plain("phi", qk_layernorm=True, num_key_value_heads=2),
+    "gpt_neo": plain("gpt_neo", attention_types=[[["global", "local"], 1]], window_size=4),
+    "stablelm": plain("stablelm", num_key_value_heads=2, use_qkv_bias=True),
+    "stablelm_parallel": plain(
+        "stablelm", num_key_value_heads=2, qk_layernorm=True, use_parallel_residual=True
+    ),
+    "falcon": plain("falcon", ffn_hidden_size=40),
+    "falcon_sequential": plain(
+        "falcon", ffn_hidden_size=40, multi_query=False, parallel_attn=False, bias=True
+    ),
+    "falcon_new": plain("falcon", ffn_hidden_size=40, new_decoder_architecture=True, num_kv_heads=2),
+    "falcon_one_norm": plain(
+        "falcon", ffn_hidden_size=40, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1
+    ),
+    "bloom": plain("bloom"),
 }
 
-# One network of each form: fused, transposed, with grouped heads, norms behind, or biases.
-FORMS = ("gpt_neox", "gpt2", "llama", "llama_tied", "phi3", "olmo2", "gemma2", "opt")
+# One network of each form: fused, transposed, with grouped heads, norms behind, biases, or multipliers.
+FORMS = ("gpt_neox", "gpt2", "llama", "llama_tied", "phi3", "olmo2", "gemma2", "opt", "granite", "falcon_new")
 
 # Their experts have no modules of their own: what they read and write is tested in test_qwen3_moe.py.
 MIXTURES: dict[str, Config] = {

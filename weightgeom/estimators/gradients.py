@@ -194,13 +194,14 @@ def gradient_moments(
 
 
 def folded(moment: Moment, matrix: ResidualMatrix, params: Params) -> Moment:
-    """C_delta of what reaches the residual stream: the gain of a norm behind the matrix on both sides.
+    """C_delta of what reaches the residual stream: the gain behind the matrix on both sides.
 
     It goes with `ResidualMatrix.written`, for an update diag(gain) dW with dW = Σ δ aᵀ.
     """
-    if matrix.norm is None:
+    gain = matrix.gain(params)
+    if gain is None:
         return moment
-    gain = matrix.norm.gain(params).to(moment.sums)
+    gain = gain.to(moment.sums)
     return replace(moment, sums=moment.sums * torch.outer(gain, gain), firsts=moment.firsts * gain)
 
 
@@ -335,10 +336,11 @@ class _Sums:
                 if a is not None:
                     self._add_gradient(matrix, delta, a)
 
-            # The weights are frozen: the graph starts at the first output whose gradient is wanted.
-            output = output if output.requires_grad else output.detach().requires_grad_()
-            output.register_hook(send_back)
-            return output
+            # The weights are frozen: the graph starts at the first output whose gradient is wanted, of which
+            # the network gets a copy, as some networks (Falcon) add to it in place.
+            start = output if output.requires_grad else output.detach().requires_grad_()
+            start.register_hook(send_back)
+            return start if output.requires_grad else start.clone()
 
         return hook
 

@@ -16,6 +16,7 @@ SIZES = {
     "num_attention_heads": HEADS,
     "intermediate_size": 40,
     "ffn_dim": 40,
+    "ffn_hidden_size": 40,
     "n_inner": 40,
     "moe_intermediate_size": 12,
     "word_embed_proj_dim": 32,
@@ -49,9 +50,10 @@ def small_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
     }
     sizes: dict[str, Any] = {**SIZES, "num_hidden_layers": layers}
     sizes |= {name: min(most, getattr(config, name, 0)) for name, most in AT_MOST.items()}
-    if groups := given.get("num_key_value_heads"):
-        share = config.num_attention_heads // groups
-        sizes["num_key_value_heads"] = {1: HEADS, config.num_attention_heads: 1}.get(share, HEADS // 2)
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if groups := given.get(name):
+            share = config.num_attention_heads // groups
+            sizes[name] = {1: HEADS, config.num_attention_heads: 1}.get(share, HEADS // 2)
     if width := given.get("head_dim"):
         default = SIZES["hidden_size"] // HEADS
         is_default = width * config.num_attention_heads == config.hidden_size

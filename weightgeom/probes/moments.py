@@ -295,8 +295,8 @@ class _Grams:
             factor = self.adapter.to(gradient)
             inner = gradient @ factor.T
             gradient = (inner.sign() if self.signs else inner) @ factor
-        if self.matrix.norm is not None:
-            gradient = self.matrix.norm.gain(self.start).to(gradient)[:, None] * gradient
+        if (gain := self.matrix.gain(self.start)) is not None:
+            gradient = gain.to(gradient)[:, None] * gradient
         x = gradient if self.matrix.role == "read" else gradient.T
         return x.T @ x
 
