@@ -45,6 +45,12 @@ MODEL_TYPES = {
     "chain/tulu3_8b": "llama",
     "chain/zephyr_7b": "mistral",
     "chain/pythia_hh": "gpt_neox",
+    "chain/olmo3_7b_think": "olmo3",
+    "chain/olmo3_7b_instruct": "olmo3",
+    "chain/olmo3_rlzero_math": "olmo3",
+    "chain/smollm3": "smollm3",
+    "chain/marin_8b": "llama",
+    "chain/polypythias": "gpt_neox",
     "chain/own": "llama_tied",
 }
 STUDIES = ("paper", "graded_control")
@@ -183,23 +189,24 @@ def test_a_chain_of_the_hub_is_pinned_stage_by_stage_or_says_what_to_give(path: 
         return
     known = [yaml.safe_load(file.read_text()).get("pins", {}) for file in HUB]
     pins = {name: commit for some in known for name, commit in some.items()}
-    assert list(choice["revisions"]) == list(choice["stages"])
-    for stage, revision in choice["revisions"].items():
+    named_branches = [stage for stage, where in choice["stages"].items() if "@" in where]
+    revisions = choice.get("revisions", {})
+    assert sorted([*named_branches, *revisions]) == sorted(choice["stages"])
+    for stage, revision in revisions.items():
         if revision not in (None, "step143000"):
             assert revision == pins[choice["stages"][stage]]  # the commit that the stage's own file has
-    unknown = [stage for stage, revision in choice["revisions"].items() if revision is None]
+    unknown = [stage for stage, revision in revisions.items() if revision is None]
     if unknown:
         with pytest.raises(ValueError, match=rf"set model\.revisions\.{unknown[0]}=COMMIT to a commit"):
             model.locations()
-    given = [f"model.revisions.{stage}={'0' * 40}" for stage in unknown]
+    given = [f"model.revisions.{stage}={'0' * 39}{number}" for number, stage in enumerate(unknown)]
     locations = parts(composed(override(path), *given))["model"].locations()
-    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+@([0-9a-f]{40}|step143000)", one) for one in locations.values())
-    fewer = parts(
-        composed(override(path), *(f"~model.stages.{stage}" for stage in unknown if stage != "dpo"))
-    )
-    assert list(fewer["model"].stages) == [
-        one for one in choice["stages"] if one not in unknown or one == "dpo"
-    ]
+    branch = r"(stage\d-)?step[-_]?\d+|it-[\w-]+"  # those that do not move
+    assert all(re.fullmatch(rf"[\w.-]+/[\w.-]+@([0-9a-f]{{40}}|{branch})", one) for one in locations.values())
+    assert len(set(locations.values())) == len(locations)
+    left = [stage for stage in unknown if stage not in ("dpo", "base", "early", "rl")]
+    fewer = parts(composed(override(path), *(f"~model.stages.{stage}" for stage in left)))
+    assert list(fewer["model"].stages) == [one for one in choice["stages"] if one not in left]
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=named)
