@@ -67,7 +67,7 @@ class Libraries:
         return self.shared and self.path.exists()
 
     def warm(self, seconds: float = float("inf")) -> bool:
-        """Import for about so many `seconds`; whether all are imported. Mutates the environment.
+        """Import libraries for about `seconds`; returns whether all are imported. Mutates the environment.
 
         A library that fails here is left to the jobs.
         """
