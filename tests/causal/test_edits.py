@@ -1,7 +1,7 @@
 import pytest
 import torch
 from moving import matrix, moved
-from networks import CONFIGS, language_model
+from networks import FORMS, language_model
 from torch.testing import assert_close
 
 from weightgeom.causal.edits import Surgery, Transplant, inside, residual_side
@@ -47,7 +47,7 @@ def test_a_shorter_direction_is_scaled_in_part(model, params) -> None:
     assert_close(change[1:], torch.ones(31, 32))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FORMS)
 def test_surgery_that_leaves_both_parts_gives_the_end_and_that_leaves_none_the_start(
     name, tokenizer, generator
 ) -> None:
@@ -61,7 +61,7 @@ def test_surgery_that_leaves_both_parts_gives_the_end_and_that_leaves_none_the_s
         assert torch.equal(one.of(none), one.of(start))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FORMS)
 def test_what_surgery_removes_and_what_it_keeps_add_up_to_the_update(name, tokenizer, generator) -> None:
     matrices, start, end = pair(name, tokenizer, generator)
     space = space_of(generator)
@@ -70,7 +70,7 @@ def test_what_surgery_removes_and_what_it_keeps_add_up_to_the_update(name, token
         assert_close(one.of(removed) + one.of(kept), one.of(start) + one.of(end), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FORMS)
 def test_what_surgery_keeps_reaches_the_stream_only_inside(name, tokenizer, generator) -> None:
     matrices, start, end = pair(name, tokenizer, generator)
     space = space_of(generator)
@@ -80,7 +80,7 @@ def test_what_surgery_keeps_reaches_the_stream_only_inside(name, tokenizer, gene
         assert_close(Subspace(space(one)).fraction(side), 1.0, rtol=0, atol=1e-6)  # fp32 rounding of weights
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FORMS)
 def test_edits_mutate_nothing_and_change_only_their_matrices(name, tokenizer, generator) -> None:
     matrices, start, end = pair(name, tokenizer, generator)
     copies = [{key: one.clone() for key, one in params.items()} for params in (start, end)]
@@ -95,7 +95,7 @@ def test_edits_mutate_nothing_and_change_only_their_matrices(name, tokenizer, ge
         assert all(edited[key] is before[key] for key in before if key not in stored)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FORMS)
 def test_transplants_of_reads_and_of_writes_together_are_the_end(name, tokenizer, generator) -> None:
     matrices, start, end = pair(name, tokenizer, generator)
     for role in ("read", "write"):
@@ -103,7 +103,7 @@ def test_transplants_of_reads_and_of_writes_together_are_the_end(name, tokenizer
     assert all(torch.equal(one.of(start), one.of(end)) for one in matrices)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FORMS)
 def test_a_turned_update_keeps_its_singular_values_and_its_other_side(name, tokenizer, generator) -> None:
     matrices, start, end = pair(name, tokenizer, generator)
     rotation = Subspace.random(32, 32, generator).basis

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import CONFIGS, language_model
+from networks import FORMS, language_model
 from torch.testing import assert_close
 
 from weightgeom.estimators.reference_subspaces import (
@@ -75,7 +75,7 @@ def same_directions(basis, expected):
 
 
 @pytest.mark.parametrize("centre", [False, True])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FORMS)
 def test_input_frames_are_the_singular_vectors_of_the_cached_activations_in_the_order_of_the_layers(
     name, centre, at
 ):
@@ -134,7 +134,7 @@ def test_frames_are_of_the_weights_that_are_given_and_not_of_the_networks_own(at
 
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("centre", [False, True])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FORMS)
 def test_the_prediction_frame_is_that_of_the_unembedding_behind_the_final_norm(name, fold, centre, at):
     setting = at(name)
     network = setting.model.network
@@ -218,7 +218,7 @@ def test_a_budget_changes_no_frame(resamples, at):
             assert_close(drawn[1], again[1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FORMS)
 def test_a_matrix_is_compared_at_its_own_input_or_with_the_prediction(name, at):
     matrices = at(name).model.architecture.matrices
     expected = {"gate": "mlp_input", "up": "mlp_input", "o": "prediction", "down": "prediction"}

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from networks import CONFIGS
+from networks import CONFIGS, FORMS
 from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -30,7 +30,7 @@ def pair(name):
     return architecture_of(config), after, before
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=FORMS)
 def case(request):
     return pair(request.param)
 

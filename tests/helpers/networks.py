@@ -110,6 +110,11 @@ def language_model(
     return LanguageModel(network, tokenizer, architecture_of(config)), weights
 
 
+# One network for each way in which a map can differ: fused by head or in blocks, transposed, in groups, with
+# norms behind, offsets or factors. What holds for these holds for all, of which the invariants are checked.
+FORMS = ("gpt_neox", "gpt2", "phi3", "llama", "llama_tied", "olmo2", "gemma2", "opt", "granite")
+
+
 def save(name: str, directory: Path, seed: int = 0, dtype: str = "float32") -> Path:
     """A checkpoint of a small random network of an architecture, with the world's tokenizer."""
     tokenizer = small.WORLD.tokenizer()

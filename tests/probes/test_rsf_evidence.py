@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import CONFIGS, language_model
+from networks import FORMS, language_model
 from scipy import stats
 from torch.testing import assert_close
 
@@ -71,7 +71,7 @@ def planted(model, params, spaces, share, generator):
 @pytest.mark.slow
 def test_a_planted_share_is_estimated_within_its_interval_in_all_architectures(examples, tokenizer):
     share, covered, intervals = 0.6, 0, 0
-    for name in CONFIGS:
+    for name in FORMS:
         model, params = language_model(name, tokenizer)
         everything = setting(model, params, replace(examples, heldout=examples.text))
         spaces = {
