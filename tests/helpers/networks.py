@@ -41,6 +41,13 @@ def grouped(model_type: str, **options: Any) -> Config:
     return plain(model_type, num_key_value_heads=2, head_dim=6, **options)
 
 
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+}
+
 CONFIGS: dict[str, Config] = {
     "gpt_neox": plain("gpt_neox"),
     "gpt_neox_sequential": plain("gpt_neox", use_parallel_residual=False),
@@ -58,6 +65,8 @@ CONFIGS: dict[str, Config] = {
     "smollm3": grouped("smollm3", no_rope_layers=[1, 0]),
     "gptj": plain("gptj", n_inner=40, rotary_dim=4),
     "opt": plain("opt", ffn_dim=40),
+    "qwen3_5_text": grouped("qwen3_5_text", layer_types=["linear_attention", "full_attention"], **LINEAR),
+    "lfm2": grouped("lfm2", layer_types=["conv", "full_attention"]),
 }
 
 # One network of each form: fused, transposed, with grouped heads, norms behind, or biases.

@@ -1,18 +1,19 @@
 """The claims of a residual map, each checked by the behaviour of a small random network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from weightgeom.models.residual import ATTENTION, ResidualMatrix, module_path
-from weightgeom.models.specimen import TOKENS, Change, Specimen
+from weightgeom.models.residual import INPUTS, Kind, ResidualMatrix, module_path
+from weightgeom.models.specimen import TOKENS, Change, Flow, Specimen
 from weightgeom.models.weights import open_params
 from weightgeom.params import Params
 
@@ -20,6 +21,26 @@ TOKEN = 2  # the one whose query, key or value is changed
 ALL = slice(None)  # tokens
 TOLERANCE = 1e-5  # RMS norms and some attentions compute in float32: about 1e-7 of each number
 MOVED = 3e-6  # what changes by less is unchanged
+COMPLETE = tuple(
+    frozenset(kinds.split())
+    for kinds in (
+        "q k v o",
+        "linear_q linear_k linear_v linear_z linear_b linear_a linear_o",
+        "conv_B conv_C conv_x conv_o",
+        "mamba_z mamba_x mamba_B mamba_C mamba_dt mamba_o",
+        "up down",
+    )
+)
+QUERIES: Mapping[Kind, Kind] = {"q": "k", "linear_q": "linear_k", "mamba_C": "mamba_B"}
+REACH: Mapping[Kind, Literal["token", "kernel", "later"]] = {
+    **dict.fromkeys(("linear_z", "conv_C", "mamba_z"), "token"),  # gates of the output
+    **dict.fromkeys(("linear_q", "conv_B", "conv_x", "mamba_C"), "kernel"),  # through the convolution alone
+    **dict.fromkeys(("linear_k", "linear_v", "linear_b", "linear_a"), "later"),  # through the state
+    **dict.fromkeys(("mamba_x", "mamba_B", "mamba_dt"), "later"),
+}
+UNITS: tuple[Kind, ...] = (
+    *("linear_v", "linear_z", "conv_B", "conv_C", "conv_x", "mamba_z", "mamba_x"),
+)
 Invariant = Callable[[Specimen], None]
 """Checks the claim in the first line of its docstring; raises ValueError if it does not hold."""
 
@@ -64,17 +85,22 @@ def sizes_agree(specimen: Specimen) -> None:
 
 
 def layers_are_complete(specimen: Specimen) -> None:
-    """Every layer has q, k, v, o, an MLP or experts, and both input sites."""
-    for layer in range(specimen.architecture.n_layers):
-        kinds = {matrix.kind for matrix in specimen.architecture.matrices if matrix.layer == layer}
-        if absent := {"q", "k", "v", "o", "up", "down"} - kinds:
-            raise ValueError(f"layer {layer} has no {', '.join(sorted(absent))}")
-        sites = sorted(site.name for site in specimen.architecture.sites if site.layer == layer)
-        _require(sites == ["attention_input", "mlp_input"], f"layer {layer} has the sites {', '.join(sites)}")
+    """The attention, mixer and MLP (or experts) of every layer have all their matrices and an input site."""
+    architecture = specimen.architecture
+    for layer in range(architecture.n_layers):
+        here = [matrix for matrix in architecture.matrices if matrix.layer == layer]
+        kinds, blocks = {matrix.kind for matrix in here}, {matrix.block for matrix in here}
+        _require(bool(blocks), f"layer {layer} has no matrices")
+        for complete in (some for some in COMPLETE if not kinds.isdisjoint(some)):
+            if absent := complete - kinds:
+                raise ValueError(f"layer {layer} has no {', '.join(sorted(absent))}")
+        sites = sorted(site.name for site in architecture.sites if site.layer == layer)
+        expected = sorted(INPUTS[block] for block in blocks)
+        _require(sites == expected, f"layer {layer} has the sites {', '.join(sites)}")
 
 
 def every_weight_is_mapped_once(specimen: Specimen) -> None:
-    """Every entry of every matrix in a layer belongs to one matrix of the map."""
+    """Every entry of every matrix in a layer, kernels of single channels apart, is in one matrix of the map."""
     architecture = specimen.architecture
     entries = {
         name: torch.arange(float(parameter.numel())).reshape(parameter.shape)
@@ -85,7 +111,7 @@ def every_weight_is_mapped_once(specimen: Specimen) -> None:
         mapped[matrix.parameter].append(matrix.of(entries).flatten())
     layers = tuple(f"{module_path(architecture, layer)}." for layer in range(architecture.n_layers))
     for name, parts in mapped.items():
-        inside = name.startswith(layers) and entries[name].ndim > 1
+        inside = name.startswith(layers) and entries[name].ndim > 1 and not _is_by_channel(specimen, name)
         expected = entries[name].flatten() if inside else torch.zeros(0)
         found = torch.cat(parts).sort().values if parts else torch.zeros(0)
         _require(torch.equal(found, expected), f"the map has {len(found)} of the {len(expected)} of {name}")
@@ -93,7 +119,7 @@ def every_weight_is_mapped_once(specimen: Specimen) -> None:
 
 def modules_apply_their_matrices(specimen: Specimen) -> None:
     """The output of a module is its matrix, as the map has it, times the input, and its bias."""
-    for matrix in specimen.of_kind("q", "k", "v", "gate", "up", "o", "down"):
+    for matrix in (matrix for matrix in specimen.architecture.matrices if matrix.is_layer):
         a, output = specimen.flow.inputs[matrix.module], specimen.flow.outputs[matrix.module]
         places = _places(matrix, specimen.params)
         expected = a @ matrix.of(specimen.params).T + _bias(specimen, matrix.module)[places]
@@ -101,12 +127,12 @@ def modules_apply_their_matrices(specimen: Specimen) -> None:
 
 
 def inputs_are_at_their_site(specimen: Specimen) -> None:
-    """The attention site is the input of q, k and v, and the MLP site that of gate, up and router."""
-    for matrix in specimen.of_kind("q", "k", "v", "gate", "up", "router"):
-        site = "attention_input" if matrix.kind in ATTENTION else "mlp_input"
+    """The attention site is the input of q, k and v, the MLP site that of gate, up and router, and so on."""
+    reads = (m for m in specimen.architecture.matrices if m.role == "read" and m.expert is None)
+    for matrix in reads:
         actual = specimen.flow.inputs[matrix.module]
-        expected = specimen.flow.inputs[specimen.site(matrix.layer, site)]
-        _require(_close(actual, expected), f"{matrix.name} has another input than the site {site}")
+        expected = specimen.flow.inputs[specimen.site(matrix.layer, matrix.site)]
+        _require(_close(actual, expected), f"{matrix.name} has another input than the site {matrix.site}")
 
 
 def queries_act_at_their_token_and_head(specimen: Specimen) -> None:
@@ -138,16 +164,32 @@ def values_act_linearly_on_their_group(specimen: Specimen) -> None:
         _require(_is_linear(specimen, v.module, places, module), f"the output of {v.name} acts non-linearly")
 
 
+def gates_act_at_their_unit(specimen: Specimen) -> None:
+    """A row of the attention gate changes its own token and unit of the attention output alone."""
+    for gate in specimen.of_kind("attention_gate"):
+        o, places = specimen.matrix(gate.layer, "o").module, _places(gate, specimen.params)
+        for unit in _some(len(places)):
+            change = partial(_shifted, places[unit : unit + 1], 1.0, TOKEN)
+            after = specimen.run(changes={gate.module: change})
+            moved = (after.inputs[o] - specimen.flow.inputs[o]).abs() > MOVED
+            found = moved.nonzero().tolist()
+            _require(
+                found == [[TOKEN, unit]],
+                f"row {unit} of {gate.name} at token {TOKEN} changes the attention output at {found}",
+            )
+
+
 def keys_act_through_queries(specimen: Specimen) -> None:
-    """With q at zero, k does not matter."""
-    for q in specimen.of_kind("q"):
-        k = specimen.matrix(q.layer, "k")
-        silent = _zero(q, specimen.unbiased)
-        _require(
-            _same_logits(specimen, silent, _scaled(k, silent)), f"{k.name} matters with {q.name} at zero"
-        )
-        unchanged = _same_logits(specimen, specimen.unbiased, _scaled(k, specimen.unbiased))
-        _require(not unchanged, f"{k.name} never matters")
+    """With q at zero, k does not matter; so it is in linear attention, and with C and B of Mamba-2."""
+    for query, key in QUERIES.items():
+        for q in specimen.of_kind(query):
+            k = specimen.matrix(q.layer, key)
+            silent = _zero(q, specimen.unbiased)
+            _require(
+                _same_logits(specimen, silent, _scaled(k, silent)), f"{k.name} matters with {q.name} at zero"
+            )
+            unchanged = _same_logits(specimen, specimen.unbiased, _scaled(k, specimen.unbiased))
+            _require(not unchanged, f"{k.name} never matters")
 
 
 def values_act_through_o(specimen: Specimen) -> None:
@@ -162,7 +204,7 @@ def values_act_through_o(specimen: Specimen) -> None:
 
 
 def writes_reach_the_stream(specimen: Specimen) -> None:
-    """A layer adds to the residual stream the outputs of o and down, through their norm, and nothing else."""
+    """A layer adds to the residual stream the outputs of what writes, through their norm, and nothing else."""
     architecture = specimen.architecture
     for layer in range(architecture.n_layers):
         path = module_path(architecture, layer)
@@ -172,7 +214,7 @@ def writes_reach_the_stream(specimen: Specimen) -> None:
             silent = _zero(matrix, silent)
         flow = specimen.run(silent)
         added = flow.outputs[path] - flow.inputs[path]
-        _require(_close(added, torch.zeros_like(added)), f"layer {layer} writes with o and down at zero")
+        _require(_close(added, torch.zeros_like(added)), f"layer {layer} writes with all that writes at zero")
         for matrix in (matrix for matrix in writes if matrix.is_layer):
             params = matrix.replaced(silent, matrix.of(specimen.params))
             flow = specimen.run(params)
@@ -185,7 +227,10 @@ def writes_reach_the_stream(specimen: Specimen) -> None:
                 f"{matrix.name} adds to the residual stream other than the map says: a norm or a factor",
             )
         if layer in {router.layer for router in specimen.of_kind("router")}:
-            flow = specimen.run(_zero(specimen.matrix(layer, "o"), specimen.unbiased))
+            silent = specimen.unbiased
+            for matrix in (matrix for matrix in writes if matrix.block != "mlp"):
+                silent = _zero(matrix, silent)
+            flow = specimen.run(silent)
             added, block = flow.outputs[path] - flow.inputs[path], specimen.site(layer, "mlp_input")
             _require(_close(added, flow.outputs[block]), f"{block} is not all that the experts add")
 
@@ -197,7 +242,7 @@ def hidden_units_stay_apart(specimen: Specimen) -> None:
         gates = [matrix for matrix in specimen.of_kind("gate") if matrix.layer == up.layer]
         for matrix in (up, *gates):
             places = _places(matrix, specimen.params)
-            for unit in (0, len(places) // 2, len(places) - 1):
+            for unit in _some(len(places)):
                 after = specimen.run(
                     changes={matrix.module: partial(_shifted, places[unit : unit + 1], 3.0, ALL)}
                 )
@@ -218,6 +263,57 @@ def gates_act_through_up(specimen: Specimen) -> None:
         _require(
             _same_logits(specimen, silent, _scaled(gate, silent)), f"{gate.name} matters with up at zero"
         )
+
+
+def mixers_act_in_their_time_and_heads(specimen: Specimen) -> None:
+    """A mixer's rows change their group of heads: at their own token, within the kernel, or from then on.
+
+    A gate, which acts at its own token, does so behind the scan and behind any norm of its output.
+    """
+    lasting = {  # states decay so slowly that the last token still has what the first wrote
+        name: one - 4 if name.endswith("A_log") else one for name, one in specimen.params.items()
+    }
+    flow = specimen.run(lasting)
+    for matrix in specimen.of_kind(*REACH):
+        o, core = _mixer(specimen, matrix.layer)
+        reach, share = REACH[matrix.kind], o.heads // matrix.heads
+        last = {"token": 1, "kernel": _kernel(specimen, o), "later": len(TOKENS[0])}[reach]
+        for head, places in enumerate(_heads(matrix, specimen.params)):
+            expected = torch.zeros(len(TOKENS[0]), o.heads, dtype=torch.bool)
+            expected[TOKEN : TOKEN + last, head * share : (head + 1) * share] = True
+            after = specimen.run(lasting, {matrix.module: partial(_shifted, places, 1.0, TOKEN)})
+            moved = _changed(flow, after, o if reach == "token" else replace(o, module=core))
+            if reach == "token" and core != o.module:
+                within = _changed(flow, after, replace(o, module=core))
+                _require(not within.any(), f"{matrix.name} acts in front of the norm of the mixer's output")
+                expected[TOKEN] |= moved[TOKEN]  # the norm may be of several heads
+            _require(torch.equal(moved, expected), _in_words(matrix, head, moved))
+
+
+def mixer_units_stay_apart(specimen: Specimen) -> None:
+    """A row of a mixer's values or of its gates, at zero, silences its own unit of the output alone."""
+    for matrix in specimen.of_kind(*UNITS):
+        o, _ = _mixer(specimen, matrix.layer)
+        weight = matrix.of(specimen.params)
+        for unit in _some(len(weight)):
+            rows = weight.clone()
+            rows[unit] = 0
+            output = specimen.run(matrix.replaced(specimen.unbiased, rows)).inputs[o.module]
+            silent = (output == 0).all(0).nonzero()[:, 0].tolist()
+            _require(
+                silent == [unit], f"row {unit} of {matrix.name}, at zero, silences the units {silent}"
+            )
+
+
+def decays_act_on_the_past(specimen: Specimen) -> None:
+    """The decay of linear attention does nothing at the first token, where there is no state yet."""
+    for kind, expected in (("linear_a", False), ("linear_b", True)):
+        for matrix in specimen.of_kind(kind):
+            o, _ = _mixer(specimen, matrix.layer)
+            places = _places(matrix, specimen.params)
+            after = specimen.run(changes={matrix.module: partial(_shifted, places, 1.0, 0)})
+            acts = bool(_changed(specimen.flow, after, o).any())
+            _require(acts == expected, f"{matrix.name} {'acts' if acts else 'does not act'} at the first token")
 
 
 def experts_are_their_own(specimen: Specimen) -> None:
@@ -244,15 +340,17 @@ def experts_are_their_own(specimen: Specimen) -> None:
 
 
 def parallel_layers_read_one_stream(specimen: Specimen) -> None:
-    """The MLP reads what the attention of its layer writes, except where the map is parallel."""
-    for o in specimen.of_kind("o"):
+    """The MLP reads what attention and mixer of its layer write, except where the map is parallel."""
+    with_mlp = {site.layer for site in specimen.architecture.sites if site.name == "mlp_input"}
+    writes = (m for m in specimen.architecture.matrices if m.role == "write" and m.block != "mlp")
+    for o in (matrix for matrix in writes if matrix.layer in with_mlp):
         site = specimen.site(o.layer, "mlp_input")
         after = specimen.run(changes={o.module: lambda output: output.roll(1, -1)})
         apart = _close(after.inputs[site], specimen.flow.inputs[site])
         says = "does not read" if apart else "reads"
         _require(
             apart == specimen.architecture.parallel,
-            f"the MLP of layer {o.layer} {says} the output of attention, and parallel is"
+            f"the MLP of layer {o.layer} {says} the output of {o.name}, and parallel is"
             f" {specimen.architecture.parallel} in the map",
         )
 
@@ -334,11 +432,15 @@ INVARIANTS: tuple[Invariant, ...] = (
     queries_act_at_their_token_and_head,
     keys_act_on_later_tokens_of_their_group,
     values_act_linearly_on_their_group,
+    gates_act_at_their_unit,
     keys_act_through_queries,
     values_act_through_o,
     writes_reach_the_stream,
     hidden_units_stay_apart,
     gates_act_through_up,
+    mixers_act_in_their_time_and_heads,
+    mixer_units_stay_apart,
+    decays_act_on_the_past,
     experts_are_their_own,
     parallel_layers_read_one_stream,
     norms_have_their_gain,
@@ -410,9 +512,45 @@ def _shifted(
 def _moved(specimen: Specimen, matrix: ResidualMatrix, change: Change) -> Bool[Tensor, "token head"]:
     """Where the input of o changes with the output of a matrix of its layer."""
     o = specimen.matrix(matrix.layer, "o")
-    after = specimen.run(changes={matrix.module: change}).inputs[o.module]
-    difference = (after - specimen.flow.inputs[o.module]).unflatten(-1, (o.heads, -1))
+    return _changed(specimen.flow, specimen.run(changes={matrix.module: change}), o)
+
+
+def _changed(flow: Flow, other: Flow, o: ResidualMatrix) -> Bool[Tensor, "token head"]:
+    """Where the inputs of o's module differ, by the heads of o; a row may be a head already."""
+    difference = (other.inputs[o.module] - flow.inputs[o.module]).reshape(len(TOKENS[0]), o.heads, -1)
     return difference.abs().amax(-1) > MOVED
+
+
+def _mixer(specimen: Specimen, layer: int) -> tuple[ResidualMatrix, str]:
+    """The matrix with which the mixer of a layer writes, and the module that takes in the mixed values.
+
+    That is the norm of the mixer's output, or the matrix's own module where there is none.
+    """
+    o = next(
+        m
+        for m in specimen.architecture.matrices
+        if (m.layer, m.block, m.role) == (layer, "mixer", "write")
+    )
+    norm = f"{o.module.rpartition('.')[0]}.norm"
+    return o, norm if norm in specimen.flow.inputs else o.module
+
+
+def _kernel(specimen: Specimen, o: ResidualMatrix) -> int:
+    """The tokens that the convolution of a mixer spans."""
+    modules = specimen.network.get_submodule(o.module.rpartition(".")[0]).modules()
+    return next(module.kernel_size[0] for module in modules if isinstance(module, nn.Conv1d))
+
+
+def _is_by_channel(specimen: Specimen, name: str) -> bool:
+    """Whether a parameter is the kernels of a convolution that mixes no channels."""
+    if specimen.params[name].ndim != 3:
+        return False
+    module = specimen.network.get_submodule(name.rpartition(".")[0])
+    return isinstance(module, nn.Conv1d) and module.groups == module.in_channels
+
+
+def _some(units: int) -> tuple[int, int, int]:
+    return 0, units // 2, units - 1
 
 
 def _is_of_group(moved: Bool[Tensor, "token head"], group: int, groups: int) -> bool:

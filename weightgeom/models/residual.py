@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-Kind = Literal["q", "k", "v", "o", "gate", "up", "down", "router"]
+# fmt: off
+Kind = Literal[
+    "q", "k", "v", "attention_gate", "o",
+    "linear_q", "linear_k", "linear_v", "linear_z", "linear_b", "linear_a", "linear_o",
+    "conv_B", "conv_C", "conv_x", "conv_o",
+    "mamba_z", "mamba_x", "mamba_B", "mamba_C", "mamba_dt", "mamba_o",
+    "gate", "up", "down", "router",
+]
+# fmt: on
+"""Softmax attention, mixers of other sorts (linear attention, convolution, Mamba-2) and MLP, in this order."""
+Block = Literal["attention", "mixer", "mlp"]
+ATTENTION: frozenset[Kind] = frozenset(("q", "k", "v", "attention_gate", "o"))
+MIXER: frozenset[Kind] = frozenset(
+    kind for kind in get_args(Kind) if kind.startswith(("linear_", "conv_", "mamba_"))
+)
+MLP: frozenset[Kind] = frozenset(("gate", "up", "down"))
+WRITES: frozenset[Kind] = frozenset(("o", "linear_o", "conv_o", "mamba_o", "down"))
 Stack = tuple[tuple[str, ...], ...]
 """The parameters of each expert whose rows, one below the other, are an entry of a stack in the network."""
 
@@ -57,8 +73,8 @@ class Norm:
 class ResidualMatrix:
     """One weight matrix that reads from or writes to the residual stream.
 
-    `heads` counts query heads for q and o and key-value groups for k and v: the rows of `of` (for
-    o, its columns) are that many equal blocks. `norm` stands between the output and the stream. `expert`
+    `heads` counts query heads for q and o and key-value groups for k and v, and the heads or groups of a
+    mixer likewise: the rows of `of` (for o, its columns) are that many equal blocks. `norm` stands between the output and the stream. `expert`
     numbers the matrices of a mixture of experts; the router's output chooses among them.
     """
 
@@ -102,7 +118,22 @@ class ResidualMatrix:
     @property
     def role(self) -> Literal["read", "write"]:
         """Whether its input (read) or its output (write) is the residual stream."""
-        return "write" if self.kind in ("o", "down") else "read"
+        return "write" if self.kind in WRITES else "read"
+
+    @property
+    def block(self) -> Block:
+        """The part of its layer that it belongs to."""
+        return "attention" if self.kind in ATTENTION else "mixer" if self.kind in MIXER else "mlp"
+
+    @property
+    def site(self) -> "SiteName":
+        """The site of its input."""
+        return INPUTS[self.block] if self.role == "read" else OWN_INPUTS[self.block]
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether its heads are matrices of their own: those of attention, and of mixers with several."""
+        return self.block == "attention" or (self.block == "mixer" and self.heads > 1)
 
     def of(self, params: Params) -> Float[Tensor, "d_out d_in"]:
         """The matrix W in y = W a: a view, or a copy where fused head by head (GPT-NeoX)."""
@@ -140,16 +171,32 @@ class ResidualMatrix:
         return oriented[None] if self.rows is None else self.rows.blocks(oriented)
 
 
+SiteName = Literal[
+    "attention_input", "mixer_input", "mlp_input", "attention_output", "mixer_output", "mlp_hidden"
+]
+INPUTS: Mapping[Block, SiteName] = {
+    "attention": "attention_input",
+    "mixer": "mixer_input",
+    "mlp": "mlp_input",
+}
+OWN_INPUTS: Mapping[Block, SiteName] = {
+    "attention": "attention_output",
+    "mixer": "mixer_output",
+    "mlp": "mlp_hidden",
+}
+
+
 @dataclass(frozen=True)
 class Site:
     """A place where activations are taken: the input of `module`, a dotted path in the network.
 
-    At `attention_input` it is what q, k and v read, at `mlp_input` what gate and up read; `attention_output`
-    and `mlp_hidden`, which are no places of the residual stream, are what o and down take in.
+    At `attention_input` it is what q, k and v read, at `mixer_input` what a mixer of another sort reads, at
+    `mlp_input` what gate and up read; `attention_output`, `mixer_output` and `mlp_hidden`, which are no
+    places of the residual stream, are what o, a mixer's matrix that writes, and down take in.
     """
 
     layer: int
-    name: Literal["attention_input", "mlp_input", "attention_output", "mlp_hidden"]
+    name: SiteName
     module: str
 
 
@@ -195,19 +242,28 @@ class Architecture:
 
 
 def input_sites(matrices: Sequence[ResidualMatrix]) -> tuple[Site, ...]:
-    """The input of every q as attention input and of every up as mlp input, in order.
+    """The inputs of every layer's attention, mixer and MLP, as those of `first_readers`, in order.
 
     Experts read what the block of the router does, which, unlike the router, gets it sequence by sequence.
     """
     return tuple(
         Site(
             matrix.layer,
-            "attention_input" if matrix.kind == "q" else "mlp_input",
+            matrix.site,
             matrix.module.rpartition(".")[0] if matrix.kind == "router" else matrix.module,
         )
-        for matrix in matrices
-        if matrix.kind in ("q", "router") or (matrix.kind == "up" and matrix.expert is None)
+        for matrix in first_readers(matrices)
     )
+
+
+def first_readers(matrices: Sequence[ResidualMatrix]) -> list[ResidualMatrix]:
+    """The matrix of every block that stands for its input: q, up or the router, the first of a mixer."""
+    found: dict[tuple[int, Block], ResidualMatrix] = {}
+    for matrix in matrices:
+        stands = matrix.kind in ("q", "router", "up") or matrix.block == "mixer"
+        if stands and matrix.role == "read" and matrix.expert is None:
+            found.setdefault((matrix.layer, matrix.block), matrix)
+    return list(found.values())
 
 
 def chosen(architecture: Architecture, kinds: list[Kind], layers: list[int] | None) -> list[ResidualMatrix]:
@@ -260,18 +316,17 @@ def architecture_of(config: "PreTrainedConfig") -> Architecture:
         ) from None
 
 
-ATTENTION: frozenset[Kind] = frozenset(("q", "k", "v", "o"))
+def module_path(architecture: Architecture, layer: int, kinds: Collection[Kind] | None = None) -> str:
+    """The module of a layer, or of its attention, mixer or MLP by their kinds; empty if it has none of them.
 
-
-MLP: frozenset[Kind] = frozenset(("gate", "up", "down"))
-
-
-def module_path(architecture: Architecture, layer: int, kinds: Collection[Kind] = ATTENTION | MLP) -> str:
-    """The module of a layer, or of its attention or MLP: what the modules of its matrices have in common."""
+    It is what the modules of the matrices have in common; of a layer, up to its number.
+    """
     modules = [
         matrix.module.split(".")
         for matrix in architecture.matrices
-        if matrix.layer == layer and matrix.kind in kinds
+        if matrix.layer == layer and (kinds is None or matrix.kind in kinds)
     ]
-    common = takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))
-    return ".".join(parts[0] for parts in common)
+    common = [
+        parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))
+    ]
+    return ".".join(common if kinds is not None else common[: common.index(str(layer)) + 1])
