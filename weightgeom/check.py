@@ -14,6 +14,7 @@ from weightgeom.estimators.moments import activation_moments
 from weightgeom.models.invariants import INVARIANTS, Invariant
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.loading import load_config
+from weightgeom.models.residual import text_part
 from weightgeom.models.small_config import small_config
 from weightgeom.models.specimen import TOKENS, Specimen
 from weightgeom.text.files import first_line
@@ -68,7 +69,7 @@ def config_of(name: str) -> "PreTrainedConfig":
 
     if name not in CONFIG_MAPPING or Path(name).is_dir():
         return load_config(fetch(name, weights=False))
-    config = CONFIG_MAPPING[name]()
+    config = text_part(CONFIG_MAPPING[name]())
     groups = getattr(config, "num_key_value_heads", None)
     if groups is not None and groups == config.num_attention_heads:
         config.num_key_value_heads = groups // 2  # groups are checked wherever the type can have them

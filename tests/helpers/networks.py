@@ -65,6 +65,26 @@ CONFIGS: dict[str, Config] = {
     "smollm3": grouped("smollm3", no_rope_layers=[1, 0]),
     "gptj": plain("gptj", n_inner=40, rotary_dim=4),
     "opt": plain("opt", ffn_dim=40),
+    "granite": plain("granite", num_key_value_heads=2, residual_multiplier=0.3, logits_scaling=4.0),
+    "ministral3": grouped("ministral3"),
+    "gemma": grouped("gemma"),
+    "apertus": plain("apertus", num_key_value_heads=2),
+    "cohere2": plain("cohere2", num_key_value_heads=2, layer_types=PATTERN, logit_scale=0.25),
+    "glm4": grouped("glm4"),
+    "phi": plain("phi", num_key_value_heads=2),
+    "phi_norms": plain("phi", qk_layernorm=True, num_key_value_heads=2),
+    "gpt_neo": plain("gpt_neo", attention_types=[[["global", "local"], 1]], window_size=4),
+    "stablelm": plain("stablelm", num_key_value_heads=2, use_qkv_bias=True),
+    "stablelm_parallel": plain(
+        "stablelm", num_key_value_heads=2, qk_layernorm=True, use_parallel_residual=True
+    ),
+    "falcon": plain("falcon", ffn_hidden_size=40),
+    "falcon_sequential": plain("falcon", ffn_hidden_size=40, multi_query=False, parallel_attn=False, bias=True),
+    "falcon_new": plain("falcon", ffn_hidden_size=40, new_decoder_architecture=True, num_kv_heads=2),
+    "falcon_one_norm": plain(
+        "falcon", ffn_hidden_size=40, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1
+    ),
+    "bloom": plain("bloom"),
     "qwen3_5_text": grouped("qwen3_5_text", layer_types=["linear_attention", "full_attention"], **LINEAR),
     "lfm2": grouped("lfm2", layer_types=["conv", "full_attention"]),
 }

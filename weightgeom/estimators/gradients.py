@@ -194,13 +194,14 @@ def gradient_moments(
 
 
 def folded(moment: Moment, matrix: ResidualMatrix, params: Params) -> Moment:
-    """C_delta of what reaches the residual stream: the gain of a norm behind the matrix on both sides.
+    """C_delta of what reaches the residual stream: the gain behind the matrix on both sides.
 
     It goes with `ResidualMatrix.written`, for an update diag(gain) dW with dW = Σ δ aᵀ.
     """
-    if matrix.norm is None:
+    gain = matrix.gain(params)
+    if gain is None:
         return moment
-    gain = matrix.norm.gain(params).to(moment.sums)
+    gain = gain.to(moment.sums)
     return replace(moment, sums=moment.sums * torch.outer(gain, gain), firsts=moment.firsts * gain)
 
 

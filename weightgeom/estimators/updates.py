@@ -208,10 +208,11 @@ def _pair(matrix: ResidualMatrix, after: Params, before: Params, written: bool) 
             f"{matrix.name} is of shape {tuple(new.flatten(0, 1).shape)} after and of shape "
             f"{tuple(old.flatten(0, 1).shape)} before: take two checkpoints of one architecture"
         )
-    if not written or matrix.norm is None:
+    gains = (matrix.gain(after), matrix.gain(before)) if written else (None, None)
+    if gains[0] is None or gains[1] is None:
         return _Pair(new, old, None)
     shape = (*new.shape[:2], 1)
-    return _Pair(new, old, (matrix.norm.gain(after).view(shape), matrix.norm.gain(before).view(shape)))
+    return _Pair(new, old, (gains[0].view(shape), gains[1].view(shape)))
 
 
 def _view(matrix: ResidualMatrix, params: Params) -> Float[Tensor, "groups size d_in"]:

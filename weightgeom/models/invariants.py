@@ -61,7 +61,8 @@ def parts_exist(specimen: Specimen) -> None:
 def sizes_agree(specimen: Specimen) -> None:
     """Widths, heads and layers are those of the network's config."""
     architecture, config = specimen.architecture, specimen.network.config
-    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    keys = specimen.matrix(0, "k").of(specimen.params)
+    groups = getattr(config, "num_key_value_heads", None) or len(keys) // architecture.d_head
     sizes = {
         "d_model": (architecture.d_model, config.hidden_size),
         "n_layers": (architecture.n_layers, config.num_hidden_layers),

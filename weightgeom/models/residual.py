@@ -1,6 +1,7 @@
 """Which matrices read and write the residual stream, and where each lies among the parameters."""
 
 from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import takewhile
@@ -74,8 +75,9 @@ class ResidualMatrix:
     """One weight matrix that reads from or writes to the residual stream.
 
     `heads` counts query heads for q and o and key-value groups for k and v, and the heads or groups of a
-    mixer likewise: the rows of `of` (for o, its columns) are that many equal blocks. `norm` stands between the output and the stream. `expert`
-    numbers the matrices of a mixture of experts; the router's output chooses among them.
+    mixer likewise: the rows of `of` (for what writes, its columns) are that many equal blocks. `norm` stands
+    between the output and the stream, and the network multiplies the output by `factor` on the way (Granite).
+    `expert` numbers the matrices of a mixture of experts; the router's output chooses among them.
     """
 
     layer: int
@@ -86,6 +88,7 @@ class ResidualMatrix:
     transposed: bool = False
     norm: Norm | None = None
     expert: int | None = None
+    factor: float = 1.0
 
     @property
     def parameter(self) -> str:
@@ -139,16 +142,28 @@ class ResidualMatrix:
         """The matrix W in y = W a: a view, or a copy where fused head by head (GPT-NeoX)."""
         return self._blocks(params[self.parameter]).flatten(0, 1)
 
+    def gain(self, params: Params) -> Float[Tensor, " d_out"] | None:
+        """What each row is multiplied by on the way to the stream, in float32 or better; None if by nothing.
+
+        The gain of the norm behind the matrix, if there is one, times the network's constant factor.
+        """
+        if self.norm is not None:
+            return self.factor * self.norm.gain(params)
+        if self.factor == 1:
+            return None
+        rows = self.of(params)[:, 0]
+        return torch.full_like(rows, self.factor, dtype=torch.promote_types(rows.dtype, torch.float32))
+
     def written(self, params: Params) -> Float[Tensor, "d_out d_in"]:
-        """What reaches the residual stream: diag(gain) W if a norm follows the matrix, else W.
+        """What reaches the residual stream: diag(gain) W with the matrix's `gain`, or W.
 
         OLMo-2 and Gemma-2 add norm(W a) to the stream. The norm's gain is folded in; its
         1/rms(W a), which depends on the input and is one factor per token, is not. This folding
         is ours. It is a product of two parameters: for an update, subtract the `written` of two
         models, and do not take the `written` of their difference.
         """
-        matrix = self.of(params)
-        return matrix if self.norm is None else self.norm.gain(params)[:, None] * matrix
+        matrix, gain = self.of(params), self.gain(params)
+        return matrix if gain is None else gain[:, None] * matrix
 
     def replaced(self, params: Params, value: Float[Tensor, "d_out d_in"]) -> Params:
         """A new dict of `params` in which this matrix is `value`, in the stored dtype.
@@ -204,10 +219,11 @@ class Site:
 class Architecture:
     """The residual-stream map of one network; all parameter names are those in memory.
 
-    `aliases` translates names on disk that differ. `tied` says that unembedding with the embedding
-    is the model's own choice, so that a missing `unembed` is no mistake. `parallel` says that attention
-    and MLP are added to the stream in one sum, so that o and down of a layer share their upstream gradient.
-    `stacks` has the parameters that the network, unlike the disk, holds in stacks.
+    `model_type` is the library's name for the type, which knows the names on disk that differ. `tied` says
+    that unembedding with the embedding is the model's own choice, so that a missing `unembed` is no mistake.
+    `parallel` says that attention and MLP are added to the stream in one sum, so that o and down of a layer
+    share their upstream gradient. `stacks` has the parameters that the network, unlike the disk, holds in
+    stacks.
     """
 
     d_model: int
@@ -220,7 +236,7 @@ class Architecture:
     embed: str
     unembed: str
     final_norm: Norm
-    aliases: Mapping[str, str]
+    model_type: str = field(compare=False)  # types with one map may be compared
     tied: bool = False
     parallel: bool = False
     stacks: Mapping[str, Stack] = field(default_factory=dict)
@@ -293,17 +309,30 @@ def chosen(architecture: Architecture, kinds: list[Kind], layers: list[int] | No
     return sorted(found, key=lambda matrix: matrix.layer)
 
 
+def text_part(config: "PreTrainedConfig") -> "PreTrainedConfig":
+    """The config of the text model in a model that also sees or hears; any other config itself.
+
+    Whether the unembedding is tied is the whole model's choice.
+    """
+    if getattr(config, "text_config", None) is None:
+        return config
+    text = deepcopy(config.get_text_config(decoder=True))
+    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
+    return text
+
+
 def map_module(config: "PreTrainedConfig") -> str:
     """The module that has the residual-stream map of a model."""
     return f"weightgeom.architectures.{config.model_type}"
 
 
 def architecture_of(config: "PreTrainedConfig") -> Architecture:
-    """The residual-stream map of a model, from `weightgeom/architectures/<model_type>.py`.
+    """The residual-stream map of a model's text part, from `weightgeom/architectures/<model_type>.py`.
 
     Raises:
         NotImplementedError: if there is no such file.
     """
+    config = text_part(config)
     module = map_module(config)
     try:
         return import_module(module).architecture(config)

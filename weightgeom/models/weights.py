@@ -9,6 +9,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from weightgeom.compat.conversions import renaming
 from weightgeom.models.json_files import is_lfs_pointer, json_object
 from weightgeom.models.quantisation import check_not_quantised
 from weightgeom.models.residual import Architecture
@@ -123,8 +124,8 @@ def names_in_memory(stored: Collection[str], architecture: Architecture, where: 
     """The names of parameters in memory by those that they are stored under; errors call them by `where`.
 
     Prefixes that wrappers leave are passed over. Of a model that also sees or hears, the parameters are those
-    of its text model. Names are translated where the disk has others, and get the base model's prefix where
-    all of them leave it out. Masks and rotary frequencies are left out.
+    of its text model. Names are translated as transformers does it where the disk has others, and get the
+    base model's prefix where all of them leave it out. Masks and rotary frequencies are left out.
 
     Raises:
         ValueError: if two stored names are the same parameter, or factors of an adapter are among them.
@@ -136,19 +137,19 @@ def names_in_memory(stored: Collection[str], architecture: Architecture, where: 
             " merge_and_unload and save the merged network"
         )
     kept = {key: name for key, name in plain.items() if not BUFFER.search(name)}
-    heads = (architecture.unembed, *architecture.aliases)
+    in_memory = renaming(architecture.model_type)
     if any(TEXT_MODEL.match(name) for name in kept.values()):
         kept = {
             key: TEXT_MODEL.sub("", name, count=1)
             for key, name in kept.items()
-            if TEXT_MODEL.match(name) or name in heads
+            if TEXT_MODEL.match(name) or in_memory(name) == architecture.unembed
         }
     prefix = architecture.embed.partition(".")[0] + "."
     bare = not any(name.startswith(prefix) for name in kept.values())
     names: dict[str, str] = {}
     keys: dict[str, str] = {}
     for key, short in kept.items():
-        name = architecture.aliases.get(short, short)
+        name = in_memory(short)
         names[key] = prefix + name if bare and name != architecture.unembed else name
         if (other := keys.setdefault(names[key], key)) != key:
             raise ValueError(f"{where} holds {names[key]} twice, as {other} and as {key}: remove one of them")
