@@ -47,6 +47,20 @@ LINEAR = {
     "linear_key_head_dim": 6,
     "linear_value_head_dim": 5,
 }
+MAMBA = {"mamba_d_ssm": 24, "mamba_n_heads": 4, "mamba_d_head": 6, "mamba_n_groups": 2, "mamba_d_state": 5}
+MULTIPLIERS = {
+    "attention_in_multiplier": 0.8,
+    "attention_out_multiplier": 0.6,
+    "ssm_in_multiplier": 1.2,
+    "ssm_out_multiplier": 0.5,
+    "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7],
+    "mlp_multipliers": [0.9, 0.7],
+    "key_multiplier": 0.9,
+    "embedding_multiplier": 1.5,
+    "lm_head_multiplier": 0.5,
+}
+ONE_MIXER_A_LAYER = ["linear_attention", "full_attention", "mlp", "linear_attention"]
+MAMBA_OF_NEMOTRON = {"mamba_num_heads": 4, "mamba_head_dim": 6, "n_groups": 2, "ssm_state_size": 5}
 
 CONFIGS: dict[str, Config] = {
     "gpt_neox": plain("gpt_neox"),
@@ -87,6 +101,9 @@ CONFIGS: dict[str, Config] = {
     "bloom": plain("bloom"),
     "qwen3_5_text": grouped("qwen3_5_text", layer_types=["linear_attention", "full_attention"], **LINEAR),
     "lfm2": grouped("lfm2", layer_types=["conv", "full_attention"]),
+    "falcon_h1": grouped("falcon_h1", **MAMBA, **MULTIPLIERS),
+    "falcon_h1_normed": grouped("falcon_h1", mamba_rms_norm=True, **MAMBA),
+    "nemotron_h": grouped("nemotron_h", layers_block_type=ONE_MIXER_A_LAYER, **MAMBA_OF_NEMOTRON),
 }
 
 # One network of each form: fused, transposed, with grouped heads, norms behind, or biases.

@@ -61,7 +61,7 @@ def parts_exist(specimen: Specimen) -> None:
 def sizes_agree(specimen: Specimen) -> None:
     """Widths, heads and layers are those of the network's config."""
     architecture, config = specimen.architecture, specimen.network.config
-    keys = specimen.matrix(0, "k").of(specimen.params)
+    keys = next(specimen.of_kind("k")).of(specimen.params)
     groups = getattr(config, "num_key_value_heads", None) or len(keys) // architecture.d_head
     sizes = {
         "d_model": (architecture.d_model, config.hidden_size),
@@ -272,7 +272,7 @@ def mixers_act_in_their_time_and_heads(specimen: Specimen) -> None:
     A gate, which acts at its own token, does so behind the scan and behind any norm of its output.
     """
     lasting = {  # states decay so slowly that the last token still has what the first wrote
-        name: one - 4 if name.endswith("A_log") else one for name, one in specimen.params.items()
+        name: one - 2 if name.endswith("A_log") else one for name, one in specimen.params.items()
     }
     flow = specimen.run(lasting)
     for matrix in specimen.of_kind(*REACH):
@@ -282,7 +282,7 @@ def mixers_act_in_their_time_and_heads(specimen: Specimen) -> None:
         for head, places in enumerate(_heads(matrix, specimen.params)):
             expected = torch.zeros(len(TOKENS[0]), o.heads, dtype=torch.bool)
             expected[TOKEN : TOKEN + last, head * share : (head + 1) * share] = True
-            after = specimen.run(lasting, {matrix.module: partial(_shifted, places, 1.0, TOKEN)})
+            after = specimen.run(lasting, {matrix.module: partial(_shifted, places, 3.0, TOKEN)})
             moved = _changed(flow, after, o if reach == "token" else replace(o, module=core))
             if reach == "token" and core != o.module:
                 within = _changed(flow, after, replace(o, module=core))

@@ -144,12 +144,12 @@ def names_in_memory(stored: Collection[str], architecture: Architecture, where: 
             for key, name in kept.items()
             if TEXT_MODEL.match(name) or in_memory(name) == architecture.unembed
         }
+    kept = {key: in_memory(name) for key, name in kept.items()}
     prefix = architecture.embed.partition(".")[0] + "."
     bare = not any(name.startswith(prefix) for name in kept.values())
     names: dict[str, str] = {}
     keys: dict[str, str] = {}
-    for key, short in kept.items():
-        name = in_memory(short)
+    for key, name in kept.items():
         names[key] = prefix + name if bare and name != architecture.unembed else name
         if (other := keys.setdefault(names[key], key)) != key:
             raise ValueError(f"{where} holds {names[key]} twice, as {other} and as {key}: remove one of them")
