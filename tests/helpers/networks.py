@@ -13,6 +13,7 @@ from weightgeom.models.residual import architecture_of
 
 Config = Callable[[int, int], PreTrainedConfig]
 """Makes a config for a number of tokens in the vocabulary and one of positions."""
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "original_max_position_embeddings": 4}
 PATTERN = ["sliding_attention", "full_attention"]
 
 
@@ -80,9 +81,9 @@ CONFIGS: dict[str, Config] = {
     "gptj": plain("gptj", n_inner=40, rotary_dim=4),
     "opt": plain("opt", ffn_dim=40),
     "granite": plain("granite", num_key_value_heads=2, residual_multiplier=0.3, logits_scaling=4.0),
-    "ministral3": grouped("ministral3"),
+    "ministral3": grouped("ministral3", rope_parameters=ROPE | {"llama_4_scaling_beta": 0.1}),
     "gemma": grouped("gemma"),
-    "apertus": plain("apertus", num_key_value_heads=2),
+    "apertus": plain("apertus", num_key_value_heads=2, rope_parameters=ROPE),
     "cohere2": plain("cohere2", num_key_value_heads=2, layer_types=PATTERN, logit_scale=0.25),
     "glm4": grouped("glm4"),
     "phi": plain("phi", num_key_value_heads=2),

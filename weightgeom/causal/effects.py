@@ -187,7 +187,7 @@ class Evaluation:
         at = [0]
         modules = {self.network.get_submodule(path): source for path, source in unchanged.items()}
         for module, source in modules.items():
-            module.forward = lambda *_, outputs=self._kept[source], **named: outputs[at[0]]
+            module.forward = lambda *_, outputs=self._kept[source], **named: _copied(outputs[at[0]])
         try:
             yield at
         finally:
@@ -200,7 +200,7 @@ class Evaluation:
         outputs: dict[str, list[Any]] = {path: [] for path in paths}
 
         def hook(path: str) -> Callable[..., None]:
-            return lambda module, given, output: outputs[path].append(output)
+            return lambda module, given, output: outputs[path].append(_copied(output))
 
         hooks = [self.network.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
         try:
@@ -210,6 +210,13 @@ class Evaluation:
             for one in hooks:
                 one.remove()
         return outputs
+
+
+def _copied(output: Any) -> Any:
+    """What a module puts out, as memory of its own: Falcon adds the attention's to the MLP's in place."""
+    parts = output if isinstance(output, tuple) else (output,)
+    copies = tuple(part.clone() if isinstance(part, Tensor) else part for part in parts)
+    return copies if isinstance(output, tuple) else copies[0]
 
 
 def _places(network: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:

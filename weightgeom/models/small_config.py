@@ -16,6 +16,7 @@ SIZES = {
     "num_attention_heads": HEADS,
     "intermediate_size": 40,
     "ffn_dim": 40,
+    "ffn_hidden_size": 40,
     "n_inner": 40,
     "moe_intermediate_size": 12,
     "shared_expert_intermediate_size": 16,
@@ -63,9 +64,10 @@ def small_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
     }
     sizes: dict[str, Any] = {**SIZES, "num_hidden_layers": layers}
     sizes |= {name: min(most, getattr(config, name, 0)) for name, most in AT_MOST.items()}
-    if groups := given.get("num_key_value_heads"):
-        share = config.num_attention_heads // groups
-        sizes["num_key_value_heads"] = {1: HEADS, config.num_attention_heads: 1}.get(share, HEADS // 2)
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if groups := given.get(name):
+            share = config.num_attention_heads // groups
+            sizes[name] = {1: HEADS, config.num_attention_heads: 1}.get(share, HEADS // 2)
     if keys := given.get("linear_num_key_heads"):
         sizes["linear_num_key_heads"] = HEADS // 2
         sizes["linear_num_value_heads"] = HEADS // 2 * min(2, given["linear_num_value_heads"] // keys)

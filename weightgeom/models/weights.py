@@ -15,8 +15,11 @@ from weightgeom.models.quantisation import check_not_quantised
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
 
-# Old checkpoints of GPT-2, GPT-NeoX and Llama also store causal masks and rotary frequencies.
-BUFFER = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
+# Old checkpoints of GPT-2, GPT-NeoX and Llama also store causal masks and rotary frequencies, and those of
+# Apertus the constants of its activation.
+BUFFER = re.compile(
+    r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$|\.act_fn\.(beta|eps)$"
+)
 # Left in front of a parameter's name by DataParallel, PEFT, DeepSpeed, and anywhere in it by the others.
 INSIDE = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
 WRAPPERS = re.compile(rf"^(?:(?:module|_forward_module|base_model\.model|{INSIDE})\.)+|(?<=\.)(?:{INSIDE})\.")
@@ -125,7 +128,7 @@ def names_in_memory(stored: Collection[str], architecture: Architecture, where: 
 
     Prefixes that wrappers leave are passed over. Of a model that also sees or hears, the parameters are those
     of its text model. Names are translated as transformers does it where the disk has others, and get the
-    base model's prefix where all of them leave it out. Masks and rotary frequencies are left out.
+    base model's prefix where all of them leave it out. Masks and other buffers are left out.
 
     Raises:
         ValueError: if two stored names are the same parameter, or factors of an adapter are among them.
