@@ -20,18 +20,19 @@ NAMES = Names(
 
 def architecture(config: "FalconH1Config") -> Architecture:
     """Softmax attention and Mamba-2 side by side, then an MLP; the network multiplies what they write."""
-    inner = config.mamba_d_ssm or int((config.mamba_expand or 1) * config.hidden_size)
-    heads, groups, state = config.mamba_n_heads, config.mamba_n_groups, config.mamba_d_state
+    sizes = (
+        config.mamba_n_heads,
+        config.mamba_d_ssm or int(config.mamba_expand * config.hidden_size),
+        config.mamba_n_groups,
+        config.mamba_d_state,
+    )
     layers = range(config.num_hidden_layers)
-    mixers = {
-        layer: mamba(layer, f"model.layers.{layer}.mamba", heads=heads, inner=inner, groups=groups, state=state)
-        for layer in layers
-    }
-    factors: dict[Kind, float | None] = {
+    mixers = {layer: mamba(layer, f"model.layers.{layer}.mamba", *sizes) for layer in layers}
+    whole = mixed(decoder(config, NAMES), [("attention", "mlp")] * len(layers), mixers)
+    factors: dict[Kind, float] = {
         "o": config.attention_out_multiplier,
         "mamba_o": config.ssm_out_multiplier,
-        "down": (config.mlp_multipliers or [1.0, 1.0])[1],
+        "down": config.mlp_multipliers[1],
     }
-    whole = mixed(decoder(config, NAMES), [("attention", "mlp") for _ in layers], mixers)
-    matrices = (replace(one, factor=factors.get(one.kind) or 1.0) for one in whole.matrices)
+    matrices = (replace(one, factor=factors.get(one.kind, 1.0)) for one in whole.matrices)
     return replace(whole, matrices=tuple(matrices))

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from weightgeom.models.experts import Stack
 from weightgeom.params import Params
 
 if TYPE_CHECKING:
@@ -19,23 +20,24 @@ if TYPE_CHECKING:
 
 # fmt: off
 Kind = Literal[
-    "q", "k", "v", "attention_gate", "o",
+    "q", "k", "v", "attention_gate", "o", "q_a", "kv_a", "k_rope",
     "linear_q", "linear_k", "linear_v", "linear_z", "linear_b", "linear_a", "linear_o",
     "conv_B", "conv_C", "conv_x", "conv_o",
     "mamba_z", "mamba_x", "mamba_B", "mamba_C", "mamba_dt", "mamba_o",
-    "gate", "up", "down", "router",
+    "gate", "up", "down", "router", "shared_gate", "shared_up", "shared_down", "shared_router",
 ]
 # fmt: on
-"""Softmax attention, mixers of other sorts (linear attention, convolution, Mamba-2) and MLP, in this order."""
+"""Softmax attention, also by latents of low rank; mixers of other sorts (linear attention, convolution,
+Mamba-2); MLP, experts, and the expert that all tokens share."""
 Block = Literal["attention", "mixer", "mlp"]
-ATTENTION: frozenset[Kind] = frozenset(("q", "k", "v", "attention_gate", "o"))
+ATTENTION: frozenset[Kind] = frozenset(("q", "k", "v", "attention_gate", "o", "q_a", "kv_a", "k_rope"))
 MIXER: frozenset[Kind] = frozenset(
     kind for kind in get_args(Kind) if kind.startswith(("linear_", "conv_", "mamba_"))
 )
-MLP: frozenset[Kind] = frozenset(("gate", "up", "down"))
-WRITES: frozenset[Kind] = frozenset(("o", "linear_o", "conv_o", "mamba_o", "down"))
-Stack = tuple[tuple[str, ...], ...]
-"""The parameters of each expert whose rows, one below the other, are an entry of a stack in the network."""
+MLP: frozenset[Kind] = frozenset(
+    ("gate", "up", "down", "shared_gate", "shared_up", "shared_down", "shared_router")
+)
+WRITES: frozenset[Kind] = frozenset(("o", "linear_o", "conv_o", "mamba_o", "down", "shared_down"))
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class ResidualMatrix:
     def is_layer(self) -> bool:
         """Whether its module is a layer of the network's own, which maps what it reads to what it writes.
 
-        Experts share a module, and a router gives choices beside its output.
+        Experts share a module, and a router gives choices beside its output. A shared expert is one, as no
+        choice is made of it.
         """
         return self.expert is None and self.kind != "router"
 
@@ -135,8 +138,8 @@ class ResidualMatrix:
 
     @property
     def has_heads(self) -> bool:
-        """Whether its heads are matrices of their own: those of attention, and of mixers with several."""
-        return self.block == "attention" or (self.block == "mixer" and self.heads > 1)
+        """Whether its heads are matrices of their own."""
+        return self.heads > 1 or self.kind in ("q", "k", "v", "o")
 
     def of(self, params: Params) -> Float[Tensor, "d_out d_in"]:
         """The matrix W in y = W a: a view, or a copy where fused head by head (GPT-NeoX)."""
@@ -206,8 +209,8 @@ class Site:
     """A place where activations are taken: the input of `module`, a dotted path in the network.
 
     At `attention_input` it is what q, k and v read, at `mixer_input` what a mixer of another sort reads, at
-    `mlp_input` what gate and up read; `attention_output`, `mixer_output` and `mlp_hidden`, which are no
-    places of the residual stream, are what o, a mixer's matrix that writes, and down take in.
+    `mlp_input` what gate, up and router read; `attention_output`, `mixer_output` and `mlp_hidden`, which are
+    no places of the residual stream, are what o, a mixer's matrix that writes, and down take in.
     """
 
     layer: int
@@ -219,11 +222,13 @@ class Site:
 class Architecture:
     """The residual-stream map of one network; all parameter names are those in memory.
 
-    `model_type` is the library's name for the type, which knows the names on disk that differ. `tied` says
-    that unembedding with the embedding is the model's own choice, so that a missing `unembed` is no mistake.
-    `parallel` says that attention and MLP are added to the stream in one sum, so that o and down of a layer
-    share their upstream gradient. `stacks` has the parameters that the network, unlike the disk, holds in
-    stacks.
+    `model_type` is the library's name for the type, which knows the names on disk that differ; `aliases`
+    translates those of experts. `tied` says that unembedding with the embedding is the model's own choice, so
+    that a missing `unembed` is no mistake. `parallel` says that attention and MLP are added to the stream in
+    one sum, so that o and down of a layer share their upstream gradient. `stacks` has the parameters of
+    experts, which the network holds in stacks. `inner` names matrices that lie between those of the map:
+    neither their input nor their output is the residual stream. The width of a head is `d_head` or, of queries
+    and keys that have another, `d_query`.
     """
 
     d_model: int
@@ -240,6 +245,9 @@ class Architecture:
     tied: bool = False
     parallel: bool = False
     stacks: Mapping[str, Stack] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    inner: tuple[str, ...] = ()
+    d_query: int | None = None
 
     def unembedding(self, params: Params) -> Float[Tensor, "vocab d_model"]:
         """The unembedding as stored; the embedding where the two are tied and stored once.
@@ -276,7 +284,7 @@ def first_readers(matrices: Sequence[ResidualMatrix]) -> list[ResidualMatrix]:
     """The matrix of every block that stands for its input: q, up or the router, the first of a mixer."""
     found: dict[tuple[int, Block], ResidualMatrix] = {}
     for matrix in matrices:
-        stands = matrix.kind in ("q", "router", "up") or matrix.block == "mixer"
+        stands = matrix.kind in ("q", "q_a", "router", "up") or matrix.block == "mixer"
         if stands and matrix.role == "read" and matrix.expert is None:
             found.setdefault((matrix.layer, matrix.block), matrix)
     return list(found.values())

@@ -46,8 +46,8 @@ class Spectrum:
         spikes: eigenvalues above the Marchenko-Pastur edge of `spikes`, a count.
 
     But for eigenvalues, the column `k` is d, the dimension of the space, and `subspace` is `residual`,
-    or the name of the input: its rows are those of the matrix that reads there, q, up or
-    the first of a mixer.
+    or the name of the input: its rows are those of the matrix that reads there, q (or q_a), up, or the
+    first of a mixer.
     """
 
     of: list[Thing] = Field(default=["activation", "upstream", "gradient", "delta", "weight"], min_length=1)
