@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 WIDTH, LAYERS = 512, 2  # of the largest proxy; a smaller network is its own proxy
 SMALLEST = 48  # entries of the smallest vocabulary
-KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")  # by the names that configs have for them
+# By the names that configs have for them.
+MLPS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "moe_intermediate_size")
+WIDTHS = (*MLPS, "word_embed_proj_dim")
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
 DOCUMENTS, PAIRS = 256, 256  # maximal numbers taken from the real data
 
 
@@ -57,7 +60,7 @@ def proxy_of(
     for name in KEY_VALUE_HEADS:
         if plain.get(name) is not None:
             sizes[name] = kept if groups > 1 else groups
-    for name in ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "moe_intermediate_size"):
+    for name in WIDTHS:
         if plain.get(name) is not None:
             sizes[name] = max(1, round(plain[name] * part))
     # Some configs, such as GPT-2's, use other names for these.

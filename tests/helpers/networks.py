@@ -13,7 +13,8 @@ from weightgeom.models.residual import architecture_of
 
 Config = Callable[[int, int], PreTrainedConfig]
 """Makes a config for a number of tokens in the vocabulary and one of positions."""
-ROPE = {"rope_type": "default", "rope_theta": 1e4, "original_max_position_embeddings": 4}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+SCALED = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 4}  # of queries by their position
 PATTERN = ["sliding_attention", "full_attention"]
 
 
@@ -96,7 +97,7 @@ CONFIGS: dict[str, Config] = {
     "gptj": plain("gptj", n_inner=40, rotary_dim=4),
     "opt": plain("opt", ffn_dim=40),
     "granite": plain("granite", num_key_value_heads=2, residual_multiplier=0.3, logits_scaling=4.0),
-    "ministral3": grouped("ministral3", rope_parameters=ROPE | {"llama_4_scaling_beta": 0.1}),
+    "ministral3": grouped("ministral3", rope_parameters=ROPE | SCALED),
     "gemma": grouped("gemma"),
     "apertus": plain("apertus", num_key_value_heads=2, rope_parameters=ROPE),
     "cohere2": plain("cohere2", num_key_value_heads=2, layer_types=PATTERN, logit_scale=0.25),
@@ -124,8 +125,8 @@ CONFIGS: dict[str, Config] = {
     "nemotron_h": grouped("nemotron_h", layers_block_type=ONE_MIXER_A_LAYER, **OF_NEMOTRON),
 }
 
-# One network of each form: fused, transposed, with grouped heads, norms behind, or biases.
-FORMS = ("gpt_neox", "gpt2", "llama", "llama_tied", "phi3", "olmo2", "gemma2", "opt")
+# One network of each form: fused, transposed, with grouped heads, norms behind, biases, or multipliers.
+FORMS = ("gpt_neox", "gpt2", "llama", "llama_tied", "phi3", "olmo2", "gemma2", "opt", "granite", "falcon_new")
 
 LATENT = {"kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
 FOUR = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}

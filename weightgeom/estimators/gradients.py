@@ -336,10 +336,11 @@ class _Sums:
                 if a is not None:
                     self._add_gradient(matrix, delta, a)
 
-            # The weights are frozen: the graph starts at the first output whose gradient is wanted.
-            output = output if output.requires_grad else output.detach().requires_grad_()
-            output.register_hook(send_back)
-            return output
+            # The weights are frozen: the graph starts at the first output whose gradient is wanted, of which
+            # the network gets a copy, as some networks (Falcon) add to it in place.
+            start = output if output.requires_grad else output.detach().requires_grad_()
+            start.register_hook(send_back)
+            return start if output.requires_grad else start.clone()
 
         return hook
 

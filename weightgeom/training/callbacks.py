@@ -57,6 +57,7 @@ class CheckpointWriter(TrainerCallback):
         tokenizer: "PreTrainedTokenizerBase",
         log_metrics: Log,
         first_loss: float | None,
+        router_weight: float,
         keep_start: bool,
     ) -> None:
         self.directory = directory
@@ -64,6 +65,7 @@ class CheckpointWriter(TrainerCallback):
         self.tokenizer = tokenizer
         self.log_metrics = log_metrics
         self.first_loss = first_loss
+        self.router_weight = router_weight
         self.keep_start = keep_start
         self.last: Path | None = None
 
@@ -104,11 +106,13 @@ class CheckpointWriter(TrainerCallback):
             return
         if not math.isfinite(loss):
             raise FloatingPointError(self._diverged(f"the loss is {loss}", state.global_step))
-        if state.global_step == 1 and self.first_loss is not None and abs(loss - self.first_loss) > 1e-3:
-            raise RuntimeError(
-                f"the first loss is {loss:.4f} instead of {self.first_loss:.4f}:"
-                " the reference does not equal the policy at the start"
-            )
+        if state.global_step == 1 and self.first_loss is not None:
+            expected = self.first_loss + self.router_weight * logs.get("aux_loss", 0.0)
+            if abs(loss - expected) > 1e-3:
+                raise RuntimeError(
+                    f"the first loss is {loss:.4f} instead of {expected:.4f}:"
+                    " the reference does not equal the policy at the start"
+                )
         self.log_metrics(
             {name: float(logs[name]) for name in LIVE_METRICS if name in logs}, state.global_step
         )

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from weightgeom.interfaces import Log
+from weightgeom.models.experts import stacked
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import Architecture
 from weightgeom.models.weights import open_params
@@ -64,7 +65,7 @@ class TrainingProgress:
     def delta_norm(self) -> float:
         """‖θ − θ_start‖_F over all weights."""
         weights, device = current_weights(self.network, self.architecture), self.network.device
-        start = self._held or open_params(self.start, self.architecture)
+        start = self._held or stacked(open_params(self.start, self.architecture), self.architecture.stacks)
         if self.hold and self._held is None:
             start = self._held = {name: start[name].to(device, torch.float32) for name in weights}
         norms = [
