@@ -148,7 +148,7 @@ MIXTURES: dict[str, Config] = {
         "qwen3_next", num_hidden_layers=3, layer_types=HYBRID, mlp_only_layers=[2], **SHARED, **LINEAR
     ),
     "qwen3_5_moe_text": grouped("qwen3_5_moe_text", layer_types=HYBRID[1:], **SHARED, **LINEAR),
-    "nemotron_h_moe": grouped("nemotron_h", layers_block_type=["moe", "mlp"], **OF_NEMOTRON),
+    "nemotron_h_moe": grouped("nemotron_h", layers_block_type=["moe", "full_attention"], **OF_NEMOTRON),
     "llama4_text": grouped("llama4_text", num_local_experts=3, moe_layers=[1], intermediate_size_mlp=44),
 }
 
