@@ -1,11 +1,11 @@
 """Falcon-H1."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weightgeom.models.decoder import Names, decoder
 from weightgeom.models.mixers import mamba, mixed
-from weightgeom.models.residual import Architecture, Kind
+from weightgeom.models.residual import Architecture, Block, Kind
 
 if TYPE_CHECKING:
     from transformers import FalconH1Config
@@ -20,19 +20,21 @@ NAMES = Names(
 
 def architecture(config: "FalconH1Config") -> Architecture:
     """Softmax attention and Mamba-2 side by side, then an MLP; the network multiplies what they write."""
+    given: Any = config  # whose hints allow for None, which the network does not
     sizes = (
-        config.mamba_n_heads,
-        config.mamba_d_ssm or int(config.mamba_expand * config.hidden_size),
-        config.mamba_n_groups,
-        config.mamba_d_state,
+        given.mamba_n_heads,
+        given.mamba_d_ssm or int(given.mamba_expand * given.hidden_size),
+        given.mamba_n_groups,
+        given.mamba_d_state,
     )
     layers = range(config.num_hidden_layers)
     mixers = {layer: mamba(layer, f"model.layers.{layer}.mamba", *sizes) for layer in layers}
-    whole = mixed(decoder(config, NAMES), [("attention", "mlp")] * len(layers), mixers)
+    kept: tuple[Block, ...] = ("attention", "mlp")
+    whole = mixed(decoder(config, NAMES), [kept for _ in layers], mixers)
     factors: dict[Kind, float] = {
-        "o": config.attention_out_multiplier,
-        "mamba_o": config.ssm_out_multiplier,
-        "down": config.mlp_multipliers[1],
+        "o": given.attention_out_multiplier,
+        "mamba_o": given.ssm_out_multiplier,
+        "down": given.mlp_multipliers[1],
     }
     matrices = (replace(one, factor=factors.get(one.kind, 1.0)) for one in whole.matrices)
     return replace(whole, matrices=tuple(matrices))

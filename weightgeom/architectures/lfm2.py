@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from weightgeom.models.decoder import Names, decoder
-from weightgeom.models.mixers import fused, mixed
+from weightgeom.models.mixers import Parts, fused, mixed
 from weightgeom.models.residual import Architecture, ResidualMatrix
 
 if TYPE_CHECKING:
@@ -31,5 +31,5 @@ def architecture(config: "Lfm2Config") -> Architecture:
 def convolution(config: "Lfm2Config", layer: int) -> list[ResidualMatrix]:
     """B, C and x, in this order, and the output."""
     module, d = f"model.layers.{layer}.conv", config.hidden_size
-    parts = {"conv_B": (1, d), "conv_C": (1, d), "conv_x": (1, d)}
+    parts: Parts = {"conv_B": (1, d), "conv_C": (1, d), "conv_x": (1, d)}
     return [*fused(layer, f"{module}.in_proj", parts), ResidualMatrix(layer, "conv_o", f"{module}.out_proj")]

@@ -78,8 +78,8 @@ class Evaluation:
 
     The layers before it are passed over, and so are the attention and the mixer of its own layer unless they
     are edited, and the MLP if only the attention is and the two are parallel. What they put out is kept from
-    one call to the next, so measure edits layer by layer. The logits of the unedited model at all targets are held,
-    in the dtype of the weights.
+    one call to the next, so measure edits layer by layer. The logits of the unedited model at all targets are
+    held, in the dtype of the weights.
     """
 
     def __init__(self, model: LanguageModel, params: Params, examples: Examples, effects: Effects) -> None:

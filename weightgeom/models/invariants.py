@@ -113,7 +113,7 @@ def layers_are_complete(specimen: Specimen) -> None:
         if absent := expected - kinds:
             raise ValueError(f"layer {layer} has no {', '.join(sorted(absent))}")
         sites = sorted(site.name for site in architecture.sites if site.layer == layer)
-        inputs = sorted(INPUTS[block] for block in blocks)
+        inputs = sorted({INPUTS[matrix.block] for matrix in here})
         _require(sites == inputs, f"layer {layer} has the sites {', '.join(sites)}")
 
 
@@ -212,7 +212,7 @@ def gates_act_at_their_unit(specimen: Specimen) -> None:
 def keys_act_through_queries(specimen: Specimen) -> None:
     """With q at zero, k does not matter; nor, of keys that are made of a latent, their rotary part.
 
-    So it is in linear attention, and with C and B of Mamba-2.
+    So it is in linear attention, and with C and B of Mamba-2, where q does not matter with k at zero either.
     """
     for q in specimen.of_kind(*KEYS_OF):
         k = specimen.matrix(q.layer, *KEYS_OF[q.kind])
@@ -222,6 +222,11 @@ def keys_act_through_queries(specimen: Specimen) -> None:
         )
         unchanged = _same_logits(specimen, specimen.unbiased, _scaled(k, specimen.unbiased))
         _require(not unchanged, f"{k.name} never matters")
+        if q.block == "mixer":  # k, and not the strength or the step of the writing
+            silent = _zero(k, specimen.unbiased)
+            _require(
+                _same_logits(specimen, silent, _scaled(q, silent)), f"{q.name} matters with {k.name} at zero"
+            )
 
 
 def values_act_through_o(specimen: Specimen) -> None:
@@ -371,7 +376,8 @@ def mixer_units_stay_apart(specimen: Specimen) -> None:
 
 def decays_act_on_the_past(specimen: Specimen) -> None:
     """The decay of linear attention does nothing at the first token, where there is no state yet."""
-    for kind, expected in (("linear_a", False), ("linear_b", True)):
+    acting: dict[Kind, bool] = {"linear_a": False, "linear_b": True}
+    for kind, expected in acting.items():
         for matrix in specimen.of_kind(kind):
             o, core = _mixer(specimen, matrix.layer)
             places = _places(matrix, specimen.params)
@@ -385,7 +391,8 @@ def decays_act_on_the_past(specimen: Specimen) -> None:
 def experts_are_their_own(specimen: Specimen) -> None:
     """An expert acts on the tokens that its row of the router chooses, affinely in down and in up alone.
 
-    In up it does so behind a gate. It is silent with down at zero. With up at zero it need not be: gpt-oss adds 1 to the output of up.
+    In up it does so behind a gate. It is silent with down at zero. With up at zero it need not be: gpt-oss
+    adds 1 to the output of up.
     """
     for router, matrices in specimen.experts():
         block = specimen.site(router.layer, "mlp_input")
