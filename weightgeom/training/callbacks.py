@@ -7,7 +7,7 @@ and deleted once the training is complete; a state is valid if it contains SEAL,
 import logging
 import math
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ import torch
 from transformers import TrainerCallback
 
 from weightgeom.interfaces import Log
-from weightgeom.models.residual import ResidualMatrix
+from weightgeom.models.experts import unstacked
+from weightgeom.models.residual import Architecture
 from weightgeom.training.resuming import flush_to_disk
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class CheckpointWriter(TrainerCallback):
         log_metrics: Log,
         first_loss: float | None,
         keep_start: bool,
+        balance: float = 0.0,
     ) -> None:
         self.directory = directory
         self.steps = steps
@@ -65,6 +67,7 @@ class CheckpointWriter(TrainerCallback):
         self.log_metrics = log_metrics
         self.first_loss = first_loss
         self.keep_start = keep_start
+        self.balance = balance  # the weight of a router's balance, which TRL adds to the loss
         self.last: Path | None = None
 
     def on_train_begin(
@@ -104,9 +107,10 @@ class CheckpointWriter(TrainerCallback):
             return
         if not math.isfinite(loss):
             raise FloatingPointError(self._diverged(f"the loss is {loss}", state.global_step))
-        if state.global_step == 1 and self.first_loss is not None and abs(loss - self.first_loss) > 1e-3:
+        own = loss - self.balance * logs.get("aux_loss", 0.0)
+        if state.global_step == 1 and self.first_loss is not None and abs(own - self.first_loss) > 1e-3:
             raise RuntimeError(
-                f"the first loss is {loss:.4f} instead of {self.first_loss:.4f}:"
+                f"the first loss is {own:.4f} instead of {self.first_loss:.4f}:"
                 " the reference does not equal the policy at the start"
             )
         self.log_metrics(
@@ -138,8 +142,8 @@ class CheckpointWriter(TrainerCallback):
 class GradientNorms(TrainerCallback):
     """Logs the gradient norm of each kind of matrix, before clipping, at the steps that TRL logs."""
 
-    def __init__(self, matrices: Sequence[ResidualMatrix], log_metrics: Log) -> None:
-        self.matrices = matrices
+    def __init__(self, architecture: Architecture, log_metrics: Log) -> None:
+        self.architecture = architecture
         self.log_metrics = log_metrics
         self.norms: dict[str, float] = {}
 
@@ -160,8 +164,9 @@ class GradientNorms(TrainerCallback):
             for name, weight in kwargs["model"].named_parameters()
             if weight.grad is not None
         }
+        gradients = unstacked(gradients, self.architecture.stacks)
         squares: dict[str, torch.Tensor] = {}
-        for matrix in self.matrices:
+        for matrix in self.architecture.matrices:
             if matrix.parameter in gradients:
                 square = torch.linalg.vector_norm(matrix.of(gradients)).square()
                 squares[matrix.kind] = squares.get(matrix.kind, torch.zeros_like(square)) + square

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from weightgeom.compat.trainers import lacking_weights_allowed, running_sums, set_running_sums
 from weightgeom.interruption import Interrupted, Request
 from weightgeom.models.adapters import is_adapter
+from weightgeom.models.experts import stacked
 from weightgeom.models.residual import Architecture
 from weightgeom.models.weights import open_params, opened
 from weightgeom.text.files import sha256
@@ -145,7 +146,7 @@ def restored_weights(
     if state is None or is_adapter(state):
         yield
         return
-    weights = open_params(state, architecture)
+    weights = stacked(open_params(state, architecture), architecture.stacks)
     with torch.no_grad():
         for name, weight in network.named_parameters():
             weight.copy_(weights[name])

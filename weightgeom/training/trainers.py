@@ -188,6 +188,10 @@ def _build(
 ) -> Any:
     """A TRL trainer, whose config takes all arguments except the adapter's."""
     settings = dict(arguments)
+    given = network.config
+    if getattr(given, "router_aux_loss_coef", 0.0) and getattr(given, "num_experts", None) is None:
+        # Llama 4's forward has no such loss, and TRL would look for the number of its experts in vain.
+        settings.setdefault("router_aux_loss_coef", 0.0)
     adapter = settings.pop("peft_config", None)
     return kind(
         model=network,
