@@ -6,6 +6,7 @@ import pytest
 from networks import save
 from transformers import GraniteConfig
 
+from weightgeom import check
 from weightgeom.architectures import llama
 from weightgeom.check import CHECKS, config_of, failure, logits_are_those_of_the_library, main
 from weightgeom.check import moments_are_those_of_the_inputs as moments
@@ -67,6 +68,10 @@ def test_of_a_type_key_value_groups_are_checked_where_there_can_be_some():
     assert config_of("gemma2").num_key_value_heads == 4  # by default half of the 8
 
 
+def test_of_a_type_that_also_sees_the_text_part_is_checked():
+    assert config_of("gemma3").model_type == "gemma3_text"
+
+
 def granite(**multipliers: float) -> Specimen:
     """A network like Llama's but for constant factors, with Llama's map."""
     config = GraniteConfig(
@@ -77,13 +82,15 @@ def granite(**multipliers: float) -> Specimen:
     return Specimen.of(config, llama.architecture(config))  # pyright: ignore[reportArgumentType]
 
 
-def test_constant_factors_that_the_map_lacks_are_found_out():
+def test_constant_factors_that_the_map_lacks_are_found_out(monkeypatch):
     assert failure(writes_reach_the_stream, granite()) is None
     sentence = failure(writes_reach_the_stream, granite(residual_multiplier=0.5))
     assert sentence == "L0.o adds to the residual stream other than the map says: a norm or a factor"
-    assert failure(logits_are_those_of_the_library, granite()) is None
+    assert failure(logits_are_those_of_the_library, granite(logits_scaling=2.0)) is None
+    head = granite(logits_scaling=2.0).network.get_output_embeddings()
+    monkeypatch.setattr(check, "logits_of", lambda network, hidden: head(hidden))
     sentence = failure(logits_are_those_of_the_library, granite(logits_scaling=2.0))
-    assert sentence is not None and "scales its logits by logits_scaling: add that to logits_of" in sentence
+    assert sentence is not None and "changes its logits behind the unembedding in a way that" in sentence
 
 
 def test_inputs_that_the_hooks_cannot_take_are_found_out(monkeypatch):

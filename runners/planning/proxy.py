@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 WIDTH, LAYERS = 512, 2  # of the largest proxy; a smaller network is its own proxy
 SMALLEST = 48  # entries of the smallest vocabulary
+# By the names that configs have for them.
+MLPS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "moe_intermediate_size")
+WIDTHS = (*MLPS, "word_embed_proj_dim")
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
 DOCUMENTS, PAIRS = 256, 256  # maximal numbers taken from the real data
 
 
@@ -53,9 +57,10 @@ def proxy_of(
         "num_attention_heads": round(heads * part),
         "vocab_size": vocabulary or max(SMALLEST, round(config.vocab_size * share)),
     }
-    if plain.get("num_key_value_heads") is not None:
-        sizes["num_key_value_heads"] = kept if groups > 1 else groups
-    for name in ("intermediate_size", "n_inner", "moe_intermediate_size"):
+    for name in KEY_VALUE_HEADS:
+        if plain.get(name) is not None:
+            sizes[name] = kept if groups > 1 else groups
+    for name in WIDTHS:
         if plain.get(name) is not None:
             sizes[name] = max(1, round(plain[name] * part))
     # Some configs, such as GPT-2's, use other names for these.
@@ -71,7 +76,8 @@ def proxy_of(
 
 
 def _key_value_heads(config: "PreTrainedConfig") -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    given = (getattr(config, name, None) for name in KEY_VALUE_HEADS)
+    return next((groups for groups in given if groups), config.num_attention_heads)
 
 
 def standin_tokenizer() -> "PreTrainedTokenizerBase":

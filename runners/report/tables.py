@@ -143,7 +143,9 @@ def _matrices(found: Condensed) -> Shown:
     order = {matrix: number for number, matrix in enumerate(ORDER)}
     rows = []
     for setting, part in table.groupby("setting", sort=False):
-        for _, row in part.sort_values("matrix", key=lambda names: names.map(order)).iterrows():
+        for _, row in part.sort_values(
+            "matrix", key=lambda names: names.map(order), kind="stable"
+        ).iterrows():
             rows.append([
                 setting, row["role"], row["matrix"], str(row["k"]),
                 _estimate(row["ratio"], row["low"], row["high"]), _null(row), _number(row["z"], ".1f"),

@@ -4,17 +4,19 @@ import pytest
 import torch
 from networks import FORMS, language_model
 from torch.testing import assert_close
+from transformers import PreTrainedConfig
 
 from weightgeom.estimators import lm_head as head
 from weightgeom.estimators.gradients import sampled
-from weightgeom.estimators.lm_head import logits_of, slice_head, token_log_probs
+from weightgeom.estimators.lm_head import logit_factor, logits_of, slice_head, token_log_probs
 from weightgeom.objectives.ce import CE
 from weightgeom.objectives.dpo import DPO
 from weightgeom.training.config import Training
 from weightgeom.training.fit import outdated_name_allowed
 
 
-@pytest.fixture(params=["gpt_neox", "gemma2", "gpt2"])  # gemma2's logits are capped, gpt2's head is tied
+# Gemma-2's logits are capped, GPT-2's head is tied, Granite and Cohere multiply their logits.
+@pytest.fixture(params=["gpt_neox", "gemma2", "gpt2", "granite", "cohere2"])
 def network(request, tokenizer):
     model, weights = language_model(request.param, tokenizer)
     return model.with_weights(weights).double()
@@ -30,7 +32,8 @@ def test_log_probs_and_their_gradient_are_those_of_the_whole_logits(network, ent
 
     found = token_log_probs(network, hidden, targets)
     (gradient,) = torch.autograd.grad(found @ coefficients.to(found), hidden)
-    logits = network.get_output_embeddings()(hidden)
+    factor = {"granite": 1 / 4.0, "cohere2": 0.25}.get(network.config.model_type, 1.0)
+    logits = factor * network.get_output_embeddings()(hidden)
     cap = getattr(network.config, "final_logit_softcapping", None)
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -63,18 +66,21 @@ def test_the_logits_of_hidden_states_are_those_of_the_whole_network(name, tokeni
     assert_close(logits_of(network, hidden.flatten(0, 1)), expected.flatten(0, 1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("scale", head.SCALES)
-def test_a_network_that_scales_its_logits_is_refused(scale, tokenizer):
-    model, weights = language_model("gpt_neox", tokenizer)
+@pytest.mark.parametrize(
+    ("given", "factor"),
+    [({"logit_scale": 0.5}, 0.5), ({"logits_scaling": 4.0}, 0.25), ({"lm_head_multiplier": None}, 1.0)],
+)
+def test_logits_are_multiplied_by_what_the_config_names(given, factor):
+    assert logit_factor(PreTrainedConfig(**given)) == factor
+
+
+def test_multiplied_logits_with_a_bias_are_refused(tokenizer):
+    model, weights = language_model("phi", tokenizer)
     network = model.with_weights(weights)
-    hidden = torch.zeros(1, 32)
-    for none in (None, 1, 1.0):
-        setattr(network.config, scale, none)
-        logits_of(network, hidden)
-    setattr(network.config, scale, 0.5)
-    message = f"the network scales its logits by {scale}: add that to logits_of"
+    network.config.logit_scale = 0.5
+    message = "the network multiplies its logits, the bias of its head included"
     with pytest.raises(NotImplementedError, match=message):
-        logits_of(network, hidden)
+        token_log_probs(network, torch.zeros(1, 32), torch.zeros(1, dtype=torch.long))
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "gemma2"])

@@ -6,7 +6,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Olmo2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    Olmo2Config,
+)
 
 from weightgeom.estimators.updates import head_updates, update_of
 from weightgeom.models.adapters import (
@@ -29,6 +36,7 @@ CONFIGS = {
     "gpt_neox": lambda: GPTNeoXConfig(**SIZES),
     "gpt2": lambda: GPT2Config(**GPT2),
     "olmo2": lambda: Olmo2Config(**SIZES, pad_token_id=2),
+    "granite": lambda: GraniteConfig(**SIZES, residual_multiplier=0.25),
 }
 Q = "model.layers.0.self_attn.q_proj"
 

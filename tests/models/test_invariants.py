@@ -130,6 +130,15 @@ def mlp_read_at_attention(architecture: Map) -> Map:
     return replace(architecture, sites=tuple(sites))
 
 
+def with_gates(architecture: Map) -> tuple[ResidualMatrix, ...]:
+    gates = (
+        replace(matrix, kind="gate", module=matrix.module.replace("up_proj", "gate_proj"))
+        for matrix in architecture.matrices
+        if matrix.kind == "up"
+    )
+    return (*architecture.matrices, *gates)
+
+
 def without_up(architecture: Map) -> Map:
     return replace(architecture, matrices=tuple(m for m in architecture.matrices if m.kind != "up"))
 
@@ -178,6 +187,28 @@ WRONG: dict[str, tuple[str, Callable[[Map], Map], set[str]]] = {
         "llama",
         four_groups,
         {"sizes_agree", "keys_act_on_later_tokens_of_their_group", "values_act_linearly_on_their_group"},
+    ),
+    "a multiplier forgotten": ("granite", of_kinds("o", "down", factor=1.0), {"writes_reach_the_stream"}),
+    "a multiplier of reads": ("granite", of_kinds("o", "q", factor=0.2), {"writes_reach_the_stream"}),
+    "heads for groups of several queries": (
+        "falcon_new",
+        fused({"k": Rows(2, 4 * 8, 8, 8), "q": Rows(2, 4 * 8, 16, 16)}),
+        {"queries_act_at_their_token_and_head", "keys_act_on_later_tokens_of_their_group"},
+    ),
+    "groups for the heads of all": (
+        "falcon_sequential",
+        fused({kind: Rows(1, 3 * D, place * D, D) for place, kind in enumerate("qkv")}),
+        {"queries_act_at_their_token_and_head"},
+    ),
+    "the norm in front of the MLP for that behind it": (
+        "glm4",
+        norms(lambda norm: replace(norm, parameter=norm.parameter.replace("post_mlp", "post_attention"))),
+        {"writes_reach_the_stream"},
+    ),
+    "a gate that is not there": (
+        "apertus",
+        lambda architecture: replace(architecture, matrices=with_gates(architecture)),
+        {"parts_exist"},
     ),
     "write norms forgotten": ("olmo2", norms(lambda norm: None), {"writes_reach_the_stream"}),
     "write norms exchanged": ("olmo3", norms(other_norm), {"writes_reach_the_stream"}),
@@ -243,9 +274,9 @@ WRONG: dict[str, tuple[str, Callable[[Map], Map], set[str]]] = {
     ),
     "no up": ("mistral", without_up, {"layers_are_complete", "every_weight_is_mapped_once"}),
     "the MLP read at the attention site": ("opt", mlp_read_at_attention, {"inputs_are_at_their_site"}),
-    "a name on disk for another one": (
-        "gptj",
-        lambda architecture: replace(architecture, aliases={"lm_head.weight": "transformer.head.weight"}),
+    "names on disk of another type": (
+        "gpt_neox",
+        lambda architecture: replace(architecture, model_type="llama"),
         {"checkpoints_have_the_names"},
     ),
     "experts exchanged": ("qwen3_moe", first_experts_exchanged, {"experts_are_their_own"}),

@@ -74,6 +74,24 @@ def test_a_matrix_that_is_not_fused_by_head_is_a_view():
         assert view.untyped_storage().data_ptr() == params["w.weight"].untyped_storage().data_ptr()
 
 
+def test_what_is_written_has_the_gain_of_the_norm_and_the_constant_factor():
+    # gain 1 + (1, 3) = (2, 4), times 0.5: rows (1, 2) and (3, 4) by 1 and 2.
+    params = {"w.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "norm.weight": torch.tensor([1.0, 3.0])}
+    plain = ResidualMatrix(0, "o", "w")
+    assert plain.gain(params) is None
+    assert_close(plain.written(params), params["w.weight"])
+    scaled = replace(plain, factor=0.5)
+    assert_close(scaled.written(params), torch.tensor([[0.5, 1.0], [1.5, 2.0]]))
+    normed = replace(scaled, norm=Norm("norm.weight", 1.0))
+    assert_close(normed.written(params), torch.tensor([[1.0, 2.0], [6.0, 8.0]]))
+
+
+def test_the_gain_of_a_factor_is_as_precise_as_fp32_on_half_precision_weights():
+    # 0.22 in bfloat16 is 0.2197...: the gain is applied to fp32 or better.
+    gain = ResidualMatrix(0, "o", "w", factor=0.22).gain({"w.weight": torch.ones(2, 2).bfloat16()})
+    assert_close(gain, torch.full((2,), 0.22))
+
+
 def test_replaced_shares_the_other_parameters():
     params = {"w.weight": torch.zeros(2, 2), "other": torch.ones(3)}
     edited = ResidualMatrix(0, "up", "w").replaced(params, torch.ones(2, 2))

@@ -1,5 +1,14 @@
 import pytest
-from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, OPTConfig, Qwen3MoeConfig, SmolLM3Config
+from transformers import (
+    AutoConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPTNeoConfig,
+    LlamaConfig,
+    OPTConfig,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
 
 from weightgeom.models.small_config import small_config
 
@@ -60,3 +69,15 @@ def test_sizes_have_the_names_that_the_type_gives_them(model_type):
 def test_opt_has_embeddings_as_wide_as_its_stream():
     config = small_config(OPTConfig())
     assert config.word_embed_proj_dim == config.hidden_size == 32 and config.ffn_dim == 40
+
+
+@pytest.mark.parametrize(("heads", "groups", "small"), [(128, 8, 2), (71, 71, 4)])  # Falcon 40B and 7B
+def test_falcon_keeps_its_share_of_key_value_heads_and_a_small_mlp(heads, groups, small):
+    config = small_config(
+        FalconConfig(hidden_size=64 * heads, num_attention_heads=heads, num_kv_heads=groups)
+    )
+    assert (config.num_attention_heads, config.num_kv_heads, config.ffn_hidden_size) == (4, small, 40)
+
+
+def test_both_sorts_of_attention_of_gpt_neo_are_kept():
+    assert small_config(GPTNeoConfig()).attention_layers == ["global", "local"]

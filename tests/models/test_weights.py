@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
-from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
+from transformers import ApertusConfig, GPT2Config, GPTNeoXConfig, LlamaConfig
 
 from weightgeom.models.residual import architecture_of
 from weightgeom.models.weights import Stored, difference, open_params
@@ -100,6 +100,14 @@ def test_masks_and_rotary_frequencies_are_not_parameters(tmp_path):
     save_file(kept | masks | rotary, tmp_path / "model.safetensors")
     stored = open_params(tmp_path, architecture_of(GPT2Config(n_layer=1)))
     assert set(stored) == {"transformer.h.0.attn.c_attn.bias", "transformer.wte.weight"}
+
+
+def test_the_constants_of_the_activation_of_apertus_are_no_parameters(tmp_path):
+    constants = {f"model.layers.0.mlp.act_fn.{name}": torch.ones(1) for name in ("alpha_p", "beta", "eps")}
+    save_file({EMBED: torch.zeros(5, 8), **constants}, tmp_path / "model.safetensors")
+    apertus = ApertusConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
+    stored = open_params(tmp_path, architecture_of(apertus))
+    assert set(stored) == {EMBED, "model.layers.0.mlp.act_fn.alpha_p"}
 
 
 def test_the_difference_of_two_dtypes_is_taken_in_float32(tmp_path, directory, params):

@@ -131,9 +131,10 @@ def inside(
     basis = space.to(delta)
     if matrix.role == "read":
         return (delta @ basis) @ basis.T
-    if matrix.norm is None:
+    gain = matrix.gain(params)
+    if gain is None:
         return basis @ (basis.T @ delta)
-    gain = matrix.norm.gain(params).to(delta)
+    gain = gain.to(delta)
     if not bool(gain.all()):
         raise ValueError(f"the norm behind {matrix.name} has a gain of zero: no subspace of its output there")
     return (basis @ (basis.T @ (gain[:, None] * delta))) / gain[:, None]
@@ -146,7 +147,8 @@ def residual_side(
     delta = delta.double()
     if matrix.role == "read":
         return delta
-    return (delta if matrix.norm is None else matrix.norm.gain(params).to(delta)[:, None] * delta).T
+    gain = matrix.gain(params)
+    return (delta if gain is None else gain.to(delta)[:, None] * delta).T
 
 
 def change_norm(edit: Edit, params: Params, matrices: Iterable[ResidualMatrix]) -> float:

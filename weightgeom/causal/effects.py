@@ -16,7 +16,7 @@ from weightgeom.compat.torch_internals import exchange_parameter
 from weightgeom.estimators.lm_head import logits_of
 from weightgeom.geometry.divergences import divergences
 from weightgeom.models.language_model import LanguageModel
-from weightgeom.models.residual import ATTENTION, MLP, module_path
+from weightgeom.models.residual import ATTENTION, MIXER, MLP, module_path
 from weightgeom.params import Params
 from weightgeom.text.examples import Examples
 from weightgeom.text.tokens import Batch, answers, packed, responses
@@ -76,8 +76,8 @@ class _Scored:
 class Evaluation:
     """Measures edits of one model; only what lies behind the first edited matrix is run again.
 
-    The layers before it are passed over, and so is the attention of its own layer if only the MLP is edited,
-    and the MLP if only the attention is and the two are parallel. What they put out is kept from one call
+    The layers before it are passed over, and so are the attention and the mixer of its own layer unless they
+    are edited, and the MLP if only the attention is and the two are parallel. What they put out is kept from one call
     to the next, so measure edits layer by layer. The logits of the unedited model at all targets are held,
     in the dtype of the weights.
     """
@@ -172,9 +172,9 @@ class Evaluation:
         kinds = {matrix.kind for matrix in matrices if matrix.layer == first}
         layers = [module_path(self.architecture, layer) for layer in range(first)]
         unchanged = dict.fromkeys(layers, layers[-1]) if layers else {}
-        for part in (ATTENTION, MLP):
-            if kinds.isdisjoint(part) and (part == ATTENTION or self.architecture.parallel):
-                path = module_path(self.architecture, first, part)
+        for part in (ATTENTION, MIXER, MLP):
+            path = module_path(self.architecture, first, part)
+            if path and kinds.isdisjoint(part) and (part != MLP or self.architecture.parallel):
                 unchanged[path] = path
         return unchanged
 
@@ -187,7 +187,7 @@ class Evaluation:
         at = [0]
         modules = {self.network.get_submodule(path): source for path, source in unchanged.items()}
         for module, source in modules.items():
-            module.forward = lambda *_, outputs=self._kept[source], **named: outputs[at[0]]
+            module.forward = lambda *_, outputs=self._kept[source], **named: _copied(outputs[at[0]])
         try:
             yield at
         finally:
@@ -200,7 +200,7 @@ class Evaluation:
         outputs: dict[str, list[Any]] = {path: [] for path in paths}
 
         def hook(path: str) -> Callable[..., None]:
-            return lambda module, given, output: outputs[path].append(output)
+            return lambda module, given, output: outputs[path].append(_copied(output))
 
         hooks = [self.network.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
         try:
@@ -210,6 +210,13 @@ class Evaluation:
             for one in hooks:
                 one.remove()
         return outputs
+
+
+def _copied(output: Any) -> Any:
+    """What a module puts out, as memory of its own: Falcon adds the attention's to the MLP's in place."""
+    parts = output if isinstance(output, tuple) else (output,)
+    copies = tuple(part.clone() if isinstance(part, Tensor) else part for part in parts)
+    return copies if isinstance(output, tuple) else copies[0]
 
 
 def _places(network: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:

@@ -47,3 +47,11 @@ def has_further_terms(trainer: Any) -> bool:
     `use_weighting` and `aux_loss_enabled` of TRL 1 are attributes of some of its trainers, in no document.
     """
     return bool(getattr(trainer, "use_weighting", False) or getattr(trainer, "aux_loss_enabled", False))
+
+
+def router_weight(trainer: Any) -> float:
+    """The weight of the logged `aux_loss` of a mixture's routers in a trainer's loss, 0 where it has none.
+
+    `router_aux_loss_coef` of TRL 1 is an attribute of its trainers, in no document.
+    """
+    return trainer.router_aux_loss_coef if getattr(trainer, "aux_loss_enabled", False) else 0.0

@@ -27,7 +27,7 @@ from weightgeom.estimators.moments import (
 from weightgeom.geometry.bootstrap import bootstrap_times
 from weightgeom.interfaces import Objective, Scored
 from weightgeom.models.language_model import LanguageModel
-from weightgeom.models.residual import Architecture, ResidualMatrix, Site
+from weightgeom.models.residual import Architecture, ResidualMatrix, Site, first_readers
 from weightgeom.params import Params
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
@@ -194,13 +194,14 @@ def gradient_moments(
 
 
 def folded(moment: Moment, matrix: ResidualMatrix, params: Params) -> Moment:
-    """C_delta of what reaches the residual stream: the gain of a norm behind the matrix on both sides.
+    """C_delta of what reaches the residual stream: the gain behind the matrix on both sides.
 
     It goes with `ResidualMatrix.written`, for an update diag(gain) dW with dW = Σ δ aᵀ.
     """
-    if matrix.norm is None:
+    gain = matrix.gain(params)
+    if gain is None:
         return moment
-    gain = matrix.norm.gain(params).to(moment.sums)
+    gain = gain.to(moment.sums)
     return replace(moment, sums=moment.sums * torch.outer(gain, gain), firsts=moment.firsts * gain)
 
 
@@ -335,10 +336,11 @@ class _Sums:
                 if a is not None:
                     self._add_gradient(matrix, delta, a)
 
-            # The weights are frozen: the graph starts at the first output whose gradient is wanted.
-            output = output if output.requires_grad else output.detach().requires_grad_()
-            output.register_hook(send_back)
-            return output
+            # The weights are frozen: the graph starts at the first output whose gradient is wanted, of which
+            # the network gets a copy, as some networks (Falcon) add to it in place.
+            start = output if output.requires_grad else output.detach().requires_grad_()
+            start.register_hook(send_back)
+            return start if output.requires_grad else start.clone()
 
         return hook
 
@@ -425,14 +427,15 @@ def _rows(samples: Samples, a: Float[Tensor, "*token d"], mean: bool = False) ->
 
 def _layer_size(architecture: Architecture, params: Params, gathering: Gathering, groups: int) -> float:
     """The bytes of the sums of one layer, the largest; two of those of gradients belong to no group."""
-    d = architecture.d_model
-    squares = (2 if gathering.inputs else 0) + (
-        (1 if architecture.parallel else 2) if gathering.upstream else 0
-    )
-    first = [matrix for matrix in architecture.matrices if matrix.layer == 0]
-    entries = sum(params[name].numel() for name in {matrix.parameter for matrix in first})
-    gradients = gathering.gradients * entries * (groups + 2)
-    return float((squares * d * d * groups + gradients) * gathering.dtype.itemsize)
+    sizes = []
+    for layer in range(architecture.n_layers):
+        here = [matrix for matrix in architecture.matrices if matrix.layer == layer]
+        writes = 1 if architecture.parallel else sum(matrix.role == "write" for matrix in here)
+        squares = gathering.inputs * len(first_readers(here)) + gathering.upstream * writes
+        entries = sum(params[name].numel() for name in {matrix.parameter for matrix in here})
+        gradients = gathering.gradients * entries * (groups + 2)
+        sizes.append(squares * architecture.d_model**2 * groups + gradients)
+    return float(max(sizes) * gathering.dtype.itemsize)
 
 
 def sampled(examples: Examples, prompts: int, length: int, seed: int) -> Examples:

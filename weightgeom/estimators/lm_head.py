@@ -1,5 +1,6 @@
 """The head of a frozen network by slices of tokens: never the logits of a whole batch, and never twice."""
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,10 +11,11 @@ from weightgeom.compat.fused_head import FusedOutputs, has_further_terms, with_f
 from weightgeom.geometry.gram import product
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer
+    from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 LOGITS = 2**23  # entries that are held at once: 32 MiB in fp32
-SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # of the logits, by the names that configs have for them
+DIVISORS = ("logits_scaling",)
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -58,37 +60,47 @@ class TokenLogProbs(torch.autograd.Function):
 def token_log_probs(
     network: "PreTrainedModel", hidden: Float[Tensor, "token d"], targets: Int[Tensor, " token"]
 ) -> Float[Tensor, " token"]:
-    """Log-probability (nats) of each target given the final hidden state before it, differentiable in it."""
-    head = network.get_output_embeddings()
+    """Log-probability (nats) of each target given the final hidden state before it, differentiable in it.
+
+    Raises:
+        NotImplementedError: if the network multiplies its logits and the head has a bias.
+    """
+    head: Any = network.get_output_embeddings()
     cap = getattr(network.config, "final_logit_softcapping", None)
+    if (factor := logit_factor(network.config)) != 1:
+        if head.bias is not None:
+            raise NotImplementedError("the network multiplies its logits, the bias of its head included")
+        hidden = factor * hidden
     return TokenLogProbs.apply(hidden, head.weight, head.bias, targets, cap)  # pyright: ignore
 
 
 def logits_of(
     network: "PreTrainedModel", hidden: Float[Tensor, "token d"]
 ) -> Float[Tensor, "token vocabulary"]:
-    """The logits that the final hidden states lead to, as the network's own forward pass makes them.
-
-    Raises:
-        NotImplementedError: if the network scales its logits, which no architecture with a map does.
-    """
-    if scaled := [name for name in SCALES if getattr(network.config, name, None) not in (None, 1, 1.0)]:
-        raise NotImplementedError(f"the network scales its logits by {scaled[0]}: add that to logits_of")
+    """The logits that the final hidden states lead to, as the network's own forward pass makes them."""
     head = network.get_output_embeddings()
     assert head is not None
-    logits = head(hidden)
+    logits, factor = head(hidden), logit_factor(network.config)
+    logits = logits if factor == 1 else factor * logits
     cap = getattr(network.config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def logit_factor(config: "PreTrainedConfig") -> float:
+    """The constant that a network multiplies its logits by, 1 in most (Cohere, Granite, Falcon-H1)."""
+    factors = [getattr(config, name, None) for name in MULTIPLIERS]
+    divisors = [getattr(config, name, None) for name in DIVISORS]
+    given = prod(factor for factor in factors if factor is not None)
+    return given / prod(divisor for divisor in divisors if divisor is not None)
 
 
 def slice_head(trainer: "Trainer", network: "PreTrainedModel") -> None:
     """Let a TRL trainer take the log-probabilities of its frozen `network` from here; mutates `network`.
 
     The trainer's loss is its own; what it logs beside is left out. Its own head remains where more than
-    log-probabilities enters the loss (weighted losses, routers), or logits are scaled.
+    log-probabilities enters the loss (weighted losses, routers).
     """
-    scaled = any(getattr(network.config, name, None) not in (None, 1, 1.0) for name in SCALES)
-    if scaled or has_further_terms(trainer):
+    if has_further_terms(trainer):
         return
 
     def sliced(labels: Tensor, *given: Any, **named: Any) -> FusedOutputs:

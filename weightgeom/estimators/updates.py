@@ -82,7 +82,7 @@ def zeros(matrix: ResidualMatrix, params: Params) -> Params:
 def head_updates(
     matrix: ResidualMatrix, after: Params, before: Params, *, written: bool = True
 ) -> Iterator[Update]:
-    """The update of each head of q, k, v (its rows) or o (its columns), in order; one Gram at a time.
+    """The update of each head of a read (its rows) or a write (its columns), in order; one Gram at a time.
 
     The Gram matrices add up to that of `update_of`. Heads are those of `matrix.heads`: key-value
     groups for k and v.
@@ -163,7 +163,7 @@ class _Pair:
     def head(self, head: int, matrix: ResidualMatrix) -> "_Pair":
         """The same of one head."""
         groups, size, d_in = self.after.shape
-        if matrix.kind == "o":
+        if matrix.role == "write":
             width = d_in // matrix.heads
             return self.part(slice(None), slice(None), slice(head * width, (head + 1) * width))
         in_group = matrix.heads // groups
@@ -208,10 +208,11 @@ def _pair(matrix: ResidualMatrix, after: Params, before: Params, written: bool) 
             f"{matrix.name} is of shape {tuple(new.flatten(0, 1).shape)} after and of shape "
             f"{tuple(old.flatten(0, 1).shape)} before: take two checkpoints of one architecture"
         )
-    if not written or matrix.norm is None:
+    gains = (matrix.gain(after), matrix.gain(before)) if written else (None, None)
+    if gains[0] is None or gains[1] is None:
         return _Pair(new, old, None)
     shape = (*new.shape[:2], 1)
-    return _Pair(new, old, (matrix.norm.gain(after).view(shape), matrix.norm.gain(before).view(shape)))
+    return _Pair(new, old, (gains[0].view(shape), gains[1].view(shape)))
 
 
 def _view(matrix: ResidualMatrix, params: Params) -> Float[Tensor, "groups size d_in"]:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor
 
+from weightgeom.compat.conversions import renaming
 from weightgeom.models.json_files import json_object
 from weightgeom.models.residual import Architecture, ResidualMatrix
 from weightgeom.models.vocabulary import aligned, note_rows
@@ -63,8 +64,8 @@ class LowRank:
         return (outer @ (inner.T @ inner)) @ outer.T
 
     def head(self, head: int, matrix: ResidualMatrix) -> "LowRank":
-        """The update of one head of `matrix`: its rows, or its columns where the matrix is o."""
-        if matrix.kind == "o":
+        """The update of one head of `matrix`: its rows, or its columns where it writes."""
+        if matrix.role == "write":
             return replace(self, a=self.a.unflatten(1, (matrix.heads, -1))[:, head])
         return replace(self, b=self.b.unflatten(0, (matrix.heads, -1))[head])
 
@@ -105,8 +106,8 @@ class Adapted(Mapping[str, Tensor]):
 
         None where the adapter replaces the matrix, or a norm that is to be folded into it.
         """
-        folded = matrix.norm if written else None
-        if matrix.parameter in self.replaced or (folded and folded.parameter in self.replaced):
+        norm = matrix.norm if written else None
+        if matrix.parameter in self.replaced or (norm and norm.parameter in self.replaced):
             return None
         update = self.updates.get(matrix.parameter)
         if update is None:
@@ -115,7 +116,8 @@ class Adapted(Mapping[str, Tensor]):
             return LowRank(float32.new_zeros(whole.shape[0], 0), float32.new_zeros(0, whole.shape[1]))
         # PEFT's factors have the orientation of y = W a, however the base is stored.
         b = replace(matrix, transposed=False).of({matrix.parameter: update.b})
-        return replace(update, b=b if folded is None else folded.gain(self.base)[:, None] * b)
+        gain = matrix.gain(self.base) if written else None
+        return replace(update, b=b if gain is None else gain[:, None] * b)
 
 
 def is_adapter(directory: Path) -> bool:
@@ -372,7 +374,7 @@ def _weights(directory: Path) -> safe_open:
 def _name(name: str, architecture: Architecture, base: Params) -> str | None:
     """The base's name for a parameter that the adapter names, if it has it."""
     name = TEXT_MODEL.sub("", name, count=1) if TEXT_MODEL.match(name) else name
-    name = architecture.aliases.get(name, name)
+    name = renaming(architecture.model_type)(name)
     if name == architecture.unembed and (architecture.tied or name in base):
         return name
     prefix = architecture.embed.partition(".")[0] + "."  # left out by adapters of the base model alone

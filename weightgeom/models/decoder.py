@@ -25,6 +25,7 @@ class Names:
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
+    attention_gate: str | None = None
     o: str = "self_attn.o_proj"
     gate: str | None = "mlp.gate_proj"
     up: str = "mlp.up_proj"
@@ -35,7 +36,6 @@ class Names:
 
 LLAMA = Names()
 NOT_FUSED: Mapping[Kind, Rows] = {}
-SAME_ON_DISK: Mapping[str, str] = {}
 
 
 def decoder(
@@ -46,20 +46,23 @@ def decoder(
     transposed: bool = False,
     norm_offset: float = 0.0,
     parallel: bool = False,
-    aliases: Mapping[str, str] = SAME_ON_DISK,
+    groups: int | None = None,
+    factor: float = 1.0,
 ) -> Architecture:
     """The map of a decoder whose layers are attention and an MLP.
 
     `rows` has the rows of each kind in a fused weight. Weights that are `transposed` are stored as
-    (d_in, d_out). The gain of a norm is its stored weight plus `norm_offset`. The other arguments are as in
-    `Architecture`.
+    (d_in, d_out). The gain of a norm is its stored weight plus `norm_offset`. There are as many key-value
+    heads as the config says, or `groups`. The outputs of o and down are multiplied by `factor` on the way to
+    the stream. The other arguments are as in `Architecture`.
     """
-    heads, groups = config.num_attention_heads, kv_heads(config)
-    blocks: dict[Kind, int] = {"q": heads, "k": groups, "v": groups, "o": heads}
+    heads, groups = config.num_attention_heads, groups or kv_heads(config)
+    blocks: dict[Kind, int] = {"q": heads, "k": groups, "v": groups, "attention_gate": heads, "o": heads}
     modules: dict[Kind, str | None] = {
         "q": names.q,
         "k": names.k,
         "v": names.v,
+        "attention_gate": names.attention_gate,
         "gate": names.gate,
         "up": names.up,
         "o": names.o,
@@ -80,6 +83,7 @@ def decoder(
             rows.get(kind),
             transposed,
             norm(layer, kind),
+            factor=factor if kind in ("o", "down") else 1.0,
         )
         for layer in range(config.num_hidden_layers)
         for kind, module in modules.items()
@@ -96,7 +100,7 @@ def decoder(
         embed=f"{names.embed}.weight",
         unembed=f"{names.unembed}.weight",
         final_norm=Norm(f"{names.final_norm}.weight", norm_offset),
-        aliases=aliases,
+        model_type=config.model_type,
         tied=config.tie_word_embeddings,
         parallel=parallel,
     )
@@ -110,3 +114,17 @@ def kv_heads(config: "PreTrainedConfig") -> int:
 def head_size(config: "PreTrainedConfig") -> int:
     """The width of one head, which need not be d_model / heads where the config names it."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def fused_by_group(config: "PreTrainedConfig", groups: int) -> dict[Kind, Rows]:
+    """The rows of q, k and v in a weight with the order [group][queries, key, value][d_head].
+
+    A group is a key-value head with the queries that share it: GPT-NeoX has as many as heads.
+    """
+    d_head, queries = head_size(config), config.num_attention_heads // groups
+    stride = (queries + 2) * d_head
+    return {
+        "q": Rows(groups, stride, 0, queries * d_head),
+        "k": Rows(groups, stride, queries * d_head, d_head),
+        "v": Rows(groups, stride, (queries + 1) * d_head, d_head),
+    }

@@ -1,18 +1,19 @@
 """The claims of a residual map, each checked by the behaviour of a small random network."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from weightgeom.models.residual import ATTENTION, Kind, ResidualMatrix, module_path
-from weightgeom.models.specimen import TOKENS, Change, Specimen
+from weightgeom.models.residual import ATTENTION, INPUTS, Kind, ResidualMatrix, module_path
+from weightgeom.models.specimen import TOKENS, Change, Flow, Specimen
 from weightgeom.models.weights import open_params
 from weightgeom.params import Params
 
@@ -25,8 +26,28 @@ MLPS: tuple[tuple[Kind, Kind, Kind], ...] = (
     ("shared_gate", "shared_up", "shared_down"),
 )
 QUERIES: tuple[Kind, ...] = ("q", "q_a")
+KEYS_OF: Mapping[Kind, tuple[Kind, ...]] = {  # what acts through what
+    **dict.fromkeys(QUERIES, ("k", "k_rope")),
+    "linear_q": ("linear_k",),
+    "mamba_C": ("mamba_B",),
+}
 KEYS: tuple[Kind, ...] = ("k", "k_rope", "kv_a")
-AFFINE: dict[Kind, bool] = {"down": True, "up": True, "gate": False}  # how an expert acts
+COMPLETE = tuple(
+    frozenset(kinds.split())
+    for kinds in (
+        "linear_q linear_k linear_v linear_z linear_b linear_a linear_o",
+        "conv_B conv_C conv_x conv_o",
+        "mamba_z mamba_x mamba_B mamba_C mamba_dt mamba_o",
+        "up down",
+    )
+)
+REACH: Mapping[Kind, Literal["token", "kernel", "later"]] = {
+    **dict.fromkeys(("linear_z", "conv_C", "mamba_z"), "token"),  # gates of the output
+    **dict.fromkeys(("linear_q", "conv_B", "conv_x", "mamba_C"), "kernel"),  # through the convolution alone
+    **dict.fromkeys(("linear_k", "linear_v", "linear_b", "linear_a"), "later"),  # through the state
+    **dict.fromkeys(("mamba_x", "mamba_B", "mamba_dt"), "later"),
+}
+UNITS: tuple[Kind, ...] = (*("linear_v", "linear_z", "conv_B", "conv_C", "conv_x", "mamba_z", "mamba_x"),)
 Invariant = Callable[[Specimen], None]
 """Checks the claim in the first line of its docstring; raises ValueError if it does not hold."""
 
@@ -47,7 +68,10 @@ def parts_exist(specimen: Specimen) -> None:
 def sizes_agree(specimen: Specimen) -> None:
     """Widths, heads and layers are those of the network's config."""
     architecture, config = specimen.architecture, specimen.network.config
-    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None)
+    if groups is None:
+        keys = next(specimen.of_kind("k")).of(specimen.params)
+        groups = len(keys) // architecture.d_head
     sizes = {
         "d_model": (architecture.d_model, config.hidden_size),
         "n_layers": (architecture.n_layers, config.num_hidden_layers),
@@ -72,24 +96,32 @@ def sizes_agree(specimen: Specimen) -> None:
 
 
 def layers_are_complete(specimen: Specimen) -> None:
-    """Every layer has q, k, v, o, an MLP or experts, and both input sites.
+    """The attention, mixer and MLP (or experts) of every layer have all their matrices and an input site.
 
     Attention whose config names the ranks of latents has the matrices that read them for q, k and v.
     """
-    config = specimen.network.config
+    architecture, config = specimen.architecture, specimen.network.config
     low_rank = getattr(config, "kv_lora_rank", None) is not None
-    expected = {"kv_a", "k_rope"} if low_rank else {"k", "v"}
-    expected |= {"q_a" if low_rank and config.q_lora_rank is not None else "q", "o", "up", "down"}
-    for layer in range(specimen.architecture.n_layers):
-        kinds = {matrix.kind for matrix in specimen.architecture.matrices if matrix.layer == layer}
+    attention = {"kv_a", "k_rope"} if low_rank else {"k", "v"}
+    attention |= {"q_a" if low_rank and config.q_lora_rank is not None else "q", "o"}
+    for layer in range(architecture.n_layers):
+        here = [matrix for matrix in architecture.matrices if matrix.layer == layer]
+        kinds, blocks = {matrix.kind for matrix in here}, {matrix.block for matrix in here}
+        _require(bool(blocks), f"layer {layer} has no matrices")
+        expected = attention if "attention" in blocks else set()
+        expected = expected.union(*(some for some in COMPLETE if not kinds.isdisjoint(some)))
         if absent := expected - kinds:
             raise ValueError(f"layer {layer} has no {', '.join(sorted(absent))}")
-        sites = sorted(site.name for site in specimen.architecture.sites if site.layer == layer)
-        _require(sites == ["attention_input", "mlp_input"], f"layer {layer} has the sites {', '.join(sites)}")
+        sites = sorted(site.name for site in architecture.sites if site.layer == layer)
+        inputs = sorted(INPUTS[block] for block in blocks)
+        _require(sites == inputs, f"layer {layer} has the sites {', '.join(sites)}")
 
 
 def every_weight_is_mapped_once(specimen: Specimen) -> None:
-    """Every entry of every matrix in a layer belongs to one matrix of the map, or to an inner one."""
+    """Every entry of every matrix in a layer belongs to one matrix of the map, or to an inner one.
+
+    The kernels of a convolution that mixes no channels are no matrices.
+    """
     architecture = specimen.architecture
     entries = {
         name: torch.arange(float(parameter.numel())).reshape(parameter.shape)
@@ -101,6 +133,7 @@ def every_weight_is_mapped_once(specimen: Specimen) -> None:
     layers = tuple(f"{module_path(architecture, layer)}." for layer in range(architecture.n_layers))
     for name, parts in mapped.items():
         is_matrix = entries[name].ndim > 1 and not name.endswith("bias")  # experts' biases are in stacks
+        is_matrix = is_matrix and not _is_by_channel(specimen, name)
         inside = is_matrix and name.startswith(layers) and name not in architecture.inner
         expected = entries[name].flatten() if inside else torch.zeros(0)
         found = torch.cat(parts).sort().values if parts else torch.zeros(0)
@@ -119,14 +152,13 @@ def modules_apply_their_matrices(specimen: Specimen) -> None:
 def inputs_are_at_their_site(specimen: Specimen) -> None:
     """The attention site is the input of q, k and v, and the MLP site that of gate, up and router.
 
-    So it is of the matrices that read latents for q, k and v, and of a shared expert.
+    So it is of the matrices that read latents for q, k and v, of a shared expert, and of a mixer.
     """
     reads = (m for m in specimen.architecture.matrices if m.role == "read" and m.expert is None)
     for matrix in reads:
-        site = "attention_input" if matrix.kind in ATTENTION else "mlp_input"
         actual = specimen.flow.inputs[matrix.module]
-        expected = specimen.flow.inputs[specimen.site(matrix.layer, site)]
-        _require(_close(actual, expected), f"{matrix.name} has another input than the site {site}")
+        expected = specimen.flow.inputs[specimen.site(matrix.layer, matrix.site)]
+        _require(_close(actual, expected), f"{matrix.name} has another input than the site {matrix.site}")
 
 
 def queries_act_at_their_token_and_head(specimen: Specimen) -> None:
@@ -162,10 +194,28 @@ def values_act_linearly_on_their_group(specimen: Specimen) -> None:
         _require(_is_linear(specimen, v.module, places, module), f"the output of {v.name} acts non-linearly")
 
 
+def gates_act_at_their_unit(specimen: Specimen) -> None:
+    """A row of the attention gate changes its own token and unit of the attention output alone."""
+    for gate in specimen.of_kind("attention_gate"):
+        o, places = specimen.matrix(gate.layer, "o").module, _places(gate, specimen.params)
+        for unit in _some(len(places)):
+            change = partial(_shifted, places[unit : unit + 1], 1.0, TOKEN)
+            after = specimen.run(changes={gate.module: change})
+            moved = (after.inputs[o] - specimen.flow.inputs[o]).abs() > MOVED
+            found = moved.nonzero().tolist()
+            _require(
+                found == [[TOKEN, unit]],
+                f"row {unit} of {gate.name} at token {TOKEN} changes the attention output at {found}",
+            )
+
+
 def keys_act_through_queries(specimen: Specimen) -> None:
-    """With q at zero, k does not matter; nor, of keys that are made of a latent, their rotary part."""
-    for q in specimen.of_kind(*QUERIES):
-        k = specimen.matrix(q.layer, "k", "k_rope")
+    """With q at zero, k does not matter; nor, of keys that are made of a latent, their rotary part.
+
+    So it is in linear attention, and with C and B of Mamba-2.
+    """
+    for q in specimen.of_kind(*KEYS_OF):
+        k = specimen.matrix(q.layer, *KEYS_OF[q.kind])
         silent = _zero(q, specimen.unbiased)
         _require(
             _same_logits(specimen, silent, _scaled(k, silent)), f"{k.name} matters with {q.name} at zero"
@@ -219,30 +269,35 @@ def inner_matrices_lie_between(specimen: Specimen) -> None:
 
 
 def writes_reach_the_stream(specimen: Specimen) -> None:
-    """A layer adds to the residual stream the outputs of o and down, through their norm, and nothing else."""
+    """A layer adds to the residual stream the outputs of what writes, through their norm, and nothing else."""
     architecture = specimen.architecture
     for layer in range(architecture.n_layers):
         path = module_path(architecture, layer)
-        writes = [m for m in architecture.matrices if m.layer == layer and m.role == "write"]
+        of_layer = [matrix for matrix in architecture.matrices if matrix.layer == layer]
+        writes = [matrix for matrix in of_layer if matrix.role == "write"]
         silent = specimen.unbiased
         for matrix in writes:
             silent = _zero(matrix, silent)
         flow = specimen.run(silent)
         added = flow.outputs[path] - flow.inputs[path]
-        _require(_close(added, torch.zeros_like(added)), f"layer {layer} writes with o and down at zero")
+        _require(_close(added, torch.zeros_like(added)), f"layer {layer} writes with all that writes at zero")
         for matrix in (matrix for matrix in writes if matrix.is_layer):
             params = matrix.replaced(silent, matrix.of(specimen.params))
             flow = specimen.run(params)
             added = flow.outputs[path] - flow.inputs[path]
             expected = flow.inputs[matrix.module] @ matrix.written(params).T
-            if matrix.norm is not None:  # which divides each token by a size of its own
+            weighted = matrix.kind == "shared_down" and "shared_router" in {m.kind for m in of_layer}
+            if matrix.norm is not None or weighted:  # which gives each token a size of its own
                 added, expected = _directions(added), _directions(expected)
             _require(
                 _close(added, expected),
                 f"{matrix.name} adds to the residual stream other than the map says: a norm or a factor",
             )
         if layer in {router.layer for router in specimen.of_kind("router")}:
-            flow = specimen.run(_zero(specimen.matrix(layer, "o"), specimen.unbiased))
+            silent = specimen.unbiased
+            for matrix in (matrix for matrix in writes if matrix.block != "mlp"):
+                silent = _zero(matrix, silent)
+            flow = specimen.run(silent)
             added, block = flow.outputs[path] - flow.inputs[path], specimen.site(layer, "mlp_input")
             _require(_close(added, flow.outputs[block]), f"{block} is not all that the experts add")
 
@@ -252,7 +307,7 @@ def hidden_units_stay_apart(specimen: Specimen) -> None:
     for up, gates, down in _mlps(specimen):
         for matrix in (up, *gates):
             places = _places(matrix, specimen.params)
-            for unit in (0, len(places) // 2, len(places) - 1):
+            for unit in _some(len(places)):
                 after = specimen.run(
                     changes={matrix.module: partial(_shifted, places[unit : unit + 1], 3.0, ALL)}
                 )
@@ -276,8 +331,59 @@ def gates_act_through_up(specimen: Specimen) -> None:
             )
 
 
+def mixers_act_in_their_time_and_heads(specimen: Specimen) -> None:
+    """A mixer's rows change their group of heads: at their own token, within the kernel, or from then on.
+
+    A gate, which acts at its own token, does so behind the scan and behind any norm of its output.
+    """
+    lasting = {  # states decay so slowly that the last token still has what the first wrote
+        name: one - 2 if name.endswith("A_log") else one for name, one in specimen.params.items()
+    }
+    flow = specimen.run(lasting)
+    for matrix in specimen.of_kind(*REACH):
+        o, core = _mixer(specimen, matrix.layer)
+        reach, share = REACH[matrix.kind], o.heads // matrix.heads
+        last = {"token": 1, "kernel": _kernel(specimen, o), "later": len(TOKENS[0])}[reach]
+        for head, places in enumerate(_heads(matrix, specimen.params)):
+            expected = torch.zeros(len(TOKENS[0]), o.heads, dtype=torch.bool)
+            expected[TOKEN : TOKEN + last, head * share : (head + 1) * share] = True
+            after = specimen.run(lasting, {matrix.module: partial(_shifted, places, 3.0, TOKEN)})
+            moved = _changed(flow, after, o if reach == "token" else replace(o, module=core))
+            if reach == "token" and core != o.module:
+                within = _changed(flow, after, replace(o, module=core))
+                _require(not within.any(), f"{matrix.name} acts in front of the norm of the mixer's output")
+                expected[TOKEN] |= moved[TOKEN]  # the norm may be of several heads
+            _require(torch.equal(moved, expected), _in_words(matrix, head, moved))
+
+
+def mixer_units_stay_apart(specimen: Specimen) -> None:
+    """A row of a mixer's values or of its gates, at zero, silences its own unit of the output alone."""
+    for matrix in specimen.of_kind(*UNITS):
+        o, _ = _mixer(specimen, matrix.layer)
+        weight = matrix.of(specimen.params)
+        for unit in _some(len(weight)):
+            rows = weight.clone()
+            rows[unit] = 0
+            output = specimen.run(matrix.replaced(specimen.unbiased, rows)).inputs[o.module]
+            silent = (output == 0).all(0).nonzero()[:, 0].tolist()
+            _require(silent == [unit], f"row {unit} of {matrix.name}, at zero, silences the units {silent}")
+
+
+def decays_act_on_the_past(specimen: Specimen) -> None:
+    """The decay of linear attention does nothing at the first token, where there is no state yet."""
+    for kind, expected in (("linear_a", False), ("linear_b", True)):
+        for matrix in specimen.of_kind(kind):
+            o, core = _mixer(specimen, matrix.layer)
+            places = _places(matrix, specimen.params)
+            after = specimen.run(changes={matrix.module: partial(_shifted, places, 1.0, 0)})
+            acts = bool(_changed(specimen.flow, after, replace(o, module=core)).any())
+            _require(
+                acts == expected, f"{matrix.name} {'acts' if acts else 'does not act'} at the first token"
+            )
+
+
 def experts_are_their_own(specimen: Specimen) -> None:
-    """An expert acts on the tokens that its row of the router chooses, affinely in down and in up alone.
+    """An expert acts on the tokens that its row of the router chooses, affinely in down and, behind a gate, in up alone.
 
     It is silent with down at zero. With up at zero it need not be: gpt-oss adds 1 to the output of up.
     """
@@ -297,8 +403,8 @@ def experts_are_their_own(specimen: Specimen) -> None:
         _require(
             torch.equal(reached, a @ a[0] > 0), f"{down.name} does not act where its router row chooses it"
         )
-        for kind, expected in AFFINE.items():
-            matrix = matrices[kind]
+        for kind, matrix in matrices.items():
+            expected = kind == "down" or (kind == "up" and "gate" in matrices)
             half = matrix.replaced(params, -matrix.of(params) / 2)  # small: gpt-oss cuts off large outputs
             at_zero = added(_zero(matrix, params)) - silent
             is_affine = _close(added(half) - silent - at_zero, -(whole - at_zero) / 2)
@@ -317,7 +423,7 @@ def experts_read_their_site(specimen: Specimen) -> None:
         rows[expert] = a[0]
         params = router.replaced(specimen.unbiased, rows)
         direction = _directions(a[:1])
-        for kind in ("gate", "up"):
+        for kind in matrices.keys() - {"down"}:
             w = matrices[kind].of(params)
             params = matrices[kind].replaced(params, w - (w @ direction.T) @ direction)
         silent = specimen.run(_zero(matrices["down"], params)).outputs[block]
@@ -329,15 +435,17 @@ def experts_read_their_site(specimen: Specimen) -> None:
 
 
 def parallel_layers_read_one_stream(specimen: Specimen) -> None:
-    """The MLP reads what the attention of its layer writes, except where the map is parallel."""
-    for o in specimen.of_kind("o"):
+    """The MLP reads what attention and mixer of its layer write, except where the map is parallel."""
+    with_mlp = {site.layer for site in specimen.architecture.sites if site.name == "mlp_input"}
+    writes = (m for m in specimen.architecture.matrices if m.role == "write" and m.block != "mlp")
+    for o in (matrix for matrix in writes if matrix.layer in with_mlp):
         site = specimen.site(o.layer, "mlp_input")
         after = specimen.run(changes={o.module: lambda output: output.roll(1, -1)})
         apart = _close(after.inputs[site], specimen.flow.inputs[site])
         says = "does not read" if apart else "reads"
         _require(
             apart == specimen.architecture.parallel,
-            f"the MLP of layer {o.layer} {says} the output of attention, and parallel is"
+            f"the MLP of layer {o.layer} {says} the output of {o.name}, and parallel is"
             f" {specimen.architecture.parallel} in the map",
         )
 
@@ -419,6 +527,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     queries_act_at_their_token_and_head,
     keys_act_on_later_tokens_of_their_group,
     values_act_linearly_on_their_group,
+    gates_act_at_their_unit,
     keys_act_through_queries,
     values_act_through_o,
     latents_carry_keys_and_values,
@@ -426,6 +535,9 @@ INVARIANTS: tuple[Invariant, ...] = (
     writes_reach_the_stream,
     hidden_units_stay_apart,
     gates_act_through_up,
+    mixers_act_in_their_time_and_heads,
+    mixer_units_stay_apart,
+    decays_act_on_the_past,
     experts_are_their_own,
     experts_read_their_site,
     parallel_layers_read_one_stream,
@@ -506,9 +618,43 @@ def _shifted(
 def _moved(specimen: Specimen, matrix: ResidualMatrix, change: Change) -> Bool[Tensor, "token head"]:
     """Where the input of o changes with the output of a matrix of its layer."""
     o = specimen.matrix(matrix.layer, "o")
-    after = specimen.run(changes={matrix.module: change}).inputs[o.module]
-    difference = (after - specimen.flow.inputs[o.module]).unflatten(-1, (o.heads, -1))
+    return _changed(specimen.flow, specimen.run(changes={matrix.module: change}), o)
+
+
+def _changed(flow: Flow, other: Flow, o: ResidualMatrix) -> Bool[Tensor, "token head"]:
+    """Where the inputs of o's module differ, by the heads of o; a row may be a head already."""
+    difference = (other.inputs[o.module] - flow.inputs[o.module]).reshape(len(TOKENS[0]), o.heads, -1)
     return difference.abs().amax(-1) > MOVED
+
+
+def _mixer(specimen: Specimen, layer: int) -> tuple[ResidualMatrix, str]:
+    """The matrix with which the mixer of a layer writes, and the module that takes in the mixed values.
+
+    That is the norm of the mixer's output, or the matrix's own module where there is none.
+    """
+    o = next(
+        m for m in specimen.architecture.matrices if (m.layer, m.block, m.role) == (layer, "mixer", "write")
+    )
+    norm = f"{o.module.rpartition('.')[0]}.norm"
+    return o, norm if norm in specimen.flow.inputs else o.module
+
+
+def _kernel(specimen: Specimen, o: ResidualMatrix) -> int:
+    """The tokens that the convolution of a mixer spans."""
+    modules = specimen.network.get_submodule(o.module.rpartition(".")[0]).modules()
+    return next(module.kernel_size[0] for module in modules if isinstance(module, nn.Conv1d))
+
+
+def _is_by_channel(specimen: Specimen, name: str) -> bool:
+    """Whether a parameter is the kernels of a convolution that mixes no channels."""
+    if specimen.params[name].ndim != 3:
+        return False
+    module = specimen.network.get_submodule(name.rpartition(".")[0])
+    return isinstance(module, nn.Conv1d) and module.groups == module.in_channels
+
+
+def _some(units: int) -> tuple[int, int, int]:
+    return 0, units // 2, units - 1
 
 
 def _is_of_group(moved: Bool[Tensor, "token head"], group: int, groups: int) -> bool:

@@ -15,7 +15,7 @@ from weightgeom.models.experts import stacked
 from weightgeom.models.json_files import is_lfs_pointer, json_object
 from weightgeom.models.language_model import LanguageModel, _without_weights, name_body, trusted
 from weightgeom.models.quantisation import check_not_quantised
-from weightgeom.models.residual import Architecture, architecture_of
+from weightgeom.models.residual import Architecture, architecture_of, text_part
 from weightgeom.models.weights import Stored, nested, open_params
 from weightgeom.text.files import first_line
 
@@ -171,7 +171,7 @@ def load_architecture(directory: Path) -> Architecture:
 
 
 def load_config(directory: Path) -> "PreTrainedConfig":
-    """The config of a checkpoint directory; its own code runs only if it is trusted.
+    """The config of a checkpoint directory, of its text part; its own code runs only if it is trusted.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -185,7 +185,7 @@ def load_config(directory: Path) -> "PreTrainedConfig":
     _check_sizes(path)
     trust = trusted(directory)
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
+        config = text_part(AutoConfig.from_pretrained(directory, trust_remote_code=trust))
         sizes = {name: getattr(config, name, 1) for name in SIZES}
     except Exception as error:  # wrong values raise whatever the config's code makes of them
         if not trust and "trust_remote_code" in str(error):

@@ -16,9 +16,23 @@ SIZES = {
     "num_attention_heads": HEADS,
     "intermediate_size": 40,
     "ffn_dim": 40,
+    "ffn_hidden_size": 40,
     "n_inner": 40,
     "intermediate_size_mlp": 44,
     "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+    "mamba_d_head": 6,
+    "mamba_d_ssm": 6 * HEADS,
+    "mamba_n_heads": HEADS,
+    "mamba_d_state": 5,
+    "mamba_chunk_size": 4,
+    "mamba_head_dim": 6,
+    "mamba_num_heads": HEADS,
+    "ssm_state_size": 5,
+    "chunk_size": 4,
     "q_lora_rank": 20,
     "kv_lora_rank": 12,
     "qk_nope_head_dim": 8,
@@ -37,12 +51,15 @@ AT_MOST = {
     "num_experts_per_tok": 2,
     "n_group": 2,  # of experts, of which topk_group are chosen
     "topk_group": 1,
+    "mamba_n_groups": 2,
+    "n_groups": 2,
 }
 NUMBERS_OF_LAYERS = ("moe_layers", "mlp_only_layers")  # lists that are not by layer, however long they are
 LEFT_OUT = (
     "rope_",
     "quantization_config",
     "_name_or_path",
+    "full_attn_idxs",
 )  # positions are then the default ones of the type
 
 
@@ -63,9 +80,15 @@ def small_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
     }
     sizes: dict[str, Any] = {**SIZES, "num_hidden_layers": layers}
     sizes |= {name: min(most, getattr(config, name, 0)) for name, most in AT_MOST.items()}
-    if groups := given.get("num_key_value_heads"):
-        share = config.num_attention_heads // groups
-        sizes["num_key_value_heads"] = {1: HEADS, config.num_attention_heads: 1}.get(share, HEADS // 2)
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if groups := given.get(name):
+            share = config.num_attention_heads // groups
+            sizes[name] = {1: HEADS, config.num_attention_heads: 1}.get(share, HEADS // 2)
+    if keys := given.get("linear_num_key_heads"):
+        sizes["linear_num_key_heads"] = HEADS // 2
+        sizes["linear_num_value_heads"] = HEADS // 2 * min(2, given["linear_num_value_heads"] // keys)
+    if given.get("mamba_n_heads") and given.get("mamba_d_ssm") is None:  # its width is then a multiple of d
+        sizes["mamba_d_head"] = int(given["mamba_expand"] * SIZES["hidden_size"]) // HEADS
     if width := given.get("head_dim"):
         default = SIZES["hidden_size"] // HEADS
         is_default = width * config.num_attention_heads == config.hidden_size

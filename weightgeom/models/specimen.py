@@ -124,12 +124,12 @@ def _record(
     hidden = given[0] if given else named.get("hidden_states")
     result = output[0] if isinstance(output, tuple) else output
     if isinstance(hidden, Tensor) and hidden.is_floating_point():
-        inputs[name] = _in_rows(hidden)
+        inputs[name] = _in_rows(hidden).clone()  # some networks add to it in place
     if not isinstance(result, Tensor) or not result.is_floating_point():  # rotary ones may be complex
         return None
     if change is not None:
         result = change(_in_rows(result)).reshape(result.shape)
-    outputs[name] = _in_rows(result).clone()  # which some blocks go on adding to in place
+    outputs[name] = _in_rows(result).clone()
     if change is None:
         return None
     return (result, *output[1:]) if isinstance(output, tuple) else result

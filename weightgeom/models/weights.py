@@ -9,14 +9,16 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from weightgeom.compat.conversions import renaming
 from weightgeom.models.experts import Part, parts_of
 from weightgeom.models.json_files import is_lfs_pointer, json_object
 from weightgeom.models.quantisation import check_not_quantised
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
 
-# Old checkpoints of GPT-2, GPT-NeoX and Llama also store causal masks and rotary frequencies.
-BUFFER = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
+# Old checkpoints of GPT-2, GPT-NeoX and Llama also store causal masks and rotary frequencies, and those of
+# Apertus the constants of its activation.
+BUFFER = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$|\.act_fn\.(beta|eps)$")
 # Left in front of a parameter's name by DataParallel, PEFT, DeepSpeed, and anywhere in it by the others.
 INSIDE = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
 WRAPPERS = re.compile(rf"^(?:(?:module|_forward_module|base_model\.model|{INSIDE})\.)+|(?<=\.)(?:{INSIDE})\.")
@@ -133,8 +135,8 @@ def names_in_memory(stored: Collection[str], architecture: Architecture, where: 
     """The names of parameters in memory by those that they are stored under; errors call them by `where`.
 
     Prefixes that wrappers leave are passed over. Of a model that also sees or hears, the parameters are those
-    of its text model. Names are translated where the disk has others, and get the base model's prefix where
-    all of them leave it out. Masks and rotary frequencies are left out.
+    of its text model. Names are translated as transformers does it where the disk has others, and get the
+    base model's prefix where all of them leave it out. Masks and other buffers are left out.
 
     Raises:
         ValueError: if two stored names are the same parameter, or factors of an adapter are among them.
@@ -146,19 +148,20 @@ def names_in_memory(stored: Collection[str], architecture: Architecture, where: 
             " merge_and_unload and save the merged network"
         )
     kept = {key: name for key, name in plain.items() if not BUFFER.search(name)}
-    heads = (architecture.unembed, *architecture.aliases)
+    in_memory = renaming(architecture.model_type)
     if any(TEXT_MODEL.match(name) for name in kept.values()):
         kept = {
             key: TEXT_MODEL.sub("", name, count=1)
             for key, name in kept.items()
-            if TEXT_MODEL.match(name) or name in heads
+            if TEXT_MODEL.match(name) or in_memory(name) == architecture.unembed
         }
+    translated = {key: architecture.aliases.get(name) or in_memory(name) for key, name in kept.items()}
     prefix = architecture.embed.partition(".")[0] + "."
-    bare = not any(name.startswith(prefix) for name in kept.values())
+    bare = not any(name.startswith(prefix) for name in translated.values())
     names: dict[str, str] = {}
     keys: dict[str, str] = {}
     for key, short in kept.items():
-        name = architecture.aliases.get(short, short)
+        name = translated[key]
         if bare and name != architecture.unembed:
             name = architecture.aliases.get(prefix + short, prefix + name)
         names[key] = name

@@ -274,8 +274,8 @@ class _Grams:
     def _gram(self, stored: Tensor) -> Float[Tensor, "d d"]:
         stored = stored if self.divisor is None else stored / self.divisor
         gradient = self.matrix.of({self.matrix.parameter: stored})
-        if self.matrix.norm is not None:
-            gradient = self.matrix.norm.gain(self.start).to(gradient)[:, None] * gradient
+        if (gain := self.matrix.gain(self.start)) is not None:
+            gradient = gain.to(gradient)[:, None] * gradient
         x = gradient if self.matrix.role == "read" else gradient.T
         return x.T @ x
 

@@ -58,16 +58,16 @@ class CheckpointWriter(TrainerCallback):
         tokenizer: "PreTrainedTokenizerBase",
         log_metrics: Log,
         first_loss: float | None,
+        router_weight: float,
         keep_start: bool,
-        balance: float = 0.0,
     ) -> None:
         self.directory = directory
         self.steps = steps
         self.tokenizer = tokenizer
         self.log_metrics = log_metrics
         self.first_loss = first_loss
+        self.router_weight = router_weight
         self.keep_start = keep_start
-        self.balance = balance  # the weight of a router's balance, which TRL adds to the loss
         self.last: Path | None = None
 
     def on_train_begin(
@@ -107,12 +107,13 @@ class CheckpointWriter(TrainerCallback):
             return
         if not math.isfinite(loss):
             raise FloatingPointError(self._diverged(f"the loss is {loss}", state.global_step))
-        own = loss - self.balance * logs.get("aux_loss", 0.0)
-        if state.global_step == 1 and self.first_loss is not None and abs(own - self.first_loss) > 1e-3:
-            raise RuntimeError(
-                f"the first loss is {own:.4f} instead of {self.first_loss:.4f}:"
-                " the reference does not equal the policy at the start"
-            )
+        if state.global_step == 1 and self.first_loss is not None:
+            expected = self.first_loss + self.router_weight * logs.get("aux_loss", 0.0)
+            if abs(loss - expected) > 1e-3:
+                raise RuntimeError(
+                    f"the first loss is {loss:.4f} instead of {expected:.4f}:"
+                    " the reference does not equal the policy at the start"
+                )
         self.log_metrics(
             {name: float(logs[name]) for name in LIVE_METRICS if name in logs}, state.global_step
         )

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from weightgeom.compat.fused_head import router_weight
 from weightgeom.interfaces import Log, Objective
 from weightgeom.interruption import Request, no_request
 from weightgeom.models.loading import check_length
@@ -101,8 +102,8 @@ def fit(
             tokenizer,
             log_metrics,
             objective.first_loss,
+            router_weight(trainer),
             keep_start=start is None and state is None,
-            balance=getattr(trainer, "router_aux_loss_coef", 0.0),
         )
     )
     # After the checkpoint of the same step.

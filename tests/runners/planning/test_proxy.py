@@ -4,7 +4,7 @@ import pytest
 import small
 import torch
 from networks import CONFIGS, MIXTURES, language_model
-from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
+from transformers import AutoConfig, FalconConfig, GPTNeoXConfig, LlamaConfig, OPTConfig, Qwen3Config
 
 from runners.planning.live_memory import LiveMemory
 from runners.planning.proxy import lengths_by, proxy_of, standin, standin_tokenizer
@@ -14,6 +14,15 @@ from weightgeom.models.residual import architecture_of
 LARGE = [
     GPTNeoXConfig(hidden_size=2048, num_hidden_layers=16, num_attention_heads=8, intermediate_size=8192),
     LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8),
+    FalconConfig(hidden_size=8192, num_attention_heads=128, num_kv_heads=8, new_decoder_architecture=True),
+    OPTConfig(
+        hidden_size=2048,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        ffn_dim=8192,
+        word_embed_proj_dim=2048,
+        max_position_embeddings=16,  # their table has another proportion
+    ),
     Qwen3Config(
         hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128
     ),
