@@ -29,6 +29,7 @@ from weightgeom.text.tokens import packed
 from weightgeom.training.fit import fit
 
 EXAMPLES, TOKENIZER = WORLD.examples(), WORLD.tokenizer()
+TYPES = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3", "deepseek_v3_full_q", "llama4_text")
 D, K = 32, 4
 TOKENS, LENGTH = 256, 96
 EDITED: dict[str, list[Kind]] = {
@@ -127,7 +128,7 @@ def names(rows: list[Row], quantity: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", TYPES)
 def test_updates_planted_in_the_networks_own_weights_are_found_matrix_by_matrix(name, inside, tmp_path):
     network = network_of(name)
     before = saved(network, tmp_path / "before")
@@ -160,7 +161,7 @@ def test_updates_planted_in_the_networks_own_weights_are_found_matrix_by_matrix(
     assert found == pytest.approx(dict.fromkeys(by_hand(network, name), D / K if inside else 0.0), abs=1e-3)
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", TYPES)
 def test_the_map_has_the_networks_own_matrices(name, tmp_path):
     network = network_of(name)
     directory = saved(network, tmp_path)
@@ -174,7 +175,7 @@ def test_the_map_has_the_networks_own_matrices(name, tmp_path):
         assert params[matrix.parameter].shape == params.shape(matrix.parameter)
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", TYPES)
 def test_the_logits_of_a_checkpoint_are_those_that_transformers_makes_of_it(name, tmp_path):
     directory = saved(network_of(name), tmp_path)
     (batch, *_) = packed(EXAMPLES.heldout, TOKENIZER, 24, 96)
@@ -223,7 +224,7 @@ def test_a_type_whose_stacks_are_made_in_another_way_is_refused():
         names_on_disk("mixtral", [], stacks)
 
 
-@pytest.fixture(scope="module", params=MIXTURES)
+@pytest.fixture(scope="module", params=TYPES)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Setting]:
     """A type, and a DPO training of two steps from a checkpoint of it."""
     name, directory = request.param, tmp_path_factory.mktemp(request.param)
@@ -283,7 +284,7 @@ def test_attention_and_shared_experts_are_edited(trained):
     assert min(one["value"] for one in kl) > 0
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", TYPES)
 def test_routed_experts_are_not_edited(name):
     with pytest.raises(
         ValueError, match=r"L\d\.up\.0 is part of a mixture of experts, which cannot be edited"
@@ -291,7 +292,7 @@ def test_routed_experts_are_not_edited(name):
         chosen(architecture(name), ["up"], None)
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", TYPES)
 def test_every_kind_has_a_colour_in_the_figures(name):
     assert {matrix.kind for matrix in architecture(name).matrices} <= set(COLOURS)
 
