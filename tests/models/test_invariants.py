@@ -37,6 +37,12 @@ def swapped(one: Kind, other: Kind) -> Callable[[Map], Map]:
     return wrong
 
 
+def exchanged(one: Kind, other: Kind) -> Callable[[Map], Map]:
+    """Two kinds exchanged, wherever they are."""
+    names = {one: other, other: one}
+    return lambda architecture: each(architecture, lambda m: replace(m, kind=names.get(m.kind, m.kind)))
+
+
 def fused(rows: dict[str, Rows]) -> Callable[[Map], Map]:
     """Other rows of a fused weight."""
     return lambda architecture: each(
@@ -330,6 +336,58 @@ WRONG: dict[str, tuple[str, Callable[[Map], Map], set[str]]] = {
         "mixtral",
         mlp_read_at_attention,
         {"inputs_are_at_their_site", "experts_read_their_site"},
+    ),
+    "linear attention's q and k exchanged": (
+        "qwen3_5_text",
+        swapped("linear_q", "linear_k"),
+        {"mixers_act_in_their_time_and_heads"},
+    ),
+    "linear attention's v and z exchanged": (
+        "qwen3_next",
+        swapped("linear_v", "linear_z"),
+        {"mixers_act_in_their_time_and_heads"},
+    ),
+    "linear attention's strength and decay exchanged": (
+        "qwen3_5_text",
+        exchanged("linear_a", "linear_b"),
+        {"decays_act_on_the_past"},
+    ),
+    "the attention gate in front of q": (
+        "qwen3_5_text",
+        swapped("q", "attention_gate"),
+        {"gates_act_at_their_unit", "keys_act_through_queries"},
+    ),
+    "z and x of Mamba exchanged": (
+        "nemotron_h",
+        swapped("mamba_z", "mamba_x"),
+        {"mixers_act_in_their_time_and_heads"},
+    ),
+    "z of Mamba that begins with its second half": (
+        "falcon_h1",
+        of_kinds("mamba_z", rows=Rows(1, 72, 12, 24)),
+        {"mixer_units_stay_apart", "every_weight_is_mapped_once"},
+    ),
+    "a multiplier of a mixer forgotten": (
+        "falcon_h1",
+        of_kinds("mamba_o", factor=1.0),
+        {"writes_reach_the_stream"},
+    ),
+    "a layer without its mixer": (
+        "lfm2",
+        lambda architecture: replace(
+            architecture, matrices=tuple(m for m in architecture.matrices if m.block != "mixer")
+        ),
+        {"every_weight_is_mapped_once"},
+    ),
+    "a shared expert's router for that of the experts": (
+        "qwen3_5_moe_text",
+        exchanged("shared_router", "shared_up"),
+        {"hidden_units_stay_apart"},
+    ),
+    "the weight of the shared expert that is another matrix": (
+        "qwen3_next",
+        of_kinds("shared_router", module="model.layers.0.linear_attn.in_proj_ba"),
+        {"shared_routers_weight_the_shared_expert"},
     ),
 }
 

@@ -77,8 +77,8 @@ class Evaluation:
     """Measures edits of one model; only what lies behind the first edited matrix is run again.
 
     The layers before it are passed over, and so are the attention and the mixer of its own layer unless they
-    are edited, and the MLP if only the attention is and the two are parallel. What they put out is kept from one call
-    to the next, so measure edits layer by layer. The logits of the unedited model at all targets are held,
+    are edited, and the MLP if only the attention is and the two are parallel. What they put out is kept from
+    one call to the next, so measure edits layer by layer. The logits of the unedited model at all targets are held,
     in the dtype of the weights.
     """
 

@@ -14,7 +14,7 @@ from weightgeom.estimators.moments import Moment, Unit, activation_moments
 from weightgeom.geometry.bootstrap import FEW_TOKENS
 from weightgeom.geometry.subspace import Subspace, prediction_moment
 from weightgeom.interfaces import Setting
-from weightgeom.models.residual import ATTENTION, ResidualMatrix
+from weightgeom.models.residual import ResidualMatrix
 from weightgeom.params import Params
 from weightgeom.text.conversation import chats
 from weightgeom.text.tokens import packed

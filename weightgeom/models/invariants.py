@@ -269,7 +269,7 @@ def inner_matrices_lie_between(specimen: Specimen) -> None:
 
 
 def writes_reach_the_stream(specimen: Specimen) -> None:
-    """A layer adds to the residual stream the outputs of what writes, through their norm, and nothing else."""
+    """A layer adds to the residual stream the outputs of what writes, through their norm, and no more."""
     architecture = specimen.architecture
     for layer in range(architecture.n_layers):
         path = module_path(architecture, layer)
@@ -383,9 +383,9 @@ def decays_act_on_the_past(specimen: Specimen) -> None:
 
 
 def experts_are_their_own(specimen: Specimen) -> None:
-    """An expert acts on the tokens that its row of the router chooses, affinely in down and, behind a gate, in up alone.
+    """An expert acts on the tokens that its row of the router chooses, affinely in down and in up alone.
 
-    It is silent with down at zero. With up at zero it need not be: gpt-oss adds 1 to the output of up.
+    In up it does so behind a gate. It is silent with down at zero. With up at zero it need not be: gpt-oss adds 1 to the output of up.
     """
     for router, matrices in specimen.experts():
         block = specimen.site(router.layer, "mlp_input")
@@ -412,6 +412,20 @@ def experts_are_their_own(specimen: Specimen) -> None:
                 is_affine == expected,
                 f"the output of {block} is {'affine' if is_affine else 'not affine'} in {matrix.name}",
             )
+
+
+def shared_routers_weight_the_shared_expert(specimen: Specimen) -> None:
+    """With the down of the shared expert at zero, its router does not matter, nor do its reads."""
+    for down in specimen.of_kind("shared_down"):
+        silent = _zero(down, specimen.unbiased)
+        for matrix in specimen.of_kind("shared_router", "shared_gate", "shared_up"):
+            if matrix.layer == down.layer:
+                _require(
+                    _same_logits(specimen, silent, _scaled(matrix, silent)),
+                    f"{matrix.name} matters with {down.name} at zero",
+                )
+                unchanged = _same_logits(specimen, specimen.unbiased, _scaled(matrix, specimen.unbiased))
+                _require(not unchanged, f"{matrix.name} never matters")
 
 
 def experts_read_their_site(specimen: Specimen) -> None:
@@ -539,6 +553,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     mixer_units_stay_apart,
     decays_act_on_the_past,
     experts_are_their_own,
+    shared_routers_weight_the_shared_expert,
     experts_read_their_site,
     parallel_layers_read_one_stream,
     norms_have_their_gain,

@@ -85,8 +85,8 @@ def delta_net(config: Any, layer: int, by_head: bool) -> list[ResidualMatrix]:
 def gated_hybrid(config: Any, by_head: bool = False) -> Architecture:
     """Qwen's decoder of Gated DeltaNet and, in every fourth layer, softmax attention with gated outputs.
 
-    Of each head, q_proj has the rows of q and behind them those of the gate. The gain of a norm is 1 + weight,
-    but inside a mixer.
+    Of each head, q_proj has the rows of q and behind them those of the gate. The gain of a norm is
+    1 + weight, but inside a mixer.
     """
     heads, width = config.num_attention_heads, head_size(config)
     starts: dict[Kind, int] = {"q": 0, "attention_gate": width}

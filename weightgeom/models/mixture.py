@@ -20,7 +20,8 @@ class Mixture:
     `block` has the router and the experts in it, and the expert that all tokens share where `shared` names
     it; where `shared_router` names one, its one row weights the shared expert. Experts that are not `gated`
     have an up and a down alone. Of an expert's entries in the network's stacks, gate and up are `interleaved`
-    row by row instead of one below the other, and all are `transposed` where they are stored as (d_in, d_out).
+    row by row instead of one below the other, and all are `transposed` where they are stored as
+    (d_in, d_out).
     """
 
     experts: int

@@ -227,8 +227,8 @@ class Architecture:
     that a missing `unembed` is no mistake. `parallel` says that attention and MLP are added to the stream in
     one sum, so that o and down of a layer share their upstream gradient. `stacks` has the parameters of
     experts, which the network holds in stacks. `inner` names matrices that lie between those of the map:
-    neither their input nor their output is the residual stream. The width of a head is `d_head` or, of queries
-    and keys that have another, `d_query`.
+    neither their input nor their output is the residual stream. The width of a head is `d_head` or, of
+    queries and keys that have another, `d_query`.
     """
 
     d_model: int

@@ -79,8 +79,8 @@ class Overlap:
     A pair is `one:other`, in the column `subspace`. The subspaces: `delta`, `weight` and `gradient` are
     the top singular directions, on the residual stream's side, of the update since the start, of the
     matrix, and of the mean gradient G; `upstream` those of E[δ δᵀ] at the output of o and down;
-    `attention_input`, `mixer_input` and `mlp_input` those of the layer's inputs on held-out text; `prediction` that of
-    the unembedding. They are those of the checkpoint, but with a suffix those of the trajectory's start
+    `attention_input`, `mixer_input` and `mlp_input` those of the layer's inputs on held-out text;
+    `prediction` that of the unembedding. They are those of the checkpoint, but with a suffix those of the trajectory's start
     (`_before`), of its end (`_end`), of the checkpoints in `other` (`_other`), or of the next layer's
     matrix of the same kind (`_next_layer`). Gradients are taken on training examples, and only where the
     objective is known, as if it began at that model: a reference policy is the model itself. What has
