@@ -1,12 +1,15 @@
 """Pages of the reference that come from the project's own files: layers, configuration and architectures.
 
-`mkdocs` calls `on_files` as a hook; `python docs/generate.py` draws the pictures of the layers anew.
+`mkdocs` calls `on_files` as a hook; `python docs/generate.py` draws the pictures of the layers anew, and
+verifies every residual map for the page of architectures.
 """
 
 import html
 import re
+import sys
 import tomllib
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,6 @@ def on_files(files: Any, config: Any) -> Any:
     pages = {
         "reference/layers.md": layers_page(),
         "reference/configuration.md": configuration_page(),
-        "reference/architectures.md": architectures_page(),
     }
     for place, content in pages.items():
         files.append(File.generated(config, place, content=content))
@@ -109,21 +111,50 @@ def configuration_page() -> str:
     return "\n".join(parts)
 
 
+def verified() -> dict[str, list[tuple[str, list[str]]]]:
+    """By model type, each small network of it that the tests have, with the claims that do not hold for it."""
+    sys.path.append(str(ROOT / "tests/helpers"))
+    from networks import CONFIGS, MIXTURES
+
+    from weightgeom.check import CHECKS, failure
+    from weightgeom.models.specimen import Specimen
+
+    found: dict[str, list[tuple[str, list[str]]]] = {}
+    for name, config in (CONFIGS | MIXTURES).items():
+        specimen = Specimen.of(config(50, 16))
+        failed = [check.__name__ for check in CHECKS if failure(check, specimen) is not None]
+        found.setdefault(specimen.network.config.model_type, []).append((name, failed))
+    return found
+
+
 def architectures_page() -> str:
-    """The model types that have a map, with the first sentence of each."""
+    """The model types that have a map: the models, and what was verified with which library, and when."""
+    import transformers
+
+    from weightgeom.check import CHECKS
+
+    date = datetime.now(UTC).date().isoformat()
     parts = [
         "# Architectures\n",
-        "Model types with a residual-stream map. Every map is verified by behaviour on a small random network of"
-        " the type's own config class, by `weightgeom check MODEL_OR_TYPE` and by the tests.\n",
-        "| model type | models |\n|---|---|",
+        "Model types with a residual-stream map. Every map is verified by behaviour: the claims below are tested on"
+        " small random networks of the type's own config class, one for each form that it has. `weightgeom check"
+        " MODEL_OR_TYPE` tests them for any checkpoint, `python docs/generate.py` makes this page.\n",
+        "Of a model that also sees or hears, such as `gemma3` or `mistral3`, the text part is measured.\n",
+        "| model type | models | networks | claims that hold | transformers | date |\n|---|---|--:|--:|---|---|",
     ]
-    for path in sorted((ROOT / "weightgeom/architectures").glob("*.py")):
-        if path.stem != "__init__":
-            found = re.match(r'"""(.+?)\.?"""', path.read_text(), re.S)
-            parts.append(f"| `{path.stem}` | {' '.join(found[1].split()) if found else ''} |")
+    for model_type, networks in sorted(verified().items()):
+        docstring = (ROOT / f"weightgeom/architectures/{model_type}.py").read_text()
+        models = " ".join(docstring.split('"""')[1].split()).removesuffix(".")
+        held = len(CHECKS) - len({name for _, failed in networks for name in failed})
+        parts.append(
+            f"| `{model_type}` | {models} | {len(networks)} | {held} of {len(CHECKS)} |"
+            f" {transformers.__version__} | {date} |"
+        )
+    parts += ["\n## Claims\n", *(f"- {(check.__doc__ or '').splitlines()[0]}" for check in CHECKS)]
     return "\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":
     for package, layers in contracts().items():
         (ROOT / f"docs/layers_{package}.svg").write_text(layers_svg(layers))
+    (ROOT / "docs/reference/architectures.md").write_text(architectures_page())

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 from networks import save
@@ -68,6 +69,11 @@ def test_of_a_type_key_value_groups_are_checked_where_there_can_be_some():
     assert config_of("gemma2").num_key_value_heads == 4  # by default half of the 8
 
 
+def test_settings_that_do_not_go_with_small_sizes_are_not_warned_of(capsys):
+    assert main(["apertus"]) == 0  # whose default positions are those of a context of 8192 tokens and more
+    assert "rope" not in capsys.readouterr().err
+
+
 def test_of_a_type_that_also_sees_the_text_part_is_checked():
     assert config_of("gemma3").model_type == "gemma3_text"
 
@@ -87,7 +93,7 @@ def test_constant_factors_that_the_map_lacks_are_found_out(monkeypatch):
     sentence = failure(writes_reach_the_stream, granite(residual_multiplier=0.5))
     assert sentence == "L0.o adds to the residual stream other than the map says: a norm or a factor"
     assert failure(logits_are_those_of_the_library, granite(logits_scaling=2.0)) is None
-    head = granite(logits_scaling=2.0).network.get_output_embeddings()
+    head: Any = granite(logits_scaling=2.0).network.get_output_embeddings()
     monkeypatch.setattr(check, "logits_of", lambda network, hidden: head(hidden))
     sentence = failure(logits_are_those_of_the_library, granite(logits_scaling=2.0))
     assert sentence is not None and "changes its logits behind the unembedding in a way that" in sentence

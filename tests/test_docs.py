@@ -4,10 +4,14 @@ import re
 import runpy
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from app import ROOT
+from networks import CONFIGS, MIXTURES
+
+from weightgeom.check import CHECKS
 
 GENERATED = runpy.run_path(str(ROOT / "docs/generate.py"))
 
@@ -18,6 +22,15 @@ def test_the_picture_of_the_layers_is_drawn_from_the_contracts(package: str) -> 
     assert (ROOT / f"docs/layers_{package}.svg").read_text() == drawn, "run: python docs/generate.py"
     modules = {path.stem for path in (ROOT / package).iterdir() if path.suffix == ".py" or path.is_dir()}
     assert set(re.findall(r">(\w+)</text>", drawn)) == modules - {"__init__", "__pycache__"}
+
+
+def test_the_page_of_architectures_has_every_map_and_every_network_and_every_claim_holds() -> None:
+    page = (ROOT / "docs/reference/architectures.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| (\d+) \| (\d+) of (\d+) \|", page, re.M)
+    networks = Counter(config(50, 16).model_type for config in (CONFIGS | MIXTURES).values())
+    whole = str(len(CHECKS))
+    expected = [(name, str(number), whole, whole) for name, number in sorted(networks.items())]
+    assert rows == expected, "run: python docs/generate.py"
 
 
 def test_the_measurement_of_the_guide_is_a_probe(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,19 @@ def failure(invariant: Invariant, specimen: Specimen) -> str | None:
     return None
 
 
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Within it transformers does not warn of settings of a config that do not go with its small sizes."""
+    from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
+
+    before = get_verbosity()
+    set_verbosity_error()
+    try:
+        yield
+    finally:
+        set_verbosity(before)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Print each invariant of a model's map as passed or failed; the exit code is 1 if one failed."""
     parser = argparse.ArgumentParser(
@@ -101,12 +115,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "model", help="a model type such as olmo3, a checkpoint directory, or a hub name (NAME@REVISION)"
     )
+    model = parser.parse_args(arguments).model
     try:
-        config = small_config(config_of(parser.parse_args(arguments).model))
+        with _unwarned():
+            config = small_config(config_of(model))
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    specimen = Specimen.of(config)
+    with _unwarned():
+        specimen = Specimen.of(config)
     failures = 0
     for invariant in CHECKS:
         reason = failure(invariant, specimen)

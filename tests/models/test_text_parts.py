@@ -84,8 +84,9 @@ def test_a_network_that_sees_has_the_text_weights_of_its_checkpoint(model_type, 
 
 
 def test_the_tying_is_that_of_the_whole_model():
-    config = Mistral3Config(text_config=CONFIGS["ministral3"](50, 16), tie_word_embeddings=True)
-    assert not config.text_config.tie_word_embeddings
+    text = CONFIGS["ministral3"](50, 16)
+    config = Mistral3Config(text_config=text, tie_word_embeddings=True)
+    assert not text.tie_word_embeddings
     assert text_part(config).tie_word_embeddings and architecture_of(config).tied
 
 

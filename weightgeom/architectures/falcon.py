@@ -10,12 +10,7 @@ if TYPE_CHECKING:
 
 QKV = "self_attention.query_key_value"
 NAMES = Names(
-    embed="transformer.word_embeddings",
-    layers="transformer.h",
-    final_norm="transformer.ln_f",
-    q=QKV,
-    k=QKV,
-    v=QKV,
+    *("transformer.word_embeddings", "transformer.h", "transformer.ln_f", "lm_head", QKV, QKV, QKV),
     o="self_attention.dense",
     gate=None,
     up="mlp.dense_h_to_4h",
@@ -25,7 +20,8 @@ NAMES = Names(
 
 def architecture(config: "FalconConfig") -> Architecture:
     """Fused by group: one group of all heads (7B), several (40B, 180B), or one for each head (RW)."""
-    heads = 1 if config.multi_query else config.num_attention_heads
-    groups = config.num_kv_heads if config.new_decoder_architecture else heads
-    parallel = config.new_decoder_architecture or config.parallel_attn
-    return decoder(config, NAMES, rows=fused_by_group(config, groups), groups=groups, parallel=bool(parallel))
+    groups = 1 if config.multi_query else config.num_attention_heads
+    if config.new_decoder_architecture:
+        groups = config.num_kv_heads or config.num_attention_heads
+    parallel = bool(config.new_decoder_architecture or config.parallel_attn)
+    return decoder(config, NAMES, rows=fused_by_group(config, groups), groups=groups, parallel=parallel)

@@ -1,4 +1,4 @@
-"""Gemma-3, text alone (1B and below); the larger ones are of type `gemma3`."""
+"""Gemma-3: text alone (1B and below), or the text part of the larger ones (`gemma3`)."""
 
 from typing import TYPE_CHECKING
 

@@ -21,5 +21,6 @@ NAMES = replace(
 def architecture(config: "Glm4Config") -> Architecture:
     """Llama's map with gate and up fused, in this order, and norms behind attention and MLP as well."""
     d_mlp = config.intermediate_size
-    rows = {"gate": Rows(1, 2 * d_mlp, 0, d_mlp), "up": Rows(1, 2 * d_mlp, d_mlp, d_mlp)}
-    return decoder(config, NAMES, rows=rows)
+    return decoder(
+        config, NAMES, rows={"gate": Rows(1, 2 * d_mlp, 0, d_mlp), "up": Rows(1, 2 * d_mlp, d_mlp, d_mlp)}
+    )

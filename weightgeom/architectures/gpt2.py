@@ -8,13 +8,9 @@ from weightgeom.models.residual import Architecture, Rows
 if TYPE_CHECKING:
     from transformers import GPT2Config
 
+QKV = "attn.c_attn"
 NAMES = Names(
-    embed="transformer.wte",
-    layers="transformer.h",
-    final_norm="transformer.ln_f",
-    q="attn.c_attn",
-    k="attn.c_attn",
-    v="attn.c_attn",
+    *("transformer.wte", "transformer.h", "transformer.ln_f", "lm_head", QKV, QKV, QKV),
     o="attn.c_proj",
     gate=None,
     up="mlp.c_fc",

@@ -10,12 +10,7 @@ if TYPE_CHECKING:
 
 QKV = "attention.query_key_value"
 NAMES = Names(
-    embed="gpt_neox.embed_in",
-    layers="gpt_neox.layers",
-    final_norm="gpt_neox.final_layer_norm",
-    q=QKV,
-    k=QKV,
-    v=QKV,
+    *("gpt_neox.embed_in", "gpt_neox.layers", "gpt_neox.final_layer_norm", "lm_head", QKV, QKV, QKV),
     o="attention.dense",
     gate=None,
     up="mlp.dense_h_to_4h",

@@ -1,4 +1,4 @@
-"""Ministral 3."""
+"""Ministral 3, the text part of `mistral3`."""
 
 from typing import TYPE_CHECKING
 
