@@ -8,7 +8,7 @@ import pytest
 import torch
 from networks import CONFIGS, MIXTURES, language_model, save
 from torch.testing import assert_close
-from transformers import NemotronHConfig
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, NemotronHConfig
 
 from weightgeom.causal.effects import Effects, Evaluation
 from weightgeom.check import failure
@@ -29,6 +29,7 @@ from weightgeom.probes.overlap import Overlap
 from weightgeom.probes.rsf import RSF
 from weightgeom.probes.spectrum import Spectrum
 from weightgeom.table import tabulate
+from weightgeom.text.tokens import Batch
 
 HYBRIDS = ("qwen3_5_text", "qwen3_next", "lfm2", "falcon_h1", "nemotron_h")
 LINEAR = ["linear_q", "linear_k", "linear_v", "linear_z", "linear_b", "linear_a", "linear_o"]
@@ -182,3 +183,20 @@ def test_a_checkpoint_with_stacked_experts_is_read_expert_by_expert(tmp_path, to
     shapes = {m.name: tuple(m.of(params).shape) for m in model.architecture.matrices if m.layer == 0}
     assert shapes["L0.up.2"] == (12, 32) and shapes["L0.down.2"] == (32, 12)
     assert shapes["L0.shared_up"] == (14, 32) and shapes["L0.shared_router"] == (1, 32)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe"])
+def test_the_text_part_of_a_model_that_sees_computes_as_within_it(model_type, tmp_path, tokenizer):
+    text = (CONFIGS | MIXTURES)[f"{model_type}_text"](len(tokenizer), 128)
+    sizes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    seeing = {**sizes, "out_hidden_size": 32, "num_position_embeddings": 16}
+    config = CONFIG_MAPPING[model_type](text_config=text.to_dict(), vision_config=seeing)
+    network = AutoModelForImageTextToText.from_config(config).eval()
+    network.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = load(tmp_path, "cpu")
+    ids = torch.tensor([[3, 14, 15, 9, 26]])
+    batch = Batch(ids, torch.ones_like(ids), torch.ones_like(ids).bool())
+    with torch.no_grad():
+        expected = network(input_ids=ids).logits
+    assert_close(model.logits(model.hold(model.params(tmp_path)), batch), expected, rtol=1e-5, atol=1e-6)
