@@ -8,7 +8,7 @@ import pytest
 import torch
 from networks import CONFIGS, MIXTURES, language_model, save
 from torch.testing import assert_close
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, NemotronHConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, NemotronHConfig
 
 from weightgeom.causal.effects import Effects, Evaluation
 from weightgeom.check import failure
@@ -190,7 +190,7 @@ def test_the_text_part_of_a_model_that_sees_computes_as_within_it(model_type, tm
     text = (CONFIGS | MIXTURES)[f"{model_type}_text"](len(tokenizer), 128)
     sizes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
     seeing = {**sizes, "out_hidden_size": 32, "num_position_embeddings": 16}
-    config = CONFIG_MAPPING[model_type](text_config=text.to_dict(), vision_config=seeing)
+    config = AutoConfig.for_model(model_type, text_config=text.to_dict(), vision_config=seeing)
     network = AutoModelForImageTextToText.from_config(config).eval()
     network.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
