@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ def logits_are_those_of_the_library(specimen: Specimen) -> None:
     """The library makes the network's logits of its final hidden states."""
     final = specimen.architecture.final_norm.parameter.removesuffix(".weight")
     logits = logits_of(specimen.network, specimen.flow.outputs[final])
-    if not torch.allclose(logits, specimen.flow.logits, rtol=1e-5, atol=1e-5):
+    if not torch.allclose(logits, specimen.flow.logits.to(logits), rtol=1e-5, atol=1e-5):
         raise ValueError(
             "the network changes its logits behind the unembedding in a way that logits_of has not"
         )
@@ -59,6 +59,10 @@ CHECKS: tuple[Invariant, ...] = (
 )
 
 
+# Types whose defaults lack a sort of layer that their models have.
+VARIED: Mapping[str, dict[str, Any]] = {"lfm2": {"full_attn_idxs": [2, 5, 8]}}
+
+
 def config_of(name: str) -> "PreTrainedConfig":
     """The config of a model type with its defaults, of a checkpoint directory, or of a hub model.
 
@@ -70,9 +74,10 @@ def config_of(name: str) -> "PreTrainedConfig":
 
     if name not in CONFIG_MAPPING or Path(name).is_dir():
         return load_config(fetch(name, weights=False))
-    config = text_part(CONFIG_MAPPING[name]())
+    config = text_part(CONFIG_MAPPING[name](**VARIED.get(name, {})))
     groups = getattr(config, "num_key_value_heads", None)
-    if groups is not None and groups == config.num_attention_heads:
+    latent = getattr(config, "kv_lora_rank", None) is not None  # then each head has its own keys and values
+    if groups is not None and groups == config.num_attention_heads and not latent:
         config.num_key_value_heads = groups // 2  # groups are checked wherever the type can have them
     return config
 

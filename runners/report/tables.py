@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
     from runners.report.read import Study
 
-ORDER = ("q", "k", "v", "gate", "up", "o", "down")
+ORDER = (
+    *("q", "q_a", "k", "kv_a", "k_rope", "v", "router", "gate", "up", "shared_gate", "shared_up"),
+    *("o", "down", "shared_down"),
+)
 NUMBERS = ("before", "after", "change", "read", "write")
 BRIDGED = ("before (1)", "after (1)", "change (1)", "read ratio (1)", "write ratio (1)")
 NULL, BEYOND = "null ±\u00a02\u00a0sd", "q\u00a0≤\u00a00.05"
@@ -140,7 +143,9 @@ def _matrices(found: Condensed) -> Shown:
     order = {matrix: number for number, matrix in enumerate(ORDER)}
     rows = []
     for setting, part in table.groupby("setting", sort=False):
-        for _, row in part.sort_values("matrix", key=lambda names: names.map(order)).iterrows():
+        for _, row in part.sort_values(
+            "matrix", key=lambda names: names.map(order), kind="stable"
+        ).iterrows():
             rows.append([
                 setting, row["role"], row["matrix"], str(row["k"]),
                 _estimate(row["ratio"], row["low"], row["high"]), _null(row), _number(row["z"], ".1f"),

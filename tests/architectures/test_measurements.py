@@ -1,6 +1,7 @@
 """Every type is trained and measured: a step of DPO on its checkpoint, the probes and an intervention."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import networks
@@ -11,6 +12,7 @@ from weightgeom.causal.effects import Effects
 from weightgeom.interfaces import Setting
 from weightgeom.interventions.rank1 import Rank1
 from weightgeom.models.loading import load, load_network
+from weightgeom.models.residual import Kind
 from weightgeom.objectives.dpo import DPO
 from weightgeom.probes.moments import Moments
 from weightgeom.probes.rsf import RSF
@@ -21,8 +23,12 @@ EXAMPLES = small.WORLD.examples()
 D, K = 32, 4
 TRAINING = Training(steps=1, batch_size=8, learning_rate=1e-3, max_length=48, log_every=1)
 EFFECTS = Effects(tokens=48, length=12, pairs=2, pair_length=32, questions=2)
-RANK1 = Rank1(
-    matrices=["k", "o"], layers=[1], strengths=[0.1], tokens=48, controls={"random": 19}, effects=EFFECTS
+RANK1 = Rank1(strengths=[0.1], tokens=48, controls={"random": 19}, effects=EFFECTS)
+EDITED: tuple[list[Kind], ...] = (
+    ["k", "o"],
+    ["linear_k", "linear_o"],
+    ["conv_x", "conv_o"],
+    ["mamba_x", "mamba_o"],
 )
 
 
@@ -50,9 +56,12 @@ def test_a_step_of_dpo_moves_every_matrix_and_is_measured_on_disk(name: str, tmp
     for quantity in ("predicted_ratio", "forecast_adam_ratio"):  # no gradients are taken of a mixture
         assert measured(rows, quantity) == (set() if model.architecture.stacks else matrices)
 
-    rows = RANK1.rows(setting, lambda metrics, done: None)
-    effects = [row["value"] for row in rows if row["quantity"] == "kl_from_unedited"]
-    assert len(effects) == 2 * 20 and min(effects) > 0  # the treatment and 19 draws, of k and of o
+    for kinds in EDITED:
+        layers = [matrix.layer for matrix in model.architecture.matrices if matrix.kind == kinds[0]]
+        if layers:
+            rows = replace(RANK1, matrices=kinds, layers=layers[-1:]).rows(setting, lambda *_: None)
+            effects = [row["value"] for row in rows if row["quantity"] == "kl_from_unedited"]
+            assert len(effects) == 2 * 20 and min(effects) > 0  # the treatment and 19 draws, of both kinds
 
 
 def measured(rows, quantity) -> set[str]:

@@ -46,8 +46,7 @@ def test_an_update_planted_in_a_subspace_has_the_ratio_d_over_k_and_one_outside_
     writes = output_axes(model, start)[:, part]
     end = start
     for matrix in model.architecture.matrices:
-        site = "attention_input" if matrix.kind in ("q", "k", "v") else "mlp_input"
-        axes = reads[matrix.layer, site] if matrix.role == "read" else writes
+        axes = reads[matrix.layer, matrix.site] if matrix.role == "read" else writes
         d_out, d_in = matrix.of(start).shape
         other = d_out if matrix.role == "read" else d_in
         delta = torch.randn(other, axes.shape[1], generator=generator, dtype=torch.float64) @ axes.T / 10

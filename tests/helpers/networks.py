@@ -43,6 +43,42 @@ def grouped(model_type: str, **options: Any) -> Config:
     return plain(model_type, num_key_value_heads=2, head_dim=6, **options)
 
 
+HYBRID = ["linear_attention", "linear_attention", "full_attention"]
+SHARED = {
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 14,
+}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+}
+MAMBA = {"mamba_d_ssm": 24, "mamba_n_heads": 4, "mamba_d_head": 6, "mamba_n_groups": 2, "mamba_d_state": 5}
+MULTIPLIERS = {
+    "attention_in_multiplier": 0.8,
+    "attention_out_multiplier": 0.6,
+    "ssm_in_multiplier": 1.2,
+    "ssm_out_multiplier": 0.5,
+    "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7],
+    "mlp_multipliers": [0.9, 0.7],
+    "key_multiplier": 0.9,
+    "embedding_multiplier": 1.5,
+    "lm_head_multiplier": 0.5,
+}
+ONE_MIXER_A_LAYER = ["linear_attention", "full_attention", "mlp", "linear_attention"]
+OF_NEMOTRON = {
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 6,
+    "n_groups": 2,
+    "ssm_state_size": 5,
+    "n_routed_experts": 3,
+    "moe_intermediate_size": 12,
+    "moe_shared_expert_intermediate_size": 14,
+}
+
 CONFIGS: dict[str, Config] = {
     "gpt_neox": plain("gpt_neox"),
     "gpt_neox_sequential": plain("gpt_neox", use_parallel_residual=False),
@@ -82,16 +118,38 @@ CONFIGS: dict[str, Config] = {
         "falcon", ffn_hidden_size=40, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1
     ),
     "bloom": plain("bloom"),
+    "qwen3_5_text": grouped("qwen3_5_text", layer_types=HYBRID[1:], **LINEAR),
+    "lfm2": grouped("lfm2", layer_types=["conv", "full_attention"]),
+    "falcon_h1": grouped("falcon_h1", **MAMBA, **MULTIPLIERS),
+    "falcon_h1_normed": grouped("falcon_h1", mamba_rms_norm=True, **MAMBA),
+    "nemotron_h": grouped("nemotron_h", layers_block_type=ONE_MIXER_A_LAYER, **OF_NEMOTRON),
 }
 
 # One network of each form: fused, transposed, with grouped heads, norms behind, biases, or multipliers.
 FORMS = ("gpt_neox", "gpt2", "llama", "llama_tied", "phi3", "olmo2", "gemma2", "opt", "granite", "falcon_new")
 
-# Their experts have no modules of their own: what they read and write is tested in test_qwen3_moe.py.
+LATENT = {"kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+FOUR = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+DEEPSEEK = LATENT | FOUR | {"moe_intermediate_size": 12, "first_k_dense_replace": 1, "n_shared_experts": 2}
+
+# Their experts have no modules of their own: what they read and write is tested in test_mixtures.py.
 MIXTURES: dict[str, Config] = {
     "qwen3_moe": grouped(
         "qwen3_moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=12, mlp_only_layers=[1]
-    )
+    ),
+    "mixtral": grouped("mixtral", num_local_experts=3, num_experts_per_tok=2),
+    "olmoe": plain("olmoe", num_key_value_heads=2, num_experts=3, num_experts_per_tok=2),
+    "gpt_oss": grouped("gpt_oss", num_local_experts=3, num_experts_per_tok=2, layer_types=PATTERN),
+    "deepseek_v3": plain("deepseek_v3", num_key_value_heads=4, q_lora_rank=20, **DEEPSEEK),
+    "deepseek_v3_full_q": plain(
+        "deepseek_v3", num_key_value_heads=4, q_lora_rank=None, attention_bias=True, **DEEPSEEK
+    ),
+    "qwen3_next": grouped(
+        "qwen3_next", num_hidden_layers=3, layer_types=HYBRID, mlp_only_layers=[2], **SHARED, **LINEAR
+    ),
+    "qwen3_5_moe_text": grouped("qwen3_5_moe_text", layer_types=HYBRID[1:], **SHARED, **LINEAR),
+    "nemotron_h_moe": grouped("nemotron_h", layers_block_type=["moe", "full_attention"], **OF_NEMOTRON),
+    "llama4_text": grouped("llama4_text", num_local_experts=3, moe_layers=[1], intermediate_size_mlp=44),
 }
 
 

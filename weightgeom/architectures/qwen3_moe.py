@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from weightgeom.models.gated_decoder import gated_decoder
+from weightgeom.models.mixture import is_sparse
 from weightgeom.models.residual import Architecture
 
 if TYPE_CHECKING:
@@ -12,9 +13,3 @@ if TYPE_CHECKING:
 def architecture(config: "Qwen3MoeConfig") -> Architecture:
     """Llama's map with a router and many small MLPs in the layers that are not named as dense."""
     return gated_decoder(config, sparse=lambda layer: is_sparse(config, layer))
-
-
-def is_sparse(config: "Qwen3MoeConfig", layer: int) -> bool:
-    """Whether a layer has experts."""
-    step = config.decoder_sparse_step
-    return layer not in (config.mlp_only_layers or []) and config.num_experts > 0 and (layer + 1) % step == 0

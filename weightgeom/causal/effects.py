@@ -16,7 +16,7 @@ from weightgeom.compat.torch_internals import exchange_parameter
 from weightgeom.estimators.lm_head import logits_of
 from weightgeom.geometry.divergences import divergences
 from weightgeom.models.language_model import LanguageModel
-from weightgeom.models.residual import ATTENTION, MLP, module_path
+from weightgeom.models.residual import ATTENTION, MIXER, MLP, module_path
 from weightgeom.params import Params
 from weightgeom.text.examples import Examples
 from weightgeom.text.tokens import Batch, answers, packed, responses
@@ -76,10 +76,10 @@ class _Scored:
 class Evaluation:
     """Measures edits of one model; only what lies behind the first edited matrix is run again.
 
-    The layers before it are passed over, and so is the attention of its own layer if only the MLP is edited,
-    and the MLP if only the attention is and the two are parallel. What they put out is kept from one call
-    to the next, so measure edits layer by layer. The logits of the unedited model at all targets are held,
-    in the dtype of the weights.
+    The layers before it are passed over, and so are the attention and the mixer of its own layer unless they
+    are edited, and the MLP if only the attention is and the two are parallel. What they put out is kept from
+    one call to the next, so measure edits layer by layer. The logits of the unedited model at all targets are
+    held, in the dtype of the weights.
     """
 
     def __init__(self, model: LanguageModel, params: Params, examples: Examples, effects: Effects) -> None:
@@ -172,9 +172,9 @@ class Evaluation:
         kinds = {matrix.kind for matrix in matrices if matrix.layer == first}
         layers = [module_path(self.architecture, layer) for layer in range(first)]
         unchanged = dict.fromkeys(layers, layers[-1]) if layers else {}
-        for part in (ATTENTION, MLP):
-            if kinds.isdisjoint(part) and (part == ATTENTION or self.architecture.parallel):
-                path = module_path(self.architecture, first, part)
+        for part in (ATTENTION, MIXER, MLP):
+            path = module_path(self.architecture, first, part)
+            if path and kinds.isdisjoint(part) and (part != MLP or self.architecture.parallel):
                 unchanged[path] = path
         return unchanged
 

@@ -27,7 +27,7 @@ from weightgeom.estimators.moments import (
 from weightgeom.geometry.bootstrap import bootstrap_times
 from weightgeom.interfaces import Objective, Scored
 from weightgeom.models.language_model import LanguageModel
-from weightgeom.models.residual import Architecture, ResidualMatrix, Site
+from weightgeom.models.residual import Architecture, ResidualMatrix, Site, first_readers
 from weightgeom.params import Params
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
@@ -427,14 +427,15 @@ def _rows(samples: Samples, a: Float[Tensor, "*token d"], mean: bool = False) ->
 
 def _layer_size(architecture: Architecture, params: Params, gathering: Gathering, groups: int) -> float:
     """The bytes of the sums of one layer, the largest; two of those of gradients belong to no group."""
-    d = architecture.d_model
-    squares = (2 if gathering.inputs else 0) + (
-        (1 if architecture.parallel else 2) if gathering.upstream else 0
-    )
-    first = [matrix for matrix in architecture.matrices if matrix.layer == 0]
-    entries = sum(params[name].numel() for name in {matrix.parameter for matrix in first})
-    gradients = gathering.gradients * entries * (groups + 2)
-    return float((squares * d * d * groups + gradients) * gathering.dtype.itemsize)
+    sizes = []
+    for layer in range(architecture.n_layers):
+        here = [matrix for matrix in architecture.matrices if matrix.layer == layer]
+        writes = 1 if architecture.parallel else sum(matrix.role == "write" for matrix in here)
+        squares = gathering.inputs * len(first_readers(here)) + gathering.upstream * writes
+        entries = sum(params[name].numel() for name in {matrix.parameter for matrix in here})
+        gradients = gathering.gradients * entries * (groups + 2)
+        sizes.append(squares * architecture.d_model**2 * groups + gradients)
+    return float(max(sizes) * gathering.dtype.itemsize)
 
 
 def sampled(examples: Examples, prompts: int, length: int, seed: int) -> Examples:

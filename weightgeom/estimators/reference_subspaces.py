@@ -172,7 +172,7 @@ def place_of(matrix: ResidualMatrix) -> Place:
     """Where the residual side of a matrix is compared: its own input, or the prediction subspace."""
     if matrix.role == "write":
         return "prediction", None
-    return "attention_input" if matrix.kind in ("q", "k", "v") else "mlp_input", matrix.layer
+    return matrix.site, matrix.layer
 
 
 def dimensions(k: int | list[int] | None, d: int) -> list[int]:

@@ -88,7 +88,7 @@ def zeros(matrix: ResidualMatrix, params: Params) -> Params:
 def head_updates(
     matrix: ResidualMatrix, after: Params, before: Params, *, written: bool = True
 ) -> Iterator[Update]:
-    """The update of each head of q, k, v (its rows) or o (its columns), in order; one Gram at a time.
+    """The update of each head of a read (its rows) or a write (its columns), in order; one Gram at a time.
 
     The Gram matrices add up to that of `update_of`. Heads are those of `matrix.heads`: key-value
     groups for k and v.
@@ -169,7 +169,7 @@ class _Pair:
     def head(self, head: int, matrix: ResidualMatrix) -> "_Pair":
         """The same of one head."""
         groups, size, d_in = self.after.shape
-        if matrix.kind == "o":
+        if matrix.role == "write":
             width = d_in // matrix.heads
             return self.part(slice(None), slice(None), slice(head * width, (head + 1) * width))
         in_group = matrix.heads // groups

@@ -20,7 +20,7 @@ from weightgeom.estimators.moments import Moment, activation_moments
 from weightgeom.estimators.reference_subspaces import Place, check_dimensions, dimensions, place_of
 from weightgeom.geometry.subspace import Subspace, prediction_moment
 from weightgeom.interfaces import Log, Setting
-from weightgeom.models.residual import Architecture, Kind, ResidualMatrix, Site, chosen
+from weightgeom.models.residual import INPUTS, Architecture, Kind, ResidualMatrix, Site, chosen
 from weightgeom.models.weights import difference
 from weightgeom.params import Params
 from weightgeom.table import Row
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARGIN = "preference_margin_change"
-OWN_INPUTS: dict[Kind, Literal["attention_output", "mlp_hidden"]] = {
-    "o": "attention_output",
-    "down": "mlp_hidden",
-}
 
 
 @dataclass(frozen=True)
@@ -108,11 +104,13 @@ class Rank1:
                 raise ValueError(
                     f"shared=input is the input's side, which for {matrix.name} is what is varied"
                 )
-        others = architecture.n_layers - 1
-        if self.controls.get("layer", 0) > others:
-            raise ValueError(
-                f"controls.layer is {self.controls['layer']}, and there are {others} other layers"
-            )
+        for kind in self.matrices:
+            others = sum(matrix.kind == kind for matrix in architecture.matrices) - 1
+            if self.controls.get("layer", 0) > others:
+                raise ValueError(
+                    f"controls.layer is {self.controls['layer']}, and there are {others} other layers with a"
+                    f" matrix {kind}"
+                )
         if self.controls.get("bottom", 0) > architecture.d_model:
             raise ValueError(f"controls.bottom is at most {architecture.d_model}, the width of the stream")
         k = dimensions(self.k, architecture.d_model)[0]
@@ -155,7 +153,7 @@ class Rank1:
         axes: dict[Place, Subspace] = {
             (site.name, site.layer): _axes(moment.value)
             for site, moment in moments.items()
-            if site.name in ("attention_input", "mlp_input")
+            if site.name in INPUTS.values()
         }
         gain = architecture.final_norm.gain(evaluation.params)
         axes["prediction", None] = _axes(prediction_moment(architecture.unembedding(evaluation.params), gain))
@@ -184,7 +182,7 @@ class Rank1:
     ) -> dict[Site, Moment]:
         """Second moments of every block's input, and of the own inputs of the matrices that write."""
         model = setting.model
-        own = [Site(one.layer, OWN_INPUTS[one.kind], one.module) for one in matrices if one.role == "write"]
+        own = [Site(one.layer, one.site, one.module) for one in matrices if one.role == "write"]
         batches = packed(setting.examples.heldout, model.tokenizer, self.length, self.tokens)
         sites = (*model.architecture.sites, *own)
         return dict(activation_moments(model, params, batches, sites, dtype=torch.float64))
@@ -247,7 +245,7 @@ class _Sides:
         if wanted == "auto":
             wanted = "random" if matrix.role == "read" else "input"
         if wanted == "input":
-            return _axes(self.inputs[OWN_INPUTS[matrix.kind], matrix.layer], 1).basis[:, 0]
+            return _axes(self.inputs[matrix.site, matrix.layer], 1).basis[:, 0]
         if wanted == "random":
             shape = matrix.of(self.params).shape
             return haar(shape[0 if matrix.role == "read" else 1], f"{self.setting.seed} {matrix.name} shared")
@@ -291,8 +289,7 @@ class _Sides:
 
     def _energy(self, matrix: ResidualMatrix, v: Float[Tensor, " d_in"]) -> float:
         """vᵀ C v, what an edit of α = 1 puts out on held-out text."""
-        place = place_of(matrix) if matrix.role == "read" else (OWN_INPUTS[matrix.kind], matrix.layer)
-        moment = self.inputs[place]  # pyright: ignore[reportArgumentType]
+        moment = self.inputs[matrix.site, matrix.layer]
         energy = float(v @ moment @ v)
         if self.asked.match == "output" and not energy > 1e-6 * float(moment.diagonal().max()):
             raise ValueError(

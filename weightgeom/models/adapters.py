@@ -64,8 +64,8 @@ class LowRank:
         return (outer @ (inner.T @ inner)) @ outer.T
 
     def head(self, head: int, matrix: ResidualMatrix) -> "LowRank":
-        """The update of one head of `matrix`: its rows, or its columns where the matrix is o."""
-        if matrix.kind == "o":
+        """The update of one head of `matrix`: its rows, or its columns where it writes."""
+        if matrix.role == "write":
             return replace(self, a=self.a.unflatten(1, (matrix.heads, -1))[:, head])
         return replace(self, b=self.b.unflatten(0, (matrix.heads, -1))[head])
 

@@ -25,6 +25,7 @@ class Names:
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
+    attention_gate: str | None = None
     o: str = "self_attn.o_proj"
     gate: str | None = "mlp.gate_proj"
     up: str = "mlp.up_proj"
@@ -56,11 +57,12 @@ def decoder(
     the stream. The other arguments are as in `Architecture`.
     """
     heads, groups = config.num_attention_heads, groups or kv_heads(config)
-    blocks: dict[Kind, int] = {"q": heads, "k": groups, "v": groups, "o": heads}
+    blocks: dict[Kind, int] = {"q": heads, "k": groups, "v": groups, "attention_gate": heads, "o": heads}
     modules: dict[Kind, str | None] = {
         "q": names.q,
         "k": names.k,
         "v": names.v,
+        "attention_gate": names.attention_gate,
         "gate": names.gate,
         "up": names.up,
         "o": names.o,

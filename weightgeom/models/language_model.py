@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from weightgeom.models.adapters import open_checkpoint
 from weightgeom.models.experts import stacked
@@ -49,7 +49,7 @@ class LanguageModel:
 
         The unembedding of a tied network is among them if it is not the embedding.
         """
-        names = {name for name, _ in self.network.named_parameters()}
+        names = {name for name, _ in self.network.named_parameters()} | kept_buffers(self.network)
         embed, unembed = self.architecture.embed, self.architecture.unembed
         if unembed in params and unembed not in names and not _equal(params[unembed], params[embed]):
             names.add(unembed)
@@ -80,11 +80,16 @@ class LanguageModel:
 
         They are dropped when it has run, so that no more than one module's are held, in fp32.
         """
-        from accelerate.hooks import attach_align_device_hook
+        from accelerate.hooks import attach_align_device_hook, remove_hook_from_module
 
         network = _without_weights(self.network.config, self.device)
+        buffers = {name: params[name] for name in kept_buffers(network) if name in params}
+        network.load_state_dict(buffers, strict=False)  # the hook leaves buffers where they are
         weights = Untied(stacked(params, self.architecture.stacks), self.architecture)
         attach_align_device_hook(network, self.device, offload=True, weights_map=weights)
+        embedding = network.get_input_embeddings()
+        remove_hook_from_module(embedding)
+        _read_when_called(embedding, weights, self.architecture.embed, self.device)
         return replace(self, network=network)
 
     @torch.no_grad()
@@ -112,6 +117,27 @@ class LanguageModel:
         return torch.where(batch.target[:, 1:], picked, 0.0)
 
 
+def _read_when_called(embedding: nn.Module, weights: Params, name: str, device: torch.device) -> None:
+    """Give an embedding, which is mutated, its weight for the time of a call alone.
+
+    Llama 4 moves the tokens to where the weight is: between calls that has to be the device as well.
+    """
+    shape = weights[name].shape
+    stand_in = torch.zeros((), device=device).expand(shape)  # takes no memory
+
+    def held(weight: Tensor) -> None:
+        embedding.weight = nn.Parameter(weight, requires_grad=False)
+
+    held(stand_in)
+    embedding.register_forward_pre_hook(lambda *_: held(weights[name].to(device, stand_in.dtype)))
+    embedding.register_forward_hook(lambda *_: held(stand_in))
+
+
+def kept_buffers(network: nn.Module) -> set[str]:
+    """The buffers that checkpoints hold, such as DeepSeek's router biases, which no gradient trains."""
+    return {name for name, _ in network.named_buffers()} & network.state_dict().keys()
+
+
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
 
@@ -126,10 +152,20 @@ def _without_weights(config: "PreTrainedConfig", device: torch.device) -> "PreTr
             config, dtype=torch.float32, trust_remote_code=trusted(config.name_or_path or "")
         )
     network.tie_weights()
+    name_body(network)
     for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     return network.requires_grad_(False).eval()
+
+
+def name_body(network: "PreTrainedModel") -> None:
+    """Give a network, which is mutated, the name by which transformers, PEFT and TRL look for its body.
+
+    The text model of Llama 4 has it as `model` and says `language_model`.
+    """
+    if network.base_model is network:
+        network.base_model_prefix = "model"
 
 
 _trusted: set[str] = set()

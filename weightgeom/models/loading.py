@@ -13,7 +13,7 @@ import torch
 from weightgeom.models.adapters import CONFIG, as_pair, is_adapter
 from weightgeom.models.experts import stacked
 from weightgeom.models.json_files import is_lfs_pointer, json_object
-from weightgeom.models.language_model import LanguageModel, _without_weights, trusted
+from weightgeom.models.language_model import LanguageModel, _without_weights, name_body, trusted
 from weightgeom.models.quantisation import check_not_quantised
 from weightgeom.models.residual import Architecture, architecture_of, text_part
 from weightgeom.models.weights import Stored, nested, open_params
@@ -255,6 +255,7 @@ def load_network(directory: Path) -> "PreTrainedModel":
     except Exception as error:  # of any of its JSON files, and of sizes that do not go together
         raise ValueError(f"{directory} cannot be loaded: {first_line(error)}") from error
     check_complete(directory, info["missing_keys"])
+    name_body(network)
     return network
 
 

@@ -5,21 +5,39 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from weightgeom.models.experts import Stack
 from weightgeom.params import Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-Kind = Literal["q", "k", "v", "o", "gate", "up", "down", "router"]
-Stack = tuple[tuple[str, ...], ...]
-"""The parameters of each expert whose rows, one below the other, are an entry of a stack in the network."""
+# fmt: off
+Kind = Literal[
+    "q", "k", "v", "attention_gate", "o", "q_a", "kv_a", "k_rope",
+    "linear_q", "linear_k", "linear_v", "linear_z", "linear_b", "linear_a", "linear_o",
+    "conv_B", "conv_C", "conv_x", "conv_o",
+    "mamba_z", "mamba_x", "mamba_B", "mamba_C", "mamba_dt", "mamba_o",
+    "gate", "up", "down", "router", "shared_gate", "shared_up", "shared_down", "shared_router",
+]
+# fmt: on
+"""Softmax attention, also by latents of low rank; mixers of other sorts (linear attention, convolution,
+Mamba-2); MLP, experts, and the expert that all tokens share."""
+Block = Literal["attention", "mixer", "mlp"]
+ATTENTION: frozenset[Kind] = frozenset(("q", "k", "v", "attention_gate", "o", "q_a", "kv_a", "k_rope"))
+MIXER: frozenset[Kind] = frozenset(
+    kind for kind in get_args(Kind) if kind.startswith(("linear_", "conv_", "mamba_"))
+)
+MLP: frozenset[Kind] = frozenset(
+    ("gate", "up", "down", "shared_gate", "shared_up", "shared_down", "shared_router")
+)
+WRITES: frozenset[Kind] = frozenset(("o", "linear_o", "conv_o", "mamba_o", "down", "shared_down"))
 
 
 @dataclass(frozen=True)
@@ -58,10 +76,10 @@ class Norm:
 class ResidualMatrix:
     """One weight matrix that reads from or writes to the residual stream.
 
-    `heads` counts query heads for q and o and key-value groups for k and v: the rows of `of` (for
-    o, its columns) are that many equal blocks. `norm` stands between the output and the stream, and the
-    network multiplies the output by `factor` on the way (Granite). `expert` numbers the matrices of a mixture
-    of experts; the router's output chooses among them.
+    `heads` counts query heads for q and o and key-value groups for k and v, and the heads or groups of a
+    mixer likewise: the rows of `of` (for what writes, its columns) are that many equal blocks. `norm` stands
+    between the output and the stream, and the network multiplies the output by `factor` on the way (Granite).
+    `expert` numbers the matrices of a mixture of experts; the router's output chooses among them.
     """
 
     layer: int
@@ -98,14 +116,30 @@ class ResidualMatrix:
     def is_layer(self) -> bool:
         """Whether its module is a layer of the network's own, which maps what it reads to what it writes.
 
-        Experts share a module, and a router gives choices beside its output.
+        Experts share a module, and a router gives choices beside its output. A shared expert is one, as no
+        choice is made of it.
         """
         return self.expert is None and self.kind != "router"
 
     @property
     def role(self) -> Literal["read", "write"]:
         """Whether its input (read) or its output (write) is the residual stream."""
-        return "write" if self.kind in ("o", "down") else "read"
+        return "write" if self.kind in WRITES else "read"
+
+    @property
+    def block(self) -> Block:
+        """The part of its layer that it belongs to."""
+        return "attention" if self.kind in ATTENTION else "mixer" if self.kind in MIXER else "mlp"
+
+    @property
+    def site(self) -> "SiteName":
+        """The site of its input."""
+        return INPUTS[self.block] if self.role == "read" else OWN_INPUTS[self.block]
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether its heads are matrices of their own."""
+        return self.heads > 1 or self.kind in ("q", "k", "v", "o")
 
     def of(self, params: Params) -> Float[Tensor, "d_out d_in"]:
         """The matrix W in y = W a: a view, or a copy where fused head by head (GPT-NeoX)."""
@@ -155,16 +189,32 @@ class ResidualMatrix:
         return oriented[None] if self.rows is None else self.rows.blocks(oriented)
 
 
+SiteName = Literal[
+    "attention_input", "mixer_input", "mlp_input", "attention_output", "mixer_output", "mlp_hidden"
+]
+INPUTS: Mapping[Block, SiteName] = {
+    "attention": "attention_input",
+    "mixer": "mixer_input",
+    "mlp": "mlp_input",
+}
+OWN_INPUTS: Mapping[Block, SiteName] = {
+    "attention": "attention_output",
+    "mixer": "mixer_output",
+    "mlp": "mlp_hidden",
+}
+
+
 @dataclass(frozen=True)
 class Site:
     """A place where activations are taken: the input of `module`, a dotted path in the network.
 
-    At `attention_input` it is what q, k and v read, at `mlp_input` what gate and up read; `attention_output`
-    and `mlp_hidden`, which are no places of the residual stream, are what o and down take in.
+    At `attention_input` it is what q, k and v read, at `mixer_input` what a mixer of another sort reads, at
+    `mlp_input` what gate, up and router read; `attention_output`, `mixer_output` and `mlp_hidden`, which are
+    no places of the residual stream, are what o, a mixer's matrix that writes, and down take in.
     """
 
     layer: int
-    name: Literal["attention_input", "mlp_input", "attention_output", "mlp_hidden"]
+    name: SiteName
     module: str
 
 
@@ -172,11 +222,13 @@ class Site:
 class Architecture:
     """The residual-stream map of one network; all parameter names are those in memory.
 
-    `model_type` is the library's name for the type, which knows the names on disk that differ. `tied` says
-    that unembedding with the embedding is the model's own choice, so that a missing `unembed` is no mistake.
-    `parallel` says that attention and MLP are added to the stream in one sum, so that o and down of a layer
-    share their upstream gradient. `stacks` has the parameters that the network, unlike the disk, holds in
-    stacks.
+    `model_type` is the library's name for the type, which knows the names on disk that differ; `aliases`
+    translates those of experts. `tied` says that unembedding with the embedding is the model's own choice, so
+    that a missing `unembed` is no mistake. `parallel` says that attention and MLP are added to the stream in
+    one sum, so that o and down of a layer share their upstream gradient. `stacks` has the parameters of
+    experts, which the network holds in stacks. `inner` names matrices that lie between those of the map:
+    neither their input nor their output is the residual stream. The width of a head is `d_head` or, of
+    queries and keys that have another, `d_query`.
     """
 
     d_model: int
@@ -193,6 +245,9 @@ class Architecture:
     tied: bool = False
     parallel: bool = False
     stacks: Mapping[str, Stack] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    inner: tuple[str, ...] = ()
+    d_query: int | None = None
 
     def unembedding(self, params: Params) -> Float[Tensor, "vocab d_model"]:
         """The unembedding as stored; the embedding where the two are tied and stored once.
@@ -211,19 +266,28 @@ class Architecture:
 
 
 def input_sites(matrices: Sequence[ResidualMatrix]) -> tuple[Site, ...]:
-    """The input of every q as attention input and of every up as mlp input, in order.
+    """The inputs of every layer's attention, mixer and MLP, as those of `first_readers`, in order.
 
     Experts read what the block of the router does, which, unlike the router, gets it sequence by sequence.
     """
     return tuple(
         Site(
             matrix.layer,
-            "attention_input" if matrix.kind == "q" else "mlp_input",
+            matrix.site,
             matrix.module.rpartition(".")[0] if matrix.kind == "router" else matrix.module,
         )
-        for matrix in matrices
-        if matrix.kind in ("q", "router") or (matrix.kind == "up" and matrix.expert is None)
+        for matrix in first_readers(matrices)
     )
+
+
+def first_readers(matrices: Sequence[ResidualMatrix]) -> list[ResidualMatrix]:
+    """The matrix of every block that stands for its input: q, up or the router, the first of a mixer."""
+    found: dict[tuple[int, Block], ResidualMatrix] = {}
+    for matrix in matrices:
+        stands = matrix.kind in ("q", "q_a", "router", "up") or matrix.block == "mixer"
+        if stands and matrix.role == "read" and matrix.expert is None:
+            found.setdefault((matrix.layer, matrix.block), matrix)
+    return list(found.values())
 
 
 def chosen(architecture: Architecture, kinds: list[Kind], layers: list[int] | None) -> list[ResidualMatrix]:
@@ -289,18 +353,17 @@ def architecture_of(config: "PreTrainedConfig") -> Architecture:
         ) from None
 
 
-ATTENTION: frozenset[Kind] = frozenset(("q", "k", "v", "o"))
+def module_path(architecture: Architecture, layer: int, kinds: Collection[Kind] | None = None) -> str:
+    """The module of a layer, or of its attention, mixer or MLP by their kinds; empty if it has none of them.
 
-
-MLP: frozenset[Kind] = frozenset(("gate", "up", "down"))
-
-
-def module_path(architecture: Architecture, layer: int, kinds: Collection[Kind] = ATTENTION | MLP) -> str:
-    """The module of a layer, or of its attention or MLP: what the modules of its matrices have in common."""
+    It is what the modules of the matrices have in common; of a layer, up to its number.
+    """
     modules = [
         matrix.module.split(".")
         for matrix in architecture.matrices
-        if matrix.layer == layer and matrix.kind in kinds
+        if matrix.layer == layer and (kinds is None or matrix.kind in kinds)
     ]
-    common = takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))
-    return ".".join(parts[0] for parts in common)
+    common = [
+        parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))
+    ]
+    return ".".join(common if kinds is not None else common[: common.index(str(layer)) + 1])

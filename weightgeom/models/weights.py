@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxtyping import Float
@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from weightgeom.compat.conversions import renaming
+from weightgeom.models.experts import Part, parts_of
 from weightgeom.models.json_files import is_lfs_pointer, json_object
 from weightgeom.models.quantisation import check_not_quantised
 from weightgeom.models.residual import Architecture
@@ -33,23 +34,29 @@ class Stored(Mapping[str, Tensor]):
     """Tensors in safetensors files, each a view of file pages that is mapped when it is asked for.
 
     `entries` gives for each name in memory the file and the tensor's name in it. A file is opened anew
-    for every tensor, so that its pages leave the process's memory with the tensor.
+    for every tensor, so that its pages leave the process's memory with the tensor. `parts` are the
+    parameters of experts whose stacks are among the entries: they stand in their place.
     """
 
     entries: Mapping[str, tuple[Path, str]]
+    parts: Mapping[str, Part] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Float[Tensor, "..."]:
+        if (part := self.parts.get(name)) is not None:
+            return part.of(self[part.name])
         path, key = self.entries[name]
         return opened(path).get_tensor(key)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
+        stacks = {part.name for part in self.parts.values()}
+        yield from (name for name in self.entries if name not in stacks)
+        yield from self.parts
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return sum(1 for _ in self)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.entries  # the inherited one would read the tensor
+        return name in self.entries or name in self.parts  # the inherited one would read the tensor
 
     @property
     def is_wrapped(self) -> bool:
@@ -58,6 +65,8 @@ class Stored(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor, from the file's header alone."""
+        if (part := self.parts.get(name)) is not None:
+            return part.shape(self.shape(part.name))
         path, key = self.entries[name]
         return tuple(opened(path).get_slice(key).get_shape())
 
@@ -118,7 +127,8 @@ def open_params(directory: Path, architecture: Architecture) -> Params:
     stored = _files(directory)
     _check_not_quantised(directory, stored)
     names = names_in_memory(stored, architecture, str(directory))
-    return Stored({name: (stored[key], key) for key, name in names.items()})
+    whole = {name: stack for name, stack in architecture.stacks.items() if name in names.values()}
+    return Stored({name: (stored[key], key) for key, name in names.items()}, parts_of(whole))
 
 
 def names_in_memory(stored: Collection[str], architecture: Architecture, where: str) -> dict[str, str]:
@@ -145,13 +155,16 @@ def names_in_memory(stored: Collection[str], architecture: Architecture, where: 
             for key, name in kept.items()
             if TEXT_MODEL.match(name) or in_memory(name) == architecture.unembed
         }
+    translated = {key: architecture.aliases.get(name) or in_memory(name) for key, name in kept.items()}
     prefix = architecture.embed.partition(".")[0] + "."
-    bare = not any(name.startswith(prefix) for name in kept.values())
+    bare = not any(name.startswith(prefix) for name in translated.values())
     names: dict[str, str] = {}
     keys: dict[str, str] = {}
     for key, short in kept.items():
-        name = in_memory(short)
-        names[key] = prefix + name if bare and name != architecture.unembed else name
+        name = translated[key]
+        if bare and name != architecture.unembed:
+            name = architecture.aliases.get(prefix + short, prefix + name)
+        names[key] = name
         if (other := keys.setdefault(names[key], key)) != key:
             raise ValueError(f"{where} holds {names[key]} twice, as {other} and as {key}: remove one of them")
     return names

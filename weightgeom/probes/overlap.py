@@ -25,15 +25,12 @@ from weightgeom.estimators.reference_subspaces import (
 from weightgeom.estimators.updates import update_of, zeros
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Setting
-from weightgeom.models.residual import Architecture, ResidualMatrix
+from weightgeom.models.residual import INPUTS, Architecture, ResidualMatrix, first_readers
 from weightgeom.params import Params
 from weightgeom.table import Row, row
 
-THINGS = ("attention_input", "mlp_input", "prediction", "upstream", "gradient", "delta", "weight")
-OF_INPUTS = {
-    "attention_input": "q",
-    "mlp_input": "up",
-}  # the matrix under which the rows of two inputs are filed
+OF_INPUTS = tuple(INPUTS.values())
+THINGS = (*OF_INPUTS, "prediction", "upstream", "gradient", "delta", "weight")
 SUFFIXES = ("before", "end", "other", "next_layer")
 ROTATION = "weight:weight_before"
 ROUNDING = 10  # times the precision and the largest eigenvalue: smaller eigenvalues of a Gram are rounding
@@ -82,12 +79,13 @@ class Overlap:
     A pair is `one:other`, in the column `subspace`. The subspaces: `delta`, `weight` and `gradient` are
     the top singular directions, on the residual stream's side, of the update since the start, of the
     matrix, and of the mean gradient G; `upstream` those of E[δ δᵀ] at the output of o and down;
-    `attention_input` and `mlp_input` those of the layer's inputs on held-out text; `prediction` that of
-    the unembedding. They are those of the checkpoint, but with a suffix those of the trajectory's start
-    (`_before`), of its end (`_end`), of the checkpoints in `other` (`_other`), or of the next layer's
-    matrix of the same kind (`_next_layer`). Gradients are taken on training examples, and only where the
-    objective is known, as if it began at that model: a reference policy is the model itself. What has
-    fewer than k directions above rounding counts with those that it has, and what has none has no rows.
+    `attention_input`, `mixer_input` and `mlp_input` those of the layer's inputs on held-out text;
+    `prediction` that of the unembedding. They are those of the checkpoint, but with a suffix those of the
+    trajectory's start (`_before`), of its end (`_end`), of the checkpoints in `other` (`_other`), or of
+    the next layer's matrix of the same kind (`_next_layer`). Gradients are taken on training examples,
+    and only where the objective is known, as if it began at that model: a reference policy is the model
+    itself. What has fewer than k directions above rounding counts with those that it has, and what has
+    none has no rows.
 
     Quantities:
         overlap: ‖Uᵀ V‖²_F / k = mean cos² of the principal angles, in [0, 1]; 1 is the same subspace.
@@ -98,7 +96,8 @@ class Overlap:
             subspace. Source: the rotation of arXiv:2511.08567, for one side and by the mean angle (ours).
 
     The column `k` is the k asked for, and n the number of principal angles, the smaller dimension of the
-    two. Pairs of two inputs are filed under q or up, that of two predictions under unembed. One basis for
+    two. Pairs of two inputs are filed under q or up
+    (the router of experts, the first matrix of a mixer), that of two predictions under unembed. One basis for
     every matrix and fixed side (`_before`, `_end`, `_other`) is held in memory.
     """
 
@@ -107,6 +106,7 @@ class Overlap:
         default=[
             "weight:weight_before",
             "delta:attention_input",
+            "delta:mixer_input",
             "delta:mlp_input",
             "delta:prediction",
             "delta:gradient_before",
@@ -285,8 +285,7 @@ def _matrices(architecture: Architecture, sides: tuple[Side, Side]) -> Iterator[
     if not things:
         yield None
     elif all(thing in OF_INPUTS for thing in things):
-        readers = (OF_INPUTS[things[0]], "router") if things[0] == "mlp_input" else (OF_INPUTS[things[0]],)
-        yield from (one for one in architecture.matrices if one.kind in readers and one.expert is None)
+        yield from (one for one in first_readers(architecture.matrices) if one.site == things[0])
     else:
         yield from architecture.matrices
 

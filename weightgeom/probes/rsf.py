@@ -292,7 +292,7 @@ class RSF:
             pathways.add(matrix, update.gram, own)
         yield from self._compare(update, spectrum, own, moment, setting.seed, where)
         yield from self._compare(update, spectrum, chance, None, setting.seed, where)
-        if self.per_head and matrix.kind in ("q", "k", "v", "o"):
+        if self.per_head and matrix.has_heads:
             heads = head_updates(matrix, params, setting.start, written=self.fold_post_norm)
             for head, part in enumerate(heads):
                 place = where | {"head": head}

@@ -16,13 +16,12 @@ from weightgeom.estimators.gradients import Gathering, gradient_moments
 from weightgeom.estimators.moments import activation_moments
 from weightgeom.estimators.updates import update_of, zeros
 from weightgeom.interfaces import Setting
-from weightgeom.models.residual import Architecture, ResidualMatrix
+from weightgeom.models.residual import Architecture, ResidualMatrix, first_readers
 from weightgeom.params import Params
 from weightgeom.table import Row, row
 from weightgeom.text.tokens import packed
 
 Thing = Literal["activation", "upstream", "gradient", "delta", "weight"]
-READER = {"attention_input": "q", "mlp_input": "up"}  # the matrix under which an input's rows are filed
 ROUNDING = 10  # times the precision and the largest eigenvalue: smaller eigenvalues of a Gram are rounding
 
 
@@ -47,7 +46,8 @@ class Spectrum:
         spikes: eigenvalues above the Marchenko-Pastur edge of `spikes`, a count.
 
     But for eigenvalues, the column `k` is d, the dimension of the space, and `subspace` is `residual`,
-    or the name of the input: its rows are those of the matrix that reads there, q or up.
+    or the name of the input: its rows are those of the matrix that reads there, q (or q_a), up, or the
+    first of a mixer.
     """
 
     of: list[Thing] = Field(default=["activation", "upstream", "gradient", "delta", "weight"], min_length=1)
@@ -86,8 +86,11 @@ class Spectrum:
         model = setting.model
         batches = packed(setting.examples.heldout, model.tokenizer, self.length, self.tokens)
         sites = model.architecture.sites
+        readers = {(one.layer, one.site): one.kind for one in first_readers(model.architecture.matrices)}
         for site, moment in activation_moments(model, params, batches, sites, budget_gb=self.budget_gb):
-            place = {"layer": site.layer, "matrix": READER[site.name], "role": "read", "subspace": site.name}
+            reader = readers[site.layer, site.name]
+            matrix = "up" if reader == "router" else reader
+            place = {"layer": site.layer, "matrix": matrix, "role": "read", "subspace": site.name}
             yield from self._moment("activation", moment.value, moment.samples, place)
 
     def _gradients(self, setting: Setting, params: Params) -> Iterator[Row]:

@@ -7,7 +7,7 @@ and deleted once the training is complete; a state is valid if it contains SEAL,
 import logging
 import math
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ import torch
 from transformers import TrainerCallback
 
 from weightgeom.interfaces import Log
-from weightgeom.models.residual import ResidualMatrix
+from weightgeom.models.experts import unstacked
+from weightgeom.models.residual import Architecture
 from weightgeom.training.resuming import flush_to_disk
 
 if TYPE_CHECKING:
@@ -142,8 +143,8 @@ class CheckpointWriter(TrainerCallback):
 class GradientNorms(TrainerCallback):
     """Logs the gradient norm of each kind of matrix, before clipping, at the steps that TRL logs."""
 
-    def __init__(self, matrices: Sequence[ResidualMatrix], log_metrics: Log) -> None:
-        self.matrices = matrices
+    def __init__(self, architecture: Architecture, log_metrics: Log) -> None:
+        self.architecture = architecture
         self.log_metrics = log_metrics
         self.norms: dict[str, float] = {}
 
@@ -164,8 +165,9 @@ class GradientNorms(TrainerCallback):
             for name, weight in kwargs["model"].named_parameters()
             if weight.grad is not None
         }
+        gradients = unstacked(gradients, self.architecture.stacks)
         squares: dict[str, torch.Tensor] = {}
-        for matrix in self.matrices:
+        for matrix in self.architecture.matrices:
             if matrix.parameter in gradients:
                 square = torch.linalg.vector_norm(matrix.of(gradients)).square()
                 squares[matrix.kind] = squares.get(matrix.kind, torch.zeros_like(square)) + square

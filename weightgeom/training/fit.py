@@ -111,7 +111,7 @@ def fit(
         ResumeStates(trainer, directory, state, training.keep, no_request if moving else request)
     )
     if training.log_gradients:
-        trainer.add_callback(GradientNorms(architecture.matrices, log_metrics))
+        trainer.add_callback(GradientNorms(architecture, log_metrics))
     log.info("training %s for %d steps of %d examples", name, training.steps, training.batch_size)
     with outdated_name_allowed(), restored_weights(network, state, architecture):
         trainer.train(resume_from_checkpoint=None if state is None else str(state))

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from weightgeom.interfaces import Log
 from weightgeom.models.experts import stacked
-from weightgeom.models.language_model import LanguageModel
+from weightgeom.models.language_model import LanguageModel, kept_buffers
 from weightgeom.models.residual import Architecture
 from weightgeom.models.weights import open_params
 from weightgeom.params import Params
@@ -78,7 +78,9 @@ class TrainingProgress:
         """Share of held-out pairs whose chosen response is the more likely one; None without pairs."""
         if not self.pairs:
             return None
-        weights = dict(current_weights(self.network, self.architecture))
+        kept = kept_buffers(self.network)
+        weights = {name: buffer for name, buffer in self.network.named_buffers() if name in kept}
+        weights |= current_weights(self.network, self.architecture)
         margins = [
             self.model.log_probs(weights, chosen).sum(1) - self.model.log_probs(weights, rejected).sum(1)
             for chosen, rejected in self.pairs

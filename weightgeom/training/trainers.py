@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from weightgeom.interfaces import Scored
+from weightgeom.models.language_model import name_body
 from weightgeom.text.conversation import for_trl
 from weightgeom.text.examples import Examples
 from weightgeom.text.tokens import tokenized, tokenized_responses
@@ -188,6 +189,10 @@ def _build(
 ) -> Any:
     """A TRL trainer, whose config takes all arguments except the adapter's."""
     settings = dict(arguments)
+    given = network.config
+    if getattr(given, "router_aux_loss_coef", 0.0) and getattr(given, "num_experts", None) is None:
+        # Llama 4's forward has no such loss, and TRL would look for the number of its experts in vain.
+        settings.setdefault("router_aux_loss_coef", 0.0)
     adapter = settings.pop("peft_config", None)
     return kind(
         model=network,
@@ -242,6 +247,7 @@ def _reference_model(network: "PreTrainedModel", arguments: Mapping[str, Any]) -
         # Without a reference, TRL would load one again by name and without the revision.
         reference = type(network)(network.config).to(network.device, network.dtype)  # pyright: ignore[reportArgumentType]
         reference.load_state_dict(network.state_dict())
+        name_body(reference)
         return reference.eval()
     if adapter.lora_dropout and arguments.get("disable_dropout", True):
         raise ValueError(
