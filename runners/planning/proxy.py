@@ -15,7 +15,7 @@ WIDTH, LAYERS = 512, 2  # of the largest proxy; a smaller network is its own pro
 SMALLEST = 48  # entries of the smallest vocabulary
 # By the names that configs have for them.
 MLPS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "moe_intermediate_size")
-WIDTHS = (*MLPS, "word_embed_proj_dim")
+WIDTHS = (*MLPS, "intermediate_size_mlp", "word_embed_proj_dim", "q_lora_rank", "kv_lora_rank")
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
 DOCUMENTS, PAIRS = 256, 256  # maximal numbers taken from the real data
 
@@ -63,6 +63,10 @@ def proxy_of(
     for name in WIDTHS:
         if plain.get(name) is not None:
             sizes[name] = max(1, round(plain[name] * part))
+    if not small and plain.get("first_k_dense_replace"):  # the layers in front that have no experts
+        sizes["first_k_dense_replace"] = round(
+            plain["first_k_dense_replace"] * layers / config.num_hidden_layers
+        )
     # Some configs, such as GPT-2's, use other names for these.
     sizes = {config.attribute_map.get(name, name): value for name, value in sizes.items()}
     by_layer = {

@@ -27,6 +27,7 @@ from weightgeom.probes.spectrum import Spectrum
 from weightgeom.table import Row, tabulate
 from weightgeom.text.tokens import packed
 from weightgeom.training.fit import fit
+from weightgeom.training.resuming import restored_weights
 
 EXAMPLES, TOKENIZER = WORLD.examples(), WORLD.tokenizer()
 TYPES = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3", "deepseek_v3_full_q", "llama4_text")
@@ -202,6 +203,15 @@ def test_experts_that_the_disk_holds_in_stacks_are_those_that_it_holds_apart(nam
     save_file(network.state_dict(), directory / "model.safetensors")
     found = model.params(directory)
     assert_close(dict(found), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_a_state_of_a_training_gives_back_the_stacks_of_experts(name, tmp_path):
+    network = network_of(name)
+    other = AutoModelForCausalLM.from_config(network.config)
+    with restored_weights(other, saved(network, tmp_path), architecture(name)):
+        pass
+    assert_close(dict(other.named_parameters()), dict(network.named_parameters()), rtol=0, atol=0)
 
 
 def test_the_disk_has_the_names_of_transformers_own_map():

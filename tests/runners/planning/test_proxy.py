@@ -4,7 +4,15 @@ import pytest
 import small
 import torch
 from networks import CONFIGS, MIXTURES, language_model
-from transformers import AutoConfig, FalconConfig, GPTNeoXConfig, LlamaConfig, OPTConfig, Qwen3Config
+from transformers import (
+    AutoConfig,
+    DeepseekV3Config,
+    FalconConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    Qwen3Config,
+)
 
 from runners.planning.live_memory import LiveMemory
 from runners.planning.proxy import lengths_by, proxy_of, standin, standin_tokenizer
@@ -12,6 +20,17 @@ from weightgeom.models.loading import parameters_of
 from weightgeom.models.residual import architecture_of
 
 LARGE = [
+    DeepseekV3Config(
+        **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 32),
+        hidden_size=2048,
+        num_hidden_layers=27,
+        first_k_dense_replace=1,
+        intermediate_size=11264,
+        moe_intermediate_size=1408,
+        n_routed_experts=16,
+        n_group=1,
+        topk_group=1,
+    ),
     GPTNeoXConfig(hidden_size=2048, num_hidden_layers=16, num_attention_heads=8, intermediate_size=8192),
     LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8),
     FalconConfig(hidden_size=8192, num_attention_heads=128, num_kv_heads=8, new_decoder_architecture=True),
