@@ -16,7 +16,7 @@ from weightgeom.models.json_files import is_lfs_pointer, json_object
 from weightgeom.models.language_model import LanguageModel, _without_weights, trusted
 from weightgeom.models.quantisation import check_not_quantised
 from weightgeom.models.residual import Architecture, architecture_of
-from weightgeom.models.weights import Stored, nested, open_params
+from weightgeom.models.weights import Dequantised, Stored, nested, open_params
 from weightgeom.text.files import first_line
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def load(directory: Path, device: str) -> LanguageModel:
     names = set(stacked(stored, architecture.stacks))
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     check_complete(directory, shapes.keys() - names)
-    assert isinstance(stored, Stored)
+    assert isinstance(stored, Stored | Dequantised)
     for name in stored:
         if name in shapes and stored.shape(name) != shapes[name]:
             raise ValueError(
@@ -196,6 +196,7 @@ def load_config(directory: Path) -> "PreTrainedConfig":
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < 2**31:
             raise ValueError(f"{path} cannot be used: {name} must be a positive whole number, got {size!r}")
+    config.__dict__.pop("quantization_config", None)  # weights are dequantised as they are read, or refused
     return config
 
 
@@ -239,7 +240,7 @@ def load_network(directory: Path) -> "PreTrainedModel":
     disable_progress_bar()
     # Opened first: it says in one sentence what is missing, truncated or corrupt.
     stored = open_params(directory, load_architecture(directory))
-    assert isinstance(stored, Stored)
+    assert isinstance(stored, Stored | Dequantised)
     # Transformers would not find names with a prefix, and would look for the adapter of such a config.
     if stored.is_wrapped or (directory / CONFIG).is_file():
         weights = {name: stored[name].clone() for name in stored}

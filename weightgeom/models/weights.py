@@ -9,8 +9,9 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from weightgeom.models.codes import fp8_spacing, fp8_values, mxfp4_spacing, mxfp4_values
 from weightgeom.models.json_files import is_lfs_pointer, json_object
-from weightgeom.models.quantisation import check_not_quantised
+from weightgeom.models.quantisation import Codes, check_not_quantised, codes_among, is_of_activations
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
 
@@ -58,6 +59,60 @@ class Stored(Mapping[str, Tensor]):
         """The shape of one tensor, from the file's header alone."""
         path, key = self.entries[name]
         return tuple(opened(path).get_slice(key).get_shape())
+
+
+@dataclass(frozen=True, eq=False)
+class Dequantised(Mapping[str, Tensor]):
+    """The weights of a quantised checkpoint, each computed from its codes and scales when it is asked for.
+
+    `codes` has those of the quantised ones by the names that they have in memory; the others are `stored`.
+    The entries of `stored` for quantised weights are their codes, and `scales` has the entries of the scales.
+    """
+
+    stored: Stored
+    codes: Mapping[str, Codes]
+    scales: Mapping[str, tuple[Path, str]]
+
+    def __getitem__(self, name: str) -> Float[Tensor, "..."]:
+        if (codes := self.codes.get(name)) is None:
+            return self.stored[name]
+        if codes.rule == "mxfp4":
+            return mxfp4_values(self.stored[name], self._scale(name))
+        return fp8_values(self.stored[name], self._scale(name), codes.block)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether only `names_in_memory` finds the names: always, as no other loader is to read the codes."""
+        return True
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one weight, from the files' headers alone."""
+        stored = self.stored.shape(name)
+        if name not in self.codes or self.codes[name].rule == "fp8":
+            return stored
+        experts, rows, groups, size = stored
+        return experts, 2 * groups * size, rows
+
+    def spacing(self, name: str) -> Float[Tensor, "..."] | None:
+        """The distance of neighbouring values of a quantised weight's grid, by entry; None for others."""
+        if (codes := self.codes.get(name)) is None:
+            return None
+        if codes.rule == "mxfp4":
+            return mxfp4_spacing(self.stored[name], self._scale(name))
+        return fp8_spacing(self.stored[name], self._scale(name), codes.block)
+
+    def _scale(self, name: str) -> Tensor:
+        path, key = self.scales[name]
+        return opened(path).get_tensor(key)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,9 +169,18 @@ def open_params(directory: Path, architecture: Architecture) -> Params:
             is quantised.
     """
     stored = _files(directory)
-    _check_not_quantised(directory, stored)
-    names = names_in_memory(stored, architecture, str(directory))
-    return Stored({name: (stored[key], key) for key, name in names.items()})
+    codes = _codes(directory, stored)
+    plain = {key: (path, key) for key, path in stored.items()}
+    for weight, parts in codes.items():
+        del plain[parts.scale]
+        plain[weight] = plain.pop(parts.codes)
+    if codes:
+        plain = {key: entry for key, entry in plain.items() if not is_of_activations(key)}
+    names = names_in_memory(plain, architecture, str(directory))
+    entries = Stored({name: plain[key] for key, name in names.items()})
+    quantised = {names[weight]: parts for weight, parts in codes.items() if weight in names}
+    scales = {name: (stored[parts.scale], parts.scale) for name, parts in quantised.items()}
+    return Dequantised(entries, quantised, scales) if quantised else entries
 
 
 def names_in_memory(stored: Collection[str], architecture: Architecture, where: str) -> dict[str, str]:
@@ -199,7 +263,8 @@ def difference(after: Params, before: Params, architecture: Architecture | None 
 def _shape(params: Params, name: str) -> tuple[int, ...] | None:
     if name not in params:
         return None
-    return params.shape(name) if isinstance(params, Stored) else tuple(params[name].shape)
+    on_disk = isinstance(params, Stored | Dequantised)
+    return params.shape(name) if on_disk else tuple(params[name].shape)
 
 
 def _in_words(shape: tuple[int, ...] | None) -> str:
@@ -279,16 +344,29 @@ def nested(directory: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: (len(folder.name), folder.name))
 
 
-def _check_not_quantised(directory: Path, stored: Mapping[str, Path]) -> None:
-    config = directory / "config.json"
+def _codes(directory: Path, stored: Mapping[str, Path]) -> dict[str, Codes]:
+    """The quantised weights by the names that they have on disk, without what stands for the codes there.
+
+    Raises:
+        ValueError: if a tensor is quantised in another way than those that can be read.
+    """
+    path = directory / "config.json"
+    config = json_object(path) if path.is_file() else {}
     tensors: dict[str, tuple[str, int]] = {}
     for path in set(stored.values()):
         file = opened(path)
         for key in (key for key, place in stored.items() if place == path):
             part = file.get_slice(key)
             tensors[key] = (part.get_dtype(), len(part.get_shape()))
-    tensors = {key: tensor for key, tensor in tensors.items() if not BUFFER.search(key)}
-    check_not_quantised(str(directory), json_object(config) if config.is_file() else {}, tensors)
+    codes = codes_among(config, tensors)
+    read = {key for parts in codes.values() for key in (parts.codes, parts.scale)}
+    rest = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if key not in read and not BUFFER.search(key) and not (codes and is_of_activations(key))
+    }
+    check_not_quantised(str(directory), config, rest)
+    return codes
 
 
 def opened(path: Path) -> safe_open:
