@@ -1,12 +1,18 @@
 """Quantised copies of small checkpoints, as they are released, with the dequantised weights beside them."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
+from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 FP8_MAX = 448.0
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -66,3 +72,50 @@ def plain_copy(plain: Path, directory: Path, values: dict[str, Tensor]) -> Path:
     )
     copy_config(plain, directory)
     return directory
+
+
+def gguf_copy(network: LlamaForCausalLM, path: Path, kinds: Mapping[str, str]) -> dict[str, Tensor]:
+    """Write a Llama as llama.cpp's converter does, tensors in the format that `kinds` has for their ending.
+
+    The tokenizer has bytes for tokens. Gives the dequantised weights, by name.
+    """
+    config: Any = network.config
+    writer = GGUFWriter(path, "llama")
+    writer.add_name("small")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = ["<|endoftext|>", "</s>", *bytes_to_unicode().values(), "th"]
+    tokens += [f"<unused{number}>" for number in range(config.vocab_size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, *[1] * (len(tokens) - 2)])
+    writer.add_token_merges(["t h"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    values: dict[str, Tensor] = {}
+    for name, weight in network.state_dict().items():
+        called = names.get_name(name, try_suffixes=(".weight",))
+        assert called is not None
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        pairs = next((number for part, number in heads.items() if part in called), 0)
+        order = torch.arange(len(weight))
+        if pairs:  # of a head's rows, halves become neighbours
+            order = order.view(pairs, 2, -1).transpose(1, 2).flatten()
+        kind = GGMLQuantizationType[next((kinds[end] for end in kinds if name.endswith(end)), "F32")]
+        data = quantize(weight[order].numpy(), kind)
+        writer.add_tensor(called, data, raw_dtype=kind)
+        values[name] = torch.from_numpy(np.array(dequantize(data, kind)))[order.argsort()]
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values

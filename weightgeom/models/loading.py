@@ -12,6 +12,7 @@ import torch
 
 from weightgeom.models.adapters import CONFIG, as_pair, is_adapter
 from weightgeom.models.experts import stacked
+from weightgeom.models.gguf_files import gguf_config, gguf_tokenizer, is_gguf
 from weightgeom.models.json_files import is_lfs_pointer, json_object
 from weightgeom.models.language_model import LanguageModel, _without_weights, trusted
 from weightgeom.models.quantisation import check_not_quantised
@@ -163,7 +164,8 @@ def load_architecture(directory: Path) -> Architecture:
         ValueError: if the config cannot be read, or says that the checkpoint is quantised.
     """
     config = load_config(directory)
-    check_not_quantised(str(directory), json_object(directory / "config.json"), {})
+    if not is_gguf(directory):
+        check_not_quantised(str(directory), json_object(directory / "config.json"), {})
     try:
         return architecture_of(config)
     except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -171,7 +173,7 @@ def load_architecture(directory: Path) -> Architecture:
 
 
 def load_config(directory: Path) -> "PreTrainedConfig":
-    """The config of a checkpoint directory; its own code runs only if it is trusted.
+    """The config of a checkpoint directory or GGUF file; its own code runs only if it is trusted.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -179,6 +181,8 @@ def load_config(directory: Path) -> "PreTrainedConfig":
     """
     from transformers import AutoConfig
 
+    if is_gguf(directory):
+        return gguf_config(directory)
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no config.json: {_instead(directory)}")
@@ -260,12 +264,23 @@ def load_network(directory: Path) -> "PreTrainedModel":
 
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a checkpoint, with the end token as padding where it has none of its own.
+    """The tokenizer of a checkpoint or GGUF file, with the end token as padding where it has none of its own.
 
     Raises:
         FileNotFoundError: if there is none in the directory.
         ValueError: if a file of it is damaged, or it has no end token.
     """
+    tokenizer = gguf_tokenizer(directory) if is_gguf(directory) else _in_directory(directory)
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            f"the tokenizer in {directory} has no end token (eos_token): set one and save it again"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _in_directory(directory: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
@@ -288,10 +303,4 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
         raise FileNotFoundError(
             f"{directory} holds no tokenizer ({' or '.join(sorted(files))}): save one beside the weights"
         )
-    if tokenizer.eos_token is None:
-        raise ValueError(
-            f"the tokenizer in {directory} has no end token (eos_token): set one and save it again"
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

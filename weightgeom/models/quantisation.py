@@ -40,7 +40,7 @@ class Codes:
 
     codes: str
     scale: str
-    rule: Literal["fp8", "mxfp4"]
+    rule: Literal["fp8", "mxfp4", "converted"]
     block: tuple[int, int]
 
 

@@ -24,6 +24,7 @@ TEXT_MODEL = re.compile(r"(?:model\.)?language_model\.")  # of a model that also
 PICKLED = re.compile(r"(?:pytorch_model|adapter_model).*\.bin")
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
 ROWS = 4096  # that are looked at together
+SPACINGS = "spacings.safetensors"  # of the grids that the weights of a converted checkpoint are on
 OF_A_TRAINER = re.compile(r"(?:training_args|optimizer|scheduler|scaler|rng_state).*")
 
 
@@ -65,6 +66,7 @@ class Stored(Mapping[str, Tensor]):
 class Dequantised(Mapping[str, Tensor]):
     """The weights of a quantised checkpoint, each computed from its codes and scales when it is asked for.
 
+    Those of a checkpoint that was converted are values already, with the spacings of their grids for scales.
     `codes` has those of the quantised ones by the names that they have in memory; the others are `stored`.
     The entries of `stored` for quantised weights are their codes, and `scales` has the entries of the scales.
     """
@@ -78,6 +80,8 @@ class Dequantised(Mapping[str, Tensor]):
             return self.stored[name]
         if codes.rule == "mxfp4":
             return mxfp4_values(self.stored[name], self._scale(name))
+        if codes.rule == "converted":
+            return self.stored[name]
         return fp8_values(self.stored[name], self._scale(name), codes.block)
 
     def __iter__(self) -> Iterator[str]:
@@ -97,7 +101,7 @@ class Dequantised(Mapping[str, Tensor]):
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one weight, from the files' headers alone."""
         stored = self.stored.shape(name)
-        if name not in self.codes or self.codes[name].rule == "fp8":
+        if name not in self.codes or self.codes[name].rule != "mxfp4":
             return stored
         experts, rows, groups, size = stored
         return experts, 2 * groups * size, rows
@@ -108,6 +112,9 @@ class Dequantised(Mapping[str, Tensor]):
             return None
         if codes.rule == "mxfp4":
             return mxfp4_spacing(self.stored[name], self._scale(name))
+        if codes.rule == "converted":
+            spacings = self._scale(name)
+            return spacings.repeat_interleave(self.stored.shape(name)[-1] // spacings.shape[-1], -1)
         return fp8_spacing(self.stored[name], self._scale(name), codes.block)
 
     def _scale(self, name: str) -> Tensor:
@@ -180,6 +187,10 @@ def open_params(directory: Path, architecture: Architecture) -> Params:
     entries = Stored({name: plain[key] for key, name in names.items()})
     quantised = {names[weight]: parts for weight, parts in codes.items() if weight in names}
     scales = {name: (stored[parts.scale], parts.scale) for name, parts in quantised.items()}
+    if (spacings := directory / SPACINGS).is_file():
+        of_keys = {key: name for key, name in names.items() if key in set(opened(spacings).keys())}
+        quantised |= {name: Codes(key, key, "converted", (1, 1)) for key, name in of_keys.items()}
+        scales |= {name: (spacings, key) for key, name in of_keys.items()}
     return Dequantised(entries, quantised, scales) if quantised else entries
 
 
@@ -334,6 +345,8 @@ def as_checkpoint(path: Path) -> str:
             "load its state dict into its network, network.load_state_dict(torch.load(FILE,"
             " weights_only=True)), and give the directory of network.save_pretrained(DIRECTORY)"
         )
+    if path.suffix == ".gguf":
+        return f"give the file itself, {path}"
     return "give the directory of a transformers checkpoint, as network.save_pretrained(DIRECTORY) writes it"
 
 
