@@ -70,7 +70,8 @@ def config_of(name: str) -> "PreTrainedConfig":
         return load_config(fetch(name, weights=False))
     config = CONFIG_MAPPING[name]()
     groups = getattr(config, "num_key_value_heads", None)
-    if groups is not None and groups == config.num_attention_heads:
+    latent = getattr(config, "kv_lora_rank", None) is not None  # then each head has its own keys and values
+    if groups is not None and groups == config.num_attention_heads and not latent:
         config.num_key_value_heads = groups // 2  # groups are checked wherever the type can have them
     return config
 

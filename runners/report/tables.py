@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
     from runners.report.read import Study
 
-ORDER = ("q", "k", "v", "gate", "up", "o", "down")
+ORDER = (
+    *("q", "q_a", "k", "kv_a", "k_rope", "v", "router", "gate", "up", "shared_gate", "shared_up"),
+    *("o", "down", "shared_down"),
+)
 NUMBERS = ("before", "after", "change", "read", "write")
 BRIDGED = ("before (1)", "after (1)", "change (1)", "read ratio (1)", "write ratio (1)")
 NULL, BEYOND = "null ±\u00a02\u00a0sd", "q\u00a0≤\u00a00.05"

@@ -63,11 +63,23 @@ CONFIGS: dict[str, Config] = {
 # One network of each form: fused, transposed, with grouped heads, norms behind, or biases.
 FORMS = ("gpt_neox", "gpt2", "llama", "llama_tied", "phi3", "olmo2", "gemma2", "opt")
 
-# Their experts have no modules of their own: what they read and write is tested in test_qwen3_moe.py.
+LATENT = {"kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+FOUR = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+DEEPSEEK = LATENT | FOUR | {"moe_intermediate_size": 12, "first_k_dense_replace": 1, "n_shared_experts": 2}
+
+# Their experts have no modules of their own: what they read and write is tested in test_mixtures.py.
 MIXTURES: dict[str, Config] = {
     "qwen3_moe": grouped(
         "qwen3_moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=12, mlp_only_layers=[1]
-    )
+    ),
+    "mixtral": grouped("mixtral", num_local_experts=3, num_experts_per_tok=2),
+    "olmoe": plain("olmoe", num_key_value_heads=2, num_experts=3, num_experts_per_tok=2),
+    "gpt_oss": grouped("gpt_oss", num_local_experts=3, num_experts_per_tok=2, layer_types=PATTERN),
+    "deepseek_v3": plain("deepseek_v3", num_key_value_heads=4, q_lora_rank=20, **DEEPSEEK),
+    "deepseek_v3_full_q": plain(
+        "deepseek_v3", num_key_value_heads=4, q_lora_rank=None, attention_bias=True, **DEEPSEEK
+    ),
+    "llama4_text": grouped("llama4_text", num_local_experts=3, moe_layers=[1], intermediate_size_mlp=44),
 }
 
 

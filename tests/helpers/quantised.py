@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.integrations.mxfp4 import FP4_VALUES
 
 FP8_MAX = 448.0
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -118,4 +119,26 @@ def gguf_copy(network: LlamaForCausalLM, path: Path, kinds: Mapping[str, str]) -
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return values
+
+
+def mxfp4_copy(plain: Path, directory: Path) -> dict[str, Tensor]:
+    """Write the gpt-oss checkpoint `plain` with its experts in MXFP4; gives its weights, by name."""
+    directory.mkdir()
+    weights = load_file(plain / "model.safetensors")
+    stored, values = dict(weights), dict(weights)
+    table = torch.tensor(FP4_VALUES)
+    for name, weight in weights.items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            groups = weight.transpose(1, 2).unflatten(2, (-1, 32))  # expert, row, group, entry
+            scale = (groups.abs().amax(-1) / 6).log2().ceil().clamp(min=-120)
+            codes = (groups[..., None] / scale.exp2()[..., None, None] - table).abs().argmin(-1).byte()
+            del stored[name]
+            stored[f"{name}_blocks"] = codes[..., 0::2] | codes[..., 1::2] << 4
+            stored[f"{name}_scales"] = (scale + 127).byte()
+            exact = table[codes.long()] * scale.exp2()[..., None]
+            values[name] = exact.flatten(2).transpose(1, 2).contiguous()
+    save_file(stored, directory / "model.safetensors")
+    quantised = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    copy_config(plain, directory, quantization_config=quantised)
     return values

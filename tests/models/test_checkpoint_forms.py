@@ -72,17 +72,25 @@ def by_definition(directory: Path, before: Params, after: Params) -> dict[str, f
 def loaded(directory: Path) -> dict[str, torch.Tensor]:
     """The weights as transformers itself loads them, in fp32."""
     network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return unstacked({name: parameter.detach() for name, parameter in network.named_parameters()})
+    weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    return unstacked(weights, network.config.model_type)
 
 
-def unstacked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights with the matrices of experts apart, as they are on disk."""
+def unstacked(weights: dict[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:
+    """Weights with the matrices of experts apart, whose rows alternate in gpt-oss alone."""
     apart = {name: one for name, one in weights.items() if one.ndim < 3}
     for name, stack in weights.items():
         for expert, one in enumerate(stack if stack.ndim == 3 else ()):
             experts, _, last = name.rpartition(".")
             kinds = last.removesuffix("_proj").split("_")
-            for kind, part in zip(kinds, one.chunk(len(kinds)), strict=True):
+            rows = one.T if model_type in ("gpt_oss", "llama4_text") else one
+            every = len(kinds)
+            parts = (
+                [rows[place::every] for place in range(every)]
+                if model_type == "gpt_oss"
+                else rows.chunk(every)
+            )
+            for kind, part in zip(kinds, parts, strict=True):
                 apart[f"{experts}.{expert}.{kind}_proj.weight"] = part
     return apart
 

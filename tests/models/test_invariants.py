@@ -76,8 +76,52 @@ def first_experts_exchanged(architecture: Map) -> Map:
 
 def expert_halves_exchanged(architecture: Map) -> Map:
     """Up in front of gate in the stacks of experts."""
-    stacks = {name: tuple(parts[::-1] for parts in stack) for name, stack in architecture.stacks.items()}
+    stacks = {
+        name: replace(stack, parts=tuple(parts[::-1] for parts in stack.parts))
+        for name, stack in architecture.stacks.items()
+    }
     return replace(architecture, stacks=stacks)
+
+
+def layout(**changes: bool) -> Callable[[Map], Map]:
+    """Another layout of the stacks of experts."""
+    return lambda architecture: replace(
+        architecture,
+        stacks={name: replace(stack, **changes) for name, stack in architecture.stacks.items()},
+    )
+
+
+def inner_is_mapped(architecture: Map) -> Map:
+    """The matrices behind latents taken for some that read the stream."""
+    matrices = (
+        ResidualMatrix(0, "q_a", name.removesuffix(".weight")) for name in architecture.inner if ".0." in name
+    )
+    return replace(architecture, matrices=(*architecture.matrices, *matrices))
+
+
+def output_is_inner(architecture: Map) -> Map:
+    """The matrix that writes for attention taken for an inner one."""
+    o = [matrix.parameter for matrix in architecture.matrices if matrix.kind == "o"]
+    matrices = tuple(matrix for matrix in architecture.matrices if matrix.kind != "o")
+    return replace(architecture, matrices=matrices, inner=(*architecture.inner, *o))
+
+
+def query_is_inner(architecture: Map) -> Map:
+    """The matrix that reads the latent of queries taken for an inner one."""
+    q = [matrix.parameter for matrix in architecture.matrices if matrix.kind == "q_a"]
+    matrices = tuple(matrix for matrix in architecture.matrices if matrix.kind != "q_a")
+    return replace(architecture, matrices=matrices, inner=(*architecture.inner, *q))
+
+
+def shared_halves_exchanged(architecture: Map) -> Map:
+    """Gate for up in the expert that all tokens share."""
+    kinds: dict[Kind, Kind] = {"shared_gate": "shared_up", "shared_up": "shared_gate"}
+    return each(architecture, lambda matrix: replace(matrix, kind=kinds.get(matrix.kind, matrix.kind)))
+
+
+def without_shared(architecture: Map) -> Map:
+    matrices = (matrix for matrix in architecture.matrices if not matrix.kind.startswith("shared"))
+    return replace(architecture, matrices=tuple(matrices))
 
 
 def mlp_read_at_attention(architecture: Map) -> Map:
@@ -209,6 +253,52 @@ WRONG: dict[str, tuple[str, Callable[[Map], Map], set[str]]] = {
         "qwen3_moe",
         expert_halves_exchanged,
         {"experts_are_their_own", "checkpoints_have_the_names"},
+    ),
+    "halves for alternating rows": (
+        "gpt_oss",
+        layout(interleaved=False),
+        {"experts_are_their_own"},
+    ),
+    "experts not transposed": ("llama4_text", layout(transposed=False), {"sizes_agree"}),
+    "halves of latent and rotary keys exchanged": (
+        "deepseek_v3",
+        fused({"kv_a": Rows(1, 16, 4, 12), "k_rope": Rows(1, 16, 0, 4)}),
+        {"keys_act_through_queries"},
+    ),
+    "latent and rotary keys exchanged": (
+        "deepseek_v3",
+        fused({"kv_a": Rows(1, 16, 12, 4), "k_rope": Rows(1, 16, 0, 12)}),
+        {"latents_carry_keys_and_values", "keys_act_through_queries", "values_act_through_o"},
+    ),
+    "matrices behind latents that read": (
+        "deepseek_v3",
+        inner_is_mapped,
+        {"inputs_are_at_their_site", "sizes_agree"},
+    ),
+    "an inner matrix that writes": (
+        "deepseek_v3",
+        output_is_inner,
+        {"inner_matrices_lie_between", "layers_are_complete"},
+    ),
+    "an inner matrix that reads": (
+        "deepseek_v3",
+        query_is_inner,
+        {"inner_matrices_lie_between", "layers_are_complete"},
+    ),
+    "shared gate and up exchanged": (
+        "deepseek_v3",
+        shared_halves_exchanged,
+        {"hidden_units_stay_apart"},
+    ),
+    "a shared expert forgotten": (
+        "llama4_text",
+        without_shared,
+        {"every_weight_is_mapped_once", "writes_reach_the_stream"},
+    ),
+    "experts that read at another site": (
+        "mixtral",
+        mlp_read_at_attention,
+        {"inputs_are_at_their_site", "experts_read_their_site"},
     ),
 }
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from weightgeom.bases.hub import fetch
 from weightgeom.models.adapters import is_adapter, open_checkpoint
-from weightgeom.models.experts import unstacked
+from weightgeom.models.experts import parts_of, unstacked
 from weightgeom.models.gguf_files import is_gguf
+from weightgeom.models.language_model import kept_buffers
 from weightgeom.models.loading import check_complete, load_config
 from weightgeom.models.quantisation import check_not_quantised
 from weightgeom.models.residual import Architecture
@@ -131,8 +132,8 @@ def check_fits(params: Params, network: nn.Module, architecture: Architecture, l
 
     Of `network` only the names and shapes matter.
     """
-    in_stacks = {part: name for name, stack in architecture.stacks.items() for one in stack for part in one}
-    there = {in_stacks.get(name, name) for name in params}
+    parts = parts_of(architecture.stacks)
+    there = {parts[name].name if name in parts else name for name in params}
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     check_complete(Path(label), shapes.keys() - there)
     for name, weight in params.weights.items() if isinstance(params, InMemory) else ():
@@ -160,10 +161,11 @@ def _of_network(network: "PreTrainedModel", label: str) -> Source:
             f"{label} is a {type(network).__name__}, which has no language-model head: load it with"
             " AutoModelForCausalLM"
         )
-    named = network.named_parameters(remove_duplicate=False)  # each name that a tied weight has
-    buffers = {name: ("", 0) for name, _ in network.named_buffers()}
-    check_not_quantised(label, network.config.to_dict(), buffers)
-    return Source(label, weights=_checked(dict(named), label), config=plain_config(network.config))
+    named = dict(network.named_parameters(remove_duplicate=False))  # each name that a tied weight has
+    buffers = dict(network.named_buffers())
+    check_not_quantised(label, network.config.to_dict(), dict.fromkeys(buffers, ("", 0)))
+    named |= {name: buffers[name] for name in kept_buffers(network)}
+    return Source(label, weights=_checked(named, label), config=plain_config(network.config))
 
 
 def _checked(weights: dict[str, Any], label: str) -> dict[str, Any]:

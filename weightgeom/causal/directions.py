@@ -12,7 +12,7 @@ from torch import Tensor
 
 from weightgeom.estimators.reference_subspaces import Place, place_of
 from weightgeom.geometry.subspace import Subspace
-from weightgeom.models.residual import ResidualMatrix
+from weightgeom.models.residual import ATTENTION, ResidualMatrix
 from weightgeom.params import Params
 
 Control = Literal["random", "bottom", "orthogonal", "within", "layer"]
@@ -47,7 +47,7 @@ class Directions:
             left, right = top_pair((gradients if name == "gradient" else deltas), matrix, name)
             return (right, left) if matrix.role == "read" else (left, right)
         if name == "activation":
-            block = "attention_input" if matrix.kind in ("q", "k", "v", "o") else "mlp_input"
+            block = "attention_input" if matrix.kind in ATTENTION else "mlp_input"
             return self.axes[block, matrix.layer].basis[:, 0], None
         if name == "prediction":
             return self.axes["prediction", None].basis[:, 0], None

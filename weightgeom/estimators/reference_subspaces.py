@@ -14,7 +14,7 @@ from weightgeom.estimators.moments import Moment, Unit, activation_moments
 from weightgeom.geometry.bootstrap import FEW_TOKENS
 from weightgeom.geometry.subspace import Subspace, prediction_moment
 from weightgeom.interfaces import Setting
-from weightgeom.models.residual import ResidualMatrix
+from weightgeom.models.residual import ATTENTION, ResidualMatrix
 from weightgeom.params import Params
 from weightgeom.text.conversation import chats
 from weightgeom.text.tokens import packed
@@ -172,7 +172,7 @@ def place_of(matrix: ResidualMatrix) -> Place:
     """Where the residual side of a matrix is compared: its own input, or the prediction subspace."""
     if matrix.role == "write":
         return "prediction", None
-    return "attention_input" if matrix.kind in ("q", "k", "v") else "mlp_input", matrix.layer
+    return "attention_input" if matrix.kind in ATTENTION else "mlp_input", matrix.layer
 
 
 def dimensions(k: int | list[int] | None, d: int) -> list[int]:

@@ -29,11 +29,17 @@ COLOURS = {
     "q": "#1f4e9c",
     "k": "#4a90d9",
     "v": "#2a9d8f",
+    "q_a": "#3b2f7f",
+    "kv_a": "#17697a",
+    "k_rope": "#9cc9ec",
     "gate": "#8ab17d",
     "router": "#b0a160",
     "up": "#5c7f3f",
+    "shared_gate": "#c6dbbd",
+    "shared_up": "#2f4a1e",
     "o": "#c1272d",
     "down": "#e58a2b",
+    "shared_down": "#9a4f12",
 }
 ENDS = ("graded/dpo", "dpo", "graded/ce", "sft")  # the ends of the graded family, by either name
 PATHWAYS = {"read": "read pathway", "write": "write pathway"}

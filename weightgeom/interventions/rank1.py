@@ -34,6 +34,7 @@ MARGIN = "preference_margin_change"
 OWN_INPUTS: dict[Kind, Literal["attention_output", "mlp_hidden"]] = {
     "o": "attention_output",
     "down": "mlp_hidden",
+    "shared_down": "mlp_hidden",
 }
 
 

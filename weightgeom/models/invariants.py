@@ -1,6 +1,6 @@
 """The claims of a residual map, each checked by the behaviour of a small random network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from weightgeom.models.residual import ATTENTION, ResidualMatrix, module_path
+from weightgeom.models.residual import ATTENTION, Kind, ResidualMatrix, module_path
 from weightgeom.models.specimen import TOKENS, Change, Specimen
 from weightgeom.models.weights import open_params
 from weightgeom.params import Params
@@ -20,6 +20,13 @@ TOKEN = 2  # the one whose query, key or value is changed
 ALL = slice(None)  # tokens
 TOLERANCE = 1e-5  # RMS norms and some attentions compute in float32: about 1e-7 of each number
 MOVED = 3e-6  # what changes by less is unchanged
+MLPS: tuple[tuple[Kind, Kind, Kind], ...] = (
+    ("gate", "up", "down"),
+    ("shared_gate", "shared_up", "shared_down"),
+)
+QUERIES: tuple[Kind, ...] = ("q", "q_a")
+KEYS: tuple[Kind, ...] = ("k", "k_rope", "kv_a")
+AFFINE: dict[Kind, bool] = {"down": True, "up": True, "gate": False}  # how an expert acts
 Invariant = Callable[[Specimen], None]
 """Checks the claim in the first line of its docstring; raises ValueError if it does not hold."""
 
@@ -29,7 +36,7 @@ def parts_exist(specimen: Specimen) -> None:
     architecture = specimen.architecture
     norms = [architecture.final_norm, *(m.norm for m in architecture.matrices if m.norm is not None)]
     parameters = {architecture.embed, *(norm.parameter for norm in norms)}
-    parameters |= {matrix.parameter for matrix in architecture.matrices}
+    parameters |= {matrix.parameter for matrix in architecture.matrices} | set(architecture.inner)
     if absent := sorted(parameters - set(specimen.params)):
         raise ValueError(f"the network has no parameter {absent[0]}")
     modules = {site.module for site in architecture.sites} | {architecture.unembed.removesuffix(".weight")}
@@ -49,6 +56,7 @@ def sizes_agree(specimen: Specimen) -> None:
     }
     for name, (mapped, actual) in sizes.items():
         _require(mapped == actual, f"{name} is {mapped} in the map and {actual} in the config")
+    widths = dict.fromkeys("kvo", architecture.d_head) | {"q": architecture.d_query or architecture.d_head}
     heads = {"q": architecture.n_heads, "o": architecture.n_heads}
     heads |= {"k": architecture.n_kv_heads, "v": architecture.n_kv_heads}
     for matrix in architecture.matrices:
@@ -57,24 +65,31 @@ def sizes_agree(specimen: Specimen) -> None:
         _require(stream == architecture.d_model, f"{matrix.name} is {stream} wide on the residual side")
         if matrix.kind in heads:
             _require(
-                matrix.heads == heads[matrix.kind] and inner == matrix.heads * architecture.d_head,
+                matrix.heads == heads[matrix.kind] and inner == matrix.heads * widths[matrix.kind],
                 f"{matrix.name} has {inner} rows or columns for {matrix.heads} heads, and the map"
-                f" {heads[matrix.kind]} heads of {architecture.d_head}",
+                f" {heads[matrix.kind]} heads of {widths[matrix.kind]}",
             )
 
 
 def layers_are_complete(specimen: Specimen) -> None:
-    """Every layer has q, k, v, o, an MLP or experts, and both input sites."""
+    """Every layer has q, k, v, o, an MLP or experts, and both input sites.
+
+    Attention whose config names the ranks of latents has the matrices that read them for q, k and v.
+    """
+    config = specimen.network.config
+    low_rank = getattr(config, "kv_lora_rank", None) is not None
+    expected = {"kv_a", "k_rope"} if low_rank else {"k", "v"}
+    expected |= {"q_a" if low_rank and config.q_lora_rank is not None else "q", "o", "up", "down"}
     for layer in range(specimen.architecture.n_layers):
         kinds = {matrix.kind for matrix in specimen.architecture.matrices if matrix.layer == layer}
-        if absent := {"q", "k", "v", "o", "up", "down"} - kinds:
+        if absent := expected - kinds:
             raise ValueError(f"layer {layer} has no {', '.join(sorted(absent))}")
         sites = sorted(site.name for site in specimen.architecture.sites if site.layer == layer)
         _require(sites == ["attention_input", "mlp_input"], f"layer {layer} has the sites {', '.join(sites)}")
 
 
 def every_weight_is_mapped_once(specimen: Specimen) -> None:
-    """Every entry of every matrix in a layer belongs to one matrix of the map."""
+    """Every entry of every matrix in a layer belongs to one matrix of the map, or to an inner one."""
     architecture = specimen.architecture
     entries = {
         name: torch.arange(float(parameter.numel())).reshape(parameter.shape)
@@ -85,7 +100,8 @@ def every_weight_is_mapped_once(specimen: Specimen) -> None:
         mapped[matrix.parameter].append(matrix.of(entries).flatten())
     layers = tuple(f"{module_path(architecture, layer)}." for layer in range(architecture.n_layers))
     for name, parts in mapped.items():
-        inside = name.startswith(layers) and entries[name].ndim > 1
+        is_matrix = entries[name].ndim > 1 and not name.endswith("bias")  # experts' biases are in stacks
+        inside = is_matrix and name.startswith(layers) and name not in architecture.inner
         expected = entries[name].flatten() if inside else torch.zeros(0)
         found = torch.cat(parts).sort().values if parts else torch.zeros(0)
         _require(torch.equal(found, expected), f"the map has {len(found)} of the {len(expected)} of {name}")
@@ -93,7 +109,7 @@ def every_weight_is_mapped_once(specimen: Specimen) -> None:
 
 def modules_apply_their_matrices(specimen: Specimen) -> None:
     """The output of a module is its matrix, as the map has it, times the input, and its bias."""
-    for matrix in specimen.of_kind("q", "k", "v", "gate", "up", "o", "down"):
+    for matrix in (matrix for matrix in specimen.architecture.matrices if matrix.is_layer):
         a, output = specimen.flow.inputs[matrix.module], specimen.flow.outputs[matrix.module]
         places = _places(matrix, specimen.params)
         expected = a @ matrix.of(specimen.params).T + _bias(specimen, matrix.module)[places]
@@ -101,8 +117,12 @@ def modules_apply_their_matrices(specimen: Specimen) -> None:
 
 
 def inputs_are_at_their_site(specimen: Specimen) -> None:
-    """The attention site is the input of q, k and v, and the MLP site that of gate, up and router."""
-    for matrix in specimen.of_kind("q", "k", "v", "gate", "up", "router"):
+    """The attention site is the input of q, k and v, and the MLP site that of gate, up and router.
+
+    So it is of the matrices that read latents for q, k and v, and of a shared expert.
+    """
+    reads = (m for m in specimen.architecture.matrices if m.role == "read" and m.expert is None)
+    for matrix in reads:
         site = "attention_input" if matrix.kind in ATTENTION else "mlp_input"
         actual = specimen.flow.inputs[matrix.module]
         expected = specimen.flow.inputs[specimen.site(matrix.layer, site)]
@@ -110,18 +130,22 @@ def inputs_are_at_their_site(specimen: Specimen) -> None:
 
 
 def queries_act_at_their_token_and_head(specimen: Specimen) -> None:
-    """A query changes the attention output of its own token and head alone."""
-    for q in specimen.of_kind("q"):
+    """A query changes the attention output of its own token and head alone, its latent that of all heads."""
+    for q in specimen.of_kind(*QUERIES):
         for head, places in enumerate(_heads(q, specimen.params)):
             moved = _moved(specimen, q, partial(_rolled, places))
             expected = torch.zeros_like(moved)
-            expected[TOKEN, head] = True
+            share = moved.shape[1] // q.heads
+            expected[TOKEN, head * share : (head + 1) * share] = True
             _require(torch.equal(moved, expected), _in_words(q, head, moved))
 
 
 def keys_act_on_later_tokens_of_their_group(specimen: Specimen) -> None:
-    """A key changes the attention output of its own and later tokens, in the heads of its group alone."""
-    for k in specimen.of_kind("k"):
+    """A key changes the attention output of its own and later tokens, in the heads of its group alone.
+
+    The rotary part of keys that are made of a latent, and the latent itself, belong to all heads.
+    """
+    for k in specimen.of_kind(*KEYS):
         for group, places in enumerate(_heads(k, specimen.params)):
             moved = _moved(specimen, k, partial(_rolled, places))
             _require(_is_of_group(moved, group, k.heads), _in_words(k, group, moved))
@@ -139,9 +163,9 @@ def values_act_linearly_on_their_group(specimen: Specimen) -> None:
 
 
 def keys_act_through_queries(specimen: Specimen) -> None:
-    """With q at zero, k does not matter."""
-    for q in specimen.of_kind("q"):
-        k = specimen.matrix(q.layer, "k")
+    """With q at zero, k does not matter; nor, of keys that are made of a latent, their rotary part."""
+    for q in specimen.of_kind(*QUERIES):
+        k = specimen.matrix(q.layer, "k", "k_rope")
         silent = _zero(q, specimen.unbiased)
         _require(
             _same_logits(specimen, silent, _scaled(k, silent)), f"{k.name} matters with {q.name} at zero"
@@ -151,13 +175,46 @@ def keys_act_through_queries(specimen: Specimen) -> None:
 
 
 def values_act_through_o(specimen: Specimen) -> None:
-    """With o at zero, v does not matter, nor does o with v at zero."""
+    """With o at zero, v does not matter, nor does o with v, or the latent of values, at zero."""
     for o in specimen.of_kind("o"):
-        v = specimen.matrix(o.layer, "v")
+        v = specimen.matrix(o.layer, "v", "kv_a")
         silent = _zero(v, specimen.unbiased)
         for params in (_zero(o, silent), _zero(o, specimen.unbiased)):
             _require(
                 _same_logits(specimen, silent, params), f"{v.name} and {o.name} act one without the other"
+            )
+
+
+def latents_carry_keys_and_values(specimen: Specimen) -> None:
+    """With q at zero, the latent of keys and values still matters: its values do."""
+    for kv in specimen.of_kind("kv_a"):
+        silent = _zero(specimen.matrix(kv.layer, *QUERIES), specimen.unbiased)
+        _require(
+            not _same_logits(specimen, silent, _scaled(kv, silent)),
+            f"{kv.name} does not matter with the queries at zero: it has no values",
+        )
+
+
+def inner_matrices_lie_between(specimen: Specimen) -> None:
+    """An inner matrix takes in outputs of the layer's reads alone, and matters through its writes alone."""
+    architecture = specimen.architecture
+    for name in architecture.inner:
+        layer = next(
+            layer
+            for layer in range(architecture.n_layers)
+            if name.startswith(f"{module_path(architecture, layer)}.")
+        )
+        silent = deaf = specimen.unbiased
+        for matrix in (m for m in architecture.matrices if m.layer == layer and m.kind in ATTENTION):
+            silent = _zero(matrix, silent) if matrix.role == "write" else silent
+            deaf = _zero(matrix, deaf) if matrix.role == "read" else deaf
+        a = specimen.run(deaf).inputs[name.removesuffix(".weight")]
+        _require(_close(a, torch.zeros_like(a)), f"{name} takes in more than the reads of its layer put out")
+        for params, matters in ((silent, False), (specimen.unbiased, True)):
+            scaled = {**params, name: -2 * params[name]}
+            _require(
+                _same_logits(specimen, params, scaled) != matters,
+                f"{name} {'never matters' if matters else 'matters with the writes of its layer at zero'}",
             )
 
 
@@ -192,9 +249,7 @@ def writes_reach_the_stream(specimen: Specimen) -> None:
 
 def hidden_units_stay_apart(specimen: Specimen) -> None:
     """A unit of up or gate reaches the column of down with its number alone, behind a gate linearly."""
-    for up in specimen.of_kind("up"):
-        down = specimen.matrix(up.layer, "down").module
-        gates = [matrix for matrix in specimen.of_kind("gate") if matrix.layer == up.layer]
+    for up, gates, down in _mlps(specimen):
         for matrix in (up, *gates):
             places = _places(matrix, specimen.params)
             for unit in (0, len(places) // 2, len(places) - 1):
@@ -213,34 +268,64 @@ def hidden_units_stay_apart(specimen: Specimen) -> None:
 
 def gates_act_through_up(specimen: Specimen) -> None:
     """With up at zero, its gate does not matter."""
-    for gate in specimen.of_kind("gate"):
-        silent = _zero(specimen.matrix(gate.layer, "up"), specimen.unbiased)
-        _require(
-            _same_logits(specimen, silent, _scaled(gate, silent)), f"{gate.name} matters with up at zero"
-        )
+    for up, gates, _ in _mlps(specimen):
+        silent = _zero(up, specimen.unbiased)
+        for gate in gates:
+            _require(
+                _same_logits(specimen, silent, _scaled(gate, silent)), f"{gate.name} matters with up at zero"
+            )
 
 
 def experts_are_their_own(specimen: Specimen) -> None:
-    """An expert acts on the tokens that its row of the router chooses, linearly in down and in up alone."""
+    """An expert acts on the tokens that its row of the router chooses, affinely in down and in up alone.
+
+    It is silent with down at zero. With up at zero it need not be: gpt-oss adds 1 to the output of up.
+    """
     for router, matrices in specimen.experts():
         block = specimen.site(router.layer, "mlp_input")
-        a, down = specimen.flow.inputs[block], matrices["down"]
+        a, down = specimen.run(specimen.unbiased).inputs[block], matrices["down"]
         rows = torch.zeros_like(router.of(specimen.params))
         rows[down.expert] = a[0]  # chosen where a @ a[0] > 0: the scores of the others are 0
-        params = router.replaced(specimen.params, rows)
-        silent = specimen.run(_zero(down, params)).outputs[block]
-        whole = specimen.run(params).outputs[block] - silent
+        params = router.replaced(specimen.unbiased, rows)
+
+        def added(changed: Params, block: str = block) -> Tensor:
+            return specimen.run(changed).outputs[block]
+
+        silent = added(_zero(down, params))
+        whole = added(params) - silent
         reached = whole.abs().amax(1) > MOVED
         _require(
             torch.equal(reached, a @ a[0] > 0), f"{down.name} does not act where its router row chooses it"
         )
-        for matrix, expected in ((down, True), (matrices["up"], True), (matrices["gate"], False)):
-            scaled = specimen.run(_scaled(matrix, params)).outputs[block] - silent
-            is_linear = _close(scaled, -2 * whole)
+        for kind, expected in AFFINE.items():
+            matrix = matrices[kind]
+            half = matrix.replaced(params, -matrix.of(params) / 2)  # small: gpt-oss cuts off large outputs
+            at_zero = added(_zero(matrix, params)) - silent
+            is_affine = _close(added(half) - silent - at_zero, -(whole - at_zero) / 2)
             _require(
-                is_linear == expected,
-                f"the output of {block} is {'linear' if is_linear else 'not linear'} in {matrix.name}",
+                is_affine == expected,
+                f"the output of {block} is {'affine' if is_affine else 'not affine'} in {matrix.name}",
             )
+
+
+def experts_read_their_site(specimen: Specimen) -> None:
+    """An expert reads the direction of its block's input: without it, gate and up put out nothing."""
+    for router, matrices in specimen.experts():
+        block = specimen.site(router.layer, "mlp_input")
+        a, expert = specimen.run(specimen.unbiased).inputs[block], matrices["down"].expert
+        rows = torch.zeros_like(router.of(specimen.params))
+        rows[expert] = a[0]
+        params = router.replaced(specimen.unbiased, rows)
+        direction = _directions(a[:1])
+        for kind in ("gate", "up"):
+            w = matrices[kind].of(params)
+            params = matrices[kind].replaced(params, w - (w @ direction.T) @ direction)
+        silent = specimen.run(_zero(matrices["down"], params)).outputs[block]
+        added = specimen.run(params).outputs[block] - silent
+        _require(
+            _close(added[0], torch.zeros_like(added[0])) and bool((added.abs() > MOVED).any()),
+            f"{matrices['up'].name} and its gate read another vector than the input of {block}",
+        )
 
 
 def parallel_layers_read_one_stream(specimen: Specimen) -> None:
@@ -313,7 +398,7 @@ def checkpoints_have_the_names(specimen: Specimen) -> None:
     headless = {name: parameter for name, parameter in specimen.params.items() if name != unembed}
     headless.pop(unembed.replace(".weight", ".bias"), None)
     buffers = {name for name, _ in specimen.network.named_buffers()}  # stored as well by some
-    headless_network: Any = specimen.network.base_model
+    headless_network: Any = specimen.network.get_submodule(specimen.architecture.embed.partition(".")[0])
     for network, expected in ((specimen.network, specimen.params), (headless_network, headless)):
         with TemporaryDirectory() as directory:
             network.save_pretrained(directory)
@@ -336,10 +421,13 @@ INVARIANTS: tuple[Invariant, ...] = (
     values_act_linearly_on_their_group,
     keys_act_through_queries,
     values_act_through_o,
+    latents_carry_keys_and_values,
+    inner_matrices_lie_between,
     writes_reach_the_stream,
     hidden_units_stay_apart,
     gates_act_through_up,
     experts_are_their_own,
+    experts_read_their_site,
     parallel_layers_read_one_stream,
     norms_have_their_gain,
     logits_are_unembedded,
@@ -366,6 +454,14 @@ def _bias(specimen: Specimen, module: str) -> Float[Tensor, " d_out"]:
 
 def _directions(rows: Float[Tensor, "token d"]) -> Float[Tensor, "token d"]:
     return nn.functional.normalize(rows, dim=1)
+
+
+def _mlps(specimen: Specimen) -> Iterator[tuple[ResidualMatrix, list[ResidualMatrix], str]]:
+    """Every MLP, shared experts among them: its up, its gate if it has one, and the module of its down."""
+    for gate, up, down in MLPS:
+        for matrix in specimen.of_kind(up):
+            gates = [one for one in specimen.of_kind(gate) if one.layer == matrix.layer]
+            yield matrix, gates, specimen.matrix(matrix.layer, down).module
 
 
 def _zero(matrix: ResidualMatrix, params: Params) -> Params:

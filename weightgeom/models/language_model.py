@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from weightgeom.models.adapters import open_checkpoint
 from weightgeom.models.experts import stacked
@@ -49,7 +49,7 @@ class LanguageModel:
 
         The unembedding of a tied network is among them if it is not the embedding.
         """
-        names = {name for name, _ in self.network.named_parameters()}
+        names = {name for name, _ in self.network.named_parameters()} | kept_buffers(self.network)
         embed, unembed = self.architecture.embed, self.architecture.unembed
         if unembed in params and unembed not in names and not _equal(params[unembed], params[embed]):
             names.add(unembed)
@@ -83,6 +83,8 @@ class LanguageModel:
         from accelerate.hooks import attach_align_device_hook
 
         network = _without_weights(self.network.config, self.device)
+        buffers = {name: params[name] for name in kept_buffers(network) if name in params}
+        network.load_state_dict(buffers, strict=False)  # the hook leaves buffers where they are
         weights = Untied(stacked(params, self.architecture.stacks), self.architecture)
         attach_align_device_hook(network, self.device, offload=True, weights_map=weights)
         return replace(self, network=network)
@@ -110,6 +112,11 @@ class LanguageModel:
         logits = self.logits(params, batch)[:, :-1].float()
         picked = logits.gather(-1, batch.input_ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
         return torch.where(batch.target[:, 1:], picked, 0.0)
+
+
+def kept_buffers(network: nn.Module) -> set[str]:
+    """The buffers that checkpoints hold, such as DeepSeek's router biases, which no gradient trains."""
+    return {name for name, _ in network.named_buffers()} & network.state_dict().keys()
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

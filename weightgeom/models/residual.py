@@ -10,15 +10,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from weightgeom.models.experts import Stack
 from weightgeom.params import Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-Kind = Literal["q", "k", "v", "o", "gate", "up", "down", "router"]
-Stack = tuple[tuple[str, ...], ...]
-"""The parameters of each expert whose rows, one below the other, are an entry of a stack in the network."""
+OfLatents = Literal["q_a", "kv_a", "k_rope"]  # attention that reads the stream into latents of low rank
+OfShared = Literal["shared_gate", "shared_up", "shared_down"]  # the expert that all tokens share
+Kind = Literal["q", "k", "v", "o", "gate", "up", "down", "router"] | OfLatents | OfShared
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,15 @@ class ResidualMatrix:
     def is_layer(self) -> bool:
         """Whether its module is a layer of the network's own, which maps what it reads to what it writes.
 
-        Experts share a module, and a router gives choices beside its output.
+        Experts share a module, and a router gives choices beside its output. A shared expert is one, as no
+        choice is made of it.
         """
         return self.expert is None and self.kind != "router"
 
     @property
     def role(self) -> Literal["read", "write"]:
         """Whether its input (read) or its output (write) is the residual stream."""
-        return "write" if self.kind in ("o", "down") else "read"
+        return "write" if self.kind in WRITES else "read"
 
     def of(self, params: Params) -> Float[Tensor, "d_out d_in"]:
         """The matrix W in y = W a: a view, or a copy where fused head by head (GPT-NeoX)."""
@@ -144,8 +146,9 @@ class ResidualMatrix:
 class Site:
     """A place where activations are taken: the input of `module`, a dotted path in the network.
 
-    At `attention_input` it is what q, k and v read, at `mlp_input` what gate and up read; `attention_output`
-    and `mlp_hidden`, which are no places of the residual stream, are what o and down take in.
+    At `attention_input` it is what q, k and v read, at `mlp_input` what gate, up and router read;
+    `attention_output` and `mlp_hidden`, which are no places of the residual stream, are what o and down
+    take in.
     """
 
     layer: int
@@ -160,7 +163,9 @@ class Architecture:
     `aliases` translates names on disk that differ. `tied` says that unembedding with the embedding
     is the model's own choice, so that a missing `unembed` is no mistake. `parallel` says that attention
     and MLP are added to the stream in one sum, so that o and down of a layer share their upstream gradient.
-    `stacks` has the parameters that the network, unlike the disk, holds in stacks.
+    `stacks` has the parameters of experts, which the network holds in stacks. `inner` names matrices that
+    lie between those of the map: neither their input nor their output is the residual stream. The width of
+    a head is `d_head` or, of queries and keys that have another, `d_query`.
     """
 
     d_model: int
@@ -177,6 +182,8 @@ class Architecture:
     tied: bool = False
     parallel: bool = False
     stacks: Mapping[str, Stack] = field(default_factory=dict)
+    inner: tuple[str, ...] = ()
+    d_query: int | None = None
 
     def unembedding(self, params: Params) -> Float[Tensor, "vocab d_model"]:
         """The unembedding as stored; the embedding where the two are tied and stored once.
@@ -195,18 +202,18 @@ class Architecture:
 
 
 def input_sites(matrices: Sequence[ResidualMatrix]) -> tuple[Site, ...]:
-    """The input of every q as attention input and of every up as mlp input, in order.
+    """The input of every q or q_a as attention input and of every up as mlp input, in order.
 
     Experts read what the block of the router does, which, unlike the router, gets it sequence by sequence.
     """
     return tuple(
         Site(
             matrix.layer,
-            "attention_input" if matrix.kind == "q" else "mlp_input",
+            "attention_input" if matrix.kind in ATTENTION else "mlp_input",
             matrix.module.rpartition(".")[0] if matrix.kind == "router" else matrix.module,
         )
         for matrix in matrices
-        if matrix.kind in ("q", "router") or (matrix.kind == "up" and matrix.expert is None)
+        if matrix.kind in ("q", "q_a", "router") or (matrix.kind == "up" and matrix.expert is None)
     )
 
 
@@ -260,10 +267,9 @@ def architecture_of(config: "PreTrainedConfig") -> Architecture:
         ) from None
 
 
-ATTENTION: frozenset[Kind] = frozenset(("q", "k", "v", "o"))
-
-
-MLP: frozenset[Kind] = frozenset(("gate", "up", "down"))
+ATTENTION: frozenset[Kind] = frozenset(("q", "k", "v", "o", "q_a", "kv_a", "k_rope"))
+MLP: frozenset[Kind] = frozenset(("gate", "up", "down", "shared_gate", "shared_up", "shared_down"))
+WRITES: frozenset[Kind] = frozenset(("o", "down", "shared_down"))
 
 
 def module_path(architecture: Architecture, layer: int, kinds: Collection[Kind] = ATTENTION | MLP) -> str:

@@ -17,14 +17,28 @@ SIZES = {
     "intermediate_size": 40,
     "ffn_dim": 40,
     "n_inner": 40,
+    "intermediate_size_mlp": 44,
     "moe_intermediate_size": 12,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "qk_head_dim": 12,  # the two together
+    "v_head_dim": 6,
     "word_embed_proj_dim": 32,
     "rotary_dim": 4,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
-AT_MOST = {"num_experts": 4, "num_experts_per_tok": 2}
+AT_MOST = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,  # of experts, of which topk_group are chosen
+    "topk_group": 1,
+}
+NUMBERS_OF_LAYERS = ("moe_layers", "mlp_only_layers")  # lists that are not by layer, however long they are
 LEFT_OUT = (
     "rope_",
     "quantization_config",
@@ -43,7 +57,7 @@ def small_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
     """
     layers = _layers(config, architecture_of(config))
     given = {
-        name: value[:layers] if _is_by_layer(value, config) else value
+        name: value[:layers] if _is_by_layer(name, value, config) else value
         for name, value in config.to_dict().items()
         if not name.startswith(LEFT_OUT)
     }
@@ -56,13 +70,15 @@ def small_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
         default = SIZES["hidden_size"] // HEADS
         is_default = width * config.num_attention_heads == config.hidden_size
         sizes["head_dim"] = default if is_default else 2 * default
+    if given.get("kv_lora_rank"):  # of latent attention, where it is the width of the rotary part
+        sizes["head_dim"] = SIZES["qk_rope_head_dim"]
     named = {config.attribute_map.get(name, name): size for name, size in sizes.items()}
     return type(config)(**given | {name: size for name, size in named.items() if given.get(name) is not None})
 
 
 def _layers(config: "PreTrainedConfig", architecture: Architecture) -> int:
     """The fewest layers, two at least, with one of each sort by the config's lists and the map's kinds."""
-    lists = [value for value in config.to_dict().values() if _is_by_layer(value, config)]
+    lists = [value for name, value in config.to_dict().items() if _is_by_layer(name, value, config)]
     kinds = {layer: set[str]() for layer in range(config.num_hidden_layers)}
     for matrix in architecture.matrices:
         kinds[matrix.layer].add(matrix.kind)
@@ -74,5 +90,6 @@ def _layers(config: "PreTrainedConfig", architecture: Architecture) -> int:
     return min(config.num_hidden_layers, max(2, last_new + 1))
 
 
-def _is_by_layer(value: Any, config: "PreTrainedConfig") -> bool:
-    return isinstance(value, list) and len(value) == config.num_hidden_layers
+def _is_by_layer(name: str, value: Any, config: "PreTrainedConfig") -> bool:
+    is_of_layers = isinstance(value, list) and len(value) == config.num_hidden_layers
+    return is_of_layers and name not in NUMBERS_OF_LAYERS

@@ -93,9 +93,9 @@ class Specimen:
         """The matrices of these kinds, in all layers, that are no experts."""
         return (m for m in self.architecture.matrices if m.kind in kinds and m.expert is None)
 
-    def matrix(self, layer: int, kind: Kind) -> ResidualMatrix:
-        """The matrix of a kind in a layer, which is no expert."""
-        return next(matrix for matrix in self.of_kind(kind) if matrix.layer == layer)
+    def matrix(self, layer: int, *kinds: Kind) -> ResidualMatrix:
+        """The first matrix of these kinds in a layer, which is no expert."""
+        return next(matrix for matrix in self.of_kind(*kinds) if matrix.layer == layer)
 
     def site(self, layer: int, name: str) -> str:
         """The module whose input is a site of a layer."""
@@ -125,11 +125,11 @@ def _record(
     result = output[0] if isinstance(output, tuple) else output
     if isinstance(hidden, Tensor) and hidden.is_floating_point():
         inputs[name] = _in_rows(hidden)
-    if not isinstance(result, Tensor):
+    if not isinstance(result, Tensor) or not result.is_floating_point():  # rotary ones may be complex
         return None
     if change is not None:
         result = change(_in_rows(result)).reshape(result.shape)
-    outputs[name] = _in_rows(result)
+    outputs[name] = _in_rows(result).clone()  # which some blocks go on adding to in place
     if change is None:
         return None
     return (result, *output[1:]) if isinstance(output, tuple) else result

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxtyping import Float
@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from weightgeom.models.codes import fp8_spacing, fp8_values, mxfp4_spacing, mxfp4_values
+from weightgeom.models.experts import Part, parts_of
 from weightgeom.models.json_files import is_lfs_pointer, json_object
 from weightgeom.models.quantisation import Codes, check_not_quantised, codes_among, is_of_activations
 from weightgeom.models.residual import Architecture
@@ -33,23 +34,29 @@ class Stored(Mapping[str, Tensor]):
     """Tensors in safetensors files, each a view of file pages that is mapped when it is asked for.
 
     `entries` gives for each name in memory the file and the tensor's name in it. A file is opened anew
-    for every tensor, so that its pages leave the process's memory with the tensor.
+    for every tensor, so that its pages leave the process's memory with the tensor. `parts` are the
+    parameters of experts whose stacks are among the entries: they stand in their place.
     """
 
     entries: Mapping[str, tuple[Path, str]]
+    parts: Mapping[str, Part] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Float[Tensor, "..."]:
+        if (part := self.parts.get(name)) is not None:
+            return part.of(self[part.name])
         path, key = self.entries[name]
         return opened(path).get_tensor(key)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
+        stacks = {part.name for part in self.parts.values()}
+        yield from (name for name in self.entries if name not in stacks)
+        yield from self.parts
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return sum(1 for _ in self)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.entries  # the inherited one would read the tensor
+        return name in self.entries or name in self.parts  # the inherited one would read the tensor
 
     @property
     def is_wrapped(self) -> bool:
@@ -58,6 +65,8 @@ class Stored(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor, from the file's header alone."""
+        if (part := self.parts.get(name)) is not None:
+            return part.shape(self.shape(part.name))
         path, key = self.entries[name]
         return tuple(opened(path).get_slice(key).get_shape())
 
@@ -76,13 +85,7 @@ class Dequantised(Mapping[str, Tensor]):
     scales: Mapping[str, tuple[Path, str]]
 
     def __getitem__(self, name: str) -> Float[Tensor, "..."]:
-        if (codes := self.codes.get(name)) is None:
-            return self.stored[name]
-        if codes.rule == "mxfp4":
-            return mxfp4_values(self.stored[name], self._scale(name))
-        if codes.rule == "converted":
-            return self.stored[name]
-        return fp8_values(self.stored[name], self._scale(name), codes.block)
+        return self._computed(name, spacing=False)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)
@@ -100,6 +103,8 @@ class Dequantised(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one weight, from the files' headers alone."""
+        if (part := self.stored.parts.get(name)) is not None:
+            return part.shape(self.shape(part.name))
         stored = self.stored.shape(name)
         if name not in self.codes or self.codes[name].rule != "mxfp4":
             return stored
@@ -108,18 +113,28 @@ class Dequantised(Mapping[str, Tensor]):
 
     def spacing(self, name: str) -> Float[Tensor, "..."] | None:
         """The distance of neighbouring values of a quantised weight's grid, by entry; None for others."""
-        if (codes := self.codes.get(name)) is None:
-            return None
-        if codes.rule == "mxfp4":
-            return mxfp4_spacing(self.stored[name], self._scale(name))
-        if codes.rule == "converted":
-            spacings = self._scale(name)
-            return spacings.repeat_interleave(self.stored.shape(name)[-1] // spacings.shape[-1], -1)
-        return fp8_spacing(self.stored[name], self._scale(name), codes.block)
+        part = self.stored.parts.get(name)
+        quantised = (name if part is None else part.name) in self.codes
+        return self._computed(name, spacing=True) if quantised else None
 
-    def _scale(self, name: str) -> Tensor:
-        path, key = self.scales[name]
-        return opened(path).get_tensor(key)
+    def _computed(self, name: str, spacing: bool) -> Float[Tensor, "..."]:
+        """A weight or its spacings; of a stack of experts only the one that is asked for."""
+        part = self.stored.parts.get(name)
+        whole = name if part is None else part.name
+        if (codes := self.codes.get(whole)) is None:
+            return self.stored[name]
+        entries = (self.stored.entries[whole], self.scales[whole])
+        stored, scale = (opened(path).get_tensor(key) for path, key in entries)
+        if part is not None:
+            stored = stored[part.expert : part.expert + 1]
+            scale = scale[part.expert : part.expert + 1] if scale.ndim > 1 else scale
+        if codes.rule == "mxfp4":
+            made = mxfp4_spacing(stored, scale) if spacing else mxfp4_values(stored, scale)
+        elif codes.rule == "fp8":
+            made = (fp8_spacing if spacing else fp8_values)(stored, scale, codes.block)
+        else:
+            made = scale.repeat_interleave(stored.shape[-1] // scale.shape[-1], -1) if spacing else stored
+        return made if part is None else part.stack.apart(made[0], part.place)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +199,8 @@ def open_params(directory: Path, architecture: Architecture) -> Params:
     if codes:
         plain = {key: entry for key, entry in plain.items() if not is_of_activations(key)}
     names = names_in_memory(plain, architecture, str(directory))
-    entries = Stored({name: plain[key] for key, name in names.items()})
+    whole = {name: stack for name, stack in architecture.stacks.items() if name in names.values()}
+    entries = Stored({name: plain[key] for key, name in names.items()}, parts_of(whole))
     quantised = {names[weight]: parts for weight, parts in codes.items() if weight in names}
     scales = {name: (stored[parts.scale], parts.scale) for name, parts in quantised.items()}
     if (spacings := directory / SPACINGS).is_file():
@@ -224,7 +240,9 @@ def names_in_memory(stored: Collection[str], architecture: Architecture, where: 
     keys: dict[str, str] = {}
     for key, short in kept.items():
         name = architecture.aliases.get(short, short)
-        names[key] = prefix + name if bare and name != architecture.unembed else name
+        if bare and name != architecture.unembed:
+            name = architecture.aliases.get(prefix + short, prefix + name)
+        names[key] = name
         if (other := keys.setdefault(names[key], key)) != key:
             raise ValueError(f"{where} holds {names[key]} twice, as {other} and as {key}: remove one of them")
     return names

@@ -25,15 +25,13 @@ from weightgeom.estimators.reference_subspaces import (
 from weightgeom.estimators.updates import update_of, zeros
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Setting
-from weightgeom.models.residual import Architecture, ResidualMatrix
+from weightgeom.models.residual import Architecture, Kind, ResidualMatrix
 from weightgeom.params import Params
 from weightgeom.table import Row, row
 
 THINGS = ("attention_input", "mlp_input", "prediction", "upstream", "gradient", "delta", "weight")
-OF_INPUTS = {
-    "attention_input": "q",
-    "mlp_input": "up",
-}  # the matrix under which the rows of two inputs are filed
+# The matrices under which the rows of two inputs are filed: one of them reads at each.
+OF_INPUTS: dict[str, tuple[Kind, ...]] = {"attention_input": ("q", "q_a"), "mlp_input": ("up", "router")}
 SUFFIXES = ("before", "end", "other", "next_layer")
 ROTATION = "weight:weight_before"
 ROUNDING = 10  # times the precision and the largest eigenvalue: smaller eigenvalues of a Gram are rounding
@@ -285,7 +283,7 @@ def _matrices(architecture: Architecture, sides: tuple[Side, Side]) -> Iterator[
     if not things:
         yield None
     elif all(thing in OF_INPUTS for thing in things):
-        readers = (OF_INPUTS[things[0]], "router") if things[0] == "mlp_input" else (OF_INPUTS[things[0]],)
+        readers = OF_INPUTS[things[0]]
         yield from (one for one in architecture.matrices if one.kind in readers and one.expert is None)
     else:
         yield from architecture.matrices

@@ -22,7 +22,7 @@ from weightgeom.table import Row, row
 from weightgeom.text.tokens import packed
 
 Thing = Literal["activation", "upstream", "gradient", "delta", "weight"]
-READER = {"attention_input": "q", "mlp_input": "up"}  # the matrix under which an input's rows are filed
+READERS = ("q", "q_a", "up")  # the matrices under which the rows of an input are filed
 ROUNDING = 10  # times the precision and the largest eigenvalue: smaller eigenvalues of a Gram are rounding
 
 
@@ -47,7 +47,7 @@ class Spectrum:
         spikes: eigenvalues above the Marchenko-Pastur edge of `spikes`, a count.
 
     But for eigenvalues, the column `k` is d, the dimension of the space, and `subspace` is `residual`,
-    or the name of the input: its rows are those of the matrix that reads there, q or up.
+    or the name of the input: its rows are those of the matrix that reads there, q (or q_a) or up.
     """
 
     of: list[Thing] = Field(default=["activation", "upstream", "gradient", "delta", "weight"], min_length=1)
@@ -86,8 +86,10 @@ class Spectrum:
         model = setting.model
         batches = packed(setting.examples.heldout, model.tokenizer, self.length, self.tokens)
         sites = model.architecture.sites
+        readers = {one.module: one.kind for one in model.architecture.matrices if one.kind in READERS}
         for site, moment in activation_moments(model, params, batches, sites, budget_gb=self.budget_gb):
-            place = {"layer": site.layer, "matrix": READER[site.name], "role": "read", "subspace": site.name}
+            reader = readers.get(site.module, "up")  # that of the experts where a block has some
+            place = {"layer": site.layer, "matrix": reader, "role": "read", "subspace": site.name}
             yield from self._moment("activation", moment.value, moment.samples, place)
 
     def _gradients(self, setting: Setting, params: Params) -> Iterator[Row]:
