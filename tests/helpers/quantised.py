@@ -1,4 +1,4 @@
-"""Quantised copies of small checkpoints, as they are released, with the dequantised weights beside them."""
+"""Quantised copies of small checkpoints, as they are released, and their dequantised weights."""
 
 import json
 from collections.abc import Mapping

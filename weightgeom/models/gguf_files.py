@@ -81,7 +81,7 @@ def convert_gguf(source: Path, target: Path) -> None:
     """Write the model in a GGUF file to the directory `target`: config, tokenizer and dequantised weights.
 
     Each weight is stored in bfloat16 or float16 where that holds it exactly, else in float32. The spacings of
-    the grids that quantised weights are on are stored beside them.
+    the grids that quantised weights are on are stored next to them.
 
     Raises:
         NotImplementedError: if the type of model has no residual-stream map.

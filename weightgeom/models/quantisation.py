@@ -126,6 +126,6 @@ def _in_words(given: object) -> str:
 
 def _scales(name: str) -> list[str]:
     """The names that the scale of a weight may have."""
-    beside = [f"{name}_scale_inv", f"{name}_scale"]
+    usual = [f"{name}_scale_inv", f"{name}_scale"]
     module = name.removesuffix(".weight")
-    return beside if module == name else [*beside, f"{module}.qscale_weight", f"{module}.scale"]
+    return usual if module == name else [*usual, f"{module}.qscale_weight", f"{module}.scale"]
