@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ FILES = [
     *CHAINS,
 ]
 EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
-HUB = sorted(path for path in (CONF / "model").glob("*.yaml") if path.stem not in ("tiny", "pair"))
+HERE = ("tiny", "pair", "smollm2_packaged")
+HUB = sorted(path for path in (CONF / "model").glob("*.yaml") if path.stem not in HERE)
 LISTS = ("probe", "intervention")  # groups of which several are chosen; they nest under their own name
 # The small random network, of tests/helpers/networks.py, that has the config class of what a file names.
 MODEL_TYPES = {
@@ -179,6 +181,17 @@ def test_a_model_of_the_hub_loads_from_a_directory_and_its_map_fits(path: Path, 
     moments = dict(activation_moments(loaded, params, batches, architecture.sites))
     assert all(moment.value.trace() > 0 for moment in moments.values())
     assert len(moments) == 2 * architecture.n_layers
+
+
+def test_the_packaged_model_is_a_file_of_an_installed_package() -> None:
+    model = parts(composed("model=smollm2_packaged"))["model"]
+    try:
+        distribution(model.package)
+    except PackageNotFoundError:
+        pytest.skip(f"{model.package} is not installed")
+    architecture = model.check(longest=64)
+    sizes = (architecture.d_model, architecture.n_layers, architecture.n_heads, architecture.n_kv_heads)
+    assert sizes == (576, 30, 9, 3) and architecture.tied
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=named)

@@ -1,6 +1,6 @@
 import logging
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,6 +8,7 @@ import small
 import torch
 from networks import save
 from safetensors.torch import load_file
+from stages import made
 from torch.testing import assert_close
 
 from weightgeom.bases.pretrained import Pretrained, TwoCheckpoints
@@ -38,17 +39,6 @@ def pickled(directory: Path, shards: int = 1, seed: int = 0) -> tuple[Path, dict
         end = "" if shards == 1 else f"-{shard + 1:05d}-of-{shards:05d}"
         torch.save(part | mask, directory / f"pytorch_model{end}.bin")
     return directory, weights
-
-
-def made(home: Path) -> Callable[..., Path]:
-    def stage(name: str, specification: Mapping[str, object], work: Callable, steps: int) -> Path:
-        directory = home / name / str(abs(hash(str(specification))))
-        if not directory.exists():
-            directory.mkdir(parents=True)
-            work(directory, None)
-        return directory
-
-    return stage
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -24,6 +24,7 @@ from weightgeom.declarations import ProbeDeclaration
 from weightgeom.interfaces import Data, Log, Stage
 from weightgeom.interruption import Request, no_request
 from weightgeom.models.adapters import is_adapter, warn_of_other_base
+from weightgeom.models.gguf_files import is_gguf
 from weightgeom.models.loading import check_tokenizer, load_architecture, warn_of_other_vocabulary
 from weightgeom.models.merging import merge
 from weightgeom.models.residual import Architecture
@@ -38,9 +39,9 @@ NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 class Chain:
     """Two or more stages of one network, by name and in order; the first is the start of all others.
 
-    A stage is a directory, or a hub name (with `{size}` filled in) with `@revision` or with its commit in
-    `revisions`; an unpinned name is refused, because `main` may change. It may be a LoRA adapter of the stage
-    before it, into which it is merged for all later comparisons. Every stage is compared with the
+    A stage is a directory, a GGUF file, or a hub name (with `{size}` filled in) with `@revision` or with its
+    commit in `revisions`; an unpinned name is refused, because `main` may change. It may be a LoRA adapter of
+    the stage before it, into which it is merged for all later comparisons. Every stage is compared with the
     first stage and with the one before it, in the subspaces of the earlier stage. The stages stand at steps
     0, 1, 2, ... Text is tokenized, and chats are rendered, by the tokenizer of the stage named in
     `tokenizer`; by default by that of the earlier stage of each comparison. Stages may differ in dtype and in
@@ -163,7 +164,8 @@ class Chain:
     def _location(self, name: str) -> str:
         location = self.stages[name].replace("{size}", self.size)
         where, _, revision = location.partition("@")
-        if Path(location).expanduser().is_dir() or is_path(where):
+        path = Path(location).expanduser()
+        if path.is_dir() or is_gguf(path) or is_path(where):
             return location  # `fetch` raises if the directory does not exist
         revision = revision or self.revisions.get(name)
         how = HOW_TO_PIN.format(key=f"model.revisions.{name}", name=where)

@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from weightgeom.models.gguf_files import is_gguf
 from weightgeom.models.language_model import trust
 from weightgeom.models.pickled import PICKLES, is_pickled
 from weightgeom.models.weights import as_checkpoint
@@ -37,9 +38,10 @@ HOW_TO_PIN = "set {key}=COMMIT to a commit from https://huggingface.co/{name}/co
 def fetch(location: str, bin: bool = False, code: bool = False, weights: bool = True) -> Path:
     """The directory of a checkpoint: a local one, or one downloaded from the hub or found in its cache.
 
-    `location` is a directory, or a hub name with or without `@revision`. Without a network, or with
-    HF_HUB_OFFLINE=1, a revision is resolved by the cache's refs. `bin` includes pickled weights if there are
-    no others; `code` includes the repository's code, which this process then trusts.
+    `location` is a directory, a GGUF file, which is given back itself, or a hub name with or without
+    `@revision`. Without a network, or with HF_HUB_OFFLINE=1, a revision is resolved by the cache's refs.
+    `bin` includes pickled weights if there are no others; `code` includes the repository's code, which this
+    process then trusts.
 
     Raises:
         FileNotFoundError: if there is neither such a directory nor such a checkpoint on the hub.
@@ -66,6 +68,8 @@ def checkpoint_directory(location: str, patterns: list[str]) -> Path:
     """
     path = Path(location).expanduser()
     if path.is_dir():
+        return path.resolve()
+    if is_gguf(path):
         return path.resolve()
     if path.is_file():
         advice = (
@@ -106,8 +110,11 @@ def is_path(name: str) -> bool:
 def identity(directory: Path) -> str:
     """A fingerprint of the contents of a checkpoint's files: weights, config, tokenizer, templates and code.
 
-    Equal for equal copies, wherever they lie. Weights in formats that are not read do not count.
+    Equal for equal copies, wherever they lie. Weights in formats that are not read do not count. A GGUF file
+    has that of itself.
     """
+    if is_gguf(directory):
+        return f"checkpoint/{sha256(directory)[:16]}"
     weights = PICKLES if is_pickled(directory) else "*.safetensors"
     files = [path for path in directory.iterdir() if path.is_file() and not path.name.startswith(".")]
     kept = [path for path in files if path.suffix not in UNREAD or fnmatch(path.name, weights)]
@@ -143,12 +150,16 @@ class CheckpointFiles:
 def checkpoint_files(location: str, allow_bin: bool = False, code: bool = False) -> CheckpointFiles:
     """The files of a directory, or of `name@revision` as listed by the hub or, offline, by its cache.
 
-    Files are selected by the patterns of `fetch`; nothing is downloaded.
+    A GGUF file is the only one of its checkpoint. Files are selected by the patterns of `fetch`; nothing is
+    downloaded.
 
     Raises:
         FileNotFoundError: if neither the hub nor the cache has the checkpoint.
     """
     path = Path(location).expanduser()
+    if is_gguf(path):
+        size = path.stat().st_size
+        return CheckpointFiles(location, 1, size, 1, size, size, path.resolve())
     if path.is_dir():
         return _on_disk(location, path)
     listed = _listed(location)

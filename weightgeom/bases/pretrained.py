@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import re
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from weightgeom.data.world import World
 from weightgeom.interfaces import Data, Stage
 from weightgeom.interruption import Request, no_request
 from weightgeom.models.adapters import as_pair, is_adapter, open_adapter, open_checkpoint, warn_of_other_base
+from weightgeom.models.gguf_files import convert_gguf, is_gguf
 from weightgeom.models.language_model import trust
 from weightgeom.models.loading import (
     check_length,
@@ -38,7 +40,10 @@ TrainedBy = Literal["dpo", "kto", "ipo", "orpo", "simpo", "rlhf", "ppo", "grpo",
 
 @dataclass(frozen=True)
 class Pretrained:
-    """One checkpoint or a trajectory: a directory, or a hub name with `{size}` and `{stage}` filled in.
+    """One checkpoint or a trajectory: a directory, a GGUF file, or a hub name.
+
+    `{size}` and `{stage}` in the name are filled in. `package` is an installed package that ships the file
+    `name`.
 
     `revision` is a commit, or a tag or branch that does not move; the default is the name's commit in
     `pins`. An unpinned hub name is refused, because `main` may change. Weights are trained and measured in
@@ -64,6 +69,7 @@ class Pretrained:
     from_random: bool | None = None
     allow_bin: bool = False
     trust_remote_code: bool = False
+    package: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse moving branches, and revisions that form no trajectory."""
@@ -112,8 +118,11 @@ class Pretrained:
         """The locations to fetch, by step and in order; a single checkpoint stands at step 0.
 
         Raises:
+            FileNotFoundError: if the package that ships the file is not installed.
             ValueError: if a hub name has no revision.
         """
+        if self.package is not None:
+            return {0: str(shipped_file(self.package, self.name))}
         name = self.name.replace("{size}", self.size).replace("{stage}", self.stage)
         path = Path(name).expanduser()
         if path.is_dir():
@@ -125,6 +134,8 @@ class Pretrained:
             }
             single = (path / "config.json").is_file() or len(steps) < 2
             return {0: name} if single else dict(sorted(steps.items()))
+        if is_gguf(path):
+            return {0: name}
         if self.revisions is None:
             revision = self.revision or self.pins.get(name)
             if revision is None and is_path(name):  # `fetch` raises if the directory does not exist
@@ -169,8 +180,9 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class TwoCheckpoints:
-    """A comparison of two checkpoints of one architecture: directories, or hub names with `@revision`.
+    """A comparison of two checkpoints of one architecture: directories, GGUF files, or hub names.
 
+    A hub name may have `@revision`.
     `after` may be a LoRA adapter of `before`, as saved by PEFT, and may have more or fewer embedding rows:
     the shared ones are compared. A pair has no optimizer steps: `before` stands at step 0, `after` at step 1.
     Text is tokenized, and chats are rendered, by the tokenizer of the checkpoint that `tokenizer` names.
@@ -197,7 +209,8 @@ class TwoCheckpoints:
             load_architecture(after)
         check_tokenizer(after if self.tokenizer == "after" else before, only_if_there=True)
         pickled = is_pickled(before) or is_pickled(after)
-        if not (pickled and self.allow_bin):  # compared after their conversion
+        converted = (pickled and self.allow_bin) or is_gguf(before) or is_gguf(after)
+        if not converted:  # else compared after their conversion
             self._compare(before, after, architecture)
         return architecture
 
@@ -238,6 +251,26 @@ class TwoCheckpoints:
                 "model.tokenizer=after needs a whole model with the vocabulary of model.before, unlike"
                 f" {after}: set model.tokenizer=before"
             )
+
+
+def shipped_file(package: str, name: str) -> Path:
+    """The file of that name in an installed distribution, found without importing it.
+
+    Raises:
+        FileNotFoundError: if the distribution is not installed, or has no such file.
+    """
+    try:
+        files = distribution(package).files or []
+    except PackageNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name} is in the package {package}, which is not installed: pip install 'weightgeom[real]'"
+        ) from error
+    for file in files:
+        if file.name == name and (path := Path(str(file.locate()))).is_file():
+            return path
+    raise FileNotFoundError(
+        f"the installed package {package} holds no {name}: pip install --upgrade {package}"
+    )
 
 
 def warn_of_generated_text(data: Data, directory: Path) -> None:
@@ -294,7 +327,10 @@ def same_vocabulary(before: Path, after: Path, architecture: Architecture) -> bo
 
 
 def with_safetensors(directory: Path, allow_bin: bool, stage: Stage) -> Path:
-    """The checkpoint itself, or for pickled weights its conversion to safetensors, made once."""
+    """The checkpoint itself; of pickled weights or a GGUF file the conversion to safetensors, made once."""
+    if is_gguf(directory):
+        specification = {"checkpoint": identity(directory)}
+        return stage("converted", specification, lambda target, log: convert_gguf(directory, target), 1)
     if not allow_bin or not is_pickled(directory):
         return directory
     specification = {"checkpoint": identity(directory)}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from weightgeom.bases.hub import fetch
 from weightgeom.models.adapters import is_adapter, open_checkpoint
 from weightgeom.models.experts import parts_of, unstacked
+from weightgeom.models.gguf_files import is_gguf
 from weightgeom.models.language_model import kept_buffers
 from weightgeom.models.loading import check_complete, load_config
 from weightgeom.models.quantisation import check_not_quantised
@@ -99,6 +100,11 @@ def source_of(given: object, label: str) -> Source:
         raise FileNotFoundError(f"{label}: there is no directory {given}")
     if isinstance(given, (str, Path)):
         directory = fetch(str(given))
+        if is_gguf(directory):
+            raise ValueError(
+                f"{label} is a GGUF file: convert it once, weightgeom.models.gguf_files.convert_gguf(FILE,"
+                " DIRECTORY), and give the directory"
+            )
         return Source(label, directory, config=None if is_adapter(directory) else load_config(directory))
     if isinstance(given, PreTrainedModel):
         return _of_network(given, label)

@@ -12,6 +12,7 @@ from torch import Tensor
 from weightgeom.geometry.gram import add_gram, mirror, product
 from weightgeom.models.adapters import Adapted, LowRank
 from weightgeom.models.residual import ResidualMatrix
+from weightgeom.models.spacing import spacing_of
 from weightgeom.params import Params
 from weightgeom.table import Row
 
@@ -30,8 +31,8 @@ class Update:
     tr(Uᵀ M U) / tr M (`Subspace.explained`), the squared singular values are the eigenvalues of M.
     `moved_share` is the share of dW's entries that are not zero, in [0, 1]; `shape` is dW's.
     `rounding_share` is the share of ‖dW‖² that the rounding of both checkpoints would have by itself
-    (`rounding_energy`), at most 1; None where neither is stored in half precision. `adapter` is the factor
-    A of an adapter's update B A on the residual stream's side, r x d, where the matrix reads.
+    (`rounding_energy`), at most 1; None where neither is stored in half precision or quantised. `adapter` is
+    the factor A of an adapter's update B A on the residual stream's side, r x d, where the matrix reads.
     """
 
     gram: Float[Tensor, "d d"]
@@ -144,11 +145,16 @@ def projected(
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """One matrix of two models as views in blocks of rows, with the gains that are folded into them."""
+    """One matrix of two models as views in blocks of rows, with the gains that are folded into them.
+
+    A quantised matrix and its spacings are in memory, whole.
+    """
 
     after: Float[Tensor, "groups size d_in"]
     before: Float[Tensor, "groups size d_in"]
     gains: tuple[Float[Tensor, "groups size 1"], Float[Tensor, "groups size 1"]] | None
+    # of the grids that quantised ones are on, after and before
+    spacings: tuple[Float[Tensor, "groups size d_in"] | None, Float[Tensor, "groups size d_in"] | None]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,11 +165,13 @@ class _Pair:
     def part(self, groups: slice, rows: slice, columns: slice) -> "_Pair":
         """The same of a part of the matrix, still as views."""
         gains = self.gains and (self.gains[0][groups, rows], self.gains[1][groups, rows])
+        after, before = (one if one is None else one[groups, rows, columns] for one in self.spacings)
         return replace(
             self,
             after=self.after[groups, rows, columns],
             before=self.before[groups, rows, columns],
             gains=gains,
+            spacings=(after, before),
         )
 
     def head(self, head: int, matrix: ResidualMatrix) -> "_Pair":
@@ -188,7 +196,16 @@ class _Pair:
     def rounding(self) -> float:
         """The energy that rounding of the two is expected to add to the difference."""
         gains = self.gains or (None, None)
-        return rounding_energy(self.after, gains[0]) + rounding_energy(self.before, gains[1])
+        return sum(
+            rounding_energy(weight, gain, spacing)
+            for weight, gain, spacing in zip((self.after, self.before), gains, self.spacings, strict=True)
+        )
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether one of the two is stored in half precision or quantised."""
+        quantised = any(spacing is not None for spacing in self.spacings)
+        return quantised or is_rounded(self.after) or is_rounded(self.before)
 
     def row_blocks(self) -> Iterator["_Pair"]:
         """Blocks of rows, in order."""
@@ -214,15 +231,24 @@ def _pair(matrix: ResidualMatrix, after: Params, before: Params, written: bool) 
             f"{matrix.name} is of shape {tuple(new.flatten(0, 1).shape)} after and of shape "
             f"{tuple(old.flatten(0, 1).shape)} before: take two checkpoints of one architecture"
         )
+    spacings = (_spacing(matrix, after), _spacing(matrix, before))
     gains = (matrix.gain(after), matrix.gain(before)) if written else (None, None)
     if gains[0] is None or gains[1] is None:
-        return _Pair(new, old, None)
+        return _Pair(new, old, None, spacings)
     shape = (*new.shape[:2], 1)
-    return _Pair(new, old, (gains[0].view(shape), gains[1].view(shape)))
+    return _Pair(new, old, (gains[0].view(shape), gains[1].view(shape)), spacings)
 
 
 def _view(matrix: ResidualMatrix, params: Params) -> Float[Tensor, "groups size d_in"]:
-    stored = params[matrix.parameter]
+    return _oriented(matrix, params[matrix.parameter])
+
+
+def _spacing(matrix: ResidualMatrix, params: Params) -> Float[Tensor, "groups size d_in"] | None:
+    spacing = spacing_of(params, matrix.parameter)
+    return None if spacing is None else _oriented(matrix, spacing)
+
+
+def _oriented(matrix: ResidualMatrix, stored: Float[Tensor, "..."]) -> Float[Tensor, "groups size d_in"]:
     oriented = stored.T if matrix.transposed else stored
     return oriented[None] if matrix.rows is None else matrix.rows.blocks(oriented)
 
@@ -241,8 +267,7 @@ def _measured(matrix: ResidualMatrix, pair: _Pair) -> Update:
     energy = gram.diagonal().double().sum().item()
     _refuse_infinite(matrix, energy)
     mirror(gram)
-    rounded = is_rounded(pair.after) or is_rounded(pair.before)
-    share = (min(1.0, noise / energy) if energy else 0.0) if rounded else None
+    share = (min(1.0, noise / energy) if energy else 0.0) if pair.is_rounded else None
     return Update(gram, moved / (groups * size * d_in), (groups * size, d_in), share)
 
 
@@ -284,17 +309,25 @@ def is_rounded(weight: Tensor) -> bool:
     return weight.dtype in EXPONENT
 
 
-def rounding_energy(weight: Float[Tensor, "..."], gain: Float[Tensor, "..."] | None = None) -> float:
-    """What rounding to the stored dtype adds to ‖W‖²_F in expectation: Σ ulp²/12, in units of the weights.
+def rounding_energy(
+    weight: Float[Tensor, "*shape"],
+    gain: Float[Tensor, "..."] | None = None,
+    spacing: Float[Tensor, "*shape"] | None = None,
+) -> float:
+    """What rounding to the stored values adds to ‖W‖²_F in expectation: Σ step²/12, in units of the weights.
 
-    The error of rounding to nearest is uniform on an interval of one unit in the last place (ulp), whose
-    variance is ulp²/12; zero for fp32 and better. `gain` multiplies the rows that it is broadcast over.
+    The error of rounding to nearest is uniform on an interval of one step of the grid, whose variance is
+    step²/12. The step is the weight's unit in the last place, or the `spacing` of a quantised weight; of fp32
+    and better it counts as zero. `gain` multiplies the rows that it is broadcast over.
     """
-    if not is_rounded(weight):
+    if spacing is None and not is_rounded(weight):
         return 0.0
-    power = (weight.view(torch.int16) & EXPONENT[weight.dtype]).view(weight.dtype).float()
-    ulp = power if gain is None else power * gain
-    return float(torch.linalg.vector_norm(ulp)) ** 2 * torch.finfo(weight.dtype).eps ** 2 / 12
+    scale = 1.0
+    if spacing is None:
+        spacing = (weight.view(torch.int16) & EXPONENT[weight.dtype]).view(weight.dtype).float()
+        scale = torch.finfo(weight.dtype).eps
+    step = spacing.float() if gain is None else spacing * gain
+    return float(torch.linalg.vector_norm(step)) ** 2 * scale**2 / 12
 
 
 def warn_of_rounding(rows: Sequence[Row]) -> None:
@@ -304,6 +337,6 @@ def warn_of_rounding(rows: Sequence[Row]) -> None:
     if mostly:
         log.warning(
             "%d of %d updates are mostly rounding (rounding_share over %g): they are too small for the"
-            " half precision that the checkpoints are stored in, so compare fp32 ones",
+            " precision that the checkpoints are stored in, so compare fp32 ones",
             *(mostly, len(shares), MOSTLY),
         )

@@ -12,11 +12,12 @@ import torch
 
 from weightgeom.models.adapters import CONFIG, as_pair, is_adapter
 from weightgeom.models.experts import stacked
+from weightgeom.models.gguf_files import gguf_config, gguf_tokenizer, is_gguf
 from weightgeom.models.json_files import is_lfs_pointer, json_object
 from weightgeom.models.language_model import LanguageModel, _without_weights, name_body, trusted
 from weightgeom.models.quantisation import check_not_quantised
 from weightgeom.models.residual import Architecture, architecture_of, text_part
-from weightgeom.models.weights import Stored, nested, open_params
+from weightgeom.models.weights import Dequantised, Stored, nested, open_params
 from weightgeom.text.files import first_line
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def load(directory: Path, device: str) -> LanguageModel:
     names = set(stacked(stored, architecture.stacks))
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     check_complete(directory, shapes.keys() - names)
-    assert isinstance(stored, Stored)
+    assert isinstance(stored, Stored | Dequantised)
     for name in stored:
         if name in shapes and stored.shape(name) != shapes[name]:
             raise ValueError(
@@ -163,7 +164,8 @@ def load_architecture(directory: Path) -> Architecture:
         ValueError: if the config cannot be read, or says that the checkpoint is quantised.
     """
     config = load_config(directory)
-    check_not_quantised(str(directory), json_object(directory / "config.json"), {})
+    if not is_gguf(directory):
+        check_not_quantised(str(directory), json_object(directory / "config.json"), {})
     try:
         return architecture_of(config)
     except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -171,7 +173,7 @@ def load_architecture(directory: Path) -> Architecture:
 
 
 def load_config(directory: Path) -> "PreTrainedConfig":
-    """The config of a checkpoint directory, of its text part; its own code runs only if it is trusted.
+    """The config of a checkpoint (its text part) or GGUF file; its own code runs only if it is trusted.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -179,6 +181,8 @@ def load_config(directory: Path) -> "PreTrainedConfig":
     """
     from transformers import AutoConfig
 
+    if is_gguf(directory):
+        return gguf_config(directory)
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no config.json: {_instead(directory)}")
@@ -196,6 +200,7 @@ def load_config(directory: Path) -> "PreTrainedConfig":
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < 2**31:
             raise ValueError(f"{path} cannot be used: {name} must be a positive whole number, got {size!r}")
+    config.__dict__.pop("quantization_config", None)  # weights are dequantised as they are read, or refused
     return config
 
 
@@ -239,7 +244,7 @@ def load_network(directory: Path) -> "PreTrainedModel":
     disable_progress_bar()
     # Opened first: it says in one sentence what is missing, truncated or corrupt.
     stored = open_params(directory, load_architecture(directory))
-    assert isinstance(stored, Stored)
+    assert isinstance(stored, Stored | Dequantised)
     # Transformers would not find names with a prefix, and would look for the adapter of such a config.
     if stored.is_wrapped or (directory / CONFIG).is_file():
         weights = {name: stored[name].clone() for name in stored}
@@ -260,12 +265,23 @@ def load_network(directory: Path) -> "PreTrainedModel":
 
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a checkpoint, with the end token as padding where it has none of its own.
+    """The tokenizer of a checkpoint or GGUF file, with the end token as padding where it has none of its own.
 
     Raises:
         FileNotFoundError: if there is none in the directory.
         ValueError: if a file of it is damaged, or it has no end token.
     """
+    tokenizer = gguf_tokenizer(directory) if is_gguf(directory) else _in_directory(directory)
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            f"the tokenizer in {directory} has no end token (eos_token): set one and save it again"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _in_directory(directory: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
@@ -288,10 +304,4 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
         raise FileNotFoundError(
             f"{directory} holds no tokenizer ({' or '.join(sorted(files))}): save one beside the weights"
         )
-    if tokenizer.eos_token is None:
-        raise ValueError(
-            f"the tokenizer in {directory} has no end token (eos_token): set one and save it again"
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

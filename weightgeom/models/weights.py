@@ -10,9 +10,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from weightgeom.compat.conversions import renaming
+from weightgeom.models.codes import fp8_spacing, fp8_values, mxfp4_spacing, mxfp4_values
 from weightgeom.models.experts import Part, parts_of
 from weightgeom.models.json_files import is_lfs_pointer, json_object
-from weightgeom.models.quantisation import check_not_quantised
+from weightgeom.models.quantisation import Codes, check_not_quantised, codes_among, is_of_activations
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
 
@@ -26,6 +27,7 @@ TEXT_MODEL = re.compile(r"(?:model\.)?language_model\.")  # of a model that also
 PICKLED = re.compile(r"(?:pytorch_model|adapter_model).*\.bin")
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
 ROWS = 4096  # that are looked at together
+SPACINGS = "spacings.safetensors"  # of the grids that the weights of a converted checkpoint are on
 OF_A_TRAINER = re.compile(r"(?:training_args|optimizer|scheduler|scaler|rng_state).*")
 
 
@@ -69,6 +71,72 @@ class Stored(Mapping[str, Tensor]):
             return part.shape(self.shape(part.name))
         path, key = self.entries[name]
         return tuple(opened(path).get_slice(key).get_shape())
+
+
+@dataclass(frozen=True, eq=False)
+class Dequantised(Mapping[str, Tensor]):
+    """The weights of a quantised checkpoint, each computed from its codes and scales when it is asked for.
+
+    Those of a checkpoint that was converted are values already, with the spacings of their grids for scales.
+    `codes` has those of the quantised ones by the names that they have in memory; the others are `stored`.
+    The entries of `stored` for quantised weights are their codes, and `scales` has the entries of the scales.
+    """
+
+    stored: Stored
+    codes: Mapping[str, Codes]
+    scales: Mapping[str, tuple[Path, str]]
+
+    def __getitem__(self, name: str) -> Float[Tensor, "..."]:
+        return self._computed(name, spacing=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether only `names_in_memory` finds the names: always, as no other loader is to read the codes."""
+        return True
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one weight, from the files' headers alone."""
+        if (part := self.stored.parts.get(name)) is not None:
+            return part.shape(self.shape(part.name))
+        stored = self.stored.shape(name)
+        if name not in self.codes or self.codes[name].rule != "mxfp4":
+            return stored
+        experts, rows, groups, size = stored
+        return experts, 2 * groups * size, rows
+
+    def spacing(self, name: str) -> Float[Tensor, "..."] | None:
+        """The distance of neighbouring values of a quantised weight's grid, by entry; None for others."""
+        part = self.stored.parts.get(name)
+        quantised = (name if part is None else part.name) in self.codes
+        return self._computed(name, spacing=True) if quantised else None
+
+    def _computed(self, name: str, spacing: bool) -> Float[Tensor, "..."]:
+        """A weight or its spacings; of a stack of experts only the one that is asked for."""
+        part = self.stored.parts.get(name)
+        whole = name if part is None else part.name
+        if (codes := self.codes.get(whole)) is None:
+            return self.stored[name]
+        entries = (self.stored.entries[whole], self.scales[whole])
+        stored, scale = (opened(path).get_tensor(key) for path, key in entries)
+        if part is not None:
+            stored = stored[part.expert : part.expert + 1]
+            scale = scale[part.expert : part.expert + 1] if scale.ndim > 1 else scale
+        if codes.rule == "mxfp4":
+            made = mxfp4_spacing(stored, scale) if spacing else mxfp4_values(stored, scale)
+        elif codes.rule == "fp8":
+            made = (fp8_spacing if spacing else fp8_values)(stored, scale, codes.block)
+        else:
+            made = scale.repeat_interleave(stored.shape[-1] // scale.shape[-1], -1) if spacing else stored
+        return made if part is None else part.stack.apart(made[0], part.place)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,10 +193,23 @@ def open_params(directory: Path, architecture: Architecture) -> Params:
             is quantised.
     """
     stored = _files(directory)
-    _check_not_quantised(directory, stored)
-    names = names_in_memory(stored, architecture, str(directory))
+    codes = _codes(directory, stored)
+    plain = {key: (path, key) for key, path in stored.items()}
+    for weight, parts in codes.items():
+        del plain[parts.scale]
+        plain[weight] = plain.pop(parts.codes)
+    if codes:
+        plain = {key: entry for key, entry in plain.items() if not is_of_activations(key)}
+    names = names_in_memory(plain, architecture, str(directory))
     whole = {name: stack for name, stack in architecture.stacks.items() if name in names.values()}
-    return Stored({name: (stored[key], key) for key, name in names.items()}, parts_of(whole))
+    entries = Stored({name: plain[key] for key, name in names.items()}, parts_of(whole))
+    quantised = {names[weight]: parts for weight, parts in codes.items() if weight in names}
+    scales = {name: (stored[parts.scale], parts.scale) for name, parts in quantised.items()}
+    if (spacings := directory / SPACINGS).is_file():
+        of_keys = {key: name for key, name in names.items() if key in set(opened(spacings).keys())}
+        quantised |= {name: Codes(key, key, "converted", (1, 1)) for key, name in of_keys.items()}
+        scales |= {name: (spacings, key) for key, name in of_keys.items()}
+    return Dequantised(entries, quantised, scales) if quantised else entries
 
 
 def names_in_memory(stored: Collection[str], architecture: Architecture, where: str) -> dict[str, str]:
@@ -214,7 +295,8 @@ def difference(after: Params, before: Params, architecture: Architecture | None 
 def _shape(params: Params, name: str) -> tuple[int, ...] | None:
     if name not in params:
         return None
-    return params.shape(name) if isinstance(params, Stored) else tuple(params[name].shape)
+    on_disk = isinstance(params, Stored | Dequantised)
+    return params.shape(name) if on_disk else tuple(params[name].shape)
 
 
 def _in_words(shape: tuple[int, ...] | None) -> str:
@@ -284,6 +366,8 @@ def as_checkpoint(path: Path) -> str:
             "load its state dict into its network, network.load_state_dict(torch.load(FILE,"
             " weights_only=True)), and give the directory of network.save_pretrained(DIRECTORY)"
         )
+    if path.suffix == ".gguf":
+        return f"give the file itself, {path}"
     return "give the directory of a transformers checkpoint, as network.save_pretrained(DIRECTORY) writes it"
 
 
@@ -294,16 +378,29 @@ def nested(directory: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: (len(folder.name), folder.name))
 
 
-def _check_not_quantised(directory: Path, stored: Mapping[str, Path]) -> None:
-    config = directory / "config.json"
+def _codes(directory: Path, stored: Mapping[str, Path]) -> dict[str, Codes]:
+    """The quantised weights by the names that they have on disk, without what stands for the codes there.
+
+    Raises:
+        ValueError: if a tensor is quantised in another way than those that can be read.
+    """
+    path = directory / "config.json"
+    config = json_object(path) if path.is_file() else {}
     tensors: dict[str, tuple[str, int]] = {}
     for path in set(stored.values()):
         file = opened(path)
         for key in (key for key, place in stored.items() if place == path):
             part = file.get_slice(key)
             tensors[key] = (part.get_dtype(), len(part.get_shape()))
-    tensors = {key: tensor for key, tensor in tensors.items() if not BUFFER.search(key)}
-    check_not_quantised(str(directory), json_object(config) if config.is_file() else {}, tensors)
+    codes = codes_among(config, tensors)
+    read = {key for parts in codes.values() for key in (parts.codes, parts.scale)}
+    rest = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if key not in read and not BUFFER.search(key) and not (codes and is_of_activations(key))
+    }
+    check_not_quantised(str(directory), config, rest)
+    return codes
 
 
 def opened(path: Path) -> safe_open:

@@ -84,7 +84,8 @@ class RSF:
         forward_increment_ratio: of write matrices along a trajectory from random weights, the change since
             the checkpoint before, in the prediction subspace of that checkpoint.
         delta_norm: ‖dW‖_F, in the units of the weights. moved_share: share of entries that changed.
-        rounding_share: share of ‖dW‖² that rounding alone would give, for checkpoints in bf16 or fp16.
+        rounding_share: share of ‖dW‖² that rounding alone would give, for checkpoints in bf16 or fp16 and for
+            quantised ones.
         ratio_mean: the mean over the layers (and experts) of one kind of matrix, or over all of a pathway
             where `matrix` is "". ratio_mean_null_sd, ratio_mean_z: of that mean under one Haar rotation of
             all its updates together (`geometry.joint_null`), since matrices share directions and
