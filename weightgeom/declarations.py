@@ -41,6 +41,7 @@ class ProbeDeclaration:
     of_pretraining: bool = False  # curves also of the base's past, and between the stages of a chain
     compares: bool = True  # measures a change from the start: has a meaning between two stages of a chain
     needs_objective: bool = False  # measures nothing where the objective is not known
+    needs_update: bool = True  # says nothing about a single checkpoint
     generic: bool = True  # summaries and figures of the runner's own where the probe brings none
     harmless: tuple[str, ...] = ()  # fields that change no headline: runs that differ in them are alike
 
@@ -53,6 +54,7 @@ class InterventionDeclaration:
     controls: tuple[str, ...]  # kinds of control by name, the one that summaries compare with first
     section: str = ""  # the heading of its section in the report; "" for the name of its table
     generic: bool = True  # figures of the runner's own where the intervention brings none
+    needs_update: bool = False  # edits the update: there is nothing to edit in a single checkpoint
 
 
 Declaration = ProbeDeclaration | InterventionDeclaration

@@ -37,9 +37,10 @@ from runners.tracking.publisher import Publisher
 from runners.tracking.record import Record
 from runners.tracking.redaction import redacted_text
 from runners.tracking.stores import check_experiment, check_tracking_uri
-from weightgeom.analysis.chain import BETWEEN, ENDS, STAGES, between, side_by_side
+from weightgeom.analysis.chain import BETWEEN, ENDS, SINGLE, STAGES, between, side_by_side
 from weightgeom.analysis.declared import ROLE, UNDECLARED, plain_name
 from weightgeom.bases.chain import Chain, check_chain
+from weightgeom.bases.pretrained import Pretrained, check_single
 from weightgeom.interfaces import (
     Data,
     Intervention,
@@ -247,6 +248,8 @@ class Experiment:
         table.attrs["trained"] = trajectory.name in ("training", "pair", "chain")  # from a base, its step 0
         if trajectory.stages:
             table.attrs[STAGES] = list(trajectory.stages)
+        if trajectory.name == "checkpoint":
+            table.attrs[SINGLE] = True
         if trajectory.name == "pair":
             table.attrs[ENDS] = ["before", "after"]
         return with_declaration(table, self.probes[name])
@@ -268,10 +271,15 @@ class Experiment:
         yield from ((name, between(pairs)) for name, pairs in found.items())
 
     def _trajectories(self, make: Make, base: Base, examples: Examples) -> Iterator[tuple[Trajectory, str]]:
-        if base.trajectory is not None:
-            yield base.trajectory, base.identity
+        if (past := self.past(base)) is not None:
+            yield past, base.identity
         if self.objective is not None:
             yield self.trained(make, base, self.objective, examples)
+
+    def past(self, base: Base) -> Trajectory | None:
+        """The checkpoints that lead to the base; without an objective, the base itself if there are none."""
+        alone = Trajectory("checkpoint", {0: base.directory}) if self.objective is None else None
+        return base.trajectory or alone
 
     def suffix(self, trajectory: Trajectory, base: Base) -> str:
         """The words behind the name of a probe's stage, if it is about the past of a base that is trained."""
@@ -380,6 +388,8 @@ def check_parts(
     check_declarations(probes, interventions, objective)
     if isinstance(model, Chain):
         check_chain({name: probe.declaration for name, probe in probes.items()}, [*interventions])
+    if objective is None and isinstance(model, Pretrained) and len(model.locations()) == 1:
+        check_single({name: probe.declaration for name, probe in probes.items()}, interventions)
     architecture = model.check(None if objective is None else training.max_length)
     if objective is not None:
         training.lora.check(architecture)

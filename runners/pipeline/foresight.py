@@ -34,7 +34,7 @@ def foreseen(run: "Experiment", examples: Examples) -> tuple[list[Foreseen], Bas
     if base is None:
         return [*found, *_behind_an_unmade_base(run, examples)], None
     ready = None if found else base
-    past, trained = base.trajectory, None
+    past, trained = run.past(base), None
     if past is not None:
         _measured(run, look, base, (past, base.identity), examples, run.suffix(past, base))
     if run.objective is not None:
@@ -79,7 +79,7 @@ def _behind_an_unmade_base(run: "Experiment", examples: Examples) -> Iterator[Fo
     """Names alone, as every key holds that of the base."""
     steps = [0, 1]
     if isinstance(run.model, HasOutline):
-        steps = run.model.outline(examples, run.data).steps
+        steps = run.model.outline(examples, run.data).steps or ([0] if run.objective is None else [])
     of = "" if run.objective is None else PRETRAINING
     names = [(name, name + of) for name in run.probes] if steps else []
     trained = [] if run.objective is None else ["training", *run.probes]

@@ -17,6 +17,7 @@ from runners.planning.proxy import assumed, lengths_by, proxy_of, standin, stand
 from weightgeom.bases.chain import Chain, check_chain
 from weightgeom.bases.hub import CheckpointFiles, checkpoint_files
 from weightgeom.bases.outline import HasOutline, Outline, Shape, peak_memory
+from weightgeom.bases.pretrained import check_single
 from weightgeom.data.hub import HubData
 from weightgeom.interfaces import NeedsExamples, Objective
 from weightgeom.models.loading import check_length, parameters_of
@@ -152,9 +153,7 @@ class _Job:
             context = getattr(self.outline.config, "max_position_embeddings", None)
             check_length(self.training.max_length, context)
         elif not self.outline.steps:
-            raise ValueError(
-                "objective=none on a single checkpoint leaves no update to measure: choose an objective"
-            )
+            check_single({name: one.declaration for name, one in self.probes.items()}, self.interventions)
         for measurement in (*self.probes.values(), *self.interventions.values()):
             measurement.check(architecture)
             if isinstance(measurement, NeedsExamples):
@@ -169,9 +168,9 @@ class _Job:
             objective, training, text = pretraining.objective, pretraining.training, pretraining.text
             fit = partial(self._training_stage, "pretraining", objective, training, text, True)
             yield f"pretraining {self.base}", self.planner.once(f"pretraining {self.base}", fit)
-        if self.outline.steps:
+        if steps := self.outline.steps or ([0] if self.objective is None else []):
             suffix, from_random = "" if self.objective is None else "_pretraining", pretraining is not None
-            yield from self._probe_stages(suffix, trajectory, self.outline.steps, None, from_random, stored)
+            yield from self._probe_stages(suffix, trajectory, steps, None, from_random, stored)
         for number in range(self.outline.pairs):
             for key, stage in self._probe_stages("_stages", trajectory, [0, 1], None, False, stored):
                 yield f"{key} {number}", stage
@@ -237,7 +236,8 @@ class _Job:
             seconds = self.planner.once(key, measure)
             if stored > self.machine.memory:  # the disk is read twice: for activations and for the update
                 seconds += 2 * stored / self.machine.write_speed
-            work, has_objective = f"{count} checkpoints", objective is not None
+            work = f"{count} checkpoints" if count > 1 else "1 checkpoint"
+            has_objective = objective is not None
             yield key + self.seed, self._stage(name + suffix, work, seconds, probe, has_objective)
 
     def _stage(self, name: str, work: str, seconds: float, thing: Any, objective: bool) -> PlannedStage:

@@ -7,7 +7,7 @@
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from weightgeom.analysis.chain import BETWEEN, ENDS, STAGES
+from weightgeom.analysis.chain import BETWEEN, ENDS, SINGLE, STAGES
 from weightgeom.declarations import ProbeDeclaration
 from weightgeom.table import null_of_mean, of_matrices, of_the_model
 
@@ -28,6 +28,8 @@ def answer(tables: "Mapping[str, pd.DataFrame]", declarations: Mapping[str, Prob
         if table is None or not declaration.headline or not (table["matrix"] != "").any():
             continue
         if not len(of_matrices(table, declaration.headline)):
+            if SINGLE in table.attrs:
+                continue
             return _nothing_moved(table)
         if name + BETWEEN in tables:
             return _of_chain(table, declaration)
@@ -84,11 +86,12 @@ def _null(table: "pd.DataFrame", headline: str) -> str:
 
 
 def _of_whole(table: "pd.DataFrame") -> "Iterator[str]":
-    """Such as `heldout_ce from 6.5 to 5.25 nats/token`, of every quantity without a matrix."""
+    """Such as `heldout_ce from 6.5 to 5.25 nats/token`, of every quantity without a matrix; or its value."""
     whole = of_the_model(table)
     for quantity, part in whole.groupby("quantity", sort=False):
         first, last = (
             part[part["step"] == end]["value"].mean() for end in (part["step"].min(), table["step"].max())
         )
         unit = part["unit"].iloc[0]
-        yield f"{quantity} from {first:.3g} to {last:.3g}{'' if unit == '1' else f' {unit}'}"
+        change = f"{last:.3g}" if SINGLE in table.attrs else f"from {first:.3g} to {last:.3g}"
+        yield f"{quantity} {change}{'' if unit == '1' else f' {unit}'}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from runners.summary.commands import open_mlflow
 from runners.summary.instances import of_instance
 from runners.tracking.publisher import Published
-from weightgeom.analysis.chain import STAGES
+from weightgeom.analysis.chain import SINGLE, STAGES
 from weightgeom.analysis.comparisons import compared_with_principal, measured_effect
 from weightgeom.analysis.declared import declared, plain_name
 from weightgeom.analysis.summaries import by_head, by_matrix, by_quantity, by_stage, by_treatment, unmoved
@@ -157,6 +157,8 @@ def _of_probe(
         if of not in mine:
             continue
         table = mine[of]
+        if SINGLE in table.attrs:
+            title = f"The checkpoint ({name})"
         if isinstance(probe, Summarised):
             yield f"{title}{rest}", probe.summary(table)
         elif declaration.generic:

@@ -1,5 +1,6 @@
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -7,16 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import small
 import torch
+from app import WORLD, run
 from networks import save
 from safetensors.torch import load_file, save_file
 from stored import OFFLINE, checkpoint, fetched, hub_cache, no_stage
 
 from weightgeom.bases.hub import fetch, identity
-from weightgeom.bases.pretrained import Pretrained, TwoCheckpoints
+from weightgeom.bases.pretrained import Pretrained, TwoCheckpoints, check_single
 from weightgeom.data.text import TextFiles
+from weightgeom.interventions.rank1 import Rank1
+from weightgeom.interventions.surgery import DeltaSurgery
+from weightgeom.probes.rsf import RSF
+from weightgeom.probes.spectrum import Spectrum
 
 
 @pytest.mark.slow
@@ -131,8 +138,15 @@ def test_values_that_are_not_finite_are_refused_where_no_update_is_measured(tmp_
 
 def test_checkpoints_with_nothing_to_measure_or_train_are_refused(tmp_path):
     directory = str(checkpoint(tmp_path / "a"))
-    with pytest.raises(ValueError, match="objective=none on a single checkpoint leaves no update to measure"):
-        Pretrained(name=directory).check(longest=None)
+    probes = {"spectrum": Spectrum().declaration, "rsf": RSF().declaration}
+    nothing = "objective=none on a single checkpoint leaves no update to measure:"
+    with pytest.raises(ValueError, match=rf"{nothing} probe\.rsf is about it: choose an objective"):
+        check_single(probes, {"rank1": Rank1()})
+    with pytest.raises(ValueError, match=rf"{nothing} intervention\.surgery is about it"):
+        check_single({}, {"rank1": Rank1(), "surgery": DeltaSurgery()})
+    with pytest.raises(ValueError, match=rf"{nothing} choose an objective"):
+        check_single({}, {})
+    check_single({"spectrum": Spectrum().declaration}, {"rank1": Rank1()})
     with pytest.raises(ValueError, match=r"model=pair compares two finished checkpoints: set objective=none"):
         TwoCheckpoints(directory, directory).check(longest=8)
     with pytest.raises(ValueError, match="max_length is 129 tokens and the model takes 128"):
@@ -299,3 +313,22 @@ def test_the_generated_world_under_a_model_of_another_vocabulary_is_a_warning(tm
         caplog.clear()
         model.prepare(no_stage, examples, small.WORLD, "cpu")
         assert caplog.text.count(warning) == 1
+
+
+def test_a_single_checkpoint_is_measured_where_no_update_is_needed(tmp_path):
+    checkpoint(tmp_path / "a")
+    measured = (
+        *("probe=[spectrum,behaviour]", "probe.spectrum.tokens=256", "probe.behaviour.tokens=256"),
+        *("intervention=[rank1]", "intervention.rank1.strengths=[0.3]", "intervention.rank1.tokens=256"),
+        *("intervention.rank1.layers=[1]", "objective=none", "model=pythia", "model.name=a", "device=cpu"),
+    )
+    ended = run(tmp_path, *WORLD, *measured)
+    assert ended.code == 0, ended.err
+    assert "The checkpoint (behaviour)" in ended.out and re.search(r"answer: heldout_ce \d", ended.out)
+    tables = {name: pd.read_parquet(ended.record / f"artifacts/tables/{name}.parquet") for name in (
+        "spectrum", "behaviour", "rank1",
+    )}  # fmt: skip
+    assert all(set(table["step"]) == {0} and len(table) for table in tables.values())
+    assert not tables["spectrum"]["quantity"].str.startswith("delta").any()
+    refused = run(tmp_path, *WORLD, "objective=none", "model=pythia", "model.name=a", "device=cpu")
+    assert refused.code == 1 and "probe.rsf is about it" in refused.errors[0]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 BETWEEN = "_stages"  # the suffix of the tables that compare every stage with the one before it
 STAGES = "stages"  # the table and the figure of all comparisons
 ENDS = "ends"  # the key of a table's `attrs` with the names of the two checkpoints of a pair
+SINGLE = "single"  # the key of the `attrs` of a table that is about one checkpoint, without an update
 
 
 def between(pairs: "Sequence[pd.DataFrame]") -> "pd.DataFrame":

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import re
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,8 @@ from pydantic.dataclasses import dataclass
 from weightgeom.bases.hub import HOW_TO_PIN, MOVING_REVISIONS, checkpoint_directory, fetch, identity, is_path
 from weightgeom.bases.outline import Outline
 from weightgeom.data.world import World
-from weightgeom.interfaces import Data, Stage
+from weightgeom.declarations import ProbeDeclaration
+from weightgeom.interfaces import Data, Intervention, Stage
 from weightgeom.interruption import Request, no_request
 from weightgeom.models.adapters import as_pair, is_adapter, open_adapter, open_checkpoint, warn_of_other_base
 from weightgeom.models.gguf_files import convert_gguf, is_gguf
@@ -85,13 +87,8 @@ class Pretrained:
             )
 
     def check(self, longest: int | None) -> Architecture:
-        """Fetch only the configs; raises if that fails, or if there is nothing to measure or train."""
+        """Fetch only the configs; raises if that fails."""
         locations = self.locations()
-        if longest is None and len(locations) == 1:
-            raise ValueError(
-                "objective=none on a single checkpoint leaves no update to measure: choose an objective,"
-                " model.revisions=[...], or model=pair model.before=... model.after=..."
-            )
         directories = [
             fetch(location, weights=False, code=self.trust_remote_code) for location in locations.values()
         ]
@@ -271,6 +268,21 @@ def shipped_file(package: str, name: str) -> Path:
     raise FileNotFoundError(
         f"the installed package {package} holds no {name}: pip install --upgrade {package}"
     )
+
+
+def check_single(probes: Mapping[str, ProbeDeclaration], interventions: Mapping[str, Intervention]) -> None:
+    """Raise ValueError for what needs an update, where all there is is one checkpoint."""
+    needing = [
+        *(f"probe.{name}" for name, declaration in probes.items() if declaration.needs_update),
+        *(f"intervention.{name}" for name, one in interventions.items() if one.declaration.needs_update),
+    ]
+    if needing or not (probes or interventions):
+        which = f" {needing[0]} is about it:" if needing else ""
+        raise ValueError(
+            f"objective=none on a single checkpoint leaves no update to measure:{which} choose an objective,"
+            " model.revisions=[...], or model=pair model.before=... model.after=...; or what is about the"
+            " checkpoint itself, such as probe=[spectrum,behaviour] intervention=[rank1]"
+        )
 
 
 def warn_of_generated_text(data: Data, directory: Path) -> None:

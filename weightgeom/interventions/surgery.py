@@ -97,7 +97,7 @@ class DeltaSurgery:
     def declaration(self) -> InterventionDeclaration:
         """The preference margin, or the KL of data without pairs, against the controls that are asked for."""
         kinds = tuple(kind for kind in (*RANDOM, "rotated") if self.controls.get(kind))
-        return InterventionDeclaration((MARGIN, "kl_from_unedited"), kinds, SURGERY)
+        return InterventionDeclaration((MARGIN, "kl_from_unedited"), kinds, SURGERY, needs_update=True)
 
     def figures(self, tables: "Mapping[str, pd.DataFrame]") -> "Mapping[str, Figure]":
         """The margin by dimension that is taken out or kept, and by the part that is transplanted."""

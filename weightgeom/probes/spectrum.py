@@ -61,7 +61,7 @@ class Spectrum:
     def declaration(self) -> ProbeDeclaration:
         """The participation ratio of the update, where it is measured."""
         headline = "delta_participation_ratio" if "delta" in self.of else ""
-        return ProbeDeclaration(headline, by_layer=False, generic=False)
+        return ProbeDeclaration(headline, by_layer=False, generic=False, needs_update=False)
 
     def check(self, architecture: Architecture) -> None:
         """Every model will do."""

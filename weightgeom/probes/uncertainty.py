@@ -74,6 +74,7 @@ class Uncertainty:
             *("fisher_ratio", "gradient_coupling"),
         ),
         compares=False,
+        needs_update=False,
         generic=False,
     )
 
