@@ -62,10 +62,10 @@ SLOW = (
     "uncertainty/test_rows.py",
     "training/test_matching.py",
 )
-# Of tests on the network of every architecture, the quick ones take these alone: a fused and a grouped one.
-QUICK_NETWORKS = {"gpt_neox", "llama"}
+# Of tests on the network of every architecture, the quick ones take these alone: a fused and a grouped one,
+# one with experts and one with linear attention.
+QUICK_NETWORKS = {"gpt_neox", "llama", "mixtral", "qwen3_next"}
 OTHER_NETWORKS = (networks.CONFIGS | networks.MIXTURES).keys() - QUICK_NETWORKS
-EVERY_NETWORK = ("architectures", "models")  # rooms whose quick tests take every network
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Path(__file__).parent
     places = {tests / name: place for place, name in enumerate(SLOW)}
     for item in items:
-        if item.path in places or (item.path.parent.name not in EVERY_NETWORK and on_other_network(item)):
+        if item.path in places or on_other_network(item):
             item.add_marker("slow")
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
