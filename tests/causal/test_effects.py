@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from moving import matrix, moved
-from networks import CONFIGS, language_model
+from networks import FORMS, language_model
 from precise import Precise
 from torch.testing import assert_close
 
@@ -18,7 +18,7 @@ from weightgeom.text.tokens import packed, responses
 EFFECTS = Effects(tokens=160, length=24, pairs=6, pair_length=48, questions=12)
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=FORMS)
 def evaluation(request, tokenizer, examples):
     """Of a network in fp64."""
     model, weights = language_model(request.param, tokenizer)

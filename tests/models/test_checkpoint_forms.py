@@ -78,9 +78,10 @@ def loaded(directory: Path) -> dict[str, torch.Tensor]:
 
 def unstacked(weights: dict[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:
     """Weights with the matrices of experts apart, whose rows alternate in gpt-oss alone."""
-    apart = {name: one for name, one in weights.items() if one.ndim < 3}
+    stacks = {name for name, one in weights.items() if one.ndim == 3 and ".experts." in name}
+    apart = {name: one for name, one in weights.items() if name not in stacks}
     for name, stack in weights.items():
-        for expert, one in enumerate(stack if stack.ndim == 3 else ()):
+        for expert, one in enumerate(stack if name in stacks else ()):
             experts, _, last = name.rpartition(".")
             kinds = last.removesuffix("_proj").split("_")
             rows = one.T if model_type in ("gpt_oss", "llama4_text") else one

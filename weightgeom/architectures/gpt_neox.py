@@ -1,5 +1,6 @@
 """GPT-NeoX and Pythia."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from weightgeom.models.decoder import Names, decoder, fused_by_group
@@ -24,4 +25,5 @@ def architecture(config: "GPTNeoXConfig") -> Architecture:
     The rows of the fused weight are ordered [head][q, k, v][d_head], not in thirds.
     """
     rows = fused_by_group(config, config.num_attention_heads)
-    return decoder(config, NAMES, rows=rows, parallel=config.use_parallel_residual)
+    found = decoder(config, NAMES, rows=rows, parallel=config.use_parallel_residual)
+    return replace(found, model_type="gpt_neox")  # for its names on disk, also of a network built on it

@@ -151,7 +151,7 @@ def _trained(
     for layer, (matrix, role) in product(range(LAYERS), MATRICES.items()):
         found = {"null_ratio_mean": 1.0, "null_ratio_sd": 0.2, "q_value": 0.5}
         if truth == "lora":
-            found["adapter_rank"] = RANK
+            found["adapter_rank"] = float(RANK)
         if role == "write":
             found["ratio"] = _written(truth, prediction, generator)
         else:

@@ -105,9 +105,11 @@ def _update(d: int, rank: int, generator: torch.Generator) -> Float[Tensor, "n d
 
 
 def _spectrum(x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
-    """The shares of the singular values, from the smaller Gram matrix x xᵀ."""
-    shares = spectrum_shares(x @ x.T)
-    return torch.cat([shares.new_zeros(x.shape[1] - len(shares)), shares])
+    """The shares of the singular values, from the smaller of the two Gram matrices."""
+    n, d = x.shape
+    if n >= d:
+        return spectrum_shares(x.T @ x)
+    return torch.cat([x.new_zeros(d - n), spectrum_shares(x @ x.T)])
 
 
 def _fraction(x: Float[Tensor, "n d"], space: Subspace) -> float:
