@@ -128,7 +128,7 @@ def verified() -> dict[str, list[tuple[str, list[str]]]]:
 
 
 def architectures_page() -> str:
-    """The model types that have a map: the models, and what was verified with which library, and when."""
+    """A table of the model types that have a map: models, verified claims, version of transformers, date."""
     import transformers
 
     from weightgeom.check import CHECKS

@@ -104,7 +104,7 @@ def test_no_two_reads_of_a_mixer_can_be_exchanged_unnoticed(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2", "falcon_h1", "nemotron_h"])
 def test_an_edit_of_any_part_has_the_effects_of_the_network_that_has_it(name, tokenizer, examples):
-    # What is not behind an edit is passed over, and must be what it would be in the edited network itself.
+    # Modules before an edit are passed over: their kept outputs must equal those of the edited network.
     model, params = language_model(name, tokenizer)
     evaluation = Evaluation(model, params, examples, EFFECTS)
     kinds = {matrix.kind: matrix for matrix in model.architecture.matrices}  # the last layer that has one

@@ -102,7 +102,7 @@ def by_hand(network: PreTrainedModel, name: str) -> dict[str, Tensor]:
 
 
 def axes_of(network: PreTrainedModel, module: str) -> Tensor:
-    """Principal directions of what a norm puts out on the held-out text, strongest first, in columns."""
+    """Principal directions of a norm's output on the held-out text, in columns, strongest first."""
     seen, text = [], packed(EXAMPLES.heldout, TOKENIZER, LENGTH, TOKENS)
     hook = network.get_submodule(module).register_forward_hook(lambda *given: seen.append(given[-1]))
     with torch.no_grad():

@@ -13,7 +13,7 @@ D, K, LENGTH, TOKENS = 32, 4, 96, 512
 
 
 def input_axes(model, examples, site):
-    """The principal directions of what a module is given, strongest first in columns, in fp64."""
+    """The principal directions of a module's input, in columns, strongest first; fp64."""
     rows = []
     for batch in packed(examples.heldout, model.tokenizer, LENGTH, TOKENS):
         keep = batch.attention_mask.bool()
@@ -52,7 +52,7 @@ def test_an_update_planted_in_a_subspace_has_the_ratio_d_over_k_and_one_outside_
         delta = torch.randn(other, axes.shape[1], generator=generator, dtype=torch.float64) @ axes.T / 10
         if (
             matrix.role == "write"
-        ):  # W' with diag(g) W' = diag(g) W + delta: what is planted reaches the stream
+        ):  # W' with diag(g) W' = diag(g) W + delta: the planted update reaches the stream
             delta = delta.T if matrix.norm is None else delta.T / matrix.norm.gain(start)[:, None]
         end = matrix.replaced(end, matrix.of(end) + delta.float())
     probe = RSF(k=K, resamples=0, tokens=TOKENS, length=LENGTH, prompts=0)

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
@@ -28,6 +29,7 @@ from weightgeom.geometry.bootstrap import bootstrap_times
 from weightgeom.interfaces import Objective, Scored
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import Architecture, ResidualMatrix, Site, first_readers
+from weightgeom.models.weights import shape_of
 from weightgeom.params import Params
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
@@ -432,7 +434,7 @@ def _layer_size(architecture: Architecture, params: Params, gathering: Gathering
         here = [matrix for matrix in architecture.matrices if matrix.layer == layer]
         writes = 1 if architecture.parallel else sum(matrix.role == "write" for matrix in here)
         squares = gathering.inputs * len(first_readers(here)) + gathering.upstream * writes
-        entries = sum(params[name].numel() for name in {matrix.parameter for matrix in here})
+        entries = sum(prod(shape_of(params, name) or ()) for name in {matrix.parameter for matrix in here})
         gradients = gathering.gradients * entries * (groups + 2)
         sizes.append(squares * architecture.d_model**2 * groups + gradients)
     return float(max(sizes) * gathering.dtype.itemsize)

@@ -281,7 +281,7 @@ def difference(after: Params, before: Params, architecture: Architecture | None 
     if architecture is not None and architecture.tied and architecture.unembed in after:
         before = Untied(before, architecture)
     names = [*after, *(name for name in before if name not in after)]
-    shapes = {name: (_shape(after, name), _shape(before, name)) for name in names}
+    shapes = {name: (shape_of(after, name), shape_of(before, name)) for name in names}
     unequal = [name for name, (new, old) in shapes.items() if new != old]
     if unequal:
         new, old = shapes[unequal[0]]
@@ -292,7 +292,8 @@ def difference(after: Params, before: Params, architecture: Architecture | None 
     return Difference(after, before)
 
 
-def _shape(params: Params, name: str) -> tuple[int, ...] | None:
+def shape_of(params: Params, name: str) -> tuple[int, ...] | None:
+    """The shape of a parameter, of weights on disk from their headers alone; None where there is none."""
     if name not in params:
         return None
     on_disk = isinstance(params, Stored | Dequantised)
