@@ -99,6 +99,12 @@ def faults(home: Path, records: list[Path]) -> Iterator[str]:
         yield f"MLflow has {counts}"
 
 
+def synced(home: Path) -> list[str]:
+    """Publish all records; the end of the output if that fails."""
+    code, out = ended(home, [sys.executable, "-m", "runners.tracking", "sync"])
+    return [f"sync ended with {code}: {out[-500:]}"] if code else []
+
+
 def of_run(home: Path, moment: float, expected: dict[str, str]) -> list[str]:
     """Kill a run after `moment` seconds, and run it again."""
     process = started(home, run())
@@ -108,7 +114,8 @@ def of_run(home: Path, moment: float, expected: dict[str, str]) -> list[str]:
     code, out = ended(home, run())
     if code:
         return [out[-500:]]
-    ended(home, [sys.executable, "-m", "runners.tracking"])
+    if unsynced := synced(home):
+        return unsynced
     return [*faults(home, [newest(home)]), *(["tables differ"] if tables(newest(home)) != expected else [])]
 
 
@@ -152,7 +159,8 @@ def killed(home: Path, victim: str) -> None:
 
 def verdict(home: Path, sweep: Path, expected: list[dict[str, str]]) -> list[str]:
     """The faults of a sweep that has ended, and the jobs whose tables differ from the expected ones."""
-    ended(home, [sys.executable, "-m", "runners.tracking"])
+    if unsynced := synced(home):
+        return unsynced
     records = [sweep / number / "record" for number in "01"]
     differ = [f"tables of {n} differ" for n, one in enumerate(records) if tables(one) != expected[n]]
     return [*faults(home, records), *differ]
