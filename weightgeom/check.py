@@ -106,6 +106,7 @@ def _unwarned() -> Iterator[None]:
         set_verbosity(before)
 
 
+@_unwarned()
 def main(arguments: Sequence[str]) -> int:
     """Print each invariant of a model's map as passed or failed; the exit code is 1 if one failed."""
     parser = argparse.ArgumentParser(
@@ -117,13 +118,11 @@ def main(arguments: Sequence[str]) -> int:
     )
     model = parser.parse_args(arguments).model
     try:
-        with _unwarned():
-            config = small_config(config_of(model))
+        config = small_config(config_of(model))
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    with _unwarned():
-        specimen = Specimen.of(config)
+    specimen = Specimen.of(config)
     failures = 0
     for invariant in CHECKS:
         reason = failure(invariant, specimen)
