@@ -237,6 +237,7 @@ class Benchmark:
         timings: Callable[[Any], Iterator[float]],
     ) -> list[LinearCost]:
         """The linear cost of each of the `timings`, from two runs on different numbers of samples."""
+        measurement = proportioned(measurement, self.proxy)
         operations = 2 * self.multiplied * self._forward_tokens(measurement, training, has_objective)
         share = min(1.0, self.work / max(operations, 1.0))
         few = list(timings(shrunk(measurement, share / 3)))
@@ -292,14 +293,38 @@ class ArmsTimed(Exception):
 
 def shrunk(measurement: Any, share: float) -> Any:
     """A probe or intervention on that share of its samples."""
-    smaller = {}
-    for field in fields(measurement):
-        value = getattr(measurement, field.name)
-        if field.name in SAMPLE_FIELDS and isinstance(value, int) and value > 0:
-            smaller[field.name] = max(2, round(value * share))
-        elif is_dataclass(value):
-            smaller[field.name] = shrunk(value, share)
-    return replace(measurement, **smaller)
+
+    def fewer(name: str, value: Any) -> Any:
+        sampled = name in SAMPLE_FIELDS and isinstance(value, int) and value > 0
+        return max(2, round(value * share)) if sampled else value
+
+    return _changed(measurement, fewer)
+
+
+def proportioned(measurement: Any, proxy: Proxy) -> Any:
+    """A probe or intervention with its layers and subspace dimensions in the proportions of the proxy."""
+
+    def smaller(name: str, value: Any) -> Any:
+        if name == "layers" and value:
+            return sorted({int(layer / proxy.layers) for layer in value})
+        if name == "k" and value:
+            sizes = sorted(
+                {max(1, round(k / proxy.width)) for k in ([value] if isinstance(value, int) else value)}
+            )
+            return sizes[0] if isinstance(value, int) else sizes
+        return value
+
+    return _changed(measurement, smaller)
+
+
+def _changed(measurement: Any, change: Callable[[str, Any], Any]) -> Any:
+    """A copy with the fields, also those of fields that are dataclasses, as `change` makes them by name."""
+    values = {field.name: getattr(measurement, field.name) for field in fields(measurement)}
+    changed = {
+        name: _changed(value, change) if is_dataclass(value) else change(name, value)
+        for name, value in values.items()
+    }
+    return replace(measurement, **{name: value for name, value in changed.items() if value != values[name]})
 
 
 def _flops_per_second(device: str) -> float:
