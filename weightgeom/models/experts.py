@@ -127,7 +127,7 @@ def routed_rows(
         return by_expert[expert, token], token, expert[:, None]
     raise NotImplementedError(
         f"the experts of this model are called with {len(inputs)} inputs of an unknown form, which do not"
-        " say which tokens go to which expert: give model types of `weightgeom check --help`"
+        " say which tokens go to which expert: leave the probe rsf out, with probe=[spectrum,behaviour]"
     )
 
 

@@ -473,22 +473,24 @@ def _trained(
 
     The subspace is that of held-out text, so that it is not fitted to this moment and needs no cross-fitting.
     """
-    groups = [group.cpu().double() for group in moment.sums]
-    if adapter is not None:
-        groups = [adapter_moment(adapter, group) for group in groups]
-    root = moment.root if adapter is None else moment_root(sum(groups[1:], start=groups[0]))
+
+    def seen(value: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+        value = value.cpu().double()
+        return value if adapter is None else adapter_moment(adapter, value)
+
+    root = moment.root if adapter is None else moment_root(seen(moment.value))
     null, scale, n = matched_null(gram, root, space, seed), len(gram) / space.basis.shape[1], moment.samples
-    whole = torch.stack([group.trace() for group in groups])
-    inside = torch.stack([(space.basis * (group @ space.basis)).sum() for group in groups])
-    times = bootstrap_times(len(groups), resamples, seed).double()
-    drawn = ((times @ inside) / (times @ whole)).tolist()
-    interval = bootstrap_interval(null.mean, drawn, len(groups))
+    values = map(seen, moment.sums)
+    parts = [[float(value.trace()), float((space.basis * (value @ space.basis)).sum())] for value in values]
+    groups, times = len(parts), bootstrap_times(len(parts), resamples, seed).double()
+    whole, inside = (times @ torch.tensor(parts, dtype=torch.float64)).T  # a level is a ratio of sums
+    interval = bootstrap_interval(null.mean, (inside / whole).tolist(), groups)
     stderr = None if interval is None else interval.stderr * scale
     yield row("trained_matched_ratio", null.mean * scale, n=n, stderr=stderr, **at)
     if interval is not None:
         yield row("trained_matched_ratio_low", max(0.0, interval.low) * scale, n=n, **at)
         yield row("trained_matched_ratio_high", min(1.0, interval.high) * scale, n=n, **at)
-    estimated = Estimated(null, 0.0 if interval is None else interval.stderr / null.mean, len(groups) - 1)
+    estimated = Estimated(null, 0.0 if interval is None else interval.stderr / null.mean, groups - 1)
     yield row("trained_matched_z", estimated.z(fraction), n=n, **at)
     p, error = estimated.p_value(fraction)
     yield row("trained_matched_p_value", p, n=n, stderr=error, **at)
