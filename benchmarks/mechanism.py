@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +36,7 @@ from weightgeom.probes.moments import Moments
 from weightgeom.table import tabulate
 from weightgeom.training.config import Training
 from weightgeom.training.fit import fit, saved_trajectory
+from weightgeom.training.optimizers import OPTIMIZERS
 from weightgeom.trajectory import Base, Trajectory
 
 OUTPUTS = Path("outputs/mechanism")
@@ -95,7 +97,8 @@ def points(
         for optimizer, trajectory in trained.items():
             rows = measurement(model.params(trajectory.steps[trajectory.last]))
             table = tabulate([{"step": trajectory.last, **row} for row in rows])
-            found.append(table.assign(optimizer=optimizer))
+            named = table["quantity"].isin(["measured_ratio", OPTIMIZERS[optimizer].forecast])
+            found.append(table.assign(optimizer=optimizer, treatment=np.where(named, optimizer, "")))
         pd.concat(found).to_parquet(directory / "moments.parquet")
 
     directory = stage("moments", {**of, "trainings": trainings, "prompts": prompts}, measure)

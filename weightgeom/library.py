@@ -142,7 +142,8 @@ def subspaces(
     the inputs of q, k, v and of gate, up on `texts` (second moments, uncentred, over at most `tokens` tokens
     in sequences of `length`), `("prediction", None)` by the top-k right singular vectors of the unembedding,
     centred and with the final norm's gain. Each has an orthonormal `basis` of shape (d_model, k) in fp64,
-    strongest direction first. They are those of the probe `rsf` up to the rounding of fp32 sums.
+    strongest direction first. They are those of the probe `rsf` up to the rounding of fp32 sums, but for
+    those of single experts.
 
     Checkpoints, tokenizer, texts and what they raise are as in `measure`; k is d/8 by default.
 

@@ -285,6 +285,7 @@ class _Job:
             saved=0.0 if cost is None else cost.saved,
             reference=cost is not None and cost.reference,
             longest=longest if pairs else self.training.max_length,
+            mixture=bool(architecture.stacks),
         )
 
     def _benchmark(self, examples: Examples) -> Benchmark:

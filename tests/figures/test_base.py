@@ -178,8 +178,13 @@ def place(layer: int, matrix: str, shift: float = 0.0) -> dict[str, float]:
     return {"predicted": 1 + at, "forecast": 2 + at / 2, "measured": 1.5 + at / 4}
 
 
-def mechanism(last: int = 8, k: int = 4, shift: float = 0.0, stderr: float | None = 0.25):
-    """A table such as the probe `moments` gives, with an earlier step and a larger k beside."""
+def mechanism(
+    last: int = 8, k: int = 4, shift: float = 0.0, stderr: float | None = 0.25, optimizer: str = ""
+):
+    """A table such as the probe `moments` gives, with an earlier step and a larger k beside.
+
+    With an optimizer, it is the forecast named after Adam that belongs to it, and another is of no optimizer.
+    """
     rows = []
     for step, layer, matrix in product((2, last), LAYERS, READ + WRITE):
         role, own = ("read", "mlp_input") if matrix in READ else ("write", "prediction")
@@ -187,8 +192,13 @@ def mechanism(last: int = 8, k: int = 4, shift: float = 0.0, stderr: float | Non
             at: dict[str, Any] = {"step": step, "layer": layer, "matrix": matrix, "role": role}
             at |= {"subspace": own, "k": dimension}
             other = 100.0 if dimension != k or step != last else 0.0  # must not be drawn
+            if optimizer:
+                rows.append(row("forecast_ratio", 70.0, n=9, **at))  # must not be drawn
             for name, value in place(layer, matrix, shift).items():
                 error = None if name == "measured" else stderr
+                if optimizer and name != "predicted":
+                    at["treatment"] = optimizer
+                    name = name.replace("forecast", "forecast_adam")
                 rows.append(row(f"{name}_ratio", value + other, n=9, stderr=error, **at))
                 rows.append(row(f"{name}_ratio_low", value + 50, n=9, **at))
         rows.append(row("read_predicted_correlation", 0.5, n=9, step=step, role="read", k=k))
@@ -235,6 +245,32 @@ def test_expected_and_measured_names_quantity_and_unit():
     assert right.get_xlabel() == "forecast relative subspace fraction (1)"
     assert left.get_ylabel() == "measured (1)"
     assert all(axis.get_legend() is not None for axis in (left, right))
+
+
+@pytest.mark.parametrize("optimizer", ["", "lion"])
+def test_the_forecast_is_the_one_that_belongs_to_the_optimizer_and_the_axis_names_it(optimizer: str):
+    _, right = expected_and_measured(mechanism(optimizer=optimizer)).axes
+    name = "forecast_adam (lion)" if optimizer else "forecast"
+    assert right.get_xlabel() == f"{name} relative subspace fraction (1)"
+    for matrix, bar in bars(right).items():
+        assert drawn(bar)[0] == [place(layer, matrix)["forecast"] for layer in LAYERS]
+
+
+def test_runs_of_several_optimizers_have_each_their_own_forecast():
+    runs = {"a": mechanism(optimizer="adamw"), "b": mechanism(shift=0.5)}
+    table = pd.concat([part.assign(run=name) for name, part in runs.items()], ignore_index=True)
+    _, right = expected_and_measured(table).axes
+    assert right.get_xlabel() == "forecast_adam (adamw),\nforecast relative subspace fraction (1)"
+    for matrix, bar in bars(right).items():
+        places = [place(layer, matrix, shift)["forecast"] for shift in (0.0, 0.5) for layer in LAYERS]
+        assert sorted(drawn(bar)[0]) == sorted(places)
+
+
+def test_an_optimizer_without_a_forecast_has_no_points_of_one():
+    table = mechanism()
+    table.loc[table["quantity"] == "measured_ratio", "treatment"] = "muon"
+    left, right = expected_and_measured(table).axes
+    assert bars(left) and not bars(right)
 
 
 def test_points_of_all_runs_are_drawn_each_at_its_own_last_step_and_smallest_k():

@@ -182,6 +182,55 @@ def test_what_is_written_by_the_objectives_own_gradients_alone_has_its_matched_l
     assert max(abs(ratio[one] - 1) for one in ratio) > 0.3  # the level is not the isotropic one
 
 
+@pytest.mark.parametrize("name", ["gpt_neox", "llama"])
+def test_the_trained_level_of_a_read_is_the_share_of_its_inputs_on_the_examples(name, examples, tokenizer):
+    model, params = language_model(name, tokenizer)
+    at = setting(model, params, examples, objective=DPO())
+    rows = RSF(prompts=16).measurement(at)(moved(model, params))
+    found = values(rows, "trained_matched_ratio")
+    (some,) = gradient_moments(model, params, DPO(), TRAINING, examples, Gathering(prompts=16), 3)
+    spaces = {frame.place: frame.space for frame in input_frames(at, params, K, Inputs())}
+    inputs = {(site.name, site.layer): moment.value.double() for site, moment in some.inputs.items()}
+    reads = [matrix for matrix in model.architecture.matrices if matrix.role == "read"]
+    for matrix in reads:
+        basis, second = spaces[place_of(matrix)].basis, inputs[place_of(matrix)]
+        expected = float(torch.trace(basis.T @ second @ basis) / second.trace()) * D / K
+        assert_close(found[matrix.name], expected, rtol=1e-5, atol=0)
+    assert list(found) == [matrix.name for matrix in reads]
+    for quantity in ("p_value", "q_value", "z"):
+        assert values(rows, f"trained_matched_{quantity}").keys() == found.keys()
+    low, high = (values(rows, f"trained_matched_ratio_{end}") for end in ("low", "high"))
+    assert all(low[one] < found[one] < high[one] for one in found)
+    unknown = RSF().measurement(setting(model, params, examples))(moved(model, params))
+    assert not values(unknown, "trained_matched_ratio")
+
+
+def test_a_read_of_the_trained_inputs_alone_has_the_level_of_those_and_not_of_the_heldout_text(
+    examples, tokenizer
+):
+    model, params = language_model("llama", tokenizer)
+    # The held-out text is one sentence over and over, so that its inputs are not those of the examples.
+    other = replace(examples, heldout=[examples.heldout[0]] * 200)
+    (some,) = gradient_moments(model, params, DPO(), TRAINING, other, Gathering(prompts=40), 3)
+    inputs = {(site.name, site.layer): moment.root for site, moment in some.inputs.items()}
+    generator = torch.Generator().manual_seed(0)
+    after = params
+    for matrix in model.architecture.matrices:
+        if matrix.role == "read":
+            rows = matrix.of(params).shape[0]
+            mixed = (
+                torch.randn(rows, D, generator=generator, dtype=torch.float64) @ inputs[place_of(matrix)].T
+            )
+            after = matrix.replaced(after, matrix.of(params) + mixed.float() / mixed.norm())
+    at = setting(model, params, other, objective=DPO())
+    table = RSF(prompts=40).measurement(at)(dict(after))
+    trained, heldout = values(table, "trained_matched_z"), values(table, "matched_ratio")
+    ratio = values(table, "ratio")
+    # Ten draws from the null: |z| beyond 4 has probability 6e-5 each.
+    assert len(trained) == 10 and all(abs(z) < 4 for z in trained.values())
+    assert all(heldout[name] > 1.3 * ratio[name] for name in trained)
+
+
 def test_q_values_are_those_of_benjamini_and_hochberg_over_layers_and_matrices(examples, tokenizer):
     model, params = language_model("llama", tokenizer)
     rows = RSF(k=[2, 4]).measurement(setting(model, params, examples))(moved(model, params))

@@ -57,6 +57,7 @@ class Shape:
     saved: float  # bytes per token that a forward pass keeps for the backward pass
     reference: bool  # the objective keeps a copy of the weights as its reference
     longest: int  # approximate tokens of the longest held-out sequence
+    mixture: bool = False  # layers have experts
 
     @property
     def weights(self) -> float:

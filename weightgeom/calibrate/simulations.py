@@ -89,7 +89,7 @@ def rates(draws: int, dimensions: tuple[int, ...], seed: int) -> Iterator[Rate]:
         yield from _rotation(torch.Generator().manual_seed(seed), d, draws)
     for d in dict.fromkeys(min(d, 1024) for d in dimensions):  # wide enough to be sketched
         yield from _joint(torch.Generator().manual_seed(seed), d, draws)
-    for simulation in (_matched, _adapter, _coverage):
+    for simulation in (_matched, _trained, _adapter, _coverage):
         yield from simulation(torch.Generator().manual_seed(seed), min(dimensions), draws)
     generator = np.random.default_rng(seed)
     for over in (_orders, _forecasts):
@@ -216,6 +216,37 @@ def _matched(generator: torch.Generator, d: int, draws: int) -> Iterator[Rate]:
         shape = f"d {d}, {per} tokens per dimension"
         yield Rate("`matched_p_value` ≤ 0.05, independent", shape, LEVEL, high, draws, "at most")
         yield Rate("`matched_p_value` > 0.95, independent", shape, 3 * LEVEL, low, draws, "at most")
+
+
+def trained(
+    gram: Float[Tensor, "d d"], moment: Moment, space: Subspace, seed: int, draws: int = 199
+) -> float:
+    """p-value against the level of trained inputs in a subspace of other text, as the probe `rsf` has it."""
+    null = matched_null(gram, moment.root, space, seed, draws)
+    drawn = [space.explained(one) for one in moment.resampled(40, seed)]
+    interval = bootstrap_interval(null.mean, drawn, len(moment.sums))
+    assert interval is not None
+    estimated = Estimated(null, interval.stderr / null.mean, len(moment.sums) - 1)
+    return estimated.p_value(space.explained(gram))[0]
+
+
+def _trained(generator: torch.Generator, d: int, draws: int) -> Iterator[Rate]:
+    """Updates that read the trained inputs and are independent of them otherwise; other held-out text."""
+    d = min(d, 128)
+    k, scale = d // 8, torch.arange(1.0, d + 1, dtype=torch.float64).pow(-0.5)
+    for per in (2, 16):
+        high = low = 0
+        for draw in range(draws):
+            heldout = scale[torch.randperm(d, generator=generator)]
+            space = _moment(_texts(heldout, 64 * d, generator)).top(k)
+            moment = _moment(_texts(scale, per * d, generator))
+            x = torch.randn(4 * ROWS, d, generator=generator, dtype=torch.float64) * scale
+            p = trained(x.T @ x, moment, space, draw)
+            high += p <= LEVEL
+            low += p > 1 - LEVEL
+        shape = f"d {d}, {per} trained tokens per dimension"
+        yield Rate("`trained_matched_p_value` ≤ 0.05, independent", shape, LEVEL, high, draws, "at most")
+        yield Rate("`trained_matched_p_value` > 0.95, independent", shape, LEVEL, low, draws, "at most")
 
 
 def _adapter(generator: torch.Generator, d: int, draws: int) -> Iterator[Rate]:

@@ -1,20 +1,21 @@
 """Streaming second moments of the activations that the residual-stream matrices read."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from weightgeom.geometry.bootstrap import bootstrap_times
 from weightgeom.geometry.gram import Products, add_gram, mirror
 from weightgeom.geometry.nulls import moment_root
 from weightgeom.geometry.subspace import Subspace, iterative_is_faster
+from weightgeom.models.experts import routed_rows
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import Site
 from weightgeom.params import Params
@@ -147,6 +148,43 @@ class Accumulator:
         return Moment(self.sums, self.firsts, counts, centred)
 
 
+class Routed:
+    """The inputs of a layer's experts, row by row, with the experts that read each; `add` mutates it.
+
+    They are kept because sums for each of many experts would be larger: with 16 groups, 16 d² for an expert,
+    and d times the number of tokens for all experts of a layer together.
+    """
+
+    def __init__(self, experts: int, groups: int, dtype: torch.dtype) -> None:
+        self.experts, self.groups, self.dtype = experts, groups, dtype
+        self.parts: list[tuple[Float[Tensor, "row d"], Int[Tensor, "row choice"], Int[Tensor, " row"]]] = []
+
+    def add(self, inputs: Sequence[Tensor], samples: "Samples") -> None:
+        """Keep the rows of a batch that count, by the inputs of the module that the experts are in."""
+        rows, token, chosen = routed_rows(inputs, self.experts)
+        count = samples.where.flatten()[token]
+        of_sequences = torch.tensor([samples.group[prompt] for prompt in samples.prompt], device=token.device)
+        group = of_sequences[token // samples.where.shape[1]]
+        self.parts.append((rows[count], chosen[count], group[count]))
+
+    def moment(self, expert: int, centred: bool) -> Moment | None:
+        """The moment of the tokens that an expert gets, over the groups that have some; None without any."""
+        accumulator = Accumulator(self.groups, self.dtype)
+        counts = torch.zeros(self.groups, dtype=torch.float64)
+        for rows, chosen, group in self.parts:
+            mine = (chosen == expert).any(1)
+            groups, sizes = group[mine].unique_consecutive(return_counts=True)
+            parts = rows[mine].split(sizes.tolist())
+            for place, part in zip(groups.tolist(), parts, strict=True):
+                accumulator.add(part, place)
+                counts[place] += len(part)
+        some = counts > 0
+        if not bool(some.any()):
+            return None
+        whole = accumulator.moment(counts, centred)
+        return Moment(whole.sums[some], whole.firsts[some], counts[some], centred)
+
+
 @dataclass(frozen=True, eq=False)
 class Samples:
     """The samples of a batch: which positions count, and the prompt and the group that each belongs to.
@@ -228,6 +266,10 @@ def activation_moments(
     covariance. A sample is a token or, by `unit`, the mean over a sequence. Source: the attention-input
     subspace of arXiv:2605.16600; uncentred by default (ours).
 
+    At the site of an expert it is over the tokens that the router sends to it, and a sample is a token.
+    Experts without any are left out. All experts of a layer are among the `sites`, or none: their inputs are
+    kept in memory, those of one layer at least, and the sums are made one expert after the other.
+
     Raises:
         ValueError: if an activation is not finite.
     """
@@ -238,32 +280,52 @@ def activation_moments(
         weights = model.hold(params)
     sequences = sum(len(batch.input_ids) for batch in batches)
     groups = max(1, min(groups, sequences))
-    size = model.architecture.d_model**2 * dtype.itemsize * groups
-    for some in passes(sites, lambda site: size, budget / 2):
-        found, counts = _one_pass(model, weights, batches, some, sequences, groups, unit, dtype)
-        for site in some:
-            moment = found.pop(site).moment(counts, centre)
-            check_finite(moment.sums, f"the {site.name} of layer {site.layer}")
-            yield site, moment
+    d, tokens = model.architecture.d_model, sum(int(batch.attention_mask.sum()) for batch in batches)
+    places: dict[Site, list[Site]] = {}  # by the site of its module, that itself or those of its experts
+    for site in sites:
+        places.setdefault(replace(site, expert=None), []).append(site)
+
+    def size(place: Site) -> int:
+        kept = places[place][0].expert is not None
+        return 4 * d * tokens if kept else d**2 * dtype.itemsize * groups
+
+    for some in passes(list(places), size, budget / 2):
+        sums = {place: Accumulator(groups, dtype) for place in some if place in places[place]}
+        kept = {place: Routed(len(places[place]), groups, dtype) for place in some if place not in sums}
+        counts = _one_pass(model, weights, batches, sums, kept, sequences, groups, unit)
+        for place in some:
+            for site in places[place]:
+                if site.expert is None:
+                    moment = sums.pop(place).moment(counts, centre)
+                else:
+                    moment = kept[place].moment(site.expert, centre)
+                if moment is not None:
+                    check_finite(moment.sums, f"the {site.name} of layer {site.layer}")
+                    yield site, moment
+            kept.pop(place, None)
 
 
 def _one_pass(
     model: LanguageModel,
     weights: Params,
     batches: Iterable[Batch],
-    sites: Sequence[Site],
+    sums: Mapping[Site, Accumulator],
+    kept: Mapping[Site, Routed],
     sequences: int,
     groups: int,
     unit: Unit,
-    dtype: torch.dtype,
-) -> tuple[dict[Site, Accumulator], Float[Tensor, " group"]]:
-    found = {site: Accumulator(groups, dtype) for site in sites}
+) -> Float[Tensor, " group"]:
+    """Fills the sums, and the inputs of experts that are kept, in a pass; the samples of each group."""
+    sites = [*sums, *kept]
     waiting: set[Site] = set()
     samples = Samples(torch.zeros(0, 0, dtype=torch.bool), [], [])
 
     def hooked(site: Site) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            samples.add(found[site], inputs[0], mean=True)
+            if site in kept:
+                kept[site].add(inputs, samples)
+            else:
+                samples.add(sums[site], inputs[0], mean=True)
             waiting.discard(site)
             if not waiting:
                 raise Enough
@@ -285,7 +347,7 @@ def _one_pass(
     finally:
         for hook in hooks:
             hook.remove()
-    return found, counts
+    return counts
 
 
 def passes(items: Sequence[Item], size: Callable[[Item], float], budget: float) -> Iterator[list[Item]]:

@@ -59,7 +59,7 @@ class Pathways:
                 values.setdefault(((one["role"], kind), one["k"]), []).append(one["value"])
         for group, places in self._places.items():
             role, kind = group
-            subspaces = {subspace for subspace, _ in places}
+            subspaces = {place[0] for place in places}
             spectrum = spectrum_shares(self._sums[group]) if role == "write" else None
             for k in self.dimensions:
                 mean = sum(values[group, k]) / len(places)

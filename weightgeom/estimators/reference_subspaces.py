@@ -14,7 +14,7 @@ from weightgeom.estimators.moments import Moment, Unit, activation_moments
 from weightgeom.geometry.bootstrap import FEW_TOKENS
 from weightgeom.geometry.subspace import Subspace, prediction_moment
 from weightgeom.interfaces import Setting
-from weightgeom.models.residual import ResidualMatrix
+from weightgeom.models.residual import ResidualMatrix, expert_sites
 from weightgeom.params import Params
 from weightgeom.text.conversation import chats
 from weightgeom.text.tokens import packed
@@ -22,7 +22,8 @@ from weightgeom.text.tokens import packed
 log = logging.getLogger(__name__)
 PER_DIMENSION = 64  # tokens for each dimension of the residual stream that moments are estimated from
 BATCH_TOKENS = {True: 2048, False: 16_384}  # on a CPU: more of them leave its cache
-Place = tuple[str, int | None]  # the subspace's name and layer
+Place = tuple[str, int | None] | tuple[str, int, int]
+"""The subspace's name and layer, and the expert whose tokens it is of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +66,7 @@ class Inputs:
     budget_gb: float | None = None
     text: Literal["raw", "chat"] = "raw"  # chat: by the tokenizer's chat template
     crossfit: bool = False  # also the directions of each half of the sequences
+    experts: bool = False  # also of each expert's tokens
 
 
 def most_tokens(d: int) -> int:
@@ -75,9 +77,15 @@ def most_tokens(d: int) -> int:
 def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> Iterator[Frame]:
     """The frame of every attention and mlp input of a network that has `params`, in the order of the layers.
 
-    Take what is yielded before asking for more: with a budget no more than one pass is held.
+    Take what is yielded before asking for more: with a budget no more than one pass is held. With
+    `inputs.experts`, a layer's frames are followed by those of its experts, each of the tokens that the
+    router sends to it; an expert that gets none has no frame.
     """
     model = setting.model
+    sites = model.architecture.sites
+    if inputs.experts:
+        of_experts = expert_sites(model.architecture.matrices)
+        sites = sorted((*sites, *of_experts), key=lambda site: site.layer)
     size = max(1, BATCH_TOKENS[model.device.type == "cpu"] // inputs.length)
     chat = inputs.text == "chat"
     texts = chats(setting.examples, model.tokenizer) if chat else setting.examples.heldout
@@ -86,31 +94,43 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
         model,
         params,
         batches,
-        model.architecture.sites,
+        sites,
         centre=inputs.centre,
         unit=inputs.unit,
         dtype=inputs.dtype,
         groups=inputs.groups if inputs.resamples else 1,
         budget_gb=inputs.budget_gb,
     )
+    routed: dict[Place, float] = {}  # tokens per dimension of experts
     for site, moment in moments:
         drawn = moment.resampled_tops(k, inputs.resamples, setting.seed) if inputs.resamples else ()
         d = moment.sums.shape[1]
-        if inputs.unit == "token":
+        place = (site.name, site.layer) if site.expert is None else (site.name, site.layer, site.expert)
+        if site.expert is not None:
+            routed[place] = moment.per_dimension
+        elif inputs.unit == "token":
             _warn_of_few(moment.samples, inputs.tokens, d)
         space = moment.top(k)
         shares = space.shares(moment.value.cpu().double())
         rank = int((shares > 1e-6 * shares.max()).sum())  # fp32 sums do not tell less from zero
-        if rank < k:
+        if rank < k and site.expert is None:
             _warn_of_rank(rank, k, f"the {site.name.replace('_', ' ')} of layer {site.layer}")
         yield Frame(
-            (site.name, site.layer),
+            place,
             space,
             moment,
             tuple(drawn),
             tuple(_crossfit(moment, k)) if inputs.crossfit else (),
             rank,
         )
+    experts = len(sites) - len(model.architecture.sites)
+    few = sorted(
+        (per, f"expert {place[-1]} of layer {place[1]}") for place, per in routed.items() if per < FEW_TOKENS
+    )
+    if few:
+        _warn_of_few_routed(len(few), experts, *few[0])
+    if len(routed) < experts:
+        _warn_of_unreached(experts - len(routed), experts)
 
 
 def _crossfit(moment: Moment, k: int) -> Iterator[tuple[Subspace, Float[Tensor, " k"]]]:
@@ -144,6 +164,25 @@ def _warn_of_few(tokens: int, asked: int, d: int) -> None:
 
 
 @cache
+def _warn_of_few_routed(few: int, experts: int, per: float, fewest: str) -> None:
+    log.warning(
+        "%d of %d experts get fewer than %d tokens per dimension, the fewest %.1f (%s): their intervals are"
+        " widened, and below 1 most directions are arbitrary: see the rows tokens_per_dimension and"
+        " directions, and give more held-out text",
+        *(few, experts, FEW_TOKENS, per, fewest),
+    )
+
+
+@cache
+def _warn_of_unreached(unreached: int, experts: int) -> None:
+    log.warning(
+        "%d of %d experts get no token of the held-out text: their reads have no subspace and no ratio; give"
+        " more held-out text",
+        *(unreached, experts),
+    )
+
+
+@cache
 def _warn_of_rank(rank: int, k: int, place: str) -> None:
     log.warning(
         "%s has only %d directions, fewer than k = %d: what follows them is arbitrary and is left out of the"
@@ -173,6 +212,13 @@ def place_of(matrix: ResidualMatrix) -> Place:
     if matrix.role == "write":
         return "prediction", None
     return matrix.site, matrix.layer
+
+
+def routed_place_of(matrix: ResidualMatrix) -> Place:
+    """As `place_of`, but what an expert reads has a place of its own: that of the tokens sent to it."""
+    if matrix.role == "write" or matrix.expert is None:
+        return place_of(matrix)
+    return matrix.site, matrix.layer, matrix.expert
 
 
 def dimensions(k: int | list[int] | None, d: int) -> list[int]:

@@ -148,9 +148,11 @@ def ratio_by_step(tables: Mapping[str, pd.DataFrame], quantity: str = "ratio") -
 def expected_and_measured(table: pd.DataFrame) -> Figure:
     """Measured ratio against the ratio expected from the base's moments: predicted left, forecast right.
 
-    A point is a matrix of a layer at the last step, with the bootstrap's standard error over prompts as its
-    bar; reads are circles, writes squares. The dashed line is the identity. `table` has rows of the probe
-    `moments`; with a column `run`, points of all runs are drawn, each at its last step and smallest k.
+    The forecast is the one that belongs to the optimizer of each training, by the column `treatment`, and
+    the axis names it; that of the plain mean gradient in tables that do not name an optimizer. A point is a
+    matrix of a layer at the last step, with the bootstrap's standard error over prompts as its bar; reads are
+    circles, writes squares. The dashed line is the identity. `table` has rows of the probe `moments`; with a
+    column `run`, points of all runs are drawn, each at its last step and smallest k.
     """
     runs = [part for _, part in table.groupby("run")] if "run" in table else [table]
     rows = pd.concat([_own(part[part["step"] == part["step"].max()]) for part in runs])
@@ -160,9 +162,10 @@ def expected_and_measured(table: pd.DataFrame) -> Figure:
     top = measured.max()
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.2), sharey=True, layout="constrained")
-        for axis, name in zip(axes, ("predicted", "forecast"), strict=True):
-            expected = rows[rows["quantity"] == f"{name}_ratio"].set_index(by)
-            expected = expected[expected.index.isin(measured.index)]  # no update, no measured ratio
+        sides = ("predicted", rows[rows["quantity"] == "predicted_ratio"]), _own_forecasts(rows, by)
+        for axis, (name, expected) in zip(axes, sides, strict=True):
+            expected = expected.set_index(by)
+            expected = expected[expected.index.isin(measured.index)]
             top = max(top, expected["value"].max())
             for (matrix, role), part in expected.groupby(["matrix", "role"], sort=False):
                 axis.errorbar(
@@ -182,6 +185,19 @@ def expected_and_measured(table: pd.DataFrame) -> Figure:
             axis.set_aspect("equal")
         axes[0].set_ylabel("measured (1)")
     return figure
+
+
+def _own_forecasts(rows: pd.DataFrame, by: list[str]) -> tuple[str, pd.DataFrame]:
+    """The forecasts that belong to the trainings' optimizers, where there is an update, and their names."""
+    moved = pd.MultiIndex.from_frame(rows[rows["quantity"] == "measured_ratio"][by])
+    places = pd.MultiIndex.from_frame(rows[by])
+    named = rows["treatment"] != ""
+    forecast = rows["quantity"].str.startswith("forecast") & ~rows["quantity"].str.endswith(("_low", "_high"))
+    plain = (rows["quantity"] == "forecast_ratio") & ~places.isin(places[named])
+    found = rows[(named & forecast | plain) & places.isin(moved)]
+    names = found["quantity"].str.removesuffix("_ratio").str.cat(found["treatment"], sep=" (") + ")"
+    names = names.str.removesuffix(" ()").unique()
+    return ",\n".join(names) or "forecast", found
 
 
 def ratio_by_sharpness(

@@ -211,7 +211,7 @@ class _Sides:
             for kind, number in self.asked.controls.items()
             for draw, vector in enumerate(self._controls(kind, number, matrix, name))
         ]
-        subspace, _ = place_of(matrix)
+        subspace = place_of(matrix)[0]
         place = {**matrix.table_columns, "subspace": subspace, "k": self.directions.k}
         return Trial(place, f"{strength:g}", treatment, controls)
 

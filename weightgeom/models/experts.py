@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from weightgeom.params import Params
@@ -104,6 +104,31 @@ def unstacked(weights: Mapping[str, Any], stacks: Mapping[str, Stack]) -> dict[s
         name: part.of(weights[part.name]) for name, part in parts_of(stacks).items() if part.name in weights
     }
     return {name: weight for name, weight in weights.items() if name not in stacks} | parts
+
+
+def routed_rows(
+    inputs: Sequence[Tensor], experts: int
+) -> tuple[Float[Tensor, "row d"], Int[Tensor, " row"], Int[Tensor, "row choice"]]:
+    """The rows that the experts of a layer read, the token of each, and the experts that read it.
+
+    `inputs` are those of the module that all experts are in: in transformers the tokens' inputs, the experts
+    chosen for each token and their weights; or, of Llama 4, the inputs of all tokens for the first expert,
+    for the second and so on, each times the router's score, which is 0 where the expert is not chosen.
+
+    Raises:
+        NotImplementedError: for inputs of another form.
+    """
+    a = inputs[0].detach().flatten(0, -2)
+    if len(inputs) == 3 and not inputs[1].is_floating_point():
+        return a, torch.arange(len(a), device=a.device), inputs[1].reshape(len(a), -1)
+    if len(inputs) == 1 and len(a) % experts == 0:
+        by_expert = a.unflatten(0, (experts, -1))
+        expert, token = by_expert.any(-1).nonzero(as_tuple=True)
+        return by_expert[expert, token], token, expert[:, None]
+    raise NotImplementedError(
+        f"the experts of this model are called with {len(inputs)} inputs of an unknown form, which do not"
+        " say which tokens go to which expert: leave the probe rsf out, with probe=[spectrum,behaviour]"
+    )
 
 
 def names_on_disk(model_type: str, names: Collection[str], stacks: Mapping[str, Stack]) -> dict[str, str]:

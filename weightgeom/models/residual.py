@@ -210,12 +210,14 @@ class Site:
 
     At `attention_input` it is what q, k and v read, at `mixer_input` what a mixer of another sort reads, at
     `mlp_input` what gate, up and router read; `attention_output`, `mixer_output` and `mlp_hidden`, which are
-    no places of the residual stream, are what o, a mixer's matrix that writes, and down take in.
+    no places of the residual stream, are what o, a mixer's matrix that writes, and down take in. With an
+    `expert`, it is that expert's input: of the tokens that the router sends to it.
     """
 
     layer: int
     name: SiteName
     module: str
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -277,6 +279,15 @@ def input_sites(matrices: Sequence[ResidualMatrix]) -> tuple[Site, ...]:
             matrix.module.rpartition(".")[0] if matrix.kind == "router" else matrix.module,
         )
         for matrix in first_readers(matrices)
+    )
+
+
+def expert_sites(matrices: Sequence[ResidualMatrix]) -> tuple[Site, ...]:
+    """The inputs of every expert, layer by layer, taken at the module that all experts of a layer are in."""
+    return tuple(
+        Site(matrix.layer, matrix.site, matrix.module.rsplit(".", 2)[0], matrix.expert)
+        for matrix in matrices
+        if matrix.expert is not None and matrix.kind == "up"
     )
 
 

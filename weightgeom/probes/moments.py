@@ -47,7 +47,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class Moments:
     """Predicted, forecast and measured relative subspace fraction of an objective's update.
 
-    The subspaces are those of the probe `rsf` at the trajectory's start, from held-out text. The
+    The subspaces are those of the probe `rsf` at the trajectory's start, from held-out text; of experts those
+    of all tokens of their layer. The
     moments are taken there too, once, on training examples. What a trained update has in excess of
     the prediction comes of what is read depending on what is sent back. Source: the mechanism offered
     by arXiv:2605.16600; these figures are ours. Nothing is measured where the objective is not known

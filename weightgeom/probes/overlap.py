@@ -231,7 +231,7 @@ class Spaces:
         found = {}
         for frame in input_frames(self.setting, self.params, self.k, inputs):
             assert frame.moment is not None
-            name, layer = frame.place
+            name, layer = frame.place[:2]
             found[name, f"L{layer}"] = _above_rounding(frame.space.basis, frame.moment.value.cpu())
         return found
 

@@ -24,9 +24,10 @@ from weightgeom.estimators.reference_subspaces import (
     place_of,
     prediction_frame,
     random_frame,
+    routed_place_of,
 )
 from weightgeom.estimators.updates import Update, head_updates, update_of, warn_of_rounding
-from weightgeom.geometry.bootstrap import bootstrap_interval, widening
+from weightgeom.geometry.bootstrap import bootstrap_interval, bootstrap_times, widening
 from weightgeom.geometry.nulls import (
     Estimated,
     adapter_moment,
@@ -36,6 +37,7 @@ from weightgeom.geometry.nulls import (
     rotation_null,
     spectrum_shares,
 )
+from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture, ResidualMatrix
 from weightgeom.params import Params
@@ -54,6 +56,8 @@ class RSF:
     directions of their inputs, write matrices (o down) on their output side with the top-k right
     singular vectors of the unembedding, all with a random subspace beside. Source: arXiv:2605.16600,
     one side at a time; its sum of two sides does not arise, as no matrix of these reads and writes.
+    The reads of an expert are compared with the inputs of the tokens that the router sends to it, at
+    whichever checkpoint `at` says; an expert that gets no held-out token has no rows but those of its size.
 
     Quantities:
         fraction: ‖dW U‖²_F / ‖dW‖²_F (read) or ‖Uᵀ dW‖²_F / ‖dW‖²_F (write), in [0, 1].
@@ -74,6 +78,11 @@ class RSF:
             that it was estimated from than of other text. On the read side.
         matched_z, matched_p_value, matched_q_value: of the fraction against that level; on the read side of
             the cross-fitted fraction against the cross-fitted level. They allow for the level's own error.
+        trained_matched_ratio: of reads, the matched level of the inputs on training examples at the start, at
+            the positions whose next token the objective scores; trained_matched_ratio_low, ..._high. No
+            cross-fitting, as the subspace is that of other text. Where the objective is known, for whole
+            matrices, in models without experts.
+        trained_matched_z, trained_matched_p_value, trained_matched_q_value: of the fraction against it.
         adapter_rank: the rank r of an adapter's factor A, where the update is one that reads. Its matched
             level is then that of Q C Q with Q = Aᵀ A (`adapter_moment`): A is random at first, which hides
             the inputs' directions.
@@ -139,17 +148,20 @@ class RSF:
         moment = shape.square * (self.groups if self.resamples else 1)
         budget = float("inf") if self.budget_gb is None else self.budget_gb * GIB
         gradients = objective and self.prompts > 0
-        upstream = moment * shape.layers * (1 if shape.parallel else 2) if gradients else 0.0
+        upstream = moment * shape.layers * (3 if shape.parallel else 4) if gradients else 0.0  # and inputs
         batch = shape.passing(16 * shape.longest)  # 8 pairs
         models = shape.weights * (2 if shape.reference else 1)
         gathered = models + batch + min(upstream, max(budget, moment)) if gradients else 0.0
         k = dimensions(self.k, shape.d_model)[-1]
         frame = moment + 2 * shape.square + 8.0 * shape.d_model * k * (3 + self.resamples)
         weights = shape.weights if shape.weights <= budget / 2 else shape.weights / shape.layers
-        if self.budget_gb is None and self.at != "step":
+        tokens = 4.0 * shape.d_model * (self.tokens or most_tokens(shape.d_model))
+        if self.budget_gb is None and self.at != "step" and not shape.mixture:
             frames = 2 * shape.layers * frame
         else:
-            frames = min(2 * shape.layers * moment, max(budget / 2, moment)) + frame
+            whole = 2 * moment + (tokens if shape.mixture else 0.0)  # a layer's; experts are made of tokens
+            least = max(moment, tokens) if shape.mixture else moment
+            frames = min(shape.layers * whole, max(budget / 2, least)) + frame
         return max(gathered, upstream + weights + frames + 8 * shape.square)
 
     def figures(self, tables: "Mapping[str, pd.DataFrame]") -> "Mapping[str, Figure]":
@@ -190,7 +202,8 @@ class RSF:
 
         def frames(params: Params) -> Iterable[Frame]:
             whose = {"start": setting.start, "step": params, "end": setting.end}[at]
-            if at == "step" or self.budget_gb is not None:  # a budget is kept by holding one pass at a time
+            # A budget is kept by holding one pass at a time, and so are the frames of many experts.
+            if at == "step" or self.budget_gb is not None or setting.model.architecture.stacks:
                 return self._frames(setting, whose)
             kept.extend([] if kept else self._frames(setting, whose))
             return kept
@@ -214,9 +227,10 @@ class RSF:
             ) if setting.from_random else None  # fmt: skip
             for frame in frames(params):
                 for matrix in matrices:
-                    if place_of(matrix) == frame.place:
-                        moment = frame.moment if matrix.role == "read" else upstream.get(matrix.name)
-                        made = self._rows(matrix, params, setting, frame, chance, moment, pathways)
+                    if routed_place_of(matrix) == frame.place:
+                        made = self._rows(
+                            matrix, params, setting, frame, chance, upstream.get(matrix.name), pathways
+                        )
                         rows[matrix.name] = list(made)
                         if self.increments:
                             rows[matrix.name] += self._increment(
@@ -224,6 +238,9 @@ class RSF:
                             )
                         if written is not None and matrix.role == "write":
                             rows[matrix.name] += self._forward(matrix, params, previous, written)
+            for matrix in matrices:
+                if matrix.name not in rows:  # an expert without tokens
+                    rows[matrix.name] = list(_size(matrix, self._update(matrix, params, setting)))
             in_order = [one for matrix in matrices for one in rows[matrix.name]]
             warn_of_rounding(in_order)
             return [*in_order, *_q_values(in_order), *pathways.rows(_ratios(in_order))]
@@ -247,18 +264,21 @@ class RSF:
             budget_gb=self.budget_gb,
             text=self.text,
             crossfit=True,
+            experts=True,
         )
         k = self._largest(setting)
         yield from input_frames(setting, params, k, inputs)
         yield prediction_frame(setting, params, k, fold_gain=self.fold_gain, centre=self.centre_unembedding)
 
     def _upstream(self, setting: Setting) -> dict[str, Moment]:
-        """Second moments of the upstream gradients at the start, by matrix, where the objective is known."""
+        """Second moments on training examples at the start, by matrix, where the objective is known.
+
+        Of a matrix that writes those of the upstream gradients, of one that reads those of its inputs.
+        """
         if setting.objective is None or setting.training is None or not self.prompts:
             return {}
         gathering = Gathering(
             prompts=self.prompts,
-            inputs=False,
             gradients=False,
             groups=self.groups if self.resamples else 1,
             budget_gb=self.budget_gb,
@@ -267,11 +287,18 @@ class RSF:
             *(setting.model, setting.start, setting.objective, setting.training, setting.examples),
             *(gathering, setting.seed),
         )
-        moments = {name: moment for some in passes for name, moment in some.upstream.items()}
-        matrices = {matrix.name: matrix for matrix in setting.model.architecture.matrices}
-        if not self.fold_post_norm:
-            return moments
-        return {name: folded(moment, matrices[name], setting.start) for name, moment in moments.items()}
+        moments: dict[str, Moment] = {}
+        for some in passes:
+            inputs = {(site.name, site.layer): moment for site, moment in some.inputs.items()}
+            for matrix in setting.model.architecture.matrices:
+                if place_of(matrix) in inputs:
+                    moments[matrix.name] = inputs[place_of(matrix)]
+                elif matrix.name in some.upstream:
+                    moment = some.upstream[matrix.name]
+                    moments[matrix.name] = (
+                        folded(moment, matrix, setting.start) if self.fold_post_norm else moment
+                    )
+        return moments
 
     def _rows(
         self,
@@ -280,9 +307,10 @@ class RSF:
         setting: Setting,
         own: Frame,
         chance: Frame,
-        moment: Moment | None,
+        trained: Moment | None,
         pathways: Pathways,
     ) -> Iterator[Row]:
+        moment = own.moment if matrix.role == "read" else trained
         update = self._update(matrix, params, setting)
         yield from _size(matrix, update)
         where = matrix.table_columns
@@ -291,7 +319,8 @@ class RSF:
         spectrum = self._spectrum(update)
         if spectrum is not None:
             pathways.add(matrix, update.gram, own)
-        yield from self._compare(update, spectrum, own, moment, setting.seed, where)
+        inputs = trained if matrix.role == "read" else None
+        yield from self._compare(update, spectrum, own, moment, setting.seed, where, inputs)
         yield from self._compare(update, spectrum, chance, None, setting.seed, where)
         if self.per_head and matrix.has_heads:
             heads = head_updates(matrix, params, setting.start, written=self.fold_post_norm)
@@ -335,6 +364,7 @@ class RSF:
         moment: Moment | None,
         seed: int,
         where: dict,
+        trained: Moment | None = None,
     ) -> Iterator[Row]:
         if spectrum is None:  # no share of nothing lies anywhere
             return
@@ -375,6 +405,9 @@ class RSF:
                 yield from _of_adapter(gram, adapter, fraction, frame, k, seed, at)
             if moment is not None and not moment.centred:
                 yield from _matched(gram, fraction, frame, k, moment, self.resamples, seed, at, adapter)
+            if trained is not None:
+                space = frame.space.first(k)
+                yield from _trained(gram, fraction, space, trained, self.resamples, seed, at, adapter)
 
 
 def _matched(
@@ -426,6 +459,43 @@ def _matched(
     yield row("matched_p_value", p, n=n, stderr=error, **at)
 
 
+def _trained(
+    gram: Float[Tensor, "d d"],
+    fraction: float,
+    space: Subspace,
+    moment: Moment,
+    resamples: int,
+    seed: int,
+    at: dict,
+    adapter: Float[Tensor, "r d"] | None,
+) -> Iterator[Row]:
+    """The matched level of the inputs on training examples, and p against it.
+
+    The subspace is that of held-out text, so that it is not fitted to this moment and needs no cross-fitting.
+    """
+
+    def seen(value: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+        value = value.cpu().double()
+        return value if adapter is None else adapter_moment(adapter, value)
+
+    root = moment.root if adapter is None else moment_root(seen(moment.value))
+    null, scale, n = matched_null(gram, root, space, seed), len(gram) / space.basis.shape[1], moment.samples
+    values = map(seen, moment.sums)
+    parts = [[float(value.trace()), float((space.basis * (value @ space.basis)).sum())] for value in values]
+    groups, times = len(parts), bootstrap_times(len(parts), resamples, seed).double()
+    whole, inside = (times @ torch.tensor(parts, dtype=torch.float64)).T  # a level is a ratio of sums
+    interval = bootstrap_interval(null.mean, (inside / whole).tolist(), groups)
+    stderr = None if interval is None else interval.stderr * scale
+    yield row("trained_matched_ratio", null.mean * scale, n=n, stderr=stderr, **at)
+    if interval is not None:
+        yield row("trained_matched_ratio_low", max(0.0, interval.low) * scale, n=n, **at)
+        yield row("trained_matched_ratio_high", min(1.0, interval.high) * scale, n=n, **at)
+    estimated = Estimated(null, 0.0 if interval is None else interval.stderr / null.mean, groups - 1)
+    yield row("trained_matched_z", estimated.z(fraction), n=n, **at)
+    p, error = estimated.p_value(fraction)
+    yield row("trained_matched_p_value", p, n=n, stderr=error, **at)
+
+
 def _of_adapter(
     gram: Float[Tensor, "d d"],
     adapter: Float[Tensor, "r d"],
@@ -471,7 +541,7 @@ def _q_values(rows: Iterable[Row]) -> Iterator[Row]:
 
     families: dict[tuple, list[Row]] = {}
     for one in rows:
-        if one["quantity"] in ("p_value", "matched_p_value"):
+        if one["quantity"] in ("p_value", "matched_p_value", "trained_matched_p_value"):
             part = "head" if one.get("head") is not None else "expert" if one["expert"] is not None else ""
             family = one["quantity"], one["k"], one["subspace"] == "random", part
             families.setdefault(family, []).append(one)
