@@ -4,6 +4,7 @@ from moving import matrix, moved
 from networks import FORMS, language_model
 from torch.testing import assert_close
 
+from weightgeom.analysis.summaries import by_treatment
 from weightgeom.causal.edits import Surgery, Transplant, residual_side
 from weightgeom.causal.effects import Effects, Evaluation
 from weightgeom.causal.matrix_groups import group_of, kinds_of, reads_and_writes
@@ -278,6 +279,9 @@ def test_the_parts_and_their_interaction_add_up_to_the_effect_of_all_weights(
         assert left["arm"].tolist() == ["weights@replace"] and float(left["stderr"].iloc[0]) > 0
         parts = value["delta", "", "read"] + value["delta", "", "write"] + value["rest", "rest", ""]
         assert parts + left["value"].iloc[0] == pytest.approx(value["weights", "", ""], abs=1e-5)
+        shown = by_treatment(table, quantity, ("rotated",)).set_index("treatment")["effect"]
+        assert shown["interaction"] == f"{left['value'].iloc[0]:.3g}"
+        assert shown["rest@replace"] == f"{value['rest', 'rest', '']:.3g}"
 
 
 def test_a_rest_that_did_not_move_is_left_out_and_the_parts_add_up_all_the_same(
