@@ -161,7 +161,7 @@ def by_stage(table: "pd.DataFrame", headline: str, form: str = ".3g") -> "pd.Dat
 
 
 def by_treatment(table: "pd.DataFrame", effect: str, controls: Sequence[str]) -> "pd.DataFrame":
-    """The comparisons of an intervention with its principal controls, and what its parts leave of the whole."""
+    """Comparisons of an intervention with its principal controls, and what its parts leave of the whole."""
     import pandas as pd
 
     compared = compared_with_principal(table, effect, controls)
