@@ -139,7 +139,7 @@ def architectures_page() -> str:
         "Model types with a residual-stream map. Every map is verified by behaviour: the claims below are tested on"
         " small random networks of the type's own config class, one for each form that it has. `weightgeom check"
         " MODEL_OR_TYPE` tests them for any checkpoint, `python docs/generate.py` makes this page.\n",
-        "Of a model that also sees or hears, such as `gemma3` or `mistral3`, the text part is measured.\n",
+        "Of a model that also sees or hears, such as `gemma3`, `mistral3`, `llama4` or `qwen3_5`, the text part is measured.\n",
         "| model type | models | networks | claims that hold | transformers | date |\n|---|---|--:|--:|---|---|",
     ]
     for model_type, networks in sorted(verified().items()):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
+from keyword import iskeyword
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -223,6 +224,8 @@ def build(key: str, choice: Any) -> Any:
         raise ValueError(f"{key} must be one of the choices in conf/{key.split('.')[0]}, got {choice!r}")
     if choice["_target_"] in MOVED:
         raise ValueError(f"{choice['_target_']} has moved: write {key}._target_={MOVED[choice['_target_']]}")
+    # A key that is a word of Python, such as model.from, is a field with an underscore behind it.
+    choice = {f"{name}_" if iskeyword(name) else name: value for name, value in choice.items()}
     try:
         made = instantiate(choice, _convert_="all")
     except Exception as error:
@@ -245,7 +248,8 @@ def check_keys(key: str, choice: dict[str, Any], made: object) -> None:
     names = [field.name for field in fields(made)]
     for name, value in choice.items():
         if name not in names and name != "_target_":
-            raise KeyError(f"there is no key {key}.{name}; {nearest(name, names)}")
+            valid = [field.removesuffix("_") for field in names]
+            raise KeyError(f"there is no key {key}.{name}; {nearest(name, valid)}")
         if isinstance(value, dict):
             check_keys(f"{key}.{name}", value, getattr(made, name))
 

@@ -104,7 +104,8 @@ def _invalid(error: Any, key: str) -> str:
     valid: dict[str, list[str]] = {}
     given: dict[str, str] = {}
     for problem in error.errors():
-        path = [str(part) for part in problem["loc"] if not _is_type(str(part))]
+        # A field named like a word of Python has an underscore behind it, and its key has none.
+        path = [str(part).removesuffix("_") for part in problem["loc"] if not _is_type(str(part))]
         where = ".".join([key, *path]).strip(".")
         if problem["type"] in ("value_error", "assertion_error"):
             valid.setdefault(where, []).append(str(problem["ctx"]["error"]))

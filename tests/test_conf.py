@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, distribution
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def differing(made: type, choice: dict[str, Any], prefix: str = "") -> Iterator[
     for key, value in choice.items():
         if key == "_target_":
             continue
-        field = by_name[key]
+        field = by_name[f"{key}_" if iskeyword(key) else key]
         default = default_of(field.default)
         if isinstance(value, dict) and is_dataclass(default):
             yield from differing(type(default), value, f"{prefix}{key}.")

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 COLUMNS = {
     "step": "int64",  # optimizer step; 0 is before training
     "layer": "Int64",  # missing for what belongs to no layer
-    "matrix": "str",  # a kind such as q, up or router, unembed, embed, several as `q+k`, or ""
+    "matrix": "str",  # a kind such as q, up or router, unembed, embed, several as `q+k`, rest, or ""
     "head": "Int64",  # of q and o, or key-value group of k and v; missing for a whole matrix
     "expert": "Int64",  # of a mixture; missing for a matrix outside of one
     "role": "str",  # read, write or ""

@@ -386,10 +386,14 @@ def check_parts(
     measured = {"probe": plain(probes), "intervention": plain(interventions)}
     signature({"objective": plain(objective), "training": plain(training), **measured})
     check_declarations(probes, interventions, objective)
+    declarations = {name: probe.declaration for name, probe in probes.items()}
     if isinstance(model, Chain):
-        check_chain({name: probe.declaration for name, probe in probes.items()}, [*interventions])
-    if objective is None and isinstance(model, Pretrained) and len(model.locations()) == 1:
-        check_single({name: probe.declaration for name, probe in probes.items()}, interventions)
+        check_chain(model, declarations, [*interventions])
+    alone = (isinstance(model, Pretrained) and len(model.locations()) == 1) or (
+        isinstance(model, Chain) and model.from_ is not None
+    )
+    if objective is None and alone:
+        check_single(declarations, interventions)
     architecture = model.check(None if objective is None else training.max_length)
     if objective is not None:
         training.lora.check(architecture)

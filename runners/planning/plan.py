@@ -143,7 +143,8 @@ class _Job:
 
     def _check(self) -> None:
         if isinstance(self.model, Chain):
-            check_chain({name: one.declaration for name, one in self.probes.items()}, [*self.interventions])
+            declarations = {name: one.declaration for name, one in self.probes.items()}
+            check_chain(self.model, declarations, [*self.interventions])
         architecture = architecture_of(self.outline.config)
         if self.objective is not None:
             if not isinstance(self.data, HubData):

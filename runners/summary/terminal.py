@@ -152,6 +152,10 @@ def _of_probe(
     if STAGES in mine:
         z = ", with z in brackets" if "z" in set(mine[STAGES]["quantity"]) else ""
         yield f"{title}, by stage{z}", by_stage(mine[STAGES], headline, declaration.form)
+        if isinstance(probe, Summarised):
+            names, table = mine["between"].attrs[STAGES], mine["between"]
+            for step, part in table.groupby("step"):
+                yield f"{title}, {names[step]} after {names[step - 1]}", probe.summary(part)
         return
     for of, rest in TITLES.items():
         if of not in mine:

@@ -6,7 +6,7 @@ from rich.table import Table
 from runners.summary.terminal import rendered
 from weightgeom.analysis.chain import between, comparisons, side_by_side
 from weightgeom.analysis.summaries import by_stage
-from weightgeom.bases.chain import check_chain
+from weightgeom.bases.chain import Chain, check_chain
 from weightgeom.declarations import ProbeDeclaration
 from weightgeom.table import COLUMNS, own, row, tabulate
 
@@ -123,12 +123,19 @@ def test_a_comparison_has_the_rows_of_its_stage_and_of_the_start(tables):
 
 def test_what_is_not_defined_on_a_chain_is_refused():
     ratio, moments = ProbeDeclaration("ratio"), ProbeDeclaration("measured", needs_objective=True)
-    check_chain({"rsf": ratio}, [])
+    stages = {"base": "lab/a@v1", "sft": "lab/b@v1"}
+    chain = Chain(stages)
+    check_chain(chain, {"rsf": ratio}, [])
+    check_chain(Chain(stages, from_="sft"), {"moments": moments}, ["rank1"])
     with pytest.raises(
-        ValueError, match=r"intervention\.rank1 edits one trained model, but a chain has several"
+        ValueError,
+        match=r"intervention\.rank1 edits one model, but a chain has several: set model\.from=STAGE"
+        " to edit one of base, sft",
     ):
-        check_chain({"rsf": ratio}, ["rank1"])
+        check_chain(chain, {"rsf": ratio}, ["rank1"])
     with pytest.raises(
-        ValueError, match=r"probe\.moments needs the training objective.* such as probe=\[rsf\]"
+        ValueError,
+        match=r"probe\.moments needs the training objective.* such as"
+        r" \+objective@probe\.moments\.objective=dpo.* such as probe=\[rsf\]",
     ):
-        check_chain({"rsf": ratio, "moments": moments}, [])
+        check_chain(chain, {"rsf": ratio, "moments": moments}, [])

@@ -16,11 +16,13 @@ from networks import save
 from pandas.testing import assert_frame_equal
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from stages import made
 from transformers import AutoModelForCausalLM
 
 from runners.report.__main__ import main as make_report
 from weightgeom.bases.chain import Chain
-from weightgeom.bases.pretrained import TwoCheckpoints
+from weightgeom.bases.hub import identity
+from weightgeom.bases.pretrained import Pretrained, TwoCheckpoints
 from weightgeom.estimators.reference_subspaces import Inputs, input_frames, prediction_frame
 from weightgeom.interfaces import Setting
 from weightgeom.models.loading import load
@@ -122,6 +124,26 @@ def test_a_tokenizer_of_no_stage_is_refused():
         Chain({"a": "lab/a", "b": "lab/b"}, tokenizer="rlvr")
 
 
+def test_a_start_of_no_stage_and_a_tokenizer_of_another_stage_are_refused():
+    with pytest.raises(ValueError, match=r"unknown stage model\.from=rlvr; choose from a, b"):
+        Chain({"a": "lab/a", "b": "lab/b"}, from_="rlvr")
+    with pytest.raises(ValueError, match=r"model\.tokenizer=a is for comparisons, and model\.from=b starts"):
+        Chain({"a": "lab/a", "b": "lab/b"}, tokenizer="a", from_="b")
+
+
+def test_a_stage_to_start_from_is_that_checkpoint_alone(tmp_path):
+    stages = saved(tmp_path, "base", "sft", "dpo")
+    base = prepared(Chain(stages | {"base": "lab/unpinned"}, from_="sft"))  # of the others nothing is needed
+    assert base == Pretrained(stages["sft"]).prepare(no_stage, EXAMPLES, small.WORLD, "cpu")
+    assert base.trajectory is None and base.pairs == ()
+    assert base.identity != prepared(Chain(stages, from_="dpo")).identity
+    assert Chain(stages, from_="dpo").check(longest=16).n_layers == 2
+    with pytest.raises(ValueError, match=r"max_length is 4096 tokens and the model takes"):
+        Chain(stages, from_="dpo").check(longest=4096)
+    outline = Chain(stages, from_="sft").outline(EXAMPLES, small.WORLD)
+    assert outline.locations == {0: stages["sft"]} and not outline.steps and not outline.pairs
+
+
 def test_a_name_of_the_hub_needs_a_revision_that_does_not_move():
     with pytest.raises(
         ValueError,
@@ -136,7 +158,11 @@ def test_a_name_of_the_hub_needs_a_revision_that_does_not_move():
 
 def test_stages_that_cannot_be_compared_are_refused(tmp_path):
     stages = saved(tmp_path, "base", "sft")
-    with pytest.raises(ValueError, match=r"model=chain/\.\.\. compares finished stages: set objective=none"):
+    with pytest.raises(
+        ValueError,
+        match=r"model=chain/\.\.\. compares finished stages: set objective=none, or model\.from=STAGE"
+        " to train from one of base, sft",
+    ):
         Chain(stages).check(longest=8)
     with pytest.raises(
         FileNotFoundError, match=r"in model\.stages\.dpo: no directory \./nowhere: give a checkpoint"
@@ -176,27 +202,50 @@ def test_a_stage_that_is_an_adapter_is_merged_into_the_one_before_it(tmp_path):
     stages = saved(tmp_path, "base", "dpo")
     adapter = adapter_of(tmp_path / "base", tmp_path / "adapter")
     stages = {"base": stages["base"], "sft": str(adapter), "dpo": stages["dpo"]}
-    made: list[Path] = []
+    merges: list[Path] = []
 
     def stage(name: str, specification: Mapping[str, object], work: Callable, steps: int) -> Path:
         assert name == "merged" and set(specification) == {"adapter", "base"}
-        made.append(tmp_path / "merged")
-        made[0].mkdir()
-        work(made[0], lambda metrics, step: None)
-        return made[0]
+        merges.append(tmp_path / "merged")
+        merges[0].mkdir()
+        work(merges[0], lambda metrics, step: None)
+        return merges[0]
 
     chain = Chain(stages)
     assert chain.check(longest=None).n_layers == 2
     base = chain.prepare(stage, EXAMPLES, small.WORLD, "cpu")
-    assert base.trajectory is not None and len(made) == 1
-    assert list(base.trajectory.steps.values()) == [tmp_path / "base", made[0], tmp_path / "dpo"]
+    assert base.trajectory is not None and len(merges) == 1
+    assert list(base.trajectory.steps.values()) == [tmp_path / "base", merges[0], tmp_path / "dpo"]
     of_pairs = [one.trajectory.steps for one in base.pairs if one.trajectory is not None]
-    assert of_pairs == [{0: tmp_path / "base", 1: adapter}, {0: made[0], 1: tmp_path / "dpo"}]
+    assert of_pairs == [{0: tmp_path / "base", 1: adapter}, {0: merges[0], 1: tmp_path / "dpo"}]
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     expected = PeftModel.from_pretrained(network, str(adapter)).merge_and_unload().state_dict()
-    merged = AutoModelForCausalLM.from_pretrained(made[0]).state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(merges[0]).state_dict()
     assert merged.keys() == expected.keys()
     assert all(torch.allclose(merged[name], weight, atol=1e-6) for name, weight in expected.items())
+
+
+def test_an_adapter_to_start_from_is_merged_into_the_stage_before_it_and_no_other_is_needed(tmp_path):
+    stages = saved(tmp_path, "base")
+    stages = {
+        "first": "lab/unpinned",
+        **stages,
+        "sft": str(adapter_of(tmp_path / "base", tmp_path / "sft")),
+        "dpo": str(adapter_of(tmp_path / "base", tmp_path / "dpo", seed=6)),
+    }
+    base = Chain(stages, from_="dpo").prepare(made(tmp_path / "made"), EXAMPLES, small.WORLD, "cpu")
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    for name in ("sft", "dpo"):
+        network = PeftModel.from_pretrained(network, stages[name]).merge_and_unload()
+    merged = AutoModelForCausalLM.from_pretrained(base.directory).state_dict()
+    assert all(
+        torch.allclose(merged[name], weight, atol=1e-6) for name, weight in network.state_dict().items()
+    )
+    assert Chain(stages, from_="dpo").check(longest=8).n_layers == 2
+    outline = Chain(stages, from_="dpo").outline(EXAMPLES, small.WORLD)
+    assert outline.locations == {0: stages["base"]}
+    with pytest.raises(ValueError, match=r"model\.stages\.sft=.* is an adapter, .* put its base before it"):
+        Chain({"sft": stages["sft"], "base": stages["base"]}, from_="sft").check(None)
 
 
 def test_an_update_inside_the_subspace_of_the_stage_before_has_the_ratio_d_over_k(tmp_path):
@@ -362,6 +411,60 @@ def test_the_stages_of_a_chain_are_kept_with_their_order(compared):
     assert [key for key in params if key.startswith("model.stages.")] == [
         f"model.stages.{n}" for n in COMMITS
     ]
+
+
+def test_an_objective_starts_from_a_stage_and_an_intervention_edits_it(home, stages):
+    told = ", ".join(f"{name}: lab/tiny-{name}@{commit}" for name, commit in COMMITS.items())
+    few = ["intervention=[rank1]", "intervention.rank1.matrices=[o]", "probe=[rsf]", "probe.rsf.tokens=256"]
+    ended = run(
+        home, *WORLD, *few, "model=chain/own", f"model.stages={{{told}}}", "model.from=dpo", "objective=dpo",
+        "training.steps=2", "training.batch_size=4", "training.max_length=48", "probe.rsf.resamples=0",
+        "device=cpu", "name=from", HF_HOME=str(home / "hf"),
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    about = json.loads((ended.record / "run.json").read_text())
+    assert about["params"]["model.from"] == "dpo"
+    key = json.loads((done(home / "outputs", "rank1").pop() / "spec.json").read_text())
+    assert key["base"] == identity(stages["dpo"])
+    assert set(table(ended, "rank1")["matrix"]) == {"o"}
+    # The update is that of the new training alone: 2 steps of at most 1e-3 of Adam, and a little decay.
+    assert table(ended, "rsf").query("quantity == 'delta_norm' and step == 2")["value"].max() < 1
+
+
+@pytest.fixture(scope="module")
+def each_stage(home: Path, stages: dict[str, Path]) -> Ended:
+    """What is measured of every stage, and the moments of an objective at each."""
+    told = ", ".join(f"{name}: lab/tiny-{name}@{commit}" for name, commit in COMMITS.items())
+    few = ["prompts=16", "neighbours=4", "points=8", "permutations=1", "refits=0", "random=2", "resamples=2"]
+    return run(
+        home, *WORLD, "probe=[moments,uncertainty]", "+objective@probe.moments.objective=dpo",
+        "probe.moments.tokens=256", "probe.moments.prompts=16", "probe.moments.resamples=0",
+        *(f"probe.uncertainty.{key}" for key in few), "model=chain/own", f"model.stages={{{told}}}",
+        "objective=none", "device=cpu", "name=each", HF_HOME=str(home / "hf"),
+    )  # fmt: skip
+
+
+def test_uncertainty_measures_every_stage_of_a_chain_by_itself(each_stage, stages):
+    assert each_stage.code == 0, each_stage.err
+    found = table(each_stage, "uncertainty")
+    assert set(found["step"]) == {0, 1, 2} and found.attrs["stages"] == list(stages)
+    aurocs = found[found["quantity"] == "auroc_projection"].groupby("step")["value"].apply(list)
+    assert aurocs[0] != aurocs[1] != aurocs[2]
+    names = {path.stem for path in (each_stage.record / "artifacts/tables").glob("*.parquet")}
+    assert "uncertainty_stages" not in names  # it compares nothing
+
+
+def test_the_moments_of_an_objective_at_each_stage_stand_beside_the_update_of_the_next(each_stage):
+    found, between = table(each_stage, "moments"), table(each_stage, "moments_stages")
+    assert set(found["step"]) == set(between["step"]) == {1, 2}
+
+    def predicted(rows: pd.DataFrame, step: int) -> list[float]:
+        return rows[(rows["step"] == step) & (rows["quantity"] == "predicted_ratio")]["value"].tolist()
+
+    assert predicted(found, 1) == predicted(found, 2) == predicted(between, 1)  # all at the base
+    assert predicted(between, 2) != predicted(between, 1)  # at sft
+    assert set(found["treatment"]) == {""}  # nothing says by what optimizer the stages were trained
+    assert "sft after base" in each_stage.out and "dpo after sft" in each_stage.out
 
 
 UNORDERED = ("stage1-step1413814", "stage2-step1000", "it-SFT", "10", "2-APO")

@@ -91,6 +91,17 @@ def test_a_checkpoint_missing_on_the_hub_is_refused_by_name(asked: Asked) -> Non
     revision, repository, gated = asked.online[2:]
     assert gated.startswith("refused: lab/gated is gated: accept its licence at https://huggingface.co/lab/")
     assert revision.startswith(f"refused: cannot get {NAME}@step1 from the hub or its local cache (")
+    assert revision.endswith(
+        f": the hub has the revisions main, step512, large; write {NAME}@REVISION with one that exists"
+    )
     assert repository.startswith("refused: cannot get lab/two@step512 from the hub or its local cache (")
-    for said in (revision, repository):
-        assert said.endswith("check the name, the revision and the network, or give a directory")
+    assert repository.endswith("check the name, the revision and the network, or give a directory")
+
+
+def test_of_many_revisions_the_nearest_are_listed(tmp_path: Path) -> None:
+    steps = {f"step{number}000": tmp_path for number in range(1, 20)}
+    with hub.served({REPOSITORY: {**steps, "main": tmp_path}}) as server:
+        (said,) = fetched([f"{NAME}@step_3000"], tmp_path, {"HF_ENDPOINT": server.url})
+    listed = said.partition("the hub has the revisions ")[2].partition(" and ")[0].split(", ")
+    assert listed[0] in ("step3000", "step13000") and len(listed) == 12 and "main" not in listed
+    assert said.endswith(f" and 8 others; write {NAME}@REVISION with one that exists")

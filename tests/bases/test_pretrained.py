@@ -35,6 +35,9 @@ def test_offline_a_revision_resolves_through_the_caches_refs(tmp_path):
     assert first == str(repository / "snapshots" / f"{0:040x}")
     assert third == str(repository / "snapshots" / f"{1:040x}")
     assert missing.startswith("refused: cannot get lab/model@step9 from the hub or its local cache (")
+    assert missing.endswith(
+        ": the cache has the revisions main, step3000; write lab/model@REVISION with one that exists"
+    )
     assert unknown.startswith("refused: cannot get lab/other from the hub or its local cache (")
 
 

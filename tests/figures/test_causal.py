@@ -390,6 +390,19 @@ def test_transplants_are_listed_from_all_weights_to_single_kinds_with_margin_and
     assert lengths == [1.0] * len(PARTS)  # ± 0.5
 
 
+def test_the_rest_of_the_weights_stands_behind_the_pathways_and_the_interaction_last_without_controls():
+    at: dict[str, Any] = {"step": 8, "unit": "nats/pair", "stderr": 0.5, "n": 9}
+    rest = row(MARGIN, 0.7, **arm_columns("rest", "replace"), matrix="rest", **at)
+    left = row(f"{MARGIN}_interaction", -0.2, **arm_columns("weights", "replace"), **at)
+    axis = transplants(pd.concat([transplanted(), tabulate([rest, left])], ignore_index=True)).axes[0]
+    labels = [one.get_text() for one in axis.get_yticklabels()]
+    pathways = ["read pathway", "write pathway"]
+    parts = ["all weights", "all matrices", *pathways, "rest of the weights", "q", "down", "interaction"]
+    assert labels == parts
+    (diamond,) = [one for one in axis.get_lines() if one.get_marker() == "D"]
+    assert points(diamond) == ([-0.2], [parts.index("interaction")])
+
+
 def test_rotated_controls_are_grey_points_beside_their_own_transplant_and_the_base_a_dashed_line():
     figure = transplants(transplanted())
     axis = figure.axes[0]

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 PATHS = re.compile(
     r"/api/(?P<kind>models|datasets)/(?P<api>[^/]+/[^/]+)"
-    r"(?:/(?P<what>revision|tree|paths-info)/(?P<at>[^/]+)(?:/(?P<below>.*))?)?"
+    r"(?:/(?P<what>revision|tree|paths-info)/(?P<at>[^/]+)(?:/(?P<below>.*))?|/(?P<refs>refs))?"
     r"|(?:/(?P<prefix>datasets))?/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)"
 )
 
@@ -90,6 +90,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse("GatedRepo", 403)
         if repository not in self.hub.repositories:
             return self._refuse("RepoNotFound")
+        if match["refs"]:
+            names = self.hub.repositories[repository]
+            branches = [
+                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit_of(repository, name)}
+                for name in names
+            ]
+            return self._json({"branches": branches, "converts": [], "tags": []})
         commit = self.hub.commit(repository, match["at"] or match["revision"] or "main")
         if commit is None:
             return self._refuse("RevisionNotFound")

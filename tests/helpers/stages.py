@@ -9,7 +9,7 @@ def made(home: Path) -> Callable[..., Path]:
         directory = home / name / str(abs(hash(str(specification))))
         if not directory.exists():
             directory.mkdir(parents=True)
-            work(directory, None)
+            work(directory, lambda metrics, step: None)
         return directory
 
     return stage

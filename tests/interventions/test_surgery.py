@@ -4,6 +4,7 @@ from moving import matrix, moved
 from networks import FORMS, language_model
 from torch.testing import assert_close
 
+from weightgeom.analysis.summaries import by_treatment
 from weightgeom.causal.edits import Surgery, Transplant, residual_side
 from weightgeom.causal.effects import Effects, Evaluation
 from weightgeom.causal.matrix_groups import group_of, kinds_of, reads_and_writes
@@ -124,7 +125,7 @@ def test_controls_are_matched_matrix_by_matrix(name, tokenizer, examples, genera
                 basis = cut(control).space(cut(control).matrices[0])
                 assert_close(basis.T @ basis, torch.eye(trial.place["k"]).double())
     for trial in turned:
-        for arm in trial.controls:
+        for arm in trial.controls if trial.treatment.kind != "rest" else []:
             for one in transplant(arm).matrices:
                 norms = [
                     torch.linalg.svdvals(one.of(edit.applied(before.params)).double() - one.of(at.start))
@@ -138,7 +139,7 @@ def test_updates_near_the_rounding_of_the_weights_are_matched_as_well(
 ) -> None:
     end = {key: one + torch.randn(one.shape, generator=generator) / 1e6 for key, one in params.items()}
     cuts, _, turned, _ = both(surgery(k=1), setting(model, examples, params, end))
-    assert len(cuts) == 4 and len(turned) == 10  # a Trial refuses controls that are not matched
+    assert len(cuts) == 4 and len(turned) == 11  # a Trial refuses controls that are not matched
 
 
 def test_matrices_that_share_a_subspace_share_their_draws(model, params, examples, generator) -> None:
@@ -228,6 +229,82 @@ def test_the_rows_say_where_and_what_and_are_as_many_arms_as_announced(
     assert len(places.get_group("weights@replace")) == 1
     compared = set(table[table.quantity == "preference_margin_change_p_value"].arm)
     assert {"top@remove/random_energy", "delta@transplant/rotated"} <= compared
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_reads_writes_and_the_rest_are_all_of_the_update(name, tokenizer, examples, generator) -> None:
+    model, start = language_model(name, tokenizer)
+    at = setting(model, examples, start, shaken(start, generator))
+    *_, turned, before = both(surgery(groups=[]), at)
+    arms = [(trial.place, trial.treatment) for trial in turned if trial.place["matrix"] in ("", "rest")]
+    parts = {(arm.kind, place["role"]): arm for place, arm in arms}
+    edited = before.params
+    for part in (("delta", "read"), ("delta", "write"), ("rest", "")):
+        edited = parts[part].edit.applied(edited)
+    assert all(torch.equal(edited[key], at.end[key]) for key in edited)
+    rest = parts["rest", ""].edit.applied(before.params)
+    kept = {one.parameter for one in model.architecture.matrices}
+    assert kept == {key for key, one in rest.items() if one is before.params[key]}
+
+
+def test_the_turned_rest_keeps_the_singular_values_of_embeddings_and_the_norm_of_gains(
+    model, params, examples, generator
+) -> None:
+    at = setting(model, examples, params, shaken(params, generator))
+    *_, turned, before = both(surgery(groups=[]), at)
+    rest = turned[-1]
+    assert rest.treatment.kind == "rest" and len(rest.controls) == 2
+    exact = {key: one.double() for key, one in before.params.items()}
+    changes = [
+        {key: one - exact[key] for key, one in arm.edit.applied(exact).items()}
+        for arm in (rest.treatment, *rest.controls)
+    ]
+    embed, gain = model.architecture.embed, model.architecture.final_norm.parameter
+    for control in changes[1:]:
+        assert_close(torch.linalg.svdvals(control[embed]), torch.linalg.svdvals(changes[0][embed]))
+        assert_close(control[gain].norm(), changes[0][gain].norm())
+        assert not torch.allclose(control[embed], changes[0][embed])
+    assert not torch.allclose(changes[1][gain], changes[2][gain])
+
+
+def test_the_parts_and_their_interaction_add_up_to_the_effect_of_all_weights(
+    model, params, examples, generator
+) -> None:
+    at = setting(model, examples, params, shaken(params, generator))
+    table = tabulate(surgery(groups=[]).rows(at, lambda *_: None))
+    for quantity in ("preference_margin_change", "heldout_ce_change", "kl_from_unedited"):
+        rows = table[(table["quantity"] == quantity) & table["draw"].isna()]
+        value = rows.set_index(["treatment", "matrix", "role"])["value"]
+        left = table[table["quantity"] == f"{quantity}_interaction"]
+        assert left["arm"].tolist() == ["weights@replace"] and float(left["stderr"].iloc[0]) > 0
+        parts = value["delta", "", "read"] + value["delta", "", "write"] + value["rest", "rest", ""]
+        assert parts + left["value"].iloc[0] == pytest.approx(value["weights", "", ""], abs=1e-5)
+        shown = by_treatment(table, quantity, ("rotated",)).set_index("treatment")["effect"]
+        assert shown["interaction"] == f"{left['value'].iloc[0]:.3g}"
+        assert shown["rest@replace"] == f"{value['rest', 'rest', '']:.3g}"
+
+
+def test_a_rest_that_did_not_move_is_left_out_and_the_parts_add_up_all_the_same(
+    model, params, examples, generator
+) -> None:
+    k, o = matrix(model, "L1.k"), matrix(model, "L1.o")
+    end = dict(k.replaced(params, k.of(params) + torch.randn(32, 32, generator=generator) / 20))
+    end = dict(o.replaced(end, o.of(end) + torch.randn(32, 32, generator=generator) / 20))
+    table = tabulate(surgery(groups=[]).rows(setting(model, examples, params, end), lambda *_: None))
+    assert "rest" not in set(table["treatment"])
+    margin = table[(table["quantity"] == "preference_margin_change") & table["draw"].isna()]
+    value = margin.set_index(["treatment", "matrix", "role"])["value"]
+    left = table[table["quantity"] == "preference_margin_change_interaction"]["value"].iloc[0]
+    whole = value["weights", "", ""] - value["delta", "", "read"] - value["delta", "", "write"]
+    assert left == pytest.approx(whole, abs=1e-5)
+
+
+def test_transplants_of_named_matrices_or_layers_have_no_rest(model, params, examples, generator) -> None:
+    at = setting(model, examples, params, shaken(params, generator))
+    for asked in ({"transplants": [["o"]]}, {"layers": [1]}):
+        table = tabulate(surgery(groups=[], **asked).rows(at, lambda *_: None))
+        assert "rest" not in set(table["treatment"])
+        assert not table["quantity"].str.endswith("_interaction").any()
 
 
 @pytest.mark.parametrize("name", FORMS)

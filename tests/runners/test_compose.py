@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from runners.compose import checked, parts, renamed
 from runners.errors import explanation
+from weightgeom.objectives.dpo import DPO
 
 
 def composed(*overrides: str) -> dict[str, Any]:
@@ -77,3 +78,38 @@ def test_a_plus_sign_before_a_key_that_exists_is_explained() -> None:
     assert explanation(raised.value) == (
         "the key model.allow_bin exists already: leave out the plus sign, model.allow_bin=..."
     )
+
+
+OWN = ("model=chain/own", "model.stages={base: a, sft: b, 10: c}", "objective=none")
+
+
+@pytest.mark.parametrize("name", ["sft", "10"])
+def test_a_key_that_is_a_word_of_python_is_a_field_with_an_underscore(name: str) -> None:
+    config = composed(*OWN, f"model.from={name}")
+    assert str(config["model"]["from"]) == name  # which is how the record has it
+    assert parts(config)["model"].from_ == name
+    assert parts(composed(*OWN))["model"].from_ is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.from=rlvr", r"model: unknown stage model\.from=rlvr; choose from base, sft, 10"),
+        ("model.from=[sft]", r"model\.from should be a valid string, got \['sft'\]"),
+        ("+model.fro=sft", r"there is no key model\.fro; did you mean 'from'\?"),
+    ],
+)
+def test_a_stage_to_start_from_that_cannot_be_is_refused_by_its_key(override: str, message: str) -> None:
+    with pytest.raises((ValueError, KeyError), match=message):
+        parts(composed(*OWN, override))
+
+
+def test_moments_take_an_objective_by_its_name() -> None:
+    made = parts(composed("probe=[moments]", "+objective@probe.moments.objective=dpo", *OWN))
+    probe = made["probes"]["moments"]
+    assert isinstance(probe.objective, DPO) and made["objective"] is None
+    assert probe.declaration.compares and not probe.declaration.needs_objective
+    alone = parts(composed("probe=[moments]"))["probes"]["moments"]
+    assert alone.declaration.needs_objective and not alone.declaration.compares
+    with pytest.raises(ValueError, match=r"probe\.moments\.objective.* instance of Objective"):
+        parts(composed("probe=[moments]", "probe.moments.objective=dpo"))

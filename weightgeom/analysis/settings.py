@@ -107,7 +107,7 @@ def _setting(
 ) -> dict[str, object]:
     pair = run.get("model._target_", "").endswith("TwoCheckpoints")
     stage = run.get("model.stage", "None") if pair else "None"
-    chain = run.get("model._target_", "").endswith(".Chain")
+    chain = run.get("model._target_", "").endswith(".Chain") and run.get("model.from", "None") == "None"
     trains, kind = run["objective"] != "none", role(run, tags)
     objective = " ".join([run["objective"], *_differing(run, runs, "objective")])
     compared = f"{run['model.before']}{ARROW}{run['model.after']}" if pair else ""

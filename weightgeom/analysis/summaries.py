@@ -161,7 +161,7 @@ def by_stage(table: "pd.DataFrame", headline: str, form: str = ".3g") -> "pd.Dat
 
 
 def by_treatment(table: "pd.DataFrame", effect: str, controls: Sequence[str]) -> "pd.DataFrame":
-    """The comparisons of an intervention with its principal controls."""
+    """Comparisons of an intervention with its principal controls, and what its parts leave of the whole."""
     import pandas as pd
 
     compared = compared_with_principal(table, effect, controls)
@@ -176,6 +176,9 @@ def by_treatment(table: "pd.DataFrame", effect: str, controls: Sequence[str]) ->
         }
         for _, row in compared.assign(matrix=label(compared)).iterrows()
     ]  # fmt: skip
+    missing = dict.fromkeys(("layer", "k", *NUMBERS), "-")
+    for value in table[table["quantity"] == f"{effect}_interaction"]["value"]:
+        rows.append({"matrix": "all", **missing, "treatment": "interaction", "effect": f"{value:.3g}"})
     return pd.DataFrame(rows)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 from pydantic import Field
@@ -25,7 +25,13 @@ from weightgeom.interfaces import Data, Log, Stage
 from weightgeom.interruption import Request, no_request
 from weightgeom.models.adapters import is_adapter, warn_of_other_base
 from weightgeom.models.gguf_files import is_gguf
-from weightgeom.models.loading import check_tokenizer, load_architecture, warn_of_other_vocabulary
+from weightgeom.models.loading import (
+    check_length,
+    check_tokenizer,
+    load_architecture,
+    load_context,
+    warn_of_other_vocabulary,
+)
 from weightgeom.models.merging import merge
 from weightgeom.models.residual import Architecture
 from weightgeom.models.weights import check_finite, open_params
@@ -47,17 +53,21 @@ class Chain:
     `tokenizer`; by default by that of the earlier stage of each comparison. Stages may differ in dtype and in
     their number of embeddings, of which the shared ones are compared. `allow_bin` and `trust_remote_code` are
     as in `Pretrained`.
+
+    With `from_` nothing is compared: the chain stands for that one stage, as a checkpoint that an objective
+    starts from and interventions edit. Of the others, only the base of an adapter is fetched.
     """
 
     stages: dict[str, str]
     revisions: dict[str, str | None] = Field(default_factory=dict)
     size: str = ""
     tokenizer: str | None = None
+    from_: str | None = None  # `from` is a word of Python: in a configuration the key is model.from
     allow_bin: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse fewer than two stages, and malformed, ambiguous or unknown names."""
+        """Refuse fewer than two stages, malformed, ambiguous or unknown names, and a tokenizer of two."""
         names = list(self.stages)
         if len(names) < 2:
             raise ValueError(
@@ -73,17 +83,21 @@ class Chain:
             raise ValueError(
                 f"model.stages has names that differ only in case, {', '.join(names)}: rename one of them"
             )
-        if self.tokenizer is not None and self.tokenizer not in self.stages:
+        for key, name in (("tokenizer", self.tokenizer), ("from", self.from_)):
+            if name is not None and name not in self.stages:
+                raise ValueError(f"unknown stage model.{key}={name}; choose from {', '.join(names)}")
+        if self.from_ is not None and self.tokenizer is not None:
             raise ValueError(
-                f"unknown stage model.tokenizer={self.tokenizer}; choose from {', '.join(names)}"
+                f"model.tokenizer={self.tokenizer} is for comparisons, and model.from={self.from_} starts"
+                " with the tokenizer of that stage: remove one of the two"
             )
 
     def check(self, longest: int | None) -> Architecture:
-        """Fetch only the configs; refuses an objective, and stages of different architectures."""
-        if longest is not None:
+        """Fetch only the configs; refuses an objective without `from_`, and stages of two architectures."""
+        if longest is not None and self.from_ is None:
             raise ValueError(
-                "model=chain/... compares finished stages: set objective=none, or to train from one stage"
-                " choose that checkpoint with model=..."
+                "model=chain/... compares finished stages: set objective=none, or model.from=STAGE to train"
+                f" from one of {', '.join(self.stages)}"
             )
         directories = {
             name: directory
@@ -94,8 +108,9 @@ class Chain:
             name: replace(load_architecture(directory), tied=True) for name, directory in directories.items()
         }
         for name, directory in directories.items():
-            check_here(self.locations()[name], directory)
-        for name in [self.tokenizer] if self.tokenizer else list(directories)[:-1]:
+            check_here(self._location(name), directory)
+        needed = list(directories) if self.from_ else list(directories)[:-1]
+        for name in [self.tokenizer] if self.tokenizer else needed:
             if name in directories:
                 check_tokenizer(directories[name], only_if_there=True)
         first, *others = maps
@@ -105,12 +120,14 @@ class Chain:
                     f"{self._named(name)} differs in architecture from {self._named(first)}: all stages of a"
                     " chain must be checkpoints of one network"
                 )
+        if self.from_ is not None:
+            check_length(longest or 0, load_context(directories[first]))
         return load_architecture(directories[first])
 
     def prepare(
         self, stage: Stage, examples: Examples, data: Data, device: str, request: Request = no_request
     ) -> Base:
-        """Fetch all stages, and merge those that are adapters."""
+        """Fetch all stages that are needed, and merge those that are adapters."""
         by_name: dict[str, Path] = {}
         given: dict[str, Path] = {}  # an adapter's own directory, whose factors a pair is measured by
         for name, directory in self._fetched(weights=True).items():
@@ -119,10 +136,16 @@ class Chain:
                 before = list(by_name)[-2]
                 warn_of_other_base(given[name], self.stages[before])
                 by_name[name] = self._merged(name, given[name], by_name[before], stage)
-        self._compare(by_name)
+        if self.from_ is None:
+            self._compare(by_name)
         for directory in by_name.values():
             architecture = load_architecture(directory)
             check_finite(open_params(directory, architecture), architecture, str(directory))
+        if self.from_ is not None:
+            start = by_name[self.from_]
+            check_tokenizer(start)
+            warn_of_generated_text(data, start)
+            return Base(start, identity(start))
         first, *_ = directories = list(by_name.values())
         tokenizer = None if self.tokenizer is None else by_name[self.tokenizer]
         warn_of_generated_text(data, tokenizer or first)
@@ -157,6 +180,9 @@ class Chain:
 
     def outline(self, examples: Examples, data: Data) -> Outline:
         """The locations, and the config of the first stage, which is all that this fetches."""
+        if self.from_ is not None:  # an adapter has the config of its base, and its sizes but for little
+            base, *_ = self._fetched(weights=False)
+            return outline_of({0: self._location(base)}, 0, self.allow_bin, self.trust_remote_code)
         locations = dict(enumerate(self.locations().values()))
         outline = outline_of(locations, 0, self.allow_bin, self.trust_remote_code)
         return replace(outline, pairs=len(locations) - 1)
@@ -178,25 +204,37 @@ class Chain:
         return f"{where}@{revision}"
 
     def _fetched(self, weights: bool) -> dict[str, Path]:
-        """The directories by stage, each checked to be a whole model and a different checkpoint."""
-        directories: dict[str, Path] = {}
-        for name, location in self.locations().items():
-            try:
-                fetched = fetch(location, self.allow_bin, self.trust_remote_code, weights)
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"in model.stages.{name}: {error}") from error
-            if not directories and _adapts(fetched, weights):
+        """The directories by stage, each checked to be a whole model and a different checkpoint.
+
+        With `from_` only that stage, behind those that it adapts.
+        """
+        if self.from_ is None:
+            fetched = {name: self._fetch(name, place, weights) for name, place in self.locations().items()}
+        else:
+            fetched, names = {}, list(self.stages)
+            for name in reversed(names[: names.index(self.from_) + 1]):
+                fetched = {name: self._fetch(name, self._location(name), weights), **fetched}
+                if not _adapts(fetched[name], weights):
+                    break
+        first, *_ = fetched
+        if _adapts(fetched[first], weights):
+            raise ValueError(
+                f"{self._named(first)} is an adapter, which has no weights of its own: put its base before"
+                " it, as the first stage"
+            )
+        for before, after in combinations(fetched, 2):
+            if fetched[before] == fetched[after]:
                 raise ValueError(
-                    f"{self._named(name)} is an adapter, which has no weights of its own: put its base before"
-                    " it, as the first stage"
+                    f"model.stages.{after} and model.stages.{before} are the same checkpoint,"
+                    f" {self._location(after)}: remove one of them"
                 )
-            if twin := [other for other, directory in directories.items() if directory == fetched]:
-                raise ValueError(
-                    f"model.stages.{name} and model.stages.{twin[0]} are the same checkpoint, {location}:"
-                    " remove one of them"
-                )
-            directories[name] = fetched
-        return directories
+        return fetched
+
+    def _fetch(self, name: str, location: str, weights: bool) -> Path:
+        try:
+            return fetch(location, self.allow_bin, self.trust_remote_code, weights)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"in model.stages.{name}: {error}") from error
 
     def _compare(self, directories: Mapping[str, Path]) -> None:
         """Refuse two stages that are to be compared but differ in more than their vocabulary."""
@@ -226,16 +264,22 @@ def _adapts(directory: Path, weights: bool) -> bool:
     return is_adapter(directory) and (weights or not (directory / "config.json").is_file())
 
 
-def check_chain(probes: Mapping[str, ProbeDeclaration], interventions: Sequence[str]) -> None:
-    """Raise ValueError for probes and interventions that need the training of a single stage."""
+def check_chain(chain: Chain, probes: Mapping[str, ProbeDeclaration], interventions: Sequence[str]) -> None:
+    """Raise ValueError for probes and interventions that need one stage, where none is chosen."""
+    if chain.from_ is not None:
+        return
+    names = ", ".join(chain.stages)
     if interventions:
         raise ValueError(
-            f"intervention.{interventions[0]} edits one trained model, but a chain has several: compare two"
-            " stages with model=pair model.before=... model.after=..., or set intervention=[]"
+            f"intervention.{interventions[0]} edits one model, but a chain has several: set model.from=STAGE"
+            f" to edit one of {names}, compare two stages with model=pair model.before=... model.after=...,"
+            " or set intervention=[]"
         )
     if bad := [name for name, declaration in probes.items() if declaration.needs_objective]:
         others = [name for name in probes if name not in bad]
         raise ValueError(
-            f"probe.{bad[0]} needs the training objective, which is unknown for the stages of a chain: choose"
-            f" probes without it, such as probe=[{','.join(others) or 'rsf,behaviour'}]"
+            f"probe.{bad[0]} needs the training objective, which is unknown for the stages of a chain: give"
+            f" one, such as +objective@probe.{bad[0]}.objective=dpo, set model.from=STAGE and an objective to"
+            f" train from one of {names}, or choose probes without it, such as"
+            f" probe=[{','.join(others) or 'rsf,behaviour'}]"
         )

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ DUPLICATE_FORMATS = ["*/*", "consolidated*"]  # copies of the weights in subfold
 
 
 MOVING_REVISIONS = {"main", "master", "HEAD", "refs/heads/main"}
+
+
+SHOWN = 12  # revisions of a repository, in an error
 
 
 HOW_TO_PIN = "set {key}=COMMIT to a commit from https://huggingface.co/{name}/commits/main"
@@ -93,13 +97,37 @@ def checkpoint_directory(location: str, patterns: list[str]) -> Path:
     except HFValidationError as error:
         raise FileNotFoundError(f"{location!r} is neither a directory nor a hub name") from error
     except Exception as error:  # the hub's, the network's and the cache's errors share no base class
+        there = _revisions_there(name, revision) if revision else ""
+        advice = "check the name, the revision and the network, or give a directory"
         raise FileNotFoundError(
             f"cannot get {location} from the hub or its local cache ({first_line(error)}):"
-            " check the name, the revision and the network, or give a directory"
+            f" {f'{there}; write {name}@REVISION with one that exists' if there else advice}"
         ) from error
     if not revision or revision in MOVING_REVISIONS:
         log.warning("%s is not pinned: write %s@%s to get the same again", name, name, Path(snapshot).name)
     return Path(snapshot)
+
+
+def _revisions_there(name: str, wanted: str) -> str:
+    """The branches and tags of a repository on the hub, or in its cache; of many the nearest in name.
+
+    Empty if there is no such repository.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    try:
+        listed = HfApi().list_repo_refs(name)
+        where, names = "the hub", [ref.name for ref in (*listed.branches, *listed.tags)]
+    except Exception:  # the hub's and the network's errors share no base class
+        refs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "refs")
+        files = sorted(path for path in refs.rglob("*") if path.is_file())
+        where, names = "the cache", [path.relative_to(refs).as_posix() for path in files]
+    if not names:
+        return ""
+    near = names if len(names) <= SHOWN else get_close_matches(wanted, names, n=SHOWN, cutoff=0.0)
+    part = "" if len(names) <= SHOWN else f" and {len(names) - SHOWN} others"
+    return f"{where} has the revisions {', '.join(near)}{part}"
 
 
 def is_path(name: str) -> bool:

@@ -281,7 +281,8 @@ def check_single(probes: Mapping[str, ProbeDeclaration], interventions: Mapping[
         raise ValueError(
             f"objective=none on a single checkpoint leaves no update to measure:{which} choose an objective,"
             " model.revisions=[...], or model=pair model.before=... model.after=...; or what is about the"
-            " checkpoint itself, such as probe=[spectrum,behaviour] intervention=[rank1]"
+            " checkpoint itself, such as probe=[spectrum,behaviour] intervention=[rank1]; to compare the"
+            " stages of a chain, leave out model.from"
         )
 
 

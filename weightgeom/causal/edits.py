@@ -1,6 +1,6 @@
 """Edits of weights, as values: the weights that they are applied to are never mutated."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -113,6 +113,29 @@ class Transplant:
                 delta = delta @ turn.T if matrix.role == "read" else turn @ delta
             edited = matrix.replaced(edited, weight + delta)
         return edited
+
+
+@dataclass(frozen=True, eq=False)
+class TransplantRest:
+    """Gives all parameters but `kept` the update that leads to other weights: W' = W + dW, or dW turned.
+
+    With `kept` those of the residual matrices, what moves is the rest: embeddings, norms, biases and the
+    like. `turn` gives for a parameter's name and dW another of the same Frobenius norm.
+    """
+
+    after: Params
+    kept: Collection[str]
+    turn: Callable[[str, Float[Tensor, "..."]], Float[Tensor, "..."]] | None = None
+
+    def applied(self, params: Params) -> Params:
+        """The edited weights, in fp64 until they are stored."""
+        return {name: one if name in self.kept else self._edited(name, one) for name, one in params.items()}
+
+    def _edited(self, name: str, weight: Tensor) -> Tensor:
+        if self.turn is None:
+            return self.after[name].to(weight)
+        exact = weight.double()
+        return (exact + self.turn(name, self.after[name].to(exact) - exact)).to(weight)
 
 
 def inside(

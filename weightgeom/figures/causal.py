@@ -207,8 +207,9 @@ def transplants(table: pd.DataFrame) -> Figure:
     """Change of the base's preference margin by each part of the update: all, a pathway, or a matrix kind.
 
     Bars are ± one standard error over prompts; the rotated controls are grey. The marker is filled if the
-    p-value against the rotated controls is at most 0.05. The dashed line is the base. `table` has rows of the
-    intervention `surgery`.
+    p-value against the rotated controls is at most 0.05. The dashed line is the base. The diamond, which has
+    no controls, is what of all weights' change is left by the pathways and the rest of the weights. `table`
+    has rows of the intervention `surgery`.
 
     Raises:
         ValueError: if the table has no such rows.
@@ -229,13 +230,14 @@ def transplants(table: pd.DataFrame) -> Figure:
             for dose in TRANSPLANTS
             if len(part := rows[(rows[by] == [matrix, role, dose]).all(axis=1)])
         ]
-        figure, axis = plt.subplots(figsize=(3.25, 1.2 + 0.25 * len(trials)), layout="constrained")
+        height = 1.2 + 0.25 * (len(trials) + 1)
+        figure, axis = plt.subplots(figsize=(3.25, height), layout="constrained")
         axis.axvline(0, color="0.5", ls="--", lw=0.8, label="base")
         for place, part in enumerate(trials):
             controls, treatment = part[part["draw"].notna()], part[part["draw"].isna()]
             matrix, role, dose = treatment[by].iloc[0]
             whole = "all weights" if dose == "replace" else "all matrices"
-            names.append(matrix or PATHWAYS.get(role, whole))
+            names.append({"": PATHWAYS.get(role, whole), "rest": "rest of the weights"}.get(matrix, matrix))
             if len(controls):
                 heights = place + 0.25 + _offsets(len(controls), 0.08)
                 axis.plot(controls["value"], heights, ".", ms=3, mew=0, color="0.6", label="rotated")
@@ -249,6 +251,11 @@ def transplants(table: pd.DataFrame) -> Figure:
                 color=COLOURS.get(matrix, ROLES[role]),
                 mfc=None if p.get((matrix, role, dose), 1.0) <= LEVEL else "white",
             )
+        for _, row in table[table["quantity"] == f"{MARGIN}_interaction"].iterrows():
+            axis.errorbar(
+                row["value"], len(names), xerr=row["stderr"], fmt="D", ms=4, elinewidth=0.7, color="0.1"
+            )
+            names.append("interaction")
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(names) - 0.4, -0.6)  # the first on top
         axis.set_xlabel("change of the preference margin\nfrom the base (nats/pair)")
@@ -259,7 +266,7 @@ def transplants(table: pd.DataFrame) -> Figure:
 def _groups(rows: pd.DataFrame) -> list[tuple[str, str]]:
     """Matrix and role of every group: all matrices, pathways, single kinds, then mixtures."""
     groups = list(dict.fromkeys(zip(rows["matrix"], rows["role"], strict=True)))
-    matrices, roles = ["", *COLOURS], list(ROLES)
+    matrices, roles = ["", "rest", *COLOURS], list(ROLES)
     return sorted(
         groups,
         key=lambda group: (

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
 from functools import lru_cache, partial
-from math import isfinite
+from math import isfinite, sqrt
 from typing import TYPE_CHECKING, Literal
 from zlib import crc32
 
@@ -14,10 +14,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.causal.edits import Space, Surgery, Transplant, change_norm, residual_side
-from weightgeom.causal.effects import Effects, Evaluation
+from weightgeom.causal.edits import Space, Surgery, Transplant, TransplantRest, change_norm, residual_side
+from weightgeom.causal.effects import UNITS, Effects, Evaluation, Samples
 from weightgeom.causal.matrix_groups import Group, group_of, grouped, kinds_of, moved, reads_and_writes
-from weightgeom.causal.trials import Arm, Trial, check_controls, measured, with_q_values
+from weightgeom.causal.trials import Arm, Trial, check_controls, measured, named, with_q_values
 from weightgeom.declarations import SURGERY, InterventionDeclaration
 from weightgeom.estimators.reference_subspaces import (
     Inputs,
@@ -31,13 +31,16 @@ from weightgeom.estimators.reference_subspaces import (
 from weightgeom.interfaces import Log, Setting
 from weightgeom.models.residual import Architecture, Kind, ResidualMatrix
 from weightgeom.params import Params
-from weightgeom.table import Row
+from weightgeom.table import Row, arm_columns, row
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
 MARGIN = "preference_margin_change"
+REST = "rest"  # the parameters in no matrix of the residual stream
+SIGNS = {("weights", "", ""): 1, ("delta", "", "read"): -1, ("delta", "", "write"): -1, (REST, REST, ""): -1}
+"""How each part, by its edit, `matrix` and `role`, enters what of all weights' effect the parts leave."""
 Operation = Literal["remove", "keep", "scale"]
 Control = Literal["random_k", "random_energy", "rotated"]
 RANDOM: tuple[Control, ...] = ("random_k", "random_energy")
@@ -61,9 +64,14 @@ class DeltaSurgery:
     is the whole effect, which the others are shares of. The control `rotated` has the same dW, the residual
     stream's side of it turned by a Haar-random orthogonal matrix, one for each subspace above.
 
-    Quantities: those of `weightgeom.causal.trials.measured`. The column `matrix` is empty for all matrices
-    of a
-    role and `q+k` for two kinds. Source: ours, on the subspaces of arXiv:2605.16600.
+    With `transplants` and `layers` left out, `rest@replace` gives the start all parameters of the end that
+    are in no matrix of the stream: embeddings, unembedding, norms, biases. Its rotated dW is turned along the
+    last axis, that of a vector to a random direction. The whole effect is then the sum of four: of the reads,
+    of the writes, of the rest, and of their interaction, which is what is left of it.
+
+    Quantities: those of `weightgeom.causal.trials.measured`, and `<effect>_interaction` of `weights@replace`,
+    in the effect's unit. The column `matrix` is empty for all matrices of a role, `q+k` for two kinds, and
+    `rest`. Source: ours, on the subspaces of arXiv:2605.16600.
     """
 
     groups: list[list[Kind]] | None = None
@@ -129,8 +137,8 @@ class DeltaSurgery:
     def arms(self, architecture: Architecture) -> int:
         """Treatments and controls of all surgeries, and of all transplants and that of all weights."""
         transplants = len(self._transplants(architecture))
-        rotated = (transplants + 1) * (1 + self.controls.get("rotated", 0)) if transplants else 0
-        return self._surgeries(architecture) + rotated
+        trials = transplants + 1 + self._whole if transplants else 0
+        return self._surgeries(architecture) + trials * (1 + self.controls.get("rotated", 0))
 
     def rows(self, setting: Setting, log: Log) -> list[Row]:
         """What every surgery does to the trajectory's end, and every transplant to its start.
@@ -148,8 +156,9 @@ class DeltaSurgery:
             del evaluation, trials  # their weights and logits would lie beside the next one's
         if transplants:
             evaluation = Evaluation(model, setting.start, setting.examples, self.effects)
-            trials = self.transplanted(setting, evaluation, transplants)
+            trials = list(self.transplanted(setting, evaluation, transplants))
             rows += measured(trials, evaluation, setting.seed, log, self._surgeries(architecture))
+            rows += interaction(trials, evaluation) if self._whole else []
         return [{"step": setting.last, **one} for one in with_q_values(rows)]
 
     def surgeries(self, setting: Setting, evaluation: Evaluation, groups: Sequence[Group]) -> Iterator[Trial]:
@@ -184,6 +193,33 @@ class DeltaSurgery:
                 arms.append(Arm("rotated", turned, {"frobenius norm": norm}, "frobenius norm", draw))
             # Of another dose, as the controls of both have the same place and name.
             yield Trial(group.place, "replace" if others else "transplant", arms[0], arms[1:])
+        kept = {matrix.parameter for matrix in architecture.matrices}
+        if self._whole and any(not torch.equal(after[name], params[name]) for name in params.keys() - kept):
+            yield self._rest(setting.seed, params, after, kept)
+
+    def _rest(self, seed: int, params: Params, after: Params, kept: Collection[str]) -> Trial:
+        """All parameters but those kept, with the same updates turned."""
+        exact = {name: one if name in kept else one.double() for name, one in params.items()}
+
+        def arm(kind: str, edit: TransplantRest, draw: int = 0) -> Arm:
+            edited = edit.applied(exact)
+            squares = [(edited[name] - exact[name]).square().sum() for name in exact.keys() - kept]
+            norm = float(torch.stack(squares).sum().sqrt())
+            matched = "frobenius norm" if edit.turn else ""
+            return Arm(kind, edit, {"frobenius norm": norm}, matched, draw)
+
+        controls = [
+            arm("rotated", TransplantRest(after, kept, partial(_turned, f"{seed} rotated {draw}")), draw)
+            for draw in range(self.controls["rotated"])
+        ]
+        return Trial(
+            {"matrix": REST, "role": ""}, "replace", arm(REST, TransplantRest(after, kept)), controls
+        )
+
+    @property
+    def _whole(self) -> bool:
+        """Whether the transplants add up to all weights."""
+        return self.transplants is None and self.layers is None
 
     def _groups(self, architecture: Architecture) -> list[Group]:
         asked = reads_and_writes(architecture) if self.groups is None else self.groups
@@ -281,6 +317,30 @@ class _Parts:
         return torch.cat([basis[:, :-1], length * basis[:, -1:]], 1)
 
 
+def interaction(trials: Sequence[Trial], evaluation: Evaluation) -> Iterator[Row]:
+    """What all weights do, less what reads, writes and the rest do alone; paired, prompt by prompt.
+
+    A part that did not move is not among the trials and does nothing.
+    """
+    changes: list[Samples] = []
+    for trial in trials:
+        part = trial.treatment.kind, trial.place["matrix"], trial.place["role"]
+        if part in SIGNS:
+            change = evaluation.changed_by(trial.treatment.edit)
+            changes.append({effect: SIGNS[part] * values.double() for effect, values in change.items()})
+    for effect in changes[0]:
+        values = torch.stack([change[effect] for change in changes]).sum(0)
+        yield row(
+            f"{named(effect)}_interaction",
+            float(values.mean()),
+            n=len(values),
+            unit=UNITS[effect],
+            stderr=float(values.std()) / sqrt(len(values)) if len(values) > 1 else None,
+            **arm_columns("weights", "replace"),
+            **trials[0].place,  # of all weights
+        )
+
+
 def filled(sums: Float[Tensor, " d"], energy: float) -> tuple[int, float]:
     """How many directions hold this energy, and the length of the last of them; `sums` are cumulative.
 
@@ -307,6 +367,16 @@ def haar_basis(text: str, d: int, columns: int | None) -> Float[Tensor, "d colum
 def _haar_at(text: str, d: int, columns: int | None, matrix: ResidualMatrix) -> Float[Tensor, "d columns"]:
     """The same for all matrices with one subspace."""
     return haar_basis(f"{text} {place_of(matrix)}", d, columns)
+
+
+def _turned(text: str, name: str, delta: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """A vector in a random direction of its space; other tensors turned along the last axis, all alike."""
+    size = delta.shape[-1] if delta.ndim else 1
+    if delta.ndim > 1:
+        return delta @ haar_basis(f"{text} {REST} {size}", size, None).T.to(delta)
+    generator = torch.Generator().manual_seed(crc32(f"{text} {name}".encode()))
+    direction = torch.randn(delta.shape, generator=generator, dtype=torch.float64).to(delta)
+    return delta.norm() * direction / direction.norm()
 
 
 def _dimensions(k: int | list[int] | None, architecture: Architecture) -> list[int]:

@@ -1,7 +1,7 @@
 """The mechanism: the ratio that the moments of a base predict under an objective, beside the trained one."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
@@ -26,10 +26,11 @@ from weightgeom.estimators.reference_subspaces import (
 from weightgeom.estimators.updates import adapter_of, update_of
 from weightgeom.geometry.bootstrap import bootstrap_interval
 from weightgeom.geometry.subspace import Subspace
-from weightgeom.interfaces import Setting
+from weightgeom.interfaces import Objective, Setting
 from weightgeom.models.residual import Architecture, ResidualMatrix
 from weightgeom.params import Params
 from weightgeom.table import Row, arm_columns, own, row
+from weightgeom.text.examples import Examples
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +44,7 @@ SHOWN = ("predicted", "forecast", "forecast_adam")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"arbitrary_types_allowed": True})  # an objective is checked by its members
 class Moments:
     """Predicted, forecast and measured relative subspace fraction of an objective's update.
 
@@ -51,8 +52,12 @@ class Moments:
     of all tokens of their layer. The
     moments are taken there too, once, on training examples. What a trained update has in excess of
     the prediction comes of what is read depending on what is sent back. Source: the mechanism offered
-    by arXiv:2605.16600; these figures are ours. Nothing is measured where the objective is not known
-    or the start is random.
+    by arXiv:2605.16600; these figures are ours. Nothing is measured where the start is random, or where
+    the objective is not known and none is given.
+
+    A given `objective` stands for that of trajectories without one: of two checkpoints, or of a chain, where
+    its moments at the first stage stand beside the update of every stage, and those at each stage beside the
+    update of the next. What the objective did not train is then no test of the mechanism.
 
     Quantities:
         predicted_ratio: the ratio if the two were independent and averaged out, from C_a (read) or
@@ -78,18 +83,9 @@ class Moments:
             Pearson's correlation with the measured ratio over layers and matrices of one role, at the
             smallest k.
     The column `treatment` of measured_ratio, and of the forecast that belongs to it, is the training's
-    optimizer; Muon has no forecast: its update of full rank has ratio 1. The forecast of an adapter is
-    forecast_adapter_ratio.
+    optimizer, and empty where that is not known; Muon has no forecast: its update of full rank has ratio
+    1. The forecast of an adapter is forecast_adapter_ratio.
     """
-
-    declaration: ClassVar[ProbeDeclaration] = ProbeDeclaration(
-        headline="measured_ratio",
-        section=MECHANISM,
-        by_layer=False,
-        compares=False,
-        needs_objective=True,
-        whole=tuple(f"{role}_{name}_correlation" for role in ("read", "write") for name in SHOWN),
-    )
 
     k: int | list[int] | None = None
     prompts: int = Field(default=2048, ge=2)  # of training examples: G has less noise the more there are
@@ -103,6 +99,24 @@ class Moments:
     resamples: int = Field(default=40, ge=0)  # of the bootstrap over prompts; 0: no intervals
     groups: int = Field(default=16, ge=2)  # of prompts, which the bootstrap draws
     budget_gb: float | None = Field(default=None, gt=0)  # GiB for the sums; None: no limit
+    objective: Objective | None = None  # whose moments, where the trajectory has no objective of its own
+
+    @property
+    def declaration(self) -> ProbeDeclaration:
+        """With an `objective` also of the stages of a chain, whose own objectives are not known."""
+        return ProbeDeclaration(
+            headline="measured_ratio",
+            section=MECHANISM,
+            by_layer=False,
+            compares=self.objective is not None,
+            needs_objective=self.objective is None,
+            whole=tuple(f"{role}_{name}_correlation" for role in ("read", "write") for name in SHOWN),
+        )
+
+    def check_examples(self, examples: Examples) -> None:
+        """Refuse data that lack what the given objective needs."""
+        if self.objective is not None:
+            self.objective.check(examples)
 
     def check(self, architecture: Architecture) -> None:
         """Refuse a k that does not fit."""
@@ -114,6 +128,7 @@ class Moments:
         size = {"float32": 1, "float64": 2}[self.precision]
         in_layers = max(shape.weights - 2 * shape.logits(shape.d_model), 0.0)  # no embedding, no unembedding
         moments, gradients = 4 * shape.layers * shape.square, in_layers
+        objective = objective or self.objective is not None
         sums = size * (groups * moments + (groups + 2) * gradients) if objective else 0.0
         if self.budget_gb is not None:
             sums = min(sums, max(self.budget_gb * GIB, sums / shape.layers))
@@ -141,13 +156,14 @@ class Moments:
 
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement of one checkpoint's update since the trajectory's start."""
-        if setting.objective is None or setting.from_random:
+        objective = setting.objective or self.objective
+        if objective is None or setting.from_random:
             return lambda params: []
         assert setting.training is not None
         dims = dimensions(self.k, setting.model.architecture.d_model)
-        optimizer = arm_columns(setting.training.optimizer)
+        optimizer = {} if setting.objective is None else arm_columns(setting.training.optimizer)
         spaces = {frame.place: frame.space for frame in self._frames(setting, dims[-1])}
-        expected = list(self._expected(setting, spaces))
+        expected = list(self._expected(setting, objective, spaces))
 
         def measure(params: Params) -> list[Row]:
             rows: list[Row] = []
@@ -171,9 +187,9 @@ class Moments:
             yield Frame(frame.place, frame.space)  # without its moment
         yield prediction_frame(setting, setting.start, k)
 
-    def _expected(self, setting: Setting, spaces: dict) -> Iterator[Row]:
+    def _expected(self, setting: Setting, objective: Objective, spaces: dict) -> Iterator[Row]:
         """Rows of what the moments at the start lead to expect, a pass at a time."""
-        assert setting.objective is not None and setting.training is not None
+        assert setting.training is not None
         gathering = Gathering(
             prompts=self.prompts,
             positions=self.positions,
@@ -185,7 +201,7 @@ class Moments:
             budget_gb=self.budget_gb,
         )
         passes = gradient_moments(
-            *(setting.model, setting.start, setting.objective, setting.training, setting.examples),
+            *(setting.model, setting.start, objective, setting.training, setting.examples),
             *(gathering, setting.seed),
         )
         for some in passes:
@@ -223,7 +239,7 @@ class Moments:
             grams = _Grams(matrix, gradient, setting.start, divisor)
             if quantity == "forecast_adapter_ratio":
                 grams.adapter, grams.signs = factor, setting.training.optimizer != "sgd"
-            belongs = quantity == own
+            belongs = quantity == own and setting.objective is not None
             optimizer = arm_columns(setting.training.optimizer) if belongs else {}
             rows = self._ratios(quantity, matrix, grams, some.prompts, space, setting, resamples)
             yield from ({**one, **optimizer} for one in rows)

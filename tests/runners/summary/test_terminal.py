@@ -158,7 +158,7 @@ def test_secondary_probes_have_no_layers_and_the_pretraining_has_curves_of_the_m
 
 
 def test_the_mechanism_has_curves_and_correlations(record: Record, moments: pd.DataFrame) -> None:
-    log_table(record, "moments", "", moments, Moments.declaration)
+    log_table(record, "moments", "", moments, Moments().declaration)
     assert logged(record) == {
         ("moments/q", 1): 55.0,  # (54 + 56) / 2
         ("moments/q", 2): 5.0,  # (4 + 6) / 2
