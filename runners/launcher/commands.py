@@ -278,7 +278,8 @@ def _unfinished(directory: Path) -> list[str]:
             f"jobs {', '.join(failed)} of the sweep in {directory} did not complete: restart them with"
             f" {_command('resubmit', earlier)} first"
         )
-    return list(dict.fromkeys(job.id.partition("_")[0] for job in statuses if job.active))
+    ids = earlier.ids()  # of a run in two jobs the second
+    return list(dict.fromkeys(ids[job.number].partition("_")[0] for job in statuses if job.active))
 
 
 def _withdraw(sweep: Sweep, arrays: Sequence[str]) -> None:

@@ -253,6 +253,34 @@ def test_measuring_is_an_array_of_its_own_that_follows_that_of_the_training_task
     assert asked(numbering, "scancel") == ["1_0 2_0", "1 2 3"]
 
 
+def test_a_sweep_starts_after_all_jobs_of_another_one_and_not_after_one_that_failed(tmp_path, numbering):
+    earlier, later = sweep_of(tmp_path / "earlier", 3), sweep_of(tmp_path / "later", 1)
+    for name, id in (("training", "4"), ("measuring", "5")):
+        ids = {str(number): f"{id}_{number}" for number in (0, 1)}
+        earlier.add_submission(earlier.directory / "code", name=name, tasks=[[0], [1]], ids=ids, part=name)
+    earlier.add_submission(earlier.directory / "code", name="other", tasks=[[2]], ids={"2": "6"})
+    State("COMPLETED", 1, id="6").save(earlier.directory / "2")
+    running = ["4_0|RUNNING|n1|4|4|None|4|x\n", "4_1|PENDING||N/A|4|Priority|4|x\n"]
+    (numbering / "queue").write_text("".join(running))
+    later.set_options({"after": str(earlier.directory), "dependency": "singleton"})
+    commands.submit(later, [0], later.directory / "code")
+    assert "#SBATCH --dependency=singleton,afterok:5" in scripts(later)["1"]
+    State("FAILED", 1, id="4_1").save(earlier.directory / "1")
+    (numbering / "queue").write_text(running[0])
+    with pytest.raises(ValueError, match=r"jobs 1 of the sweep in .*/earlier did not complete: restart them"):
+        commands.submit(later, [0], later.directory / "code")
+    assert len(asked(numbering, "sbatch")) == 1
+
+
+def test_several_jobs_of_a_task_share_its_id(tmp_path, numbering):
+    sweep = sweep_of(tmp_path / "sweep", 5)
+    sweep.set_options({"jobs_per_task": 2})
+    commands.submit(sweep, range(5), sweep.directory / "code")
+    assert sweep.manifest()["submissions"][0]["tasks"] == [[0, 1], [2, 3], [4]]
+    assert sweep.ids() == {0: "1_0", 1: "1_0", 2: "1_1", 3: "1_1", 4: "1_2"}
+    assert "#SBATCH --array=0-2%3" in scripts(sweep)["1"]
+
+
 def test_what_has_trained_is_only_measured_again(tmp_path, numbering):
     sweep = sweep_of(tmp_path / "sweep", 3)
     sweep.set_options({"measure": {}})
