@@ -277,10 +277,13 @@ def described(config: DictConfig, common: Collection[str] = ()) -> dict[str, Any
     }
 
 
-def experiment(run: dict[str, Any], interruption: "Interruption | None" = None) -> "Experiment":
+def experiment(
+    run: dict[str, Any], interruption: "Interruption | None" = None, trained_on: str | None = None
+) -> "Experiment":
     """The experiment for a run from `described`, which is announced first, as its imports take seconds.
 
-    `interruption` passes on the scheduler's signals.
+    `interruption` passes on the scheduler's signals; `trained_on` is the device of a training that an earlier
+    job has done.
     """
     from runners.summary.start import announce
 
@@ -296,6 +299,7 @@ def experiment(run: dict[str, Any], interruption: "Interruption | None" = None) 
         config=OmegaConf.to_yaml(OmegaConf.create(run["config"])),
         parent=None if run["parent"] is None else Path(run["parent"]),
         interruption=interruption,
+        trained_on=trained_on,
     )
 
 

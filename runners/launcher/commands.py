@@ -1,6 +1,7 @@
 """Commands on sweeps: launch, status, wait, cancel and resubmit."""
 
 import logging
+import os
 import re
 import shlex
 import shutil
@@ -10,18 +11,19 @@ import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from runners.errors import explanation
 from runners.launcher import local, queue, slurm
 from runners.launcher.finishing import end_sweep, sweep_report
-from runners.launcher.jobs import CANCEL, LOCK, State
+from runners.launcher.jobs import CANCEL, LOCK, TRAINED, State
 from runners.launcher.live_table import LiveTable
 from runners.launcher.manifest import Sweep
 from runners.launcher.ownership import described, holder_of
 from runners.launcher.snapshot import changed_since, take_snapshot
-from runners.launcher.status import JobStatus, StatusPoller, job_names, settled_statuses
+from runners.launcher.status import JobStatus, StatusPoller, current_ids, job_names, settled_statuses
 from runners.tracking.provenance import provenance
 from runners.tracking.record import Record
 from runners.tracking.stores import check_tracking_uri
@@ -56,7 +58,8 @@ def launch(
                 f"{directory} holds a sweep already: set hydra.sweep.dir= to another directory, or restart"
                 f" that sweep's failed jobs with {_command('resubmit', sweep)}"
             )
-        limits = _options(launcher, options).limits()
+        limits = _limits(launcher, options)
+        _check_second_jobs(options, [job["config"] for job in jobs.values()])
         if options.get("after"):
             options = {**options, "after": str(Sweep.find(Path(options["after"])).directory)}
         fresh = not (directory / "sweep.json").exists()
@@ -64,7 +67,7 @@ def launch(
             sweep.create(launcher, options, overrides)
             for number, job in jobs.items():
                 uri = check_tracking_uri(job["config"]["tracking_uri"])  # absolute, for other directories
-                sweep.add_job(number, {**job, "limits": limits, "tracking_uri": uri})
+                sweep.add_job(number, {**job, **limits, "tracking_uri": uri})
             sweep.list_jobs({number: job["directory"] for number, job in jobs.items()})
             _open_record(sweep, overrides)
             submit(sweep, list(jobs), _snapshot(sweep))
@@ -146,20 +149,29 @@ def _submit_arrays(
         log.warning("not used: %s; set options of sbatch with hydra.launcher.OPTION=", ", ".join(ignored))
     if options.after is not None and (earlier := _unfinished(Path(options.after))):
         options = options.depending(f"afterok:{':'.join(earlier)}")
-    size = slurm.largest_array()
-    label = options.name or str(sweep.job(numbers[0])["config"]["name"])
+    described_jobs = [sweep.job(number) for number in numbers]
+    label = options.name or str(described_jobs[0]["config"]["name"])
+    places = list(
+        dict.fromkeys(job[key] for job in described_jobs for key in ("outputs", "cwd") if key in job)
+    )
     started: dict[int, str] = {}
     arrays: list[str] = []
-    each = options.jobs_per_task
-    packs = [list(numbers[start : start + each]) for start in range(0, len(numbers), each)]
-    for start in range(0, len(packs), size):
-        tasks = packs[start : start + size]
-        name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', label)[:80]}-{uuid.uuid4().hex[:8]}"
-        # In parallel, the arrays together would exceed array_parallelism.
-        chained = options.depending(f"afterany:{arrays[-1]}") if arrays else options
-        place = sweep.add_submission(code, name=name, tasks=tasks)
+    latest: dict[str | None, str] = {}  # array of each part
+    planned = _planned(sweep, numbers, options)
+    for part, tasks in planned:
+        chosen = options.measuring() if part == "measuring" else options
+        if (part, tasks) != planned[-1] or options.report_job is not None:
+            chosen = chosen.unmailed()  # one mail for the sweep
+        if part in latest:  # in parallel, the arrays together would exceed array_parallelism
+            chosen = chosen.depending(f"afterany:{latest[part]}")
+        follows = part == "measuring" and all(number in started for task in tasks for number in task)
+        if follows:
+            chosen = chosen.after_each(latest["training"], len(tasks))
+        name = _unique(label)
+        place = sweep.add_submission(code, name=name, tasks=tasks, **({"part": part} if part else {}))
+        folder = sweep.directory / "slurm"
         try:
-            array = slurm.submit_array(name, len(tasks), chained, sweep.directory / "slurm", code, TASK)
+            array = slurm.submit_array(name, len(tasks), chosen, folder, code, TASK, places)
         except ConnectionError as error:
             advice = _command("status", sweep), _command("resubmit", sweep)
             raise ConnectionError(
@@ -173,9 +185,82 @@ def _submit_arrays(
             raise
         ids = slurm.ids_of(array, tasks)
         sweep.amend_submission(place, ids=_as_text(ids))
-        started |= ids
+        started = ids | started  # of a job in two parts the first
         arrays.append(array)
+        latest[part] = array
+        if follows:
+            log.info("the jobs of %s measure what those of %s have trained", array, latest["training"])
+    if options.report_job is not None:
+        _submit_report_job(sweep, arrays, options, code, label)
     return started
+
+
+def _planned(
+    sweep: Sweep, numbers: Sequence[int], options: slurm.SlurmOptions
+) -> list[tuple[str | None, list[list[int]]]]:
+    """The arrays to submit: the part of a run that their jobs do, None for all, and the jobs of each task."""
+    size, each, directories = slurm.largest_array(), options.jobs_per_task, sweep.jobs()
+    trained = [
+        number
+        for number in numbers
+        if options.measure is not None and (directories[number] / TRAINED).exists()
+    ]
+    untrained = [number for number in numbers if number not in trained]
+    parts = [None] if options.measure is None else ["training", "measuring"]
+    planned: list[tuple[str | None, list[list[int]]]] = []
+    for group, group_parts in ((untrained, parts), (trained, ["measuring"])):
+        packs = [list(group[start : start + each]) for start in range(0, len(group), each)]
+        for start in range(0, len(packs), size):
+            planned += [(part, packs[start : start + size]) for part in group_parts]
+    return planned
+
+
+def _unique(label: str) -> str:
+    """A name for the queue."""
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', label)[:80]}-{uuid.uuid4().hex[:8]}"
+
+
+def _submit_report_job(
+    sweep: Sweep, arrays: Sequence[str], options: slurm.SlurmOptions, code: Path, label: str
+) -> None:
+    """Submit the job that ends the sweep after the `arrays`; without it, `wait` and `status` do so."""
+    name = _unique(f"{label}-report")
+    sweep.set_report_job(name, "")
+    chosen = replace(options.reporting(), dependency=f"afterany:{':'.join(arrays)}")
+    try:
+        id = slurm.submit_array(name, 1, chosen, sweep.directory / "slurm", code, TASK)
+    except (ValueError, ConnectionError) as error:
+        log.warning("no job writes the report, but `%s` will: %s", _command("wait", sweep), error)
+        return
+    sweep.set_report_job(name, id)
+    log.info("%s writes the report when all have ended", id)
+
+
+def _report_job(sweep: Sweep) -> str:
+    """The id of the job that will end the sweep, if it is in the queue and this process is not it."""
+    id = str(sweep.manifest().get("report_job", {}).get("id", ""))
+    if not id or id == os.environ.get("SLURM_JOB_ID"):
+        return ""
+    reported = queue.queued([id]).get(id)
+    return id if reported is not None and not queue.stuck(reported.reason, id) else ""
+
+
+def _limits(launcher: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The time limits in the description of a job."""
+    checked = _options(launcher, options)
+    if isinstance(checked, local.LocalOptions) or checked.measure is None:
+        return {"limits": checked.limits()}
+    return {"limits": checked.limits(), "measuring_limits": checked.measuring().limits()}
+
+
+def _check_second_jobs(options: Mapping[str, Any], configs: Sequence[Mapping[str, Any]]) -> None:
+    if options.get("measure") is not None and any(config.get("device") == "cuda" for config in configs):
+        raise ValueError(
+            "device=cuda would hold for training and measuring, to which hydra.launcher.measure gives other"
+            " resources: set device=auto, and each uses what it has"
+        )
+    if options.get("report_job") is not None and not all(config.get("report") for config in configs):
+        raise ValueError("hydra.launcher.report_job writes the report of a sweep with report=true: add it")
 
 
 def _unfinished(directory: Path) -> list[str]:
@@ -193,7 +278,8 @@ def _unfinished(directory: Path) -> list[str]:
             f"jobs {', '.join(failed)} of the sweep in {directory} did not complete: restart them with"
             f" {_command('resubmit', earlier)} first"
         )
-    return list(dict.fromkeys(job.id.partition("_")[0] for job in statuses if job.active))
+    ids = earlier.ids()  # of a run in two jobs the second
+    return list(dict.fromkeys(ids[job.number].partition("_")[0] for job in statuses if job.active))
 
 
 def _withdraw(sweep: Sweep, arrays: Sequence[str]) -> None:
@@ -257,6 +343,7 @@ def watch(sweep: Sweep, interval: float) -> None:
     """
     with sweep.lock():
         adopt(sweep)
+    announced: set[str] = set()
     try:
         with LiveTable() as table:
             while True:
@@ -264,9 +351,14 @@ def watch(sweep: Sweep, interval: float) -> None:
                 # Another command may have restarted jobs meanwhile, and SLURM may not answer.
                 with suppress(ConnectionError), sweep.lock():
                     statuses = settled_statuses(sweep)
-                    if not any(job.active and not job.stuck for job in statuses):
+                    closing = "" if any(job.active for job in statuses) else _report_job(sweep)
+                    if closing and closing not in announced:
+                        log.info("waiting for %s, which writes the report", closing)
+                        announced.add(closing)
+                    elif not closing and not any(job.active and not job.stuck for job in statuses):
                         end_sweep(sweep, statuses)
                         break
+                time.sleep(interval)
     except KeyboardInterrupt:
         log.warning("jobs keep running; reattach with: %s", _command("wait", sweep))
         raise
@@ -342,9 +434,14 @@ def status(sweep: Sweep) -> None:
     with sweep.lock():
         adopt(sweep)
         statuses = settled_statuses(sweep)
-        end_sweep(sweep, statuses)
+        closing = "" if any(job.active for job in statuses) else _report_job(sweep)
+        if not closing:
+            end_sweep(sweep, statuses)
     with LiveTable() as table:
         table.print(statuses)
+    if closing:
+        log.info("%s will write the report", closing)
+        return
     report_outcome(sweep, statuses)
 
 
@@ -360,12 +457,22 @@ def cancel(sweep: Sweep, numbers: Sequence[int]) -> None:
     with sweep.lock():
         adopt(sweep)
         statuses = settled_statuses(sweep)
-        active = [job for job in statuses if job.active and (not numbers or job.number in numbers)]
+        active = [
+            job
+            for job in statuses
+            if job.active and not _completed(sweep, job) and (not numbers or job.number in numbers)
+        ]
         if sweep.manifest()["launcher"] == "slurm":
             _cancel_in_slurm(sweep, statuses, active, every=not numbers)
         else:
             local.request_cancel(sweep, [job.number for job in active])
     log.info("cancelled %d jobs of %s", len(active), sweep.directory)
+
+
+def _completed(sweep: Sweep, job: JobStatus) -> bool:
+    """Whether the job is over, and only its process has not ended yet."""
+    state = State.load(sweep.jobs()[job.number])
+    return state is not None and (state.state, state.id) == ("COMPLETED", job.id)
 
 
 def _cancel_in_slurm(
@@ -374,16 +481,20 @@ def _cancel_in_slurm(
     for place, known in enumerate(sweep.manifest()["submissions"]):
         if every and not known["ids"]:  # SLURM may still take it: its tasks then do not start
             sweep.amend_submission(place, withdrawn=True)
-    whole = len(active) == len(sweep.ids())
+    ids = current_ids(sweep)
+    whole = len(active) == len(ids)
     directories = sweep.jobs()
-    sharing = Counter(sweep.ids().values())
+    sharing = Counter(ids.values())
     together = Counter(job.id for job in active)
     ended = Counter(job.id for job in statuses if not job.active)
     alone = [job for job in active if together[job.id] + ended[job.id] == sharing[job.id]]
     for job in active:
         if job not in alone:  # its task has other jobs
             (directories[job.number] / CANCEL).touch()
-    queue.scancel(list(dict.fromkeys(job.id.split("_")[0] if whole else job.id for job in alone)))
+    second = [sweep.ids()[job.number] for job in alone]  # of a job in two parts its measurements
+    closing = [id for id in [sweep.manifest().get("report_job", {}).get("id")] if every and id]
+    both = [*(job.id for job in alone), *second]
+    queue.scancel(list(dict.fromkeys([*(id.split("_")[0] if whole else id for id in both), *closing])))
 
 
 def resubmit(sweep: Sweep, new_code: bool, options: Mapping[str, Any] = {}) -> None:
@@ -393,7 +504,8 @@ def resubmit(sweep: Sweep, new_code: bool, options: Mapping[str, Any] = {}) -> N
     """
     with sweep.lock():
         changed_options = {**sweep.manifest()["options"], **options}
-        limits = _options(sweep.manifest()["launcher"], changed_options).limits()
+        limits = _limits(sweep.manifest()["launcher"], changed_options)
+        _check_second_jobs(changed_options, [sweep.job(number)["config"] for number in sweep.jobs()])
         adopt(sweep)
         statuses = settled_statuses(sweep)
         end_sweep(sweep, statuses)
@@ -404,7 +516,7 @@ def resubmit(sweep: Sweep, new_code: bool, options: Mapping[str, Any] = {}) -> N
         if options:
             sweep.set_options(changed_options)
             for number in numbers:
-                sweep.add_job(number, {**sweep.job(number), "limits": limits})
+                sweep.add_job(number, {**sweep.job(number), **limits})
         code = _snapshot(sweep) if new_code or not sweep.manifest()["submissions"] else sweep.code()
         if changed := changed_since(REPOSITORY, code):
             log.warning("%s; jobs run the submitted code, or the current code with --new-code", changed)

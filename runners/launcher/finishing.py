@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from runners.errors import explanation
-from runners.launcher import queue
 from runners.launcher.manifest import Sweep
 from runners.launcher.status import JobStatus
+from runners.launcher.usage import usage
 from runners.summary.sweep import summarise
 from runners.tracking.record import Record
 from runners.tracking.redaction import redacted_text
@@ -34,10 +34,12 @@ def end_sweep(sweep: Sweep, statuses: Sequence[JobStatus]) -> None:
     first = next(iter(descriptions.values()))
     run_records = [_ended_record(job, descriptions[job.number]) for job in statuses]
     summarise(record, [run_record.directory for run_record in run_records])
-    if sweep.manifest()["launcher"] == "slurm" and (used := queue.usage(sweep.every_id())):
-        tags = {"slurm_hours": f"{used[0]:.2f}", "slurm_peak_memory_gib": f"{used[1]:.2f}"}
-        record.update(tags=tags)  # not metrics: a sweep that is resubmitted ends again
-        log.info("used %.2f hours of SLURM jobs, and at most %.2f GiB of memory in one", *used)
+    if sweep.manifest()["launcher"] == "slurm" and (used := usage(sweep)):
+        record.update(tags=used.tags())  # not metrics: a sweep that is resubmitted ends again
+        log.info(
+            "used %.2f hours of SLURM jobs, of which at most %.2f were lost, and at most %.2f GiB in one",
+            *(used.hours, used.lost_hours, used.peak_memory_gib),
+        )
     publish([record, *run_records], first["tracking_uri"])
     if any(description["config"].get("report") for description in descriptions.values()):
         _make_report(record, first)

@@ -1,7 +1,8 @@
 """One job of a sweep, under SLURM or here, and its files on disk.
 
-`state.json` is the state of the last attempt, `events.jsonl` logs the states of all attempts, and
-`traceback.txt` is the last error. The module imports little, because signals that arrive before a job has
+`state.json` is the state of the last attempt, `events.jsonl` logs the states of all attempts,
+`traceback.txt` is the last error, and `trained.json` holds the device of a training whose measurements are
+another job's. The module imports little, because signals that arrive before a job has
 installed its handlers are lost.
 """
 
@@ -28,10 +29,12 @@ from runners.tracking.record import Record
 from runners.tracking.redaction import one_line, redacted_text
 from weightgeom.interruption import Interrupted
 
+BY_SCRIPT = "WEIGHTGEOM_REQUEUED_BY_SCRIPT"  # set where the script of a job requeues it
 GO_ON = 75  # exit code of an interrupted job that has to be restarted (EX_TEMPFAIL)
 CANCEL = "cancel"  # the file in a job's directory that requests its end
 LOCK = "job.lock"  # in a job's directory, held while the job runs
 LOG = "log.txt"  # in a job's directory: its output, unless SLURM has a file for it
+TRAINED = "trained.json"
 PATIENCE = 60.0  # seconds for which an attempt waits for another one to end
 BEGAN = time.monotonic()
 STATES = {"FINISHED": "COMPLETED", "FAILED": "FAILED", "KILLED": "KILLED", "SCHEDULED": "INTERRUPTED"}
@@ -41,7 +44,7 @@ STATES = {"FINISHED": "COMPLETED", "FAILED": "FAILED", "KILLED": "KILLED", "SCHE
 class State:
     """The state of a job, written by the job itself: the content of `state.json`."""
 
-    state: Literal["RUNNING", "INTERRUPTED", "COMPLETED", "FAILED", "KILLED", "CANCELLED"]
+    state: Literal["RUNNING", "INTERRUPTED", "TRAINED", "COMPLETED", "FAILED", "KILLED", "CANCELLED"]
     attempt: int = 0
     timeouts: int = 0
     id: str = ""
@@ -88,7 +91,8 @@ class State:
             timeouts = 0  # a new submission counts anew
         pid = os.getpid()
         begun = cls("RUNNING", attempt + 1, timeouts, id, time.time(), node, pid, process_start(pid))
-        return begun.save(directory, gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        return begun.save(directory, gpus=os.environ.get("CUDA_VISIBLE_DEVICES"), restarts=restarts)
 
     def superseded(self, directory: Path) -> bool:
         """Whether a later attempt has begun since: on a lost node a process may live on."""
@@ -100,12 +104,14 @@ class State:
 class Job:
     """One run of a sweep, in a process of its own: the call runs or resumes it.
 
-    `directory` holds its `job.json`; `began` is when its time did, on this process's clock.
+    `directory` holds its `job.json`; `began` is when its time did, on this process's clock. Of a run in two
+    jobs, the `part` `training` ends after the training, and the part `measuring` goes on from there.
     """
 
     directory: str
     slurm: bool
     began: float = BEGAN
+    part: str | None = None
 
     def __call__(self) -> None:
         """Run the job; an error is saved in its state and raised, so that the exit code shows it.
@@ -117,6 +123,9 @@ class Job:
         """
         directory = Path(self.directory)
         id = own_id(self.slurm)
+        if self.part == "training" and (directory / TRAINED).exists():
+            print("nothing to do: an earlier attempt has trained")
+            return
 
         def about() -> dict[str, object]:
             before = State.load(directory)
@@ -145,7 +154,8 @@ class Job:
             raise
         else:
             spent = round(time.process_time(), 2)
-            begun = replace(begun, state="COMPLETED").save(directory, processor_seconds=spent)
+            ended: Any = "TRAINED" if self.part == "training" else "COMPLETED"
+            begun = replace(begun, state=ended).save(directory, processor_seconds=spent)
         finally:
             interruption.end()
 
@@ -158,21 +168,29 @@ class Job:
         logging.config.dictConfig(_in_a_file(asked["logging"]))
         from runners.compose import experiment
 
-        experiment(asked, interruption).run()
+        trained = Path(self.directory) / TRAINED
+        device = read_object(trained, "delete it to train again")["device"] if trained.exists() else None
+        made = experiment(asked, interruption, device)
+        if self.part == "training":
+            made.train()
+            write_atomically(trained, json.dumps({"device": made.device}) + "\n")
+        else:
+            made.run()
 
     def _pause(self, begun: State, asked: dict[str, Any], pause: Interrupted) -> None:
         """Requeue the job, or fail if it has reached its time limit more than `max_num_timeout` times."""
-        timeouts = begun.timeouts + _time_is_up(asked["limits"], self.began)
-        allowed = asked["limits"]["max_num_timeout"]
+        limits = asked["measuring_limits" if self.part == "measuring" else "limits"]
+        timeouts = begun.timeouts + _time_is_up(limits, self.began)
+        allowed = limits["max_num_timeout"]
         paused = replace(begun, state="INTERRUPTED", timeouts=timeouts, error=str(pause))
         if timeouts > allowed:
-            error = TimeoutError(_out_of_time(asked["limits"], str(pause)))
+            error = TimeoutError(_out_of_time(limits, str(pause)))
             self._fail(paused, error)
             Record(Path(self.directory) / "record").end("FAILED", one_line(error))
             raise error from pause
         paused.save(Path(self.directory))
         if self.slurm:
-            requeue(asked["limits"]["signal_delay_s"])
+            requeue(limits["signal_delay_s"])
         sys.exit(GO_ON)
 
     def _fail(self, begun: State, error: BaseException) -> None:
@@ -245,8 +263,11 @@ def _time_is_up(limits: dict[str, Any], began: float) -> bool:
 def requeue(patience: float) -> None:
     """Requeue this job, which stops it, unless SLURM has done so already, as after the loss of its node.
 
-    Retries for `patience` seconds while SLURM does not answer.
+    Retries for `patience` seconds while SLURM does not answer. In a container, which has no commands of
+    SLURM's, the script around it does this for a job that ends with `GO_ON`.
     """
+    if os.environ.get(BY_SCRIPT):
+        return
     end = time.monotonic() + patience
     id = own_id(slurm=True)  # not SLURM_JOB_ID: that of an array's last task is the id of the whole array
     while True:

@@ -94,8 +94,12 @@ class Sweep:
         """Change the launcher's options of further submissions; mutates the manifest."""
         self._write(self.manifest() | {"options": dict(options)})
 
+    def set_report_job(self, name: str, id: str) -> None:
+        """Note the job that ends the sweep, before and after its submission; mutates the manifest."""
+        self._write(self.manifest() | {"report_job": {"name": name, "id": id}})
+
     def manifest(self) -> dict[str, Any]:
-        """The content of sweep.json: `launcher options overrides jobs submissions`."""
+        """The content of sweep.json: `launcher options overrides jobs submissions`, `report_job` if any."""
         return read_object(
             self.directory / "sweep.json", "bring it back from a copy, or start the sweep again"
         )
@@ -119,6 +123,17 @@ class Sweep:
             for submission in self.manifest()["submissions"]
             for number, id in submission["ids"].items()
         }
+
+    def training_ids(self) -> dict[int, str]:
+        """The latest id of the training of each job whose measurements are another job's."""
+        ids: dict[int, str] = {}
+        for submission in self.manifest()["submissions"]:
+            for number, id in submission["ids"].items():
+                if submission.get("part") == "training":
+                    ids[int(number)] = id
+                elif submission.get("part") is None:
+                    ids.pop(int(number), None)
+        return ids
 
     def every_id(self) -> list[str]:
         """The ids of all submissions."""

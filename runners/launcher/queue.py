@@ -110,8 +110,17 @@ def named(names: Sequence[str], since: str) -> dict[str, str]:
     return {name: id.partition("_")[0] for id, _, name in found if name in names}
 
 
-def usage(ids: Sequence[str]) -> tuple[float, float] | None:
-    """The hours of all attempts of the jobs together and the largest memory of one in GiB, by the accounting.
+class Allocation(NamedTuple):
+    """One start of a job by the accounting: its seconds, and the peak memory of its largest step in bytes."""
+
+    id: str
+    state: str
+    seconds: int
+    memory: float
+
+
+def allocations(ids: Sequence[str]) -> list[Allocation] | None:
+    """All starts of the jobs, those of one job in order.
 
     None on a site without accounting, and for no jobs, for which sacct would take all of the user's.
     """
@@ -119,12 +128,16 @@ def usage(ids: Sequence[str]) -> tuple[float, float] | None:
         return None
     arrays = ",".join(dict.fromkeys(id.split("_")[0] for id in ids))
     try:
-        output = output_of("sacct", "-n", "-P", "-D", "-o", "JobID,ElapsedRaw,MaxRSS", "-j", arrays)
+        output = output_of("sacct", "-n", "-P", "-D", "-o", "JobID,State,ElapsedRaw,MaxRSS", "-j", arrays)
     except (ConnectionError, ValueError):
         return None
-    rows = [line.split("|") for line in output.splitlines()]
-    hours = sum(int(elapsed or 0) for id, elapsed, _ in rows if "." not in id) / 3600
-    return hours, max((_bytes(memory) for *_, memory in rows), default=0.0) / 2**30
+    started: list[Allocation] = []
+    for id, state, seconds, memory in (line.split("|") for line in output.splitlines()):
+        if "." not in id:
+            started.append(Allocation(id, state.split(" ")[0], int(seconds or 0), _bytes(memory)))
+        elif started:  # its steps follow an allocation
+            started[-1] = started[-1]._replace(memory=max(started[-1].memory, _bytes(memory)))
+    return started
 
 
 def scancel(ids: Sequence[str]) -> None:

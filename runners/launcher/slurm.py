@@ -5,15 +5,17 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from runners.launcher.jobs import BY_SCRIPT, GO_ON
 from runners.launcher.queue import PLAIN, TIMEOUT, named, output_of, require, undisturbed
 from runners.launcher.snapshot import python_of
 
@@ -21,6 +23,11 @@ log = logging.getLogger(__name__)
 # Options that are not sbatch's, or have another name there.
 OURS = {
     "after",
+    "measure",
+    "report_job",
+    "container",
+    "container_runtime",
+    "container_args",
     "timeout_min",
     "mem_gb",
     "tasks_per_node",
@@ -36,6 +43,13 @@ OURS = {
 }
 # Errors of sbatch after which SLURM may have taken the jobs nevertheless.
 UNCERTAIN = re.compile(r"time[d -]*out|contact|connect|communicat|zero bytes|unexpected message|socket", re.I)
+# The launcher's options of a sweep, which a second kind of job has in common with the first.
+COMMON = {"measure", "report_job", "after", "jobs_per_task", "name", "dependency", "mail_type", "mail_user"}
+# Requeues a job that ended with GO_ON in a container, which has no commands of SLURM's.
+REQUEUE = f"""code=$?
+job="${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
+for pause in 1 2 4 8; do [ $code = {GO_ON} ] && ! scontrol requeue "$job" && sleep $pause || break; done
+exit $code"""
 AGAIN_AFTER = (0.5, 1.5, 3.0)  # seconds before each look for jobs whose submission failed
 
 
@@ -72,6 +86,11 @@ class SlurmOptions:
     exclusive: bool | str | None = None
     dependency: Text | None = None
     after: str | None = None  # the directory of a sweep all of whose jobs must have completed
+    measure: dict[str, Any] | None = None  # options of second jobs, which measure what the first have trained
+    report_job: dict[str, Any] | None = None  # options of a last job, which writes the report
+    container: str | None = None  # an image whose python3 has the requirements
+    container_runtime: Literal["apptainer", "singularity", "pyxis"] = "apptainer"
+    container_args: list[str] | None = None
     comment: Text | None = None
     cpus_per_gpu: int | None = None
     gpus_per_task: int | str | None = None
@@ -85,12 +104,38 @@ class SlurmOptions:
     additional_parameters: dict[str, Any] | None = None  # further options of sbatch
 
     def __post_init__(self) -> None:
-        """Refuse more than one process for a run."""
+        """Refuse more than one process for a run, and wrong options of second jobs."""
         if self.nodes * self.tasks_per_node != 1:
             raise ValueError(
                 "a run is one process: hydra.launcher.nodes and tasks_per_node must be 1, got"
                 f" {self.nodes} and {self.tasks_per_node}"
             )
+
+        for name, options in (("measure", self.measure), ("report_job", self.report_job)):
+            if common := sorted(COMMON & (options or {}).keys()):
+                raise ValueError(
+                    f"{name}.{common[0]} is an option of the whole sweep: set hydra.launcher.{common[0]}"
+                )
+        if self.measure is not None and self.jobs_per_task > 1:
+            raise ValueError("measure and jobs_per_task exclude each other: leave out hydra.launcher.measure")
+        self.measuring()
+        self.reporting()
+
+    def measuring(self) -> "SlurmOptions":
+        """The options of jobs that measure what others have trained."""
+        return self if self.measure is None else replace(self, measure=None, **self.measure)
+
+    def reporting(self) -> "SlurmOptions":
+        """The options of the job that writes the report: no GPU, unless `report_job` has one."""
+        if self.report_job is None:
+            return self
+        gpus = dict.fromkeys(("gpus_per_node", "gpus_per_task", "cpus_per_gpu", "mem_per_gpu", "gres"))
+        without: dict[str, Any] = {**gpus, "container": None, "measure": None, "report_job": None}
+        return replace(self, **{**without, **self.report_job})
+
+    def unmailed(self) -> "SlurmOptions":
+        """The same options without mail."""
+        return replace(self, mail_type=None, mail_user=None)
 
     def limits(self) -> dict[str, Any]:
         """The time limits of a job; its signal to save comes after half of `timeout_min` at the earliest."""
@@ -106,6 +151,15 @@ class SlurmOptions:
         earlier = [self.dependency] if self.dependency else []
         return replace(self, dependency=",".join([*earlier, dependency]))
 
+    def after_each(self, array: str, tasks: int) -> "SlurmOptions":
+        """The same options for an array each of whose `tasks` starts when that of another has completed.
+
+        A task whose other one failed leaves the queue.
+        """
+        kind = "aftercorr" if tasks > 1 else "afterok"
+        more = {"kill_on_invalid_dep": "yes", **(self.additional_parameters or {})}
+        return replace(self.depending(f"{kind}:{array}"), additional_parameters=more)
+
     def parameters(self) -> dict[str, Any]:
         """The options under the names of sbatch."""
         shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OURS}
@@ -115,12 +169,20 @@ class SlurmOptions:
         return {**given, **memory, "requeue": True, **(self.additional_parameters or {})}
 
 
-def submit_array(name: str, jobs: int, options: SlurmOptions, folder: Path, code: Path, task: str) -> str:
+def submit_array(
+    name: str,
+    jobs: int,
+    options: SlurmOptions,
+    folder: Path,
+    code: Path,
+    task: str,
+    places: Sequence[str] = (),
+) -> str:
     """Submit an array of `jobs` tasks that run the module `task` on the copy `code`; returns its id.
 
     `folder` gets the script, `ID_submission.sh`, and the logs. The environment is the user's without what
-    changes SLURM's commands. Where sbatch fails although SLURM may have taken the jobs, they are looked for
-    by their unique `name`.
+    changes SLURM's commands. A container has the directories in `places`. Where sbatch fails although SLURM
+    may have taken the jobs, they are looked for by their unique `name`.
 
     Raises:
         ValueError: if SLURM refuses the jobs, or is not installed.
@@ -129,7 +191,7 @@ def submit_array(name: str, jobs: int, options: SlurmOptions, folder: Path, code
     require("sbatch")
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / f"{name}.sh"
-    script.write_text(_script(name, jobs, options, folder, code, task))
+    script.write_text(_script(name, jobs, options, folder, code, task, places))
     environment = {key: value for key, value in undisturbed().items() if key not in PLAIN}
     try:
         command = ("sbatch", "--parsable", str(script))
@@ -162,13 +224,31 @@ def _found(name: str, reason: str) -> str:
     raise ValueError(f"SLURM refuses the jobs: {reason}")
 
 
-def _script(name: str, jobs: int, options: SlurmOptions, folder: Path, code: Path, task: str) -> str:
+def _script(
+    name: str,
+    jobs: int,
+    options: SlurmOptions,
+    folder: Path,
+    code: Path,
+    task: str,
+    places: Sequence[str],
+) -> str:
     """submitit's script, with a command of ours: its own unpickles a file that is written after sbatch."""
     from submitit.slurm.slurm import _make_sbatch_string
 
     shown = {key: _joined(value) for key, value in options.parameters().items() if value is not False}
-    command = [*python_of(code, "USR2 TERM"), "-u", "-m", task, str(folder.parent), name]
-    step = list(options.srun_args or [])
+    step, within, setup, teardown = list(options.srun_args or []), [], list(options.setup or []), None
+    if options.container is not None:
+        setup, teardown = [*setup, f"export {BY_SCRIPT}=1"], [REQUEUE]
+        seen, own = [str(folder.parent), *places], options.container_args or []
+        if options.container_runtime == "pyxis":
+            mounts = ",".join(f"{place}:{place}" for place in dict.fromkeys(seen))
+            step += [f"--container-image={options.container}", f"--container-mounts={mounts}", *own]
+        else:
+            binds = [f"--bind={place}" for place in dict.fromkeys(seen)]
+            within = [options.container_runtime, "exec", *binds, *own, options.container]
+    python = sys.executable if options.container is None else "python3"
+    command = [*python_of(code, "USR2 TERM", within, python), "-u", "-m", task, str(folder.parent), name]
     if options.cpus_per_task is not None:
         step.append(f"--cpus-per-task={options.cpus_per_task}")  # since 22.05 a step does not inherit it
     return _make_sbatch_string(
@@ -179,7 +259,8 @@ def _script(name: str, jobs: int, options: SlurmOptions, folder: Path, code: Pat
         signal_delay_s=options.limits()["signal_delay_s"],
         map_count=jobs if jobs > 1 else None,
         array_parallelism=options.array_parallelism,
-        setup=options.setup,
+        setup=setup or None,
+        teardown=teardown,
         stderr_to_stdout=options.stderr_to_stdout,
         srun_args=step,
         wckey=None,  # pyright: ignore[reportArgumentType]

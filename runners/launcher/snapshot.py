@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from filecmp import cmp
 from pathlib import Path
 
@@ -65,13 +65,16 @@ def changed_since(repository: Path, snapshot: Path) -> str:
     return f"the code has changed since: it was {then}, and {repository} is {now}"
 
 
-def python_of(snapshot: Path, deaf: str = "USR2") -> list[str]:
-    """The command that runs this python on the code of `snapshot`, whatever the working directory holds.
+def python_of(
+    snapshot: Path, deaf: str = "USR2", within: Sequence[str] = (), python: str = sys.executable
+) -> list[str]:
+    """The command that runs `python` on the code of `snapshot`, whatever the working directory holds.
 
-    Until it listens it does not hear the signals `deaf`, which would end it otherwise.
+    Until it listens it does not hear the signals `deaf`, which would end it otherwise. `within` is a command
+    that runs others, as in a container.
     """
     variables = (f"PYTHONPATH={snapshot}{os.pathsep}{snapshot / MODULES}", "PYTHONSAFEPATH=1")
-    return ["sh", "-c", f'trap "" {deaf}; exec "$0" "$@"', "env", *variables, sys.executable]
+    return ["sh", "-c", f'trap "" {deaf}; exec "$0" "$@"', *within, "env", *variables, python]
 
 
 def _named(known: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runners.launcher import local, queue, slurm
-from runners.launcher.jobs import LOCK, LOG, State
+from runners.launcher.jobs import LOCK, LOG, TRAINED, State
 from runners.launcher.manifest import Sweep
 from runners.launcher.ownership import holder_of
 from runners.launcher.queue import ReportedState
@@ -76,7 +76,7 @@ class StatusPoller:
         Raises:
             ConnectionError: if SLURM does not answer.
         """
-        ids, directories = self.sweep.ids(), self.sweep.jobs()
+        ids, directories = current_ids(self.sweep), self.sweep.jobs()
         sharing = Counter(ids.values())
         states = {number: State.load(directory) for number, directory in directories.items()}
         under_slurm = self.sweep.manifest()["launcher"] == "slurm"
@@ -155,6 +155,15 @@ class StatusPoller:
 NOTHING = ReportedState("")
 
 
+def current_ids(sweep: Sweep) -> dict[int, str]:
+    """The id under which each job runs or waits: of a job in two parts its training's until that is over."""
+    directories = sweep.jobs()
+    training = sweep.training_ids().items()
+    return sweep.ids() | {
+        number: id for number, id in training if not (directories[number] / TRAINED).exists()
+    }
+
+
 def _of_several(task: ReportedState, state: State | None, id: str) -> ReportedState:
     """The state of a job whose task, in the state `task`, runs several jobs in turn."""
     own = state if state is not None and state.id == id else None
@@ -202,6 +211,8 @@ def _merged(job: JobStatus, state: State | None, reported: ReportedState) -> Job
     if job.active:
         return job
     job = replace(job, error=reported.reason)
+    if own is not None and own.state == "TRAINED":
+        return replace(job, state="TRAINED", error="its measurements were not submitted")
     if own is not None and own.state in ("COMPLETED", "FAILED"):
         job = replace(job, state=own.state)
     if own is not None and job.failed:

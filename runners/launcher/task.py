@@ -1,4 +1,7 @@
-"""One task of an array under SLURM: `python -m runners.launcher.task SWEEP_DIR SUBMISSION`."""
+"""One task of an array under SLURM, or the job that ends a sweep.
+
+The command is `python -m runners.launcher.task SWEEP_DIR SUBMISSION`.
+"""
 
 import json
 import os
@@ -27,11 +30,17 @@ def main(arguments: Sequence[str]) -> None:
     """
     sweep, name = Sweep(Path(arguments[0])), arguments[1]
     submissions = sweep.manifest()["submissions"]
+    if all(known.get("name") != name for known in submissions):  # the job that ends the sweep
+        from runners.launcher.__main__ import main as command
+
+        sys.exit(command(["status", str(sweep.directory)]))
     place = next(place for place, known in enumerate(submissions) if known.get("name") == name)
+    part = submissions[place].get("part")
+    others = [more for more in submissions[place + 1 :] if part != "training" or more.get("part") == part]
     numbers = submissions[place]["tasks"][int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))]
     started = []
     for number in numbers:
-        later = any(number in task for more in submissions[place + 1 :] for task in more["tasks"])
+        later = any(number in task for more in others for task in more["tasks"])
         if later or submissions[place].get("withdrawn"):
             print(f"job {number} does not start: it was {'submitted again' if later else 'cancelled'} since")
         else:
@@ -39,7 +48,8 @@ def main(arguments: Sequence[str]) -> None:
     if len(numbers) > 1:
         code = run_in_turn(started, sweep.directory / MODULES)
     else:
-        code = max((exit_code(Job(str(directory), slurm=True)) for directory in started), default=0)
+        jobs = (Job(str(directory), slurm=True, part=part) for directory in started)
+        code = max(map(exit_code, jobs), default=0)
     if code:
         sys.exit(code)
 

@@ -96,6 +96,21 @@ class Experiment:
     parent: Path | None = None  # the record of the sweep
     interruption: Interruption | None = None  # of a job under a scheduler
     verify: bool = False  # read all files of finished stages before they are used
+    trained_on: str | None = None  # the device of the base and the training, if it is another one
+
+    def train(self) -> None:
+        """Make the base and the training, and leave the rest to a later `run` in the same record."""
+        examples = self.check()
+        uri = check_tracking_uri(self.tracking_uri)
+        with full_disk_explained(self.directory):
+            record = self._record(uri, examples)
+        progress = Progress(self.outputs)
+        with self._terminations(), Publisher(record.directory, uri), record:
+            make, base = self._based(record, examples, progress)
+            if self.objective is not None:
+                self.trained(make, base, self.objective, examples)
+            record.pause()
+            say(["the training is done; a second job measures it"])
 
     def run(self) -> "dict[str, pd.DataFrame]":
         """Check all of it, do what was not done before, and return the tables by name."""
@@ -203,12 +218,7 @@ class Experiment:
         return record
 
     def _tables(self, record: Record, examples: Examples, progress: Progress) -> "dict[str, pd.DataFrame]":
-        progress.stages, ready = self._foreseen(examples)
-        self._tell(progress, examples)
-        make = partial(self._stages, record, progress)
-        base = ready or self.prepared(make, examples)
-        if ready is None:
-            progress.stages, _ = self._foreseen(examples)  # all keys hold that of the base
+        make, base = self._based(record, examples, progress)
         tables, measured = {}, None
         for trajectory, identity in self._trajectories(make, base, examples):
             of = self.suffix(trajectory, base)
@@ -239,6 +249,16 @@ class Experiment:
             if len(table):
                 log_effects(record, name, table, intervention.declaration)
         return tables
+
+    def _based(self, record: Record, examples: Examples, progress: Progress) -> tuple[Make, Base]:
+        """What makes the stages, and the base."""
+        progress.stages, ready = self._foreseen(examples)
+        self._tell(progress, examples)
+        make = partial(self._stages, record, progress)
+        base = ready or self.prepared(make, examples)
+        if ready is None:
+            progress.stages, _ = self._foreseen(examples)  # all keys hold that of the base
+        return make, base
 
     def _about(self, name: str, trajectory: Trajectory, table: "pd.DataFrame") -> "pd.DataFrame":
         """The table, told what the figures say of it: whose subspaces it is in, and what its steps are."""
@@ -288,7 +308,7 @@ class Experiment:
     def prepared(self, make: Make, examples: Examples) -> Base:
         """The base, whose stages `make` makes."""
         stage = make("pretraining", code_behind(*modules_of(self.model)))
-        return self.model.prepare(stage, examples, self.data, self.device, self._wanted)
+        return self.model.prepare(stage, examples, self.data, self._training_device, self._wanted)
 
     def trained(
         self, make: Make, base: Base, objective: Objective, examples: Examples
@@ -300,14 +320,14 @@ class Experiment:
         def work(directory: Path, log_metrics: Log) -> None:
             fit(
                 objective,
-                load_network(base.directory).to(self.device),  # pyright: ignore[reportArgumentType]
+                load_network(base.directory).to(self._training_device),  # pyright: ignore[reportArgumentType]
                 load_tokenizer(base.directory),
                 examples,
                 self.training,
                 directory,
                 name=f"the model by {module(objective).rpartition('.')[2]}",
                 seed=self.seed,
-                device=self.device,
+                device=self._training_device,
                 log_metrics=log_metrics,
                 start=base.directory,
                 request=self._wanted,
@@ -321,7 +341,7 @@ class Experiment:
             "objective": plain(objective),
             "training": plain(self.training),
             "seed": self.seed,
-            "device": self.device,
+            "device": self._training_device,
         }
         directory = stage("training", specification, work, self.training.steps)
         return saved_trajectory(directory, "training", base.directory), f"training/{directory.name}"
@@ -365,6 +385,10 @@ class Experiment:
         """The modules of all that it is made of."""
         parts = (self.model, self.data, self.objective, self.training, self.probes, self.interventions)
         return modules_of(*parts)
+
+    @property
+    def _training_device(self) -> str:
+        return self.trained_on or self.device
 
     @property
     def _wanted(self) -> Request:

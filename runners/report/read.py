@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 
+HOURS = "slurm_hours"  # a tag of sweeps
 SHARPNESS = ("participation_ratio", "target_energy", "alternatives")  # means over the training
 
 
@@ -35,7 +36,8 @@ class Study:
     """What MLflow knows of some experiments.
 
     `runs` has a row for every finished run, oldest first, with what it was made of; `rows` every row of
-    their tables; `unfinished` name and status of the others; `declarations` those of the tables by name.
+    their tables; `unfinished` name and status of the others; `declarations` those of the tables by name;
+    `sweeps` the name and the tags of every sweep that ran under SLURM.
     """
 
     names: tuple[str, ...]
@@ -44,6 +46,7 @@ class Study:
     rows: "pd.DataFrame"
     unfinished: tuple[tuple[str, str], ...]
     declarations: Mapping[str, Declaration] = field(default_factory=dict)
+    sweeps: tuple[tuple[str, Mapping[str, str]], ...] = ()
 
 
 def collect(*names: str, tracking_uri: str | None = None) -> "pd.DataFrame":
@@ -68,7 +71,7 @@ def read(names: Sequence[str], tracking_uri: str) -> Study:
     """Everything about the experiments; raises as `collect` does."""
     import pandas as pd
 
-    names = [fitted(name, EXPERIMENT_NAME_LENGTH) for name in names]  # as they are published
+    names = list(dict.fromkeys(fitted(name, EXPERIMENT_NAME_LENGTH) for name in names))  # as published
     tracking_uri = check_tracking_uri(tracking_uri)
     shown = redacted_text(tracking_uri)
     database = Path(tracking_uri.removeprefix("sqlite:///"))
@@ -79,8 +82,10 @@ def read(names: Sequence[str], tracking_uri: str) -> Study:
         found = {one.name: one.experiment_id for one in _all(client.search_experiments)}
         if unknown := [name for name in names if name not in found]:
             raise KeyError(f"no experiment {unknown[0]!r} at {shown}; {nearest(unknown[0], found)}")
-        every = [run for name in dict.fromkeys(names) for run in _runs(client, found[name])]
-        every.sort(key=lambda run: run.info.start_time)
+        both = [run for name in names for run in _all(client.search_runs, [found[name]])]
+        both.sort(key=lambda run: run.info.start_time)
+        every = [run for run in both if is_run(run.data.params)]  # and not the parents of sweeps
+        sweeps = [(str(run.info.run_name), run.data.tags) for run in both if HOURS in run.data.tags]
         finished = [run for run in every if run.info.status == "FINISHED"]
         if not finished:
             states = ", ".join(sorted({run.info.status for run in every})) or "none at all"
@@ -105,14 +110,7 @@ def read(names: Sequence[str], tracking_uri: str) -> Study:
     others = tuple((str(run.info.run_name), run.info.status) for run in every if run not in finished)
     # The rows of a run without tables have no types, and would take those of the others away.
     every_row = pd.concat([part for part in rows if len(part)] or rows, ignore_index=True)
-    return Study(tuple(names), shown, runs, every_row, others, declarations)
-
-
-def _runs(client: "MlflowClient", experiment_id: str) -> "Iterator[Run]":
-    """All runs of an experiment but the parents of sweeps, which have no tables of their own."""
-    for run in _all(client.search_runs, [experiment_id]):
-        if is_run(run.data.params):
-            yield run
+    return Study(tuple(names), shown, runs, every_row, others, declarations, tuple(sweeps))
 
 
 def _all(search: Any, *arguments: Any) -> Iterator[Any]:

@@ -38,6 +38,8 @@ class Shown:
 def shown_tables(study: "Study", found: Condensed, beside: Companion | None) -> dict[str, Shown]:
     """The tables of the page by name; those that no run measured are left out."""
     shown = {"settings": _settings(study, found), "runs": _runs(study)}
+    if study.sweeps:
+        shown["sweeps"] = _sweeps(study)
     if len(found.asymmetry):
         shown |= {"asymmetry": _pathways(found), "matrices": _matrices(found)}
     if len(found.behaviour):
@@ -109,6 +111,13 @@ def _runs(study: "Study") -> Shown:
     ]  # fmt: skip
     columns = ("experiment", "run", "id", "started (UTC)", "minutes", "commit", "code", "libraries", "host")
     return Shown(columns, (False, False, False, False, True, False, False, False, False), rows)
+
+
+def _sweeps(study: "Study") -> Shown:
+    """A row for every sweep under SLURM: its hours, those lost, and its peak memory."""
+    keys = ("slurm_hours", "slurm_lost_hours", "slurm_peak_memory_gib")
+    rows = [[name, *(tags.get(key, "-") for key in keys)] for name, tags in study.sweeps]
+    return Shown(("sweep", "hours", "lost hours", "peak memory (GiB)"), (False, True, True, True), rows)
 
 
 def _commit(row: "pd.Series") -> str:

@@ -161,6 +161,15 @@ class Record:
         self._check_writer()
         self._write_status(status, error, _now(self.directory) if end_time is None else end_time)
 
+    def pause(self) -> None:
+        """Leave the run to a later attempt: its status is SCHEDULED, also after a normal end of the block.
+
+        Raises:
+            PermissionError: as `end`.
+        """
+        self._check_writer()
+        self._write_status("SCHEDULED", None, None)
+
     def description(self) -> dict[str, Any]:
         """The content of run.json: `id experiment name kind params tags inputs parent` and others.
 
@@ -239,7 +248,8 @@ class Record:
         traceback: TracebackType | None,
     ) -> None:
         if error is None:
-            return self.end("FINISHED")
+            paused = self.status()["status"] == "SCHEDULED" and self.status()["writer"] == self.writer
+            return None if paused else self.end("FINISHED")
         try:
             self._check_writer()
             status = status_after(error)

@@ -3,11 +3,12 @@
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from cluster import Cluster, base
-from sweeps import Place, directory, rows, states, steps, until
+from sweeps import Place, directory, events, rows, states, steps, until
 
 from runners.launcher.manifest import Sweep
 
@@ -73,6 +74,45 @@ def test_a_job_that_cannot_start_is_told_with_the_reason_whatever_the_environmen
     assert again.code == 0, again.err
     waited = place.command("wait", sweep, "--poll", "0.3")
     assert waited.code == 0, waited.out + waited.err
+
+
+@pytest.fixture
+def container(tmp_path: Path) -> str:
+    """A PATH with an `apptainer` that runs a command with a python3 of its own and without SLURM."""
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    for folder in (outside, inside):
+        folder.mkdir()
+    skip = 'while [ "${1#-}" != "$1" ]; do shift; done; shift'
+    (outside / "apptainer").write_text(f'#!/bin/bash\nshift\n{skip}\nPATH={inside}:$PATH exec "$@"\n')
+    (inside / "python3").write_text(f'#!/bin/sh\nIMAGE=lab.sif exec {sys.executable} "$@"\n')
+    (inside / "scontrol").write_text("#!/bin/sh\necho 'no SLURM in a container' >&2\nexit 1\n")
+    for path in (outside / "apptainer", inside / "python3", inside / "scontrol"):
+        path.chmod(0o755)
+    return f"{outside}:{os.environ['PATH']}"
+
+
+def test_a_run_trains_and_is_measured_in_two_jobs_in_a_container_and_a_last_one_writes_the_report(
+    cluster, place, container
+):
+    within = Place(place.home, {**place.variables, "PATH": container})
+    parts = ["hydra.launcher.measure={mem_gb: 0.7}", "hydra.launcher.report_job={mem_gb: 0.6}", "report=true"]
+    lengths = ["name=parts", "seed=4", "training.steps=60,2000", "hydra.launcher.container=lab.sif"]
+    sweep = within.started(SLURM, *parts, *lengths)
+    training, measuring = (list(known["ids"].values()) for known in Sweep(sweep).manifest()["submissions"])
+    array = training[0].partition("_")[0]
+    until(lambda: max(steps(sweep, 0), default=0) > 5)
+    cluster.ask("scancel", "-s", "USR2", training[0])
+    until(lambda: states(sweep, 0)[:2] == ["RUNNING", "INTERRUPTED"])
+    cluster.ask("scancel", training[1])  # its measurements cannot start, and those of the other do
+    waited = place.command("wait", sweep, "--poll", "0.3")
+    assert waited.code == 1 and "1 of 2 jobs of the sweep" in waited.err and "writes the report" in waited.out
+    assert f"report: {place.home}/outputs/report/parts/index.html" in waited.out
+    assert states(sweep, 0) == ["RUNNING", "INTERRUPTED", "RUNNING", "TRAINED", "RUNNING", "COMPLETED"]
+    assert [event["id"] for event in events(sweep, 0)] == [training[0]] * 4 + [measuring[0]] * 2
+    assert steps(sweep, 0) == list(range(1, 61))
+    assert cluster.ask("squeue", "-h", "-r", "-j", f"{array},{measuring[0].partition('_')[0]}") == ""
+    text = (place.home / "outputs/report/parts/index.html").read_text()
+    assert "1 finished run," in text and "Sweeps under SLURM" in text
 
 
 def test_a_launcher_that_dies_behind_sbatch_leaves_jobs_that_are_found_and_two_resubmits_make_one_array(

@@ -14,7 +14,7 @@ import pytest
 
 from runners.launcher import commands, jobs, task
 from runners.launcher.__main__ import launcher_options, main
-from runners.launcher.jobs import CANCEL, GO_ON, LOCK, Job, State, _out_of_time, _time_is_up
+from runners.launcher.jobs import CANCEL, GO_ON, LOCK, TRAINED, Job, State, _out_of_time, _time_is_up
 from runners.launcher.manifest import Sweep
 from runners.launcher.ownership import held
 from runners.launcher.status import StatusPoller
@@ -210,6 +210,150 @@ def test_the_end_of_the_time_says_whether_the_state_was_saved():
     lost = _out_of_time(LIMITS, "stopped outside a training")
     assert "nothing is saved outside a training, so that a further attempt would end here too" in lost
     assert saved.endswith("--timeout_min 120") and lost.endswith("--timeout_min 120")
+
+
+def scripts(sweep: Sweep) -> dict[str, list[str]]:
+    """The lines of every submitted script by the id of its array."""
+    paths = (sweep.directory / "slurm").glob("*_submission.sh")
+    return {path.name.partition("_")[0]: path.read_text().splitlines() for path in paths}
+
+
+@pytest.fixture
+def numbering(slurm: Path) -> Path:
+    """Makes sbatch give the ids 1, 2, 3, ..."""
+    stand(slurm, "sbatch", f"echo x >> {slurm}/count; wc -l < {slurm}/count")
+    return slurm
+
+
+def test_measuring_is_an_array_of_its_own_that_follows_that_of_the_training_task_by_task(tmp_path, numbering):
+    sweep = sweep_of(tmp_path / "sweep", 3)
+    options = {"gpus_per_node": 1, "measure": {"gpus_per_node": None, "cpus_per_task": 8}}
+    sweep.set_options({**options, "report_job": {}, "mail_type": "END"})
+    commands.submit(sweep, [0, 1, 2], sweep.directory / "code")
+    training, measuring, reporting = (scripts(sweep)[id] for id in "123")
+    assert "#SBATCH --gpus-per-node=1" in training and "#SBATCH --array=0-2%3" in training
+    assert {"#SBATCH --dependency=aftercorr:1", "#SBATCH --cpus-per-task=8"} <= set(measuring)
+    assert "#SBATCH --kill-on-invalid-dep=yes" in measuring and "#SBATCH --array=0-2%3" in measuring
+    assert "#SBATCH --dependency=afterany:1:2" in reporting
+    with_gpus = [any("gpus" in line for line in lines) for lines in (training, measuring, reporting)]
+    mails = [any("mail" in line for line in lines) for lines in (training, measuring, reporting)]
+    assert with_gpus == [True, False, False] and mails == [False, False, True]
+    assert commands.current_ids(sweep) == {0: "1_0", 1: "1_1", 2: "1_2"}
+    (sweep.directory / "1" / TRAINED).write_text('{"device": "cuda"}')
+    assert commands.current_ids(sweep) == {0: "1_0", 1: "2_1", 2: "1_2"}
+    names = [known["name"] for known in sweep.manifest()["submissions"]]
+    assert [known["part"] for known in sweep.manifest()["submissions"]] == ["training", "measuring"]
+    lines = [f"1_{index}|RUNNING|n1|4|4|None|1|{names[0]}\n" for index in (0, 2)]
+    lines += [f"2_{index}|PENDING||N/A|4|Dependency|2|{names[1]}\n" for index in (0, 1, 2)]
+    (numbering / "queue").write_text("".join(lines))
+    shown = [(job.id, job.state) for job in StatusPoller(sweep).poll()]
+    assert shown == [("1_0", "RUNNING"), ("2_1", "PENDING"), ("1_2", "RUNNING")]
+    commands.cancel(sweep, [0])
+    commands.cancel(sweep, [])
+    assert asked(numbering, "scancel") == ["1_0 2_0", "1 2 3"]
+
+
+def test_a_sweep_starts_after_all_jobs_of_another_one_and_not_after_one_that_failed(tmp_path, numbering):
+    earlier, later = sweep_of(tmp_path / "earlier", 3), sweep_of(tmp_path / "later", 1)
+    for name, id in (("training", "4"), ("measuring", "5")):
+        ids = {str(number): f"{id}_{number}" for number in (0, 1)}
+        earlier.add_submission(earlier.directory / "code", name=name, tasks=[[0], [1]], ids=ids, part=name)
+    earlier.add_submission(earlier.directory / "code", name="other", tasks=[[2]], ids={"2": "6"})
+    State("COMPLETED", 1, id="6").save(earlier.directory / "2")
+    running = ["4_0|RUNNING|n1|4|4|None|4|x\n", "4_1|PENDING||N/A|4|Priority|4|x\n"]
+    (numbering / "queue").write_text("".join(running))
+    later.set_options({"after": str(earlier.directory), "dependency": "singleton"})
+    commands.submit(later, [0], later.directory / "code")
+    assert "#SBATCH --dependency=singleton,afterok:5" in scripts(later)["1"]
+    State("FAILED", 1, id="4_1").save(earlier.directory / "1")
+    (numbering / "queue").write_text(running[0])
+    with pytest.raises(ValueError, match=r"jobs 1 of the sweep in .*/earlier did not complete: restart them"):
+        commands.submit(later, [0], later.directory / "code")
+    assert len(asked(numbering, "sbatch")) == 1
+
+
+def test_several_jobs_of_a_task_share_its_id(tmp_path, numbering):
+    sweep = sweep_of(tmp_path / "sweep", 5)
+    sweep.set_options({"jobs_per_task": 2})
+    commands.submit(sweep, range(5), sweep.directory / "code")
+    assert sweep.manifest()["submissions"][0]["tasks"] == [[0, 1], [2, 3], [4]]
+    assert sweep.ids() == {0: "1_0", 1: "1_0", 2: "1_1", 3: "1_1", 4: "1_2"}
+    assert "#SBATCH --array=0-2%3" in scripts(sweep)["1"]
+
+
+def test_what_has_trained_is_only_measured_again(tmp_path, numbering):
+    sweep = sweep_of(tmp_path / "sweep", 3)
+    sweep.set_options({"measure": {}})
+    (sweep.directory / "1" / TRAINED).write_text('{"device": "cpu"}')
+    commands.submit(sweep, [0, 1, 2], sweep.directory / "code")
+    parts = [(known["part"], known["tasks"]) for known in sweep.manifest()["submissions"]]
+    assert parts == [("training", [[0], [2]]), ("measuring", [[0], [2]]), ("measuring", [[1]])]
+    last = scripts(sweep)["3"]  # after the other measurements, for array_parallelism
+    assert "#SBATCH --dependency=afterany:2" in last and not any("invalid-dep" in line for line in last)
+    assert commands.current_ids(sweep) == {0: "1_0", 1: "3", 2: "1_1"}
+
+
+def test_the_two_jobs_of_a_run_start_with_their_part_and_a_trained_one_does_not_train_again(
+    tmp_path, monkeypatch, capsys
+):
+    sweep = sweep_of(tmp_path / "sweep", 1)
+    for name in ("training", "measuring"):
+        sweep.add_submission(sweep.directory / "code", name=name, tasks=[[0]], part=name)
+    ran: list[str] = []
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    for variable in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def run(job: Job, asked: dict[str, Any], interruption: object) -> None:
+        ran.append(str(job.part))
+        (sweep.directory / "0" / TRAINED).write_text('{"device": "cpu"}')
+
+    monkeypatch.setattr(Job, "_run", run)
+    task.main([str(sweep.directory), "training"])
+    assert states_of(sweep) == ["TRAINED"]
+    task.main([str(sweep.directory), "training"])  # requeued
+    assert "nothing to do: an earlier attempt has trained" in capsys.readouterr().out
+    task.main([str(sweep.directory), "measuring"])
+    assert ran == ["training", "measuring"] and states_of(sweep) == ["COMPLETED"]
+
+
+def test_second_jobs_want_a_device_that_may_differ_and_a_report_to_write(tmp_path):
+    job = {"directory": str(tmp_path / "0"), "config": {"device": "cuda", "report": False}}
+    for options, said in (({"measure": {}}, "set device=auto"), ({"report_job": {}}, "report=true: add it")):
+        with pytest.raises(ValueError, match=said):
+            commands.launch(tmp_path, "slurm", options, {0: job}, [])
+
+
+def test_status_leaves_the_end_of_a_sweep_to_the_job_that_writes_its_report(tmp_path, slurm, monkeypatch):
+    sweep = sweep_of(tmp_path / "sweep", 1)
+    sweep.add_submission(sweep.directory / "code", name="one", tasks=[[0]], ids={"0": "7"})
+    State("COMPLETED", 1, id="7").save(sweep.directory / "0")
+    sweep.set_report_job("one-report", "8")
+    ended: list[bool] = []
+    monkeypatch.setattr(commands, "end_sweep", lambda *given: ended.append(True))
+    monkeypatch.setattr(commands, "report_outcome", lambda *given: None)
+    (slurm / "queue").write_text("8|PENDING||N/A|4|Dependency|8|one-report\n")
+    commands.status(sweep)
+    assert ended == []
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    commands.status(sweep)
+    assert ended == [True]
+    monkeypatch.delenv("SLURM_JOB_ID")
+    (slurm / "queue").write_text("8|PENDING||N/A|4|PartitionTimeLimit|8|one-report\n")  # it never will
+    commands.status(sweep)
+    assert ended == [True, True]
+
+
+def test_a_job_that_is_over_is_not_cancelled(tmp_path, slurm):
+    sweep = sweep_of(tmp_path / "sweep", 2)
+    ids = {"0": "7_0", "1": "7_1"}
+    sweep.add_submission(sweep.directory / "code", name="one", tasks=[[0], [1]], ids=ids)
+    State("COMPLETED", 1, id="7_0").save(sweep.directory / "0")
+    lines = [f"7_{index}|RUNNING|n1|4|4|None|7|one\n" for index in (0, 1)]  # its process has not ended yet
+    (slurm / "queue").write_text("".join(lines))
+    commands.cancel(sweep, [])
+    assert asked(slurm, "scancel") == ["7_1"]
 
 
 def test_options_of_the_launcher_change_at_resubmit(tmp_path, slurm):

@@ -24,7 +24,7 @@ class Run:
     def run(self):
         print("began", time.time(), flush=True)
         {body}
-def experiment(description, interruption):
+def experiment(description, interruption, trained_on):
     return Run()
 """
 

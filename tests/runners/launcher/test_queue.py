@@ -6,9 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from runners.launcher.jobs import State
 from runners.launcher.manifest import Sweep
-from runners.launcher.queue import accounted, controlled, expanded, named, queued, stuck, undisturbed, usage
+from runners.launcher.queue import (
+    Allocation,
+    accounted,
+    allocations,
+    controlled,
+    expanded,
+    named,
+    queued,
+    stuck,
+    undisturbed,
+)
 from runners.launcher.status import StatusPoller
+from runners.launcher.usage import usage
 
 Answers = Callable[..., None]
 
@@ -63,10 +75,47 @@ def test_arrays_are_found_by_name_in_queue_and_accounting_also_where_there_is_no
 
 
 def test_hours_and_memory_are_those_of_all_attempts_in_the_accounting(answers):
-    answers("sacct", "7_0|3600|\\n7_0.batch|3600|10K\\n7_0.0|3600|3G\\n7_0|1800|\\n7_0.0|1800|512M\\n")
-    assert usage(["7_0"]) == (1.5, 3.0) and usage([]) is None
+    first = "7_0|REQUEUED|3600|\\n7_0.batch|CANCELLED|3600|10K\\n7_0.0|CANCELLED|3600|3G\\n"
+    answers("sacct", f"{first}7_0|CANCELLED by 0|1800|\\n7_0.0|COMPLETED|1800|512M\\n")
+    assert allocations(["7_0"]) == [
+        Allocation("7_0", "REQUEUED", 3600, 3 * 2**30),
+        Allocation("7_0", "CANCELLED", 1800, 512 * 2**20),
+    ]
+    assert allocations([]) is None
     answers("sacct", "", 1)
-    assert usage(["7_0"]) is None
+    assert allocations(["7_0"]) is None
+
+
+def test_hours_are_lost_in_attempts_that_end_without_saving(sweep, answers, monkeypatch):
+    directory, moments = sweep.jobs()[0], iter([0, 3600, 3700, 5500, 7300])
+    monkeypatch.setattr("runners.launcher.jobs.time.time", lambda: next(moments))
+
+    def event(state: str, attempt: int, restarts: int) -> None:
+        State(state, attempt, id="7_0").save(directory, restarts=restarts)  # pyright: ignore
+
+    event("RUNNING", 1, 0)
+    event("INTERRUPTED", 1, 0)
+    event("RUNNING", 2, 1)  # its node is lost, and the one after that dies before the job has begun
+    event("RUNNING", 3, 3)
+    event("COMPLETED", 3, 3)
+    rows = [("REQUEUED", 3600), ("NODE_FAIL", 1200), ("REQUEUED", 600), ("COMPLETED", 1800)]
+    answers("sacct", "".join(f"7_0|{state}|{seconds}|\\n" for state, seconds in rows))
+    used = usage(sweep)
+    assert used is not None and (used.hours, used.lost_hours) == (2.0, 0.5)
+    assert used.tags()["slurm_lost_hours"] == "0.50"
+
+
+def test_in_a_task_of_several_jobs_those_that_ended_well_lose_nothing(sweep, answers, monkeypatch):
+    other, moments = sweep.directory / "1", iter([0, 900, 1000])
+    monkeypatch.setattr("runners.launcher.jobs.time.time", lambda: next(moments))
+    sweep.add_job(1, {"directory": str(other)})
+    sweep.list_jobs({1: str(other)})
+    State("RUNNING", 1, id="7_0").save(sweep.jobs()[0], restarts=0)
+    State("COMPLETED", 1, id="7_0").save(sweep.jobs()[0])
+    State("RUNNING", 1, id="7_0").save(other, restarts=0)
+    answers("sacct", "7_0|TIMEOUT|3600|\\n")
+    used = usage(sweep)
+    assert used is not None and used.lost_hours == 0.75  # 3600 s without the 900 s of the first
 
 
 def test_slurms_commands_do_not_see_the_users_variables_for_them(answers, monkeypatch):

@@ -1,12 +1,16 @@
 """Submissions to SLURM, with stand-ins for its commands; tests/slurm uses a real SLURM."""
 
+import os
 import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from runners.launcher.jobs import GO_ON
 from runners.launcher.slurm import SlurmOptions, ids_of, submit_array
 
 Stands = Callable[[str, str], None]
@@ -81,6 +85,62 @@ def test_a_submission_is_a_script_named_by_its_array_with_everything_quoted(tmp_
     assert step[-4:] == ["-m", "a.module", str(folder.parent), "dpo-1"]
     assert lines.index("module load x") < lines.index(command)
     assert ids_of("7", [[4], [5], [6]]) == {4: "7_0", 5: "7_1", 6: "7_2"} and ids_of("7", [[4]]) == {4: "7"}
+
+
+def test_second_jobs_have_options_of_their_own_and_no_gpu_for_the_report():
+    given: Any = {"partition": "gpu", "gpus_per_node": 4, "mem_gb": 64, "exclude": "n1", "mail_type": "END"}
+    options = SlurmOptions(
+        **given,
+        measure={"partition": "cpu", "gpus_per_node": None, "timeout_min": 5},
+        report_job={"mem_gb": 4},
+    )
+    measuring, reporting = options.measuring(), options.reporting()
+    assert (measuring.partition, measuring.gpus_per_node, measuring.exclude) == ("cpu", None, "n1")
+    assert measuring.limits()["timeout_min"] == 5 and options.limits()["timeout_min"] == 60
+    assert (reporting.partition, reporting.gpus_per_node, reporting.mem_gb) == ("gpu", None, 4)
+    follows = measuring.after_each("7", 3).parameters()
+    assert follows["dependency"] == "aftercorr:7" and follows["kill_on_invalid_dep"] == "yes"
+    assert measuring.after_each("7", 1).dependency == "afterok:7"
+    assert "mail_type" not in options.unmailed().parameters()
+    with pytest.raises(ValueError, match=r"measure.after is an option of the whole sweep"):
+        SlurmOptions(measure={"after": "x"})
+    with pytest.raises(ValueError, match="measure and jobs_per_task exclude each other"):
+        SlurmOptions(measure={}, jobs_per_task=2)
+    with pytest.raises(ValueError, match="much"):
+        SlurmOptions(report_job={"mem_gb": "much"})
+
+
+def test_in_a_container_jobs_have_its_python_and_the_script_requeues_them(tmp_path, stands_for):
+    stands_for("sbatch", "echo 7")
+    stands_for("scontrol", f'echo "$*" >> {tmp_path}/requeued')
+    stands_for("srun", f'echo "$WEIGHTGEOM_REQUEUED_BY_SCRIPT" > {tmp_path}/set; exit "$CODE"')
+    options = SlurmOptions(container="/images/lab one.sif", container_args=["--nv"])
+    places = [str(tmp_path / "outputs"), str(tmp_path)]
+    submit_array("dpo-1", 2, options, tmp_path / "s/slurm", tmp_path / "code", "m", places)
+    script = tmp_path / "s/slurm/7_submission.sh"
+    (command,) = [line for line in script.read_text().splitlines() if line.startswith("srun ")]
+    words = shlex.split(command)
+    binds = [f"--bind={place}" for place in (tmp_path / "s", *places)]
+    start = words.index("apptainer")
+    assert words[start:][:7] == ["apptainer", "exec", *binds, "--nv", "/images/lab one.sif"]
+    assert words[start + 7] == "env" and words[-6:-3] == ["python3", "-u", "-m"]
+
+    def ends(code: int) -> int:
+        variables = {**os.environ, "CODE": str(code), "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+        return subprocess.run(["bash", str(script)], env=variables).returncode
+
+    assert [ends(0), ends(1)] == [0, 1] and not (tmp_path / "requeued").exists()
+    assert ends(GO_ON) == GO_ON and (tmp_path / "requeued").read_text() == "requeue 7_1\n"
+    assert (tmp_path / "set").read_text() == "1\n"
+    options = SlurmOptions(
+        container="lab", container_runtime="pyxis", container_args=["--container-writable"]
+    )
+    submit_array("dpo-2", 1, options, tmp_path / "s/slurm", tmp_path / "code", "m", places)
+    (command,) = [line for line in script.read_text().splitlines() if line.startswith("srun ")]
+    words = shlex.split(command)
+    mounts = ",".join(f"{place}:{place}" for place in (tmp_path / "s", *places))
+    assert words[4:7] == ["--container-image=lab", f"--container-mounts={mounts}", "--container-writable"]
+    assert words[7] == "sh" and "apptainer" not in words
 
 
 def test_jobs_that_slurm_took_although_sbatch_failed_are_found_by_their_name(tmp_path, stands_for):

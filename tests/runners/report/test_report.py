@@ -21,9 +21,12 @@ from app import ROOT, environment
 from asked import bypassed, probed
 from study import Planted, publish, rank1, rsf
 
+from runners.launcher.usage import Usage
 from runners.report import collect
 from runners.report.__main__ import main
 from runners.report.make import directory_of
+from runners.tracking.publisher import Publication
+from runners.tracking.record import Record
 from runners.tracking.stores import open_store
 from weightgeom.analysis.claims_uncertainty import CLAIMS, COUPLED
 from weightgeom.declarations import InterventionDeclaration, ProbeDeclaration, recorded
@@ -61,7 +64,19 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *elsewhere_made(),
     ]
     publish(directory / "records", f"sqlite:///{directory}/mlflow.db", runs)
+    swept(directory / "records", f"sqlite:///{directory}/mlflow.db")
     return directory
+
+
+def swept(records: Path, uri: str) -> None:
+    """Two sweeps of one experiment, one under SLURM."""
+    for name, tags in (("sweep here", {}), ("sweep seed=0,1", Usage(2.5, 0.5, 3.0).tags())):
+        about: dict[str, Any] = {"params": {"overrides": name}, "tags": tags, "inputs": []}
+        record = Record.create(
+            records / name, experiment="elsewhere", name=name, tracking_uri=uri, kind="sweep", **about
+        )
+        record.end("FINISHED")
+        Publication(record, uri).publish(artifacts=True)
 
 
 def unsure() -> list[Planted]:
@@ -193,6 +208,13 @@ def test_the_page_says_what_was_run_and_where_it_stands_to_every_claim(report):
     assert "Run broken off is FAILED and not part of this report." in text
     # dpo: three seeds of 1.053, 1.062 and 1.078; t(2; 0.975) = 4.303, so ± 4.303 · 0.0128 / √3
     assert "1.06 [1.03, 1.10]" in text and "3 trainings" in text
+
+
+def test_the_page_has_the_hours_and_the_memory_of_sweeps_under_slurm(outputs, report):
+    assert main(["elsewhere", "--outputs", str(outputs)]) == 0
+    text = " ".join(Page(outputs / "report/elsewhere/index.html").text.split())
+    assert "Sweeps under SLURM sweep hours lost hours peak memory (GiB) sweep seed=0,1 2.50 0.50 3.00" in text
+    assert "sweep here" not in text and "Sweeps under SLURM" not in Page(report / "index.html").text
 
 
 def test_missing_parts_are_named_with_the_command_that_measures_them(outputs, capsys):

@@ -78,6 +78,17 @@ def test_an_interrupted_run_is_scheduled_and_has_no_end_time(tmp_path):
         assert record.status()["status"] == "RUNNING"
 
 
+def test_a_paused_run_is_scheduled_after_a_normal_end_and_goes_on(tmp_path):
+    with new(tmp_path) as record:
+        record.pause()
+    assert record.status()["status"] == "SCHEDULED" and record.status()["end_time"] is None
+    with new(tmp_path) as again:
+        again.log({"loss": 1.0}, 1)
+    assert again.status()["status"] == "FINISHED"
+    with pytest.raises(PermissionError):
+        record.pause()
+
+
 def test_a_run_that_ends_normally_is_finished(tmp_path):
     with new(tmp_path) as record:
         pass
