@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,19 @@ def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> Non
             temporary.unlink(missing_ok=True)
             raise
         _flush(path.parent)  # makes the rename durable
+
+
+def share_with_group(directory: Path) -> None:
+    """Let the group write what this process makes, where `directory` says that it is the group's.
+
+    That is: its group may write to it, and new files take its group (setgid). A umask of 022 becomes 002, and
+    one that keeps the group from reading stays.
+    """
+    place = next((place for place in (directory, *directory.parents) if place.is_dir()), None)
+    if place is None or not stat.S_ISGID & place.stat().st_mode or not stat.S_IWGRP & place.stat().st_mode:
+        return
+    mask = os.umask(0o077)
+    os.umask(mask & ~stat.S_IWGRP if mask & 0o070 == stat.S_IWGRP else mask)
 
 
 def read_object(path: Path, advice: str) -> dict[str, Any]:

@@ -6,14 +6,17 @@ import re
 import sys
 import traceback
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from runners.cli.choices import reference
 from runners.cli.compare import quoted
 from runners.compose import check, checked, described, experiment, plan
+from runners.disk import share_with_group
 from runners.errors import CONF, explanation
 from runners.launcher.hydra_launcher import register
 from runners.signals import share_processors
@@ -47,8 +50,6 @@ PLANNED = re.compile(r"\+{0,2}plan=(?i:true|on|yes|1)")
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def job(config: DictConfig) -> None:
     """One run, or its plan; a failed run keeps its traceback next to its record. Sweeps have launchers."""
-    from pathlib import Path
-
     from hydra.core.hydra_config import HydraConfig
 
     try:
@@ -68,6 +69,18 @@ def job(config: DictConfig) -> None:
             Path(HydraConfig.get().runtime.output_dir, "traceback.txt").write_text(text)
         exit_with_sentence(error)  # here, because Hydra would print a line of its own first
         raise
+
+
+class Sharing(Callback):
+    """Sets the umask for a directory that a group shares, before Hydra makes anything in it."""
+
+    def on_run_start(self, config: DictConfig, **_: object) -> None:
+        """Of a run."""
+        share_with_group(Path(config.outputs).expanduser().absolute())
+
+    def on_multirun_start(self, config: DictConfig, **_: object) -> None:
+        """Of a sweep."""
+        share_with_group(Path(config.outputs).expanduser().absolute())
 
 
 register(check, plan)

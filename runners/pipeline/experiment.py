@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from runners.disk import full_disk_explained
+from runners.disk import full_disk_explained, share_with_group
 from runners.modules import modules_of
 from runners.pipeline.declarations import (
     check_declarations,
@@ -115,6 +115,7 @@ class Experiment:
     def run(self) -> "dict[str, pd.DataFrame]":
         """Check all of it, do what was not done before, and return the tables by name."""
         examples = self.check()
+        share_with_group(self.outputs)  # a job does not begin where the command line does
         uri = check_tracking_uri(self.tracking_uri)
         with full_disk_explained(self.directory):
             record = self._record(uri, examples)

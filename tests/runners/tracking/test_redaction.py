@@ -64,6 +64,82 @@ SECRETS = [
     f"gsk_{S}{S}",
     f"nvapi-{S}{S}",
     f"r8_{S}{S}",
+    f"-password {S}",
+    f"--password '{S} with words hunter2'",
+    f"['run.py', '--token', '{S}', 'x']",
+    f"('password', '{S}')",
+    f'os.environ["HF_TOKEN"] = "{S}"',
+    f"os.environ.setdefault('API_KEY', '{S}')",
+    f"password=b'{S}'",
+    f"api_key=SecretStr('{S}')",
+    f"password: Optional[str] = '{S}'",
+    f"api_key: Final = '{S}'",
+    f'password="a\\"{S}"',
+    f"password='a\\'{S}'",
+    f"password: 'a''{S}'",
+    f'password=a"{S}',
+    f"password=a&{S}",
+    f"password=({S} {S})",
+    f'"api_key": ["{S}", "{S}"]',
+    f'{{"token": {{"a": "{S}"}}}}',
+    f'{{"name": "HF_TOKEN", "value": "{S}"}}',
+    f"- name: DB_PASSWORD\n  value: {S}",
+    f"<password>{S}</password>",
+    f'<add key="Password" value="{S}"/>',
+    f"password%3D{S}",
+    f"the password is {S}",
+    f"invalid api key: {S}",
+    f"Incorrect API key provided: {S}",
+    f"token '{S}'",
+    f"('Authorization', 'Bearer {S}')",
+    f"{{'Authorization': b'Bearer {S}'}}",
+    f"Authorization: ApiKey {S}",
+    f"Authorization: JWT {S}",
+    f'Authorization: Token token="{S}"',
+    f'Authorization: Digest username="me", response="{S}"',
+    f"Authorization: AWS4-HMAC-SHA256 Credential=x/2026, Signature={S}",
+    f"Bearer {S}",
+    f'{{"cookie": "sid={S}; other={S}"}}',
+    f"COOKIE: sid={S}",
+    f"cookies={{'sid': '{S}'}}",
+    f"<Cookie sid={S} for host/>",
+    f"JSESSIONID={S}",
+    f"mysql -u root -p'{S}' world",
+    f"mysqldump -h h -P 3306 -u root -p{S} world",
+    f"docker login -u me -p {S} registry",
+    f"mongosh -u me -p {S} host",
+    f"redis-cli -h host -a {S}",
+    f"ldapsearch -w {S} -D cn=x",
+    f"curl -ume:{S} http://h",
+    f"curl -sSu me:{S} http://h",
+    f"set -gx HF_TOKEN {S}",
+    f"machine host password {S} login me",
+    f"machine host login me account x password {S}",
+    f"localhost:5432:*:me:{S}",
+    f"scp me:{S}@host.example.com:x",
+    f"jdbc:oracle:thin:me/{S}@host:1521/x",
+    f"Server=x;UID=me;PWD={S}",
+    f"https://h/x?hmac={S}",
+    f"https://h/x?SharedAccessSignature={S}",
+    f"https://x.webhook.office.com/webhookb2/{S}",
+    f"https://api.telegram.org/bot1:{S}/x",
+    f"123456789:AA{S}{S}",
+    "AKIA" + "A1B2" * 4 + f" {S}/{S}",
+    f"sq0csp-{S}{S}Ab1Cd2",
+    f"dckr_pat_{S}{S}Ab1Cd2",
+    f"dp.pt.{S}{S}Ab1Cd2",
+    f"---- BEGIN SSH2 ENCRYPTED PRIVATE KEY ----\n{S}\n---- END SSH2 ENCRYPTED PRIVATE KEY ----",
+    f"Private-Lines: 2\n{S}\n{S}\nPrivate-MAC: {S}",
+    f"# -----BEGIN RSA PRIVATE KEY-----\n# {S}\n# {S}",
+    f"  > -----BEGIN EC PRIVATE KEY-----\n  > {S}\n  > {S}\n  > -----END EC PRIVATE KEY-----",
+]
+LINES = [  # where a value ends is a matter of lines
+    f"password='{S}",
+    f"password: {S} {S}",
+    f"password: |\n  {S}\n  {S}",
+    f"api_key:\n  {S}",
+    f"api_keys:\n- x\n- {S}",
+    f"password: several words that are so long that YAML folds them\n  {S}",
 ]
 PLAIN = """
 data.max_tokens=512
@@ -88,6 +164,12 @@ a global-attention-head-of-dimension-64
 token = next(tokens)
 password = os.environ["PASSWORD"]
 keys: q, k
+token=None
+the token 151643 of the tokenizer
+the columns 'prompt', 'token', 'label' and 'n'
+Qwen3MoeForCausalLM of test_Qwen3MoeForCausalLM
+outputs/pretraining-9898ac7841101e77/model.safetensors
+a cookie of 3 tokens
 """.strip().splitlines()
 
 
@@ -128,7 +210,17 @@ def test_secrets_of_many_kinds_are_masked(text):
     assert "hunter2" not in redacted_text(f"an error ({text}) with {text}, and more")
 
 
-@pytest.mark.parametrize("text", PLAIN)
+@pytest.mark.parametrize("text", LINES)
+def test_values_of_several_words_and_lines_are_masked(text):
+    assert "hunter2" not in redacted_text(text)
+    indented = "\n".join("  " + line for line in text.splitlines())
+    assert "hunter2" not in (masked := redacted_text(f"job:\n{indented}\n  steps: 3\nseed: 1"))
+    assert masked.endswith("\n  steps: 3\nseed: 1")
+
+
+@pytest.mark.parametrize(
+    "text", [*PLAIN, "if not token:\n    return 3", "    while token != password:\n        a = 1"]
+)
 def test_prose_overrides_and_paths_stay_as_they_are(text):
     assert redacted_text(text) == text
 
@@ -146,6 +238,34 @@ REPEATED = [
         "do_v1_",
         "pass: ",
         "auth: ",
+    ),
+    *(
+        "password='",
+        "password=(",
+        "password: |\n  a\n",
+        "password: a\n  b\n",
+        "'password','",
+        "'password', 'x",
+    ),
+    *("password name: ", "<password>", "<password ", "Cookie: {", "<cookie ", "docker login ", "docker a "),
+    *(
+        "-u a -p ",
+        "machine a ",
+        "machine a login b ",
+        ":5432:a:b:",
+        "a:bbbb@",
+        'Authorization: a="',
+        "password=a'",
+    ),
+    *(
+        "''",
+        "password=''",
+        "password: x = ",
+        "password:\n- ",
+        "Private-Lines: 1\n",
+        ";PWD=",
+        "a_a1A1a1A",
+        "a-b_c.d ",
     ),
 ]
 
@@ -167,6 +287,29 @@ def test_a_mebibyte_on_one_line_takes_no_time():
     start = time.process_time()
     assert redacted_text(text) == text
     assert time.process_time() - start < 0.1
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"name": "HF_TOKEN", "value": S},
+        ["run.py", "--token", S, "x"],
+        [("password", S), ("user", "me")],
+        {f"glpat-{S}": "x"},
+        {"hub": [{"credentials": {"user": S}}]},
+    ],
+)
+def test_secrets_are_masked_wherever_a_value_holds_them(value):
+    assert "hunter2" not in str(redacted(value))
+    assert redacted(redacted(value)) == redacted(value)
+
+
+def test_what_surrounds_a_secret_of_several_lines_stays():
+    text = f"a: 1\npassword: first {S}\n  second {S}\nb: 2\napi_keys:\n- {S}\n- {S}\nc: 3\n"
+    assert redacted_text(text) == "a: 1\npassword: ***\nb: 2\napi_keys:***\nc: 3\n"
+    assert redacted_text("credentials:\n  user: me\n  password: x\nb: 2") == (
+        "credentials:\n  user: me\n  password: ***\nb: 2"
+    )
 
 
 def test_log_lines_are_masked_with_their_tracebacks():
