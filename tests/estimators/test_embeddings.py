@@ -3,11 +3,13 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
 from weightgeom.estimators.final_input import final_frame
 from weightgeom.estimators.reference_subspaces import Inputs
 from weightgeom.interfaces import Setting
 from weightgeom.models.language_model import LanguageModel
+from weightgeom.models.residual import architecture_of
 from weightgeom.probes.rsf import RSF
 from weightgeom.table import tabulate
 from weightgeom.text.tokens import packed
@@ -21,7 +23,8 @@ def final_inputs(model: LanguageModel, examples) -> torch.Tensor:
     seen = []
     for batch in packed(examples.heldout, model.tokenizer, 96, TOKENS):
         keep = batch.attention_mask.bool()
-        hook = model.network.get_output_embeddings().register_forward_pre_hook(
+        unembedding = model.network.get_submodule("lm_head")
+        hook = unembedding.register_forward_pre_hook(
             lambda module, given, keep=keep: seen.append(given[0][keep].double())
         )
         model.network(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
@@ -105,8 +108,9 @@ def test_a_tied_embedding_has_one_size_and_both_sides(tokenizer, examples, gener
     assert len([row for row in mine if row["quantity"] == "delta_norm"]) == 1
     sides = {(row["role"], row["subspace"]) for row in mine if row["quantity"] == "embedding_ratio"}
     assert sides == {("write", "prediction"), ("write", "attention_input"), ("read", "final_input")}
-    both = [{**one, "lm_head.weight": one[name]} for one in (params, end)]  # as a state dict has it
-    assert PROBE.measurement(Setting(model, *both, False, examples, 0))(both[1]) == rows
+    # As a state dict has it, by both names.
+    start, end = ({**one, "lm_head.weight": one[name]} for one in (params, end))
+    assert PROBE.measurement(Setting(model, start, end, False, examples, 0))(end) == rows
 
 
 def test_the_most_moved_tokens_are_named_with_their_shares(tokenizer, examples, generator):
@@ -131,16 +135,12 @@ def test_the_most_moved_tokens_are_named_with_their_shares(tokenizer, examples, 
 
 
 def test_a_row_behind_the_tokenizers_last_token_is_named_by_its_number(tokenizer, examples):
-    config_rows = len(tokenizer) + 3
-    config = networks.CONFIGS["llama"](config_rows, 128)
-    from transformers import AutoModelForCausalLM
-
-    from weightgeom.models.residual import architecture_of
-
+    size = len(tokenizer) + 3
+    config = networks.CONFIGS["llama"](size, 128)
     network = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     model = LanguageModel(network, tokenizer, architecture_of(config))
     params = {key: one.clone() for key, one in network.named_parameters()}
     end = {**params, "model.embed_tokens.weight": params["model.embed_tokens.weight"].clone()}
     end["model.embed_tokens.weight"][-1] += 1
     rows = PROBE.measurement(Setting(model, params, end, False, examples, 0))(end)
-    assert {row["token"] for row in rows if "token" in row} == {f"#{config_rows - 1}"}
+    assert {row["token"] for row in rows if "token" in row} == {f"#{size - 1}"}

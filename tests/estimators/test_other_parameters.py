@@ -1,10 +1,14 @@
+from collections.abc import Mapping
 from math import sqrt
+from typing import Any
 
 import networks
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from runners.summary.curves import log_table
+from weightgeom.analysis.summaries import by_matrix, unmoved
 from weightgeom.estimators.other_parameters import change_of, other_parameters, parameter_rows
 from weightgeom.interfaces import Setting
 from weightgeom.models.adapters import Adapted, LowRank
@@ -128,6 +132,26 @@ def test_other_parameters_change_no_number_of_matrices(model, params, examples, 
         rows = RSF(tokens=512, resamples=0).measurement(setting)(end)
         tables.append([row for row in rows if "parameter" not in row])
     assert tables[0] == tables[1]
+
+
+def test_other_parameters_have_no_curve_and_no_line_in_the_summary_of_matrices(model, params, examples):
+    end = {name: one + 0.1 * torch.ones_like(one).cumsum(0).sin() for name, one in params.items()}
+    rows = RSF(tokens=512, resamples=0).measurement(Setting(model, params, end, False, examples, 0))(end)
     table = tabulate({"step": 1, **row} for row in rows)
+    kinds = {"q", "k", "v", "up", "o", "down"}
     for quantity in ("ratio", "null_ratio_sd", "delta_norm"):
-        assert set(of_matrices(table, quantity)["matrix"]) == {"q", "k", "v", "up", "o", "down"}
+        assert set(of_matrices(table, quantity)["matrix"]) == kinds
+    assert set(by_matrix(table, "ratio")["matrix"]) == set(unmoved(table)["matrix"]) == kinds
+    curves: Any = Curves()
+    log_table(curves, "rsf", "", table, RSF.declaration)
+    assert curves.names == {f"{name}/{kind}" for name in ("rsf", "rsf_by_layer") for kind in kinds}
+
+
+class Curves:
+    """A record that keeps the names of metrics."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.names |= metrics.keys()
