@@ -31,6 +31,8 @@ def test_a_row_becomes_a_line_of_the_table_with_its_place():
         "layer": 1,
         "matrix": "q",
         "head": 5,
+        "parameter": "",
+        "token": "",
         "role": "read",
         "arm": "random.3@0.1",
         "treatment": "random",
@@ -46,8 +48,8 @@ def test_a_row_becomes_a_line_of_the_table_with_its_place():
     }
     assert table["stderr"].fillna(-1.0).tolist() == [-1.0, 0.25]
     assert (second["unit"], second["value"], second["n"]) == ("nats", 1.5, 5)
-    text = ("matrix", "role", "arm", "treatment", "dose", "against", "subspace")
-    assert [second[name] for name in text] == [""] * 7
+    text = ("matrix", "parameter", "token", "role", "arm", "treatment", "dose", "against", "subspace")
+    assert [second[name] for name in text] == [""] * 9
     missing = table[["layer", "head", "expert", "draw", "k"]].fillna(-1)
     assert missing.to_numpy().tolist() == [[1, 5, -1, 3, 3], [-1] * 5]
 
@@ -148,13 +150,14 @@ def test_a_file_that_is_no_table_stays_as_it_is():
     assert upgraded(other) is other
 
 
-def test_heads_and_random_subspaces_are_not_a_matrix_at_its_own_subspace_and_experts_are():
+def test_heads_random_subspaces_and_other_parameters_are_no_matrix_at_its_own_subspace_and_experts_are():
     places = [
         {"subspace": "mlp_input"},
         {"subspace": "mlp_input", "head": 0},
         {"subspace": "mlp_input", "expert": 0},
         {"subspace": "random"},
         {},
+        {"subspace": "prediction", "parameter": "embed.weight"},
     ]
     table = tabulate(row("ratio", 1.0, n=n, step=0, matrix="up", **place) for n, place in enumerate(places))
     assert whole_matrices(table)["n"].tolist() == [0, 2, 3, 4]

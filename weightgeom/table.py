@@ -19,16 +19,18 @@ Row = dict[str, Any]
 COLUMNS = {
     "step": "int64",  # optimizer step; 0 is before training
     "layer": "Int64",  # missing for what belongs to no layer
-    "matrix": "str",  # a kind such as q, up or router, unembed, embed, several as `q+k`, rest, or ""
+    "matrix": "str",  # a kind such as q, up, router, unembed, embed, norm, qk, several as `q+k`, rest, or ""
     "head": "Int64",  # of q and o, or key-value group of k and v; missing for a whole matrix
     "expert": "Int64",  # of a mixture; missing for a matrix outside of one
+    "parameter": "str",  # the name of a parameter that no matrix of the residual stream lies in, or ""
+    "token": "str",  # of a row of an embedding, as its tokenizer writes it, or ""
     "role": "str",  # read, write or ""
     "arm": "str",  # of an intervention, or ""; its parts are the next four columns
     "treatment": "str",  # kind of the arm or of a comparison's treatment; group of the probe `uncertainty`
     "draw": "Int64",  # number of a control among its kind; missing for a treatment
     "dose": "str",  # strength or operation of an edit, threshold of the probe `uncertainty`, or ""
     "against": "str",  # of a comparison, the kind of control or the other group, or ""
-    "subspace": "str",  # attention_input, mlp_input, prediction, random, residual, a pair `one:other`, or ""
+    "subspace": "str",  # attention_input, final_input, prediction, random, ..., a pair `one:other`, or ""
     "k": "Int64",  # dimension of the subspace, or index of an eigenvalue, or missing
     "quantity": "str",
     "unit": "str",  # "1" if none
@@ -37,7 +39,10 @@ COLUMNS = {
     "n": "int64",  # samples behind the value
 }
 # Columns that tables of earlier versions lack, and the patterns of the names that held them.
-ADDED = {name: COLUMNS[name] for name in ("head", "expert", "treatment", "draw", "dose", "against")}
+ADDED = {
+    name: COLUMNS[name]
+    for name in ("head", "expert", "parameter", "token", "treatment", "draw", "dose", "against")
+}
 PART = r"^(?P<kind>[^.]+)\.(?P<number>\d+)$"
 ARM = r"^(?P<treatment>[^@/]*?)(?:\.(?P<draw>\d+)(?=@))?(?:@(?P<dose>[^/]+))?(?:/(?P<against>.+))?$"
 
@@ -103,7 +108,7 @@ def upgraded(table: "pd.DataFrame") -> "pd.DataFrame":
     part = table["matrix"].astype(object).str.extract(PART)
     number, of_head = part["number"].astype("Int64"), part["kind"].isin(["q", "k", "v", "o"])
     found = table["arm"].astype(object).str.extract(ARM).fillna({"treatment": "", "dose": "", "against": ""})
-    found = found.assign(head=number.where(of_head), expert=number.where(~of_head))
+    found = found.assign(head=number.where(of_head), expert=number.where(~of_head), parameter="", token="")
     found = table.assign(
         matrix=part["kind"].fillna(table["matrix"]).astype("str"),
         **{column: found[column].astype(ADDED[column]) for column in missing},
@@ -139,8 +144,8 @@ def label(table: "pd.DataFrame") -> "pd.Series":
 
 
 def whole_matrices(table: "pd.DataFrame") -> "pd.DataFrame":
-    """Rows of no single head; an expert's matrices are whole ones."""
-    return table[table["head"].isna()]
+    """Rows of no single head, and of no parameter outside the residual stream; an expert's are whole ones."""
+    return table[table["head"].isna() & (table["parameter"] == "")]
 
 
 def of_the_model(table: "pd.DataFrame", headline: str = "") -> "pd.DataFrame":

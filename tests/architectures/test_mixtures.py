@@ -124,7 +124,10 @@ def names(rows: list[Row], quantity: str) -> dict[str, float]:
     return {
         f"L{one['layer']}.{label(one)}": one["value"]
         for one in rows
-        if one["quantity"] == quantity and one.get("subspace") != "random" and one.get("layer") is not None
+        if one["quantity"] == quantity
+        and one.get("subspace") != "random"
+        and one.get("layer") is not None
+        and "parameter" not in one
     }
 
 

@@ -494,7 +494,8 @@ def test_a_chain_of_five_stages_has_the_order_of_its_list_and_one_may_be_an_adap
     between = table(ended, "rsf_stages")
     ranks = between[between["quantity"] == "adapter_rank"]
     assert set(ranks["step"]) == {UNORDERED.index("it-SFT")} and set(ranks["value"]) == {3.0}
-    moved = between[(between["quantity"] == "delta_norm") & (between["value"] > 0)]
+    moved = between[(between["quantity"] == "delta_norm") & (between["parameter"] == "")]
+    moved = moved[moved["value"] > 0]
     assert set(moved.query("step == 2")["matrix"]) == {"q", "o"}
     assert set(moved.query("step == 3")["matrix"]) == {"q", "k", "v", "o", "gate", "up", "down"}
     figures = {path.stem for path in (ended.record / "artifacts/figures").glob("*.png")}

@@ -43,6 +43,7 @@ def values(rows, quantity, subspace=None) -> dict[str, float]:
         f"L{row['layer']}.{row['matrix']}" + (f".{row['head']}" if "head" in row else ""): row["value"]
         for row in rows
         if row["quantity"] == quantity
+        and "parameter" not in row
         and row.get("subspace") != "random"
         and (subspace is None or row["subspace"] == subspace)
     }
@@ -286,7 +287,9 @@ def test_an_unmoved_model_needs_neither_text_nor_gradients(examples, tokenizer, 
     model, params = language_model("llama", tokenizer)
     monkeypatch.setattr(type(model), "logits", None)
     rows = RSF().measurement(setting(model, params, examples, objective=DPO()))(dict(params))
-    assert {row["quantity"] for row in rows} == {"delta_norm", "moved_share"}
+    sizes = {"delta_norm", "moved_share"}
+    assert {row["quantity"] for row in rows if "parameter" not in row} == sizes
+    assert {row["quantity"] for row in rows} == sizes | {"relative_norm", "visible_share"}
 
 
 def test_increments_are_what_lies_between_neighbouring_checkpoints(examples, tokenizer):

@@ -37,7 +37,7 @@ EARLIER: Mapping[str, Declaration] = {
         share="fraction",
         form=".2f",
         section=ASYMMETRY,
-        harmless=("budget_gb",),
+        harmless=("budget_gb", "products"),
     ),
     "behaviour": ProbeDeclaration("", section=BEHAVIOUR, generic=False),
     "moments": ProbeDeclaration("measured_ratio", section=MECHANISM),

@@ -17,7 +17,7 @@ from weightgeom.interfaces import Setting
 from weightgeom.models.residual import ResidualMatrix, expert_sites
 from weightgeom.params import Params
 from weightgeom.text.conversation import chats
-from weightgeom.text.tokens import packed
+from weightgeom.text.tokens import Batch, packed
 
 log = logging.getLogger(__name__)
 PER_DIMENSION = 64  # tokens for each dimension of the residual stream that moments are estimated from
@@ -86,14 +86,10 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
     if inputs.experts:
         of_experts = expert_sites(model.architecture.matrices)
         sites = sorted((*sites, *of_experts), key=lambda site: site.layer)
-    size = max(1, BATCH_TOKENS[model.device.type == "cpu"] // inputs.length)
-    chat = inputs.text == "chat"
-    texts = chats(setting.examples, model.tokenizer) if chat else setting.examples.heldout
-    batches = packed(texts, model.tokenizer, inputs.length, inputs.tokens, size, closed=chat)
     moments = activation_moments(
         model,
         params,
-        batches,
+        text_batches(setting, inputs, inputs.tokens),
         sites,
         centre=inputs.centre,
         unit=inputs.unit,
@@ -131,6 +127,15 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
         _warn_of_few_routed(len(few), experts, *few[0])
     if len(routed) < experts:
         _warn_of_unreached(experts - len(routed), experts)
+
+
+def text_batches(setting: Setting, inputs: Inputs, tokens: int) -> list[Batch]:
+    """The held-out text, or conversations, that moments of inputs are taken on, up to so many tokens."""
+    model = setting.model
+    size = max(1, BATCH_TOKENS[model.device.type == "cpu"] // inputs.length)
+    chat = inputs.text == "chat"
+    texts = chats(setting.examples, model.tokenizer) if chat else setting.examples.heldout
+    return packed(texts, model.tokenizer, inputs.length, tokens, size, closed=chat)
 
 
 def _crossfit(moment: Moment, k: int) -> Iterator[tuple[Subspace, Float[Tensor, " k"]]]:

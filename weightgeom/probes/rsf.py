@@ -11,12 +11,16 @@ from torch import Tensor
 
 from weightgeom.bases.outline import Shape
 from weightgeom.declarations import ASYMMETRY, ProbeDeclaration
+from weightgeom.estimators.embeddings import embeddings_moved, other_rows, places_needed, unembedding_moves
+from weightgeom.estimators.final_input import final_frame
 from weightgeom.estimators.gradients import Gathering, folded, gradient_moments
 from weightgeom.estimators.moments import GIB, Moment
 from weightgeom.estimators.pathways import Pathways
+from weightgeom.estimators.products import check_products, product_places, product_rows
 from weightgeom.estimators.reference_subspaces import (
     Frame,
     Inputs,
+    Place,
     check_dimensions,
     dimensions,
     input_frames,
@@ -55,8 +59,8 @@ class RSF:
     Read matrices (q k v gate up) are compared on their input side with the top-k principal
     directions of their inputs, write matrices (o down) on their output side with the top-k right
     singular vectors of the unembedding, all with a random subspace beside. Source: arXiv:2605.16600,
-    one side at a time; its sum of two sides does not arise, as no matrix of these reads and writes.
-    The reads of an expert are compared with the inputs of the tokens that the router sends to it, at
+    one side at a time; its sum of two sides arises for `products` alone, as no matrix of these reads and
+    writes. The reads of an expert are compared with the inputs of the tokens that the router sends to it, at
     whichever checkpoint `at` says; an expert that gets no held-out token has no rows but those of its size.
 
     Quantities:
@@ -100,6 +104,11 @@ class RSF:
             all its updates together (`geometry.joint_null`), since matrices share directions and
             subspaces; above d = 256 the sd of reads has the error of its sketches. ratio_mean_p_value: of
             a mean over writes, which one subspace serves.
+        delta_norm, relative_norm, moved_share, visible_share, rounding_share of every parameter outside the
+            residual-stream map (embeddings, norms, biases, ...; `parameter_rows`), named in the column
+            `parameter`; embedding_... and token_... of the embeddings (`embedding_rows`, `token_rows`).
+        product_norm, query_ratio, key_ratio, write_ratio, read_ratio, sum_ratio, ... with `products`: of
+            W_Qᵀ W_K (`qk`) and W_O W_V (`ov`) of every head, on both of their sides (`product_rows`).
         increment_ratio, increment_...: the same of the change since the checkpoint before, with `increments`,
             in the same subspaces; increment_norm is its size.
 
@@ -116,13 +125,14 @@ class RSF:
         form=".2f",
         section=ASYMMETRY,
         of_pretraining=True,
-        harmless=("budget_gb",),
+        harmless=("budget_gb", "products"),
     )
 
     k: int | list[int] | None = None
     at: Literal["auto", "start", "step", "end"] = "auto"
     null_kind: Literal["rotation", "isotropic"] = "rotation"
     per_head: bool = False
+    products: bool = False  # also W_Qᵀ W_K and W_O W_V of each head, on both of their sides
     increments: bool = False  # what lies between neighbouring checkpoints, beside what lies behind the start
     tokens: int | None = Field(default=None, ge=2)  # of held-out text; None: 64 a dimension, at least 8192
     length: int = Field(default=96, ge=2)  # tokens a sequence
@@ -139,6 +149,8 @@ class RSF:
     def check(self, architecture: Architecture) -> None:
         """Refuse a k that does not fit."""
         check_dimensions(self.k, architecture.d_model, "probe.rsf.k")
+        if self.products:
+            check_products(architecture)
 
     def held(self, shape: Shape, objective: bool) -> float:
         """The pass over the objective's gradients, or what is kept of it with the frames of all inputs.
@@ -154,6 +166,7 @@ class RSF:
         gathered = models + batch + min(upstream, max(budget, moment)) if gradients else 0.0
         k = dimensions(self.k, shape.d_model)[-1]
         frame = moment + 2 * shape.square + 8.0 * shape.d_model * k * (3 + self.resamples)
+        bases = 8.0 * shape.d_model * k * shape.layers if self.products else 0.0
         weights = shape.weights if shape.weights <= budget / 2 else shape.weights / shape.layers
         tokens = 4.0 * shape.d_model * (self.tokens or most_tokens(shape.d_model))
         if self.budget_gb is None and self.at != "step" and not shape.mixture:
@@ -162,7 +175,7 @@ class RSF:
             whole = 2 * moment + (tokens if shape.mixture else 0.0)  # a layer's; experts are made of tokens
             least = max(moment, tokens) if shape.mixture else moment
             frames = min(shape.layers * whole, max(budget / 2, least)) + frame
-        return max(gathered, upstream + weights + frames + 8 * shape.square)
+        return max(gathered, upstream + weights + frames + bases + 8 * shape.square)
 
     def figures(self, tables: "Mapping[str, pd.DataFrame]") -> "Mapping[str, Figure]":
         """The ratio by step and by layer; of a chain by stage, and by layer against the stage before."""
@@ -197,8 +210,10 @@ class RSF:
         at = ("step" if setting.from_random else "start") if self.at == "auto" else self.at
         kept: list[Frame] = []
         upstream: dict[str, Moment] = {}
-        matrices = setting.model.architecture.matrices
+        architecture = setting.model.architecture
+        matrices = architecture.matrices
         before: list[Params] = [setting.start]
+        wanted = places_needed(architecture) | (product_places(architecture) if self.products else set())
 
         def frames(params: Params) -> Iterable[Frame]:
             whose = {"start": setting.start, "step": params, "end": setting.end}[at]
@@ -211,21 +226,25 @@ class RSF:
         def measure(params: Params) -> list[Row]:
             previous = before.pop()
             before.append(params)
-            if all(_unmoved(matrix, params, setting.start) for matrix in matrices):
-                return [
-                    one for matrix in matrices for one in _size(matrix, self._update(matrix, params, setting))
-                ]
+            unmoved = all(_unmoved(matrix, params, setting.start) for matrix in matrices)
+            if unmoved and not embeddings_moved(setting, params):
+                updates = ((matrix, self._update(matrix, params, setting)) for matrix in matrices)
+                sizes = [one for matrix, update in updates for one in _size(matrix, update)]
+                return [*sizes, *other_rows(setting, params, {}, ())]
             if not upstream:
                 upstream.update(self._upstream(setting))
             chance = random_frame(setting, self._largest(setting))
             rows: dict[str, list[Row]] = {}
-            d = setting.model.architecture.d_model
+            d = architecture.d_model
+            places: dict[Place, Frame] = {}
             pathways = Pathways(dimensions(self.k, d), d, setting.seed)
             written = prediction_frame(
                 setting, previous, self._largest(setting), fold_gain=self.fold_gain,
                 centre=self.centre_unembedding,
             ) if setting.from_random else None  # fmt: skip
             for frame in frames(params):
+                if frame.place in wanted:
+                    places[frame.place] = Frame(frame.place, frame.space, rank=frame.rank)
                 for matrix in matrices:
                     if routed_place_of(matrix) == frame.place:
                         made = self._rows(
@@ -243,7 +262,8 @@ class RSF:
                     rows[matrix.name] = list(_size(matrix, self._update(matrix, params, setting)))
             in_order = [one for matrix in matrices for one in rows[matrix.name]]
             warn_of_rounding(in_order)
-            return [*in_order, *_q_values(in_order), *pathways.rows(_ratios(in_order))]
+            found = [*in_order, *_q_values(in_order), *pathways.rows(_ratios(in_order))]
+            return [*found, *self._others(setting, params, places)]
 
         return measure
 
@@ -252,6 +272,13 @@ class RSF:
 
     def _update(self, matrix: ResidualMatrix, params: Params, setting: Setting) -> Update:
         return update_of(matrix, params, setting.start, written=self.fold_post_norm)
+
+    def _others(self, setting: Setting, params: Params, places: Mapping[Place, Frame]) -> Iterator[Row]:
+        """Parameters outside of the map and, where asked for, the products of heads."""
+        wanted = dimensions(self.k, setting.model.architecture.d_model)
+        yield from other_rows(setting, params, places, wanted)
+        if self.products:
+            yield from product_rows(setting, params, places, wanted, written=self.fold_post_norm)
 
     def _frames(self, setting: Setting, params: Params) -> Iterator[Frame]:
         d = setting.model.architecture.d_model
@@ -269,6 +296,8 @@ class RSF:
         k = self._largest(setting)
         yield from input_frames(setting, params, k, inputs)
         yield prediction_frame(setting, params, k, fold_gain=self.fold_gain, centre=self.centre_unembedding)
+        if unembedding_moves(setting):
+            yield final_frame(setting, params, k, inputs)
 
     def _upstream(self, setting: Setting) -> dict[str, Moment]:
         """Second moments on training examples at the start, by matrix, where the objective is known.
