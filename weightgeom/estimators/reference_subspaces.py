@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from weightgeom.estimators.moments import Moment, Unit, activation_moments
+from weightgeom.estimators.moments import Moment, Resampled, Unit, activation_moments
 from weightgeom.geometry.bootstrap import FEW_TOKENS
 from weightgeom.geometry.subspace import Subspace, prediction_moment
 from weightgeom.interfaces import Setting
@@ -36,7 +36,7 @@ class Frame:
     place: Place
     space: Subspace
     moment: Moment | None = None
-    resampled: tuple[tuple[Subspace, Float[Tensor, " k"]], ...] = ()
+    resampled: Resampled | None = None
     crossfit: tuple[tuple[Subspace, Float[Tensor, " k"]], ...] = ()
     """The directions of each half of the prompts, with their shares of the trace of the other half."""
     rank: int | None = None  # of the directions, those with an eigenvalue above 1e-6 of the largest
@@ -94,7 +94,6 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
         budget_gb=inputs.budget_gb,
     )
     for site, moment in moments:
-        drawn = moment.resampled_tops(k, inputs.resamples, setting.seed) if inputs.resamples else ()
         d = moment.sums.shape[1]
         if inputs.unit == "token":
             _warn_of_few(moment.samples, inputs.tokens, d)
@@ -107,7 +106,7 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
             (site.name, site.layer),
             space,
             moment,
-            tuple(drawn),
+            moment.resampled_tops(k, inputs.resamples, setting.seed) if inputs.resamples else None,
             tuple(_crossfit(moment, k)) if inputs.crossfit else (),
             rank,
         )
