@@ -6,7 +6,8 @@ import torch
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from weightgeom.estimators.moments import activation_moments, passes
+from weightgeom.estimators.moments import Moment, activation_moments, passes
+from weightgeom.geometry.subspace import Subspace
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import architecture_of
 from weightgeom.text.tokens import Batch, packed, responses
@@ -194,3 +195,34 @@ def test_diverged_weights_are_refused(model, params, batches):
     message = "the mlp_input of layer 1 is not finite: the weights have diverged"
     with pytest.raises(ValueError, match=message):
         list(activation_moments(model, params, batches, model.architecture.sites))
+
+
+def test_resampled_levels_are_the_shares_of_every_resampled_moment(model, params, batches):
+    moments = activation_moments(model, params, batches, model.architecture.sites[:2], groups=4)
+    for _, moment in moments:
+        space = Subspace.random(moment.sums.shape[1], 6, torch.Generator().manual_seed(0))
+        levels = moment.resampled_levels(space, 9, 1)
+        expected = torch.stack([space.shares(sample).cumsum(0) for sample in moment.resampled(9, 1)])
+        assert_close(levels, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("decay", [0.2, 0.5])
+def test_directions_of_resampled_moments_are_the_exact_ones_within_a_fraction_of_their_spread(decay):
+    generator, d, k, groups = torch.Generator().manual_seed(0), 320, 40, 8
+    scale = torch.arange(1, d + 1) ** -decay
+    parts = [torch.randn(8 * d, d, generator=generator) * scale for _ in range(groups)]
+    sums = torch.stack([part.T @ part for part in parts])
+    moment = Moment(sums, torch.stack([part.sum(0) for part in parts]), torch.full((groups,), 8.0 * d))
+    x = torch.randn(40, d, generator=generator) * scale
+    gram = x.T @ x
+    resampled = moment.resampled_tops(k, 40, 1)
+    assert resampled is not None
+    exact = [Subspace.top(sample, k) for sample in moment.resampled(40, 1)]
+    shares = torch.tensor([space.explained(gram) for space in exact], dtype=torch.float64)
+    found = resampled.explained(gram)[:, -1]
+    # The standard error of 40 samples has an error of 1/sqrt(80) = 11 %.
+    assert abs(float(found.std() / shares.std()) - 1) < 0.05
+    assert float((found - shares).square().mean().sqrt()) < 0.15 * float(shares.std())
+    levels = [space.explained(sample) for space, sample in zip(exact, moment.resampled(40, 1), strict=True)]
+    levels = torch.tensor(levels, dtype=torch.float64)
+    assert float((resampled.shares.sum(1) - levels).abs().max()) < 0.1 * float(levels.std())

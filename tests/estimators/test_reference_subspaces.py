@@ -143,7 +143,7 @@ def test_the_prediction_frame_is_that_of_the_unembedding_behind_the_final_norm(n
         unembedding = unembedding * setting.model.architecture.final_norm.gain(setting.start).double()
     rows = unembedding - unembedding.mean(0) if centre else unembedding
     frame = prediction_frame(setting, setting.start, K, fold_gain=fold, centre=centre)
-    assert frame.place == ("prediction", None) and frame.moment is None and frame.resampled == ()
+    assert frame.place == ("prediction", None) and frame.moment is None and frame.resampled is None
     # The gain is 1 + weight in fp32: 6e-8 over the gaps of a random spectrum, some percent.
     assert_close((frame.space.basis.T @ top(rows)).abs(), torch.eye(K).double(), rtol=0, atol=1e-5)
 
@@ -171,7 +171,8 @@ def test_the_random_frame_is_drawn_by_the_seed_alone(at):
 def test_resampled_frames_are_those_of_the_moments_own_bootstrap(at):
     setting = at("llama")
     for frame in frames(setting, replace(INPUTS, groups=5, resamples=7)):
-        assert frame.moment is not None and len(frame.moment.sums) == 5 and len(frame.resampled) == 7
+        assert frame.moment is not None and len(frame.moment.sums) == 5
+        assert frame.resampled is not None and len(frame.resampled) == 7
         assert_close(frame.space.basis, Subspace.top(frame.moment.value, K).basis, rtol=0, atol=1e-10)
         distances = [
             (one.basis @ one.basis.T - frame.space.basis @ frame.space.basis.T).norm()
@@ -186,22 +187,20 @@ def test_resampled_subspaces_are_the_top_ones_of_each_sample(k, centred, at):
     setting = at("llama")
     inputs = replace(INPUTS, groups=5, resamples=7, centre=centred)
     for frame in input_frames(setting, setting.start, k, inputs):
-        assert frame.moment is not None
+        assert frame.moment is not None and frame.resampled is not None
         samples = frame.moment.resampled(7, SEED)
         for (space, shares), sample in zip(frame.resampled, samples, strict=True):
             whole = Subspace.top(sample, k)
             apart = float((space.basis @ space.basis.T - whole.basis @ whole.basis.T).norm())
             moved = float((space.basis @ space.basis.T - frame.space.basis @ frame.space.basis.T).norm())
-            # Sought in all 32 dimensions where 4k reaches them; in 16 of them for k = 4, whose spectrum is
-            # flat in a random network, so that some of the way is missed. The moments are sums in fp32.
-            assert apart < (1e-4 if k == 8 else 0.2 * moved)
+            assert apart < 1e-4 < moved  # the moments are sums in fp32
             found, expected = shares.cumsum(0), whole.shares(sample).cumsum(0)
-            assert_close(found[-1], expected[-1], rtol=1e-2 if k == 4 else 1e-5, atol=1e-6)
+            assert_close(found[-1], expected[-1], rtol=1e-5, atol=1e-6)
 
 
 def test_without_resamples_there_is_one_group_and_nothing_resampled(at):
     for frame in frames(at("llama"), replace(INPUTS, groups=5)):
-        assert frame.moment is not None and len(frame.moment.sums) == 1 and frame.resampled == ()
+        assert frame.moment is not None and len(frame.moment.sums) == 1 and frame.resampled is None
 
 
 @pytest.mark.parametrize("resamples", [0, 4])
@@ -213,6 +212,9 @@ def test_a_budget_changes_no_frame(resamples, at):
     assert [frame.place for frame in whole] == [frame.place for frame in split]
     for one, other in zip(whole, split, strict=True):
         assert_close(one.space.basis, other.space.basis, rtol=0, atol=0)
+        if one.resampled is None or other.resampled is None:
+            assert one.resampled is other.resampled
+            continue
         for drawn, again in zip(one.resampled, other.resampled, strict=True):
             assert_close(drawn[0].basis, again[0].basis, rtol=0, atol=0)
             assert_close(drawn[1], again[1], rtol=0, atol=0)

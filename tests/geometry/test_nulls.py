@@ -387,3 +387,17 @@ def test_the_rank_p_value_of_an_exchangeable_treatment_is_valid_at_every_level(g
         # P(p ≤ level) is the level, as it is a multiple of 1/20; five standard deviations of the binomial.
         share = float((p <= level + 1e-6).double().mean())
         assert abs(share - level) < 5 * sqrt(level * (1 - level) / 2000)
+
+
+def test_p_values_at_several_levels_are_those_of_each_level_by_itself(generator):
+    # Of a subspace that is none of the moment's own, whose eigenvalues are interpolated between three levels.
+    moment, _ = second_moment(MOMENTS["power law"], generator)
+    x = torch.randn(40, D, generator=generator, dtype=torch.float64) @ moment_root(moment).T
+    null = matched_null(x.T @ x, moment_root(moment), Subspace.random(D, K, generator), 0, draws=4999)
+    fractions = [null.mean + step * null.sd for step in torch.linspace(-2, 3, 15).tolist()]
+    together = [p for p, _ in null.p_values(fractions)]
+    alone = [null.p_value(fraction)[0] for fraction in fractions]
+    assert max(alone) > 0.9 and min(alone) < 0.01
+    # A tenth of the Monte Carlo error, of which both have the same.
+    for p, other in zip(together, alone, strict=True):
+        assert abs(p - other) <= 0.1 * sqrt(other * (1 - other) / 4999) + 1 / 5000

@@ -188,8 +188,9 @@ def crossfit(
     halves = moment.halves()
     assert halves is not None
     null = matched_null(gram, moment.root, moment.top(k), seed, draws)
-    drawn = [float(shares.sum()) for _, shares in moment.resampled_tops(k, 40, seed)]
-    interval = bootstrap_interval(null.mean, drawn, len(moment.sums))
+    resampled = moment.resampled_tops(k, 40, seed)
+    assert resampled is not None
+    interval = bootstrap_interval(null.mean, resampled.shares.sum(1).tolist(), len(moment.sums))
     assert interval is not None
     error = interval.stderr / null.mean * widening(moment.per_dimension)
     estimated = Estimated(null, error, len(moment.sums) - 1)
@@ -282,7 +283,9 @@ def _coverage(generator: torch.Generator, d: int, draws: int) -> Iterator[Rate]:
             moment = _moment(_texts(scale, max(2 * SEQUENCE, per * d), generator))
             x = torch.randn(ROWS, d, generator=generator, dtype=torch.float64) * scale
             gram = x.T @ x
-            drawn = [space.explained(gram) for space, _ in moment.resampled_tops(k, 40, draw)]
+            resampled = moment.resampled_tops(k, 40, draw)
+            assert resampled is not None
+            drawn = resampled.explained(gram)[:, -1].tolist()
             value = moment.top(k).explained(gram)
             interval = bootstrap_interval(value, drawn, len(moment.sums), moment.per_dimension)
             assert interval is not None

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from weightgeom.estimators.moments import Moment, Unit, activation_moments
+from weightgeom.estimators.moments import Moment, Resampled, Unit, activation_moments
 from weightgeom.geometry.bootstrap import FEW_TOKENS
 from weightgeom.geometry.subspace import Subspace, prediction_moment
 from weightgeom.interfaces import Setting
@@ -37,7 +37,7 @@ class Frame:
     place: Place
     space: Subspace
     moment: Moment | None = None
-    resampled: tuple[tuple[Subspace, Float[Tensor, " k"]], ...] = ()
+    resampled: Resampled | None = None
     crossfit: tuple[tuple[Subspace, Float[Tensor, " k"]], ...] = ()
     """The directions of each half of the prompts, with their shares of the trace of the other half."""
     rank: int | None = None  # of the directions, those with an eigenvalue above 1e-6 of the largest
@@ -99,7 +99,6 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
     )
     routed: dict[Place, float] = {}  # tokens per dimension of experts
     for site, moment in moments:
-        drawn = moment.resampled_tops(k, inputs.resamples, setting.seed) if inputs.resamples else ()
         d = moment.sums.shape[1]
         place = (site.name, site.layer) if site.expert is None else (site.name, site.layer, site.expert)
         if site.expert is not None:
@@ -115,7 +114,7 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
             place,
             space,
             moment,
-            tuple(drawn),
+            moment.resampled_tops(k, inputs.resamples, setting.seed) if inputs.resamples else None,
             tuple(_crossfit(moment, k)) if inputs.crossfit else (),
             rank,
         )

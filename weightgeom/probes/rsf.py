@@ -400,7 +400,7 @@ class RSF:
         gram = update.gram.cpu().double()
         d, entries = len(gram), update.shape[0] * update.shape[1]
         inside = frame.space.shares(gram).cumsum(0)
-        drawn = [space.shares(gram).cumsum(0) for space, _ in frame.resampled]
+        drawn = None if frame.resampled is None else frame.resampled.explained(gram)
         for asked in dimensions(self.k, d):
             at = where | {"subspace": frame.place[0], "k": asked}
             k = frame.directions(asked)
@@ -413,7 +413,7 @@ class RSF:
                 null = isotropic_null(d, k, entries // d)
             groups = 0 if frame.moment is None else len(frame.moment.sums)
             interval = bootstrap_interval(
-                fraction, [float(one[k - 1]) for one in drawn], groups, frame.per_dimension
+                fraction, [] if drawn is None else drawn[:, k - 1].tolist(), groups, frame.per_dimension
             )
             stderr = None if interval is None else interval.stderr
             yield row("fraction", fraction, n=entries, stderr=stderr, **at)
@@ -459,9 +459,12 @@ def _matched(
     space, scale, n = frame.space.first(k), len(gram) / k, moment.samples
     root = moment.root if adapter is None else moment_root(seen(moment.value))
     null = matched_null(gram, root, space, seed)
-    drawn = [float(shares[:k].sum()) for _, shares in frame.resampled] if adapter is None else []
-    if not drawn:  # the subspace is not estimated from data, or seen through an adapter; the moment is
+    if adapter is not None:
         drawn = [float(space.shares(seen(one)).sum()) for one in moment.resampled(resamples, seed)]
+    elif frame.resampled is not None:
+        drawn = frame.resampled.shares[:, :k].sum(1).tolist()
+    else:  # the subspace is not estimated from data; the moment is
+        drawn = moment.resampled_levels(space, resamples, seed)[:, -1].tolist()
     interval = bootstrap_interval(null.mean, drawn, len(moment.sums))
     stderr = None if interval is None else interval.stderr * scale
     yield row("matched_ratio", null.mean * scale, n=n, stderr=stderr, **at)
