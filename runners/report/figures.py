@@ -78,8 +78,8 @@ def _figures(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]"
             "Ratio expected from the base alone against the ratio measured after training. Left: from second"
             " moments, as if what is read and what is sent back were independent. Right: from the mean"
             " gradient, as each training's optimizer would use it in its first step, and no training. A point"
-            " is a matrix of a layer of a run (circles read, squares write); bars are the bootstrap's standard"
-            " error over prompts. On the dashed line the expectation is exact.",
+            " is a matrix of a layer of a run (circles read, squares write); bars are the bootstrap's"
+            " standard error over prompts. On the dashed line the expectation is exact.",
             False,
         )
     yield from _interventions(found)
