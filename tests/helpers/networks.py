@@ -125,9 +125,6 @@ CONFIGS: dict[str, Config] = {
     "nemotron_h": grouped("nemotron_h", layers_block_type=ONE_MIXER_A_LAYER, **OF_NEMOTRON),
 }
 
-# One network of each form: fused, transposed, with grouped heads, norms behind, biases, or multipliers.
-FORMS = ("gpt_neox", "gpt2", "llama", "llama_tied", "phi3", "olmo2", "gemma2", "opt", "granite", "falcon_new")
-
 LATENT = {"kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
 FOUR = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
 DEEPSEEK = LATENT | FOUR | {"moe_intermediate_size": 12, "first_k_dense_replace": 1, "n_shared_experts": 2}
