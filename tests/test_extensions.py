@@ -159,7 +159,7 @@ def test_a_headline_without_a_row_is_refused_with_the_quantities_that_there_are(
     ended = ran(home, *TINY, "probe=[]", "+probe.norms={_target_: mylab.wrong.SpectralNorm}")
     assert ended.code == 1
     (error,) = ended.errors
-    assert "probe.norms declares the headline 'norm', and no matrix has a row of it" in error
+    assert "probe.norms declares the headline 'norm', but no matrix has such a row" in error
     assert "declare one of spectral_norm, frobenius_norm" in error
 
 

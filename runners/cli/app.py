@@ -1,4 +1,4 @@
-"""The installed command `weightgeom`: every part of it is imported when it is asked for."""
+"""The installed command `weightgeom`: every part is imported when it is asked for."""
 
 from importlib import metadata
 from pathlib import Path
@@ -76,7 +76,7 @@ def sweep(context: typer.Context) -> None:
 
 @app.command(context_settings=PASSED_ON)
 def sync(context: typer.Context) -> None:
-    """Publish to MLflow what an outage or a kill left unpublished."""
+    """Publish records to MLflow that an outage or a kill left unpublished."""
     from runners.tracking.__main__ import main
 
     raise typer.Exit(main(["sync", *context.args]))

@@ -69,12 +69,12 @@ def reference(arguments: Sequence[str] = ()) -> str:
 
 def _files(group: str, own: Sequence[Path] = ()) -> dict[str, Path]:
     """The files of a group's choices by name, such as `graded/dpo`; ours go before those of `own`."""
-    found = {
+    files = {
         path.relative_to(place / group).with_suffix("").as_posix(): path
         for place in [*own, CONF]
         for path in (place / group).rglob("*.yaml")
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(files.items()))
 
 
 def _config_directories(arguments: Sequence[str]) -> list[Path]:

@@ -81,7 +81,7 @@ def _check_members(key: str, group: str, thing: object) -> None:
             f" {', '.join(members)}{otherwise}"
         )
     if not is_dataclass(configured(thing)):
-        raise ValueError(f"{key}: {name} must be a dataclass, as its fields are what tells its tables apart")
+        raise ValueError(f"{key}: {name} must be a dataclass, as its fields tell its tables apart")
     declaration: object = getattr(thing, "declaration", None)
     if not isinstance(declaration, made):
         raise ValueError(f"{key}: {name}.declaration must be a {made.__name__}, got {declaration!r}")
@@ -92,7 +92,7 @@ def _check_members(key: str, group: str, thing: object) -> None:
 
 
 def objective_tags(objective: Objective | None, examples: Examples) -> dict[str, str]:
-    """The tags of a run that say what kind of objective it has."""
+    """The tags of a run that name its kind of objective."""
     if objective is None:
         return {}
     if not isinstance(objective, KnownRole):
@@ -101,6 +101,6 @@ def objective_tags(objective: Objective | None, examples: Examples) -> dict[str,
 
 
 def with_declaration(table: "pd.DataFrame", thing: Probe | Intervention) -> "pd.DataFrame":
-    """The table, which is told what its probe or intervention declares."""
+    """The table with the declaration of its probe or intervention as an attribute."""
     table.attrs[DECLARATION] = recorded(thing.declaration)
     return table

@@ -1,4 +1,4 @@
-"""One run: prepare the base, train, probe every checkpoint, draw, and keep a record of it all."""
+"""One run: prepare the base, train, probe every checkpoint, draw, and keep a record."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,7 +66,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 class Make(Protocol):
-    """Gives what makes stages, whose metrics go into the record under `prefix`."""
+    """A maker of stages, whose metrics go into the record under `prefix`."""
 
     def __call__(self, prefix: str, code: str, of: str = "") -> Stage:
         """`code` is a fingerprint; `of` stands behind the names of the stages where people read them."""
@@ -75,7 +75,7 @@ class Make(Protocol):
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that one run is made of; `directory` gets its record, `outputs` what others reuse."""
+    """All parts of one run; `directory` gets its record, `outputs` the stages that other runs reuse."""
 
     name: str  # of the MLflow experiment
     run_name: str
@@ -113,7 +113,7 @@ class Experiment:
             say(["the training is done; a second job measures it"])
 
     def run(self) -> "dict[str, pd.DataFrame]":
-        """Check all of it, do what was not done before, and return the tables by name."""
+        """Check all parts, make the stages that are missing, and return the tables by name."""
         examples = self.check()
         share_with_group(self.outputs)  # a job does not begin where the command line does
         uri = check_tracking_uri(self.tracking_uri)
@@ -262,7 +262,7 @@ class Experiment:
         return make, base
 
     def _about(self, name: str, trajectory: Trajectory, table: "pd.DataFrame") -> "pd.DataFrame":
-        """The table, told what the figures say of it: whose subspaces it is in, and what its steps are."""
+        """The table with its figures' attributes: whose subspaces it is in, and the meaning of its steps."""
         at = str(self.params.get(f"probe.{name}.at"))
         automatic = "step" if trajectory.from_random else "start"
         table.attrs["at"] = automatic if at == "auto" else at
@@ -278,9 +278,9 @@ class Experiment:
     def _between_stages(
         self, make: Make, base: Base, examples: Examples
     ) -> "Iterator[tuple[str, pd.DataFrame]]":
-        """Of every probe that compares, what `model=pair` gives of each stage and the one before it."""
+        """Tables of every probe that compares: each stage against the one before, as with `model=pair`."""
         names = [name for name, probe in self.probes.items() if probe.declaration.compares]
-        found: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
+        by_probe: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
         assert base.trajectory is not None
         for pair, (before, after) in zip(base.pairs, pairwise(base.trajectory.stages), strict=True):
             assert pair.trajectory is not None
@@ -288,8 +288,8 @@ class Experiment:
             of = against(before, after)
             measured = self.measured(make, pair, pair.trajectory, pair.identity, examples, of)
             for name in names:
-                found[name].append(measured.table(name, self.probes[name]))
-        yield from ((name, between(pairs)) for name, pairs in found.items())
+                by_probe[name].append(measured.table(name, self.probes[name]))
+        yield from ((name, between(pairs)) for name, pairs in by_probe.items())
 
     def _trajectories(self, make: Make, base: Base, examples: Examples) -> Iterator[tuple[Trajectory, str]]:
         if (past := self.past(base)) is not None:
@@ -405,7 +405,7 @@ def check_parts(
     tracking_uri: str,
     name: str,
 ) -> None:
-    """Refuse what does not go together, as far as can be told without the data."""
+    """Refuse parts that do not go together, as far as is known without the data."""
     check_experiment(check_tracking_uri(tracking_uri), name)
     modules_of(model, objective, training, probes, interventions)
     measured = {"probe": plain(probes), "intervention": plain(interventions)}

@@ -25,15 +25,15 @@ def foreseen(run: "Experiment", examples: Examples) -> tuple[list[Foreseen], Bas
 
     Checkpoints of the hub are fetched, which is in any case the first that a run does.
     """
-    found: list[Foreseen] = []
-    make = partial(_foresight, run.outputs, found, True)
-    look = partial(_foresight, run.outputs, found, False)
+    stages: list[Foreseen] = []
+    make = partial(_foresight, run.outputs, stages, True)
+    look = partial(_foresight, run.outputs, stages, False)
     base = None
     with suppress(Foretold):
         base = run.prepared(make, examples)
     if base is None:
-        return [*found, *_behind_an_unmade_base(run, examples)], None
-    ready = None if found else base
+        return [*stages, *_behind_an_unmade_base(run, examples)], None
+    ready = None if stages else base
     past, trained = run.past(base), None
     if past is not None:
         _measured(run, look, base, (past, base.identity), examples, run.suffix(past, base))
@@ -52,7 +52,7 @@ def foreseen(run: "Experiment", examples: Examples) -> tuple[list[Foreseen], Bas
         for name, intervention in run.interventions.items():
             with suppress(Foretold):
                 measured.effects(name, intervention)
-    return found, ready
+    return stages, ready
 
 
 def against(before: str, after: str) -> str:
@@ -88,6 +88,6 @@ def _behind_an_unmade_base(run: "Experiment", examples: Examples) -> Iterator[Fo
 
 
 def _foresight(
-    outputs: Path, found: list[Foreseen], through: bool, prefix: str, code: str, of: str = ""
+    outputs: Path, stages: list[Foreseen], through: bool, prefix: str, code: str, of: str = ""
 ) -> Foresight:
-    return Foresight(outputs, code, found, of, through)
+    return Foresight(outputs, code, stages, of, through)

@@ -1,4 +1,4 @@
-"""Stages with what was logged while they were made: live, or again from their own log."""
+"""Stages with their logged metrics: live while they are made, or again from their own log."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 log = logging.getLogger(__name__)
-METRICS = "metrics.jsonl"  # of a stage: what was logged while it was made
-RESUMABLE = "checkpoint-*"  # what the work of a stage goes on from: the states of transformers' trainers
+METRICS = "metrics.jsonl"  # of a stage: the metrics logged while it was made
+RESUMABLE = "checkpoint-*"  # the states of transformers' trainers, from which the work of a stage goes on
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Stages:
     outputs: Path
     record: Record
     prefix: str  # of the metrics' names
-    code: str  # fingerprint of what the result depends on
+    code: str  # fingerprint of the code that the result depends on
     verify: bool = False  # read all files of a finished stage before it is used, and not once in a process
     interruption: Interruption | None = None
     progress: Progress = field(default_factory=lambda: Progress(Path()))
-    of: str = ""  # what the stages are about, behind their names where people read them
+    of: str = ""  # the subject of the stages, behind their names where people read them
 
     def __call__(
         self, name: str, specification: Mapping[str, object], work: Callable[[Path, Log], None], steps: int
@@ -97,14 +97,14 @@ class Stages:
 
 
 class Foretold(Exception):
-    """The end of what is known before a run: a stage that is to be made, or is only looked at."""
+    """Ends the forecast of a run at a stage that is still to be made, or is only looked at."""
 
 
 @dataclass(frozen=True)
 class Foresight:
-    """Stands in for `Stages` before a run: adds to `found` what is made or reused, and makes nothing.
+    """Stands in for `Stages` before a run: adds each stage that is made or reused to `found`, and makes none.
 
-    With `through`, what follows a finished stage is looked at as well; otherwise it is not read.
+    With `through`, the stages behind a finished one are looked at as well; otherwise it is not read.
     """
 
     outputs: Path

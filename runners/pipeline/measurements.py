@@ -43,13 +43,13 @@ class Measured:
 
         def rows(log_metrics: Log) -> list[Row]:
             measure = probe.measurement(self.setting)
-            found: list[Row] = []
+            measured: list[Row] = []
             for index, (step, checkpoint) in enumerate(self.trajectory.steps.items()):
                 params = self._model.params(checkpoint, self.setting.start)
-                found += [{"step": step, **row} for row in measure(params)]
+                measured += [{"step": step, **row} for row in measure(params)]
                 log_metrics({}, index + 1)
-            self._check_headline(name, probe, found)
-            return found
+            self._check_headline(name, probe, measured)
+            return measured
 
         return self._made(name, "probe", probe, rows, len(self.trajectory.steps))
 
@@ -77,7 +77,7 @@ class Measured:
             return
         of_matrix = dict.fromkeys(row["quantity"] for row in rows if row.get("matrix"))
         raise ValueError(
-            f"probe.{name} declares the headline {headline!r}, and no matrix has a row of it: declare one of"
+            f"probe.{name} declares the headline {headline!r}, but no matrix has such a row: declare one of"
             f" {', '.join(of_matrix) or 'none, by an empty headline'}"
         )
 
@@ -116,7 +116,7 @@ class Measured:
 
     @cached_property
     def setting(self) -> Setting:
-        """What every probe of this trajectory is given."""
+        """The input of every probe of this trajectory."""
         steps = self.trajectory.steps
         start = self._model.params(steps[self.trajectory.first])
         end = self._model.params(steps[self.trajectory.last], start)

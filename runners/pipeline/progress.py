@@ -15,7 +15,7 @@ from runners.tracking.redaction import redacted
 log = logging.getLogger(__name__)
 EVERY = 30.0  # seconds between two lines, where there is no terminal
 LOOKED_AT = 20  # earlier stages, the newest first
-# Of a stage's specification: what hardly changes the time that it takes.
+# Keys of a stage's specification that hardly change the time it takes.
 VARYING = {"data", "seed", "text", "trajectory", "from_random", "steps", "code", "libraries"}
 
 Advance = Callable[[int, Mapping[str, float]], None]
@@ -24,10 +24,10 @@ Advance = Callable[[int, Mapping[str, float]], None]
 
 @dataclass(frozen=True)
 class Foreseen:
-    """A stage of a run before it begins; `specification` is what is known of its key."""
+    """A stage of a run before it begins; `specification` is the known part of its key."""
 
     name: str
-    label: str  # the name with what it is about, such as `rsf (pretraining)`
+    label: str  # the name with its subject, such as `rsf (pretraining)`
     made: bool
     steps: int
     specification: Mapping[str, object]
@@ -72,8 +72,8 @@ class Progress:
         if self.directory is not None:
             names = [path.name.removeprefix("checkpoint-") for path in self.directory.glob("checkpoint-*")]
             states = [int(name) for name in names if name.isdigit()]  # others are not written to their end
-            told = f"goes on from step {max(states)}" if states else "starts again, as it has saved no state"
-            yield f"{self.current} {told}"
+            state = f"goes on from step {max(states)}" if states else "starts again, as it has saved no state"
+            yield f"{self.current} {state}"
         if command:
             yield f"the same command goes on: {command}"
 

@@ -26,7 +26,7 @@ def signature(spec: Mapping[str, object]) -> str:
     The order of keys does not matter, and a tuple is a list; 1 and 1.0 differ.
 
     Raises:
-        ValueError: if `spec` holds what JSON cannot: NaN, infinity, a path, a key that is no text.
+        ValueError: if `spec` holds a value that JSON cannot: NaN, infinity, a path, a key that is no text.
     """
     _check_json(spec, "spec")
     text = json.dumps(spec, sort_keys=True, separators=(",", ":"), default=dict)
@@ -114,7 +114,7 @@ def flaw(directory: Path) -> str:
         if not path.is_file():
             return f"{name} is missing"
         if _digest(path) != digest:
-            return f"{name} is not what was written"
+            return f"{name} differs from the file that was written"
     return ""
 
 
@@ -137,7 +137,7 @@ def _digest(path: Path) -> str:
 
 
 def _remove_damaged(directory: Path) -> dict[str, str]:
-    """Remove a complete stage that is damaged, with a warning; returns what DONE lists, {} if nothing."""
+    """Remove a complete stage that is damaged, with a warning; returns the files in DONE."""
     if not (directory / DONE).exists():
         return {}
     log.warning("%s is damaged (%s): making it again", directory, flaw(directory))
@@ -164,16 +164,16 @@ def _compare(directory: Path, before: Mapping[str, str]) -> None:
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     lock = FileLock(f"{directory}.lock")
-    attempts, told = 0, False
+    attempts, noted = 0, False
     while not _acquired(lock):
         attempts += 1
         try:
             worker = (directory / "WORKER").read_text()
         except FileNotFoundError:  # the lock comes first, then the name of who has it
             worker = "another process" if attempts == 20 else ""
-        if worker and not told:
+        if worker and not noted:
             log.info("waiting for %s, which is making %s", worker, directory)
-            told = True
+            noted = True
     try:
         yield
     finally:

@@ -125,13 +125,14 @@ class _Job:
         outline = self.outline
         files = [
             self.planner.once(
-                f"files {one}", partial(checkpoint_files, one, outline.allow_bin, outline.trust_remote_code)
+                f"files {location}",
+                partial(checkpoint_files, location, outline.allow_bin, outline.trust_remote_code),
             )
-            for one in dict.fromkeys(outline.locations.values())
+            for location in dict.fromkeys(outline.locations.values())
         ]
         self.parameters = parameters_of(outline.config)
         self.weights = 4.0 * self.parameters
-        stages = dict(self._stages(sum(one.weights for one in files)))
+        stages = dict(self._stages(sum(checkpoint.weights for checkpoint in files)))
         return Plan(outline.config.model_type, self.parameters, files, stages, notes)
 
     def _examples(self) -> tuple[Examples, list[str]]:
@@ -143,7 +144,7 @@ class _Job:
 
     def _check(self) -> None:
         if isinstance(self.model, Chain):
-            declarations = {name: one.declaration for name, one in self.probes.items()}
+            declarations = {name: probe.declaration for name, probe in self.probes.items()}
             check_chain(self.model, declarations, [*self.interventions])
         architecture = architecture_of(self.outline.config)
         if self.objective is not None:
@@ -154,7 +155,7 @@ class _Job:
             context = getattr(self.outline.config, "max_position_embeddings", None)
             check_length(self.training.max_length, context)
         elif not self.outline.steps:
-            check_single({name: one.declaration for name, one in self.probes.items()}, self.interventions)
+            check_single({name: probe.declaration for name, probe in self.probes.items()}, self.interventions)
         for measurement in (*self.probes.values(), *self.interventions.values()):
             measurement.check(architecture)
             if isinstance(measurement, NeedsExamples):
@@ -244,8 +245,8 @@ class _Job:
     def _stage(self, name: str, work: str, seconds: float, thing: Any, objective: bool) -> PlannedStage:
         """The stage of a probe or intervention `thing`, with its memory and, if it does not fit, a remedy."""
 
-        def memory(some: Any) -> float:
-            return self.machine.baseline + peak_memory(some, self._shape(), objective)
+        def memory(thing: Any) -> float:
+            return self.machine.baseline + peak_memory(thing, self._shape(), objective)
 
         remedy = None
         if not self._fits(memory(thing)):

@@ -17,7 +17,7 @@ def show(plans: Sequence[Plan], planner: Planner) -> list[str]:
     from rich import get_console
 
     console = get_console()
-    files = {one.location: one for plan in plans for one in plan.files}
+    files = {checkpoint.location: checkpoint for plan in plans for checkpoint in plan.files}
     if files:
         console.print(_file_table(files))
     stages = list({key: stage for plan in plans for key, stage in plan.stages.items()}.values())
@@ -30,7 +30,7 @@ def show(plans: Sequence[Plan], planner: Planner) -> list[str]:
         )
     for line in (*models, *dict.fromkeys(note for plan in plans for note in plan.notes)):
         console.print(line, highlight=False)
-    missing = float(sum(one.missing for one in files.values()))
+    missing = float(sum(checkpoint.missing for checkpoint in files.values()))
     kept = sum(stage.disk for stage in stages) + max((stage.temporary_disk for stage in stages), default=0.0)
     problems = [*_memory_problems(stages, planner), *_disk_problems(planner.outputs, missing, kept, stages)]
     memory = max((stage.memory for stage in stages), default=0.0)
@@ -53,10 +53,16 @@ def _file_table(files: Mapping[str, object]) -> object:
     from weightgeom.bases.hub import CheckpointFiles
 
     table = Table("checkpoint", "files", "size", "in the cache", "to download", title="files")
-    for one in files.values():
-        assert isinstance(one, CheckpointFiles)
-        cached = f"{one.cached} files, {size(one.cached_size)}"
-        table.add_row(one.location, str(one.count), size(one.size), cached, size(one.missing))
+    for checkpoint in files.values():
+        assert isinstance(checkpoint, CheckpointFiles)
+        cached = f"{checkpoint.cached} files, {size(checkpoint.cached_size)}"
+        table.add_row(
+            checkpoint.location,
+            str(checkpoint.count),
+            size(checkpoint.size),
+            cached,
+            size(checkpoint.missing),
+        )
     return _right_aligned(table)
 
 

@@ -1,4 +1,4 @@
-"""The figures of a report: which there are, and what a reader must know to read each."""
+"""The figures of a report, each with a caption that says how to read it."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
@@ -28,7 +28,7 @@ SCALE = 0.72  # of a page's pixels to those of an image at 200 dpi: two columns 
 
 @dataclass(frozen=True)
 class Illustration:
-    """A figure that was saved as `path`, a PNG with a PDF beside, and where on the page it belongs."""
+    """A figure that was saved as `path`, a PNG with a PDF next to it, and its place on the page."""
 
     section: str
     caption: str
@@ -46,14 +46,14 @@ class Illustration:
         return round(int.from_bytes(self.path.read_bytes()[16:20], "big") * SCALE)  # of a PNG's header
 
 
-def illustrations(found: Condensed, beside: Companion | None, directory: Path) -> list[Illustration]:
+def illustrations(condensed: Condensed, uncertainty: Companion | None, directory: Path) -> list[Illustration]:
     """Draw and save all figures that the tables allow, in the order of the page."""
     from weightgeom.figures.base import save
 
     directory.mkdir(parents=True, exist_ok=True)
     drawn = []
     for section, name, figure, caption, folded in chain(
-        _figures(found), () if beside is None else illustrated(beside)
+        _figures(condensed), () if uncertainty is None else illustrated(uncertainty)
     ):
         paths = [directory / f"{name}.{ending}" for ending in ("png", "pdf")]
         save(figure, *paths)
@@ -61,14 +61,14 @@ def illustrations(found: Condensed, beside: Companion | None, directory: Path) -
     return drawn
 
 
-def _figures(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
+def _figures(condensed: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
     """Section, file name, figure, caption, and whether it is folded away."""
-    yield from _asymmetry(found)
-    yield from _graded(found)
-    if len(found.mechanism):
+    yield from _asymmetry(condensed)
+    yield from _graded(condensed)
+    if len(condensed.mechanism):
         from weightgeom.figures import base as figures
 
-        rows = found.rows[found.rows["table"] == found.names[MECHANISM]].assign(
+        rows = condensed.rows[condensed.rows["table"] == condensed.names[MECHANISM]].assign(
             run=lambda rows: rows["run_id"]
         )
         yield (
@@ -76,36 +76,36 @@ def _figures(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]"
             "mechanism",
             figures.expected_and_measured(rows),
             "Ratio expected from the base alone against the ratio measured after training. Left: from second"
-            " moments, as if what is read and what is sent back were independent. Right: from the mean"
+            " moments, as if inputs and gradients of outputs were independent. Right: from the mean"
             " gradient, as each training's optimizer would use it in its first step, and no training. A point"
             " is a matrix of a layer of a run (circles read, squares write); bars are the bootstrap's"
             " standard error over prompts. On the dashed line the expectation is exact.",
             False,
         )
-    yield from _interventions(found)
-    for other in found.others:
+    yield from _interventions(condensed)
+    for other in condensed.others:
         yield from _other(other)
 
 
-def _asymmetry(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
-    if not len(found.asymmetry):
+def _asymmetry(condensed: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
+    if not len(condensed.asymmetry):
         return
     from weightgeom.figures import base as figures
     from weightgeom.figures import study as figures_report
 
-    means, runs = (table[table["matrix"] == ""] for table in (found.asymmetry, found.ended))
+    means, runs = (table[table["matrix"] == ""] for table in (condensed.asymmetry, condensed.ended))
     yield (
         "asymmetry",
         "asymmetry",
         figures_report.ratios_by_setting(means, runs),
-        "How much of each update lies in what the model reads (left) and in what it writes (right), sorted by"
+        "The share of each update inside the read subspace (left) and the write subspace (right), sorted by"
         " the write side. Grey points are single runs, the mean over layers and matrices; the coloured point"
         " is the mean over runs with its 95 % interval over seeds, where there are several (an interval may"
         " reach beyond the axis). The grey band is where random directions with the update's"
         " own singular values would lie; the dashed line is the isotropic level, 1.",
         False,
     )
-    table = found.trajectory[found.trajectory["matrix"] != ""]
+    table = condensed.trajectory[condensed.trajectory["matrix"] != ""]
     table = table[table.groupby("setting")["step"].transform("nunique") > 1]  # two checkpoints are no line
     first = table["trajectory"] == "pretraining"
     if len(table):
@@ -118,7 +118,7 @@ def _asymmetry(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]
             " dashed lines write; the grey line is the isotropic level.",
             False,
         )
-    ratios = found.rows[found.rows["table"] == found.names[ASYMMETRY]]
+    ratios = condensed.rows[condensed.rows["table"] == condensed.names[ASYMMETRY]]
     for number, (setting, part) in enumerate(ratios.groupby("setting", sort=False)):
         end = part[part["step"] == part.groupby("run_id")["step"].transform("max")].copy()
         end["k"] = end["k"].astype("float")  # a missing one is no group
@@ -137,8 +137,8 @@ def _asymmetry(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]
             )
 
 
-def _graded(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
-    places = list(found.graded.groupby(["model", "data", "preference"], sort=False))
+def _graded(condensed: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
+    places = list(condensed.graded.groupby(["model", "data", "preference"], sort=False))
     for number, ((model, data, preference), part) in enumerate(places):
         if part["run"].nunique() < 3 or not part["objective"].str.startswith("graded").any():
             continue
@@ -159,16 +159,16 @@ def _graded(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
         )
 
 
-def _interventions(found: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
+def _interventions(condensed: Condensed) -> "Iterator[tuple[str, str, Figure, str, bool]]":
     for section, draw in ((EDITS, _rank1), (SURGERY, _surgery)):
-        rows = found.rows[found.rows["table"] == found.names[section]]
+        rows = condensed.rows[condensed.rows["table"] == condensed.names[section]]
         for number, (setting, part) in enumerate(rows.groupby("setting", sort=False)):
             run = part["replicate"].min()
-            one = part[part["replicate"] == run]
+            of_run = part[part["replicate"] == run]
             more = part["run_id"].nunique() - 1
             whose = f"{setting}, seed {run.partition('/')[0]}"
             whose += f" ({_many(more, 'more run')} in the tables)" if more else ""
-            yield from draw(one, whose, number)
+            yield from draw(of_run, whose, number)
 
 
 def _rank1(rows: "pd.DataFrame", whose: str, number: int) -> "Iterator[tuple[str, str, Figure, str, bool]]":
@@ -178,7 +178,7 @@ def _rank1(rows: "pd.DataFrame", whose: str, number: int) -> "Iterator[tuple[str
         "rank1",
         f"rank1_by_layer_{number}",
         figures_causal.treatment_by_layer(rows),
-        f"{whose}: what one rank-1 edit does, by layer, at the largest strength. In colour the edit along the"
+        f"{whose}: one rank-1 edit's effect, by layer, at the largest strength. In colour the edit along the"
         " concentrated direction, with one standard error over prompts; in grey edits of equal size along"
         " control directions. Filled: p ≤ 0.05 by rank among the random ones.",
         False,
@@ -227,7 +227,7 @@ def _other(other: Other) -> "Iterator[tuple[str, str, Figure, str, bool]]":
 
     declaration, plain = other.declaration, re.sub(r"\W", "_", other.table)
     if isinstance(declaration, InterventionDeclaration):
-        effect = next((one for one in declaration.effects if (other.runs["quantity"] == one).any()), None)
+        effect = next((name for name in declaration.effects if (other.runs["quantity"] == name).any()), None)
         rows = other.runs[other.runs["quantity"] == effect]
         for number, (setting, part) in enumerate(rows.groupby("setting", sort=False)):
             part = part[part["run_id"] == part["run_id"].iloc[-1]]
@@ -236,7 +236,7 @@ def _other(other: Other) -> "Iterator[tuple[str, str, Figure, str, bool]]":
                 other.section,
                 f"{plain}_{number}",
                 generic.effects(part, f"{str(effect).replace('_', ' ')} ({part['unit'].iloc[0]})"),
-                f"{setting}: the effect of the treatment, beside the median of its matched controls in grey."
+                f"{setting}: the effect of the treatment, with the median of its matched controls in grey."
                 " Filled: p ≤ 0.05 by rank among them.",
                 number > 0,
             )

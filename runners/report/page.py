@@ -1,4 +1,4 @@
-"""The one page of a report, and the files beside it."""
+"""The one page of a report, and the files next to it."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from runners.report.read import Study
 
 TEMPLATE = Path(__file__).with_name("report.html")
-# What a section says where no run measured it, and how to.
+# The headings of sections that no run measured, and the command that measures each.
 MISSING = {
     "asymmetry": ("The read and write ratios", "weightgeom run objective=dpo"),
     "trajectory": ("The trajectory", "weightgeom run experiment=trajectory"),
@@ -39,22 +39,22 @@ MISSING = {
 
 def write(study: "Study", directory: Path) -> Path:
     """Write tables, figures and the page in place of earlier ones in `directory`; returns the page."""
-    found = condense(study.rows, study.runs, study.declarations)
-    judged = verdicts(found, study.runs)
-    beside = companion(study.rows, study.declarations)
+    condensed = condense(study.rows, study.runs, study.declarations)
+    judged = verdicts(condensed, study.runs)
+    uncertainty = companion(study.rows, study.declarations)
     for part in ("tables", "figures"):
         shutil.rmtree(directory / part, ignore_errors=True)
-    tables = {"rows": study.rows, "runs": study.runs, "claims": judged, **found.tables}
-    if beside is not None:
-        tables |= {"claims_uncertainty": beside.claims, "bridge": beside.bridge}
+    tables = {"rows": study.rows, "runs": study.runs, "claims": judged, **condensed.tables}
+    if uncertainty is not None:
+        tables |= {"claims_uncertainty": uncertainty.claims, "bridge": uncertainty.bridge}
     (directory / "tables").mkdir(parents=True)
     kept = {name: table for name, table in tables.items() if len(table)}
     for name, table in kept.items():
         table.to_parquet(directory / "tables" / f"{name}.parquet")
         table.to_csv(directory / "tables" / csv(name), index=False)
-    drawn = illustrations(found, beside, directory / "figures")
+    drawn = illustrations(condensed, uncertainty, directory / "figures")
     page = directory / "index.html"
-    write_atomically(page, rendered(study, found, judged, beside, drawn, list(kept)))
+    write_atomically(page, rendered(study, condensed, judged, uncertainty, drawn, list(kept)))
     return page
 
 
@@ -65,9 +65,9 @@ def csv(name: str) -> str:
 
 def rendered(
     study: "Study",
-    found: Condensed,
+    condensed: Condensed,
     judged: "pd.DataFrame",
-    beside: Companion | None,
+    uncertainty: Companion | None,
     drawn: Sequence[Illustration],
     tables: Sequence[str],
 ) -> str:
@@ -77,9 +77,9 @@ def rendered(
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    shown = shown_tables(study, found, beside)
-    there = {one.section for one in drawn} | shown.keys()
-    missing = {name: told for name, told in MISSING.items() if name not in there}
+    shown = shown_tables(study, condensed, uncertainty)
+    there = {figure.section for figure in drawn} | shown.keys()
+    missing = {name: heading for name, heading in MISSING.items() if name not in there}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         names=study.names,
         tracking_uri=study.tracking_uri,
@@ -87,26 +87,26 @@ def rendered(
         runs=len(study.runs),
         rows=len(study.rows),
         unfinished=study.unfinished,
-        left_out=len(study.runs) - found.rows["run_id"].nunique(),
-        seeds=_most_seeds(found),
+        left_out=len(study.runs) - condensed.rows["run_id"].nunique(),
+        seeds=_most_seeds(condensed),
         claims=[_claim(claim, judged) for claim in CLAIMS],
-        beside=[] if beside is None else _grouped(beside.claims),
+        companion=[] if uncertainty is None else _grouped(uncertainty.claims),
         tables=shown,
-        variants=_variants(found),
+        variants=_variants(condensed),
         choices=_choices(study.runs),
-        figures={section: [one for one in drawn if one.section == section] for section in there},
+        figures={section: [figure for figure in drawn if figure.section == section] for section in there},
         missing=missing,
         files={name: csv(name) for name in tables},
         overall=_overall(judged),
         decision=DECISION,
-        others=_others(found),
+        others=_others(condensed),
     )
 
 
-def _others(found: Condensed) -> dict[str, list[str]]:
+def _others(condensed: Condensed) -> dict[str, list[str]]:
     """The tables of every further section by its heading."""
     sections: dict[str, list[str]] = {}
-    for other in found.others:
+    for other in condensed.others:
         sections.setdefault(other.section, []).append(other.table)
     return sections
 
@@ -154,24 +154,24 @@ def _grouped(claims: "pd.DataFrame") -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _variants(found: Condensed) -> Mapping[str, str]:
-    """What a setting's name leaves out of its variant."""
-    pairs = found.rows[["setting", "variant"]].drop_duplicates().itertuples(index=False)
+def _variants(condensed: Condensed) -> Mapping[str, str]:
+    """The part of a setting's variant that its name leaves out."""
+    pairs = condensed.rows[["setting", "variant"]].drop_duplicates().itertuples(index=False)
     return {setting: variant for setting, variant in pairs if variant and variant not in setting}
 
 
 def _choices(runs: "pd.DataFrame") -> dict[str, list[str]]:
-    """What every choice of a model, data set or objective stood for, as often as it differs."""
-    told: dict[str, list[str]] = {}
+    """The values behind every choice of a model, data set or objective, as often as they differ."""
+    choices: dict[str, list[str]] = {}
     for group in ("model", "data", "objective", "training"):
         named = runs[group] if group in ("model", "data") else runs["objective"]
         for choice, values in zip(named, runs[f"{group}_is"], strict=True):
             key = "training" if group == "training" else f"{group} {choice}"
-            if values and values not in told.setdefault(key, []):
-                told[key].append(values)
-    return {key: values for key, values in told.items() if values}
+            if values and values not in choices.setdefault(key, []):
+                choices[key].append(values)
+    return {key: values for key, values in choices.items() if values}
 
 
-def _most_seeds(found: Condensed) -> int:
-    trained = found.rows[found.rows["trajectory"] == "training"]
+def _most_seeds(condensed: Condensed) -> int:
+    trained = condensed.rows[condensed.rows["trajectory"] == "training"]
     return int(trained.groupby("setting")["replicate"].nunique().max()) if len(trained) else 0

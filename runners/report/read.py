@@ -33,9 +33,9 @@ SHARPNESS = ("participation_ratio", "target_energy", "alternatives")  # means ov
 
 @dataclass(frozen=True)
 class Study:
-    """What MLflow knows of some experiments.
+    """The runs and tables of some MLflow experiments.
 
-    `runs` has a row for every finished run, oldest first, with what it was made of; `rows` every row of
+    `runs` has a row for every finished run, oldest first, with its parts; `rows` every row of
     their tables; `unfinished` name and status of the others; `declarations` those of the tables by name;
     `sweeps` the name and the tags of every sweep that ran under SLURM.
     """
@@ -79,10 +79,12 @@ def read(names: Sequence[str], tracking_uri: str) -> Study:
         raise FileNotFoundError(f"no MLflow store at {database}: run something first, or give --tracking-uri")
     try:
         client = open_client(tracking_uri)
-        found = {one.name: one.experiment_id for one in _all(client.search_experiments)}
-        if unknown := [name for name in names if name not in found]:
-            raise KeyError(f"no experiment {unknown[0]!r} at {shown}; {nearest(unknown[0], found)}")
-        both = [run for name in names for run in _all(client.search_runs, [found[name]])]
+        experiments = {
+            experiment.name: experiment.experiment_id for experiment in _all(client.search_experiments)
+        }
+        if unknown := [name for name in names if name not in experiments]:
+            raise KeyError(f"no experiment {unknown[0]!r} at {shown}; {nearest(unknown[0], experiments)}")
+        both = [run for name in names for run in _all(client.search_runs, [experiments[name]])]
         both.sort(key=lambda run: run.info.start_time)
         every = [run for run in both if is_run(run.data.params)]  # and not the parents of sweeps
         sweeps = [(str(run.info.run_name), run.data.tags) for run in both if HOURS in run.data.tags]
@@ -90,7 +92,7 @@ def read(names: Sequence[str], tracking_uri: str) -> Study:
         if not finished:
             states = ", ".join(sorted({run.info.status for run in every})) or "none at all"
             raise ValueError(f"no finished run in {', '.join(names)} at {shown} (runs: {states})")
-        by_id = {identity: name for name, identity in found.items()}
+        by_id = {identity: name for name, identity in experiments.items()}
         tables = [_downloaded(client, run) for run in finished]
         declarations = _declarations(tables)
         about = [run.data.params for run in finished], [run.data.tags for run in finished]
@@ -114,7 +116,7 @@ def read(names: Sequence[str], tracking_uri: str) -> Study:
 
 
 def _all(search: Any, *arguments: Any) -> Iterator[Any]:
-    """What a search finds, over all of its pages."""
+    """The results of a search, from all of its pages."""
     token = None
     while True:
         page = search(*arguments, max_results=1000, page_token=token)
@@ -153,7 +155,7 @@ def _described(
             for name in ("python", "torch", "transformers", "trl")
             if f"{name}_version" in tags
         ),
-        "data_set": ", ".join(f"{one.dataset.name} {one.dataset.digest[:12]}" for one in inputs),
+        "data_set": ", ".join(f"{given.dataset.name} {given.dataset.digest[:12]}" for given in inputs),
         **sharpness,
     }
 
@@ -170,7 +172,7 @@ def _downloaded(client: "MlflowClient", run: "Run") -> "dict[str, pd.DataFrame]"
 
     identity = run.info.run_id
     where = f"the artifacts of run {run.info.run_name!r} ({identity})"
-    names = [one.path for one in client.list_artifacts(identity, "tables")]
+    names = [artifact.path for artifact in client.list_artifacts(identity, "tables")]
     names = [name for name in names if name.endswith(".parquet")]
     if _measures(run.data.params) and not names:
         raise FileNotFoundError(
@@ -194,14 +196,14 @@ def _downloaded(client: "MlflowClient", run: "Run") -> "dict[str, pd.DataFrame]"
 
 
 def _declarations(runs: "Sequence[Mapping[str, pd.DataFrame]]") -> dict[str, Declaration]:
-    """What the tables declare, by the name of their probe or intervention; the newest run's counts.
+    """The tables' declarations, by the name of their probe or intervention; the newest run's counts.
 
     In the order of the study's own tables, then by name.
     """
-    found = {plain_name(name): declared(name, table) for run in runs for name, table in run.items()}
+    by_name = {plain_name(name): declared(name, table) for run in runs for name, table in run.items()}
     order = {name: number for number, name in enumerate(EARLIER)}
-    names = sorted(found, key=lambda name: (order.get(name, len(order)), name))
-    return {name: found[name] for name in names}
+    names = sorted(by_name, key=lambda name: (order.get(name, len(order)), name))
+    return {name: by_name[name] for name in names}
 
 
 def _rows(
@@ -218,12 +220,12 @@ def _rows(
     for table, part in tables.items():
         if run.chain:
             stages = _stages(table, part, declarations)
-            parts += [one[list(COLUMNS)].assign(**(place | told)) for told, one in stages]
+            parts += [rows[list(COLUMNS)].assign(**(place | origin)) for origin, rows in stages]
             continue
         before = table.endswith(PRETRAINING) or (run.objective == "none" and not run.pair)
-        told = {"trajectory": "pretraining" if before else "training"}
-        told["table"] = table.removesuffix(PRETRAINING)
-        parts.append(part[list(COLUMNS)].assign(**place, **told))
+        origin = {"trajectory": "pretraining" if before else "training"}
+        origin["table"] = table.removesuffix(PRETRAINING)
+        parts.append(part[list(COLUMNS)].assign(**place, **origin))
     columns = [*place, "trajectory", "table", *COLUMNS]
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
@@ -231,14 +233,14 @@ def _rows(
 def _stages(
     name: str, table: "pd.DataFrame", declarations: Mapping[str, Declaration]
 ) -> "Iterator[tuple[dict[str, str], pd.DataFrame]]":
-    """The rows of a chain's table by what they compare, which stands for their objective.
+    """The rows of a chain's table by the stages that they compare, which stand for their objective.
 
     Both comparisons of a headline become one table; others with the stage before keep the name of theirs.
     """
     plain = plain_name(name)
-    told = {"trajectory": "training", "table": plain if declarations[plain].generic else name}
+    place = {"trajectory": "training", "table": plain if declarations[plain].generic else name}
     for before, after, rows in comparisons(name, table, table.attrs[STAGES]):
-        yield {**told, "objective": f"{before}{ARROW}{after}"}, rows
+        yield {**place, "objective": f"{before}{ARROW}{after}"}, rows
 
 
 def _store(tracking_uri: str | None, outputs: Path) -> str:

@@ -35,24 +35,24 @@ class Shown:
     rows: Sequence[Sequence[str]]
 
 
-def shown_tables(study: "Study", found: Condensed, beside: Companion | None) -> dict[str, Shown]:
+def shown_tables(study: "Study", condensed: Condensed, uncertainty: Companion | None) -> dict[str, Shown]:
     """The tables of the page by name; those that no run measured are left out."""
-    shown = {"settings": _settings(study, found), "runs": _runs(study)}
+    shown = {"settings": _settings(study, condensed), "runs": _runs(study)}
     if study.sweeps:
         shown["sweeps"] = _sweeps(study)
-    if len(found.asymmetry):
-        shown |= {"asymmetry": _pathways(found), "matrices": _matrices(found)}
-    if len(found.behaviour):
-        shown["behaviour"] = _behaviour(found)
-    if len(found.correlations):
-        shown["mechanism"] = _correlations(found)
-    for name, table in {"rank1": found.rank1, "surgery": found.surgery}.items():
+    if len(condensed.asymmetry):
+        shown |= {"asymmetry": _pathways(condensed), "matrices": _matrices(condensed)}
+    if len(condensed.behaviour):
+        shown["behaviour"] = _behaviour(condensed)
+    if len(condensed.correlations):
+        shown["mechanism"] = _correlations(condensed)
+    for name, table in {"rank1": condensed.rank1, "surgery": condensed.surgery}.items():
         if len(table):
             shown[name] = _comparisons(table)
-    for other in found.others:
+    for other in condensed.others:
         shown[f"table {other.table}"] = _other(other)
-    if beside is not None and len(beside.bridge):
-        shown["bridge"] = _bridge(beside.bridge)
+    if uncertainty is not None and len(uncertainty.bridge):
+        shown["bridge"] = _bridge(uncertainty.bridge)
     return shown
 
 
@@ -62,31 +62,31 @@ def _bridge(rows: "pd.DataFrame") -> Shown:
     ratios = rows.groupby([*keys, "role"])["rsf"].mean().unstack()
     changes = rows.groupby(keys, sort=False)[["before", "after", "change"]].mean().join(ratios)
     seeds = rows.groupby(keys)["run_id"].nunique()
-    told = [
+    lines = [
         [
             run,
             arm,
             COUPLINGS[quantity],
-            *(_number(row.get(one)) for one in NUMBERS),
+            *(_number(row.get(name)) for name in NUMBERS),
             str(seeds[run, arm, quantity]),
         ]
         for (run, arm, quantity), row in changes.iterrows()
     ]
     columns = ("trained by", "groups", "coupling of the boundary", *BRIDGED, "runs")
-    return Shown(columns, (False, False, False, *[True] * 6), told)
+    return Shown(columns, (False, False, False, *[True] * 6), lines)
 
 
-def _settings(study: "Study", found: Condensed) -> Shown:
-    """A row for every setting: what it was made of, by which seeds, and from which code."""
+def _settings(study: "Study", condensed: Condensed) -> Shown:
+    """A row for every setting: its parts, its seeds and its code."""
     about = study.runs.set_index("run_id")
     rows = []
-    for setting, part in found.rows.groupby("setting", sort=False):
+    for setting, part in condensed.rows.groupby("setting", sort=False):
         runs = about.loc[part["run_id"].unique()]
         first = part.iloc[0]
         trained = first["trajectory"] == "training"
         steps = part.groupby("run_id")["step"].max()
         commits = dict.fromkeys(_commit(row) for _, row in runs.iterrows())
-        seeds = sorted(runs["seed"].unique()) if trained else [_base(one) for one in part["base"].unique()]
+        seeds = sorted(runs["seed"].unique()) if trained else [_base(base) for base in part["base"].unique()]
         rows.append([
             setting, first["model"], ", ".join(dict.fromkeys(runs["data_set"])) or first["data"],
             _range(steps), ", ".join(str(seed) for seed in seeds), str(len(runs)), ", ".join(commits),
@@ -96,7 +96,7 @@ def _settings(study: "Study", found: Condensed) -> Shown:
 
 
 def _base(seeds: str) -> str:
-    """What the seeds of a base, MODEL/DATA, are called; a downloaded one has none."""
+    """The name of the seeds of a base, MODEL/DATA; a downloaded one has none."""
     names = zip(("model", "data"), seeds.split("/"), strict=True)
     return " ".join(f"{name} {seed}" for name, seed in names if seed.isdigit()) or "-"
 
@@ -125,9 +125,9 @@ def _commit(row: "pd.Series") -> str:
     return name + (" + uncommitted changes" if row["uncommitted_changes"] else "")
 
 
-def _pathways(found: Condensed) -> Shown:
+def _pathways(condensed: Condensed) -> Shown:
     """A row for every setting: read and write side by side."""
-    table = found.asymmetry[found.asymmetry["matrix"] == ""]
+    table = condensed.asymmetry[condensed.asymmetry["matrix"] == ""]
     writes = table[table["role"] == "write"].set_index("setting")["ratio"].to_dict()
     rows = []
     for setting in sorted(
@@ -147,8 +147,8 @@ def _pathways(found: Condensed) -> Shown:
     return Shown([*columns, "over"], [False] + [True] * 6 + [False], rows)
 
 
-def _matrices(found: Condensed) -> Shown:
-    table = found.asymmetry[found.asymmetry["matrix"] != ""]
+def _matrices(condensed: Condensed) -> Shown:
+    table = condensed.asymmetry[condensed.asymmetry["matrix"] != ""]
     order = {matrix: number for number, matrix in enumerate(ORDER)}
     rows = []
     for setting, part in table.groupby("setting", sort=False):
@@ -165,9 +165,9 @@ def _matrices(found: Condensed) -> Shown:
     return Shown(columns, [False] * 3 + [True] * 6 + [False], rows)
 
 
-def _behaviour(found: Condensed) -> Shown:
+def _behaviour(condensed: Condensed) -> Shown:
     """A row for every setting, its quantities side by side."""
-    table = found.behaviour
+    table = condensed.behaviour
     quantities = list(dict.fromkeys(zip(table["quantity"], table["unit"], strict=True)))
     rows = []
     for setting, part in table.groupby("setting", sort=False):
@@ -184,11 +184,11 @@ def _behaviour(found: Condensed) -> Shown:
     return Shown(["setting", *columns, "runs"], [False] + [True] * (len(columns) + 1), rows)
 
 
-def _correlations(found: Condensed) -> Shown:
+def _correlations(condensed: Condensed) -> Shown:
     rows = [
         [row["model"], row["data"], row["role"], row["expected"],
          _estimate(row["correlation"], row["low"], row["high"]), str(row["n"]), str(row["runs"])]
-        for _, row in found.correlations.iterrows()
+        for _, row in condensed.correlations.iterrows()
     ]  # fmt: skip
     columns = ("model", "data", "pathway", "expected from", "correlation (1) [95\u00a0%]", "n", "runs")
     return Shown(columns, [False] * 4 + [True] * 3, rows)

@@ -1,4 +1,4 @@
-"""What a study says of the companion paper, arXiv:2603.13911v1: its claims, its figures and the bridge."""
+"""A study's results on the companion paper, arXiv:2603.13911v1: its claims, its figures and the bridge."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
@@ -36,7 +36,7 @@ class Companion:
 
 
 def companion(rows: "pd.DataFrame", declarations: Mapping[str, Declaration] = EARLIER) -> Companion | None:
-    """What the rows that `collect` gives say; None if no run measured any of it.
+    """The results in the rows that `collect` gives; None if no run measured any.
 
     The claims are about a base, whose numbers do not depend on what is trained from it: of several runs of
     one base and seed, the newest that has a table counts.
@@ -59,19 +59,22 @@ def companion(rows: "pd.DataFrame", declarations: Mapping[str, Declaration] = EA
     return Companion(pd.DataFrame(claims), _bridges(rows, declarations), measured, declarations)
 
 
-def illustrated(found: Companion) -> "Iterator[tuple[str, str, Figure, str, bool]]":
+def illustrated(companion: Companion) -> "Iterator[tuple[str, str, Figure, str, bool]]":
     """Section, file name, figure, caption, and whether it is folded away; the figures of the first base."""
     from weightgeom.analysis.claims_uncertainty import base_step, tables_of_claims
     from weightgeom.figures import uncertainty as figures_uncertainty
 
-    name, tables = next(iter(found.measured.items()))
-    section, more = "uncertainty", f" ({len(found.measured)} bases in the tables)" * (len(found.measured) > 1)
-    table, edited = tables_of_claims(tables, found.declarations)
+    name, tables = next(iter(companion.measured.items()))
+    section, more = (
+        "uncertainty",
+        f" ({len(companion.measured)} bases in the tables)" * (len(companion.measured) > 1),
+    )
+    table, edited = tables_of_claims(tables, companion.declarations)
     if table is not None:
         step = base_step(table, _trained(table))
         yield (
             section, "uncertainty_profiles", figures_uncertainty.profiles(table, step),
-            f"{name}{more}: what tells the groups of prompts apart in the residual stream, by layer: the"
+            f"{name}{more}: how the groups of prompts differ in the residual stream, by layer: the"
             " intrinsic dimension of each, then uncertain against factual ones. Bars are 95 % intervals; the"
             " dashed line is no difference, or chance.", False,
         )  # fmt: skip
@@ -92,9 +95,9 @@ def illustrated(found: Companion) -> "Iterator[tuple[str, str, Figure, str, bool
             " strength of an edit of the states grows. Grey: edits along random directions of equal size."
             " Above the dashed line more is gained than lost.", False,
         )  # fmt: skip
-    if len(found.bridge):
+    if len(companion.bridge):
         yield (
-            "bridge", "bridge", figures_uncertainty.bridge(found.bridge),
+            "bridge", "bridge", figures_uncertainty.bridge(companion.bridge),
             "The bridge between the two papers: how the coupling of the boundary to the output changed while"
             " abstention was taught, against where the same update lies. A point is a training (the mean over"
             " layers); circles read, squares write.", False,
@@ -104,11 +107,11 @@ def illustrated(found: Companion) -> "Iterator[tuple[str, str, Figure, str, bool
 def _tables(part: "pd.DataFrame") -> "dict[str, pd.DataFrame]":
     """The tables of one base, under the names that a run gives them; of every table the newest run's."""
     trained = set(part.loc[part["trajectory"] == "training", "table"])
-    found = {}
+    tables = {}
     for (table, trajectory), rows in part.groupby(["table", "trajectory"], sort=False):
         suffix = "_pretraining" if trajectory == "pretraining" and table in trained else ""
-        found[f"{table}{suffix}"] = rows[rows["run_id"] == rows["run_id"].iloc[-1]]
-    return found
+        tables[f"{table}{suffix}"] = rows[rows["run_id"] == rows["run_id"].iloc[-1]]
+    return tables
 
 
 def _trained(table: "pd.DataFrame | None") -> bool:
@@ -136,8 +139,8 @@ def _bridges(rows: "pd.DataFrame", declarations: Mapping[str, Declaration]) -> "
         table, _ = tables_of_claims(measured, declarations)
         ratios = [measured[name] for name in in_section(declarations, ASYMMETRY) if name in measured]
         if table is not None and ratios:
-            one = part.iloc[0]
-            run = " · ".join(name for name in (one["objective"], one["variant"]) if name)
+            first = part.iloc[0]
+            run = " · ".join(name for name in (first["objective"], first["variant"]) if name)
             bridged = bridge(table, ratios[0])
-            parts.append(bridged.assign(run=run, seed=one["seed"], run_id=one["run_id"]))
+            parts.append(bridged.assign(run=run, seed=first["seed"], run_id=first["run_id"]))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()

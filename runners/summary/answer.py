@@ -19,7 +19,7 @@ def answer(tables: "Mapping[str, pd.DataFrame]", declarations: Mapping[str, Prob
     """Such as `read 5.3 times chance, write 1.3 times, of at most 8; null 1 ± 0.2`; "" without tables.
 
     It is about the first probe whose headline is a multiple of chance, or else the first with a headline, at
-    the last step; of a chain about every stage against the one before it. The null is beside two of its
+    the last step; of a chain about every stage against the one before it. The null stands next to two of its
     standard deviations, of the mean over layers and matrices (`null_of_mean`), those of the wider pathway.
     """
     for name in sorted(declarations, key=lambda name: not declarations[name].share):
@@ -48,9 +48,9 @@ def _nothing_moved(table: "pd.DataFrame") -> str:
 def _of_chain(table: "pd.DataFrame", declaration: ProbeDeclaration) -> str:
     names, clauses, limits = table.attrs[STAGES], [], ""
     for step in sorted(set(map(int, table["step"])) - {0}):
-        values, found = _parts(table, step, declaration)
+        values, limit = _parts(table, step, declaration)
         clauses.append(f"{names[step]} after {names[step - 1]}: {values or 'equal, no matrix differs'}")
-        limits = found or limits
+        limits = limit or limits
     return "; ".join(clauses) + limits
 
 

@@ -29,7 +29,7 @@ def over_seeds() -> str:
 
 
 def report(name: str, outputs: Path, tracking_uri: str) -> str:
-    """The command that makes the report of an experiment, without what is its default."""
+    """The command that makes the report of an experiment, without its defaults."""
     usual = outputs == Path("outputs").absolute()
     command = ["weightgeom", "report", name, *([] if usual else ["--outputs", str(outputs)])]
     store = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{outputs}/mlflow.db")

@@ -50,8 +50,8 @@ def log_effects(
     By layer where it has one, at the largest dose; otherwise by the dimension k, for every dose.
     """
     effect = measured_effect(table, declaration.effects)
-    found = compared_with_principal(table, effect, declaration.controls)
-    for _, row in found.assign(matrix=label(found)).iterrows():
+    compared = compared_with_principal(table, effect, declaration.controls)
+    for _, row in compared.assign(matrix=label(compared)).iterrows():
         layered = row["layer"] >= 0
         curve = row["matrix"] or row["role"] or "all"
         key = f"{name}_by_layer/{curve}" if layered else f"{name}/{curve}_{row['dose']}"

@@ -105,7 +105,7 @@ def _of_intervention(
 
 
 def _of_uncertainty(tables: "Mapping[str, pd.DataFrame]", record: Record) -> "Iterator[tuple[str, Figure]]":
-    """The figures over several tables of this section; its claims and the bridge as tables beside."""
+    """The figures over several tables of this section; its claims and the bridge are saved as tables."""
     from weightgeom.analysis.claims_uncertainty import lines, tables_of_claims
 
     declarations = {name: declared(name, table) for name, table in tables.items() if name == plain_name(name)}
@@ -122,9 +122,9 @@ def _of_uncertainty(tables: "Mapping[str, pd.DataFrame]", record: Record) -> "It
         yield "abstentions", figures.abstentions(edited)
     ratios = [tables[name] for name in in_section(declarations, ASYMMETRY)]
     if trained and ratios:
-        found = bridge(table, ratios[0])
-        if len(found):
-            yield "uncertainty_bridge", figures.bridge(found)
-            found.to_csv(record.artifact("tables/bridge.csv"), index=False)
+        bridged = bridge(table, ratios[0])
+        if len(bridged):
+            yield "uncertainty_bridge", figures.bridge(bridged)
+            bridged.to_csv(record.artifact("tables/bridge.csv"), index=False)
     claims = pd.DataFrame([vars(line) for line in lines(table, list(edited.values()), trained)])
     claims.to_csv(record.artifact("tables/claims_uncertainty.csv"), index=False)

@@ -13,14 +13,14 @@ SUFFIXES = {"pretraining": PRETRAINING, "training": "", "between": BETWEEN}
 
 
 def of_instance(name: str, tables: "Mapping[str, pd.DataFrame]") -> "dict[str, pd.DataFrame]":
-    """Its tables that have rows by what they are of; of a chain also its rows of the table `stages`."""
-    found = {of: tables[name + suffix] for of, suffix in SUFFIXES.items() if name + suffix in tables}
-    found = {of: table for of, table in found.items() if len(table)}
+    """Its tables that have rows, by trajectory; of a chain also its rows of the table `stages`."""
+    by_trajectory = {of: tables[name + suffix] for of, suffix in SUFFIXES.items() if name + suffix in tables}
+    by_trajectory = {of: table for of, table in by_trajectory.items() if len(table)}
     if STAGES in tables:
         stages: pd.DataFrame = tables[STAGES][tables[STAGES]["probe"] == name]  # pyright: ignore[reportAssignmentType]
         if len(stages):
-            found[STAGES] = stages
-    return found
+            by_trajectory[STAGES] = stages
+    return by_trajectory
 
 
 def names_of(name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the pages of a run and of a sweep in MLflow say in words."""
+"""The text on the pages of a run and of a sweep in MLflow."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
@@ -61,9 +61,9 @@ def _unfinished(children: Sequence[Record]) -> Iterator[str]:
 def _result(run: str, part: "pd.DataFrame") -> str:
     """Such as `- **dpo** (2 runs): read 5.12 ± 0.10, write 1.21 ± 0.04; loss 0.412`."""
     ratios = part[part["quantity"] == "ratio"]
-    found = [f"{role} {_with_error(_by_seed(some))}" for role, some in ratios.groupby("role")]
+    means = [f"{role} {_with_error(_by_seed(rows))}" for role, rows in ratios.groupby("role")]
     losses = part[part["quantity"] == LOSS]["value"]
-    said = [", ".join(found)] * bool(found) + [f"loss {losses.mean():.3g}"] * bool(len(losses))
+    said = [", ".join(means)] * bool(means) + [f"loss {losses.mean():.3g}"] * bool(len(losses))
     count = len(_by_seed(part))
     return f"- **{run}** ({_runs(count)}): " + ("; ".join(said) or "nothing that is summed up here")
 
@@ -90,7 +90,7 @@ def _correlated(correlations: Mapping[str, tuple[float, float]]) -> Iterator[str
 
 
 def _by_seed(part: "pd.DataFrame") -> "pd.Series":
-    """The mean of what is in `part`, for each seed."""
+    """The mean of `part` for each seed."""
     return part.groupby("seed")["value"].mean()
 
 

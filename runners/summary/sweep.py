@@ -1,4 +1,4 @@
-"""The sweep's own record: one table of what its runs came to, and the figure over their sharpness."""
+"""The sweep's own record: one table of its runs' results, and the figure over their sharpness."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SHARPNESS, ALTERNATIVES = "train/participation_ratio", "train/alternatives"
-# What is said of a run as a whole: the last value of these metrics, or the mean where it is a curve.
+# A run as a whole: the last value of these metrics, or the mean where it is a curve.
 LAST = ("train/matched_tokens", "train/delta_norm", "train/heldout_accuracy", "train/loss")
 MEAN = (SHARPNESS, "train/target_energy", ALTERNATIVES)
 
@@ -171,14 +171,16 @@ def _finished(child: Record) -> bool:
 
 def _varied(done: Sequence[Record]) -> list[str]:
     params = [child.description()["params"] for child in done]
-    keys = dict.fromkeys(key for some in params for key in some)
+    keys = dict.fromkeys(key for parameters in params for key in parameters)
     return [
-        key for key in keys if len({some.get(key) for some in params}) > 1 and all(key in p for p in params)
+        key
+        for key in keys
+        if len({parameters.get(key) for parameters in params}) > 1 and all(key in p for p in params)
     ]
 
 
 def _label(child: Record, varied: Sequence[str]) -> str:
-    """What tells a run from the others but its seed: its objective, then the other keys that vary."""
+    """A run's name among the others, without its seed: its objective, then the other keys that vary."""
     params = child.description()["params"]
     chosen = "objective" in varied  # by name, which stands for all its keys
     keys = [

@@ -1,6 +1,6 @@
 """The limits of MLflow and of the databases behind it, and how names and texts are made to fit them.
 
-MLflow cuts some longer texts in silence and refuses others; PostgreSQL and MySQL refuse what exceeds a
+MLflow cuts some longer texts in silence and refuses others; PostgreSQL and MySQL refuse text that exceeds a
 column. A text that is cut keeps its beginning and ends in a digest, so that different ones stay different.
 """
 

@@ -297,7 +297,7 @@ class Publication:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether MLflow, or the place of its artifacts, refuses what it is given, and would so again."""
+    """Whether MLflow, or the place of its artifacts, refuses an item, and would so again."""
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):

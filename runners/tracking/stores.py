@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ARTIFACTS = "mlflow-artifacts"  # beside a sqlite store
+ARTIFACTS = "mlflow-artifacts"  # in the directory of a sqlite store
 CHECKED_SIZE = 64 << 20  # bytes; a larger store is not read as a whole when it is opened
 LOCK_PATIENCE = 60.0  # seconds; creating a new store takes about six
 _ENVIRONMENT = {
@@ -203,7 +203,7 @@ def _newest_version() -> str:
 
 
 def _connection(database: Path) -> sqlite3.Connection:
-    # Not read-only: what a kill has left half written is rolled back first.
+    # Not read-only: a transaction that a kill has left half written is rolled back first.
     return sqlite3.connect(f"file:{quote(str(database))}?mode=rw", uri=True, timeout=LOCK_PATIENCE)
 
 
@@ -220,12 +220,16 @@ def _stored_experiment(database: Path | None, name: str) -> tuple[int, str, str]
 
 
 def _relocate_artifacts(database: Path, experiment: str, location: str) -> None:
-    """Let a store that was moved, with its artifacts beside it, find them at their new place."""
+    """Let a store that was moved together with its artifacts find them at their new place."""
     stored = _stored_experiment(database, experiment)
     old = None if stored is None else _local_path(stored[2])
     if stored is None or old is None or stored[2] == location or not _is_moved(old):
         return
-    log.warning("the artifacts of %s are no longer in %s: MLflow now looks beside the store", experiment, old)
+    log.warning(
+        "the artifacts of %s are no longer in %s: MLflow now looks in the store's own directory",
+        experiment,
+        old,
+    )
     with closing(_connection(database)) as connection, connection:
         connection.execute(
             "UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", [location, stored[2]]
@@ -239,7 +243,7 @@ def _relocate_artifacts(database: Path, experiment: str, location: str) -> None:
 
 
 def _is_moved(directory: Path) -> bool:
-    """Whether artifacts that lay beside a store are no longer there."""
+    """Whether artifacts in a store's directory are no longer there."""
     return directory.name == ARTIFACTS and not directory.is_dir()
 
 

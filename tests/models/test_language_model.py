@@ -233,14 +233,14 @@ def test_a_family_without_a_map_is_refused(directory):
 def test_a_directory_without_tokenizer_is_refused(directory):
     for path in directory.glob("tokenizer*"):
         path.unlink()
-    message = r"holds no tokenizer \(.*tokenizer\.json.*\): save one beside the weights"
+    message = r"holds no tokenizer \(.*tokenizer\.json.*\): save one next to the weights"
     with pytest.raises(FileNotFoundError, match=message):
         load(directory, "cpu")
 
 
 def test_a_tokenizer_that_cannot_be_read_is_refused(directory):
     (directory / "tokenizer.json").unlink()
-    message = r"holds no tokenizer that can be read \(.+\): save one beside the weights"
+    message = r"holds no tokenizer that can be read \(.+\): save one next to the weights"
     with pytest.raises(FileNotFoundError, match=message):
         load(directory, "cpu")
 

@@ -279,7 +279,9 @@ def test_one_parameter_under_two_names_is_refused(tmp_path, params):
 def test_factors_beside_their_base_are_refused(tmp_path, params):
     key = f"base_model.model.{Q.removesuffix('.weight')}.lora_A.default.weight"
     save_file(params | {key: torch.ones(2, 8)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"holds {key} beside the weights of its base: merge the adapter"):
+    with pytest.raises(
+        ValueError, match=rf"holds {key} as well as the weights of its base: merge the adapter"
+    ):
         open_params(tmp_path, LLAMA)
 
 

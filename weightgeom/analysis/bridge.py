@@ -14,7 +14,7 @@ COUPLINGS = ("fisher_ratio", "gradient_coupling")
 
 
 def bridge(uncertainty: pd.DataFrame, rsf: pd.DataFrame) -> pd.DataFrame:
-    """How coupling changed from the first step to the last, beside the RSF of the update behind it.
+    """How coupling changed from the first step to the last, and the RSF of the update behind it.
 
     A row for every layer, uncertain group, coupling and pathway, with `before`, `after`, `change` and its
     standard error, as of independent prompts (the prompts are the same, so it is the most that it can be),
@@ -25,18 +25,18 @@ def bridge(uncertainty: pd.DataFrame, rsf: pd.DataFrame) -> pd.DataFrame:
     index = ["layer", "arm", "quantity"]
     before, after = (rows[rows["step"] == step].set_index(index) for step in (first, last))
     ratios = own(rsf[rsf["step"] == last], "ratio").groupby(["layer", "role"])["value"].mean()
-    found = []
-    for (layer, arm, quantity), one in before.iterrows():
-        other = after.loc[(layer, arm, quantity)]
+    bridged = []
+    for (layer, arm, quantity), first_row in before.iterrows():
+        last_row = after.loc[(layer, arm, quantity)]
         for role in ("read", "write"):
             if (layer, role) not in ratios.index:
                 continue
-            errors = [float(row["stderr"]) for row in (one, other)]
+            errors = [float(row["stderr"]) for row in (first_row, last_row)]
             values = {
-                "before": one["value"],
-                "after": other["value"],
-                "change": other["value"] - one["value"],
+                "before": first_row["value"],
+                "after": last_row["value"],
+                "change": last_row["value"] - first_row["value"],
             }
             place = {"layer": layer, "arm": arm, "quantity": quantity, "role": role}
-            found.append({**place, **values, "stderr": hypot(*errors), "rsf": ratios[layer, role]})
-    return pd.DataFrame(found)
+            bridged.append({**place, **values, "stderr": hypot(*errors), "rsf": ratios[layer, role]})
+    return pd.DataFrame(bridged)

@@ -1,4 +1,4 @@
-"""A chain of stages: what can be measured of it, and the one table and figure that set them side by side."""
+"""A chain of stages: its measurable comparisons, and the one table and figure that set them side by side."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false

@@ -36,7 +36,7 @@ CHANGE, KL = "preference_margin_change", "kl_from_unedited"
 
 @dataclass(frozen=True)
 class Tested:
-    """One claim at one setting: what was found, and the evidence, None where it is not tested."""
+    """One claim at one setting: the finding, and the evidence, None where it is not tested."""
 
     setting: str
     side: str  # read, write, or ""
@@ -46,7 +46,7 @@ class Tested:
     n: int = 0
 
 
-def verdicts(found: Condensed, runs: "pd.DataFrame") -> "pd.DataFrame":
+def verdicts(condensed: Condensed, runs: "pd.DataFrame") -> "pd.DataFrame":
     """A row for every claim and setting that tests it, or one that says it is not tested.
 
     Columns: `claim setting side verdict finding value low high unit n p_for p_against statement rule`. The
@@ -55,9 +55,11 @@ def verdicts(found: Condensed, runs: "pd.DataFrame") -> "pd.DataFrame":
     import pandas as pd
 
     about = runs.set_index("run_id")
-    ended = found.ended.assign(
-        kind=found.ended["run_id"].map(dict(zip(runs["run_id"], _roles(runs), strict=True))).astype(object),
-        design=found.ended["run_id"].map(about["design"]),
+    ended = condensed.ended.assign(
+        kind=condensed.ended["run_id"]
+        .map(dict(zip(runs["run_id"], _roles(runs), strict=True)))
+        .astype(object),
+        design=condensed.ended["run_id"].map(about["design"]),
     )
     ended.loc[ended["trajectory"] == "pretraining", "kind"] = "pretraining"
     tests: tuple[Callable[[], Iterator[Tested]], ...] = (
@@ -65,52 +67,52 @@ def verdicts(found: Condensed, runs: "pd.DataFrame") -> "pd.DataFrame":
         lambda: _whatever_the_objective(ended),
         lambda: _hardly_writes(ended),
         lambda: _writes_less(ended),
-        lambda: _pretraining_writes(found, ended),
-        lambda: _graded(found, about),
-        lambda: _mechanism(found),
-        lambda: _edits(found),
-        lambda: _surgery(found),
+        lambda: _pretraining_writes(condensed, ended),
+        lambda: _graded(condensed, about),
+        lambda: _mechanism(condensed),
+        lambda: _edits(condensed),
+        lambda: _surgery(condensed),
     )
     lines: list[tuple[Any, Tested]] = []
     for claim, test in zip(CLAIMS, tests, strict=True):
-        tested = [*test(), *(_left_out(found, runs) if claim.number in BY_ROLE else ())]
+        tested = [*test(), *(_left_out(condensed, runs) if claim.number in BY_ROLE else ())]
         if not tested:
             tested = [Tested("", "", f"no run measured it: {claim.test}")]
-        lines += [(claim, one) for one in tested]
-    evidence = [one.evidence for _, one in lines if one.evidence is not None]
-    sides = (holm([one.p_for for one in evidence]), holm([one.p_against for one in evidence]))
+        lines += [(claim, line) for line in tested]
+    evidence = [line.evidence for _, line in lines if line.evidence is not None]
+    sides = (holm([result.p_for for result in evidence]), holm([result.p_against for result in evidence]))
     adjusted = iter(zip(*sides, strict=True))
     rows = [
         {
-            "claim": claim.number, "setting": one.setting, "side": one.side,
-            **_judged(one, *((None, None) if one.evidence is None else next(adjusted))),
+            "claim": claim.number, "setting": line.setting, "side": line.side,
+            **_judged(line, *((None, None) if line.evidence is None else next(adjusted))),
             "statement": claim.statement, "rule": claim.rule,
         }
-        for claim, one in lines
+        for claim, line in lines
     ]  # fmt: skip
     return pd.DataFrame(rows).astype(dict.fromkeys(("value", "low", "high", "p_for", "p_against"), "Float64"))
 
 
-def _judged(one: Tested, p_for: float | None, p_against: float | None) -> dict[str, Any]:
+def _judged(line: Tested, p_for: float | None, p_against: float | None) -> dict[str, Any]:
     numbers = dict.fromkeys(("value", "low", "high"))
     verdict: Verdict = UNTESTED
-    finding, n = one.finding, one.n
-    if one.evidence is not None and p_for is not None and p_against is not None:
-        numbers = {name: getattr(one.evidence, name) for name in numbers}
+    finding, n = line.finding, line.n
+    if line.evidence is not None and p_for is not None and p_against is not None:
+        numbers = {name: getattr(line.evidence, name) for name in numbers}
         verdict = SUPPORTED if p_for <= LEVEL else CONTRADICTED if p_against <= LEVEL else INCONCLUSIVE
         finding += f"; p {p_for:.2g} for the claim, {p_against:.2g} against it (Holm)"
-        n = n or one.evidence.n
+        n = n or line.evidence.n
     return {
-        **{"verdict": verdict, "finding": finding, **numbers, "unit": one.unit, "n": n},
+        **{"verdict": verdict, "finding": finding, **numbers, "unit": line.unit, "n": n},
         **{"p_for": p_for, "p_against": p_against},
     }
 
 
-def _left_out(found: Condensed, runs: "pd.DataFrame") -> Iterator[Tested]:
+def _left_out(condensed: Condensed, runs: "pd.DataFrame") -> Iterator[Tested]:
     """A line for every setting of which nothing says how it was trained."""
     about = runs.set_index("run_id")
     unknown = about[(about["role"] == UNDECLARED) | (about["pair"] & (about["role"] == ""))]
-    ended = found.ended[found.ended["run_id"].isin(unknown.index)]
+    ended = condensed.ended[condensed.ended["run_id"].isin(unknown.index)]
     ended = ended[ended["trajectory"] == "training"]
     for setting, members in ended.groupby("setting", sort=False)["run_id"].unique().items():
         finding = (
@@ -183,11 +185,11 @@ def _reads(ended: "pd.DataFrame") -> Iterator[Tested]:
             )
             yield Tested(setting, "read", finding, n=len(values))
             continue
-        told = ", ".join(f"{name} {part.mean():.2f}" for name, part in whole.groupby("matrix")["ratio"])
+        by_matrix = ", ".join(f"{name} {part.mean():.2f}" for name, part in whole.groupby("matrix")["ratio"])
         line = _tested(
             setting, "read", "ratio of q and k", values, lambda sample: direction(sample, log(MARGIN))
         )
-        yield Tested(line.setting, line.side, f"{line.finding}; {told}", line.evidence, n=line.n)
+        yield Tested(line.setting, line.side, f"{line.finding}; {by_matrix}", line.evidence, n=line.n)
 
 
 def _whatever_the_objective(ended: "pd.DataFrame") -> Iterator[Tested]:
@@ -271,9 +273,9 @@ def _peers(ended: "pd.DataFrame", setting: str, kind: str) -> list[str]:
     return list(dict.fromkeys((alike if len(alike) else peers)["setting"]))
 
 
-def _pretraining_writes(found: Condensed, ended: "pd.DataFrame") -> Iterator[Tested]:
+def _pretraining_writes(condensed: Condensed, ended: "pd.DataFrame") -> Iterator[Tested]:
     for setting in _settings(ended, "pretraining"):
-        rows = found.increments[found.increments["setting"] == setting]
+        rows = condensed.increments[condensed.increments["setting"] == setting]
         if len(rows):
             values = rows.groupby("base")["ratio"].mean()
             what = "write ratio of the increments"
@@ -282,8 +284,8 @@ def _pretraining_writes(found: Condensed, ended: "pd.DataFrame") -> Iterator[Tes
             )
 
 
-def _graded(found: Condensed, about: "pd.DataFrame") -> Iterator[Tested]:
-    writes = found.graded[found.graded["role"] == "write"]
+def _graded(condensed: Condensed, about: "pd.DataFrame") -> Iterator[Tested]:
+    writes = condensed.graded[condensed.graded["role"] == "write"]
     design = writes["run_id"].map(about["design"])
     for _, part in writes.groupby([design, writes["preference"]], sort=False):
         if not part["objective"].str.startswith("graded").any():
@@ -305,9 +307,9 @@ def _graded(found: Condensed, about: "pd.DataFrame") -> Iterator[Tested]:
         yield Tested(setting, "write", finding, evidence)
 
 
-def _mechanism(found: Condensed) -> Iterator[Tested]:
+def _mechanism(condensed: Condensed) -> Iterator[Tested]:
     keys = ["design", "role"]
-    for (_, role), part in found.mechanism.groupby(keys, sort=False):
+    for (_, role), part in condensed.mechanism.groupby(keys, sort=False):
         setting = f"{part['model'].iloc[0]} · {part['data'].iloc[0]}"
         made = {name: expectation(part, name) for name in EXPECTED}
         if part[f"{OWN}_ratio"].isna().all():
@@ -317,21 +319,21 @@ def _mechanism(found: Condensed) -> Iterator[Tested]:
             finding = f"{_many(runs, 'training')}, where a correlation over trainings needs {RUNS}"
             yield Tested(setting, role, finding, n=runs)
             continue
-        told = [
-            f"{name} {one.value:.2f} [{one.low:.2f}, {one.high:.2f}]"
-            for name, one in reversed(made.items())
-            if one is not None
+        others = [
+            f"{name} {correlation.value:.2f} [{correlation.low:.2f}, {correlation.high:.2f}]"
+            for name, correlation in reversed(made.items())
+            if correlation is not None
         ]
         finding = (
             f"correlation of the optimizer's forecast with the measured ratio {first.value:.2f}"
-            f" [{first.low:.2f}, {first.high:.2f}]; of {', '.join(told)}; {len(part)} points of"
+            f" [{first.low:.2f}, {first.high:.2f}]; of {', '.join(others)}; {len(part)} points of"
             f" {_many(runs, 'training')}"
         )
         yield Tested(setting, role, finding, first)
 
 
-def _edits(found: Condensed) -> Iterator[Tested]:
-    rank1 = found.rank1
+def _edits(condensed: Condensed) -> Iterator[Tested]:
+    rank1 = condensed.rank1
     if not len(rank1):
         return
     strength = rank1["dose"].astype(float)
@@ -346,22 +348,26 @@ def _edits(found: Condensed) -> Iterator[Tested]:
         values = over.groupby("replicate")["over"].mean().map(exp)
         beaten, places = int((part["p_value"] <= LEVEL).sum()), len(part)
         matrices = ", ".join(dict.fromkeys(part["matrix"]))
-        told = (
+        summary = (
             f"p ≤ {LEVEL} in {beaten} of {_many(places, 'place')} ({matrices}); median KL"
             f" {part['effect'].median():.2g} against {part['controls'].median():.2g} nats/token"
         )
-        if len(left := found.least[(found.least["setting"] == setting) & (found.least["role"] == role)]):
-            told += f"; the bottom direction does least in {int(left['least'].sum())} of {len(left)}"
+        if len(
+            left := condensed.least[
+                (condensed.least["setting"] == setting) & (condensed.least["role"] == role)
+            ]
+        ):
+            summary += f"; the bottom direction does least in {int(left['least'].sum())} of {len(left)}"
         if (part["match"] != "output").any():
-            finding = f"edits of equal Frobenius norm are not judged (match=output is): {told}"
+            finding = f"edits of equal Frobenius norm are not judged (match=output is): {summary}"
             yield Tested(str(setting), str(role), finding, n=part["replicate"].nunique())
             continue
         line = _tested(str(setting), str(role), "KL over the median random edit's", values, direction)
-        yield Tested(line.setting, line.side, f"{line.finding}; {told}", line.evidence, n=line.n)
+        yield Tested(line.setting, line.side, f"{line.finding}; {summary}", line.evidence, n=line.n)
 
 
-def _surgery(found: Condensed) -> Iterator[Tested]:
-    surgery = found.surgery
+def _surgery(condensed: Condensed) -> Iterator[Tested]:
+    surgery = condensed.surgery
     if not len(surgery):
         return
     chosen = (surgery["quantity"] == CHANGE) & (surgery["dose"] == "remove")
@@ -372,20 +378,20 @@ def _surgery(found: Condensed) -> Iterator[Tested]:
             against, against
         )
         values = (part["effect"] - part["controls"]).groupby(part["replicate"]).mean().drop_duplicates()
-        told = [
-            f"k = {int(k)}: {one['effect'].mean():+.2g} against {one['controls'].mean():+.2g}"
-            f" (p = {one['p_value'].max():.2g})"
-            for k, one in part.groupby("k")
+        by_k = [
+            f"k = {int(k)}: {rows['effect'].mean():+.2g} against {rows['controls'].mean():+.2g}"
+            f" (p = {rows['p_value'].max():.2g})"
+            for k, rows in part.groupby("k")
         ]
-        told = f"against subspaces of {what}; {'; '.join(told)} nats/pair"
+        against_controls = f"against subspaces of {what}; {'; '.join(by_k)} nats/pair"
         evidence = direction(list(values), below=True)
         if evidence is None:
-            finding = f"{_many(len(values), 'training')}, where a test needs {TRAININGS}, {told}"
+            finding = f"{_many(len(values), 'training')}, where a test needs {TRAININGS}, {against_controls}"
             yield Tested(setting, role, finding, unit="nats/pair", n=len(values))
             continue
         finding = (
             f"change of the margin less the controls' {evidence.value:+.2g} [{evidence.low:+.2g},"
-            f" {evidence.high:+.2g}], {_many(len(values), 'training')}, {told}"
+            f" {evidence.high:+.2g}], {_many(len(values), 'training')}, {against_controls}"
         )
         yield Tested(setting, role, finding, evidence, unit="nats/pair")
 

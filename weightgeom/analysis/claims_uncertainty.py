@@ -1,4 +1,4 @@
-"""What arXiv:2603.13911v1 claims, judged by the tables of a run: of one model, over its prompts."""
+"""The claims of arXiv:2603.13911v1, judged by the tables of a run: of one model, over its prompts."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
@@ -41,16 +41,16 @@ def lines(table: "pd.DataFrame | None", interventions: "Sequence[pd.DataFrame]",
     labels, p ≤ 0.05; of dimensions, the median over layers decides. Where a table or the permutations lack,
     nothing is tested.
     """
-    found = []
+    results = []
     if table is not None and len(table):
         rows = table[table["step"] == base_step(table, trained)]
         compared = rows[(rows["against"] != "") & (rows["dose"] == "")]
         for arm in sorted(compared["arm"].unique()):
-            found += _of_group(rows, arm)
+            results += _of_group(rows, arm)
     else:
-        found += [Line(claim, UNTESTED, "no rows of the probe uncertainty") for claim in CLAIMS]
-    bypasses = [one for one in interventions if treatment(one) == BYPASS]
-    return [*found, *_of_interventions(bypasses[0] if bypasses else None)]
+        results += [Line(claim, UNTESTED, "no rows of the probe uncertainty") for claim in CLAIMS]
+    bypasses = [table_of_edits for table_of_edits in interventions if treatment(table_of_edits) == BYPASS]
+    return [*results, *_of_interventions(bypasses[0] if bypasses else None)]
 
 
 def tables_of_claims(
@@ -64,7 +64,7 @@ def tables_of_claims(
 
 
 def base_step(table: "pd.DataFrame", trained: bool) -> int:
-    """The base's: where a training starts from it, or where its own has come to."""
+    """The base's: the first step of a training that starts from it, or the last step of its own."""
     return int(table["step"].min() if trained else table["step"].max())
 
 
@@ -87,21 +87,21 @@ def _of_group(rows: "pd.DataFrame", arm: str) -> Iterator[Line]:
     def over_layers(
         number: int, values: "pd.Series", holds: "pd.Series", fails: "pd.Series", what: str, when: str
     ) -> Line:
-        told = f"{what} {values.median():.2f}, the median over layers of {values.min():.2f} to"
-        told += f" {values.max():.2f}"
+        summary = f"{what} {values.median():.2f}, the median over layers of {values.min():.2f} to"
+        summary += f" {values.max():.2f}"
         counted = f"{when} in {int(holds.sum())} of {len(holds)} layers"
-        return line(number, bool(holds.mean() > 0.5), bool(fails.mean() > 0.5), f"{told}; {counted}")
+        return line(number, bool(holds.mean() > 0.5), bool(fails.mean() > 0.5), f"{summary}; {counted}")
 
     detected = _with_ends(rows, arm, "auroc_logistic")
     best = detected["value"].idxmax()
     value, low, high = detected.loc[best]
-    told = f"AUROC {value:.3f} [{low:.3f}, {high:.3f}] in layer {best}, held out"
+    auroc = f"AUROC {value:.3f} [{low:.3f}, {high:.3f}] in layer {best}, held out"
     p = _values(rows, arm, "auroc_logistic_max_p_value").get(best)
     if p is None or _permutations(rows, arm) + 1 < 1 / LEVEL:
         few = "no or too few permutations over layers: set probe.uncertainty.refits=39"
-        yield Line(CLAIMS[0], UNTESTED, f"{arm}: {told}; {few}")
+        yield Line(CLAIMS[0], UNTESTED, f"{arm}: {auroc}; {few}")
     else:
-        yield line(0, bool(p <= LEVEL), False, f"{told}; p {p:.2g} among the best layers of permuted labels")
+        yield line(0, bool(p <= LEVEL), False, f"{auroc}; p {p:.2g} among the best layers of permuted labels")
     ratios = _values(rows, arm, "mle_dimension_ratio")
     better = _values(rows, arm, "mle_dimension_calibrated_ratio")
     yield line(

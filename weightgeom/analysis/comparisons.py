@@ -24,7 +24,7 @@ def comparisons(table: "pd.DataFrame", effect: str) -> "pd.DataFrame":
 
     place = ["layer", "matrix", "head", "expert", "role", "k"]
     table = table.assign(**{name: table[name].fillna(-1) for name in ("layer", "head", "expert", "k")})
-    found = table[table["quantity"] == f"{effect}_p_value"].rename(columns={"value": "p_value"})
+    compared = table[table["quantity"] == f"{effect}_p_value"].rename(columns={"value": "p_value"})
     arms, keys = table[table["quantity"] == effect], [*place, "dose", "treatment"]
     treatments = arms[arms["draw"].isna()].set_index(keys)["value"]
     medians = arms.groupby(keys)["value"].median()
@@ -34,9 +34,9 @@ def comparisons(table: "pd.DataFrame", effect: str) -> "pd.DataFrame":
         ("controls", medians, [*place, "dose", "against"]),
         ("q_value", q_values, [*keys, "against"]),
     ):
-        found[name] = values.reindex(pd.MultiIndex.from_frame(found[columns])).to_numpy()
+        compared[name] = values.reindex(pd.MultiIndex.from_frame(compared[columns])).to_numpy()
     columns = [*place, "dose", "treatment", "against", "effect", "controls", "p_value", "q_value"]
-    return found[columns].reset_index(drop=True)
+    return compared[columns].reset_index(drop=True)
 
 
 def measured_effect(table: "pd.DataFrame", effects: Sequence[str]) -> str:
@@ -60,12 +60,12 @@ def compared_with_principal(table: "pd.DataFrame", effect: str, controls: Sequen
     return principal(comparisons(table, effect), controls)
 
 
-def principal(found: "pd.DataFrame", controls: Sequence[str]) -> "pd.DataFrame":
+def principal(compared: "pd.DataFrame", controls: Sequence[str]) -> "pd.DataFrame":
     """Comparisons with the first of the kinds of control that each has; of numerical doses the largest."""
     import pandas as pd
 
     order = {kind: number for number, kind in enumerate(controls)}
-    ranks = found["against"].map(lambda kind: order.get(kind, len(order)))
-    found = found[ranks == ranks.groupby([found["treatment"], found["dose"]]).transform("min")]
-    doses = pd.to_numeric(found["dose"], errors="coerce")
-    return found[doses.isna() | (doses == doses.max())]
+    ranks = compared["against"].map(lambda kind: order.get(kind, len(order)))
+    compared = compared[ranks == ranks.groupby([compared["treatment"], compared["dose"]]).transform("min")]
+    doses = pd.to_numeric(compared["dose"], errors="coerce")
+    return compared[doses.isna() | (doses == doses.max())]

@@ -1,4 +1,4 @@
-"""What runs have declared of their tables and objectives, read back; for runs of before, from their names."""
+"""The declarations of runs' tables and objectives, read back; for earlier runs, taken from their names."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportReturnType=false

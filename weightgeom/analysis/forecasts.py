@@ -1,4 +1,4 @@
-"""How well what a base's moments lead to expect agrees with the trained ratios, over several trainings."""
+"""Agreement of the ratios expected from a base's moments with the trained ones, over several trainings."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
@@ -36,7 +36,7 @@ def agreement(
         row: dict[str, object] = {"expected": name, "points": len(points), "runs": len(runs)}
         for quantity, value in (("correlation", _correlation), ("log_rmse", _log_rmse)):
             row[quantity] = value(np.concatenate(pairs))
-            samples = [value(np.concatenate([pairs[run] for run in some])) for some in drawn]
+            samples = [value(np.concatenate([pairs[run] for run in drawn_runs])) for drawn_runs in drawn]
             ends = np.nanpercentile(samples, [2.5, 97.5]) if samples else (np.nan, np.nan)
             row[f"{quantity}_low"], row[f"{quantity}_high"] = map(float, ends)
         rows.append(row)

@@ -46,7 +46,7 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Other:
-    """A table that belongs to no section about the papers, or is a further one of it.
+    """A table that belongs to no section about the papers, or is a further one of a section.
 
     `means` has a row for every setting and matrix, over runs and at the last step: of a probe its headline
     (or all quantities without a matrix), of an intervention none. `runs` has the same for every run; for an
@@ -158,13 +158,13 @@ def _means(single: "pd.DataFrame", keys: Sequence[str]) -> "pd.DataFrame":
     """Means over runs with their 95 % interval, Student's t over seeds; no interval of a single run."""
     import pandas as pd
 
-    found = []
+    means = []
     for key, part in single.groupby(keys, sort=False):
         value = part["value"].mean()
         half = half_width(part["value"].std(), len(part))
         ends = {"low": None, "high": None} if half is None else {"low": value - half, "high": value + half}
-        found.append({**dict(zip(keys, key, strict=True)), "value": value, **ends, "runs": len(part)})
-    table = pd.DataFrame(found, columns=[*keys, "value", "low", "high", "runs"])
+        means.append({**dict(zip(keys, key, strict=True)), "value": value, **ends, "runs": len(part)})
+    table = pd.DataFrame(means, columns=[*keys, "value", "low", "high", "runs"])
     return table.astype({"low": "Float64", "high": "Float64"})
 
 
@@ -210,7 +210,7 @@ def by_run(by_layer: "pd.DataFrame") -> "pd.DataFrame":
         null_sd=whole["joint_sd"].fillna(whole["null_ratio_sd"]),
         beyond=(whole["q_value"] <= LEVEL).astype(float),
     ).groupby(keys, sort=False)
-    found = grouped.agg(
+    ratios_by_run = grouped.agg(
         ratio=("ratio", "mean"),
         null_mean=("null_ratio_mean", "mean"),
         null_sd=("null_sd", "mean"),
@@ -221,10 +221,10 @@ def by_run(by_layer: "pd.DataFrame") -> "pd.DataFrame":
         adapter_rank=("adapter_rank", "max"),
     )
     layers = whole.groupby([*keys, "layer"], sort=False)["ratio"].mean().groupby(keys, sort=False)
-    return found.assign(layer_sd=layers.std(), layers=layers.size()).reset_index()
+    return ratios_by_run.assign(layer_sd=layers.std(), layers=layers.size()).reset_index()
 
 
-def over_seeds(found: "pd.DataFrame", at_steps: bool = False) -> "pd.DataFrame":
+def over_seeds(ratios_by_run: "pd.DataFrame", at_steps: bool = False) -> "pd.DataFrame":
     """A row for every setting and matrix: the mean over its runs with its 95 % interval, and the nulls.
 
     The interval is Student's over runs; a single run has none. `layer_sd` is the spread of the layers' means,
@@ -234,7 +234,7 @@ def over_seeds(found: "pd.DataFrame", at_steps: bool = False) -> "pd.DataFrame":
 
     keys = ["setting", *MATRIX, *(["step"] if at_steps else [])]
     rows = []
-    for key, part in found.groupby(keys, sort=False):
+    for key, part in ratios_by_run.groupby(keys, sort=False):
         runs, sd = len(part), part["ratio"].std()
         half = half_width(sd, runs)
         mean, null_mean = part["ratio"].mean(), part["null_mean"].mean()
@@ -263,9 +263,9 @@ def over_seeds(found: "pd.DataFrame", at_steps: bool = False) -> "pd.DataFrame":
 
 def half_width(sd: float, n: int) -> float | None:
     """Half of the 95 % interval of a mean of n values, by Student's t; None for fewer than two."""
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
-    return float(t.ppf(0.975, n - 1) * sd / sqrt(n)) if n > 1 and np.isfinite(sd) else None
+    return float(stdtrit(n - 1, 0.975) * sd / sqrt(n)) if n > 1 and np.isfinite(sd) else None
 
 
 def graded(ended: "pd.DataFrame", runs: "pd.DataFrame") -> "pd.DataFrame":
@@ -310,8 +310,10 @@ def increments(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
     part = part[part["k"] == part.groupby("run_id")["k"].transform("min")]
     part = part[part["step"] > part.groupby("run_id")["step"].transform("min")]
     keys = ["setting", *SETTING, "base", "run_id"]
-    found = part.groupby(keys, sort=False).agg(ratio=("value", "mean"), increments=("step", "nunique"))
-    return found.reset_index()
+    ratios_by_run = part.groupby(keys, sort=False).agg(
+        ratio=("value", "mean"), increments=("step", "nunique")
+    )
+    return ratios_by_run.reset_index()
 
 
 def mechanism(rows: "pd.DataFrame", runs: "pd.DataFrame", table: str) -> "pd.DataFrame":
@@ -324,7 +326,7 @@ def mechanism(rows: "pd.DataFrame", runs: "pd.DataFrame", table: str) -> "pd.Dat
     part = rows[rows["table"] == table]
     part = part[part["step"] == part.groupby("run_id")["step"].transform("max")]
     part = part[part["k"] == part.groupby("run_id")["k"].transform("min")]
-    wanted = [f"{one}_ratio" for one in (*EXPECTED, "measured")]
+    wanted = [f"{name}_ratio" for name in (*EXPECTED, "measured")]
     part = part[part["quantity"].isin(wanted)]
     part = part.assign(matrix=label(part))
     keys = ["setting", *MATRIX, "replicate", "run_id", "layer"]
@@ -386,15 +388,19 @@ def effects(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
     """All comparisons of an intervention with its controls, over runs; `quantity` names the effect."""
     import pandas as pd
 
-    part, found = rows[rows["table"] == table], []
-    for key, one in part.groupby(["setting", *SETTING, "replicate", "run_id"], sort=False):
-        for p_value in sorted(one.loc[one["quantity"].str.endswith("_p_value"), "quantity"].unique()):
+    part, compared = rows[rows["table"] == table], []
+    for key, run_rows in part.groupby(["setting", *SETTING, "replicate", "run_id"], sort=False):
+        for p_value in sorted(
+            run_rows.loc[run_rows["quantity"].str.endswith("_p_value"), "quantity"].unique()
+        ):
             effect = p_value.removesuffix("_p_value")
             columns = dict(zip(["setting", *SETTING, "replicate", "run_id"], key, strict=True))
-            unit = one.loc[one["quantity"] == effect, "unit"].iloc[0]
-            n = one.loc[one["quantity"] == p_value, "n"].to_numpy()  # in the order of the comparisons
-            found.append(comparisons(one, effect).assign(**columns, quantity=effect, unit=unit, n=n))
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+            unit = run_rows.loc[run_rows["quantity"] == effect, "unit"].iloc[0]
+            n = run_rows.loc[
+                run_rows["quantity"] == p_value, "n"
+            ].to_numpy()  # in the order of the comparisons
+            compared.append(comparisons(run_rows, effect).assign(**columns, quantity=effect, unit=unit, n=n))
+    return pd.concat(compared, ignore_index=True) if compared else pd.DataFrame()
 
 
 def least(rows: "pd.DataFrame", table: str, effect: str = "kl_from_unedited") -> "pd.DataFrame":
@@ -410,12 +416,12 @@ def least(rows: "pd.DataFrame", table: str, effect: str = "kl_from_unedited") ->
     sizes = sizes.reindex(columns=sorted({*sizes.columns, "bottom"}))
     sizes = sizes[sizes["bottom"].notna()]  # none without that control
     others = sizes.drop(columns="bottom").min(axis=1)
-    found = sizes[["bottom"]].assign(others=others, least=sizes["bottom"] < others)
-    return found.reset_index().rename_axis(columns=None)
+    compared = sizes[["bottom"]].assign(others=others, least=sizes["bottom"] < others)
+    return compared.reset_index().rename_axis(columns=None)
 
 
 def behaviour(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
-    """What every training achieved: each quantity before and after, as means over its runs."""
+    """The behaviour of every training: each quantity before and after, as means over its runs."""
     part = rows[(rows["table"] == table) & (rows["trajectory"] == "training")]
     keys = ["setting", *SETTING, "quantity", "unit"]
     ends = {}
@@ -424,5 +430,5 @@ def behaviour(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
         ends[name] = part[part["step"] == step].groupby(keys, sort=False)["value"].mean()
     n = part.groupby(keys, sort=False)["n"].max()
     runs = part.groupby(keys, sort=False)["run_id"].nunique()
-    found = ends["before"].to_frame("before").assign(after=ends["after"], prompts=n, runs=runs)
-    return found.reset_index()
+    achieved = ends["before"].to_frame("before").assign(after=ends["after"], prompts=n, runs=runs)
+    return achieved.reset_index()

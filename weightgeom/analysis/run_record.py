@@ -40,7 +40,7 @@ class Run:
         return sorted(path.stem for path in (self.directory / "artifacts" / "figures").glob("*.png"))
 
     def figure(self, name: str) -> Picture:
-        """One figure, such as `ratio_by_layer`; its PDF lies beside the PNG.
+        """One figure, such as `ratio_by_layer`; its PDF is in the PNG's directory.
 
         Raises:
             KeyError: if the run has none of this name, naming those that it has.

@@ -1,4 +1,4 @@
-"""What tells the runs of a study apart: the name of each run's setting, from its parameters."""
+"""The names of the settings of a study's runs, from the parameters in which they differ."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SETTING = ["model", "data", "preference", "objective", "variant", "trajectory"]
 GROUPS = ("model", "data", "objective", "training")
 ARROW = " → "  # between two checkpoints that are compared
-# What a pair's `model.stage` says of the training between its checkpoints.
+# The training between a pair's checkpoints, by its `model.stage`.
 TRAINED_BY = {
     **dict.fromkeys(("dpo", "kto", "ipo", "orpo", "simpo", "rlhf", "ppo", "grpo"), "contrast"),
     **dict.fromkeys(("sft", "ce", "pretraining"), "likelihood"),
@@ -24,7 +24,7 @@ TRAINED_BY = {
 LONG = 40  # characters of a variant that a name still holds
 SEEDS = ("model.seed", "data.seed")
 NAMED = ("data.preference",)  # has a column of its own
-# What changes neither an update nor how its ratio is taken.
+# Keys that change neither an update nor the measurement of its ratio.
 HARMLESS = (
     *("training.log_every", "training.log_gradients", "training.workers", "training.keep"),
     *("training.save_every", "model.pretraining.log_every"),
@@ -37,7 +37,7 @@ def settings(
     tags: Sequence[Params] | None = None,
     declarations: Mapping[str, Declaration] = EARLIER,
 ) -> list[dict[str, object]]:
-    """Of every run, in order, the columns that say what it was made of.
+    """The columns that describe the make-up of every run, in order.
 
     `objective`, `model`, `data`, `preference` and their seeds; what else differs between runs of the same
     choice goes into the objective's name, or else into `variant`. `base_variant` is what of it matters to
@@ -71,16 +71,16 @@ def placed(rows: "pd.DataFrame", runs: "pd.DataFrame") -> "pd.DataFrame":
     if "compared" in about:  # pairs have no seeds: each is a training of its own
         compared = rows["run_id"].map(about["compared"]).fillna("")
         base = base.where(compared == "", base + "/" + compared)
-    found = rows.assign(
+    named = rows.assign(
         objective=rows["objective"].where(~before, "pretraining"),
         preference=rows["preference"].where(~before, ""),
         variant=rows["variant"].where(~before, rows["run_id"].map(about["base_variant"])),
         base=base,
         replicate=base.where(before, rows["seed"].astype("str") + "/" + base),
     )
-    newest = found.groupby([*SETTING, "replicate", "table"])["run_id"].transform("last")
-    found = found[found["run_id"] == newest].reset_index(drop=True)
-    return found.assign(setting=names(found))
+    newest = named.groupby([*SETTING, "replicate", "table"])["run_id"].transform("last")
+    named = named[named["run_id"] == newest].reset_index(drop=True)
+    return named.assign(setting=names(named))
 
 
 def names(frame: "pd.DataFrame") -> "pd.Series":
@@ -94,8 +94,8 @@ def names(frame: "pd.DataFrame") -> "pd.Series":
         for number, variant in enumerate(variants, 1)
     }
     for values in (frame["preference"], frame["variant"].map(short)):
-        told = values.notna() & (values != "")
-        name = name.where(~told, name + " · " + values.astype(object).fillna(""))
+        has_value = values.notna() & (values != "")
+        name = name.where(~has_value, name + " · " + values.astype(object).fillna(""))
     for column in ("data", "model"):
         if frame[column].nunique() > 1:
             name = frame[column].astype(object) + ": " + name
@@ -150,7 +150,7 @@ def _setting(
 
 
 def _design(run: Params, base: Sequence[str]) -> str:
-    """What runs must share for their numbers to be compared: the base, the data, and how they were measured.
+    """The key that runs share if their numbers can be compared: the base, the data and the measurement.
 
     Seeds and the preference are left out: the seeds tell replicates apart, the preference has a column.
     """
@@ -162,13 +162,15 @@ def _design(run: Params, base: Sequence[str]) -> str:
 def _told(run: Params, group: str) -> str:
     """The parameters of a run's choice of a group, but those that were left open."""
     keys = [key for key in run if key.startswith(f"{group}.") and not key.endswith("._target_")]
-    told = [f"{key.removeprefix(f'{group}.')}={run[key]}" for key in keys if run[key] not in ("None", "{}")]
-    return ", ".join(told)
+    parameters = [
+        f"{key.removeprefix(f'{group}.')}={run[key]}" for key in keys if run[key] not in ("None", "{}")
+    ]
+    return ", ".join(parameters)
 
 
 def _differing(run: Params, runs: Sequence[Params], group: str) -> list[str]:
     """`key=value` of every key of a group in which runs with the same choice of that group differ."""
-    peers = [one for one in runs if one[group] == run[group]]
+    peers = [peer for peer in runs if peer[group] == run[group]]
     keys = [key for key in run if key.startswith(f"{group}.") and key not in (*SEEDS, *NAMED, *HARMLESS)]
     if "TwoCheckpoints" in run.get("model._target_", ""):
         keys = [key for key in keys if key not in ("model.before", "model.after", "model.stage")]  # its name
@@ -178,7 +180,7 @@ def _differing(run: Params, runs: Sequence[Params], group: str) -> list[str]:
 
 def _measured(run: Params, runs: Sequence[Params], declarations: Mapping[str, Declaration]) -> list[str]:
     """How the run was measured, where runs differ in it: their numbers must not be pooled."""
-    told = []
+    differences = []
     for key in run:
         group, _, rest = key.partition(".")
         name, _, field = rest.partition(".")
@@ -187,12 +189,12 @@ def _measured(run: Params, runs: Sequence[Params], declarations: Mapping[str, De
         declaration = declarations.get(name)
         harmless = declaration.harmless if isinstance(declaration, ProbeDeclaration) else ()
         if field not in harmless and _differ(runs, key):
-            told.append(f"{key}={run[key]}")
-    return told
+            differences.append(f"{key}={run[key]}")
+    return differences
 
 
 def _differ(runs: Sequence[Params], key: str) -> bool:
-    return len({one[key] for one in runs if key in one}) > 1
+    return len({run[key] for run in runs if key in run}) > 1
 
 
 def _seed(run: Params, key: str) -> int | None:

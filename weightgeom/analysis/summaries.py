@@ -21,7 +21,7 @@ NUMBERS = {"effect": "effect", "controls": "controls", "p": "p_value", "q": "q_v
 def by_matrix(table: "pd.DataFrame", headline: str, form: str = ".3g") -> "pd.DataFrame":
     """A row for every pathway, matrix and k: the headline's mean over layers at its first and last step.
 
-    One column where the two are one step, and no k where there is one of it. Beside the null, where the table
+    One column where the two are one step, and no k where it has one value. Next to the null, where the table
     has one, and z, how many of the null's standard deviations of that mean it lies away (`null_of_mean`).
     """
     import pandas as pd
@@ -127,8 +127,8 @@ def by_expectation(table: "pd.DataFrame", expected: Sequence[str]) -> "pd.DataFr
     rows = []
     for role, matrix in means["measured"].index:
         values = {name: means[name].get((role, matrix)) for name in names}
-        told = {name: "-" if value is None else f"{value:.2f}" for name, value in values.items()}
-        rows.append({"pathway": role, "matrix": matrix, **told})
+        cells = {name: "-" if value is None else f"{value:.2f}" for name, value in values.items()}
+        rows.append({"pathway": role, "matrix": matrix, **cells})
     for role in ("read", "write") if len(table) else ():
         row = {"pathway": role, "matrix": "correlation"}
         for name in expected:

@@ -19,7 +19,7 @@ NAMES = Names(
 
 
 def architecture(config: "FalconH1Config") -> Architecture:
-    """Softmax attention and Mamba-2 side by side, then an MLP; the network multiplies what they write."""
+    """Softmax attention and Mamba-2 side by side, then an MLP; their outputs are multiplied by constants."""
     given: Any = config  # whose hints allow for None, which the network does not
     sizes = (
         given.mamba_n_heads,
@@ -36,5 +36,5 @@ def architecture(config: "FalconH1Config") -> Architecture:
         "mamba_o": given.ssm_out_multiplier,
         "down": given.mlp_multipliers[1],
     }
-    matrices = (replace(one, factor=factors.get(one.kind, 1.0)) for one in whole.matrices)
+    matrices = (replace(matrix, factor=factors.get(matrix.kind, 1.0)) for matrix in whole.matrices)
     return replace(whole, matrices=tuple(matrices))

@@ -25,5 +25,5 @@ def architecture(config: "GPTNeoXConfig") -> Architecture:
     The rows of the fused weight are ordered [head][q, k, v][d_head], not in thirds.
     """
     rows = fused_by_group(config, config.num_attention_heads)
-    found = decoder(config, NAMES, rows=rows, parallel=config.use_parallel_residual)
-    return replace(found, model_type="gpt_neox")  # for its names on disk, also of a network built on it
+    mapped = decoder(config, NAMES, rows=rows, parallel=config.use_parallel_residual)
+    return replace(mapped, model_type="gpt_neox")  # for its names on disk, also of a network built on it

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def architecture(config: "GraniteConfig") -> Architecture:
-    """Llama's map, what o and down write being multiplied by a constant on the way to the stream.
+    """Llama's map, with the outputs of o and down multiplied by a constant on the way to the stream.
 
     The multipliers of embeddings, attention scores and logits change no read or write.
     """

@@ -10,5 +10,5 @@ if TYPE_CHECKING:
 
 
 def architecture(config: "MistralConfig") -> Architecture:
-    """Llama's map: the sliding window limits which tokens are seen, not what reads or writes."""
+    """Llama's map: the sliding window limits which tokens are seen, not which matrices read or write."""
     return gated_decoder(config)

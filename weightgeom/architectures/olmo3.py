@@ -10,5 +10,5 @@ if TYPE_CHECKING:
 
 
 def architecture(config: "Olmo3Config") -> Architecture:
-    """OLMo-2's map: sliding windows limit which tokens are seen, not what reads or writes."""
+    """OLMo-2's map: sliding windows limit which tokens are seen, not which matrices read or write."""
     return gated_decoder(config, post_norms=True)

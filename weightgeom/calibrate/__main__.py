@@ -35,16 +35,16 @@ def main(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     if asked.draws < 1 or min(asked.d) < 8:
         parser.error("--draws must be 1 or more, and each --d at least 8")
-    found = []
+    simulated = []
     for rate in rates(asked.draws, tuple(asked.d), asked.seed):
-        found.append(rate)
+        simulated.append(rate)
         print(line(rate), flush=True)
     if asked.write is not None:
         command = f"python -m weightgeom.calibrate --draws {asked.draws} --d {' '.join(map(str, asked.d))}"
         head = HEAD.format(draws=asked.draws, command=f"{command} --write {asked.write}")
-        asked.write.write_text(head + table(found))
-    off = [rate for rate in found if rate.holds is False]
-    print(f"{len(found)} rates, {len(off)} not as they should be", file=sys.stderr)
+        asked.write.write_text(head + table(simulated))
+    off = [rate for rate in simulated if rate.holds is False]
+    print(f"{len(simulated)} rates, {len(off)} not as they should be", file=sys.stderr)
     return 1 if off else 0
 
 
@@ -57,10 +57,10 @@ def line(rate: Rate) -> str:
     return f"| {rate.what} | {rate.shape} | {nominal} | {rate.rate:.3f} [{low:.3f}, {high:.3f}] | {sign} |"
 
 
-def table(found: Iterable[Rate]) -> str:
+def table(simulated: Iterable[Rate]) -> str:
     """All rates as a table of Markdown."""
     head = ["| what | shape | nominal | rate | as it should be |", "|---|---|---|---|---|"]
-    return "\n".join([*head, *map(line, found)]) + "\n"
+    return "\n".join([*head, *map(line, simulated)]) + "\n"
 
 
 if __name__ == "__main__":

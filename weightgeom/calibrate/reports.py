@@ -54,8 +54,8 @@ def false_support(truth: Truth, draws: int, seeds: int, generator: torch.Generat
     happened = 0
     for _ in range(draws):
         rows, runs = study(truth, seeds, generator)
-        found = verdicts(condense(rows, runs), runs)
-        supported = found[found["verdict"] == SUPPORTED]
+        judged = verdicts(condense(rows, runs), runs)
+        supported = judged[judged["verdict"] == SUPPORTED]
         pairs = zip(supported["claim"], supported["setting"], strict=True)
         happened += any(
             claim == number and part in setting for claim, setting in pairs for number, part in FALSE[truth]
@@ -149,11 +149,11 @@ def _trained(
     """The ratio of every matrix's update, and the matched level of those that read."""
     space, root = Subspace.top(inputs, K), torch.linalg.cholesky(inputs)
     for layer, (matrix, role) in product(range(LAYERS), MATRICES.items()):
-        found = {"null_ratio_mean": 1.0, "null_ratio_sd": 0.2, "q_value": 0.5}
+        quantities = {"null_ratio_mean": 1.0, "null_ratio_sd": 0.2, "q_value": 0.5}
         if truth == "lora":
-            found["adapter_rank"] = float(RANK)
+            quantities["adapter_rank"] = float(RANK)
         if role == "write":
-            found["ratio"] = _written(truth, prediction, generator)
+            quantities["ratio"] = _written(truth, prediction, generator)
         else:
             x, level = _gaussian(generator, ROWS, D), inputs
             if truth == "seeds":
@@ -162,9 +162,9 @@ def _trained(
                 factor = _gaussian(generator, RANK, D)
                 x, level = _gaussian(generator, ROWS, RANK) @ factor, adapter_moment(factor, inputs)
             ratio, matched = (space.explained(moment) * D / K for moment in (x.T @ x, level))
-            found |= {"ratio": ratio, "crossfit_ratio": ratio}
-            found |= {"matched_ratio": matched, "crossfit_matched_ratio": matched}
-        yield from (row(name, value, n=1, **_place(matrix, layer)) for name, value in found.items())
+            quantities |= {"ratio": ratio, "crossfit_ratio": ratio}
+            quantities |= {"matched_ratio": matched, "crossfit_matched_ratio": matched}
+        yield from (row(name, value, n=1, **_place(matrix, layer)) for name, value in quantities.items())
 
 
 def _pretrained(truth: Truth, prediction: Subspace, generator: torch.Generator) -> Iterator[Row]:
@@ -185,7 +185,7 @@ def _forecasts(generator: torch.Generator) -> Iterator[Row]:
 
 
 def _edits(generator: torch.Generator) -> Iterator[Row]:
-    """Rank-1 edits whose treatments act as their controls do, but for what a training shares."""
+    """Rank-1 edits whose treatments act as their controls do, but for a training's shared effect."""
     training = 0.3 * _normal(generator)
     for layer, (matrix, kind) in product(range(LAYERS), (("k", "activation"), ("o", "prediction"))):
         place = {"n": 20, "unit": "nats/token", **_place(matrix, layer, 0)}

@@ -41,7 +41,7 @@ SEQUENCE = 32  # tokens that share a component, as those of one text do
 
 @dataclass(frozen=True)
 class Rate:
-    """How often something happened in so many simulations, and how often it should.
+    """How often an event happened in a number of simulations, and how often it should.
 
     `sided` says whether the nominal rate is a limit (`at most`, `at least`) or is to be met (`equal`).
     """
@@ -60,11 +60,11 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Clopper and Pearson's 99.9 % interval of the rate, as some sixty of them are looked at."""
+        """Clopper and Pearson's 99.9 % interval of the rate, as some sixty rates are compared."""
         from scipy.stats import binomtest
 
-        found = binomtest(self.happened, self.draws).proportion_ci(0.999, "exact")
-        return float(found.low), float(found.high)
+        ends = binomtest(self.happened, self.draws).proportion_ci(0.999, "exact")
+        return float(ends.low), float(ends.high)
 
     @property
     def holds(self) -> bool | None:
@@ -83,7 +83,7 @@ Simulation = Callable[[torch.Generator, int], Iterator[Rate]]
 def rates(draws: int, dimensions: tuple[int, ...], seed: int) -> Iterator[Rate]:
     """All rates, of `draws` simulations each; matrices have the given widths d, with k = d/8.
 
-    What takes next to no time, as it simulates no matrices, has ten times as many; whole reports half.
+    Simulations without matrices take next to no time and have ten times as many draws; whole reports half.
     """
     for d in dimensions:
         yield from _rotation(torch.Generator().manual_seed(seed), d, draws)
@@ -121,17 +121,17 @@ def _rotation(generator: torch.Generator, d: int, draws: int) -> Iterator[Rate]:
     k = d // 8
     space = Subspace.random(d, k, generator)
     for rank in (1, 4, ROWS):
-        rejected = found = 0
+        rejected = detected = 0
         for draw in range(draws):
             x, seed = _update(d, rank, generator), draw if d <= 128 else 0  # draws of wide bases are shared
             null = rotation_null(_spectrum(x), k, seed, 199 if d <= 128 else 999)
             rejected += null.p_value(_fraction(x, space))[0] <= LEVEL
             planted = x + (sqrt(2.0) - 1) * x @ space.basis @ space.basis.T
             null = rotation_null(_spectrum(planted), k, seed, 199 if d <= 128 else 999)
-            found += null.p_value(_fraction(planted, space))[0] <= LEVEL
+            detected += null.p_value(_fraction(planted, space))[0] <= LEVEL
         shape = f"d {d}, rank {rank}"
         yield Rate("`p_value` (rotation), no structure", shape, LEVEL, rejected, draws)
-        yield Rate("`p_value` (rotation), twice the share: power", shape, None, found, draws)
+        yield Rate("`p_value` (rotation), twice the share: power", shape, None, detected, draws)
     rejected = 0
     for _ in range(draws):
         x = torch.randn(ROWS, d, generator=generator, dtype=torch.float64)
@@ -195,8 +195,8 @@ def crossfit(
     error = interval.stderr / null.mean * widening(moment.per_dimension)
     estimated = Estimated(null, error, len(moment.sums) - 1)
     inside = level = 0.0
-    for one, other in (halves, halves[::-1]):
-        space = Subspace.top(one.value, k)
+    for half, other in (halves, halves[::-1]):
+        space = Subspace.top(half.value, k)
         inside += space.explained(gram) / 2
         level += space.explained(other.value) / 2
     return estimated.p_value(inside * null.mean / level)[0], inside / level
@@ -204,7 +204,7 @@ def crossfit(
 
 def _matched(generator: torch.Generator, d: int, draws: int) -> Iterator[Rate]:
     """Updates that read the inputs and are independent of them otherwise, with estimated subspaces."""
-    d = min(d, 128)  # what matters is tokens per dimension
+    d = min(d, 128)  # the result depends on tokens per dimension
     k, scale = d // 8, torch.arange(1.0, d + 1, dtype=torch.float64).pow(-0.5)
     for per in (2, 16, 64):
         high = low = 0
@@ -316,10 +316,10 @@ def _trainings(generator: np.random.Generator, draws: int) -> Iterator[Rate]:
 
 
 def _rate(
-    what: str, shape: str, nominal: float | None, found: list[Evidence | None], sided: str = "equal"
+    what: str, shape: str, nominal: float | None, evidence: list[Evidence | None], sided: str = "equal"
 ) -> Rate:
-    happened = sum(one is not None and one.p_for <= LEVEL for one in found)
-    return Rate(what, shape, nominal, happened, len(found), sided)
+    happened = sum(result is not None and result.p_for <= LEVEL for result in evidence)
+    return Rate(what, shape, nominal, happened, len(evidence), sided)
 
 
 def _orders(generator: np.random.Generator, draws: int) -> Iterator[Rate]:
@@ -340,15 +340,15 @@ def _orders(generator: np.random.Generator, draws: int) -> Iterator[Rate]:
 def _forecasts(generator: np.random.Generator, draws: int) -> Iterator[Rate]:
     """Forecast and measured ratio without relation, four fifths of their variance between trainings."""
     for n in (3, 6):
-        found = []
+        evidence = []
         for _ in range(draws):
             x, y = (
                 sqrt(0.8) * np.repeat(generator.normal(size=n), 8) + sqrt(0.2) * generator.normal(size=8 * n)
                 for _ in range(2)
             )
-            found.append(correlation_over_runs(x, y, [str(run) for run in np.repeat(np.arange(n), 8)]))
+            evidence.append(correlation_over_runs(x, y, [str(run) for run in np.repeat(np.arange(n), 8)]))
         shape = f"{n} trainings, 8 points each"
-        yield _rate("correlation over trainings: supported", shape, LEVEL / 2, found, "at most")
+        yield _rate("correlation over trainings: supported", shape, LEVEL / 2, evidence, "at most")
 
 
 def _family(generator: np.random.Generator, draws: int) -> Iterator[Rate]:

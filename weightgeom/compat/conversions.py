@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 
 def renaming(model_type: str) -> Callable[[str], str]:
-    """What the library makes of a parameter's name on disk when it loads a causal language model of a type.
+    """The library's name for a parameter on disk when it loads a causal language model of a type.
 
     Its renamings and changes of prefixes are applied in turn: those of the network's class or, where it has
     none, those of the type (`get_checkpoint_conversion_mapping`). Merged and split tensors are left alone.

@@ -66,7 +66,7 @@ def lacking_weights_allowed() -> Iterator[None]:
 
 
 def log_pairs(trainer: Any, outputs: Any, pairs: Mapping[str, Tensor]) -> None:
-    """Log a batch of pairs by TRL's own loss of it: `DPOTrainer._compute_loss` of TRL 1; mutates its metrics.
+    """Log a batch of pairs by TRL's own loss: `DPOTrainer._compute_loss` of TRL 1; mutates its metrics.
 
     `outputs` are those of the fused head. With `precompute_ref_logps`, TRL takes the log-probabilities of
     the reference from `pairs`. There is no public way to have its metrics without its loss.

@@ -111,7 +111,7 @@ def whole_by_step(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def effects(compared: pd.DataFrame, label: str) -> Figure:
-    """The effect of every treatment, in colour, beside the median of its controls, in grey.
+    """The effect of every treatment, in colour, and the median of its controls, in grey.
 
     By layer where there is one, else by the dimension k, else by the dose; a panel a matrix or pathway.
     Filled: p ≤ 0.05 by rank among the controls. `compared` has the columns of
@@ -129,9 +129,9 @@ def effects(compared: pd.DataFrame, label: str) -> Figure:
                 beats = (rows["p_value"] <= 0.05).to_numpy()
                 axis.plot(x, rows["controls"], "x--", ms=3, lw=0.8, color="0.6", label=f"median of {against}")
                 axis.plot(x, rows["effect"], lw=look["lw"], color=look["color"])
-                for some, face in ((beats, look["color"]), (~beats, "white")):
+                for mask, face in ((beats, look["color"]), (~beats, "white")):
                     axis.plot(
-                        *([value for value, kept in zip(values, some, strict=True) if kept]
+                        *([value for value, kept in zip(values, mask, strict=True) if kept]
                           for values in (x, rows["effect"])),
                         "o", ms=4, color=look["color"], mfc=face,
                         label=f"{treatment}@{dose}" if face != "white" or not beats.any() else None,

@@ -33,7 +33,7 @@ WHOLE = re.compile(r"(.+?)(?:\.(base_layer|original_module|modules_to_save)(?:\.
 MATCHING = 10.0  # seconds for the patterns of one adapter
 LONGEST, LARGEST = 100_000, 100_000  # characters of a pattern, and repetitions that it counts
 MOST = 1e12  # an alpha, either way
-# What makes a PEFT "LoRA" more than W + scale · B A, or not the same for every token.
+# Options by which a PEFT "LoRA" is more than W + scale · B A, or not the same for every token.
 VARIANTS = (
     "use_dora",
     "lora_bias",

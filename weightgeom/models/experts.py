@@ -90,7 +90,7 @@ class Stacked(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
     def __contains__(self, name: object) -> bool:
-        return any(name == one for one in self)
+        return any(name == known for known in self)
 
 
 def stacked(params: Params, stacks: Mapping[str, Stack]) -> Params:
@@ -146,7 +146,7 @@ def names_on_disk(model_type: str, names: Collection[str], stacks: Mapping[str, 
     transforms = get_checkpoint_conversion_mapping(model_type) or []
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    found = {name: name for name in names}  # by ours, that on disk
+    on_disk = {name: name for name in names}  # by ours, that on disk
     for name, stack in stacks.items():
         for converter in converters:
             (target,) = converter.target_patterns
@@ -158,8 +158,8 @@ def names_on_disk(model_type: str, names: Collection[str], stacks: Mapping[str, 
                 raise NotImplementedError(f"no way to read {name} of {model_type!r}, made by {operations}")
             for expert, parts in enumerate(stack.parts):
                 for part, source in zip(parts, sources, strict=True):
-                    found[part] = name.removesuffix(target) + source.replace("*", str(expert))
+                    on_disk[part] = name.removesuffix(target) + source.replace("*", str(expert))
     for renaming in reversed(renamings):
         back = renaming.reverse_transform()
-        found = {ours: back.rename_source_key(theirs)[0] for ours, theirs in found.items()}
-    return {theirs: ours for ours, theirs in found.items() if theirs != ours}
+        on_disk = {ours: back.rename_source_key(theirs)[0] for ours, theirs in on_disk.items()}
+    return {theirs: ours for ours, theirs in on_disk.items() if theirs != ours}

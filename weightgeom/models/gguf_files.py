@@ -92,7 +92,7 @@ def convert_gguf(source: Path, target: Path) -> None:
     gguf_tokenizer(source).save_pretrained(target)
     config.save_pretrained(target)
     weights = target / "model.safetensors"
-    stored = {name: _narrowest(one) for name, one in unstacked(_loaded(source), stacks).items()}
+    stored = {name: _narrowest(weight) for name, weight in unstacked(_loaded(source), stacks).items()}
     save_file(stored, weights, metadata={"format": "pt"})
     del stored  # the file has them, and the next network as many
     with NamedTemporaryFile(dir=target, suffix=".gguf") as neighbour:
@@ -100,8 +100,8 @@ def convert_gguf(source: Path, target: Path) -> None:
         if _move_codes(source, Path(neighbour.name)):
             moved = unstacked(_loaded(Path(neighbour.name)), stacks)
             held = opened(weights)
-            spacings = {name: (one - held.get_tensor(name)).abs_() for name, one in moved.items()}
-            kept = {name: _by_block(one) for name, one in spacings.items() if bool(one.any())}
+            spacings = {name: (weight - held.get_tensor(name)).abs_() for name, weight in moved.items()}
+            kept = {name: _by_block(spacing) for name, spacing in spacings.items() if bool(spacing.any())}
             save_file(kept, target / SPACINGS)
     size = sum(path.stat().st_size for path in target.iterdir())
     log.info("%s is written dequantised to %s, %.2f GiB", source, target, size / GIB)

@@ -20,13 +20,13 @@ from weightgeom.params import Params
 TOKEN = 2  # the one whose query, key or value is changed
 ALL = slice(None)  # tokens
 TOLERANCE = 1e-5  # RMS norms and some attentions compute in float32: about 1e-7 of each number
-MOVED = 3e-6  # what changes by less is unchanged
+MOVED = 3e-6  # a smaller change is none
 MLPS: tuple[tuple[Kind, Kind, Kind], ...] = (
     ("gate", "up", "down"),
     ("shared_gate", "shared_up", "shared_down"),
 )
 QUERIES: tuple[Kind, ...] = ("q", "q_a")
-KEYS_OF: Mapping[Kind, tuple[Kind, ...]] = {  # what acts through what
+KEYS_OF: Mapping[Kind, tuple[Kind, ...]] = {  # the matrices through which each kind acts
     **dict.fromkeys(QUERIES, ("k", "k_rope")),
     "linear_q": ("linear_k",),
     "mamba_C": ("mamba_B",),
@@ -109,7 +109,9 @@ def layers_are_complete(specimen: Specimen) -> None:
         kinds, blocks = {matrix.kind for matrix in here}, {matrix.block for matrix in here}
         _require(bool(blocks), f"layer {layer} has no matrices")
         expected = attention if "attention" in blocks else set()
-        expected = expected.union(*(some for some in COMPLETE if not kinds.isdisjoint(some)))
+        expected = expected.union(
+            *(block_kinds for block_kinds in COMPLETE if not kinds.isdisjoint(block_kinds))
+        )
         if absent := expected - kinds:
             raise ValueError(f"layer {layer} has no {', '.join(sorted(absent))}")
         sites = sorted(site.name for site in architecture.sites if site.layer == layer)
@@ -136,8 +138,10 @@ def every_weight_is_mapped_once(specimen: Specimen) -> None:
         is_matrix = is_matrix and not _is_by_channel(specimen, name)
         inside = is_matrix and name.startswith(layers) and name not in architecture.inner
         expected = entries[name].flatten() if inside else torch.zeros(0)
-        found = torch.cat(parts).sort().values if parts else torch.zeros(0)
-        _require(torch.equal(found, expected), f"the map has {len(found)} of the {len(expected)} of {name}")
+        covered = torch.cat(parts).sort().values if parts else torch.zeros(0)
+        _require(
+            torch.equal(covered, expected), f"the map has {len(covered)} of the {len(expected)} of {name}"
+        )
 
 
 def modules_apply_their_matrices(specimen: Specimen) -> None:
@@ -202,10 +206,10 @@ def gates_act_at_their_unit(specimen: Specimen) -> None:
             change = partial(_shifted, places[unit : unit + 1], 1.0, TOKEN)
             after = specimen.run(changes={gate.module: change})
             moved = (after.inputs[o] - specimen.flow.inputs[o]).abs() > MOVED
-            found = moved.nonzero().tolist()
+            changed = moved.nonzero().tolist()
             _require(
-                found == [[TOKEN, unit]],
-                f"row {unit} of {gate.name} at token {TOKEN} changes the attention output at {found}",
+                changed == [[TOKEN, unit]],
+                f"row {unit} of {gate.name} at token {TOKEN} changes the attention output at {changed}",
             )
 
 
@@ -274,7 +278,7 @@ def inner_matrices_lie_between(specimen: Specimen) -> None:
 
 
 def writes_reach_the_stream(specimen: Specimen) -> None:
-    """A layer adds to the residual stream the outputs of what writes, through their norm, and no more."""
+    """A layer adds its write matrices' outputs, through their norm, to the residual stream, and no more."""
     architecture = specimen.architecture
     for layer in range(architecture.n_layers):
         path = module_path(architecture, layer)
@@ -341,8 +345,9 @@ def mixers_act_in_their_time_and_heads(specimen: Specimen) -> None:
 
     A gate, which acts at its own token, does so behind the scan and behind any norm of its output.
     """
-    lasting = {  # states decay so slowly that the last token still has what the first wrote
-        name: one - 2 if name.endswith("A_log") else one for name, one in specimen.params.items()
+    lasting = {  # states decay so slowly that the first token's write still reaches the last one
+        name: parameter - 2 if name.endswith("A_log") else parameter
+        for name, parameter in specimen.params.items()
     }
     flow = specimen.run(lasting)
     for matrix in specimen.of_kind(*REACH):
@@ -456,7 +461,7 @@ def experts_read_their_site(specimen: Specimen) -> None:
 
 
 def parallel_layers_read_one_stream(specimen: Specimen) -> None:
-    """The MLP reads what attention and mixer of its layer write, except where the map is parallel."""
+    """The MLP reads the outputs of its layer's attention and mixer, except where the map is parallel."""
     with_mlp = {site.layer for site in specimen.architecture.sites if site.name == "mlp_input"}
     writes = (m for m in specimen.architecture.matrices if m.role == "write" and m.block != "mlp")
     for o in (matrix for matrix in writes if matrix.layer in with_mlp):
@@ -594,7 +599,7 @@ def _mlps(specimen: Specimen) -> Iterator[tuple[ResidualMatrix, list[ResidualMat
     """Every MLP, shared experts among them: its up, its gate if it has one, and the module of its down."""
     for gate, up, down in MLPS:
         for matrix in specimen.of_kind(up):
-            gates = [one for one in specimen.of_kind(gate) if one.layer == matrix.layer]
+            gates = [candidate for candidate in specimen.of_kind(gate) if candidate.layer == matrix.layer]
             yield matrix, gates, specimen.matrix(matrix.layer, down).module
 
 

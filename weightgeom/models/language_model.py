@@ -62,7 +62,7 @@ class LanguageModel:
         return 4 * sum(parameter.numel() for parameter in self.network.parameters())
 
     def with_weights(self, params: Params, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
-        """A network of its own that has `params` for weights, for what patches or trains a network.
+        """A network of its own that has `params` for weights, for code that patches or trains a network.
 
         Weights that are in memory, in this `dtype` and on the device, are shared and not copied.
         """
@@ -138,8 +138,8 @@ def kept_buffers(network: nn.Module) -> set[str]:
     return {name for name, _ in network.named_buffers()} & network.state_dict().keys()
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
 
 
 def _without_weights(config: "PreTrainedConfig", device: torch.device) -> "PreTrainedModel":

@@ -134,9 +134,9 @@ def warn_of_other_vocabulary(before: Path, after: Path) -> None:
         first, second = (load_tokenizer(directory) for directory in (before, after))
     except (FileNotFoundError, ValueError):  # a checkpoint that only goes with another needs none
         return
-    one, other = first.get_vocab(), second.get_vocab()
-    by_number = {number: token for token, number in other.items()}
-    shared = [(token, by_number[number]) for token, number in one.items() if number in by_number]
+    tokens_before, tokens_after = first.get_vocab(), second.get_vocab()
+    by_number = {number: token for token, number in tokens_after.items()}
+    shared = [(token, by_number[number]) for token, number in tokens_before.items() if number in by_number]
     different = sum(token != another for token, another in shared)
     if 100 * different > len(shared):
         _note_other_vocabulary(str(before), str(after), different, len(shared))
@@ -242,7 +242,7 @@ def load_network(directory: Path) -> "PreTrainedModel":
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    # Opened first: it says in one sentence what is missing, truncated or corrupt.
+    # Opened first: its error names the missing, truncated or corrupt file in one sentence.
     stored = open_params(directory, load_architecture(directory))
     assert isinstance(stored, Stored | Dequantised)
     # Transformers would not find names with a prefix, and would look for the adapter of such a config.
@@ -297,11 +297,11 @@ def _in_directory(directory: Path) -> "PreTrainedTokenizerBase":
                 json_object(path)  # names the file if it is the one that is damaged
         raise FileNotFoundError(
             f"{directory} holds no tokenizer that can be read ({first_line(error)}):"
-            " save one beside the weights"
+            " save one next to the weights"
         ) from error
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if not any((directory / name).is_file() for name in files):  # then transformers makes up an empty one
         raise FileNotFoundError(
-            f"{directory} holds no tokenizer ({' or '.join(sorted(files))}): save one beside the weights"
+            f"{directory} holds no tokenizer ({' or '.join(sorted(files))}): save one next to the weights"
         )
     return tokenizer

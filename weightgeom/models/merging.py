@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from weightgeom.models.adapters import open_checkpoint
 from weightgeom.models.loading import load_architecture
-from weightgeom.models.pickled import BESIDE
+from weightgeom.models.pickled import OTHER_FILES
 from weightgeom.models.weights import open_params
 from weightgeom.params import Params
 
@@ -35,7 +36,7 @@ def merge(adapter: Path, base: Path, target: Path) -> None:
         files |= dict.fromkeys(shard, name)
     index = {"metadata": {}, "weight_map": files}
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
-    for path in (one for pattern in BESIDE for one in base.glob(pattern)):
+    for path in chain.from_iterable(map(base.glob, OTHER_FILES)):
         if not path.name.endswith(".index.json"):
             shutil.copyfile(path, target / path.name)
     if architecture.tied and architecture.unembed in params:

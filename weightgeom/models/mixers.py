@@ -18,7 +18,7 @@ def mixed(
     matrices: list[ResidualMatrix] = []
     for layer, kept in enumerate(blocks):
         matrices += mixers.get(layer, ())
-        matrices += (one for one in whole.matrices if one.layer == layer and one.block in kept)
+        matrices += (matrix for matrix in whole.matrices if matrix.layer == layer and matrix.block in kept)
     return replace(whole, matrices=tuple(matrices), sites=input_sites(matrices))
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from weightgeom.text.files import first_line
 
 log = logging.getLogger(__name__)
 PICKLES = "[ap][dy]*_model*.bin"  # pytorch_model.bin, its shards, and adapter_model.bin
-BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # what belongs to a checkpoint beside its weights
+OTHER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # the files of a checkpoint that hold no weights
 
 
 def is_pickled(directory: Path) -> bool:
@@ -36,15 +37,15 @@ def convert(source: Path, target: Path) -> None:
     pickles = sorted(source.glob(PICKLES))
     for path in pickles:
         name = path.with_suffix(".safetensors").name.replace("pytorch_model", "model", 1)
-        tensors = {key: one for key, one in _unpickled(path).items() if not BUFFER.search(key)}
-        apart = {key: one.clone(memory_format=torch.contiguous_format) for key, one in tensors.items()}
+        tensors = {key: tensor for key, tensor in _unpickled(path).items() if not BUFFER.search(key)}
+        apart = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
         save_file(apart, target / name)  # even where two names share their memory
         files |= dict.fromkeys(tensors, name)
         log.info("%s is written as safetensors", path)
     if len(pickles) > 1:
         index = {"metadata": {}, "weight_map": files}
         (target / "model.safetensors.index.json").write_text(json.dumps(index))
-    for path in (one for pattern in BESIDE for one in source.glob(pattern)):
+    for path in chain.from_iterable(map(source.glob, OTHER_FILES)):
         if not path.name.startswith("pytorch_model"):
             shutil.copyfile(path, target / path.name)
 

@@ -12,7 +12,7 @@ TEXT = ("text_config", "llm_config", "language_config")  # of a model that also 
 CODES = re.compile(r"(?:torch\.)?(?:u?int|U|I)(?:1|2|4|8|16|32)|(?:torch\.)?float(?:4|6|8)_\w+|F4|F[468]_\w+")
 WHOLE_NUMBERS = re.compile(r"(?:torch\.)?(?:u?int64|bool)|U64|I64|BOOL")
 # Scales, zero points and codes, as bitsandbytes, GPTQ, AWQ, MLX, compressed-tensors, fp8, ModelOpt, MXFP4,
-# HQQ, Quanto, torchao, AQLM, QuIP, EETQ and EXL store them beside a weight or in its place.
+# HQQ, Quanto, torchao, AQLM, QuIP, EETQ and EXL store them next to a weight or in its place.
 COMPANION = re.compile(
     r"(?:^|[._])(?:SCB|qweight|qzeros|g_idx|absmax|quant_map|nested_\w+|weight_format|weight_packed"
     r"|weight_shape|codebooks|trellis|W_q|zero_points?|Qidxs|qscale|qtype|q_scales?)$"
@@ -55,14 +55,14 @@ def codes_among(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, int]
     assert isinstance(given, Mapping)
     block = given.get("weight_block_size")
     sizes = (int(block[0]), int(block[1])) if isinstance(block, list) and len(block) == 2 else (BLOCK, BLOCK)
-    found: dict[str, Codes] = {}
+    codes: dict[str, Codes] = {}
     for name, (dtype, _) in tensors.items():
         stem = name.removesuffix("_blocks")
         if dtype == "U8" and stem != name and f"{stem}_scales" in tensors:
-            found[stem] = Codes(name, f"{stem}_scales", "mxfp4", sizes)
-        elif dtype in FP8 and (scale := next((one for one in _scales(name) if one in tensors), None)):
-            found[name] = Codes(name, scale, "fp8", sizes)
-    return found
+            codes[stem] = Codes(name, f"{stem}_scales", "mxfp4", sizes)
+        elif dtype in FP8 and (scale := next(filter(tensors.__contains__, _scales(name)), None)):
+            codes[name] = Codes(name, scale, "fp8", sizes)
+    return codes
 
 
 def is_of_activations(name: str) -> bool:

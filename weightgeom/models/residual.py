@@ -114,10 +114,10 @@ class ResidualMatrix:
 
     @property
     def is_layer(self) -> bool:
-        """Whether its module is a layer of the network's own, which maps what it reads to what it writes.
+        """Whether its module is a layer of the network's own, which maps its input to its output.
 
-        Experts share a module, and a router gives choices beside its output. A shared expert is one, as no
-        choice is made of it.
+        Experts share a module, and a router gives choices as well as its output. A shared expert is such a
+        layer, as it is not chosen.
         """
         return self.expert is None and self.kind != "router"
 
@@ -146,7 +146,7 @@ class ResidualMatrix:
         return self._blocks(params[self.parameter]).flatten(0, 1)
 
     def gain(self, params: Params) -> Float[Tensor, " d_out"] | None:
-        """What each row is multiplied by on the way to the stream, in float32 or better; None if by nothing.
+        """The factor of each row on the way to the stream, in float32 or better; None if there is none.
 
         The gain of the norm behind the matrix, if there is one, times the network's constant factor.
         """
@@ -158,7 +158,7 @@ class ResidualMatrix:
         return torch.full_like(rows, self.factor, dtype=torch.promote_types(rows.dtype, torch.float32))
 
     def written(self, params: Params) -> Float[Tensor, "d_out d_in"]:
-        """What reaches the residual stream: diag(gain) W with the matrix's `gain`, or W.
+        """The matrix as the residual stream receives it: diag(gain) W with the matrix's `gain`, or W.
 
         OLMo-2 and Gemma-2 add norm(W a) to the stream. The norm's gain is folded in; its
         1/rms(W a), which depends on the input and is one factor per token, is not. This folding
@@ -293,16 +293,16 @@ def expert_sites(matrices: Sequence[ResidualMatrix]) -> tuple[Site, ...]:
 
 def first_readers(matrices: Sequence[ResidualMatrix]) -> list[ResidualMatrix]:
     """The matrix of every block that stands for its input: q, up or the router, the first of a mixer."""
-    found: dict[tuple[int, Block], ResidualMatrix] = {}
+    readers: dict[tuple[int, Block], ResidualMatrix] = {}
     for matrix in matrices:
         stands = matrix.kind in ("q", "q_a", "router", "up") or matrix.block == "mixer"
         if stands and matrix.role == "read" and matrix.expert is None:
-            found.setdefault((matrix.layer, matrix.block), matrix)
-    return list(found.values())
+            readers.setdefault((matrix.layer, matrix.block), matrix)
+    return list(readers.values())
 
 
 def chosen(architecture: Architecture, kinds: list[Kind], layers: list[int] | None) -> list[ResidualMatrix]:
-    """The matrices of these kinds in these layers, layer by layer, for what edits them.
+    """The matrices of these kinds in these layers, layer by layer, for an edit of them.
 
     Raises:
         ValueError: for a layer or a kind that the model does not have, if no layer is named, or if one of
@@ -315,17 +315,17 @@ def chosen(architecture: Architecture, kinds: list[Kind], layers: list[int] | No
     known = {matrix.kind for matrix in architecture.matrices}
     if absent := [kind for kind in kinds if kind not in known]:
         raise ValueError(f"the model has no matrix {absent[0]}; it has {', '.join(sorted(known))}")
-    found = [
+    matrices = [
         matrix
         for matrix in architecture.matrices
         if matrix.kind in kinds and (layers is None or matrix.layer in layers)
     ]
-    if mixed := [matrix for matrix in found if not matrix.is_layer]:
+    if mixed := [matrix for matrix in matrices if not matrix.is_layer]:
         raise ValueError(
             f"{mixed[0].name} is part of a mixture of experts, which cannot be edited: leave out the kind"
             f" {mixed[0].kind}, or name layers that have no experts"
         )
-    return sorted(found, key=lambda matrix: matrix.layer)
+    return sorted(matrices, key=lambda matrix: matrix.layer)
 
 
 def text_part(config: "PreTrainedConfig") -> "PreTrainedConfig":
@@ -367,7 +367,7 @@ def architecture_of(config: "PreTrainedConfig") -> Architecture:
 def module_path(architecture: Architecture, layer: int, kinds: Collection[Kind] | None = None) -> str:
     """The module of a layer, or of its attention, mixer or MLP by their kinds; empty if it has none of them.
 
-    It is what the modules of the matrices have in common; of a layer, up to its number.
+    It is the common beginning of the names of the matrices' modules; of a layer, up to its number.
     """
     modules = [
         matrix.module.split(".")

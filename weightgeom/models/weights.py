@@ -225,7 +225,7 @@ def names_in_memory(stored: Collection[str], architecture: Architecture, where: 
     plain = {key: WRAPPERS.sub("", key) for key in stored}
     if factors := [key for key, name in plain.items() if ".lora_" in name]:
         raise ValueError(
-            f"{where} holds {factors[0]} beside the weights of its base: merge the adapter with PEFT's"
+            f"{where} holds {factors[0]} as well as the weights of its base: merge the adapter with PEFT's"
             " merge_and_unload and save the merged network"
         )
     kept = {key: name for key, name in plain.items() if not BUFFER.search(name)}
@@ -380,7 +380,7 @@ def nested(directory: Path) -> list[Path]:
 
 
 def _codes(directory: Path, stored: Mapping[str, Path]) -> dict[str, Codes]:
-    """The quantised weights by the names that they have on disk, without what stands for the codes there.
+    """The quantised weights by the names that they have on disk, without the tensors of their codes.
 
     Raises:
         ValueError: if a tensor is quantised in another way than those that can be read.

@@ -130,8 +130,8 @@ def render(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> Pair:
 
 def renderings(pairs: Sequence[Pair], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, str, str]]:
     """Of every conversation the prompt with the assistant's header, and the whole with each response."""
-    asked = [one for pair in pairs for one in ((pair.prompt, True), *_wholes(pair))]
-    texts = iter(rendered(asked, tokenizer))  # pyright: ignore[reportArgumentType]
+    conversations = [conversation for pair in pairs for conversation in ((pair.prompt, True), *_wholes(pair))]
+    texts = iter(rendered(conversations, tokenizer))  # pyright: ignore[reportArgumentType]
     return list(zip(texts, texts, texts, strict=True))
 
 

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 RECORDS = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv")
 PLAIN = ("", ".txt", ".text", ".md", ".markdown", ".rst", ".tex")
-SIGNATURES = {  # the first bytes of files that hold no text, and what the files are
+SIGNATURES = {  # the first bytes of files that hold no text, and the kinds of file
     b"PK\x03\x04": "a zip archive, such as an Excel workbook",
     b"\xd0\xcf\x11\xe0": "an old Excel or Word file",
     b"\x1f\x8b": "compressed by gzip: end its name in .gz",

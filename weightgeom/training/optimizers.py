@@ -26,7 +26,7 @@ OPTIMIZERS: Mapping[Name, Optimizer] = {
     "adamw": Optimizer("forecast_adam_ratio", 2, transformers="adamw_torch_fused"),
     "sgd": Optimizer("forecast_ratio", 0, transformers="sgd"),
     "muon": Optimizer("", 2, orthogonal=True),
-    "lion": Optimizer("forecast_adam_ratio", 1),  # the sign of a momentum: what Adam's division tends to
+    "lion": Optimizer("forecast_adam_ratio", 1),  # the sign of a momentum: the limit of Adam's division
 }
 
 
@@ -73,7 +73,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
         def part(of_muon: bool) -> list[dict[str, Any]]:
             return [
-                {**group, "params": [one for one in group["params"] if (id(one) in ids) == of_muon]}
+                {**group, "params": [weight for weight in group["params"] if (id(weight) in ids) == of_muon]}
                 for group in groups
             ]
 
@@ -81,16 +81,18 @@ class MuonAndAdamW(torch.optim.Optimizer):
             "muon": torch.optim.Muon(part(True), lr=lr, adjust_lr_fn="match_rms_adamw"),
             "adamw": torch.optim.AdamW(part(False), lr=lr, fused=True),
         }
-        made = [{**group, "by": by} for by, one in self.parts.items() for group in one.param_groups]
+        made = [
+            {**group, "by": by} for by, optimizer in self.parts.items() for group in optimizer.param_groups
+        ]
         super().__init__(made, {})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step of both; mutates the parameters and the state."""
         loss = _evaluated(closure)
-        for by, one in self.parts.items():
-            one.param_groups = [group for group in self.param_groups if group["by"] == by]
-            one.state = self.state
-            one.step()
+        for by, optimizer in self.parts.items():
+            optimizer.param_groups = [group for group in self.param_groups if group["by"] == by]
+            optimizer.state = self.state
+            optimizer.step()
         return loss
 
 
@@ -112,5 +114,5 @@ def set_optimizer(trainer: Any, name: Name, learning_rate: float, architecture: 
     elif name == "muon":
         named = dict(trainer.model.named_parameters())
         names = dict.fromkeys(matrix.parameter for matrix in architecture.matrices)
-        matrices = [named[one] for one in names if one in named and named[one].ndim == 2]
+        matrices = [named[name] for name in names if name in named and named[name].ndim == 2]
         trainer.optimizer_cls_and_kwargs = MuonAndAdamW, {"lr": learning_rate, "matrices": matrices}

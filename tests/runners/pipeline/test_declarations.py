@@ -104,9 +104,7 @@ def test_a_class_without_fields_of_its_own_is_refused():
         declaration = ProbeDeclaration("gap")
         check = measurement = Gap.check
 
-    refused(
-        r"probe\.x: Plain must be a dataclass, as its fields are what tells its tables apart", {"x": Plain()}
-    )
+    refused(r"probe\.x: Plain must be a dataclass, as its fields tell its tables apart", {"x": Plain()})
 
 
 def test_an_intervention_needs_an_effect():
