@@ -1,3 +1,4 @@
+import logging
 import subprocess
 import sys
 from types import ModuleType
@@ -69,11 +70,17 @@ def test_of_a_type_key_value_groups_are_checked_where_there_can_be_some():
     assert config_of("gemma2").num_key_value_heads == 4  # by default half of the 8
 
 
-def test_settings_that_do_not_go_with_small_sizes_are_not_warned_of():
-    ended = subprocess.run(
-        [sys.executable, "-m", "weightgeom.check", "apertus"], capture_output=True, text=True, check=True
-    )  # whose default positions are those of a context of 8192 tokens and more
-    assert "rope" not in ended.stderr
+def test_settings_that_do_not_go_with_small_sizes_are_not_warned_of(monkeypatch, caplog):
+    monkeypatch.setattr(check, "CHECKS", ())
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        # The default positions of the type are those of a context of 8192 tokens and more.
+        assert check.main(["apertus"]) == 0 and "rope" not in caplog.text
+        with monkeypatch.context() as patch:
+            patch.setattr("transformers.utils.logging.set_verbosity_error", lambda: None)
+            assert check.main(["apertus"]) == 0 and "rope" in caplog.text
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
 
 
 def test_of_a_type_that_also_sees_the_text_part_is_checked():
