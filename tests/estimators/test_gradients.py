@@ -99,44 +99,33 @@ def by_autograd(model, objective, examples, tmp_path, prompts=6):
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 @pytest.mark.parametrize("architecture", ["gpt_neox", "gpt2", "llama", "opt"])
-def test_the_mean_gradient_is_that_of_the_trainers_mean_loss(
+def test_gradients_and_moments_are_those_of_autograd_on_the_trainers_mean_loss(
     models, architecture, objective, examples, tmp_path
 ):
     model = models[architecture]
-    (found,) = gathered(model, objective, examples)
-    *_, network = by_autograd(model, objective, examples, tmp_path)
-    assert found.gradients.keys() == {matrix.parameter for matrix in model.architecture.matrices}
-    for name, gradient in found.gradients.items():
-        expected = network.get_parameter(name).grad
-        # fp32 sums over some 200 tokens, in another order and in other batches.
-        assert_close(gradient.value, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
-
-
-@pytest.mark.parametrize("positions", ["scored", "all"])
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-@pytest.mark.parametrize("architecture", ["gpt_neox", "gpt2", "llama", "opt"])
-def test_moments_are_those_of_what_the_hooks_of_a_single_batch_see(
-    models, architecture, objective, positions, examples, tmp_path
-):
-    model = models[architecture]
-    (found,) = gathered(model, objective, examples, positions=positions)
-    scored, attention, read, sent, _ = by_autograd(model, objective, examples, tmp_path)
-    where = attention
-    if positions == "scored":
-        where = torch.zeros_like(attention)
-        where[:, :-1] = scored.targets[:, 1:]
+    scored, attention, read, sent, network = by_autograd(model, objective, examples, tmp_path)
+    predicting = torch.zeros_like(attention)
+    predicting[:, :-1] = scored.targets[:, 1:]
     terms = sum(scored.terms)
-    for site, moment in found.inputs.items():
-        a = read[site.module][where]
-        assert moment.samples == len(a)
-        expected = a.T @ a / len(a)
-        assert_close(moment.value, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     matrices = {matrix.name: matrix for matrix in model.architecture.matrices}
-    assert found.upstream.keys() == {name for name, matrix in matrices.items() if matrix.role == "write"}
-    for name, moment in found.upstream.items():
-        delta = sent[matrices[name].module][where] * terms  # of the sum, as the mean's is one term's share
-        expected = delta.T @ delta / len(delta)
-        assert_close(moment.value, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    for positions, where in (("all", attention), ("scored", predicting)):
+        (found,) = gathered(model, objective, examples, positions=positions)
+        assert found.gradients.keys() == {matrix.parameter for matrix in matrices.values()}
+        for name, gradient in found.gradients.items():
+            expected = network.get_parameter(name).grad
+            # fp32 sums over some 200 tokens, in another order and in other batches.
+            assert_close(gradient.value, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        for site, moment in found.inputs.items():
+            a = read[site.module][where]
+            assert moment.samples == len(a)
+            expected = a.T @ a / len(a)
+            assert_close(moment.value, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        writes = {name for name, matrix in matrices.items() if matrix.role == "write"}
+        assert found.upstream.keys() == writes
+        for name, moment in found.upstream.items():
+            delta = sent[matrices[name].module][where] * terms  # of the sum: the mean's is one term's share
+            expected = delta.T @ delta / len(delta)
+            assert_close(moment.value, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_a_parallel_block_shares_its_upstream_gradient_and_a_sequential_one_does_not(models, examples):
