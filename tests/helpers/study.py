@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,7 @@ def publish(directory: Path, uri: str, runs: Sequence[Planted]) -> None:
         Publication(record, uri).publish(artifacts=True)
 
 
+@cache  # nobody mutates the table
 def rsf(
     read: float,
     write: float,

@@ -99,7 +99,7 @@ def elsewhere_made() -> list[Planted]:
     gaps.attrs["declaration"] = recorded(ProbeDeclaration("gap", label="the gap", section="Gaps & more"))
     damped = rank1(2.0, 0.5, 0.1)
     damped.attrs["declaration"] = recorded(InterventionDeclaration(("kl_from_unedited",), ("random",)))
-    second = rsf(3.0, 1.0)
+    second = rsf(3.0, 1.0).copy()
     second.attrs["declaration"] = recorded(RSF.declaration)
     tables = {"rsf": rsf(5.0, 1.0), "rsf16": second, "gap": gaps, "damp": damped}
     return [Planted("dpo", tables, experiment="elsewhere", seed=seed) for seed in (0, 1)]
