@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, distribution
+from itertools import zip_longest
 from keyword import iskeyword
 from pathlib import Path
 from typing import Any
@@ -74,16 +75,26 @@ def named(path: Path) -> str:
     return "=".join(choice_of(path))
 
 
-@pytest.mark.parametrize("path", FILES, ids=named)
-def test_every_choice_composes_and_builds(path: Path) -> None:
-    config = composed(override(path))
+def combinations() -> Iterator[list[Path]]:
+    """Every file at least once, one of each group at a time."""
+    groups: dict[str, list[Path]] = {}
+    for path in FILES:
+        groups.setdefault(choice_of(path)[0], []).append(path)
+    for chosen in zip_longest(*groups.values()):
+        yield [path for path in chosen if path is not None]
+
+
+@pytest.mark.parametrize("paths", combinations(), ids=lambda paths: " ".join(map(named, paths)))
+def test_every_choice_composes_and_builds(paths: list[Path]) -> None:
+    config = composed(*map(override, paths))
     made = parts(config)
-    group, _ = choice_of(path)
-    if group in LISTS:
-        assert list(config[group]) == [path.stem]  # so that group.choice.key=value reaches it
-        assert is_dataclass(made[f"{group}s"][path.stem])
-    else:
-        assert is_dataclass(made[group]) or path.stem == "none"
+    for path in paths:
+        group, _ = choice_of(path)
+        if group in LISTS:
+            assert list(config[group]) == [path.stem]  # so that group.choice.key=value reaches it
+            assert is_dataclass(made[f"{group}s"][path.stem])
+        else:
+            assert is_dataclass(made[group]) or path.stem == "none"
 
 
 def test_every_experiment_composes_and_builds() -> None:

@@ -1,5 +1,8 @@
 """Configurations composed as the command line does it."""
 
+from copy import deepcopy
+from functools import cache
+
 from app import ROOT
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +23,12 @@ MANDATORY = {
 
 
 def composed(*overrides: str) -> DictConfig:
-    """The whole configuration, what must be given filled in."""
+    """The whole configuration, with the mandatory keys filled in."""
+    return deepcopy(_composed(*overrides))
+
+
+@cache
+def _composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", list(overrides))
         more = [value for key in OmegaConf.missing_keys(config) for value in MANDATORY[key]]
