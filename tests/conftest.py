@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # in processes of their own as well: thread
 # Compiling the code, with its checks of shapes, takes half of the time of importing it.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+gc.disable()  # while the tests are collected: what is imported stays
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # behind a shell's `&`, and in all that it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -78,6 +80,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path in places or on_network(item, others):
             item.add_marker("slow")
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the libraries are looked through no more
+    gc.enable()
 
 
 def on_network(item: pytest.Item, names: Collection[str]) -> bool:
