@@ -6,13 +6,13 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import hub
 import pytest
 from app import ROOT, SMALL, WORLD, environment
 from networks import save
+from warm import Warm
 
 README = (ROOT / "README.md").read_text()
 SET_UP = re.findall(r"^    (python3\.11 .*)$", README, re.MULTILINE)
@@ -83,28 +83,26 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_command_does_what_the_readme_says(home: Path) -> None:
     binaries = home / "bin"
     binaries.mkdir()
-    script = f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"  # as pip writes it
-    (binaries / "weightgeom").write_text(f"{script}from runners.cli.app import app\n\napp()\n")
-    (binaries / "weightgeom").chmod(0o755)
+    script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom runners.cli.app import app\n\napp()\n"
+    (binaries / "weightgeom").write_text(script)  # as pip writes it
     pythia = save("gpt_neox", home / "pythia")
     sweep, untried = "", []
     with hub.served({"models/EleutherAI/pythia-160m": {"step143000": pythia}}) as server:
         variables = {
             **environment({}),
-            **{"PATH": f"{binaries}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            **{"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
             **{"HF_ENDPOINT": server.url, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "0"},
         }
+        process = Warm(variables)
         for command in COMMANDS:
             smaller = next((more for part, more in SMALLER.items() if part in command), [])
             if not smaller and re.search(r"weightgeom (run|compare)", command):
                 untried.append(command)
             written = command.replace("SWEEP_DIR", sweep).replace("NAME", "scratch")
-            line = " ".join([written, *map(shlex.quote, smaller)])
-            ended = subprocess.run(
-                ["bash", "-c", line], cwd=home, env=variables, capture_output=True, text=True, timeout=600
-            )
-            assert ended.returncode == 0, f"{line}\n{ended.stdout}\n{ended.stderr}"
-            if found := re.search(r"sweep: (\S+)", ended.stdout + ended.stderr):
+            words = [*shlex.split(written)[1:], *smaller]  # as a shell splits them
+            code, out, err = process.run(home, binaries / "weightgeom", words, variables)
+            assert code == 0, f"{shlex.join(words)}\n{out}\n{err}"
+            if found := re.search(r"sweep: (\S+)", out + err):
                 sweep = found[1]
     assert not untried
     assert sweep
