@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from runners.pipeline.experiment import Experiment
     from runners.signals import Interruption
 
+KNOWN = ("weightgeom", "runners", "hydra", "logging", "rich", "colorlog")  # in Hydra's own settings
+PLUGIN = re.compile(r"hydra_plugins(\.\w+)+\.[A-Z]\w*")
+STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 log = logging.getLogger(__name__)
 
 OmegaConf.register_new_resolver("expanded", expanduser, replace=True)  # a tilde at the start of a path
@@ -130,16 +133,22 @@ def check_origin(allowed: list[str]) -> None:
 
     A configuration that comes with somebody's model or code must not allow itself to run code.
     """
-    given = [argument for argument in sys.argv[1:] if re.match(r"\+{0,2}allow_targets=", argument)]
-    trusted = {name for argument in given for name in re.findall(r"[\w.*]+", argument.partition("=")[2])}
-    for path in (CONF / "local").glob("*.yaml"):
-        site: Any = OmegaConf.load(path)
-        trusted |= {str(name) for name in site.get("allow_targets") or []}
+    trusted = trusted_targets()
     if unknown := [pattern for pattern in allowed if pattern not in trusted]:
         raise ValueError(
             f"a configuration file sets allow_targets to {unknown}, which only the command line and"
             f" {CONF / 'local'} may do: read that code, then add {shlex.quote(_allowing(unknown))}"
         )
+
+
+def trusted_targets() -> set[str]:
+    """The patterns of `allow_targets` on the command line and in the site's conf/local."""
+    given = [argument for argument in sys.argv[1:] if re.match(r"\+{0,2}allow_targets=", argument)]
+    trusted = {name for argument in given for name in re.findall(r"[\w.*]+", argument.partition("=")[2])}
+    for path in (CONF / "local").glob("*.yaml"):
+        site: Any = OmegaConf.load(path)
+        trusted |= {str(name) for name in site.get("allow_targets") or []}
+    return trusted
 
 
 def check_targets(key: str, choice: Any, allowed: Sequence[str]) -> None:
@@ -167,8 +176,43 @@ def check_targets(key: str, choice: Any, allowed: Sequence[str]) -> None:
         if _matches(home, allowed) or (isinstance(found, type) and is_house(home)):
             return
         target = target if house else home
-    raise ValueError(
-        f"{key}._target_={choice['_target_']} is code from outside weightgeom: read it, then let it run with"
+    raise ValueError(_foreign(f"{key}._target_", choice["_target_"], target))
+
+
+def check_hydra(section: Any, key: str, allowed: Sequence[str]) -> None:
+    """Refuse code from elsewhere in a part of Hydra's own settings, which runs before a run is checked.
+
+    Callbacks, launchers and sweepers have a `_target_`; handlers and formatters of log lines have a `class`
+    or `()`.
+    """
+    if isinstance(section, list):
+        section = dict(enumerate(section))
+    if isinstance(section, str) and section.startswith("ext://") and section not in STREAMS:
+        raise ValueError(_foreign(key, section, section.removeprefix("ext://")))
+    if not isinstance(section, dict):
+        return
+    for name, value in section.items():
+        check_hydra(value, f"{key}.{name}", allowed)
+    for name in {"_target_", "class", "()"} & section.keys():
+        target = str(section[name])
+        if not (_matches(target, allowed) or PLUGIN.fullmatch(target) or _is_known_class(target)):
+            raise ValueError(_foreign(f"{key}.{name}", target, target))
+
+
+def _is_known_class(target: str) -> bool:
+    """Whether a class of the house, of Hydra or for log lines bears this name, also where it was defined."""
+    if target.split(".")[0] not in KNOWN:
+        return False
+    try:
+        found = get_object(target)
+    except Exception:  # which Hydra explains
+        return True
+    return isinstance(found, type) and found.__module__.split(".")[0] in KNOWN
+
+
+def _foreign(key: str, value: object, target: str) -> str:
+    return (
+        f"{key}={value} is code from outside weightgeom: read it, then let it run with"
         f" {shlex.quote(_allowing([target.partition('.')[0] + '.*']))}"
     )
 

@@ -7,15 +7,16 @@ import sys
 import traceback
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from runners.cli.choices import reference
 from runners.cli.compare import quoted
-from runners.compose import check, checked, described, experiment, plan
+from runners.compose import check, check_hydra, checked, described, experiment, plan, trusted_targets
 from runners.disk import share_with_group
 from runners.errors import CONF, explanation
 from runners.launcher.hydra_launcher import register
@@ -83,7 +84,26 @@ class Sharing(Callback):
         share_with_group(Path(config.outputs).expanduser().absolute())
 
 
+def check_settings_of_hydra() -> None:
+    """Let Hydra compose no foreign code into settings of its own; replaces a method of its config loader.
+
+    Hydra instantiates its callbacks before any other code can look at them.
+    """
+    load = ConfigLoaderImpl.load_configuration
+    if load.__module__ == __name__:
+        return
+
+    def load_checked(*arguments: Any, **named: Any) -> DictConfig:
+        config = load(*arguments, **named)
+        plain: Any = OmegaConf.to_container(config, resolve=False)
+        check_hydra(plain.get("hydra", {}), "hydra", sorted(trusted_targets()))
+        return config
+
+    ConfigLoaderImpl.load_configuration = load_checked
+
+
 register(check, plan)
+check_settings_of_hydra()
 
 
 def exit_with_sentence(error: Exception) -> None:

@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from runners import compose
-from runners.compose import check_origin, check_targets, checked, parts
+from runners.compose import check_hydra, check_origin, check_targets, checked, parts
 
 
 @pytest.fixture
@@ -96,3 +96,40 @@ def test_a_job_described_by_an_earlier_version_allows_nothing_and_verifies_once(
     plain: Any = OmegaConf.to_container(composed(), resolve=True)
     del plain["allow_targets"], plain["verify"]
     assert checked(plain)["allow_targets"] == [] and checked(plain)["verify"] is False
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"callbacks": {"x": {"_target_": "os.system", "command": "true"}}},
+        {"launcher": {"_target_": "hydra._internal.utils.sys.exit"}},  # through a module of Hydra
+        {"job_logging": {"handlers": {"x": {"class": "logging.os.system"}}}},
+        {"job_logging": {"formatters": {"x": {"()": "subprocess.run"}}}},
+        {"job_logging": {"filters": [{"()": "benchlab.Norm"}]}},
+        {
+            "hydra_logging": {
+                "handlers": {"x": {"class": "logging.StreamHandler", "stream": "ext://benchlab.x"}}
+            }
+        },
+        {"sweeper": {"_target_": "${oc.env:HOME}"}},
+    ],
+)
+def test_settings_of_hydra_lead_to_no_code_that_is_not_allowed(lab: Path, section: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"hydra\..* is code from outside weightgeom"):
+        check_hydra(section, "hydra", [])
+    assert not (lab / "imported").exists()
+
+
+def test_code_in_settings_of_hydra_runs_where_it_is_allowed_and_what_hydra_brings_does(lab: Path) -> None:
+    check_hydra({"callbacks": {"x": {"_target_": "benchlab.Norm"}}}, "hydra", ["benchlab.*"])
+    known = (
+        "hydra_plugins.weightgeom.SlurmLauncher",
+        "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+    )
+    for target in (
+        *known,
+        "logging.FileHandler",
+        "rich.logging.RichHandler",
+        "runners.summary.warned.Warned",
+    ):
+        check_hydra({"x": {"_target_": target}}, "hydra", [])

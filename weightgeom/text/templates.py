@@ -21,7 +21,7 @@ from weightgeom.text.files import first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SECONDS = 10.0  # of processor time for one conversation; an ordinary template takes about a millisecond
+SECONDS = 5.0  # of processor time for one conversation; an ordinary template takes about a millisecond
 MEMORY = 2**30  # bytes, beyond those of this process
 CHARACTERS, GROWTH = 2**20, 20  # a rendering may have this many characters, and 20 times its messages' more
 PATIENCE = 600.0  # seconds until a child without an answer is given up
