@@ -390,8 +390,8 @@ def _show_until_ended(sweep: Sweep, table: LiveTable, interval: float) -> None:
         time.sleep(min(interval, STUCK_AFTER) if stuck_since.keys() - stuck else interval)
 
 
-def report_outcome(sweep: Sweep, statuses: Sequence[JobStatus]) -> None:
-    """Log the error and the log file of every failed job, and the path of the report.
+def report_outcome(sweep: Sweep, statuses: Sequence[JobStatus], over: bool = True) -> None:
+    """Log the error and the log file of every failed job, and the report of a sweep that is `over`.
 
     Raises:
         ChildProcessError: if a job failed, was cancelled or can never start, or report=true made no report.
@@ -410,7 +410,7 @@ def report_outcome(sweep: Sweep, statuses: Sequence[JobStatus]) -> None:
     stuck = [job for job in statuses if job.stuck]
     for job in stuck:
         log.error("cannot start: #%d %s (%s)", job.number, job.name, job.stuck)
-    report = None if any(job.active for job in statuses) else sweep_report(sweep)
+    report = sweep_report(sweep) if over and not any(job.active for job in statuses) else None
     if report is not None and report[0] is not None:
         log.info("report: %s", report[0])
     if failed:
@@ -441,8 +441,7 @@ def status(sweep: Sweep) -> None:
         table.print(statuses)
     if closing:
         log.info("%s will write the report", closing)
-        return
-    report_outcome(sweep, statuses)
+    report_outcome(sweep, statuses, not closing)
 
 
 def cancel(sweep: Sweep, numbers: Sequence[int]) -> None:

@@ -12,9 +12,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from runners.errors import explanation
 from runners.launcher.jobs import BY_SCRIPT, GO_ON
 from runners.launcher.queue import PLAIN, TIMEOUT, named, output_of, require, undisturbed
 from runners.launcher.snapshot import python_of
@@ -110,16 +111,18 @@ class SlurmOptions:
                 "a run is one process: hydra.launcher.nodes and tasks_per_node must be 1, got"
                 f" {self.nodes} and {self.tasks_per_node}"
             )
-
-        for name, options in (("measure", self.measure), ("report_job", self.report_job)):
+        second = ("measure", self.measure, self.measuring), ("report_job", self.report_job, self.reporting)
+        for name, options, made in second:
             if common := sorted(COMMON & (options or {}).keys()):
                 raise ValueError(
                     f"{name}.{common[0]} is an option of the whole sweep: set hydra.launcher.{common[0]}"
                 )
+            try:
+                made()
+            except ValidationError as error:
+                raise ValueError(explanation(error, name)) from error
         if self.measure is not None and self.jobs_per_task > 1:
             raise ValueError("measure and jobs_per_task exclude each other: leave out hydra.launcher.measure")
-        self.measuring()
-        self.reporting()
 
     def measuring(self) -> "SlurmOptions":
         """The options of jobs that measure what others have trained."""

@@ -332,10 +332,15 @@ def test_status_leaves_the_end_of_a_sweep_to_the_job_that_writes_its_report(tmp_
     sweep.set_report_job("one-report", "8")
     ended: list[bool] = []
     monkeypatch.setattr(commands, "end_sweep", lambda *given: ended.append(True))
-    monkeypatch.setattr(commands, "report_outcome", lambda *given: None)
+    monkeypatch.setattr(commands, "sweep_report", lambda *given: None)
     (slurm / "queue").write_text("8|PENDING||N/A|4|Dependency|8|one-report\n")
     commands.status(sweep)
     assert ended == []
+    State("FAILED", 1, id="7").save(sweep.directory / "0")
+    with pytest.raises(ChildProcessError, match="1 of 1 jobs of the sweep"):
+        commands.status(sweep)
+    assert ended == []
+    State("COMPLETED", 1, id="7").save(sweep.directory / "0")
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     commands.status(sweep)
     assert ended == [True]

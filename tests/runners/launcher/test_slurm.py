@@ -106,8 +106,10 @@ def test_second_jobs_have_options_of_their_own_and_no_gpu_for_the_report():
         SlurmOptions(measure={"after": "x"})
     with pytest.raises(ValueError, match="measure and jobs_per_task exclude each other"):
         SlurmOptions(measure={}, jobs_per_task=2)
-    with pytest.raises(ValueError, match="much"):
+    with pytest.raises(ValueError, match=r"report_job\.mem_gb should be a valid number, got 'much'"):
         SlurmOptions(report_job={"mem_gb": "much"})
+    with pytest.raises(ValueError, match=r"measure\.gpus "):
+        SlurmOptions(measure={"gpus": 1})
 
 
 def test_in_a_container_jobs_have_its_python_and_the_script_requeues_them(tmp_path, stands_for):
