@@ -179,7 +179,8 @@ def expected_and_measured(table: pd.DataFrame) -> Figure:
                     label=str(matrix),
                 )
             axis.set_xlabel(f"{name} relative subspace fraction (1)")
-            axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=4, borderaxespad=0)
+            if len(expected):
+                axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=4, borderaxespad=0)
         for axis in axes:
             axis.plot([0, 1.05 * top], [0, 1.05 * top], color="0.5", ls="--", lw=0.8)
             axis.set_aspect("equal")
