@@ -94,6 +94,7 @@ def test_the_conversion_loads_as_the_network_that_was_written(place, pair):
 def test_rounding_shares_are_those_of_the_errors_that_the_formats_made(place, pair):
     table = rows(pair["a"], pair["b"])
     shares = table[(table["quantity"] == "rounding_share") & (table["layer"] == 0)]
+    shares = shares[shares["parameter"] == ""]  # gains of 1 are stored in bf16
     exact = [network(seed).state_dict() for seed in range(2)]
     modules = {matrix.kind: matrix.parameter for matrix in load_architecture(pair["a"]).matrices[:7]}
     assert set(shares["matrix"]) == set(modules)
