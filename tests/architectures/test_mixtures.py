@@ -31,8 +31,8 @@ from weightgeom.training.resuming import restored_weights
 
 EXAMPLES, TOKENIZER = WORLD.examples(), WORLD.tokenizer()
 TYPES = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3", "deepseek_v3_full_q", "llama4_text")
-D, K = 32, 4
-TOKENS, LENGTH = 256, 96
+K = 4
+TOKENS = 256
 EDITED: dict[str, list[Kind]] = {
     "deepseek_v3": ["q_a", "kv_a", "k_rope", "o", "shared_up", "shared_down"],
     "deepseek_v3_full_q": ["q", "k_rope", "o"],
@@ -101,24 +101,6 @@ def by_hand(network: PreTrainedModel, name: str) -> dict[str, Tensor]:
     return found
 
 
-def axes_of(network: PreTrainedModel, module: str) -> Tensor:
-    """Principal directions of a norm's output on the held-out text, in columns, strongest first."""
-    seen, text = [], packed(EXAMPLES.heldout, TOKENIZER, LENGTH, TOKENS)
-    hook = network.get_submodule(module).register_forward_hook(lambda *given: seen.append(given[-1]))
-    with torch.no_grad():
-        for batch in text:
-            network(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-    hook.remove()
-    a = torch.cat([one[batch.attention_mask.bool()] for one, batch in zip(seen, text, strict=True)])
-    return torch.linalg.svd(a.double(), full_matrices=False)[2].T
-
-
-def output_axes(network: PreTrainedModel) -> Tensor:
-    """Right singular vectors of the unembedding, gain folded in and centred, strongest first, in columns."""
-    unembedding = network.lm_head.weight.double() * network.model.norm.weight.double()
-    return torch.linalg.svd(unembedding - unembedding.mean(0), full_matrices=False)[2].T
-
-
 def names(rows: list[Row], quantity: str) -> dict[str, float]:
     """One quantity of whole matrices at their own subspaces, by matrix."""
     return {
@@ -129,40 +111,6 @@ def names(rows: list[Row], quantity: str) -> dict[str, float]:
         and one.get("layer") is not None
         and "parameter" not in one
     }
-
-
-@pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("name", ["mixtral"])  # all types are planted by their maps in test_planted.py
-def test_updates_planted_in_the_networks_own_weights_are_found_matrix_by_matrix(name, inside, tmp_path):
-    network = network_of(name)
-    before = saved(network, tmp_path / "before")
-    norms = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
-    reads = {
-        (layer, part): axes_of(network, f"model.layers.{layer}.{norm}")
-        for layer in range(2)
-        for part, norm in norms.items()
-    }
-    written = output_axes(network)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for label, weight in by_hand(network, name).items():
-            kind = label.split(".")[1]
-            part = "attention" if kind in ("q", "k", "v", "q_a", "kv_a", "k_rope") else "mlp"
-            writes = kind in ("o", "down", "shared_down")
-            axes = written if writes else reads[int(label[1]), part]
-            axes = axes[:, :K] if inside else axes[:, K:]
-            other = weight.shape[1] if writes else weight.shape[0]
-            delta = axes @ torch.randn(axes.shape[1], other, generator=generator, dtype=torch.float64)
-            weight += (delta if writes else delta.T).float() / 10
-    after = saved(network, tmp_path / "after")
-    model = load(before, "cpu")
-    start = model.params(before)
-    end = model.params(after, start)
-    probe = RSF(k=K, resamples=0, tokens=TOKENS, length=LENGTH)
-    rows = probe.measurement(Setting(model, start, end, False, EXAMPLES, 0))(end)
-    found = names(rows, "ratio")
-    # d/k where all of an update is inside, 0 where none is; the weights are rounded to fp32.
-    assert found == pytest.approx(dict.fromkeys(by_hand(network, name), D / K if inside else 0.0), abs=1e-3)
 
 
 @pytest.mark.parametrize("name", TYPES)
