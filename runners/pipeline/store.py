@@ -114,7 +114,7 @@ def flaw(directory: Path) -> str:
         if not path.is_file():
             return f"{name} is missing"
         if _digest(path) != digest:
-            return f"{name} differs from the file that was written"
+            return f"{name} is not the file that was written"
     return ""
 
 

@@ -236,7 +236,7 @@ def flip(path: Path) -> None:
 
 DAMAGES = {
     **{
-        f"{name} differs from the file that was written": lambda state, name=name: flip(state / name)
+        f"{name} is not the file that was written": lambda state, name=name: flip(state / name)
         for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "../step-4/model.safetensors")
     },
     "model.safetensors has": lambda state: truncate(state / "model.safetensors"),

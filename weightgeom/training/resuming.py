@@ -171,7 +171,7 @@ def _flaw(state: Path) -> str:
             if size != expected["size"]:
                 return f"{name} has {size} bytes instead of {expected['size']}"
             if sha256(state / name) != expected["sha256"]:
-                return f"{name} differs from the file that was written"
+                return f"{name} is not the file that was written"
         step = json.loads((state / "trainer_state.json").read_text())["global_step"]
         for path in state.glob("*.safetensors"):
             opened(path)

@@ -83,7 +83,7 @@ def test_no_flipped_bit_of_a_finished_stage_is_believed(tmp_path, monkeypatch, c
         flip(directory / name, rng.randrange(8 * len(before[name])))
         assert stage(tmp_path, "rsf", SPEC, write_results) == directory
         assert (
-            f"{directory} is damaged ({name} differs from the file that was written): making it again"
+            f"{directory} is damaged ({name} is not the file that was written): making it again"
             in caplog.text
         )
         assert contents(directory) == before
