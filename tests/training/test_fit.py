@@ -14,6 +14,7 @@ from weightgeom.objectives.ce import CE
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
 from weightgeom.training.fit import fit, saved_trajectory
+from weightgeom.trajectory import Trajectory
 
 FAST = Training(steps=5, batch_size=4, learning_rate=1e-3, max_length=32, log_every=2)
 
@@ -53,6 +54,22 @@ def run(
     )
 
 
+@pytest.fixture(scope="module")
+def curves() -> small.Curves:
+    """Of `trained`."""
+    return small.Curves()
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory,
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerBase,
+    curves: small.Curves,
+) -> Trajectory:
+    return run(tmp_path_factory.mktemp("trained"), examples, tokenizer, log=curves)
+
+
 @pytest.mark.parametrize(
     ("steps", "expected"), [(1, [0, 1]), (8, [0, 1, 2, 4, 8]), (600, [0, *(2**n for n in range(10)), 600])]
 )
@@ -60,10 +77,7 @@ def test_checkpoints_stand_at_the_powers_of_two_and_at_the_last_step(steps, expe
     assert Training(steps=steps).save_steps() == expected
 
 
-def test_every_checkpoint_is_a_transformers_directory_in_fp32_and_step_0_is_the_start(
-    tmp_path, examples, tokenizer
-):
-    trained = run(tmp_path, examples, tokenizer)
+def test_every_checkpoint_is_a_transformers_directory_in_fp32_and_step_0_is_the_start(trained, tokenizer):
     assert list(trained.steps) == [0, 1, 2, 4, 5] and trained.last == 5 and trained.from_random
     for directory in trained.steps.values():
         weights = load_file(directory / "model.safetensors")
@@ -72,7 +86,7 @@ def test_every_checkpoint_is_a_transformers_directory_in_fp32_and_step_0_is_the_
     start = AutoModelForCausalLM.from_pretrained(trained.steps[0]).state_dict()
     for name, weight in small.network(tokenizer).state_dict().items():
         assert torch.equal(weight, start[name]), name
-    assert saved_trajectory(tmp_path, "pretraining").steps == trained.steps
+    assert saved_trajectory(trained.steps[0].parent, "pretraining").steps == trained.steps
 
 
 def test_a_given_start_is_not_saved_again(tmp_path, examples, tokenizer):
@@ -90,18 +104,14 @@ def test_one_step_of_sgd_like_size_moves_weights_by_at_most_the_learning_rate(tm
     assert 0.9e-3 < moved <= 1.001e-3
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path, examples, tokenizer):
-    ends = []
-    for index, seed in enumerate((0, 0, 1)):
-        trained = run(tmp_path / str(index), examples, tokenizer, seed=seed)
-        ends.append(load_file(trained.steps[5] / "model.safetensors"))
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(trained, tmp_path, examples, tokenizer):
+    others = [run(tmp_path / str(seed), examples, tokenizer, seed=seed) for seed in (0, 1)]
+    ends = [load_file(trajectory.steps[5] / "model.safetensors") for trajectory in (trained, *others)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert not all(torch.equal(ends[0][name], ends[2][name]) for name in ends[0])
 
 
-def test_curves_come_at_the_first_step_and_every_few_and_progress_at_each(tmp_path, examples, tokenizer):
-    curves = small.Curves()
-    run(tmp_path, examples, tokenizer, log=curves)
+def test_curves_come_at_the_first_step_and_every_few_and_progress_at_each(trained, curves, tokenizer):
     assert list(curves.by_step) == [1, 2, 3, 4, 5]
     assert [step for step, metrics in curves.by_step.items() if "loss" in metrics] == [1, 2, 4]
     # A random network of small weights predicts almost uniformly: its loss is near ln V.
