@@ -84,7 +84,7 @@ def combinations() -> Iterator[list[Path]]:
         yield [path for path in chosen if path is not None]
 
 
-@pytest.mark.parametrize("paths", combinations(), ids=lambda paths: " ".join(map(named, paths)))
+@pytest.mark.parametrize("paths", list(combinations()), ids=lambda paths: " ".join(map(named, paths)))
 def test_every_choice_composes_and_builds(paths: list[Path]) -> None:
     config = composed(*map(override, paths))
     made = parts(config)
@@ -195,6 +195,7 @@ def test_a_model_of_the_hub_loads_from_a_directory_and_its_map_fits(path: Path, 
     assert len(moments) == 2 * architecture.n_layers
 
 
+@pytest.mark.slow  # writes 0.5 GB once
 def test_the_packaged_model_is_a_file_of_an_installed_package() -> None:
     model = parts(composed("model=smollm2_packaged"))["model"]
     try:
