@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,16 @@ def test_what_has_trained_is_only_measured_again(tmp_path, numbering):
     assert commands.current_ids(sweep) == {0: "1_0", 1: "3", 2: "1_1"}
 
 
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """The handlers of signals as they were, behind a job that ran in this process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
 def test_the_two_jobs_of_a_run_start_with_their_part_and_a_trained_one_does_not_train_again(
     tmp_path, monkeypatch, capsys
 ):
