@@ -166,7 +166,7 @@ def test_experts_with_few_tokens_are_named_once_and_those_with_none_have_sizes_a
         for _ in range(2):
             rows = RSF(tokens=200, resamples=8).measurement(setting)(after)
     of_expert = {
-        expert: {row["quantity"] for row in rows if row["role"] == "read" and row["expert"] == expert}
+        expert: {row["quantity"] for row in rows if row.get("role") == "read" and row.get("expert") == expert}
         for expert in (0, 1)
     }
     assert of_expert[1] == {"delta_norm", "moved_share"}

@@ -31,7 +31,7 @@ from weightgeom.estimators.reference_subspaces import (
     routed_place_of,
 )
 from weightgeom.estimators.updates import Update, head_updates, update_of, warn_of_rounding
-from weightgeom.geometry.bootstrap import bootstrap_interval, bootstrap_times, widening
+from weightgeom.geometry.bootstrap import bootstrap_interval, widening
 from weightgeom.geometry.nulls import (
     Estimated,
     adapter_moment,
@@ -512,11 +512,12 @@ def _trained(
 
     root = moment.root if adapter is None else moment_root(seen(moment.value))
     null, scale, n = matched_null(gram, root, space, seed), len(gram) / space.basis.shape[1], moment.samples
-    values = map(seen, moment.sums)
-    parts = [[float(value.trace()), float((space.basis * (value @ space.basis)).sum())] for value in values]
-    groups, times = len(parts), bootstrap_times(len(parts), resamples, seed).double()
-    whole, inside = (times @ torch.tensor(parts, dtype=torch.float64)).T  # a level is a ratio of sums
-    interval = bootstrap_interval(null.mean, (inside / whole).tolist(), groups)
+    if adapter is None:
+        drawn = moment.resampled_levels(space, resamples, seed)[:, -1].tolist()
+    else:
+        drawn = [float(space.shares(seen(one)).sum()) for one in moment.resampled(resamples, seed)]
+    groups = len(moment.sums)
+    interval = bootstrap_interval(null.mean, drawn, groups)
     stderr = None if interval is None else interval.stderr * scale
     yield row("trained_matched_ratio", null.mean * scale, n=n, stderr=stderr, **at)
     if interval is not None:
