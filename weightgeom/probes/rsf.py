@@ -318,7 +318,9 @@ class RSF:
         )
         moments: dict[str, Moment] = {}
         for some in passes:
-            inputs = {(site.name, site.layer): moment for site, moment in some.inputs.items()}
+            inputs: dict[Place, Moment] = {
+                (site.name, site.layer): moment for site, moment in some.inputs.items()
+            }
             for matrix in setting.model.architecture.matrices:
                 if place_of(matrix) in inputs:
                     moments[matrix.name] = inputs[place_of(matrix)]
