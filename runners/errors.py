@@ -1,7 +1,10 @@
 """Explanations of errors: the problem and its fix in one sentence."""
 
 import errno
+import os
+import pwd
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -94,9 +97,25 @@ def _system(error: OSError) -> str:
     if error.errno in FULL:
         where = f"could not write {error.filename}; " if error.filename else ""
         return f"the disk is full: {where}free space or set outputs= to another disk"
-    advice = ": set outputs= to a writable directory" if error.errno in UNWRITABLE else ""
+    advice = ""
+    if error.errno in UNWRITABLE:
+        advice = f": {_owners_part(error.filename)}set outputs= to a writable directory"
     refused = str(error.strerror).lower()
     return f"cannot use {error.filename} ({refused}){advice}" if error.filename else f"{refused}{advice}"
+
+
+def _owners_part(name: object) -> str:
+    """What another user who owns a file, or the directory that takes no file, can do about it."""
+    path = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else Path()
+    place = next((place for place in (path, *path.parents) if os.access(place, os.F_OK)), Path("/"))
+    owner = place.stat().st_uid
+    if os.access(place, os.W_OK) or owner in (0, os.geteuid()):
+        return ""
+    try:
+        user = pwd.getpwuid(owner).pw_name
+    except KeyError:
+        user = f"user {owner}"
+    return f"let {user}, who owns it, run chmod -R g+rwX {shlex.quote(str(place))}, or "
 
 
 def _invalid(error: Any, key: str) -> str:

@@ -35,7 +35,7 @@ from runners.summary.warned import warnings
 from runners.tracking.provenance import environment, provenance, uncommitted_diff
 from runners.tracking.publisher import Publisher
 from runners.tracking.record import Record
-from runners.tracking.redaction import redacted_text
+from runners.tracking.redaction import redacted_yaml
 from runners.tracking.stores import check_experiment, check_tracking_uri
 from weightgeom.analysis.chain import BETWEEN, ENDS, SINGLE, STAGES, between, side_by_side
 from weightgeom.analysis.declared import ROLE, UNDECLARED, plain_name
@@ -212,7 +212,7 @@ class Experiment:
             tracking_uri=uri,
             parent=self.parent,
         )
-        record.artifact("config.yaml").write_text(redacted_text(self.config))
+        record.artifact("config.yaml").write_text(redacted_yaml(self.config))
         record.artifact("environment.txt").write_text(environment())
         if diff := uncommitted_diff(REPOSITORY):
             record.artifact("code/uncommitted.diff").write_text(diff)

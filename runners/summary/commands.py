@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runners.tracking.redaction import redacted_text
+from runners.tracking.redaction import redacted_command, redacted_text
 
 SEEDS = "seed=0,1,2"
 
@@ -16,7 +16,7 @@ def again(arguments: Sequence[str] | None = None) -> str:
     """The command that started this process, or the same with other `arguments`, for a shell."""
     program = sys.argv[0]
     start = [_python(), program] if program.endswith(".py") else ["weightgeom", "run"]
-    return redacted_text(shlex.join([*start, *(sys.argv[1:] if arguments is None else arguments)]))
+    return redacted_command([*start, *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def over_seeds() -> str:
@@ -33,9 +33,7 @@ def report(name: str, outputs: Path, tracking_uri: str) -> str:
     usual = outputs == Path("outputs").absolute()
     command = ["weightgeom", "report", name, *([] if usual else ["--outputs", str(outputs)])]
     store = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{outputs}/mlflow.db")
-    return redacted_text(
-        shlex.join(command if tracking_uri == store else [*command, "--tracking-uri", tracking_uri])
-    )
+    return redacted_command(command if tracking_uri == store else [*command, "--tracking-uri", tracking_uri])
 
 
 def open_mlflow(tracking_uri: str, experiment_id: str | None) -> list[str]:

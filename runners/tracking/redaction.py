@@ -6,8 +6,11 @@ secret can cost an account. Every rule takes time linear in the length of the te
 
 import logging
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+
+import yaml
 
 from runners.tracking.secret_names import announces_secret
 from runners.tracking.secret_shapes import MASK, without_shapes
@@ -25,8 +28,8 @@ _NAMED = re.compile(  # words without a separator are passed over within one mat
     rf"(?:[\w.\-]++(?!{_BETWEEN})|[^\w.\-]++)*+(?:(?P<name>[\w.\-]++)(?P<between>{_BETWEEN})|\Z)"
 )
 _OPTION = re.compile(
-    r"(?<![^\s\"'(])(?:--?|(?:setenv|setx|set[ \t]{1,4}-[A-Za-z]{1,4})[ \t]{1,8})(?P<name>[A-Za-z][\w\-]*+)"
-    r"(?P<between>[ \t]++)(?!-)(?=\S)"
+    r"(?<![^\s\"'(\[,])(?:--?|(?:setenv|setx|set[ \t]{1,4}-[A-Za-z]{1,4})[ \t]{1,8})"
+    r"(?P<name>[A-Za-z][\w\-]*+)(?P<between>,?[ \t]++|\n[ \t]*+- )(?!-)(?=\S)"
 )
 _ELEMENT = re.compile(r"(<(?P<name>[\w.\-]++)(?:[ \t][^<>\n]{0,200})?>)(?=[^<\s])[^<]++")
 _OPENED = re.compile(r"(?:[A-Za-z_][\w.]{0,39}\(|[bBrRuUfF$]{1,2})?(\\{0,7})([\"'])")
@@ -41,6 +44,7 @@ _NUMBER = re.compile(r"[+\-]?[\d.,]++(?:e[+\-]?\d++)?[,;:]?")
 _CALL = re.compile(r"[A-Za-z_][\w.]*+(?:\[|\((?![\"']))")  # `token = next(tokens)` in a diff
 _NOTHING = re.compile(r"(?:None|null|[Tt]rue|[Ff]alse)(?![^\s,;)\]}\"'])")
 _AGAIN = re.compile(r"(?:[ \t]{0,8}\|[ \t]{0,8}None)?[ \t]{0,8}=(?![=>])[ \t]{0,8}(?=\S)")
+_STAND_IN = "0MASKED0"  # which no shell needs in quotes
 _TELLING = re.compile(r"(?i)token|pass|pwd?|auth|secret|credential|creds|key|bearer|wort|webhook|sess|csrf")
 
 
@@ -151,10 +155,15 @@ def _lines_end(text: str, place: int, indent: str, otherwise: int) -> int:
 def redacted(value: object) -> object:
     """`value` with every secret in its mappings, sequences and texts masked."""
     if isinstance(value, Mapping):
-        named = any(announces_secret(str(value.get(key, ""))) for key in ("name", "key"))
+        # `{name: HF_TOKEN, value: x}`, also flattened to `env.0.name` and `env.0.value`.
+        named = {
+            f"{str(key).rpartition('name')[0]}value"
+            for key, item in value.items()
+            if re.fullmatch(r"(?:.*\.)?name", str(key)) and announces_secret(str(item))
+        }
         return {
             redacted(key): MASK
-            if (announces_secret(str(key)) or (named and key == "value"))
+            if (announces_secret(str(key)) or key in named)
             and not isinstance(item, bool)
             and item not in (None, "")
             else redacted(item)
@@ -173,6 +182,19 @@ def _redacted_items(items: Sequence[object]) -> list[object]:
         if names and "=" not in str(name) and announces_secret(str(name)) and isinstance(item, str) and item:
             masked[place] = MASK
     return masked
+
+
+def redacted_yaml(text: str) -> str:
+    """A YAML text with secrets masked by its structure, whatever its lines look like."""
+    value = yaml.safe_load(text)
+    masked = redacted(value)
+    return text if masked == value else yaml.safe_dump(masked, sort_keys=False, allow_unicode=True)
+
+
+def redacted_command(arguments: Sequence[str]) -> str:
+    """Arguments for a shell, each masked before it is quoted."""
+    masked = [str(item).replace(MASK, _STAND_IN) for item in _redacted_items(arguments)]
+    return redacted_text(shlex.join(masked).replace(_STAND_IN, MASK))
 
 
 class Masked(logging.Formatter):

@@ -1,4 +1,5 @@
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -199,3 +200,16 @@ def test_an_argument_that_hydra_cannot_read_is_shown_as_it_can(value: str) -> No
     assert quoted == f"data.train='{value}'"
     with initialize_config_dir(str(CONF), version_base="1.3"):
         assert compose("config", ["data=text", quoted]).data.train == value
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_directory_of_another_user_is_for_its_owner_to_open(tmp_path: Path, monkeypatch) -> None:
+    stage = tmp_path / "rsf"
+    stage.mkdir()
+    os.chown(stage, 4321, -1)
+    monkeypatch.setattr(os, "access", lambda place, mode: mode == os.F_OK and Path(place).exists())
+    error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(stage / "new"))
+    assert explanation(error) == (
+        f"cannot use {stage}/new (permission denied): let user 4321, who owns it, run chmod -R g+rwX {stage},"
+        " or set outputs= to a writable directory"
+    )

@@ -3,7 +3,14 @@ import time
 
 import pytest
 
-from runners.tracking.redaction import Masked, announces_secret, redacted, redacted_text
+from runners.tracking.redaction import (
+    Masked,
+    announces_secret,
+    redacted,
+    redacted_command,
+    redacted_text,
+    redacted_yaml,
+)
 
 SECRET_NAMES = """
     token hf_token HF_TOKEN model.token password db.passwd client_secret secret.value PGPASSWORD DB_PASS
@@ -296,6 +303,9 @@ def test_a_mebibyte_on_one_line_takes_no_time():
         ["run.py", "--token", S, "x"],
         [("password", S), ("user", "me")],
         {f"glpat-{S}": "x"},
+        {"env.0.name": "HF_TOKEN", "env.0.value": S},
+        f"--token, {S}",
+        f"- --token\n- {S}",
         {"hub": [{"credentials": {"user": S}}]},
     ],
 )
@@ -310,6 +320,26 @@ def test_what_surrounds_a_secret_of_several_lines_stays():
     assert redacted_text("credentials:\n  user: me\n  password: x\nb: 2") == (
         "credentials:\n  user: me\n  password: ***\nb: 2"
     )
+
+
+def test_a_configuration_is_masked_by_its_structure():
+    text = f"a: 1\ncredentials:\n  user: me\n  list:\n  - {S}\nb: [--token, {S}]\n"
+    assert redacted_yaml(text) == "a: 1\ncredentials: '***'\nb:\n- --token\n- '***'\n"
+    assert redacted_yaml("a:   1 # as it is\n") == "a:   1 # as it is\n"
+
+
+def test_a_command_is_masked_within_the_quotes_of_its_arguments():
+    arguments = [
+        "run.py",
+        f"+tags.q=\"password='a b {S}'\"",
+        f"+tags.l=[--token, {S}]",
+        "--token",
+        S,
+        "seed=1 2",
+    ]
+    command = redacted_command(arguments)
+    assert "hunter2" not in command and command.endswith(" --token *** 'seed=1 2'")
+    assert redacted_command(["run.py", f"+tags.token={S}"]) == "run.py +tags.token=***"
 
 
 def test_log_lines_are_masked_with_their_tracebacks():
