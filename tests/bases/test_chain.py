@@ -23,6 +23,7 @@ from runners.report.__main__ import main as make_report
 from weightgeom.bases.chain import Chain
 from weightgeom.bases.hub import identity
 from weightgeom.bases.pretrained import Pretrained, TwoCheckpoints
+from weightgeom.data.world import World
 from weightgeom.estimators.reference_subspaces import Inputs, input_frames, prediction_frame
 from weightgeom.interfaces import Setting
 from weightgeom.models.loading import load
@@ -432,22 +433,27 @@ def test_an_objective_starts_from_a_stage_and_an_intervention_edits_it(home, sta
 
 
 @pytest.fixture(scope="module")
-def each_stage(home: Path, stages: dict[str, Path]) -> Ended:
-    """What is measured of every stage, and the moments of an objective at each."""
-    told = ", ".join(f"{name}: lab/tiny-{name}@{commit}" for name, commit in COMMITS.items())
+def each_stage(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """What is measured of every stage of random networks, and the moments of an objective at each."""
+    home = tmp_path_factory.mktemp("each")
+    tokenizer = World(documents=60, pairs=24, heldout=8, groups=("known", "impossible")).tokenizer()
+    for seed, name in enumerate(COMMITS):
+        small.network(tokenizer, seed).save_pretrained(home / name)
+        tokenizer.save_pretrained(home / name)
+    told = ", ".join(f"{name}: {home / name}" for name in COMMITS)
     few = ["prompts=16", "neighbours=4", "points=8", "permutations=1", "refits=0", "random=2", "resamples=2"]
     return run(
-        home, *WORLD, "probe=[moments,uncertainty]", "+objective@probe.moments.objective=dpo",
-        "probe.moments.tokens=256", "probe.moments.prompts=16", "probe.moments.resamples=0",
-        *(f"probe.uncertainty.{key}" for key in few), "model=chain/own", f"model.stages={{{told}}}",
-        "objective=none", "device=cpu", "name=each", HF_HOME=str(home / "hf"),
+        home, *WORLD, "data.groups=[known,impossible]", "probe=[moments,uncertainty]",
+        "+objective@probe.moments.objective=dpo", "probe.moments.tokens=256", "probe.moments.prompts=16",
+        "probe.moments.resamples=0", *(f"probe.uncertainty.{key}" for key in few), "model=chain/own",
+        f"model.stages={{{told}}}", "objective=none", "device=cpu", "name=each",
     )  # fmt: skip
 
 
-def test_uncertainty_measures_every_stage_of_a_chain_by_itself(each_stage, stages):
+def test_uncertainty_measures_every_stage_of_a_chain_by_itself(each_stage):
     assert each_stage.code == 0, each_stage.err
     found = table(each_stage, "uncertainty")
-    assert set(found["step"]) == {0, 1, 2} and found.attrs["stages"] == list(stages)
+    assert set(found["step"]) == {0, 1, 2} and found.attrs["stages"] == list(COMMITS)
     aurocs = found[found["quantity"] == "auroc_projection"].groupby("step")["value"].apply(list)
     assert aurocs[0] != aurocs[1] != aurocs[2]
     names = {path.stem for path in (each_stage.record / "artifacts/tables").glob("*.parquet")}
