@@ -10,7 +10,7 @@ from weightgeom.calibrate.simulations import Rate, rates
 HEAD = """# Calibration
 
 How often p-values, intervals and verdicts err where the truth is known, in {draws} simulations each
-(ten times as many where no matrix is simulated, half as many of whole reports). Rates are beside their
+(ten times as many where no matrix is simulated, half as many of whole reports). Rates are next to their
 nominal value, with Clopper and Pearson's 99.9 % interval; a power has no nominal value. Made by
 
 ```bash
