@@ -224,7 +224,7 @@ def trained(
 ) -> float:
     """p-value against the level of trained inputs in a subspace of other text, as the probe `rsf` has it."""
     null = matched_null(gram, moment.root, space, seed, draws)
-    drawn = [space.explained(one) for one in moment.resampled(40, seed)]
+    drawn = [space.explained(drawn_moment) for drawn_moment in moment.resampled(40, seed)]
     interval = bootstrap_interval(null.mean, drawn, len(moment.sums))
     assert interval is not None
     estimated = Estimated(null, interval.stderr / null.mean, len(moment.sums) - 1)

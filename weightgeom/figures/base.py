@@ -195,10 +195,10 @@ def _own_forecasts(rows: pd.DataFrame, by: list[str]) -> tuple[str, pd.DataFrame
     named = rows["treatment"] != ""
     forecast = rows["quantity"].str.startswith("forecast") & ~rows["quantity"].str.endswith(("_low", "_high"))
     plain = (rows["quantity"] == "forecast_ratio") & ~places.isin(places[named])
-    found = rows[(named & forecast | plain) & places.isin(moved)]
-    names = found["quantity"].str.removesuffix("_ratio").str.cat(found["treatment"], sep=" (") + ")"
+    forecasts = rows[(named & forecast | plain) & places.isin(moved)]
+    names = forecasts["quantity"].str.removesuffix("_ratio").str.cat(forecasts["treatment"], sep=" (") + ")"
     names = names.str.removesuffix(" ()").unique()
-    return ",\n".join(names) or "forecast", found
+    return ",\n".join(names) or "forecast", forecasts
 
 
 def ratio_by_sharpness(
