@@ -43,7 +43,7 @@ def work_until_the_other_waits(directory: Path) -> None:
 
 
 def want_stage(outputs: Path, log_file: Path) -> None:
-    logging.basicConfig(filename=log_file, level=logging.INFO)
+    logging.basicConfig(filename=log_file, level=logging.INFO, force=True)
     stage(outputs, "train", SPEC, work_until_the_other_waits)
 
 
@@ -233,7 +233,7 @@ def test_a_stage_that_can_be_resumed_keeps_its_files_and_one_that_cannot_starts_
 
 
 def test_two_processes_that_want_one_stage_make_it_once_and_one_says_it_waits(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # which has torch already
     logs = [tmp_path / "first.log", tmp_path / "second.log"]
     processes = [context.Process(target=want_stage, args=(tmp_path, log)) for log in logs]
     for process in processes:
