@@ -169,11 +169,10 @@ class RSF:
         gradients = objective and self.prompts > 0
         writes = shape.layers * (1 if shape.parallel else 2)
         batch = shape.passing(2 * BATCH_PROMPTS * shape.longest)
-        upstream = (
-            single * shape.square * writes + 2 * shape.layers * moment if gradients else 0.0
-        )  # and inputs
-        sums = shape.square * writes + 2 * shape.layers * moment
-        gathered = shape.weights + batch + min(sums, max(budget, moment)) + upstream if gradients else 0.0
+        roots, inputs = single * shape.square * writes, 2 * shape.layers * moment
+        batch_sums = min(shape.square * writes + inputs, max(budget, moment))
+        gathered = shape.weights + batch + batch_sums + roots if gradients else 0.0
+        upstream = roots + inputs if gradients else 0.0
         drawn = 2.0 * single * d * k * self.resamples
         frame = single * shape.square + 24.0 * d * k + drawn
         if shape.adapted:
@@ -376,7 +375,7 @@ class RSF:
         spectrum = self._spectrum(update)
         if spectrum is not None:
             pathways.add(matrix, update.gram, own)
-        inputs = trained if matrix.role == "read" else None
+        inputs = trained if matrix.role == "read" and isinstance(trained, Moment) else None
         yield from self._compare(update, spectrum, own, moment, setting.seed, where, inputs)
         yield from self._compare(update, spectrum, chance, None, setting.seed, where)
         if self.per_head and matrix.has_heads:
