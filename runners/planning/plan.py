@@ -288,6 +288,7 @@ class _Job:
             reference=cost is not None and cost.reference,
             longest=longest if pairs else self.training.max_length,
             mixture=bool(architecture.stacks),
+            adapted=self.training.lora.r is not None,
         )
 
     def _benchmark(self, examples: Examples) -> Benchmark:

@@ -58,6 +58,7 @@ class Shape:
     reference: bool  # the objective keeps a copy of the weights as its reference
     longest: int  # approximate tokens of the longest held-out sequence
     mixture: bool = False  # layers have experts
+    adapted: bool = False  # LoRA adapters are trained
 
     @property
     def weights(self) -> float:

@@ -26,6 +26,7 @@ from weightgeom.estimators.moments import (
     passes,
 )
 from weightgeom.geometry.bootstrap import bootstrap_times
+from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Objective, Scored
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import Architecture, ResidualMatrix, Site, first_readers
@@ -142,15 +143,19 @@ def gradient_moments(
     examples: Examples,
     gathering: Gathering,
     seed: int,
+    space: Subspace | None = None,
+    gains: Mapping[str, Float[Tensor, " d"]] | None = None,
 ) -> Iterator[Pass]:
     """Moments of activations and of upstream gradients, and G, under an objective, layers by layers.
 
     The loss is that of the objective's own trainer, whose head works in chunks, as a sum over what it
     is a mean of; δ_t is its gradient at a matrix's output at token t. It is taken on training examples
     that `seed` draws. The weights are frozen, so that nothing but the sums is held from one batch to
-    the next, and the backward pass ends at the first layer that is wanted. The layers are split over
-    as many passes as the budget asks for, with identical results; take what is yielded before asking
-    for more. Source: the mechanism offered by arXiv:2605.16600; these estimators are ours.
+    the next, and the backward pass ends at the first layer that is wanted. With a `space`, upstream moments
+    are summed over all groups, each of which has what lies inside it (`Moment.within`); `gains` of writes,
+    by their names, are folded into theirs as `folded` does. The layers are split over as many passes as the
+    budget asks for, with identical results; take what is yielded before asking for more. Source: the
+    mechanism offered by arXiv:2605.16600; these estimators are ours.
     Nothing is yielded for a mixture of experts: TRL adds its routers' balance to the loss, which is then no
     mean over terms. A training batch has the prompts of one optimizer step of `training`; a rest of prompts
     that fills none counts for the squared gradients only if it is all there is. Clipping is left out.
@@ -177,9 +182,11 @@ def gradient_moments(
         groups = max(1, min(gathering.groups, len(data)))
         step = training.batch_size * training.accumulate
         budget = float("inf") if gathering.budget_gb is None else gathering.budget_gb * GIB
-        layer_size = _layer_size(architecture, params, gathering, groups)
+        layer_size = _layer_size(architecture, params, gathering, groups, space)
         for layers in passes(range(architecture.n_layers), lambda layer: layer_size, budget):
-            sums = _Sums(architecture, layers, gathering, groups, max(1, len(data) // step))
+            sums = _Sums(
+                architecture, layers, gathering, groups, max(1, len(data) // step), space, gains or {}
+            )
             seen = 0
             with sums.hooked(network), outdated_name_allowed():
                 for inputs in trainer.get_eval_dataloader(data):  # pyright: ignore[reportArgumentType]
@@ -261,8 +268,11 @@ class _Sums:
         gathering: Gathering,
         groups: int,
         batches: int,
+        space: Subspace | None,
+        gains: Mapping[str, Float[Tensor, " d"]],
     ) -> None:
         self.layers, self.gathering, self.groups = layers, gathering, groups
+        self.space, self.gains = space, gains
         self.matrices = [matrix for matrix in architecture.matrices if matrix.layer in layers]
         self.sites = {site.module: site for site in architecture.sites if site.layer in layers}
         self.parallel = architecture.parallel
@@ -323,7 +333,7 @@ class _Sums:
             if not torch.is_grad_enabled():  # not the policy's own pass
                 return None
             if site is not None:
-                self._add(matrix.module + " input", inputs[0].detach(), mean=True)
+                self._add(matrix.module + " input", inputs[0].detach(), None, mean=True)
             if both and matrix.role == "write":
                 self._diagonal(matrix, "other").add(_rows(self.samples, inputs[0].detach(), mean=True))
             if not (upstream or self.gathering.gradients):
@@ -332,7 +342,8 @@ class _Sums:
 
             def send_back(delta: Tensor) -> None:
                 if upstream:
-                    self._add(matrix.name, delta)
+                    gain = self.gains.get(matrix.name)
+                    self._add(matrix.name, delta if gain is None else delta * gain.to(delta), self.space)
                 if both and matrix.role == "read":
                     self._diagonal(matrix, "other").add(_rows(self.samples, delta))
                 if a is not None:
@@ -346,9 +357,11 @@ class _Sums:
 
         return hook
 
-    def _add(self, name: str, a: Float[Tensor, "*token d"], mean: bool = False) -> None:
+    def _add(
+        self, name: str, a: Float[Tensor, "*token d"], space: Subspace | None, mean: bool = False
+    ) -> None:
         if name not in self.accumulators:
-            self.accumulators[name] = Accumulator(self.groups, self.gathering.dtype)
+            self.accumulators[name] = Accumulator(self.groups, self.gathering.dtype, space)
         self.samples.add(self.accumulators[name], a, mean)
 
     def _diagonal(self, matrix: ResidualMatrix, of: str) -> Diagonal:
@@ -427,16 +440,19 @@ def _rows(samples: Samples, a: Float[Tensor, "*token d"], mean: bool = False) ->
     return whole / counts.clamp(min=1)[:, None]
 
 
-def _layer_size(architecture: Architecture, params: Params, gathering: Gathering, groups: int) -> float:
+def _layer_size(
+    architecture: Architecture, params: Params, gathering: Gathering, groups: int, space: Subspace | None
+) -> float:
     """The bytes of the sums of one layer, the largest; two of those of gradients belong to no group."""
     sizes = []
     for layer in range(architecture.n_layers):
         here = [matrix for matrix in architecture.matrices if matrix.layer == layer]
         writes = 1 if architecture.parallel else sum(matrix.role == "write" for matrix in here)
-        squares = gathering.inputs * len(first_readers(here)) + gathering.upstream * writes
+        upstream = gathering.upstream * writes * (groups if space is None else 1)
+        squares = gathering.inputs * len(first_readers(here)) * groups + upstream
         entries = sum(prod(shape_of(params, name) or ()) for name in {matrix.parameter for matrix in here})
         gradients = gathering.gradients * entries * (groups + 2)
-        sizes.append(squares * architecture.d_model**2 * groups + gradients)
+        sizes.append(squares * architecture.d_model**2 + gradients)
     return float(max(sizes) * gathering.dtype.itemsize)
 
 

@@ -1,7 +1,7 @@
 """Streaming second moments of the activations that the residual-stream matrices read."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from weightgeom.estimators.walk import Walk, layer_of
 from weightgeom.geometry.bootstrap import bootstrap_times
 from weightgeom.geometry.gram import Products, add_gram, mirror, product
 from weightgeom.geometry.nulls import moment_eigen
@@ -24,6 +25,7 @@ from weightgeom.text.tokens import Batch
 Item = TypeVar("Item")
 Unit = Literal["token", "prompt"]
 GIB = 2**30
+SUMS = 2.0**27  # bytes of sums that a pass accumulates, or a single one
 EXACT = 256  # the width up to which directions of resampled moments are sought in all dimensions
 
 
@@ -32,13 +34,20 @@ class Moment:
     """A second moment E[a aᵀ], kept as sums over groups of prompts, which are what a bootstrap draws from.
 
     `sums` holds Σ a aᵀ over the samples of each group, `firsts` Σ a, `counts` how many there are, and
-    `samples` their sum: tokens, or prompts. `centred` subtracts the mean: the covariance.
+    `samples` their sum: tokens, or prompts. `centred` subtracts the mean: the covariance. Where `within`
+    holds what the groups have inside a subspace, there is one sum over all of them.
     """
 
-    sums: Float[Tensor, "group d d"]
+    sums: Float[Tensor, "sum d d"]
     firsts: Float[Tensor, "group d"]
     counts: Float[Tensor, " group"]
     centred: bool = False
+    within: "Within | None" = None
+
+    @property
+    def groups(self) -> int:
+        """The number of groups of prompts."""
+        return len(self.counts)
 
     @property
     def samples(self) -> int:
@@ -48,7 +57,10 @@ class Moment:
     @property
     def value(self) -> Float[Tensor, "d d"]:
         """The moment, of all groups once."""
-        return self.drawn(torch.ones_like(self.counts))
+        if len(self.sums) == self.groups:
+            return self.drawn(torch.ones_like(self.counts))
+        value = self.sums.sum(0) / self.samples
+        return value - torch.outer(self.mean, self.mean) if self.centred else value
 
     @property
     def per_dimension(self) -> float:
@@ -107,13 +119,20 @@ class Moment:
     def resampled_levels(self, space: Subspace, resamples: int, seed: int) -> Float[Tensor, "resample k"]:
         """Shares of the samples of `resampled` inside the first 1, 2, ... k directions of a subspace.
 
-        Ratios of sums over groups, each of which is projected once; for moments that are not centred.
+        For moments that are not centred; where there is `within`, of its own subspace.
         """
+        if self.within is not None:
+            return self.within.resampled(resamples, seed)[:, : space.basis.shape[1]]
         basis = space.basis.to(self.sums)
         inside = torch.stack([(basis * product(total, basis.T.contiguous())).sum(0) for total in self.sums])
-        times = bootstrap_times(len(self.sums), resamples, seed).to(self.sums.device, torch.float64)
         traces = self.sums.diagonal(dim1=1, dim2=2).double().sum(1)
-        return (times @ inside.double().cumsum(1)) / (times @ traces)[:, None]
+        return Within(inside.double(), traces).resampled(resamples, seed)
+
+    def settled(self) -> "Settled":
+        """What is left of it when its groups have been resampled."""
+        root = self.root
+        small = root if len(root) <= EXACT else root.float()
+        return Settled(small, self.samples, self.groups, self.centred, self.within)
 
     def resampled_tops(self, k: int, resamples: int, seed: int) -> "Resampled | None":
         """Top-k directions of the samples of `resampled`, each with its shares of the sample's trace.
@@ -145,7 +164,9 @@ class Moment:
             shares.append(eigenvalues.cpu() / trace)
         if not tops:
             return None
-        return Resampled(torch.stack(tops).cpu(), torch.stack(shares))
+        # Half precision moves a share by 1e-5 of itself: what is kept of all layers is mostly this.
+        kept = torch.stack(tops).cpu()
+        return Resampled(kept if d <= EXACT else kept.half(), torch.stack(shares))
 
 
 def _top_of(
@@ -167,6 +188,45 @@ def _top_of(
 
 
 @dataclass(frozen=True, eq=False)
+class Within:
+    """What groups of samples have along the directions of a subspace, and in all: sums of squares."""
+
+    inside: Float[Tensor, "group k"]
+    traces: Float[Tensor, " group"]
+
+    def resampled(self, resamples: int, seed: int) -> Float[Tensor, "resample k"]:
+        """Share of bootstrap samples of the groups inside the first 1, 2, ... k directions."""
+        times = bootstrap_times(len(self.traces), resamples, seed).to(self.traces)
+        return (times @ self.inside.cumsum(1)) / (times @ self.traces)[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """A second moment by its root alone (fp32 above d = 256), with the number of its samples and groups."""
+
+    root: Float[Tensor, "d d"]
+    samples: int
+    groups: int
+    centred: bool
+    within: Within | None = None
+
+    @property
+    def value(self) -> Float[Tensor, "d d"]:
+        """The moment."""
+        return self.root @ self.root.T
+
+    @property
+    def per_dimension(self) -> float:
+        """Samples for each dimension."""
+        return self.samples / len(self.root)
+
+    def resampled_levels(self, space: Subspace, resamples: int, seed: int) -> Float[Tensor, "resample k"]:
+        """As `Moment.resampled_levels`, of the subspace of `within`."""
+        assert self.within is not None, "the groups are gone"
+        return self.within.resampled(resamples, seed)[:, : space.basis.shape[1]]
+
+
+@dataclass(frozen=True, eq=False)
 class Resampled:
     """The top directions of bootstrap samples of a moment, with their shares of each sample's trace.
 
@@ -185,36 +245,51 @@ class Resampled:
 
     def explained(self, gram: Float[Tensor, "d d"]) -> Float[Tensor, "resample k"]:
         """Share of the trace of a Gram matrix inside the first 1, 2, ... k directions of each sample."""
-        rows = self.tops.flatten(0, 1)
+        rows = self.tops.flatten(0, 1).float()
         inside = (product(rows, gram.to(rows)) * rows).sum(1).view(self.shares.shape)
         return inside.double().cumsum(1) / float(gram.diagonal().double().sum())
 
 
 class Accumulator:
-    """Sums a aᵀ and a over groups of prompts, as rows `a` come in; `add` mutates it."""
+    """Sums a aᵀ and a over groups of prompts, as rows `a` come in; `add` mutates it.
 
-    def __init__(self, groups: int, dtype: torch.dtype) -> None:
+    With a subspace, a aᵀ is summed over all groups, and by group what lies inside the subspace.
+    """
+
+    def __init__(self, groups: int, dtype: torch.dtype, space: Subspace | None = None) -> None:
         self.groups = groups
         self.dtype = dtype
+        self.space = space
         self.sums: Tensor | None = None
         self.firsts: Tensor | None = None
+        self.within: Within | None = None
 
     def add(self, a: Float[Tensor, "row d"], group: int) -> None:
         """Add the rows to a group."""
         a = a.to(self.dtype)
         d = a.shape[1]
         if self.sums is None or self.firsts is None:
-            self.sums = torch.zeros(self.groups, d, d, dtype=self.dtype, device=a.device)
+            sums = self.groups if self.space is None else 1
+            self.sums = torch.zeros(sums, d, d, dtype=self.dtype, device=a.device)
             self.firsts = torch.zeros(self.groups, d, dtype=self.dtype, device=a.device)
-        add_gram(self.sums[group], a.T)
+            if self.space is not None:
+                inside = torch.zeros(
+                    self.groups, self.space.basis.shape[1], dtype=torch.float64, device=a.device
+                )
+                self.within = Within(inside, torch.zeros_like(inside[:, 0]))
+        add_gram(self.sums[group if self.space is None else 0], a.T)
         self.firsts[group] += a.sum(0)
+        if self.space is not None and self.within is not None:
+            along = product(a, self.space.basis.T.to(a).contiguous())
+            self.within.inside[group] += along.square().sum(0)
+            self.within.traces[group] += a.square().sum()
 
     def moment(self, counts: Float[Tensor, " group"], centred: bool) -> Moment:
         """The moment of all that was added; the sums are handed over."""
         assert self.sums is not None and self.firsts is not None, "nothing was added"
         for total in self.sums:
             mirror(total)
-        return Moment(self.sums, self.firsts, counts, centred)
+        return Moment(self.sums, self.firsts, counts, centred, self.within)
 
 
 class Routed:
@@ -328,12 +403,13 @@ def activation_moments(
 ) -> Iterator[tuple[Site, Moment]]:
     """Second moments E[a aᵀ] of what is read at every site, over all tokens but padding, site by site.
 
-    Nothing is cached but the d x d sums, one for each of `groups` groups of sequences. A pass ends at
-    its last site, so that no logits are computed. With `budget_gb` (GiB), weights in fp32 that exceed
-    it are read module by module, and the sites are split over as many passes as their sums need, with
-    identical results; take what is yielded before asking for more. `centre` subtracts the mean: the
-    covariance. A sample is a token or, by `unit`, the mean over a sequence. Source: the attention-input
-    subspace of arXiv:2605.16600; uncentred by default (ours).
+    The d x d sums, one for each of `groups` groups of sequences, are those of some layers at a time, up to
+    SUMS bytes: the next layers go on from the hidden states that are kept of all tokens (`Walk`), with
+    identical results. A pass ends at its last site, so that no logits are computed. With `budget_gb` (GiB),
+    weights in fp32 that exceed half of it are read module by module, and where a quarter is too little for
+    the hidden states, passes start at the embedding. Take what is yielded before asking for more. `centre`
+    subtracts the mean: the covariance. A sample is a token or, by `unit`, the mean over a sequence. Source:
+    the attention-input subspace of arXiv:2605.16600; uncentred by default (ours).
 
     At the site of an expert it is over the tokens that the router sends to it, and a sample is a token.
     Experts without any are left out. All experts of a layer are among the `sites`, or none: their inputs are
@@ -358,10 +434,15 @@ def activation_moments(
         kept = places[place][0].expert is not None
         return 4 * d * tokens if kept else d**2 * dtype.itemsize * groups
 
-    for some in passes(list(places), size, budget / 2):
+    states = 4 * d * sum(batch.input_ids.numel() for batch in batches)  # bytes
+    walk = Walk.through(model.network, list(places)) if states <= budget / 4 else None
+    limit = budget / 2 if walk is None else min(budget / 4, SUMS)
+    together = list(passes(list(places), size, limit))
+    for some, others in zip(together, [*together[1:], []], strict=True):
         sums = {place: Accumulator(groups, dtype) for place in some if place in places[place]}
         kept = {place: Routed(len(places[place]), groups, dtype) for place in some if place not in sums}
-        counts = _one_pass(model, weights, batches, sums, kept, sequences, groups, unit)
+        following = others[0] if others else None
+        counts = _one_pass(model, weights, batches, sums, kept, sequences, groups, unit, walk, following)
         for place in some:
             for site in places[place]:
                 if site.expert is None:
@@ -383,11 +464,19 @@ def _one_pass(
     sequences: int,
     groups: int,
     unit: Unit,
+    walk: Walk | None,
+    following: Site | None,
 ) -> Float[Tensor, " group"]:
     """Fills the sums, and the inputs of experts that are kept, in a pass; the samples of each group."""
     sites = [*sums, *kept]
+    ends = None if walk is None else following
     waiting: set[Site] = set()
     samples = Samples(torch.zeros(0, 0, dtype=torch.bool), [], [])
+
+    def arrived(site: Site) -> None:
+        waiting.discard(site)
+        if not waiting:
+            raise Enough
 
     def hooked(site: Site) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -395,27 +484,25 @@ def _one_pass(
                 kept[site].add(inputs, samples)
             else:
                 samples.add(sums[site], inputs[0], mean=True)
-            waiting.discard(site)
-            if not waiting:
-                raise Enough
+            arrived(site)
 
         return model.network.get_submodule(site.module).register_forward_pre_hook(hook)
 
     counts, seen = torch.zeros(groups, dtype=torch.float64), 0
-    hooks = [hooked(site) for site in sites]
-    try:
+    with ExitStack() as stack:
+        if walk is not None:
+            stack.enter_context(walk.part(min(sites, key=layer_of), ends, arrived))
+        for site in sites:
+            stack.callback(hooked(site).remove)
         for batch in (batch.to(model.device) for batch in batches):
             here = range(seen, seen + len(batch.input_ids))
             of_prompts = [group_of(prompt, sequences, groups) for prompt in here]
             samples = Samples(batch.attention_mask.bool(), range(len(here)), of_prompts, unit)
             samples.add_counts(counts)
             seen = here.stop
-            waiting.update(sites)
+            waiting.update(sites if ends is None else [*sites, ends])
             with suppress(Enough), Products():
                 model.logits(weights, batch, keep=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return counts
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from weightgeom.estimators.moments import Moment, Resampled, Unit, activation_moments
+from weightgeom.estimators.moments import Moment, Resampled, Settled, Unit, activation_moments
 from weightgeom.geometry.bootstrap import FEW_TOKENS
 from weightgeom.geometry.subspace import Subspace, prediction_moment
 from weightgeom.interfaces import Setting
@@ -36,7 +36,7 @@ class Frame:
 
     place: Place
     space: Subspace
-    moment: Moment | None = None
+    moment: Moment | Settled | None = None
     resampled: Resampled | None = None
     crossfit: tuple[tuple[Subspace, Float[Tensor, " k"]], ...] = ()
     """The directions of each half of the prompts, with their shares of the trace of the other half."""
@@ -67,6 +67,7 @@ class Inputs:
     text: Literal["raw", "chat"] = "raw"  # chat: by the tokenizer's chat template
     crossfit: bool = False  # also the directions of each half of the sequences
     experts: bool = False  # also of each expert's tokens
+    settled: bool = False  # keep of each moment its root, and no groups
 
 
 def most_tokens(d: int) -> int:
@@ -113,7 +114,7 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
         yield Frame(
             place,
             space,
-            moment,
+            moment.settled() if inputs.settled else moment,
             moment.resampled_tops(k, inputs.resamples, setting.seed) if inputs.resamples else None,
             tuple(_crossfit(moment, k)) if inputs.crossfit else (),
             rank,

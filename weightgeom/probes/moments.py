@@ -132,8 +132,7 @@ class Moments:
         sums = size * (groups * moments + (groups + 2) * gradients) if objective else 0.0
         if self.budget_gb is not None:
             sums = min(sums, max(self.budget_gb * GIB, sums / shape.layers))
-        models = shape.weights * (2 if objective and shape.reference else 1)
-        return models + sums + shape.passing(2 * self.batch_size * shape.longest)
+        return shape.weights + sums + shape.passing(2 * self.batch_size * shape.longest)
 
     def summary(self, table: "pd.DataFrame") -> "pd.DataFrame":
         """Expected and measured ratio, and the correlations; the heads of columns name the optimizer."""

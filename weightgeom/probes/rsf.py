@@ -13,8 +13,8 @@ from weightgeom.bases.outline import Shape
 from weightgeom.declarations import ASYMMETRY, ProbeDeclaration
 from weightgeom.estimators.embeddings import embeddings_moved, other_rows, places_needed, unembedding_moves
 from weightgeom.estimators.final_input import final_frame
-from weightgeom.estimators.gradients import Gathering, folded, gradient_moments
-from weightgeom.estimators.moments import GIB, Moment
+from weightgeom.estimators.gradients import Gathering, gradient_moments
+from weightgeom.estimators.moments import EXACT, GIB, SUMS, Moment, Settled
 from weightgeom.estimators.pathways import Pathways
 from weightgeom.estimators.products import check_products, product_places, product_rows
 from weightgeom.estimators.reference_subspaces import (
@@ -43,6 +43,7 @@ from weightgeom.geometry.nulls import (
 )
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Setting
+from weightgeom.models.adapters import Adapted
 from weightgeom.models.residual import Architecture, ResidualMatrix
 from weightgeom.params import Params
 from weightgeom.table import Row, own, row
@@ -50,6 +51,8 @@ from weightgeom.table import Row, own, row
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+BATCH_PROMPTS = 2  # of a backward pass, which keeps their activations
 
 
 @dataclass(frozen=True)
@@ -155,27 +158,37 @@ class RSF:
     def held(self, shape: Shape, objective: bool) -> float:
         """The pass over the objective's gradients, or what is kept of it with the frames of all inputs.
 
-        A moment has a matrix for each group of prompts, a frame its root in fp64 and the bootstrap's bases.
+        Of each moment a root is kept, of each frame the bases of the bootstrap; of adapters also the matrix
+        of each group of prompts, which is held of some layers at a time otherwise.
         """
-        moment = shape.square * (self.groups if self.resamples else 1)
+        groups = self.groups if self.resamples else 1
+        d, k = shape.d_model, dimensions(self.k, shape.d_model)[-1]
+        moment = shape.square * groups
+        single = 1 if d > EXACT else 2  # roots in fp32 or fp64, bases of the bootstrap in fp16 or fp32
         budget = float("inf") if self.budget_gb is None else self.budget_gb * GIB
         gradients = objective and self.prompts > 0
-        upstream = moment * shape.layers * (3 if shape.parallel else 4) if gradients else 0.0  # and inputs
-        batch = shape.passing(16 * shape.longest)  # 8 pairs
-        models = shape.weights * (2 if shape.reference else 1)
-        gathered = models + batch + min(upstream, max(budget, moment)) if gradients else 0.0
-        k = dimensions(self.k, shape.d_model)[-1]
-        frame = moment + 2 * shape.square + 8.0 * shape.d_model * k * (3 + self.resamples)
-        bases = 8.0 * shape.d_model * k * shape.layers if self.products else 0.0
+        writes = shape.layers * (1 if shape.parallel else 2)
+        batch = shape.passing(2 * BATCH_PROMPTS * shape.longest)
+        roots, inputs = single * shape.square * writes, 2 * shape.layers * moment
+        batch_sums = min(shape.square * writes + inputs, max(budget, moment))
+        gathered = shape.weights + batch + batch_sums + roots if gradients else 0.0
+        upstream = roots + inputs if gradients else 0.0
+        drawn = 2.0 * single * d * k * self.resamples
+        frame = single * shape.square + 24.0 * d * k + drawn
+        if shape.adapted:
+            frame += moment + 2 * shape.square
+        bases = 8.0 * d * k * shape.layers if self.products else 0.0
         weights = shape.weights if shape.weights <= budget / 2 else shape.weights / shape.layers
-        tokens = 4.0 * shape.d_model * (self.tokens or most_tokens(shape.d_model))
-        if self.budget_gb is None and self.at != "step" and not shape.mixture:
-            frames = 2 * shape.layers * frame
-        else:
-            whole = 2 * moment + (tokens if shape.mixture else 0.0)  # a layer's; experts are made of tokens
-            least = max(moment, tokens) if shape.mixture else moment
-            frames = min(shape.layers * whole, max(budget / 2, least)) + frame
-        return max(gathered, upstream + weights + frames + bases + 8 * shape.square)
+        states = 4.0 * d * (self.tokens or most_tokens(d))
+        walked = states <= budget / 4
+        limit = min(budget / 4, SUMS) if walked else budget / 2
+        whole = 2 * moment + (states if shape.mixture else 0.0)  # a layer's; experts are made of tokens
+        least = max(moment, states) if shape.mixture else moment
+        held = min(shape.layers * whole, max(limit, least)) + (states if walked else 0.0)
+        made = min(1.0, 3 * k / d) * moment + 8.0 * d * k * self.resamples + 12 * shape.square
+        all_kept = self.budget_gb is None and self.at != "step" and not shape.mixture
+        kept = 2 * shape.layers * frame if all_kept else frame
+        return max(gathered, upstream + weights + held + kept + bases + made)
 
     def figures(self, tables: "Mapping[str, pd.DataFrame]") -> "Mapping[str, Figure]":
         """The ratio by step and by layer; of a chain by stage, and by layer against the stage before."""
@@ -209,7 +222,7 @@ class RSF:
         """The measurement of one checkpoint's update since the trajectory's start."""
         at = ("step" if setting.from_random else "start") if self.at == "auto" else self.at
         kept: list[Frame] = []
-        upstream: dict[str, Moment] = {}
+        upstream: dict[str, Settled | Moment] = {}
         architecture = setting.model.architecture
         matrices = architecture.matrices
         before: list[Params] = [setting.start]
@@ -232,16 +245,13 @@ class RSF:
                 sizes = [one for matrix, update in updates for one in _size(matrix, update)]
                 return [*sizes, *other_rows(setting, params, {}, ())]
             if not upstream:
-                upstream.update(self._upstream(setting))
+                upstream.update(self._upstream(setting, {"start": setting.start, "end": setting.end}.get(at)))
             chance = random_frame(setting, self._largest(setting))
             rows: dict[str, list[Row]] = {}
             d = architecture.d_model
             places: dict[Place, Frame] = {}
             pathways = Pathways(dimensions(self.k, d), d, setting.seed)
-            written = prediction_frame(
-                setting, previous, self._largest(setting), fold_gain=self.fold_gain,
-                centre=self.centre_unembedding,
-            ) if setting.from_random else None  # fmt: skip
+            written = self._prediction(setting, previous) if setting.from_random else None
             for frame in frames(params):
                 if frame.place in wanted:
                     places[frame.place] = Frame(frame.place, frame.space, rank=frame.rank)
@@ -292,17 +302,20 @@ class RSF:
             text=self.text,
             crossfit=True,
             experts=True,
+            settled=not isinstance(setting.end, Adapted),
         )
         k = self._largest(setting)
         yield from input_frames(setting, params, k, inputs)
-        yield prediction_frame(setting, params, k, fold_gain=self.fold_gain, centre=self.centre_unembedding)
+        yield self._prediction(setting, params)
         if unembedding_moves(setting):
             yield final_frame(setting, params, k, inputs)
 
-    def _upstream(self, setting: Setting) -> dict[str, Moment]:
+    def _upstream(self, setting: Setting, params: Params | None) -> dict[str, Settled | Moment]:
         """Second moments on training examples at the start, by matrix, where the objective is known.
 
-        Of a matrix that writes those of the upstream gradients, of one that reads those of its inputs.
+        Of a matrix that writes those of the upstream gradients, of one that reads those of its inputs. Groups
+        of prompts are resampled inside the prediction subspace of `params` in the former, where that is the
+        same at all checkpoints.
         """
         if setting.objective is None or setting.training is None or not self.prompts:
             return {}
@@ -310,13 +323,18 @@ class RSF:
             prompts=self.prompts,
             gradients=False,
             groups=self.groups if self.resamples else 1,
+            batch_size=BATCH_PROMPTS,
             budget_gb=self.budget_gb,
         )
+        writes = [matrix for matrix in setting.model.architecture.matrices if matrix.role == "write"]
+        gains = {matrix.name: matrix.gain(setting.start) for matrix in writes if self.fold_post_norm}
+        space = None if params is None else self._prediction(setting, params).space
         passes = gradient_moments(
             *(setting.model, setting.start, setting.objective, setting.training, setting.examples),
-            *(gathering, setting.seed),
+            *(gathering, setting.seed, space),
+            {name: gain for name, gain in gains.items() if gain is not None},
         )
-        moments: dict[str, Moment] = {}
+        moments: dict[str, Settled | Moment] = {}
         for some in passes:
             inputs: dict[Place, Moment] = {
                 (site.name, site.layer): moment for site, moment in some.inputs.items()
@@ -326,10 +344,17 @@ class RSF:
                     moments[matrix.name] = inputs[place_of(matrix)]
                 elif matrix.name in some.upstream:
                     moment = some.upstream[matrix.name]
-                    moments[matrix.name] = (
-                        folded(moment, matrix, setting.start) if self.fold_post_norm else moment
-                    )
+                    moments[matrix.name] = moment if space is None else moment.settled()
         return moments
+
+    def _prediction(self, setting: Setting, params: Params) -> Frame:
+        return prediction_frame(
+            setting,
+            params,
+            self._largest(setting),
+            fold_gain=self.fold_gain,
+            centre=self.centre_unembedding,
+        )
 
     def _rows(
         self,
@@ -338,7 +363,7 @@ class RSF:
         setting: Setting,
         own: Frame,
         chance: Frame,
-        trained: Moment | None,
+        trained: Moment | Settled | None,
         pathways: Pathways,
     ) -> Iterator[Row]:
         moment = own.moment if matrix.role == "read" else trained
@@ -350,7 +375,7 @@ class RSF:
         spectrum = self._spectrum(update)
         if spectrum is not None:
             pathways.add(matrix, update.gram, own)
-        inputs = trained if matrix.role == "read" else None
+        inputs = trained if matrix.role == "read" and isinstance(trained, Moment) else None
         yield from self._compare(update, spectrum, own, moment, setting.seed, where, inputs)
         yield from self._compare(update, spectrum, chance, None, setting.seed, where)
         if self.per_head and matrix.has_heads:
@@ -392,7 +417,7 @@ class RSF:
         update: Update,
         spectrum: Float[Tensor, " d"] | None,
         frame: Frame,
-        moment: Moment | None,
+        moment: Moment | Settled | None,
         seed: int,
         where: dict,
         trained: Moment | None = None,
@@ -413,7 +438,7 @@ class RSF:
                 null = rotation_null(spectrum, k, seed)
             else:
                 null = isotropic_null(d, k, entries // d)
-            groups = 0 if frame.moment is None else len(frame.moment.sums)
+            groups = 0 if frame.moment is None else frame.moment.groups
             interval = bootstrap_interval(
                 fraction, [] if drawn is None else drawn[:, k - 1].tolist(), groups, frame.per_dimension
             )
@@ -446,7 +471,7 @@ def _matched(
     fraction: float,
     frame: Frame,
     k: int,
-    moment: Moment,
+    moment: Moment | Settled,
     resamples: int,
     seed: int,
     at: dict,
@@ -462,32 +487,34 @@ def _matched(
     root = moment.root if adapter is None else moment_root(seen(moment.value))
     null = matched_null(gram, root, space, seed)
     if adapter is not None:
+        assert isinstance(moment, Moment), "of adapters all groups are kept"
         drawn = [float(space.shares(seen(one)).sum()) for one in moment.resampled(resamples, seed)]
     elif frame.resampled is not None:
         drawn = frame.resampled.shares[:, :k].sum(1).tolist()
     else:  # the subspace is not estimated from data; the moment is
         drawn = moment.resampled_levels(space, resamples, seed)[:, -1].tolist()
-    interval = bootstrap_interval(null.mean, drawn, len(moment.sums))
+    interval = bootstrap_interval(null.mean, drawn, moment.groups)
     stderr = None if interval is None else interval.stderr * scale
     yield row("matched_ratio", null.mean * scale, n=n, stderr=stderr, **at)
     if interval is not None:
         yield row("matched_ratio_low", max(0.0, interval.low) * scale, n=n, **at)
         yield row("matched_ratio_high", min(1.0, interval.high) * scale, n=n, **at)
-    halves = moment.halves()
-    if frame.crossfit and halves is not None:
+    if frame.crossfit:
         spaces = [space.first(k) for space, _ in frame.crossfit]
         levels = [float(shares[:k].sum()) for _, shares in frame.crossfit]
         if adapter is not None:
-            others = halves[::-1]
+            halves = moment.halves() if isinstance(moment, Moment) else None
+            assert halves is not None
             levels = [
-                float(one.shares(seen(other.value)).sum()) for one, other in zip(spaces, others, strict=True)
+                float(one.shares(seen(other.value)).sum())
+                for one, other in zip(spaces, halves[::-1], strict=True)
             ]
         fraction = sum(float(one.shares(gram).sum()) for one in spaces) / 2
         yield row("crossfit_ratio", fraction * scale, n=n, **at)
         yield row("crossfit_matched_ratio", sum(levels) / 2 * scale, n=n, **at)
         fraction *= 2 * null.mean / sum(levels)  # the null's level is that of the subspace's own text
     error = 0.0 if interval is None else interval.stderr / null.mean * widening(frame.per_dimension)
-    estimated = Estimated(null, error, len(moment.sums) - 1)
+    estimated = Estimated(null, error, moment.groups - 1)
     yield row("matched_z", estimated.z(fraction), n=n, **at)
     p, error = estimated.p_value(fraction)
     yield row("matched_p_value", p, n=n, stderr=error, **at)

@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from itertools import chain
 from math import ceil
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -241,8 +243,14 @@ def _disable_functional_dropout(network: "PreTrainedModel") -> None:
 
 
 def _reference_model(network: "PreTrainedModel", arguments: Mapping[str, Any]) -> "PreTrainedModel | None":
-    """A copy of `network`; None with an adapter, which TRL disables to compute the reference."""
+    """A copy of `network`; None with an adapter, which TRL disables to compute the reference.
+
+    That of a frozen network has its tensors, as neither will change.
+    """
     adapter = arguments.get("peft_config")
+    if adapter is None and not any(parameter.requires_grad for parameter in network.parameters()):
+        tensors = chain(network.parameters(), network.buffers())
+        return deepcopy(network, {id(tensor): tensor for tensor in tensors}).eval()
     if adapter is None:
         # Without a reference, TRL would load one again by name and without the revision.
         reference = type(network)(network.config).to(network.device, network.dtype)  # pyright: ignore[reportArgumentType]
