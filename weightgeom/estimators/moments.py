@@ -222,6 +222,8 @@ class Settled:
 
     def resampled_levels(self, space: Subspace, resamples: int, seed: int) -> Float[Tensor, "resample k"]:
         """As `Moment.resampled_levels`, of the subspace of `within`."""
+        if self.groups < 2:
+            return self.root.new_zeros(0, space.basis.shape[1])
         assert self.within is not None, "the groups are gone"
         return self.within.resampled(resamples, seed)[:, : space.basis.shape[1]]
 
