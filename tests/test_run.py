@@ -25,8 +25,8 @@ from runners.pipeline.fingerprint import code_behind
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
 )
-MEANS = {"rsf_means", "rsf_pretraining_means"}  # means over matrices
-TABLES = {"rsf", "rsf_pretraining", "behaviour", "behaviour_pretraining"} | MEANS
+APART = {f"rsf{past}{end}" for past in ("", "_pretraining") for end in ("_means", "_parameters")}
+TABLES = {"rsf", "rsf_pretraining", "behaviour", "behaviour_pretraining"} | APART
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_all_probes_together_show_the_mechanism_and_stay_within_what_mlflow_show
     ended = run(home, *SMALL, *WORLD, f"probe=[{','.join(probes)}]", "probe.moments.tokens=256", "name=all")
     assert ended.code == 0, ended.err
     found = tables(ended.record)
-    assert set(found) == {name + suffix for name in probes for suffix in ("", "_pretraining")} | MEANS
+    assert set(found) == {name + suffix for name in probes for suffix in ("", "_pretraining")} | APART
     assert not len(found["moments_pretraining"])  # whose objective is not known, and whose start is random
     mechanism = found["moments"]
     assert (
@@ -245,7 +245,7 @@ def test_no_objective_measures_the_pretraining(home: Path, default: Ended) -> No
     ended = run(home, *SMALL, *WORLD, "objective=none")
     assert ended.code == 0, ended.err
     found = tables(ended.record)
-    assert set(found) == {"rsf", "rsf_means", "behaviour"}
+    assert set(found) == {"rsf", "rsf_means", "rsf_parameters", "behaviour"}
     assert_frame_equal(found["rsf"], tables(default.record)["rsf_pretraining"], check_exact=True)
 
 

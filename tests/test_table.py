@@ -5,8 +5,10 @@ from pandas.testing import assert_frame_equal
 from weightgeom.table import (
     ADDED,
     COLUMNS,
+    apart,
     arm_columns,
     at_own_subspaces,
+    joined,
     label,
     row,
     tabulate,
@@ -162,3 +164,20 @@ def test_heads_random_subspaces_and_other_parameters_are_no_matrix_at_its_own_su
     table = tabulate(row("ratio", 1.0, n=n, step=0, matrix="up", **place) for n, place in enumerate(places))
     assert whole_matrices(table)["n"].tolist() == [0, 2, 3, 4]
     assert at_own_subspaces(table)["n"].tolist() == [0, 2]
+
+
+def test_means_and_other_parameters_are_kept_in_tables_of_their_own_and_joined_again() -> None:
+    q = row("ratio", 2.0, n=1, step=0, matrix="q", layer=0, role="read", subspace="attention_input", k=1)
+    mean = row("ratio_mean", 2.0, n=1, step=0, matrix="", role="read", subspace="attention_input", k=1)
+    norm = row("delta_norm", 1.0, n=1, step=0, matrix="norm", parameter="model.norm.weight")
+    table = tabulate([mean, q, norm])
+    parts = apart(table, "ratio")
+    assert {suffix: part["quantity"].tolist() for suffix, part in parts.items()} == {
+        "": ["ratio"],
+        "_means": ["ratio_mean"],
+        "_parameters": ["delta_norm"],
+    }
+    assert list(apart(table[table["matrix"] == "q"], "ratio")) == [""]
+    kept = {f"rsf{suffix}": part for suffix, part in parts.items()}
+    assert joined(kept)["rsf"]["quantity"].tolist() == ["ratio", "ratio_mean", "delta_norm"]
+    assert list(joined({**kept, "spectrum": table})) == ["rsf", "spectrum"]

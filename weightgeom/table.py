@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 MEANS = "_means"  # the suffix of the table with the means over matrices, which have no layer
+PARAMETERS = "_parameters"  # of the table with the parameters outside the residual-stream map
 PRETRAINING = "_pretraining"  # of the base that is then trained: the suffix of its tables and metrics
 
 Row = dict[str, Any]
@@ -118,23 +119,31 @@ def upgraded(table: "pd.DataFrame") -> "pd.DataFrame":
     ]
 
 
-def apart(table: "pd.DataFrame", headline: str) -> "tuple[pd.DataFrame, pd.DataFrame]":
-    """The rows of matrices, and those of a headline's means over them, which have no layer of their own."""
+def apart(table: "pd.DataFrame", headline: str) -> "dict[str, pd.DataFrame]":
+    """Rows of matrices, of a headline's means over them, and of other parameters, by the suffix of their table."""
     means = table["quantity"].str.startswith(f"{headline}_mean") & table["layer"].isna() & bool(headline)
-    return table[~means].reset_index(drop=True), table[means].reset_index(drop=True)
+    others = table["parameter"] != ""
+    parts = {"": table[~means & ~others], MEANS: table[means], PARAMETERS: table[others]}
+    return {suffix: part.reset_index(drop=True) for suffix, part in parts.items() if len(part) or not suffix}
 
 
 def joined(tables: "Mapping[str, pd.DataFrame]") -> "dict[str, pd.DataFrame]":
-    """The tables by name, those of means behind the rows that they are of, as a run has them in memory."""
+    """The tables by name, those of `apart` behind the rows of matrices, as a run has them in memory."""
     import pandas as pd
 
-    found = {name: table for name, table in tables.items() if name.removesuffix(MEANS) not in tables}
-    found |= {name: table for name, table in tables.items() if not name.endswith(MEANS)}
+    found = {
+        name: table for name, table in tables.items() if _whole(name) not in tables or _whole(name) == name
+    }
     for name, rows in found.items():
-        if (means := tables.get(f"{name}{MEANS}")) is not None:
-            found[name] = pd.concat([rows, means], ignore_index=True)
+        others = [tables[f"{name}{end}"] for end in (MEANS, PARAMETERS) if f"{name}{end}" in tables]
+        if others:
+            found[name] = pd.concat([rows, *others], ignore_index=True)
             found[name].attrs = rows.attrs
     return found
+
+
+def _whole(name: str) -> str:
+    return name.removesuffix(MEANS).removesuffix(PARAMETERS)
 
 
 def label(table: "pd.DataFrame") -> "pd.Series":

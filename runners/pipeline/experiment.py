@@ -52,7 +52,7 @@ from weightgeom.interfaces import (
     Stage,
 )
 from weightgeom.interruption import Request, no_request
-from weightgeom.table import MEANS, apart
+from weightgeom.table import apart
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
 from weightgeom.trajectory import Base, Trajectory
@@ -146,16 +146,14 @@ class Experiment:
         return tables
 
     def _parts(self, tables: "dict[str, pd.DataFrame]") -> "Iterator[tuple[str, pd.DataFrame]]":
-        """The tables as they are kept: means over matrices in one of their own."""
+        """The tables as they are kept: means over matrices, and other parameters, in ones of their own."""
         for name, table in tables.items():
             probe = self.probes.get(plain_name(name))
             if probe is None or "layer" not in table:
                 yield name, table
                 continue
-            rows, means = apart(table, probe.declaration.headline)
-            yield name, rows
-            if len(means):
-                yield f"{name}{MEANS}", means
+            for suffix, part in apart(table, probe.declaration.headline).items():
+                yield f"{name}{suffix}", part
 
     def _next(self, uri: str) -> str:
         """A command to try next: the same over seeds, or without a training the report; none in a sweep."""

@@ -341,7 +341,7 @@ def test_a_chain_of_three_stages_is_one_comparison(home, compared):
     assert names == {
         "stages.parquet",
         *(f"{name}{end}.parquet" for name in probes for end in ("", "_stages")),
-        *("rsf_means.parquet", "rsf_stages_means.parquet"),
+        *(f"rsf{which}_{end}.parquet" for which in ("", "_stages") for end in ("means", "parameters")),
     }
     figures = {path.name for path in (compared.record / "artifacts/figures").iterdir()}
     drawn = ("stages", "ratio_by_layer_sft", "ratio_by_layer_dpo")

@@ -20,7 +20,7 @@ from weightgeom.declarations import (
     ProbeDeclaration,
     restored,
 )
-from weightgeom.table import MEANS, PRETRAINING
+from weightgeom.table import MEANS, PARAMETERS, PRETRAINING
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,7 +55,8 @@ EARLIER: Mapping[str, Declaration] = {
 
 def plain_name(name: str) -> str:
     """The name of the probe or intervention that a table is of."""
-    return name.removesuffix(MEANS).removesuffix(PRETRAINING).removesuffix(BETWEEN)
+    whole = name.removesuffix(MEANS).removesuffix(PARAMETERS)
+    return whole.removesuffix(PRETRAINING).removesuffix(BETWEEN)
 
 
 def declared(name: str, table: "pd.DataFrame") -> Declaration:

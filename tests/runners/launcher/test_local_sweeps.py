@@ -110,7 +110,7 @@ def test_a_sweep_ends_in_its_report_and_runs_only_the_probes_of_each_objective(p
     assert rows(place.command("status", sweep)) == {0: "COMPLETED", 1: "COMPLETED"}
     tables = [{path.stem for path in sweep.glob(f"{n}/record/artifacts/tables/rsf*.csv")} for n in (0, 1)]
     behaviour = [(sweep / f"{n}/record/artifacts/tables/behaviour.csv").exists() for n in (0, 1)]
-    names = {"rsf", "rsf_pretraining", "rsf_means", "rsf_pretraining_means"}
+    names = {f"rsf{past}{end}" for past in ("", "_pretraining") for end in ("", "_means", "_parameters")}
     assert tables == [names] * 2 and behaviour == [True, False]
     pages.unlink()
     ended = place.sweep(*overrides, "seed=1")
