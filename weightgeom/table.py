@@ -120,7 +120,7 @@ def upgraded(table: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def apart(table: "pd.DataFrame", headline: str) -> "dict[str, pd.DataFrame]":
-    """Rows of matrices, of a headline's means over them, and of other parameters, by the suffix of their table."""
+    """Rows of matrices, of a headline's means over them, and of other parameters, by their table's suffix."""
     means = table["quantity"].str.startswith(f"{headline}_mean") & table["layer"].isna() & bool(headline)
     others = table["parameter"] != ""
     parts = {"": table[~means & ~others], MEANS: table[means], PARAMETERS: table[others]}
