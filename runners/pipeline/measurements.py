@@ -1,5 +1,8 @@
 """The tables of one trajectory: each made once, by a probe of every checkpoint or by an intervention."""
 
+import hashlib
+import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 from functools import cached_property, partial
@@ -9,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runners.disk import write_atomically
 from runners.modules import fields_of, modules_of, required
 from runners.pipeline.fingerprint import code_behind, contents
 from weightgeom.estimators.per_matrix import PerMatrix
@@ -22,6 +26,37 @@ if TYPE_CHECKING:
 
     from weightgeom.models.language_model import LanguageModel
     from weightgeom.training.config import Training
+
+log = logging.getLogger(__name__)
+
+
+def kept_rows(directory: Path, most: int) -> list[list[Row]]:
+    """The rows of the first checkpoints, as an interrupted stage kept them, up to one without any.
+
+    Rows that are not those that were kept are named in a warning, and are measured again.
+    """
+    found: list[list[Row]] = []
+    for index in range(most):
+        path = _kept(directory, index)
+        if not path.is_file():
+            break
+        digest, _, content = path.read_bytes().partition(b"\n")
+        if hashlib.sha256(content).hexdigest().encode() != digest:
+            log.warning("%s is not the file that was written: measuring its checkpoint again", path)
+            break
+        found.append(json.loads(content))
+    return found
+
+
+def keep_rows(directory: Path, index: int, rows: list[Row]) -> None:
+    """Write the rows of a checkpoint behind their SHA-256."""
+    content = json.dumps(rows, default=lambda value: value.item()).encode()
+    digest = hashlib.sha256(content).hexdigest().encode()
+    write_atomically(_kept(directory, index), digest + b"\n" + content)
+
+
+def _kept(directory: Path, index: int | str) -> Path:
+    return directory / f"checkpoint-{index}.rows"  # of the pattern of what a stage goes on from
 
 
 @dataclass(frozen=True)
@@ -39,14 +74,26 @@ class Measured:
     examples: Examples
 
     def table(self, name: str, probe: Probe) -> "pd.DataFrame":
-        """The table of one probe over all checkpoints."""
+        """The table of one probe over all checkpoints.
 
-        def rows(log_metrics: Log) -> list[Row]:
+        The rows of each checkpoint are kept at once, so that an interrupted stage goes on behind the last
+        one. That one is measured again, as a measurement may depend on the checkpoint before it.
+        """
+
+        def rows(directory: Path, log_metrics: Log) -> list[Row]:
             measure = probe.measurement(self.setting)
-            measured: list[Row] = []
-            for index, (step, checkpoint) in enumerate(self.trajectory.steps.items()):
+            checkpoints = list(self.trajectory.steps.items())
+            kept = kept_rows(directory, len(checkpoints))
+            measured = [row for part in kept for row in part]
+            for index, (step, checkpoint) in enumerate(checkpoints):
+                last_kept = index == len(kept) - 1
+                if index < len(kept) and not (last_kept and len(kept) < len(checkpoints)):
+                    continue
                 params = self._model.params(checkpoint, self.setting.start)
-                measured += [{"step": step, **row} for row in measure(params)]
+                found = [{"step": step, **row} for row in measure(params)]
+                if not last_kept:
+                    keep_rows(directory, index, found)
+                    measured += found
                 log_metrics({}, index + 1)
             self._check_headline(name, probe, measured)
             return measured
@@ -56,7 +103,7 @@ class Measured:
     def effects(self, name: str, intervention: Intervention) -> "pd.DataFrame":
         """The table of one intervention."""
 
-        def rows(log_metrics: Log) -> list[Row]:
+        def rows(directory: Path, log_metrics: Log) -> list[Row]:
             return intervention.rows(self.setting, log_metrics)
 
         from weightgeom.models.loading import load_architecture
@@ -89,7 +136,7 @@ class Measured:
         return any(not torch.equal(start[name], end[name]) for name in names)
 
     def _made(
-        self, name: str, kind: str, thing: object, rows: Callable[[Log], list[Row]], steps: int
+        self, name: str, kind: str, thing: object, rows: Callable[[Path, Log], list[Row]], steps: int
     ) -> "pd.DataFrame":
         import pandas as pd
 
@@ -97,7 +144,9 @@ class Measured:
         from weightgeom.table import tabulate, upgraded
 
         def work(directory: Path, log_metrics: Log) -> None:
-            tabulate(rows(log_metrics)).to_parquet(directory / f"{name}.parquet")
+            tabulate(rows(directory, log_metrics)).to_parquet(directory / f"{name}.parquet")
+            for path in directory.glob(_kept(directory, "*").name):
+                path.unlink()
 
         specification = {
             "trajectory": self.identity,

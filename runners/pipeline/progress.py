@@ -72,7 +72,14 @@ class Progress:
         if self.directory is not None:
             names = [path.name.removeprefix("checkpoint-") for path in self.directory.glob("checkpoint-*")]
             states = [int(name) for name in names if name.isdigit()]  # others are not written to their end
-            state = f"goes on from step {max(states)}" if states else "starts again, as it has saved no state"
+            measured = sum(name.endswith(".rows") for name in names)
+            state = (
+                f"goes on from step {max(states)}"
+                if states
+                else f"goes on behind the {measured} checkpoints that it has measured"
+                if measured
+                else "starts again, as it has saved no state"
+            )
             yield f"{self.current} {state}"
         if command:
             yield f"the same command goes on: {command}"

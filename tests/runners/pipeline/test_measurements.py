@@ -1,17 +1,27 @@
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pytest
 import small
 import torch
 from networks import save
+from pandas.testing import assert_frame_equal
 from stored import no_stage
 
+from runners.pipeline.logged_stages import RESUMABLE
 from runners.pipeline.measurements import Measured, plain
-from runners.pipeline.store import signature
-from weightgeom.interfaces import Stage
+from runners.pipeline.store import signature, stage
+from weightgeom.declarations import ProbeDeclaration
+from weightgeom.interfaces import Log, Setting, Stage
+from weightgeom.models.residual import Architecture
 from weightgeom.objectives.ce import CE
+from weightgeom.params import Params
+from weightgeom.probes.rsf import RSF
+from weightgeom.table import Row
 from weightgeom.training.config import Training
 from weightgeom.trajectory import Base, Trajectory
 
@@ -65,3 +75,66 @@ def test_a_trajectory_without_step_0_starts_at_its_first_checkpoint(tmp_path: Pa
     name = setting.model.architecture.matrices[0].parameter
     assert setting.last == 200 and not torch.equal(setting.start[name], setting.end[name])
     torch.testing.assert_close(setting.start[name], setting.model.params(steps[100])[name], rtol=0, atol=0)
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """A probe that ends at one of its measurements, as a signal would end it."""
+
+    probe: RSF
+    at: int
+
+    @property
+    def declaration(self) -> ProbeDeclaration:
+        return self.probe.declaration
+
+    def check(self, architecture: Architecture) -> None:
+        pass
+
+    def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
+        measure, calls = self.probe.measurement(setting), 0
+
+        def counted(params: Params) -> list[Row]:
+            nonlocal calls
+            calls += 1
+            if calls == self.at:
+                raise KeyboardInterrupt
+            return measure(params)
+
+        return counted
+
+
+def test_an_interrupted_measurement_goes_on_behind_the_checkpoints_that_it_has_measured(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps = {step: save("llama", tmp_path / f"step-{step}", seed=step) for step in range(4)}
+    examples = small.WORLD.examples()
+    seen: list[int] = []
+
+    def measured(outputs: str, probe: Any) -> pd.DataFrame:
+        def make(name: str, specification: Any, work: Callable[[Path, Log], None], count: int) -> Path:
+            def logged(directory: Path) -> None:
+                work(directory, lambda metrics, step: seen.append(step))
+
+            return stage(tmp_path / outputs, name, {"one": 1}, logged, RESUMABLE)
+
+        trajectory = Trajectory("steps", steps)
+        base = Base(steps[0], "base", trajectory)
+        parts = 0, "cpu", None, Training(), base, trajectory, "own", examples
+        return Measured(lambda prefix, code: make, *parts).table("rsf", probe)
+
+    probe = RSF(increments=True, tokens=256, length=16, prompts=0, resamples=2)  # reads the checkpoint before
+    undisturbed = measured("whole", probe)
+    seen.clear()
+    for at in (3, 3):  # the second time at the first new one, behind the one that is measured again
+        with pytest.raises(KeyboardInterrupt):
+            measured("cut", Interrupted(probe, at))
+    assert seen == [1, 2, 2, 3]
+    (kept,) = (tmp_path / "cut/rsf").glob("*/checkpoint-2.rows")
+    kept.write_bytes(kept.read_bytes().replace(b"2", b"3", 1))
+    resumed = measured("cut", probe)
+    assert "checkpoint-2.rows is not the file that was written" in caplog.text
+    assert seen == [1, 2, 2, 3, 2, 3, 4]
+    assert_frame_equal(resumed, undisturbed, check_exact=True)
+    (done,) = (tmp_path / "cut/rsf").glob("*/DONE")
+    assert not list(done.parent.glob("checkpoint-*"))
