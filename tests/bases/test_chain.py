@@ -1,5 +1,8 @@
 """Chains of stages: what is refused, what is compared with what, and one from end to end."""
 
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
 import json
 import logging
 import shutil

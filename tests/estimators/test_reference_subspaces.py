@@ -7,8 +7,10 @@ import torch
 from networks import FORMS, language_model
 from torch.testing import assert_close
 
+from weightgeom.estimators.moments import Moment
 from weightgeom.estimators.reference_subspaces import (
     Inputs,
+    Place,
     check_dimensions,
     dimensions,
     input_frames,
@@ -46,7 +48,7 @@ def cached(setting, limit=None):
         for text in setting.examples.heldout
         for token in [*model.tokenizer(text)["input_ids"], model.tokenizer.eos_token_id]
     ][:limit]
-    seen = {(site.name, site.layer): [] for site in model.architecture.sites}
+    seen: dict[Place, list] = {(site.name, site.layer): [] for site in model.architecture.sites}
     hooks = [
         model.network.get_submodule(site.module).register_forward_hook(
             lambda module, read, output, into=seen[site.name, site.layer]: into.append(
@@ -171,7 +173,7 @@ def test_the_random_frame_is_drawn_by_the_seed_alone(at):
 def test_resampled_frames_are_those_of_the_moments_own_bootstrap(at):
     setting = at("llama")
     for frame in frames(setting, replace(INPUTS, groups=5, resamples=7)):
-        assert frame.moment is not None and len(frame.moment.sums) == 5
+        assert isinstance(frame.moment, Moment) and len(frame.moment.sums) == 5
         assert frame.resampled is not None and len(frame.resampled) == 7
         assert_close(frame.space.basis, Subspace.top(frame.moment.value, K).basis, rtol=0, atol=1e-10)
         distances = [
@@ -187,7 +189,7 @@ def test_resampled_subspaces_are_the_top_ones_of_each_sample(k, centred, at):
     setting = at("llama")
     inputs = replace(INPUTS, groups=5, resamples=7, centre=centred)
     for frame in input_frames(setting, setting.start, k, inputs):
-        assert frame.moment is not None and frame.resampled is not None
+        assert isinstance(frame.moment, Moment) and frame.resampled is not None
         samples = frame.moment.resampled(7, SEED)
         for (space, shares), sample in zip(frame.resampled, samples, strict=True):
             whole = Subspace.top(sample, k)
@@ -200,7 +202,7 @@ def test_resampled_subspaces_are_the_top_ones_of_each_sample(k, centred, at):
 
 def test_without_resamples_there_is_one_group_and_nothing_resampled(at):
     for frame in frames(at("llama"), replace(INPUTS, groups=5)):
-        assert frame.moment is not None and len(frame.moment.sums) == 1 and frame.resampled is None
+        assert isinstance(frame.moment, Moment) and len(frame.moment.sums) == 1 and frame.resampled is None
 
 
 @pytest.mark.parametrize("resamples", [0, 4])

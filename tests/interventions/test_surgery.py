@@ -1,3 +1,6 @@
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
 import pytest
 import torch
 from moving import matrix, moved

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from weightgeom.data.world import World
 from weightgeom.estimators.gradients import Gathering, gradient_moments
-from weightgeom.estimators.reference_subspaces import Inputs, input_frames, place_of, prediction_frame
+from weightgeom.estimators.reference_subspaces import Inputs, Place, input_frames, place_of, prediction_frame
 from weightgeom.interfaces import Setting
 from weightgeom.objectives.ce import CE
 from weightgeom.objectives.dpo import DPO
@@ -191,7 +191,9 @@ def test_the_trained_level_of_a_read_is_the_share_of_its_inputs_on_the_examples(
     found = values(rows, "trained_matched_ratio")
     (some,) = gradient_moments(model, params, DPO(), TRAINING, examples, Gathering(prompts=16), 3)
     spaces = {frame.place: frame.space for frame in input_frames(at, params, K, Inputs())}
-    inputs = {(site.name, site.layer): moment.value.double() for site, moment in some.inputs.items()}
+    inputs: dict[Place, torch.Tensor] = {
+        (site.name, site.layer): moment.value.double() for site, moment in some.inputs.items()
+    }
     reads = [matrix for matrix in model.architecture.matrices if matrix.role == "read"]
     for matrix in reads:
         basis, second = spaces[place_of(matrix)].basis, inputs[place_of(matrix)]
@@ -213,7 +215,9 @@ def test_a_read_of_the_trained_inputs_alone_has_the_level_of_those_and_not_of_th
     # The held-out text is one sentence over and over, so that its inputs are not those of the examples.
     other = replace(examples, heldout=[examples.heldout[0]] * 200)
     (some,) = gradient_moments(model, params, DPO(), TRAINING, other, Gathering(prompts=40), 3)
-    inputs = {(site.name, site.layer): moment.root for site, moment in some.inputs.items()}
+    inputs: dict[Place, torch.Tensor] = {
+        (site.name, site.layer): moment.root for site, moment in some.inputs.items()
+    }
     generator = torch.Generator().manual_seed(0)
     after = params
     for matrix in model.architecture.matrices:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from weightgeom.estimators.moments import Moment
 from weightgeom.estimators.reference_subspaces import Inputs, input_frames
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Setting
@@ -42,7 +43,7 @@ def test_subspace_and_level_of_the_crossfit_come_from_different_halves(model, pa
     ]  # fmt: skip
     matrix = next(one for one in model.architecture.matrices if one.name == "L1.k")
     delta = (matrix.of(after) - matrix.of(params)).double()
-    assert frame.moment is not None
+    assert isinstance(frame.moment, Moment)
     sums, middle = frame.moment.sums.double(), len(frame.moment.sums) // 2
     halves = sums[:middle].sum(0), sums[middle:].sum(0)
     spaces = [Subspace.top(half, 4) for half in halves]

@@ -221,7 +221,7 @@ class RSF:
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement of one checkpoint's update since the trajectory's start."""
         at = ("step" if setting.from_random else "start") if self.at == "auto" else self.at
-        kept: list[Frame] = []
+        kept: dict[bool, list[Frame]] = {}
         upstream: dict[str, Settled | Moment] = {}
         architecture = setting.model.architecture
         matrices = architecture.matrices
@@ -230,11 +230,14 @@ class RSF:
 
         def frames(params: Params) -> Iterable[Frame]:
             whose = {"start": setting.start, "step": params, "end": setting.end}[at]
+            settled = not isinstance(params, Adapted) and not isinstance(setting.end, Adapted)
             # A budget is kept by holding one pass at a time, and so are the frames of many experts.
             if at == "step" or self.budget_gb is not None or setting.model.architecture.stacks:
-                return self._frames(setting, whose)
-            kept.extend([] if kept else self._frames(setting, whose))
-            return kept
+                return self._frames(setting, whose, settled)
+            if settled not in kept:
+                kept.clear()
+                kept[settled] = list(self._frames(setting, whose, settled))
+            return kept[settled]
 
         def measure(params: Params) -> list[Row]:
             previous = before.pop()
@@ -290,7 +293,7 @@ class RSF:
         if self.products:
             yield from product_rows(setting, params, places, wanted, written=self.fold_post_norm)
 
-    def _frames(self, setting: Setting, params: Params) -> Iterator[Frame]:
+    def _frames(self, setting: Setting, params: Params, settled: bool) -> Iterator[Frame]:
         d = setting.model.architecture.d_model
         inputs = Inputs(
             tokens=self.tokens or most_tokens(d),
@@ -302,7 +305,7 @@ class RSF:
             text=self.text,
             crossfit=True,
             experts=True,
-            settled=not isinstance(setting.end, Adapted),
+            settled=settled,  # the level of an adapter needs the groups
         )
         k = self._largest(setting)
         yield from input_frames(setting, params, k, inputs)

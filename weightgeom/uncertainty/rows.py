@@ -162,7 +162,7 @@ def overlap_rows(
         shares = (directions @ space.basis.to(directions)).square().sum(1)
         samples = (drawn @ space.basis.to(drawn)).square().sum(1)
         null = beta_null(k / d, sqrt(2 * k * (d - k) / (d**2 * (d + 2))))
-        above, _ = null.tail(float(shares[0])) if k < d else (1.0, None)
+        above, _ = null.p_value(float(shares[0]))
         n = contrast.train.shape[2]
         yield from _resampled_interval_rows(
             "overlap", float(shares[0]) * d / k, samples * d / k, n, arm, percentiles=True, place=place

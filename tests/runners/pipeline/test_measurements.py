@@ -112,7 +112,7 @@ def test_an_interrupted_measurement_goes_on_behind_the_checkpoints_that_it_has_m
     seen: list[int] = []
 
     def measured(outputs: str, probe: Any) -> pd.DataFrame:
-        def make(name: str, specification: Any, work: Callable[[Path, Log], None], count: int) -> Path:
+        def make(name: str, specification: Any, work: Callable[[Path, Log], None], steps: int) -> Path:
             def logged(directory: Path) -> None:
                 work(directory, lambda metrics, step: seen.append(step))
 
