@@ -121,18 +121,21 @@ class Moment:
 
         For moments that are not centred; where there is `within`, of its own subspace.
         """
-        if self.within is not None:
-            return self.within.resampled(resamples, seed)[:, : space.basis.shape[1]]
+        within = self._inside(space) if self.within is None else self.within
+        return within.resampled(resamples, seed)[:, : space.basis.shape[1]]
+
+    def settled(self, space: Subspace | None = None) -> "Settled":
+        """What is left of it when its groups have been resampled, or are to be inside `space` alone."""
+        root = self.root
+        small = root if len(root) <= EXACT else root.float()
+        within = self.within if space is None else self._inside(space)
+        return Settled(small, self.samples, self.groups, self.centred, within)
+
+    def _inside(self, space: Subspace) -> "Within":
         basis = space.basis.to(self.sums)
         inside = torch.stack([(basis * product(total, basis.T.contiguous())).sum(0) for total in self.sums])
         traces = self.sums.diagonal(dim1=1, dim2=2).double().sum(1)
-        return Within(inside.double(), traces).resampled(resamples, seed)
-
-    def settled(self) -> "Settled":
-        """What is left of it when its groups have been resampled."""
-        root = self.root
-        small = root if len(root) <= EXACT else root.float()
-        return Settled(small, self.samples, self.groups, self.centred, self.within)
+        return Within(inside.double().cpu(), traces.cpu())
 
     def resampled_tops(self, k: int, resamples: int, seed: int) -> "Resampled | None":
         """Top-k directions of the samples of `resampled`, each with its shares of the sample's trace.

@@ -171,8 +171,10 @@ class RSF:
         batch = shape.passing(2 * BATCH_PROMPTS * shape.longest)
         roots, inputs = single * shape.square * writes, 2 * shape.layers * moment
         batch_sums = min(shape.square * writes + inputs, max(budget, moment))
+        whole_inputs = shape.adapted or self.at == "step"
+        roots += inputs if whole_inputs else 2 * shape.layers * (single * shape.square + 8.0 * groups * k)
         gathered = shape.weights + batch + batch_sums + roots if gradients else 0.0
-        upstream = roots + inputs if gradients else 0.0
+        upstream = roots if gradients else 0.0
         drawn = 2.0 * single * d * k * self.resamples
         frame = single * shape.square + 24.0 * d * k + drawn
         if shape.adapted:
@@ -247,8 +249,11 @@ class RSF:
                 updates = ((matrix, self._update(matrix, params, setting)) for matrix in matrices)
                 sizes = [one for matrix, update in updates for one in _size(matrix, update)]
                 return [*sizes, *other_rows(setting, params, {}, ())]
-            if not upstream:
-                upstream.update(self._upstream(setting, {"start": setting.start, "end": setting.end}.get(at)))
+            if not upstream and setting.objective is not None and self.prompts:
+                fixed = {"start": setting.start, "end": setting.end}.get(at)
+                adapted = isinstance(params, Adapted) or isinstance(setting.end, Adapted)
+                spaces = {} if fixed is None or adapted else {one.place: one.space for one in frames(params)}
+                upstream.update(self._upstream(setting, fixed, spaces))
             chance = random_frame(setting, self._largest(setting))
             rows: dict[str, list[Row]] = {}
             d = architecture.d_model
@@ -313,12 +318,14 @@ class RSF:
         if unembedding_moves(setting):
             yield final_frame(setting, params, k, inputs)
 
-    def _upstream(self, setting: Setting, params: Params | None) -> dict[str, Settled | Moment]:
+    def _upstream(
+        self, setting: Setting, params: Params | None, spaces: Mapping[Place, Subspace]
+    ) -> dict[str, Settled | Moment]:
         """Second moments on training examples at the start, by matrix, where the objective is known.
 
         Of a matrix that writes those of the upstream gradients, of one that reads those of its inputs. Groups
-        of prompts are resampled inside the prediction subspace of `params` in the former, where that is the
-        same at all checkpoints.
+        of prompts are resampled inside the prediction subspace of `params` in the former, and inside `spaces`
+        in the latter, where these are the same at all checkpoints.
         """
         if setting.objective is None or setting.training is None or not self.prompts:
             return {}
@@ -331,23 +338,24 @@ class RSF:
         )
         writes = [matrix for matrix in setting.model.architecture.matrices if matrix.role == "write"]
         gains = {matrix.name: matrix.gain(setting.start) for matrix in writes if self.fold_post_norm}
-        space = None if params is None else self._prediction(setting, params).space
+        prediction = None if params is None else self._prediction(setting, params).space
         passes = gradient_moments(
             *(setting.model, setting.start, setting.objective, setting.training, setting.examples),
-            *(gathering, setting.seed, space),
+            *(gathering, setting.seed, prediction),
             {name: gain for name, gain in gains.items() if gain is not None},
         )
         moments: dict[str, Settled | Moment] = {}
         for some in passes:
-            inputs: dict[Place, Moment] = {
-                (site.name, site.layer): moment for site, moment in some.inputs.items()
-            }
+            inputs: dict[Place, Settled | Moment] = {}
+            for site, moment in some.inputs.items():
+                space = spaces.get((site.name, site.layer))
+                inputs[site.name, site.layer] = moment if space is None else moment.settled(space)
             for matrix in setting.model.architecture.matrices:
                 if place_of(matrix) in inputs:
                     moments[matrix.name] = inputs[place_of(matrix)]
                 elif matrix.name in some.upstream:
                     moment = some.upstream[matrix.name]
-                    moments[matrix.name] = moment if space is None else moment.settled()
+                    moments[matrix.name] = moment if prediction is None else moment.settled()
         return moments
 
     def _prediction(self, setting: Setting, params: Params) -> Frame:
@@ -378,7 +386,7 @@ class RSF:
         spectrum = self._spectrum(update)
         if spectrum is not None:
             pathways.add(matrix, update.gram, own)
-        inputs = trained if matrix.role == "read" and isinstance(trained, Moment) else None
+        inputs = trained if matrix.role == "read" else None
         yield from self._compare(update, spectrum, own, moment, setting.seed, where, inputs)
         yield from self._compare(update, spectrum, chance, None, setting.seed, where)
         if self.per_head and matrix.has_heads:
@@ -423,7 +431,7 @@ class RSF:
         moment: Moment | Settled | None,
         seed: int,
         where: dict,
-        trained: Moment | None = None,
+        trained: Moment | Settled | None = None,
     ) -> Iterator[Row]:
         if spectrum is None:  # no share of nothing lies anywhere
             return
@@ -527,7 +535,7 @@ def _trained(
     gram: Float[Tensor, "d d"],
     fraction: float,
     space: Subspace,
-    moment: Moment,
+    moment: Moment | Settled,
     resamples: int,
     seed: int,
     at: dict,
@@ -547,15 +555,15 @@ def _trained(
     if adapter is None:
         drawn = moment.resampled_levels(space, resamples, seed)[:, -1].tolist()
     else:
+        assert isinstance(moment, Moment), "of adapters all groups are kept"
         drawn = [float(space.shares(seen(one)).sum()) for one in moment.resampled(resamples, seed)]
-    groups = len(moment.sums)
-    interval = bootstrap_interval(null.mean, drawn, groups)
+    interval = bootstrap_interval(null.mean, drawn, moment.groups)
     stderr = None if interval is None else interval.stderr * scale
     yield row("trained_matched_ratio", null.mean * scale, n=n, stderr=stderr, **at)
     if interval is not None:
         yield row("trained_matched_ratio_low", max(0.0, interval.low) * scale, n=n, **at)
         yield row("trained_matched_ratio_high", min(1.0, interval.high) * scale, n=n, **at)
-    estimated = Estimated(null, 0.0 if interval is None else interval.stderr / null.mean, groups - 1)
+    estimated = Estimated(null, 0.0 if interval is None else interval.stderr / null.mean, moment.groups - 1)
     yield row("trained_matched_z", estimated.z(fraction), n=n, **at)
     p, error = estimated.p_value(fraction)
     yield row("trained_matched_p_value", p, n=n, stderr=error, **at)
