@@ -10,7 +10,7 @@ from networks import CONFIGS, MIXTURES
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from weightgeom.estimators.reference_subspaces import Inputs, input_frames, place_of, prediction_frame
+from weightgeom.estimators.reference_subspaces import Inputs, input_frames, prediction_frame, routed_place_of
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Setting
 from weightgeom.models.loading import load
@@ -58,12 +58,16 @@ def by_definition(directory: Path, before: Params, after: Params) -> dict[str, f
     """‖dW U‖² / ‖dW‖² or ‖Uᵀ dW‖² / ‖dW‖² of two models that are whole in memory, in fp64."""
     model = load(directory, "cpu")
     setting = Setting(model, before, after, False, EXAMPLES, 0)
-    frames = [*input_frames(setting, before, K, Inputs(tokens=256)), prediction_frame(setting, before, K)]
+    inputs = Inputs(tokens=256, experts=True)
+    frames = [*input_frames(setting, before, K, inputs), prediction_frame(setting, before, K)]
     spaces: dict[object, Subspace] = {frame.place: frame.space for frame in frames}
     found = {}
     for matrix in model.architecture.matrices:
         delta = matrix.written(after).double() - matrix.written(before).double()
-        basis = spaces[place_of(matrix)].basis.double()
+        place = routed_place_of(matrix)
+        if place not in spaces:  # an expert that gets no token
+            continue
+        basis = spaces[place].basis.double()
         inside = delta @ basis if matrix.role == "read" else basis.T @ delta
         found[matrix.name] = float(inside.square().sum() / delta.square().sum())
     return found
