@@ -87,7 +87,7 @@ class SlurmOptions:
     exclusive: bool | str | None = None
     dependency: Text | None = None
     after: str | None = None  # the directory of a sweep all of whose jobs must have completed
-    measure: dict[str, Any] | None = None  # options of second jobs, which measure what the first have trained
+    measure: dict[str, Any] | None = None  # options of second jobs, which measure the trainings
     report_job: dict[str, Any] | None = None  # options of a last job, which writes the report
     container: str | None = None  # an image whose python3 has the requirements
     container_runtime: Literal["apptainer", "singularity", "pyxis"] = "apptainer"

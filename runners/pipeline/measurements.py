@@ -56,7 +56,7 @@ def keep_rows(directory: Path, index: int, rows: list[Row]) -> None:
 
 
 def _kept(directory: Path, index: int | str) -> Path:
-    return directory / f"checkpoint-{index}.rows"  # of the pattern of what a stage goes on from
+    return directory / f"checkpoint-{index}.rows"  # matches RESUMABLE
 
 
 @dataclass(frozen=True)

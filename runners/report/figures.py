@@ -215,8 +215,8 @@ def _surgery(rows: "pd.DataFrame", whose: str, number: int) -> "Iterator[tuple[s
             f"transplants_{number}",
             figures_causal.transplants(rows),
             f"{whose}: the margin that each part of the update brings to the base when it alone is added."
-            " Grey: the same part, its directions rotated at random. Diamond: what the pathways and the rest"
-            " leave of all weights' margin.",
+            " Grey: the same part, its directions rotated at random. Diamond: the interaction, the margin of"
+            " all weights less those of the pathways and of the rest.",
             False,
         )
 
