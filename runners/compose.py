@@ -169,11 +169,11 @@ def check_targets(key: str, choice: Any, allowed: Sequence[str]) -> None:
     house = is_house(target)
     if house or _matches(target, allowed):
         try:
-            found = get_object(target)
+            resolved = get_object(target)
         except Exception:  # which instantiating it explains
             return
-        home = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
-        if _matches(home, allowed) or (isinstance(found, type) and is_house(home)):
+        home = f"{getattr(resolved, '__module__', '')}.{getattr(resolved, '__qualname__', '')}"
+        if _matches(home, allowed) or (isinstance(resolved, type) and is_house(home)):
             return
         target = target if house else home
     raise ValueError(_foreign(f"{key}._target_", choice["_target_"], target))
@@ -204,10 +204,10 @@ def _is_known_class(target: str) -> bool:
     if target.split(".")[0] not in KNOWN:
         return False
     try:
-        found = get_object(target)
+        resolved = get_object(target)
     except Exception:  # which Hydra explains
         return True
-    return isinstance(found, type) and found.__module__.split(".")[0] in KNOWN
+    return isinstance(resolved, type) and resolved.__module__.split(".")[0] in KNOWN
 
 
 def _foreign(key: str, value: object, target: str) -> str:
@@ -405,5 +405,5 @@ def plan(jobs: Sequence[tuple[DictConfig, str]], parallel: int = 1, memory: floa
     plain = [measured(checked(config), objective) for config, objective in jobs]
     made = [(parts(config), config) for config in plain]
     planner = Planner(Path(outputs.pop()).expanduser().resolve(), made[0][0]["device"], parallel, memory)
-    if problems := show([planner.plan(*one) for one in made], planner):
+    if problems := show([planner.plan(*pair) for pair in made], planner):
         raise ValueError(f"does not fit: {'; '.join(problems)}")

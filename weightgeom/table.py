@@ -88,7 +88,7 @@ def tabulate(rows: Iterable[Row]) -> "pd.DataFrame":
         table[column] = table[column].astype(object).where(table[column].notna(), "")
     table = table.astype(COLUMNS)
     # From the rows: in the table a NaN standard error is a missing one.
-    finite = [isfinite(one["value"]) and isfinite(one.get("stderr") or 0.0) for one in rows]
+    finite = [isfinite(entry["value"]) and isfinite(entry.get("stderr") or 0.0) for entry in rows]
     if not all(finite):
         first = table.assign(matrix=label(table)).iloc[finite.index(False)]
         raise ValueError(
@@ -108,14 +108,14 @@ def upgraded(table: "pd.DataFrame") -> "pd.DataFrame":
         return table
     part = table["matrix"].astype(object).str.extract(PART)
     number, of_head = part["number"].astype("Int64"), part["kind"].isin(["q", "k", "v", "o"])
-    found = table["arm"].astype(object).str.extract(ARM).fillna({"treatment": "", "dose": "", "against": ""})
-    found = found.assign(head=number.where(of_head), expert=number.where(~of_head), parameter="", token="")
-    found = table.assign(
+    parts = table["arm"].astype(object).str.extract(ARM).fillna({"treatment": "", "dose": "", "against": ""})
+    parts = parts.assign(head=number.where(of_head), expert=number.where(~of_head), parameter="", token="")
+    parts = table.assign(
         matrix=part["kind"].fillna(table["matrix"]).astype("str"),
-        **{column: found[column].astype(ADDED[column]) for column in missing},
+        **{column: parts[column].astype(ADDED[column]) for column in missing},
     )
-    return found[
-        [*(name for name in COLUMNS if name in found), *table.columns.difference(COLUMNS, sort=False)]
+    return parts[
+        [*(name for name in COLUMNS if name in parts), *table.columns.difference(COLUMNS, sort=False)]
     ]
 
 
@@ -131,15 +131,15 @@ def joined(tables: "Mapping[str, pd.DataFrame]") -> "dict[str, pd.DataFrame]":
     """The tables by name, those of `apart` behind the rows of matrices, as a run has them in memory."""
     import pandas as pd
 
-    found = {
+    whole = {
         name: table for name, table in tables.items() if _whole(name) not in tables or _whole(name) == name
     }
-    for name, rows in found.items():
+    for name, rows in whole.items():
         others = [tables[f"{name}{end}"] for end in (MEANS, PARAMETERS) if f"{name}{end}" in tables]
         if others:
-            found[name] = pd.concat([rows, *others], ignore_index=True)
-            found[name].attrs = rows.attrs
-    return found
+            whole[name] = pd.concat([rows, *others], ignore_index=True)
+            whole[name].attrs = rows.attrs
+    return whole
 
 
 def _whole(name: str) -> str:
@@ -194,5 +194,5 @@ def null_of_mean(table: "pd.DataFrame", headline: str, sds: "pd.DataFrame", **pl
     joint = table[table["quantity"] == f"{headline}_mean_null_sd"]
     for column, value in place.items():
         joint = joint[joint[column] == value]
-    found = joint if len(joint) else sds
-    return float(found["value"].mean()) if len(found) else None
+    rows = joint if len(joint) else sds
+    return float(rows["value"].mean()) if len(rows) else None

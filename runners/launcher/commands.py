@@ -306,16 +306,16 @@ def adopt(sweep: Sweep) -> None:
     }
     if not unknown:
         return
-    found = queue.named(list(unknown), _day_before(submissions[0][1]["time"]))
+    arrays = queue.named(list(unknown), _day_before(submissions[0][1]["time"]))
     directories, ids = sweep.jobs(), {id for _, known in submissions for id in known["ids"].values()}
-    for name in unknown.keys() - found.keys():  # jobs that have ended where there is no accounting
+    for name in unknown.keys() - arrays.keys():  # jobs that have ended where there is no accounting
         numbers = (number for task in submissions[unknown[name]][1]["tasks"] for number in task)
         begun = (State.load(directories[number]) for number in numbers)
         if strange := [state.id for state in begun if state is not None and state.id not in ids]:
-            found[name] = strange[0].partition("_")[0]
-    if found and (sweep.directory / "record").exists():
+            arrays[name] = strange[0].partition("_")[0]
+    if arrays and (sweep.directory / "record").exists():
         _open_record(sweep, sweep.manifest()["overrides"])
-    for name, array in found.items():
+    for name, array in arrays.items():
         tasks = submissions[unknown[name]][1]["tasks"]
         sweep.amend_submission(unknown[name], ids=_as_text(slurm.ids_of(array, tasks)))
         with suppress(FileNotFoundError):

@@ -106,8 +106,8 @@ def named(names: Sequence[str], since: str) -> dict[str, str]:
     with suppress(ConnectionError, ValueError):  # on a site without accounting
         asked = ("sacct", "-n", "-P", "-X", "-o", "JobID,JobName", "-S", since, "--name", ",".join(names))
         rows += output_of(*asked).splitlines()
-    found = (row.partition("|") for row in rows)
-    return {name: id.partition("_")[0] for id, _, name in found if name in names}
+    fields = (row.partition("|") for row in rows)
+    return {name: id.partition("_")[0] for id, _, name in fields if name in names}
 
 
 class Allocation(NamedTuple):

@@ -61,7 +61,7 @@ def changed_since(repository: Path, snapshot: Path) -> str:
             path for path, copy in own.items() if not path.is_file() or not cmp(path, copy, shallow=False)
         ]
         return f"the code has changed since: {other[0]} is not what it was" if other else ""
-    then, now = (_named(one) for one in (known["commit"], code_version(repository)))
+    then, now = (_named(commit) for commit in (known["commit"], code_version(repository)))
     return f"the code has changed since: it was {then}, and {repository} is {now}"
 
 

@@ -102,14 +102,14 @@ class Foretold(Exception):
 
 @dataclass(frozen=True)
 class Foresight:
-    """Stands in for `Stages` before a run: adds each stage that is made or reused to `found`, and makes none.
+    """Stands in for `Stages` before a run: adds each stage that is made or reused to `stages`, and makes none.
 
     With `through`, the stages behind a finished one are looked at as well; otherwise it is not read.
     """
 
     outputs: Path
     code: str
-    found: list[Foreseen]
+    stages: list[Foreseen]
     of: str = ""
     through: bool = False
 
@@ -123,7 +123,7 @@ class Foresight:
         """
         directory = self.outputs / name / signature(_key(specification, self.code))
         made = (directory / "DONE").exists()
-        self.found.append(Foreseen(name, name + self.of, made, steps, specification))
+        self.stages.append(Foreseen(name, name + self.of, made, steps, specification))
         if not (made and self.through):
             raise Foretold(str(directory))
         return directory

@@ -35,7 +35,7 @@ def kept_rows(directory: Path, most: int) -> list[list[Row]]:
 
     Rows that are not those that were kept are named in a warning, and are measured again.
     """
-    found: list[list[Row]] = []
+    kept: list[list[Row]] = []
     for index in range(most):
         path = _kept(directory, index)
         if not path.is_file():
@@ -44,8 +44,8 @@ def kept_rows(directory: Path, most: int) -> list[list[Row]]:
         if hashlib.sha256(content).hexdigest().encode() != digest:
             log.warning("%s is not the file that was written: measuring its checkpoint again", path)
             break
-        found.append(json.loads(content))
-    return found
+        kept.append(json.loads(content))
+    return kept
 
 
 def keep_rows(directory: Path, index: int, rows: list[Row]) -> None:
@@ -90,10 +90,10 @@ class Measured:
                 if index < len(kept) and not (last_kept and len(kept) < len(checkpoints)):
                     continue
                 params = self._model.params(checkpoint, self.setting.start)
-                found = [{"step": step, **row} for row in measure(params)]
+                rows = [{"step": step, **row} for row in measure(params)]
                 if not last_kept:
-                    keep_rows(directory, index, found)
-                    measured += found
+                    keep_rows(directory, index, rows)
+                    measured += rows
                 log_metrics({}, index + 1)
             self._check_headline(name, probe, measured)
             return measured

@@ -274,7 +274,11 @@ def check_single(probes: Mapping[str, ProbeDeclaration], interventions: Mapping[
     """Raise ValueError for what needs an update, where all there is is one checkpoint."""
     needing = [
         *(f"probe.{name}" for name, declaration in probes.items() if declaration.needs_update),
-        *(f"intervention.{name}" for name, one in interventions.items() if one.declaration.needs_update),
+        *(
+            f"intervention.{name}"
+            for name, intervention in interventions.items()
+            if intervention.declaration.needs_update
+        ),
     ]
     if needing or not (probes or interventions):
         which = f" {needing[0]} is about it:" if needing else ""
@@ -358,10 +362,10 @@ def check_here(location: str, directory: Path) -> None:
 
 def _steps(revisions: list[str]) -> list[int]:
     """The step of each revision: that in its name, if steps rise and the names differ in nothing else."""
-    found = [_step(revision) for revision in revisions]
-    steps = [step[0] for step in found if step is not None]
-    alike = len({step[1] for step in found if step is not None}) == 1
-    if len(steps) == len(found) and alike and steps == sorted(set(steps)):
+    steps_named = [_step(revision) for revision in revisions]
+    steps = [step[0] for step in steps_named if step is not None]
+    alike = len({step[1] for step in steps_named if step is not None}) == 1
+    if len(steps) == len(steps_named) and alike and steps == sorted(set(steps)):
         return steps
     log.info("the steps 0, 1, 2, ... are the revisions %s, in this order", ", ".join(revisions))
     return list(range(len(revisions)))

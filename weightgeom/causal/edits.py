@@ -104,7 +104,9 @@ class Transplant:
 
     def applied(self, params: Params) -> Params:
         """The edited weights, in fp64 until they are stored."""
-        edited = {name: self.after[name].to(one) for name, one in params.items()} if self.others else params
+        edited = (
+            {name: self.after[name].to(weight) for name, weight in params.items()} if self.others else params
+        )
         for matrix in self.matrices:
             weight = matrix.of(params).double()
             delta = matrix.of(self.after).to(weight) - weight
@@ -129,7 +131,10 @@ class TransplantRest:
 
     def applied(self, params: Params) -> Params:
         """The edited weights, in fp64 until they are stored."""
-        return {name: one if name in self.kept else self._edited(name, one) for name, one in params.items()}
+        return {
+            name: weight if name in self.kept else self._edited(name, weight)
+            for name, weight in params.items()
+        }
 
     def _edited(self, name: str, weight: Tensor) -> Tensor:
         if self.turn is None:
@@ -177,5 +182,7 @@ def residual_side(
 def change_norm(edit: Edit, params: Params, matrices: Iterable[ResidualMatrix]) -> float:
     """‖W' - W‖_F of an edit over these matrices, as applied: in the units of the weights, in fp64."""
     edited = edit.applied(params)
-    squares = [(one.of(edited).double() - one.of(params).double()).square().sum() for one in matrices]
+    squares = [
+        (matrix.of(edited).double() - matrix.of(params).double()).square().sum() for matrix in matrices
+    ]
     return float(torch.stack(squares).sum().sqrt())

@@ -86,7 +86,7 @@ class Evaluation:
         dtype = torch.promote_types(params[model.architecture.embed].dtype, torch.float32)
         self.architecture = model.architecture
         self.network = model.with_weights(params, dtype).requires_grad_(False).eval()
-        self.params: Params = {name: one.detach() for name, one in self.network.named_parameters()}
+        self.params: Params = {name: weight.detach() for name, weight in self.network.named_parameters()}
         self.device = model.device
         self._places = _places(self.network)
         self._kept: dict[str, list[Any]] = {}  # by module, what it puts out for every batch
@@ -116,23 +116,24 @@ class Evaluation:
     @torch.no_grad()
     def samples(self, edited: Params) -> Samples:
         """Every quantity of the edited model, prompt by prompt; weights that are no others are shared."""
-        changed = {name: one for name, one in edited.items() if one is not self.params[name]}
-        found: dict[str, list[Tensor]] = {}
+        changed = {name: weight for name, weight in edited.items() if weight is not self.params[name]}
+        parts: dict[str, list[Tensor]] = {}
         with self._passing_over(self._unchanged(changed)) as at:
             for at[0], part in enumerate(self.parts):
                 with _replaced(self._places, changed):
                     hidden = self._hidden(part.batch)[part.batch.target[:, 1:]]
                     logits = logits_of(self.network, hidden)
                 for name, values in _measured(part, logits):
-                    found.setdefault(name, []).append(values)
-        return dict(_quantities({name: torch.cat(values) for name, values in found.items()}))
+                    parts.setdefault(name, []).append(values)
+        return dict(_quantities({name: torch.cat(values) for name, values in parts.items()}))
 
     def gradients(self, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         """G = E[dL/dy aᵀ] of parameters as stored: the gradient of the mean of each L of `DIFFERENTIABLE`."""
         leaves = {name: self.params[name].clone().requires_grad_() for name in names}
         counts = dict.fromkeys(DIFFERENTIABLE, 0)
         gradients = {
-            name: {leaf: torch.zeros_like(one) for leaf, one in leaves.items()} for name in DIFFERENTIABLE
+            name: {leaf: torch.zeros_like(weight) for leaf, weight in leaves.items()}
+            for name in DIFFERENTIABLE
         }
         for part in self.parts:
             if part.kind == "question":
@@ -149,7 +150,7 @@ class Evaluation:
             if part.kind != "rejected":
                 counts[name] += len(part.batch.input_ids)
         return {
-            name: {leaf: one / counts[name] for leaf, one in gradients[name].items()}
+            name: {leaf: total / counts[name] for leaf, total in gradients[name].items()}
             for name in DIFFERENTIABLE
             if counts[name]
         }
@@ -207,8 +208,8 @@ class Evaluation:
             for part in self.parts:
                 self._hidden(part.batch)
         finally:
-            for one in hooks:
-                one.remove()
+            for handle in hooks:
+                handle.remove()
         return outputs
 
 
@@ -221,11 +222,11 @@ def _copied(output: Any) -> Any:
 
 def _places(network: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     """The modules that have each parameter, and its name there: two where the unembedding is tied."""
-    names = {one: name for name, one in network.named_parameters()}
+    names = {parameter: name for name, parameter in network.named_parameters()}
     places: dict[str, list[tuple[nn.Module, str]]] = {}
     for module in network.modules():
-        for key, one in module.named_parameters(recurse=False):
-            places.setdefault(names[one], []).append((module, key))
+        for key, parameter in module.named_parameters(recurse=False):
+            places.setdefault(names[parameter], []).append((module, key))
     return places
 
 
@@ -270,16 +271,16 @@ def _measured(part: _Scored, logits: Float[Tensor, "target vocabulary"]) -> Iter
         yield part.kind, _by_prompt(part, picked - logits.logsumexp(-1))
 
 
-def _quantities(found: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    if "text" in found:
-        yield "heldout_ce", found["text"]
-        yield "kl_from_unedited", found["kl"]
-    if "chosen" in found:
-        margin = found["chosen"] - found["rejected"]
+def _quantities(measured: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    if "text" in measured:
+        yield "heldout_ce", measured["text"]
+        yield "kl_from_unedited", measured["kl"]
+    if "chosen" in measured:
+        margin = measured["chosen"] - measured["rejected"]
         yield "preference_margin", margin
         yield "preference_accuracy", (margin > 0).to(margin)
-    if "question" in found:
-        yield "fact_accuracy", found["question"]
+    if "question" in measured:
+        yield "fact_accuracy", measured["question"]
 
 
 def _picked(part: _Scored, logits: Float[Tensor, "target vocabulary"]) -> Float[Tensor, " target"]:

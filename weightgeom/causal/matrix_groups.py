@@ -29,7 +29,7 @@ def reads_and_writes(architecture: Architecture) -> list[list[Kind]]:
     """The kinds that read, and those that write."""
     writing = {matrix.kind for matrix in architecture.matrices if matrix.role == "write"}
     kinds = kinds_of(architecture)
-    return [[one for one in kinds if one not in writing], [one for one in kinds if one in writing]]
+    return [[kind for kind in kinds if kind not in writing], [kind for kind in kinds if kind in writing]]
 
 
 def grouped(
@@ -59,7 +59,7 @@ def group_of(architecture: Architecture, kinds: list[Kind], layers: list[int] | 
     roles = {matrix.role for matrix in matrices}
     role = roles.pop() if len(roles) == 1 else ""
     alike = [matrix.kind for matrix in architecture.matrices if role in ("", matrix.role)]
-    named = [one for one in kinds_of(architecture) if one in kinds]
+    named = [kind for kind in kinds_of(architecture) if kind in kinds]
     place = {"matrix": "" if set(named) == set(alike) else "+".join(named), "role": role}
     used = {matrix.layer for matrix in matrices}
     return Group(place if len(used) != 1 else {"layer": used.pop(), **place}, tuple(matrices))
@@ -84,7 +84,10 @@ def moved(setting: Setting, *lists: Sequence[Group]) -> list[list[Group]]:
             "%d of %d matrices did not move and are left out", len(matrices - moved), len(matrices)
         )
     kept = [
-        [replace(group, matrices=tuple(one for one in group.matrices if one in moved)) for group in groups]
+        [
+            replace(group, matrices=tuple(matrix for matrix in group.matrices if matrix in moved))
+            for group in groups
+        ]
         for groups in lists
     ]
     return [[group for group in groups if group.matrices] for groups in kept]

@@ -127,16 +127,18 @@ def with_q_values(rows: Sequence[Row]) -> list[Row]:
     from scipy.stats import false_discovery_control
 
     families: dict[tuple[Any, ...], list[Row]] = {}
-    for one in rows:
-        if one["quantity"].endswith("_p_value"):
-            family = one["quantity"], one["dose"], one["against"], one.get("k")
-            families.setdefault(family, []).append(one)
-    found = list(rows)
+    for entry in rows:
+        if entry["quantity"].endswith("_p_value"):
+            family = entry["quantity"], entry["dose"], entry["against"], entry.get("k")
+            families.setdefault(family, []).append(entry)
+    completed = list(rows)
     for family in families.values():
-        for one, q in zip(family, false_discovery_control([one["value"] for one in family]), strict=True):
-            quantity = one["quantity"].removesuffix("p_value") + "q_value"
-            found.append({**one, "quantity": quantity, "value": float(q)})
-    return found
+        for entry, q in zip(
+            family, false_discovery_control([entry["value"] for entry in family]), strict=True
+        ):
+            quantity = entry["quantity"].removesuffix("p_value") + "q_value"
+            completed.append({**entry, "quantity": quantity, "value": float(q)})
+    return completed
 
 
 def _arm_rows(trial: Trial, arm: Arm, draw: int | None, change: Samples) -> Iterator[Row]:
@@ -167,7 +169,7 @@ def _comparison(
     trial: Trial, kind: str, treatment: Samples, controls: Sequence[Samples], seed: int
 ) -> Iterator[Row]:
     for effect, values in treatment.items():
-        samples = torch.stack([values, *(one[effect] for one in controls)]).double()
+        samples = torch.stack([values, *(control[effect] for control in controls)]).double()
         absolute = samples.mean(1).abs()
         arm = arm_columns(trial.treatment.kind, trial.dose, against=kind)
         place = {**arm, "n": len(controls), **trial.place}

@@ -37,12 +37,12 @@ def sides(parameter: OtherParameter, architecture: Architecture, params: Params)
     unembedding reads the final input. A tied embedding does both.
     """
     first = architecture.sites[0]
-    found: dict[str, list[Place]] = {}
+    places: dict[str, list[Place]] = {}
     if parameter.kind == "embed":
-        found["write"] = [PREDICTION, (first.name, first.layer)]
+        places["write"] = [PREDICTION, (first.name, first.layer)]
     if parameter.kind == "unembed" or (parameter.kind == "embed" and is_tied(architecture, params)):
-        found["read"] = [FINAL]
-    return found
+        places["read"] = [FINAL]
+    return places
 
 
 def places_needed(architecture: Architecture) -> set[Place]:

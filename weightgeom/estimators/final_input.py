@@ -31,10 +31,10 @@ def final_frame(setting: Setting, params: Params, k: int, inputs: Inputs) -> Fra
     streams = model.size > budget / 2
     weights: Params = {} if streams else model.hold(params)
     model = model.streaming(params) if streams else model
-    found, mask, tokens = Accumulator(1, inputs.dtype), torch.zeros(0, 0, dtype=torch.bool), 0
+    accumulator, mask, tokens = Accumulator(1, inputs.dtype), torch.zeros(0, 0, dtype=torch.bool), 0
 
     def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        found.add(output.reshape(*mask.shape, -1)[mask], 0)
+        accumulator.add(output.reshape(*mask.shape, -1)[mask], 0)
         raise Enough
 
     norm = model.architecture.final_norm.parameter.rpartition(".")[0]
@@ -47,7 +47,7 @@ def final_frame(setting: Setting, params: Params, k: int, inputs: Inputs) -> Fra
                 model.logits(weights, batch, keep=1)
     finally:
         handle.remove()
-    moment = found.moment(torch.tensor([float(tokens)], dtype=torch.float64), inputs.centre)
+    moment = accumulator.moment(torch.tensor([float(tokens)], dtype=torch.float64), inputs.centre)
     check_finite(moment.sums, "the input of the unembedding")
     space = moment.top(k)
     shares = space.shares(moment.value.cpu().double())

@@ -173,8 +173,8 @@ def gradient_moments(
     with TemporaryDirectory() as directory:
         arguments = training.arguments(Path(directory), seed, model.device.type)
         arguments["per_device_eval_batch_size"] = gathering.batch_size
-        some = sampled(examples, gathering.prompts, training.max_length, seed)
-        trainer = objective.trainer(network, model.tokenizer, some, arguments)
+        drawn = sampled(examples, gathering.prompts, training.max_length, seed)
+        trainer = objective.trainer(network, model.tokenizer, drawn, arguments)
         slice_head(trainer, network)
         assert isinstance(trainer.train_dataset, Dataset)
         data = trainer.train_dataset.shuffle(seed=seed)
@@ -193,12 +193,14 @@ def gradient_moments(
                     scored = objective.scored(inputs)
                     here = range(seen, seen + len(scored.terms))
                     of_prompts = [group_of(prompt, len(data), groups) for prompt in here]
-                    sums.expect(scored, scored.read(inputs)[1], of_prompts, [one // step for one in here])
+                    sums.expect(
+                        scored, scored.read(inputs)[1], of_prompts, [prompt // step for prompt in here]
+                    )
                     loss = objective.total_loss(trainer, inputs)
                     if gathering.upstream or gathering.gradients:
                         loss.backward()
                     seen = here.stop
-            yield sums.found(len(data))
+            yield sums.totals(len(data))
             del sums
 
 
@@ -300,7 +302,9 @@ class _Sums:
         self.samples = Samples(where, scored.prompt, group, self.gathering.unit)
         self.everywhere = Samples(everywhere, scored.prompt, group)
         pairs = zip(batch, group, strict=True)
-        self.cells = Samples(everywhere, scored.prompt, [one * self.groups + other for one, other in pairs])
+        self.cells = Samples(
+            everywhere, scored.prompt, [place * self.groups + other for place, other in pairs]
+        )
         self.samples.add_counts(self.counts)
         for prompt, terms in enumerate(scored.terms):
             self.terms[group[prompt]] += terms
@@ -382,12 +386,12 @@ class _Sums:
         sums = self.gradients[matrix.parameter]
         for start, end, cell in sorted(self.cells.runs(), key=lambda run: run[2]):
             batch, group = divmod(cell, self.groups)
-            some, others = rows[start:end].flatten(0, 1), columns[start:end].flatten(0, 1)
-            sums.add(some.T.to(dtype) @ others.to(dtype), group, batch, self.of_batches)
+            left, right = rows[start:end].flatten(0, 1), columns[start:end].flatten(0, 1)
+            sums.add(left.T.to(dtype) @ right.to(dtype), group, batch, self.of_batches)
         for name, factor in (("rows", rows), ("columns", columns)):
             self._diagonal(matrix, name).add(factor[self.everywhere.where.to(factor.device)])
 
-    def found(self, prompts: int) -> Pass:
+    def totals(self, prompts: int) -> Pass:
         """All that was accumulated."""
         moments = {
             name: accumulator.moment(self.counts, self.gathering.centre)

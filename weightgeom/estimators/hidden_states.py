@@ -29,14 +29,14 @@ def last_states(
     Raises:
         ValueError: if a state is not finite.
     """
-    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     for start in range(0, len(texts), SIZE):
         batch = prompts(texts[start : start + SIZE], model.tokenizer).to(model.device)
         for layer, output in _outputs(model.architecture, network, batch, layers).items():
-            found[layer].append(_stream(output)[batch.target].cpu())
-    states = {layer: torch.cat(some) for layer, some in found.items()}
-    for layer, some in states.items():
-        if not bool(some.isfinite().all()):
+            parts[layer].append(_stream(output)[batch.target].cpu())
+    states = {layer: torch.cat(of_layer) for layer, of_layer in parts.items()}
+    for layer, state in states.items():
+        if not bool(state.isfinite().all()):
             raise ValueError(f"a state behind layer {layer} is not finite: the weights have diverged")
     return states
 
@@ -112,10 +112,10 @@ def _stream(output: Any) -> Float[Tensor, "prompt position d"]:
 def _outputs(
     architecture: Architecture, network: "PreTrainedModel", batch: Batch, layers: Sequence[int]
 ) -> dict[int, Any]:
-    found: dict[int, Any] = {}
+    outputs: dict[int, Any] = {}
 
     def hook(layer: int) -> Callable[..., None]:
-        return lambda module, given, output: found.__setitem__(layer, output)
+        return lambda module, given, output: outputs.__setitem__(layer, output)
 
     hooks = [
         network.get_submodule(module_path(architecture, layer)).register_forward_hook(hook(layer))
@@ -124,9 +124,9 @@ def _outputs(
     try:
         _hidden(network, batch)
     finally:
-        for one in hooks:
-            one.remove()
-    return found
+        for handle in hooks:
+            handle.remove()
+    return outputs
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def _replaced(
     architecture: Architecture, network: "PreTrainedModel", layer: int, output: Any
 ) -> Iterator[None]:
     """Within it the layers up to this one do not run; it puts out `output`."""
-    modules = [network.get_submodule(module_path(architecture, one)) for one in range(layer + 1)]
+    modules = [network.get_submodule(module_path(architecture, index)) for index in range(layer + 1)]
     for module in modules:
         module.forward = lambda *given, **named: output
     try:

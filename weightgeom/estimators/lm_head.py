@@ -33,8 +33,8 @@ class TokenLogProbs(torch.autograd.Function):
         """The log-probabilities, some hidden states at a time."""
         log_probs, gradients = [], []
         size = max(1, LOGITS // len(weight))
-        for some, ids in zip(hidden.split(size), targets.split(size), strict=True):
-            logits, slope = product(some, weight, bias).float(), None
+        for states, ids in zip(hidden.split(size), targets.split(size), strict=True):
+            logits, slope = product(states, weight, bias).float(), None
             if cap is not None:
                 logits = logits.div_(cap).tanh_()
                 slope = 1 - logits.square()
@@ -106,8 +106,8 @@ def slice_head(trainer: "Trainer", network: "PreTrainedModel") -> None:
     def sliced(labels: Tensor, *given: Any, **named: Any) -> FusedOutputs:
         hidden = network.base_model(*given, **{**named, "use_cache": False}).last_hidden_state[:, :-1]
         mask = labels[:, 1:] != -100
-        found = token_log_probs(network, hidden[mask], labels[:, 1:][mask])
-        log_probs = found.new_zeros(mask.shape).masked_scatter(mask, found)
+        of_targets = token_log_probs(network, hidden[mask], labels[:, 1:][mask])
+        log_probs = of_targets.new_zeros(mask.shape).masked_scatter(mask, of_targets)
         nothing = torch.zeros_like(log_probs).detach()
         return FusedOutputs(log_probs, mask, nothing, nothing.bool(), mean_logits=nothing)
 

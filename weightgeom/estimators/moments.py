@@ -327,11 +327,11 @@ class Routed:
             for place, part in zip(groups.tolist(), parts, strict=True):
                 accumulator.add(part, place)
                 counts[place] += len(part)
-        some = counts > 0
-        if not bool(some.any()):
+        reached = counts > 0
+        if not bool(reached.any()):
             return None
         whole = accumulator.moment(counts, centred)
-        return Moment(whole.sums[some], whole.firsts[some], counts[some], centred)
+        return Moment(whole.sums[reached], whole.firsts[reached], counts[reached], centred)
 
 
 @dataclass(frozen=True, eq=False)
@@ -443,12 +443,12 @@ def activation_moments(
     walk = Walk.through(model.network, list(places)) if states <= budget / 4 else None
     limit = budget / 2 if walk is None else min(budget / 4, SUMS)
     together = list(passes(list(places), size, limit))
-    for some, others in zip(together, [*together[1:], []], strict=True):
-        sums = {place: Accumulator(groups, dtype) for place in some if place in places[place]}
-        kept = {place: Routed(len(places[place]), groups, dtype) for place in some if place not in sums}
-        following = others[0] if others else None
+    for part, next_parts in zip(together, [*together[1:], []], strict=True):
+        sums = {place: Accumulator(groups, dtype) for place in part if place in places[place]}
+        kept = {place: Routed(len(places[place]), groups, dtype) for place in part if place not in sums}
+        following = next_parts[0] if next_parts else None
         counts = _one_pass(model, weights, batches, sums, kept, sequences, groups, unit, walk, following)
-        for place in some:
+        for place in part:
             for site in places[place]:
                 if site.expert is None:
                     moment = sums.pop(place).moment(counts, centre)
@@ -513,16 +513,16 @@ def _one_pass(
 
 def passes(items: Sequence[Item], size: Callable[[Item], float], budget: float) -> Iterator[list[Item]]:
     """Neighbouring items whose sizes (bytes) together stay within the budget; each pass has one at least."""
-    some: list[Item] = []
+    part: list[Item] = []
     held = 0.0
     for item in items:
-        if some and held + size(item) > budget:
-            yield some
-            some, held = [], 0.0
-        some.append(item)
+        if part and held + size(item) > budget:
+            yield part
+            part, held = [], 0.0
+        part.append(item)
         held += size(item)
-    if some:
-        yield some
+    if part:
+        yield part
 
 
 def group_of(prompt: int, prompts: int, groups: int) -> int:

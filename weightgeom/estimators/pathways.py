@@ -54,9 +54,9 @@ class Pathways:
         Source: ours (`Spread.of`).
         """
         values: dict[tuple[Group, int], list[float]] = {}
-        for one in ratios:
-            for kind in (one["matrix"], ""):
-                values.setdefault(((one["role"], kind), one["k"]), []).append(one["value"])
+        for ratio in ratios:
+            for kind in (ratio["matrix"], ""):
+                values.setdefault(((ratio["role"], kind), ratio["k"]), []).append(ratio["value"])
         for group, places in self._places.items():
             role, kind = group
             subspaces = {place[0] for place in places}

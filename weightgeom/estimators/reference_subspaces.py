@@ -146,8 +146,8 @@ def _crossfit(moment: Moment, k: int) -> Iterator[tuple[Subspace, Float[Tensor, 
     halves = None if moment.centred else moment.halves()
     if halves is None:
         return
-    for one, other in (halves, halves[::-1]):
-        space, value = Subspace.top(one.value.cpu(), k), other.value.cpu().double()
+    for half, other in (halves, halves[::-1]):
+        space, value = Subspace.top(half.value.cpu(), k), other.value.cpu().double()
         yield space, space.shares(value)
 
 

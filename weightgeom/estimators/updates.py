@@ -82,8 +82,8 @@ def adapter_of(matrix: ResidualMatrix, after: Params, before: Params) -> Float[T
 def zeros(matrix: ResidualMatrix, params: Params) -> Params:
     """What to subtract for the matrix itself: zeros that take no memory."""
     names = [matrix.parameter, *([matrix.norm.parameter] if matrix.norm else [])]
-    found = {name: params[name] for name in names if name in params}
-    return {name: one.new_zeros(()).expand(one.shape) for name, one in found.items()}
+    weights = {name: params[name] for name in names if name in params}
+    return {name: weight.new_zeros(()).expand(weight.shape) for name, weight in weights.items()}
 
 
 def head_updates(
@@ -165,7 +165,9 @@ class _Pair:
     def part(self, groups: slice, rows: slice, columns: slice) -> "_Pair":
         """The same of a part of the matrix, still as views."""
         gains = self.gains and (self.gains[0][groups, rows], self.gains[1][groups, rows])
-        after, before = (one if one is None else one[groups, rows, columns] for one in self.spacings)
+        after, before = (
+            spacing if spacing is None else spacing[groups, rows, columns] for spacing in self.spacings
+        )
         return replace(
             self,
             after=self.after[groups, rows, columns],

@@ -27,8 +27,8 @@ class Walk:
     @classmethod
     def through(cls, network: "PreTrainedModel", sites: Sequence[Site]) -> "Walk | None":
         """The walk over these sites; None where they are not, in order, in one list of layers."""
-        found = [LAYER.match(site.module) for site in sites]
-        places = [(match[1], int(match[2])) for match in found if match is not None]
+        matches = [LAYER.match(site.module) for site in sites]
+        places = [(match[1], int(match[2])) for match in matches if match is not None]
         one_list = len({place for place, _ in places}) == 1 and len(places) == len(sites)
         if not one_list or places != sorted(places):
             return None

@@ -95,8 +95,8 @@ class Spread:
 
 def _inner(sketches: Sequence[Sketch], columns: slice) -> Float[Tensor, "m m"]:
     """Inner products of the matrices: estimated cosines times the norms, which are known."""
-    flat = torch.stack([one.products[:, columns].flatten() for one in sketches])
+    flat = torch.stack([sketch.products[:, columns].flatten() for sketch in sketches])
     lengths = flat.norm(dim=1).clamp(min=torch.finfo(flat.dtype).tiny)
-    norms = torch.tensor([one.norm for one in sketches], dtype=torch.float64)
+    norms = torch.tensor([sketch.norm for sketch in sketches], dtype=torch.float64)
     cosines = (flat @ flat.T).double() / lengths.outer(lengths)
     return cosines * norms.outer(norms)

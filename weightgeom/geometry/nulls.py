@@ -65,9 +65,9 @@ class Estimated:
         from scipy.stats import t
 
         levels = [1 + self.error * float(t.ppf((place + 0.5) / 15, self.df)) for place in range(15)]
-        found = self.null.p_values([fraction / max(level, 1e-3) for level in levels])
-        errors = [error for _, error in found if error is not None]
-        p = sum(value for value, _ in found) / len(found)
+        p_values = self.null.p_values([fraction / max(level, 1e-3) for level in levels])
+        errors = [error for _, error in p_values if error is not None]
+        p = sum(value for value, _ in p_values) / len(p_values)
         return p, sum(errors) / len(errors) if errors else None
 
 

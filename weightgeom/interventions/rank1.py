@@ -69,9 +69,9 @@ class Rank1:
 
     def __post_init__(self) -> None:
         """Refuse strengths and numbers that mean nothing."""
-        if bad := [one for one in self.strengths if not (one > 0 and one < float("inf"))]:
+        if bad := [strength for strength in self.strengths if not (strength > 0 and strength < float("inf"))]:
             raise ValueError(f"strengths must be positive and finite, got {bad[0]}")
-        if negative := [one for one in self.controls.items() if one[1] < 0]:
+        if negative := [control for control in self.controls.items() if control[1] < 0]:
             raise ValueError("controls.{} must be 0 or more, got {}".format(*negative[0]))
 
     @property
@@ -140,7 +140,7 @@ class Rank1:
         )
         trials = list(self.trials(setting, evaluation))  # all, so that none is refused behind others' arms
         rows = list(measured(trials, evaluation, setting.seed, log))
-        return [{"step": setting.last if at_end else 0, **one} for one in with_q_values(rows)]
+        return [{"step": setting.last if at_end else 0, **entry} for entry in with_q_values(rows)]
 
     def trials(self, setting: Setting, evaluation: Evaluation) -> Iterator[Trial]:
         """Every matrix and strength, with the treatment and all of its controls; layer by layer."""
@@ -182,7 +182,9 @@ class Rank1:
     ) -> dict[Site, Moment]:
         """Second moments of every block's input, and of the own inputs of the matrices that write."""
         model = setting.model
-        own = [Site(one.layer, one.site, one.module) for one in matrices if one.role == "write"]
+        own = [
+            Site(matrix.layer, matrix.site, matrix.module) for matrix in matrices if matrix.role == "write"
+        ]
         batches = packed(setting.examples.heldout, model.tokenizer, self.length, self.tokens)
         sites = (*model.architecture.sites, *own)
         return dict(activation_moments(model, params, batches, sites, dtype=torch.float64))
@@ -222,12 +224,12 @@ class _Sides:
             yield from (self.directions.control(kind, matrix, draw) for draw in range(number))
         elif self.asked._varies(matrix):
             others = [
-                one
-                for one in self.setting.model.architecture.matrices
-                if one.kind == matrix.kind and one.layer != matrix.layer
+                other
+                for other in self.setting.model.architecture.matrices
+                if other.kind == matrix.kind and other.layer != matrix.layer
             ]
-            nearest = sorted(others, key=lambda one: abs(one.layer - matrix.layer))[:number]
-            yield from (self._named(name, one)[0] for one in nearest)
+            nearest = sorted(others, key=lambda other: abs(other.layer - matrix.layer))[:number]
+            yield from (self._named(name, other)[0] for other in nearest)
 
     def _named(self, name: str, matrix: ResidualMatrix) -> tuple[Float[Tensor, " d_model"], Tensor | None]:
         """A direction of the stream: what reaches it through a norm, where it is a side of W itself."""
@@ -284,7 +286,7 @@ class _Sides:
             },
             "frobenius norm" if self.asked.match == "frobenius" else "output energy",
             draw,
-            {effect: edit.first_order(one) for effect, one in self.gradients.items()},
+            {effect: edit.first_order(gradient) for effect, gradient in self.gradients.items()},
         )
 
     def _energy(self, matrix: ResidualMatrix, v: Float[Tensor, " d_in"]) -> float:

@@ -128,8 +128,8 @@ class DeltaSurgery:
                 f"the group {mixed[0]} reads and writes, in different subspaces: split it in two"
             )
         if groups:
-            numbers = [self.controls.get(one, 0) for one in RANDOM]
-            for number in [one for one in numbers if one] or [0]:
+            numbers = [self.controls.get(kind, 0) for kind in RANDOM]
+            for number in [count for count in numbers if count] or [0]:
                 check_controls(number, self.level)
         if self._transplants(architecture):
             check_controls(self.controls.get("rotated", 0), self.level)
@@ -159,14 +159,16 @@ class DeltaSurgery:
             trials = list(self.transplanted(setting, evaluation, transplants))
             rows += measured(trials, evaluation, setting.seed, log, self._surgeries(architecture))
             rows += interaction(trials, evaluation) if self._whole else []
-        return [{"step": setting.last, **one} for one in with_q_values(rows)]
+        return [{"step": setting.last, **entry} for entry in with_q_values(rows)]
 
     def surgeries(self, setting: Setting, evaluation: Evaluation, groups: Sequence[Group]) -> Iterator[Trial]:
         """Every group, k and operation, with the treatment and all of its controls."""
         wanted = _dimensions(self.k, setting.model.architecture)
         params = setting.end if setting.from_random else setting.start
         inputs = Inputs(tokens=self.tokens, length=self.length)
-        bases = {one.place: one.space.basis for one in input_frames(setting, params, wanted[-1], inputs)}
+        bases = {
+            frame.place: frame.space.basis for frame in input_frames(setting, params, wanted[-1], inputs)
+        }
         prediction = prediction_frame(setting, params, wanted[-1])
         bases[prediction.place] = prediction.space.basis
         for group in groups:
@@ -199,7 +201,7 @@ class DeltaSurgery:
 
     def _rest(self, seed: int, params: Params, after: Params, kept: Collection[str]) -> Trial:
         """All parameters but those kept, with the same updates turned."""
-        exact = {name: one if name in kept else one.double() for name, one in params.items()}
+        exact = {name: weight if name in kept else weight.double() for name, weight in params.items()}
 
         def arm(kind: str, edit: TransplantRest, draw: int = 0) -> Arm:
             edited = edit.applied(exact)
@@ -227,13 +229,13 @@ class DeltaSurgery:
 
     def _transplants(self, architecture: Architecture) -> list[Group]:
         kinds = kinds_of(architecture)
-        every = [kinds, *reads_and_writes(architecture), *([one] for one in kinds)]
+        every = [kinds, *reads_and_writes(architecture), *([kind] for kind in kinds)]
         asked = every if self.transplants is None else self.transplants
         return grouped(architecture, asked, self.layers, "transplants")
 
     def _surgeries(self, architecture: Architecture) -> int:
         places = len(self._groups(architecture)) * len(_dimensions(self.k, architecture))
-        return places * len(self.operations) * (1 + sum(self.controls.get(one, 0) for one in RANDOM))
+        return places * len(self.operations) * (1 + sum(self.controls.get(kind, 0) for kind in RANDOM))
 
 
 @plain_dataclass(frozen=True, eq=False)
@@ -250,18 +252,21 @@ class _Parts:
     def trials(self, wanted: Sequence[int]) -> Iterator[Trial]:
         """Every k and operation."""
         matrices, controls = self.group.matrices, self.asked.controls
-        held = {one: self._energies(one, self._top(wanted[-1], one)).cumsum(0) for one in matrices}
+        held = {
+            matrix: self._energies(matrix, self._top(wanted[-1], matrix)).cumsum(0) for matrix in matrices
+        }
         drawn = [
             {
-                one: self._energies(one, self._haar("random_energy", draw, None, one)).cumsum(0)
-                for one in matrices
+                matrix: self._energies(matrix, self._haar("random_energy", draw, None, matrix)).cumsum(0)
+                for matrix in matrices
             }
             for draw in range(controls.get("random_energy", 0))
         ]
-        names = dict.fromkeys(place_of(one)[0] for one in matrices)
+        names = dict.fromkeys(place_of(matrix)[0] for matrix in matrices)
         for k in wanted:
             filling = [
-                {one: filled(sums[one], float(held[one][k - 1])) for one in matrices} for sums in drawn
+                {matrix: filled(sums[matrix], float(held[matrix][k - 1])) for matrix in matrices}
+                for sums in drawn
             ]
             for operation in self.asked.operations:
                 arm = partial(self._arm, operation, k)
@@ -274,8 +279,8 @@ class _Parts:
                         for draw in range(controls.get("random_k", 0))
                     ]
                     + [
-                        arm("random_energy", partial(self._filling, draw, one), draw)
-                        for draw, one in enumerate(filling)
+                        arm("random_energy", partial(self._filling, draw, numbers), draw)
+                        for draw, numbers in enumerate(filling)
                     ],
                     "less" if operation == "keep" else "more",
                 )
@@ -293,8 +298,10 @@ class _Parts:
         """The energy inside, from the edited weights: the change that `keep` leaves, or that others make."""
         exact = _exact(self.params, edit.matrices)
         edited, other = edit.applied(exact), exact if edit.outside else self.before
-        changes = [(one, one.of(edited).double() - one.of(other).double()) for one in edit.matrices]
-        squares = [residual_side(one, change, self.params).square().sum() for one, change in changes]
+        changes = [
+            (matrix, matrix.of(edited).double() - matrix.of(other).double()) for matrix in edit.matrices
+        ]
+        squares = [residual_side(matrix, change, self.params).square().sum() for matrix, change in changes]
         return float(torch.stack(squares).sum())
 
     def _energies(self, matrix: ResidualMatrix, basis: Float[Tensor, "d k"]) -> Float[Tensor, " k"]:
@@ -392,4 +399,4 @@ def _held(params: Params, like: Params, names: Collection[str]) -> Params:
 
 def _exact(params: Params, matrices: Sequence[ResidualMatrix]) -> Params:
     """These weights in fp64: fp32 rounds what a small update changes, and with it the size."""
-    return {**params, **{one.parameter: params[one.parameter].double() for one in matrices}}
+    return {**params, **{matrix.parameter: params[matrix.parameter].double() for matrix in matrices}}

@@ -203,19 +203,19 @@ class Moments:
             *(setting.model, setting.start, objective, setting.training, setting.examples),
             *(gathering, setting.seed),
         )
-        for some in passes:
+        for one_pass in passes:
             for matrix in setting.model.architecture.matrices:
-                if matrix.layer in some.layers:
-                    yield from self._of_matrix(matrix, some, spaces[place_of(matrix)], setting)
+                if matrix.layer in one_pass.layers:
+                    yield from self._of_matrix(matrix, one_pass, spaces[place_of(matrix)], setting)
 
     def _of_matrix(
-        self, matrix: ResidualMatrix, some: Pass, space: Subspace, setting: Setting
+        self, matrix: ResidualMatrix, one_pass: Pass, space: Subspace, setting: Setting
     ) -> Iterator[Row]:
         """Rows of what one matrix's moments and mean gradient lead to expect of its update."""
         assert setting.training is not None
-        moment = _moment(matrix, some, setting.start)
+        moment = _moment(matrix, one_pass, setting.start)
         yield from self._ratios("predicted_ratio", matrix, moment, moment.samples, space, setting)
-        mean, mixture = moment.mean.cpu()[None], _mixture(matrix, moment, some).cpu()
+        mean, mixture = moment.mean.cpu()[None], _mixture(matrix, moment, one_pass).cpu()
         inside = space.shares(mixture).cumsum(0)
         for k in dimensions(self.k, len(space.basis)):
             if mean.any():
@@ -224,7 +224,7 @@ class Moments:
             if float(mixture.trace()) > 0:
                 ratio = float(inside[k - 1]) * len(mixture) / k
                 yield row("mixture_ratio", ratio, n=moment.samples, **_at(matrix, k))
-        gradient = some.gradients[matrix.parameter]
+        gradient = one_pass.gradients[matrix.parameter]
         forecasts = {
             "forecast_ratio": (None, self.resamples),
             "forecast_adam_ratio": (gradient.adam, self.resamples),
@@ -240,8 +240,8 @@ class Moments:
                 grams.adapter, grams.signs = factor, setting.training.optimizer != "sgd"
             belongs = quantity == own and setting.objective is not None
             optimizer = arm_columns(setting.training.optimizer) if belongs else {}
-            rows = self._ratios(quantity, matrix, grams, some.prompts, space, setting, resamples)
-            yield from ({**one, **optimizer} for one in rows)
+            rows = self._ratios(quantity, matrix, grams, one_pass.prompts, space, setting, resamples)
+            yield from ({**entry, **optimizer} for entry in rows)
 
     def _ratios(
         self,
@@ -259,14 +259,14 @@ class Moments:
             return
         inside = space.shares(second).cumsum(0)
         drawn = [
-            space.shares(one).cumsum(0)
-            for one in (one.cpu() for one in source.resampled(resamples, setting.seed))
-            if float(one.trace()) > 0
+            space.shares(moment).cumsum(0)
+            for moment in (moment.cpu() for moment in source.resampled(resamples, setting.seed))
+            if float(moment.trace()) > 0
         ]
         for k in dimensions(self.k, d):
             scale = d / k
             value = float(inside[k - 1])
-            interval = bootstrap_interval(value, [float(one[k - 1]) for one in drawn], len(source.sums))
+            interval = bootstrap_interval(value, [float(shares[k - 1]) for shares in drawn], len(source.sums))
             stderr = None if interval is None else interval.stderr * scale
             yield row(quantity, value * scale, n=n, stderr=stderr, **_at(matrix, k))
             if interval is not None:
@@ -317,23 +317,23 @@ class _Grams:
         return x.T @ x
 
 
-def _moment(matrix: ResidualMatrix, some: Pass, start: Params) -> Moment:
+def _moment(matrix: ResidualMatrix, one_pass: Pass, start: Params) -> Moment:
     """C_a at what a reading matrix reads, or C_delta at what a writing one writes."""
     if matrix.role == "write":
-        return folded(some.upstream[matrix.name], matrix, start)
+        return folded(one_pass.upstream[matrix.name], matrix, start)
     (moment,) = (
-        moment for site, moment in some.inputs.items() if (site.name, site.layer) == place_of(matrix)
+        moment for site, moment in one_pass.inputs.items() if (site.name, site.layer) == place_of(matrix)
     )
     return moment
 
 
-def _mixture(matrix: ResidualMatrix, moment: Moment, some: Pass) -> Float[Tensor, "d d"]:
+def _mixture(matrix: ResidualMatrix, moment: Moment, one_pass: Pass) -> Float[Tensor, "d d"]:
     """C + (N - 1) ρ μ μᵀ, the expected Gram matrix over N of Σ x aᵀ if x and a are independent.
 
     Of x, the other factor, (N - 1) ρ is estimated by ‖Σ x‖² / Σ ‖x‖² - 1, without the bias that the N terms
     x x have in ‖Σ x‖².
     """
-    other = some.others[matrix.name]
+    other = one_pass.others[matrix.name]
     firsts, squares = other.firsts, other.squares
     if matrix.role == "read":  # of the module's outputs, those of this matrix
         stored = (1, -1) if matrix.transposed else (-1, 1)
@@ -354,10 +354,10 @@ def _correlations(rows: list[Row], k: int) -> Iterator[Row]:
     """Pearson's correlations of what was expected with what was measured, where they are defined."""
     for role in ("read", "write"):
         by_quantity: dict[str, dict[tuple, float]] = {}
-        for one in rows:
-            if one["role"] == role and one["k"] == k:
-                place = one["layer"], one["matrix"], one["expert"]
-                by_quantity.setdefault(one["quantity"], {})[place] = one["value"]
+        for entry in rows:
+            if entry["role"] == role and entry["k"] == k:
+                place = entry["layer"], entry["matrix"], entry["expert"]
+                by_quantity.setdefault(entry["quantity"], {})[place] = entry["value"]
         measured = by_quantity.get("measured_ratio", {})
         for name in EXPECTED:
             expected = by_quantity.get(f"{name}_ratio", {})

@@ -137,13 +137,13 @@ class Overlap:
 
     @property
     def _sides(self) -> dict[str, tuple[Side, Side]]:
-        found = {}
+        declared = {}
         for pair in self.pairs:
             names = pair.split(":")
             if len(names) != 2:
                 raise ValueError(f"a pair is one:other, such as delta:prediction, got {pair!r}")
-            found[pair] = (Side.parsed(names[0]), Side.parsed(names[1]))
-        return found
+            declared[pair] = (Side.parsed(names[0]), Side.parsed(names[1]))
+        return declared
 
     def check(self, architecture: Architecture) -> None:
         """Raise ValueError if k exceeds the width of the stream, or a directory of `other` is not there."""
@@ -171,10 +171,10 @@ class Overlap:
             here = Spaces(self, setting, k, params, setting.start)
             models = {**fixed, "here": here, "next_layer": here}
             return [
-                {**one, "subspace": pair, "k": k}
+                {**entry, "subspace": pair, "k": k}
                 for pair, sides in self._sides.items()
                 for matrix in _matrices(architecture, sides)
-                for one in _compared(pair, matrix, [models[side.at].of(side, matrix) for side in sides])
+                for entry in _compared(pair, matrix, [models[side.at].of(side, matrix) for side in sides])
             ]
 
         return measure
@@ -228,12 +228,12 @@ class Spaces:
     def _inputs(self) -> dict[tuple[str, str], Tensor | None]:
         probe = self.probe
         inputs = Inputs(tokens=probe.tokens, length=probe.length, budget_gb=probe.budget_gb)
-        found = {}
+        bases = {}
         for frame in input_frames(self.setting, self.params, self.k, inputs):
             assert frame.moment is not None
             name, layer = frame.place[:2]
-            found[name, f"L{layer}"] = _above_rounding(frame.space.basis, frame.moment.value.cpu())
-        return found
+            bases[name, f"L{layer}"] = _above_rounding(frame.space.basis, frame.moment.value.cpu())
+        return bases
 
     @cached_property
     def _gradients(self) -> dict[tuple[str, str], Tensor | None]:
@@ -248,8 +248,8 @@ class Spaces:
             gradients="gradient" in wanted,
             budget_gb=probe.budget_gb,
         )
-        found: dict[tuple[str, str], Tensor | None] = {}
-        for some in gradient_moments(
+        bases: dict[tuple[str, str], Tensor | None] = {}
+        for one_pass in gradient_moments(
             setting.model,
             self.params,
             setting.objective,
@@ -258,14 +258,14 @@ class Spaces:
             gathering,
             setting.seed,
         ):
-            for name, moment in some.upstream.items():
-                found["upstream", name] = _top(moment.value.cpu(), self.k)
-            means = {name: mean.value.cpu() for name, mean in some.gradients.items()}
+            for name, moment in one_pass.upstream.items():
+                bases["upstream", name] = _top(moment.value.cpu(), self.k)
+            means = {name: mean.value.cpu() for name, mean in one_pass.gradients.items()}
             for name, matrix in self._by_name.items():
                 if matrix.parameter in means:
                     gram = update_of(matrix, means, zeros(matrix, means), written=False).gram
-                    found["gradient", name] = _top(gram, self.k)
-        return found
+                    bases["gradient", name] = _top(gram, self.k)
+        return bases
 
 
 def null_ratio_sd(d: int, k: int, other: int) -> float:
@@ -285,7 +285,7 @@ def _matrices(architecture: Architecture, sides: tuple[Side, Side]) -> Iterator[
     if not things:
         yield None
     elif all(thing in OF_INPUTS for thing in things):
-        yield from (one for one in first_readers(architecture.matrices) if one.site == things[0])
+        yield from (reader for reader in first_readers(architecture.matrices) if reader.site == things[0])
     else:
         yield from architecture.matrices
 
@@ -295,18 +295,18 @@ def _compared(
 ) -> Iterator[Row]:
     from scipy.linalg import subspace_angles
 
-    one, other = bases
-    if one is None or other is None:
+    first, second = bases
+    if first is None or second is None:
         return
-    d, n = len(one), min(one.shape[1], other.shape[1])
-    angles = torch.from_numpy(subspace_angles(one.numpy(), other.numpy())).rad2deg()
-    energy = (one.T @ other).square().sum().item()
+    d, n = len(first), min(first.shape[1], second.shape[1])
+    angles = torch.from_numpy(subspace_angles(first.numpy(), second.numpy())).rad2deg()
+    energy = (first.T @ second).square().sum().item()
     place: dict[str, Any] = {"matrix": "unembed", "role": "read"} if matrix is None else matrix.table_columns
     values = {
         "overlap": (min(1.0, energy / n), "1"),
-        "overlap_ratio": (energy * d / (one.shape[1] * other.shape[1]), "1"),
+        "overlap_ratio": (energy * d / (first.shape[1] * second.shape[1]), "1"),
         "null_ratio_mean": (1.0, "1"),
-        "null_ratio_sd": (null_ratio_sd(d, one.shape[1], other.shape[1]), "1"),
+        "null_ratio_sd": (null_ratio_sd(d, first.shape[1], second.shape[1]), "1"),
         "mean_angle": (angles.mean().item(), "degree"),
         "largest_angle": (angles.max().item(), "degree"),
     }

@@ -247,12 +247,14 @@ class RSF:
             unmoved = all(_unmoved(matrix, params, setting.start) for matrix in matrices)
             if unmoved and not embeddings_moved(setting, params):
                 updates = ((matrix, self._update(matrix, params, setting)) for matrix in matrices)
-                sizes = [one for matrix, update in updates for one in _size(matrix, update)]
+                sizes = [entry for matrix, update in updates for entry in _size(matrix, update)]
                 return [*sizes, *other_rows(setting, params, {}, ())]
             if not upstream and setting.objective is not None and self.prompts:
                 fixed = {"start": setting.start, "end": setting.end}.get(at)
                 adapted = isinstance(params, Adapted) or isinstance(setting.end, Adapted)
-                spaces = {} if fixed is None or adapted else {one.place: one.space for one in frames(params)}
+                spaces = (
+                    {} if fixed is None or adapted else {frame.place: frame.space for frame in frames(params)}
+                )
                 upstream.update(self._upstream(setting, fixed, spaces))
             chance = random_frame(setting, self._largest(setting))
             rows: dict[str, list[Row]] = {}
@@ -278,10 +280,10 @@ class RSF:
             for matrix in matrices:
                 if matrix.name not in rows:  # an expert without tokens
                     rows[matrix.name] = list(_size(matrix, self._update(matrix, params, setting)))
-            in_order = [one for matrix in matrices for one in rows[matrix.name]]
+            in_order = [entry for matrix in matrices for entry in rows[matrix.name]]
             warn_of_rounding(in_order)
-            found = [*in_order, *_q_values(in_order), *pathways.rows(_ratios(in_order))]
-            return [*found, *self._others(setting, params, places)]
+            of_matrices = [*in_order, *_q_values(in_order), *pathways.rows(_ratios(in_order))]
+            return [*of_matrices, *self._others(setting, params, places)]
 
         return measure
 
@@ -345,16 +347,16 @@ class RSF:
             {name: gain for name, gain in gains.items() if gain is not None},
         )
         moments: dict[str, Settled | Moment] = {}
-        for some in passes:
+        for one_pass in passes:
             inputs: dict[Place, Settled | Moment] = {}
-            for site, moment in some.inputs.items():
+            for site, moment in one_pass.inputs.items():
                 space = spaces.get((site.name, site.layer))
                 inputs[site.name, site.layer] = moment if space is None else moment.settled(space)
             for matrix in setting.model.architecture.matrices:
                 if place_of(matrix) in inputs:
                     moments[matrix.name] = inputs[place_of(matrix)]
-                elif matrix.name in some.upstream:
-                    moment = some.upstream[matrix.name]
+                elif matrix.name in one_pass.upstream:
+                    moment = one_pass.upstream[matrix.name]
                     moments[matrix.name] = moment if prediction is None else moment.settled()
         return moments
 
@@ -403,8 +405,8 @@ class RSF:
         where = matrix.table_columns
         n = update.shape[0] * update.shape[1]
         yield row("increment_norm", update.norm, n=n, **where)
-        for one in self._compare(update, self._spectrum(update), own, None, seed, where):
-            yield one | {"quantity": f"increment_{one['quantity']}"}
+        for entry in self._compare(update, self._spectrum(update), own, None, seed, where):
+            yield entry | {"quantity": f"increment_{entry['quantity']}"}
 
     def _forward(
         self, matrix: ResidualMatrix, params: Params, previous: Params, frame: Frame
@@ -499,7 +501,7 @@ def _matched(
     null = matched_null(gram, root, space, seed)
     if adapter is not None:
         assert isinstance(moment, Moment), "of adapters all groups are kept"
-        drawn = [float(space.shares(seen(one)).sum()) for one in moment.resampled(resamples, seed)]
+        drawn = [float(space.shares(seen(value)).sum()) for value in moment.resampled(resamples, seed)]
     elif frame.resampled is not None:
         drawn = frame.resampled.shares[:, :k].sum(1).tolist()
     else:  # the subspace is not estimated from data; the moment is
@@ -517,10 +519,10 @@ def _matched(
             halves = moment.halves() if isinstance(moment, Moment) else None
             assert halves is not None
             levels = [
-                float(one.shares(seen(other.value)).sum())
-                for one, other in zip(spaces, halves[::-1], strict=True)
+                float(half.shares(seen(other.value)).sum())
+                for half, other in zip(spaces, halves[::-1], strict=True)
             ]
-        fraction = sum(float(one.shares(gram).sum()) for one in spaces) / 2
+        fraction = sum(float(half.shares(gram).sum()) for half in spaces) / 2
         yield row("crossfit_ratio", fraction * scale, n=n, **at)
         yield row("crossfit_matched_ratio", sum(levels) / 2 * scale, n=n, **at)
         fraction *= 2 * null.mean / sum(levels)  # the null's level is that of the subspace's own text
@@ -556,7 +558,7 @@ def _trained(
         drawn = moment.resampled_levels(space, resamples, seed)[:, -1].tolist()
     else:
         assert isinstance(moment, Moment), "of adapters all groups are kept"
-        drawn = [float(space.shares(seen(one)).sum()) for one in moment.resampled(resamples, seed)]
+        drawn = [float(space.shares(seen(value)).sum()) for value in moment.resampled(resamples, seed)]
     interval = bootstrap_interval(null.mean, drawn, moment.groups)
     stderr = None if interval is None else interval.stderr * scale
     yield row("trained_matched_ratio", null.mean * scale, n=n, stderr=stderr, **at)
@@ -598,9 +600,9 @@ def _size(matrix: ResidualMatrix, update: Update) -> Iterator[Row]:
 
 def _ratios(rows: Iterable[Row]) -> Iterator[Row]:
     """The ratios of matrices, no heads, at their own subspaces."""
-    for one in rows:
-        if one["quantity"] == "ratio" and one["subspace"] != "random" and one.get("head") is None:
-            yield one
+    for entry in rows:
+        if entry["quantity"] == "ratio" and entry["subspace"] != "random" and entry.get("head") is None:
+            yield entry
 
 
 def _unmoved(matrix: ResidualMatrix, params: Params, start: Params) -> bool:
@@ -613,13 +615,15 @@ def _q_values(rows: Iterable[Row]) -> Iterator[Row]:
     from scipy.stats import false_discovery_control
 
     families: dict[tuple, list[Row]] = {}
-    for one in rows:
-        if one["quantity"] in ("p_value", "matched_p_value", "trained_matched_p_value"):
-            part = "head" if one.get("head") is not None else "expert" if one["expert"] is not None else ""
-            family = one["quantity"], one["k"], one["subspace"] == "random", part
-            families.setdefault(family, []).append(one)
+    for entry in rows:
+        if entry["quantity"] in ("p_value", "matched_p_value", "trained_matched_p_value"):
+            part = (
+                "head" if entry.get("head") is not None else "expert" if entry["expert"] is not None else ""
+            )
+            family = entry["quantity"], entry["k"], entry["subspace"] == "random", part
+            families.setdefault(family, []).append(entry)
     for (quantity, *_), family in families.items():
-        q_values = false_discovery_control([one["value"] for one in family])
+        q_values = false_discovery_control([entry["value"] for entry in family])
         name = quantity.replace("p_value", "q_value")
-        for one, q in zip(family, q_values, strict=True):
-            yield one | {"quantity": name, "value": float(q), "stderr": None, "n": len(family)}
+        for entry, q in zip(family, q_values, strict=True):
+            yield entry | {"quantity": name, "value": float(q), "stderr": None, "n": len(family)}

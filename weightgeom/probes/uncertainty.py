@@ -93,7 +93,7 @@ class Uncertainty:
 
     def __post_init__(self) -> None:
         """Refuse thresholds that no cosine distance has."""
-        if bad := [one for one in self.thresholds if not 0 <= one <= 2]:
+        if bad := [threshold for threshold in self.thresholds if not 0 <= threshold <= 2]:
             raise ValueError(f"thresholds are cosine distances, 0 to 2, got {bad[0]}")
 
     def check(self, architecture: Architecture) -> None:
@@ -143,7 +143,7 @@ class Uncertainty:
         network = model.with_weights(params).requires_grad_(False).eval()
         layers = list(range(architecture.n_layers)) if self.layers is None else sorted(set(self.layers))
         texts = {name: [question.prompt for question in group] for name, group in groups.items()}
-        states = {name: last_states(model, network, some, layers) for name, some in texts.items()}
+        states = {name: last_states(model, network, prompts, layers) for name, prompts in texts.items()}
         factual, *uncertain = texts
         asked = EstimateSettings(
             self.neighbours, self.points, self.thresholds, self.resamples, self.random, setting.seed
@@ -155,8 +155,8 @@ class Uncertainty:
         for layer in layers:
             place = {"layer": layer, "subspace": "residual"}
             for name in texts:
-                for one in group_rows(states[name][layer], arm_columns(name), asked):
-                    yield {**place, **one}
+                for entry in group_rows(states[name][layer], arm_columns(name), asked):
+                    yield {**place, **entry}
             for name in uncertain:
                 arm = arm_columns(name, against=factual)
                 pooled = torch.cat([states[factual][layer], states[name][layer]])
@@ -169,16 +169,16 @@ class Uncertainty:
                 outputs = output_rows(
                     tail, tail.states, directions.to(model.device), output, tokens, arm, asked
                 )
-                for one in (
+                for entry in (
                     *outputs,
                     *boundary_rows(pooled, contrast, arm),
                     *overlap_rows(pooled, contrast, spaces, arm, setting.seed),
                     *shape_rows(pooled, contrast, arm, asked),
                 ):
-                    yield {**place, **one}
+                    yield {**place, **entry}
         for name, of_layers in aurocs.items():
-            for one in best_layer_rows(of_layers, arm_columns(name, against=factual)):
-                yield {"subspace": "residual", **one}
+            for entry in best_layer_rows(of_layers, arm_columns(name, against=factual)):
+                yield {"subspace": "residual", **entry}
 
     def _output(self, params: Params, architecture: Architecture) -> tuple[dict[str, Subspace], torch.Tensor]:
         """Top and bottom right singular directions of the unembedding; and the first few of the top ones."""
