@@ -102,7 +102,7 @@ class Foretold(Exception):
 
 @dataclass(frozen=True)
 class Foresight:
-    """Stands in for `Stages` before a run: adds each stage that is made or reused to `stages`, and makes none.
+    """Stands in for `Stages` before a run: adds each stage made or reused to `stages`, and makes none.
 
     With `through`, the stages behind a finished one are looked at as well; otherwise it is not read.
     """

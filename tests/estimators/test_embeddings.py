@@ -5,8 +5,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from weightgeom.estimators.final_input import final_frame
-from weightgeom.estimators.reference_subspaces import Inputs
+from weightgeom.estimators.reference_subspaces import FINAL, Inputs, input_frames
 from weightgeom.interfaces import Setting
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import architecture_of
@@ -49,10 +48,11 @@ def values(rows, quantity: str, role: str, subspace: str) -> list[float]:
 def test_the_final_input_is_what_the_unembedding_is_given(name, tokenizer, examples):
     model, params = networks.language_model(name, tokenizer)
     setting = Setting(model, params, params, False, examples, 0)
-    frame = final_frame(setting, params, K, Inputs(tokens=TOKENS))
+    *others, frame = input_frames(setting, params, K, Inputs(tokens=TOKENS, final=True))
+    assert frame.place == FINAL and len(others) == len(model.architecture.sites)
     axes = axes_of(final_inputs(model, examples))[:, :K]
     assert_close(frame.space.basis @ frame.space.basis.T, axes @ axes.T, rtol=1e-4, atol=1e-4)
-    split = final_frame(setting, params, K, Inputs(tokens=TOKENS, budget_gb=1e-9))
+    *_, split = input_frames(setting, params, K, Inputs(tokens=TOKENS, budget_gb=1e-9, final=True))
     assert_close(split.space.basis, frame.space.basis, rtol=0, atol=1e-12)
 
 

@@ -10,7 +10,8 @@ from weightgeom.text.tokens import packed
 
 
 def found(model, params, batches, **options):
-    return list(activation_moments(model, params, batches, model.architecture.sites, groups=3, **options))
+    sites = [*model.architecture.sites, model.architecture.final_site]
+    return list(activation_moments(model, params, batches, sites, groups=3, **options))
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -25,7 +26,7 @@ def test_moments_of_some_layers_at_a_time_are_those_of_one_pass(name, tokenizer,
     monkeypatch.setattr(moments, "SUMS", 1.0)  # a site at a time
     walked = found(model, params, batches)
     hook.remove()
-    assert len(passed) == len(model.architecture.sites) * len(batches)
+    assert len(passed) == len(walked) * len(batches)
     for (site, one), (same, other) in zip(whole, walked, strict=True):
         assert site == same
         assert_close(one.sums, other.sums, rtol=0, atol=0)
@@ -43,8 +44,7 @@ def test_every_layer_runs_once_though_the_sites_are_split(tokenizer, examples, m
     d = model.architecture.d_model
     monkeypatch.setattr(moments, "SUMS", 2.0 * 3 * 4 * d**2)  # the two sites of a layer, three groups each
     found(model, params, batches)
-    # All layers but the last, whose mlp is behind the last site.
-    assert once == len(runs) - once == (len(model.network.model.layers) - 1) * len(batches)
+    assert once == len(runs) - once == len(model.network.model.layers) * len(batches)
 
 
 def test_a_walk_leaves_the_network_as_it_was(tokenizer, examples, monkeypatch):

@@ -9,6 +9,7 @@ from scipy import stats
 from torch import Tensor
 from torch.testing import assert_close
 
+from weightgeom.geometry import nulls
 from weightgeom.geometry.nulls import (
     beta_null,
     isotropic_null,
@@ -401,3 +402,30 @@ def test_p_values_at_several_levels_are_those_of_each_level_by_itself(generator)
     # A tenth of the Monte Carlo error, of which both have the same.
     for p, other in zip(together, alone, strict=True):
         assert abs(p - other) <= 0.1 * sqrt(other * (1 - other) / 4999) + 1 / 5000
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["eigenvectors", "another subspace"])
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_p_values_that_need_no_samples_are_those_of_samples(mixing, own, generator, monkeypatch):
+    eigenvalues = MOMENTS["power law"]
+    moment, axes = second_moment(eigenvalues, generator)
+    space = Subspace(axes[:, :K].contiguous()) if own else Subspace.random(D, K, generator)
+    x = mixed(eigenvalues, axes, MIXINGS[mixing], generator)
+    null = matched_null(x.T @ x, moment_root(moment), space, 0)
+    fractions = [min(1.0, max(0.0, null.mean + step * null.sd)) for step in range(-30, 31, 3)]
+    quick = [null.p_value(fraction) for fraction in fractions]
+    drawn: list[float] = []
+    monkeypatch.setattr(nulls, "_log_bound", lambda form, shape: drawn.append(shape) or 0.0)
+    assert quick == [null.p_value(fraction) for fraction in fractions]
+    assert len(drawn) >= 20  # all but at most one are on one side of the mean
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_the_bound_lies_above_the_probability(diagonal, generator):
+    mu = torch.linspace(-1.0, 0.6, D, dtype=torch.float64)
+    axes = Subspace.random(D, D, generator).basis
+    form = mu if diagonal else (axes * mu) @ axes.T
+    for shape in (0.5, 2.0):
+        q = np.random.default_rng(0).standard_gamma(shape, (20_000, D))
+        assert np.log((q @ mu.numpy() > 0).mean()) < nulls._log_bound(form, shape) < 0
+    assert nulls._log_bound(form, 200.0) < nulls.CERTAIN

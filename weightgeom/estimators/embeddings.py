@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weightgeom.estimators.final_input import PLACE as FINAL
 from weightgeom.estimators.other_parameters import (
     Change,
     OtherParameter,
@@ -15,7 +14,7 @@ from weightgeom.estimators.other_parameters import (
     parameter_rows,
     update_rows,
 )
-from weightgeom.estimators.reference_subspaces import Frame, Place
+from weightgeom.estimators.reference_subspaces import FINAL, Frame, Place
 from weightgeom.geometry.nulls import rotation_null, spectrum_shares
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture

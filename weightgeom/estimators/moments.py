@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from weightgeom.estimators.walk import Walk, layer_of
 from weightgeom.geometry.bootstrap import bootstrap_times
-from weightgeom.geometry.gram import Products, add_gram, mirror, product
+from weightgeom.geometry.gram import EXACT, Products, add_gram, mirror, product
 from weightgeom.geometry.nulls import moment_eigen
 from weightgeom.geometry.subspace import Subspace, iterative_is_faster
 from weightgeom.models.experts import routed_rows
@@ -26,7 +26,6 @@ Item = TypeVar("Item")
 Unit = Literal["token", "prompt"]
 GIB = 2**30
 SUMS = 2.0**27  # bytes of sums that a pass accumulates, or a single one
-EXACT = 256  # the width up to which directions of resampled moments are sought in all dimensions
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,17 +176,18 @@ def _top_of(
 ) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"]]:
     """Top-k directions and eigenvalues of a matrix by m of its columns and its diagonal `values` beyond."""
     m = sample.shape[1]
-    mu, w = torch.linalg.eigh(sample[:m].double())
-    mu, w = mu[-k:].flip(0), w[:, -k:].flip(1)
-    if m == len(sample):
+    whole = m == len(sample)
+    mu, w = torch.linalg.eigh(sample[:m].double() if whole else sample[:m])
+    mu, w = mu[-k:].flip(0).double(), w[:, -k:].flip(1)
+    if whole:
         return w.to(sample), mu
-    image = sample[m:] @ w.to(sample)
+    image = sample[m:] @ w
     gaps = (mu.to(sample) - values[m:, None]).clamp(min=1e-6 * float(mu[0]))
     y = image / gaps
     # Orthonormal again, and the first directions remain those of the largest eigenvalues.
     factor = torch.linalg.cholesky(torch.eye(k, dtype=mu.dtype, device=mu.device) + (y.T @ y).double())
     inverse = torch.linalg.inv(factor).to(sample)
-    return torch.cat([w.to(sample), y]) @ inverse.T, mu + (y * image).sum(0).double()
+    return torch.cat([w, y]) @ inverse.T, mu + (y * image).sum(0).double()
 
 
 @dataclass(frozen=True, eq=False)
@@ -484,14 +484,17 @@ def _one_pass(
             raise Enough
 
     def hooked(site: Site) -> torch.utils.hooks.RemovableHandle:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | None = None) -> None:
             if site in kept:
                 kept[site].add(inputs, samples)
             else:
-                samples.add(sums[site], inputs[0], mean=True)
+                samples.add(sums[site], inputs[0] if output is None else output, mean=True)
             arrived(site)
 
-        return model.network.get_submodule(site.module).register_forward_pre_hook(hook)
+        module = model.network.get_submodule(site.module)
+        if site.name == "final_input":
+            return module.register_forward_hook(hook)
+        return module.register_forward_pre_hook(hook)
 
     counts, seen = torch.zeros(groups, dtype=torch.float64), 0
     with ExitStack() as stack:

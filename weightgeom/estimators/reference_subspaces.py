@@ -24,6 +24,7 @@ PER_DIMENSION = 64  # tokens for each dimension of the residual stream that mome
 BATCH_TOKENS = {True: 2048, False: 16_384}  # on a CPU: more of them leave its cache
 Place = tuple[str, int | None] | tuple[str, int, int]
 """The subspace's name and layer, and the expert whose tokens it is of."""
+FINAL: Place = ("final_input", None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +68,7 @@ class Inputs:
     text: Literal["raw", "chat"] = "raw"  # chat: by the tokenizer's chat template
     crossfit: bool = False  # also the directions of each half of the sequences
     experts: bool = False  # also of each expert's tokens
+    final: bool = False  # also of what the unembedding reads, as directions alone
     settled: bool = False  # keep of each moment its root, and no groups
 
 
@@ -80,13 +82,17 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
 
     Take what is yielded before asking for more: with a budget no more than one pass is held. With
     `inputs.experts`, a layer's frames are followed by those of its experts, each of the tokens that the
-    router sends to it; an expert that gets none has no frame.
+    router sends to it; an expert that gets none has no frame. With `inputs.final` the last one is that of the
+    unembedding's inputs: the output of the final norm, its gain and bias included.
     """
     model = setting.model
     sites = model.architecture.sites
     if inputs.experts:
         of_experts = expert_sites(model.architecture.matrices)
         sites = sorted((*sites, *of_experts), key=lambda site: site.layer)
+    experts = len(sites) - len(model.architecture.sites)
+    if inputs.final:
+        sites = [*sites, model.architecture.final_site]
     moments = activation_moments(
         model,
         params,
@@ -109,6 +115,9 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
         space = moment.top(k)
         shares = space.shares(moment.value.cpu().double())
         rank = int((shares > 1e-6 * shares.max()).sum())  # fp32 sums do not tell less from zero
+        if site.name == "final_input":
+            yield Frame(FINAL, space, rank=rank)
+            continue
         if rank < k and site.expert is None:
             _warn_of_rank(rank, k, f"the {site.name.replace('_', ' ')} of layer {site.layer}")
         yield Frame(
@@ -119,7 +128,6 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
             tuple(_crossfit(moment, k)) if inputs.crossfit else (),
             rank,
         )
-    experts = len(sites) - len(model.architecture.sites)
     few = sorted(
         (per, f"expert {place[-1]} of layer {place[1]}") for place, per in routed.items() if per < FEW_TOKENS
     )

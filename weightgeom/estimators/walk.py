@@ -26,10 +26,14 @@ class Walk:
 
     @classmethod
     def through(cls, network: "PreTrainedModel", sites: Sequence[Site]) -> "Walk | None":
-        """The walk over these sites; None where they are not, in order, in one list of layers."""
-        matches = [LAYER.match(site.module) for site in sites]
+        """The walk over these sites; None where they are not, in order, in one list of layers.
+
+        The final norm, which comes last, is behind the list.
+        """
+        of_layers = [site for site in sites if site.name != "final_input"]
+        matches = [LAYER.match(site.module) for site in of_layers]
         places = [(match[1], int(match[2])) for match in matches if match is not None]
-        one_list = len({place for place, _ in places}) == 1 and len(places) == len(sites)
+        one_list = len({place for place, _ in places}) == 1 and len(places) == len(of_layers)
         if not one_list or places != sorted(places):
             return None
         layers = network.get_submodule(places[0][0])
@@ -78,8 +82,7 @@ class Walk:
 def layer_of(site: Site) -> int:
     """The layer's place in the list of layers."""
     match = LAYER.match(site.module)
-    assert match is not None
-    return int(match[2])
+    return site.layer if match is None else int(match[2])
 
 
 def _hidden(args: tuple[Any, ...], named: dict[str, Any]) -> Tensor:

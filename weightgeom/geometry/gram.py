@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from weightgeom.compat.torch_internals import has_linear_pointwise, linear_pointwise
 
+EXACT = 256  # the width up to which all is computed in fp64, and over all directions
+
 
 def product(
     a: Float[Tensor, "n k"], b: Float[Tensor, "m k"], bias: Float[Tensor, " m"] | None = None

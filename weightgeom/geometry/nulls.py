@@ -10,7 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from weightgeom.geometry.gram import EXACT, product
 from weightgeom.geometry.subspace import Subspace
+
+CERTAIN = -25.0  # logarithm of a probability that no sample shows
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def _row_norm_deviations(d: int, k: int, draws: int, seed: int) -> Float[Tensor,
         return -_row_norm_deviations(d, d - k, draws, seed)
     generator = torch.Generator().manual_seed(seed)
     # Above d = 256, a Gaussian matrix with 2 k ≤ d is conditioned well enough for a QR in fp32 to 1e-5.
-    dtype = torch.float64 if d <= 256 else torch.float32
+    dtype = torch.float64 if d <= EXACT else torch.float32
     deviations = torch.empty(draws, d)
     for part in deviations.split(max(1, 2**20 // (d * k))):
         gaussian = torch.randn(len(part), d, k, generator=generator, dtype=dtype)
@@ -217,9 +220,10 @@ def matched_null(
     to first order in ψ: with few effective rows and one direction that dominates C, z can be several times
     too large, so judge by p. The p-value of a fraction f is P(Σ μ_j q_j ≥ 0), sampled, with μ the
     eigenvalues of A - f C and q_j iid Gamma(1/(2ψ)). It is exact if LᵀL is a multiple of a projector and ψ
-    is known, and Satterthwaite's approximation otherwise. ψ is estimated from pairs of directions: if at
-    most five directions of C have weight, the p-values are slightly too small (7 % of them below 0.05).
-    Source: ours.
+    is known, and Satterthwaite's approximation otherwise. Where Chernoff's bound on that probability, or on
+    its complement, is below 1e-10, nothing is sampled, as no draw would differ. ψ is estimated from pairs of
+    directions: if at most five directions of C have weight, the p-values are slightly too small (7 % of them
+    below 0.05). Source: ours.
 
     Raises:
         ValueError: if the Gram matrix or the root is all zero.
@@ -239,6 +243,12 @@ def matched_null(
 
     def tail(fractions: Sequence[float]) -> list[tuple[float, float | None]]:
         asked = torch.tensor(fractions, dtype=values.dtype, device=values.device)
+        low, high = min(fractions), max(fractions)
+        nearest = low if low > mean else high
+        if low > mean or high < mean:
+            form = numerator.diag() - nearest * values if commuting else numerator - nearest * values.diag()
+            if _log_bound(form, 0.5 / psi) < CERTAIN:
+                return [_sampled_p_value(0 if low > mean else draws, draws)] * len(fractions)
         if commuting:
             mu = numerator.diag()[:, None] - values[:, None] * asked
         else:
@@ -248,6 +258,28 @@ def matched_null(
         return [_sampled_p_value(int(count), draws) for count in exceeding]
 
     return Null(mean, sd, tail)
+
+
+def _log_bound(form: Float[Tensor, " d"] | Float[Tensor, "d d"], shape: float) -> float:
+    """Logarithm of a bound on P(Σ μ_j q_j has the other sign than its mean), q_j iid Gamma(shape).
+
+    μ are the eigenvalues of the symmetric `form`, or `form` itself. Chernoff: det(I - s form)^(-shape), at
+    the s that would be best if the sum were normal, or smaller ones where the determinant needs it.
+    """
+    diagonal = form.dim() == 1
+    trace = form.sum() if diagonal else form.trace()
+    s = -float(trace / form.square().sum())
+    for part in (s, s / 4, s / 16):
+        if diagonal:
+            tilted = 1 - part * form
+            if bool((tilted > 0).all()):
+                return -shape * float(tilted.log().sum())
+        else:
+            tilted = torch.eye(len(form), dtype=form.dtype, device=form.device) - part * form
+            factor, failed = torch.linalg.cholesky_ex(tilted)
+            if not int(failed):
+                return -2 * shape * float(factor.diag().log().sum())
+    return 0.0
 
 
 def _spectra(
@@ -304,7 +336,11 @@ def left_concentration(gram: Float[Tensor, "d d"], root: Float[Tensor, "d d"]) -
         raise ValueError("an all-zero matrix has no rows to compare with a second moment")
     values = root.square().sum(0)
     scaled = root / (values + values.sqrt().mean() ** 2)
-    gram = scaled.T @ gram.to(root) @ scaled
+    if len(root) > EXACT:  # in fp32: the sums of squares below are to six digits
+        scaled = scaled.float().contiguous()
+        gram = product(product(scaled.T.contiguous(), gram.to(scaled)), scaled.T).double()
+    else:
+        gram = scaled.T @ gram.to(root) @ scaled
     diagonal = gram.diag()
     off_diagonal = gram - diagonal.diag()
     pairs = float(diagonal.sum() ** 2 - diagonal.square().sum())

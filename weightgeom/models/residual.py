@@ -190,8 +190,9 @@ class ResidualMatrix:
 
 
 SiteName = Literal[
-    "attention_input", "mixer_input", "mlp_input", "attention_output", "mixer_output", "mlp_hidden"
-]
+    "attention_input", "mixer_input", "mlp_input", "attention_output", "mixer_output", "mlp_hidden",
+    "final_input",
+]  # fmt: skip
 INPUTS: Mapping[Block, SiteName] = {
     "attention": "attention_input",
     "mixer": "mixer_input",
@@ -211,7 +212,9 @@ class Site:
     At `attention_input` it is what q, k and v read, at `mixer_input` what a mixer of another sort reads, at
     `mlp_input` what gate, up and router read; `attention_output`, `mixer_output` and `mlp_hidden`, which are
     no places of the residual stream, are what o, a mixer's matrix that writes, and down take in. With an
-    `expert`, it is that expert's input: of the tokens that the router sends to it.
+    `expert`, it is that expert's input: of the tokens that the router sends to it. At `final_input`, whose
+    `layer` is the last one, `module` is the final norm, and what it puts out is taken: what the unembedding
+    reads.
     """
 
     layer: int
@@ -250,6 +253,12 @@ class Architecture:
     aliases: Mapping[str, str] = field(default_factory=dict)
     inner: tuple[str, ...] = ()
     d_query: int | None = None
+
+    @property
+    def final_site(self) -> Site:
+        """What the unembedding reads."""
+        module = self.final_norm.parameter.rpartition(".")[0]
+        return Site(self.sites[-1].layer, "final_input", module)
 
     def unembedding(self, params: Params) -> Float[Tensor, "vocab d_model"]:
         """The unembedding as stored; the embedding where the two are tied and stored once.

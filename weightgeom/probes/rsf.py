@@ -12,9 +12,8 @@ from torch import Tensor
 from weightgeom.bases.outline import Shape
 from weightgeom.declarations import ASYMMETRY, ProbeDeclaration
 from weightgeom.estimators.embeddings import embeddings_moved, other_rows, places_needed, unembedding_moves
-from weightgeom.estimators.final_input import final_frame
 from weightgeom.estimators.gradients import Gathering, gradient_moments
-from weightgeom.estimators.moments import EXACT, GIB, SUMS, Moment, Settled
+from weightgeom.estimators.moments import GIB, SUMS, Moment, Settled
 from weightgeom.estimators.pathways import Pathways
 from weightgeom.estimators.products import check_products, product_places, product_rows
 from weightgeom.estimators.reference_subspaces import (
@@ -32,6 +31,7 @@ from weightgeom.estimators.reference_subspaces import (
 )
 from weightgeom.estimators.updates import Update, head_updates, update_of, warn_of_rounding
 from weightgeom.geometry.bootstrap import bootstrap_interval, widening
+from weightgeom.geometry.gram import EXACT
 from weightgeom.geometry.nulls import (
     Estimated,
     adapter_moment,
@@ -312,13 +312,12 @@ class RSF:
             text=self.text,
             crossfit=True,
             experts=True,
+            final=unembedding_moves(setting),
             settled=settled,  # the level of an adapter needs the groups
         )
         k = self._largest(setting)
         yield from input_frames(setting, params, k, inputs)
         yield self._prediction(setting, params)
-        if unembedding_moves(setting):
-            yield final_frame(setting, params, k, inputs)
 
     def _upstream(
         self, setting: Setting, params: Params | None, spaces: Mapping[Place, Subspace]
