@@ -1,4 +1,4 @@
-"""From a configuration to the objects that it describes, each key and type of it checked."""
+"""Builds the objects that a configuration describes, after checking every key and type."""
 
 import logging
 import re

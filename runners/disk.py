@@ -21,7 +21,7 @@ _UNWRITTEN_TEXT = re.compile(r"iostream error|PytorchStreamWriter|inline_contain
 
 
 def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
-    """Write `content` so that `path` holds either all of it or its old content, even after a power cut.
+    """Write `content` atomically: after a power cut `path` holds the new content or the old, never a part.
 
     `mode` is the new file's mode before the umask: 0o600 for files that may hold secrets.
 

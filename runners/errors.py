@@ -105,7 +105,7 @@ def _system(error: OSError) -> str:
 
 
 def _owners_part(name: object) -> str:
-    """What another user who owns a file, or the directory that takes no file, can do about it."""
+    """The advice for a file that another user owns, or for a directory that takes no file."""
     path = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else Path()
     place = next((place for place in (path, *path.parents) if os.access(place, os.F_OK)), Path("/"))
     owner = place.stat().st_uid

@@ -1,4 +1,4 @@
-"""The geometry of transformer weights: what a training stage did to the matrices of a model.
+"""The geometry of transformer weights: how a training stage changed the matrices of a model.
 
 >>> import weightgeom as wg
 >>> table = wg.measure("base", "aligned", texts=texts, probes=["rsf"], k=16)

@@ -1,4 +1,4 @@
-"""The contracts between the rooms of the house: what data, objectives and probes promise. Read this first."""
+"""The contracts of data, bases, objectives, probes and interventions. Read this first."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a probe is given once per trajectory: where it starts and ends, the examples, and the objective.
+    """The inputs of a probe, once per trajectory: its start and end, the examples, and the objective.
 
     `objective` is that of the trajectory, None where it is not known, and `training` how it trains; `last`
     is the step of its end.
@@ -46,7 +46,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Scored:
-    """What the loss of one batch of an objective's trainer is about.
+    """The terms of the loss of one batch, and the tokens and prompts that they score.
 
     `targets` marks the tokens whose prediction it scores; `prompt` says which of the batch's prompts
     each sequence belongs to; `terms` counts, for each prompt, the terms that the loss is a mean of.
@@ -95,7 +95,7 @@ class Model(Protocol):
     """Where the weights come from."""
 
     def check(self, longest: int | None) -> "Architecture":
-        """Refuse what cannot work before anything expensive starts.
+        """Refuse impossible settings before anything expensive starts.
 
         `longest` is the length, in tokens, of what an objective will train on; None if none follows.
         """
@@ -104,7 +104,7 @@ class Model(Protocol):
     def prepare(
         self, stage: Stage, examples: Examples, data: Data, device: str, request: Request = no_request
     ) -> Base:
-        """Fetch or make the base; what is made is made inside a stage, so that it is made once.
+        """Fetch the base, or make it inside a stage, so that it is made once.
 
         A training polls `request` after every step.
         """
@@ -121,7 +121,7 @@ class Objective(Protocol):
 
     @property
     def first_loss(self) -> float | None:
-        """What the loss of the first batch must be, where that is known."""
+        """The loss of the first batch, where theory gives it."""
         ...
 
     def trainer(
@@ -138,7 +138,7 @@ class Objective(Protocol):
         ...
 
     def scored(self, inputs: Mapping[str, Tensor]) -> Scored:
-        """What the loss of a batch of the trainer is about."""
+        """The terms of the loss of a trainer's batch."""
         ...
 
     def total_loss(self, trainer: "Trainer", inputs: dict[str, Any]) -> Tensor:
@@ -148,7 +148,7 @@ class Objective(Protocol):
 
 @runtime_checkable
 class KnownRole(Protocol):
-    """An objective that says what kind of objective it is; recorded with a run, and read by the claims."""
+    """An objective with a role (contrast, likelihood, other), which is recorded and which the claims read."""
 
     @property
     def role(self) -> Role:
@@ -170,7 +170,7 @@ class Probe(Protocol):
         ...
 
     def check(self, architecture: "Architecture") -> None:
-        """Raise ValueError if the model does not allow what is asked for."""
+        """Raise ValueError if the settings do not fit the model."""
         ...
 
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
@@ -221,7 +221,7 @@ class NeedsExamples(Protocol):
     """A probe or an intervention that not every data set will do for."""
 
     def check_examples(self, examples: Examples) -> None:
-        """Raise ValueError if the data lack what is measured on."""
+        """Raise ValueError if the data lack the texts or pairs that the measurement needs."""
         ...
 
 
@@ -235,7 +235,7 @@ class Intervention(Protocol):
         ...
 
     def check(self, architecture: "Architecture") -> None:
-        """Raise ValueError if the model does not allow what is asked for, or the controls are too few."""
+        """Raise ValueError if the settings do not fit the model, or the controls are too few."""
         ...
 
     def arms(self, architecture: "Architecture") -> int:
@@ -243,5 +243,5 @@ class Intervention(Protocol):
         ...
 
     def rows(self, setting: Setting, log: Log) -> list[Row]:
-        """What every arm did; `log` is told how many are done."""
+        """The effects of every arm; `log` receives the number of finished arms."""
         ...

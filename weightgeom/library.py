@@ -326,7 +326,7 @@ def _weights(source: Source, model: LanguageModel, examples: Examples) -> Params
 
 
 def _check(name: str, probe: Probe, k: int | Sequence[int] | None, setting: Setting) -> None:
-    """Refuse what a probe cannot measure on this model and text."""
+    """Refuse probes that cannot measure this model on this text."""
     model, settings = setting.model, _settings(probe)
     d = model.architecture.d_model
     if "k" in settings:

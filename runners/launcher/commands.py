@@ -81,7 +81,7 @@ def launch(
 
 
 def remove_unlaunched(directory: Path) -> None:
-    """Remove what Hydra made of a sweep that failed to launch, and directories that are empty without it."""
+    """Remove Hydra's files of a sweep that failed to launch, and the directories that this empties."""
     if not (directory / "sweep.json").exists():
         for name in ("multirun.yaml", "sweep.lock", "sweep.lock.owner"):
             (directory / name).unlink(missing_ok=True)

@@ -84,7 +84,7 @@ def described(holder: Mapping[str, Any] | None) -> str:
 
 
 def _taken(path: Path) -> Callable[[], None] | None:
-    """Take the lock if it is free; returns what releases it."""
+    """Take the lock if it is free, and return the function that releases it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:

@@ -151,7 +151,7 @@ def scancel(ids: Sequence[str]) -> None:
 
 
 def stuck(reported_reason: str, id: str) -> str:
-    """Why a job with this reason never starts, with what to do; empty if it may."""
+    """Why a job with this reason never starts, and the remedy; empty if it may start."""
     for reason, meaning in STUCK.items():
         if reason in reported_reason:
             return f"{reported_reason}: {meaning.format(id=id)}"
@@ -180,7 +180,7 @@ def require(command: str) -> None:
 
 
 def undisturbed() -> dict[str, str]:
-    """This process's environment without the variables that change what SLURM's commands do."""
+    """This process's environment without the variables that change SLURM's commands."""
     kept = {name: value for name, value in os.environ.items() if name in KEPT or not DISTURBING.match(name)}
     return kept | PLAIN
 

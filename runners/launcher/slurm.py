@@ -125,7 +125,7 @@ class SlurmOptions:
             raise ValueError("measure and jobs_per_task exclude each other: leave out hydra.launcher.measure")
 
     def measuring(self) -> "SlurmOptions":
-        """The options of jobs that measure what others have trained."""
+        """The options of jobs that only measure, after others have trained."""
         return self if self.measure is None else replace(self, measure=None, **self.measure)
 
     def reporting(self) -> "SlurmOptions":

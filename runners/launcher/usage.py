@@ -43,7 +43,7 @@ class Attempt:
 
 
 def usage(sweep: Sweep) -> Usage | None:
-    """What all jobs of all submissions used; None on a site without accounting."""
+    """The resources used by all jobs of all submissions; None on a site without accounting."""
     allocations = queue.allocations(sweep.every_id())
     if allocations is None:
         return None

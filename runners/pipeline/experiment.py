@@ -250,7 +250,7 @@ class Experiment:
         return tables
 
     def _based(self, record: Record, examples: Examples, progress: Progress) -> tuple[Make, Base]:
-        """What makes the stages, and the base."""
+        """The maker of stages, and the base."""
         progress.stages, ready = self._foreseen(examples)
         self._tell(progress, examples)
         make = partial(self._stages, record, progress)

@@ -225,5 +225,5 @@ def module(thing: object) -> str:
 
 
 def configured(thing: object) -> object:
-    """The object that the configuration names, where the runner has made a probe of it."""
+    """The object that the configuration names, unwrapped from the probe that the runner made."""
     return thing.function if isinstance(thing, PerMatrix) else thing

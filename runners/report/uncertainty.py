@@ -126,7 +126,7 @@ def _name(base: Mapping[str, object], rows: "pd.DataFrame") -> str:
 
 
 def _bridges(rows: "pd.DataFrame", declarations: Mapping[str, Declaration]) -> "pd.DataFrame":
-    """The bridge of every training that has both sides of it, with `run` and `seed`."""
+    """The bridge of every training with both an uncertainty and an rsf table, with `run` and `seed`."""
     import pandas as pd
 
     from weightgeom.analysis.bridge import bridge

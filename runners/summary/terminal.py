@@ -37,7 +37,7 @@ NUMBER = re.compile(r"-$|[-+]?\d")  # the start of a cell that is set to the rig
 
 @dataclass(frozen=True)
 class End:
-    """The last lines of a run: `answer` and `warnings`, and what leads on from its `record`."""
+    """The last lines of a run: `answer`, `warnings`, and the commands that go on from its `record`."""
 
     answer: str
     warnings: Sequence[str]

@@ -1,4 +1,4 @@
-"""Publishes records to MLflow during and after a run; the record is primary, MLflow an index of it.
+"""Publishes records to MLflow during and after a run; the record is primary, and MLflow its index.
 
 Publishing never raises into a run or delays it, and can be repeated: `published.json`, next to the record,
 keeps track of everything that MLflow already has.

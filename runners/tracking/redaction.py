@@ -175,7 +175,7 @@ def redacted(value: object) -> object:
 
 
 def _redacted_items(items: Sequence[object]) -> list[object]:
-    """Arguments, and pairs of a name and a value, besides what each item holds."""
+    """The list masked item by item, also values that follow a telling name as argument or as pair."""
     masked = [redacted(item) for item in items]
     for place, (name, item) in enumerate(pairwise(items), start=1):
         names = isinstance(name, str) and (name.startswith("-") or (len(items) == 2 and place == 1))

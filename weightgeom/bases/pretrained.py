@@ -271,7 +271,7 @@ def shipped_file(package: str, name: str) -> Path:
 
 
 def check_single(probes: Mapping[str, ProbeDeclaration], interventions: Mapping[str, Intervention]) -> None:
-    """Raise ValueError for what needs an update, where all there is is one checkpoint."""
+    """Raise ValueError if a single checkpoint is given to a probe or an intervention that needs an update."""
     needing = [
         *(f"probe.{name}" for name, declaration in probes.items() if declaration.needs_update),
         *(
@@ -372,7 +372,7 @@ def _steps(revisions: list[str]) -> list[int]:
 
 
 def _step(name: str) -> tuple[int, str] | None:
-    """The optimizer step in the name of a revision or a checkpoint, and what stands before it.
+    """The optimizer step in the name of a revision or a checkpoint, and the text before it.
 
     Names end in it, such as `checkpoint-100`, or in the tokens seen until then, such as
     `stage1-step1000-tokens3B`.

@@ -117,7 +117,7 @@ def top_pair(params: Params, matrix: ResidualMatrix, what: str) -> tuple[Tensor,
 
 
 def from_file(path: Path, matrix: ResidualMatrix) -> Tensor:
-    """What a `.npy` or `.safetensors` file holds: the tensor of the matrix's name, or the only one.
+    """The tensor in a `.npy` or `.safetensors` file: that under the matrix's name, or the only one.
 
     Raises:
         ValueError: if the file cannot be read, or holds no tensor for this matrix.

@@ -20,7 +20,7 @@ class Edit(Protocol):
     """Something that may be done to weights."""
 
     def applied(self, params: Params) -> Params:
-        """The edited weights: what is not edited is shared, and nothing is mutated."""
+        """The edited weights; unedited parameters are shared, and nothing is mutated."""
         ...
 
 
@@ -40,7 +40,7 @@ class RankOne:
     v: Float[Tensor, " d_in"]
 
     def __post_init__(self) -> None:
-        """Refuse what would make α mean something else."""
+        """Refuse directions that are not of unit length, with which α would mean something else."""
         for name, vector in (("u", self.u), ("v", self.v)):
             if not abs(float(vector.double().norm()) - 1) < 1e-6:
                 raise ValueError(
@@ -64,7 +64,7 @@ class RankOne:
 
 @dataclass(frozen=True, eq=False)
 class Surgery:
-    """Scales what an update has inside and outside a subspace: W' = W₀ + i dW P + o dW (1 - P), by matrix.
+    """Scales an update inside and outside a subspace: W' = W₀ + i dW P + o dW (1 - P), by matrix.
 
     `space` gives for a matrix B with P = B Bᵀ on the residual stream's side: dW P where it reads, P dW
     where it writes. Columns of B are orthogonal and at most of unit length: a shorter one stands for a

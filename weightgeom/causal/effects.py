@@ -1,4 +1,4 @@
-"""What an edit of the weights does: losses, preferences and knowledge beside those of the unedited model."""
+"""The effects of an edit of the weights: losses, preferences and knowledge, against the unedited model."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,7 +56,7 @@ class Effects:
 
 @plain_dataclass(frozen=True, eq=False)
 class _Scored:
-    """A batch, what it is for, and what the unedited model says at its targets.
+    """A batch, its kind, and the unedited model's logits at its targets.
 
     `tokens` are the predicted tokens of a sequence of text, in the mean over all of the text.
     """
@@ -74,7 +74,7 @@ class _Scored:
 
 
 class Evaluation:
-    """Measures edits of one model; only what lies behind the first edited matrix is run again.
+    """Measures edits of one model; only the modules behind the first edited matrix run again.
 
     The layers before it are passed over, and so are the attention and the mixer of its own layer unless they
     are edited, and the MLP if only the attention is and the two are parallel. What they put out is kept from
@@ -102,11 +102,11 @@ class Evaluation:
         return _Scored(batch, kind, logits, logits.logsumexp(-1), tokens)
 
     def changed_by(self, edit: Edit) -> Samples:
-        """What an edit of the weights changes, prompt by prompt."""
+        """The changes that an edit of the weights makes, prompt by prompt."""
         return self.change(edit.applied(self.params))
 
     def change(self, edited: Params) -> Samples:
-        """What the edit changes, prompt by prompt; KL, being a difference already, as it is."""
+        """The changes that the edited weights make, prompt by prompt; KL, a difference already, as it is."""
         samples = self.samples(edited)
         kept = "kl_from_unedited"
         return {
@@ -181,7 +181,7 @@ class Evaluation:
 
     @contextmanager
     def _passing_over(self, unchanged: Mapping[str, str]) -> Iterator[list[int]]:
-        """Within it these modules do not run; the one entry of what it yields is the batch's number."""
+        """Context in which these modules do not run; it yields a list whose entry is the batch's number."""
         sources = set(unchanged.values())
         if not sources <= self._kept.keys():
             self._kept = self._outputs(sources)
@@ -197,7 +197,7 @@ class Evaluation:
 
     @torch.no_grad()
     def _outputs(self, paths: Collection[str]) -> dict[str, list[Any]]:
-        """What modules of the unedited model put out for every batch."""
+        """The outputs of modules of the unedited model, for every batch."""
         outputs: dict[str, list[Any]] = {path: [] for path in paths}
 
         def hook(path: str) -> Callable[..., None]:
@@ -214,7 +214,7 @@ class Evaluation:
 
 
 def _copied(output: Any) -> Any:
-    """What a module puts out, as memory of its own: Falcon adds the attention's to the MLP's in place."""
+    """A copy of a module's output: Falcon adds the attention's output to the MLP's in place."""
     parts = output if isinstance(output, tuple) else (output,)
     copies = tuple(part.clone() if isinstance(part, Tensor) else part for part in parts)
     return copies if isinstance(output, tuple) else copies[0]
@@ -243,7 +243,7 @@ def _replaced(places: Mapping[str, list[tuple[nn.Module, str]]], changed: Params
 
 
 def _batches(model: LanguageModel, examples: Examples, effects: Effects) -> Iterator[tuple[Batch, str]]:
-    """Few and large batches: what a call costs beside its tokens is paid by every arm."""
+    """Few and large batches, since every arm pays the fixed cost of each call."""
     size = max(1, TOKENS // effects.length)
     for batch in packed(examples.heldout, model.tokenizer, effects.length, effects.tokens, size):
         yield batch, "text"

@@ -27,10 +27,10 @@ RESAMPLES = 200
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """What tells the effects of an edit of one kind: of weights, or of states."""
+    """Measures the effects of edits of one kind: of weights, or of states."""
 
     def changed_by(self, edit: Any) -> Samples:
-        """What the edit changes, prompt by prompt."""
+        """The changes that the edit makes, prompt by prompt."""
         ...
 
 
@@ -68,7 +68,7 @@ class Trial:
     expected: Literal["more", "less"] = "more"
 
     def __post_init__(self) -> None:
-        """Refuse what is no comparison."""
+        """Refuse arms that cannot be compared."""
         if not self.controls:
             raise ValueError(f"{self.treatment.kind}@{self.dose} has no controls: an effect needs some")
         for arm in self.controls:
@@ -81,7 +81,7 @@ class Trial:
 
 
 def check_controls(controls: int, level: float) -> None:
-    """Raise ValueError if so many controls cannot give a p-value of `level`: the least is 1 / (1 + n)."""
+    """Raise ValueError if n controls cannot give a p-value of `level`: the smallest is 1 / (1 + n)."""
     needed = ceil(1 / level - 1e-9) - 1
     if controls < needed:
         raise ValueError(
@@ -161,7 +161,7 @@ def _arm_rows(trial: Trial, arm: Arm, draw: int | None, change: Samples) -> Iter
 
 
 def named(effect: str) -> str:
-    """The name in the table of what an edit does to an effect."""
+    """The table's name for the change of an effect by an edit."""
     return effect if effect == "kl_from_unedited" else f"{effect}_change"
 
 

@@ -161,6 +161,6 @@ def token_rows(
 
 
 def token_text(number: int, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A token as its tokenizer writes it, such as `Ġthe`; its number where the tokenizer has none of it."""
+    """A token as its tokenizer writes it, such as `Ġthe`; its number where the tokenizer does not know it."""
     token = tokenizer.convert_ids_to_tokens(number) if number < len(tokenizer) else None
     return token if isinstance(token, str) else f"#{number}"

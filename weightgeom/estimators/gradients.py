@@ -67,7 +67,7 @@ class MeanGradient:
 
     @property
     def adam(self) -> Float[Tensor, "rows columns"]:
-        """What Adam divides a gradient by, on average: √(mean squared batch gradient) + EPSILON.
+        """Adam's average divisor of a gradient: √(mean squared batch gradient) + EPSILON.
 
         Source: arXiv:1412.6980, Algorithm 1, with expectations for the running means.
         """
@@ -96,7 +96,7 @@ class MeanGradient:
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """What one pass found in some of the layers.
+    """The sums of one pass over some of the layers.
 
     `inputs` has C_a = E[a aᵀ] by site; `upstream` C_delta = E[δ δᵀ] by the name of the o or down at whose
     output it is taken, one object for both in a parallel block; `gradients` G by parameter. `others` has, by
@@ -114,7 +114,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Gathering:
-    """What is accumulated, on how many prompts, and how.
+    """The quantities to accumulate, the number of prompts, and the options.
 
     `positions` are those whose next token the objective scores, or all but padding, for C_a and
     C_delta; G is over all of them in any case, as it is the gradient of the weights. By `unit` a sample
@@ -205,7 +205,7 @@ def gradient_moments(
 
 
 def folded(moment: Moment, matrix: ResidualMatrix, params: Params) -> Moment:
-    """C_delta of what reaches the residual stream: the gain behind the matrix on both sides.
+    """C_delta at the residual stream: with the gain behind the matrix on both sides.
 
     It goes with `ResidualMatrix.written`, for an update diag(gain) dW with dW = Σ δ aᵀ.
     """
@@ -261,7 +261,7 @@ class _GradientSums:
 
 
 class _Sums:
-    """What is accumulated over some layers; its hooks add to it."""
+    """The sums over some layers, to which hooks add."""
 
     def __init__(
         self,
@@ -313,7 +313,7 @@ class _Sums:
 
     @contextmanager
     def hooked(self, network: "PreTrainedModel") -> Iterator[None]:
-        """Within it, what the modules read and what comes back to them is accumulated."""
+        """Context in which the modules' inputs and upstream gradients are accumulated."""
         modules = {matrix.module: matrix for matrix in self.matrices}
         hooks = [
             network.get_submodule(name).register_forward_hook(self._hook(matrix))

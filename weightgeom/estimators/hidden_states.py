@@ -1,4 +1,4 @@
-"""The residual stream behind a layer at the last token of prompts, and what the model makes of it."""
+"""The residual stream behind a layer at the last token of prompts, and the logits that follow from it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -75,7 +75,7 @@ class Tail:
     def logits(
         self, added: Float[Tensor, "prompt d"], last: Sequence[int], places: int
     ) -> Float[Tensor, "prompt place vocabulary"]:
-        """The logits at so many places from each prompt's last on, its state being shifted; in float32."""
+        """The logits from each prompt's last place on, with its state shifted; in float32."""
         hidden = self._hidden(self.states + added.to(self.states))
         first, end = torch.tensor(last, device=hidden.device), hidden.shape[1] - 1
         where = (first[:, None] + torch.arange(places, device=hidden.device)).clamp(max=end)

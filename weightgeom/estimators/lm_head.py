@@ -52,7 +52,7 @@ class TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """Each token's gradient, scaled by what comes back."""
+        """Each token's gradient, scaled by the upstream gradient."""
         (gradients,) = ctx.saved_tensors
         return outputs[0][:, None].to(gradients) * gradients, None, None, None, None
 

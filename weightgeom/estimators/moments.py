@@ -30,7 +30,7 @@ SUMS = 2.0**27  # bytes of sums that a pass accumulates, or a single one
 
 @dataclass(frozen=True, eq=False)
 class Moment:
-    """A second moment E[a aᵀ], kept as sums over groups of prompts, which are what a bootstrap draws from.
+    """A second moment E[a aᵀ], kept as sums over groups of prompts, from which a bootstrap draws.
 
     `sums` holds Σ a aᵀ over the samples of each group, `firsts` Σ a, `counts` how many there are, and
     `samples` their sum: tokens, or prompts. `centred` subtracts the mean: the covariance. Where `within`
@@ -124,7 +124,7 @@ class Moment:
         return within.resampled(resamples, seed)[:, : space.basis.shape[1]]
 
     def settled(self, space: Subspace | None = None) -> "Settled":
-        """What is left of it when its groups have been resampled, or are to be inside `space` alone."""
+        """The moment without its groups' matrices: its root, and the groups' sums inside `space`."""
         root = self.root
         small = root if len(root) <= EXACT else root.float()
         within = self.within if space is None else self._inside(space)
@@ -192,7 +192,7 @@ def _top_of(
 
 @dataclass(frozen=True, eq=False)
 class Within:
-    """What groups of samples have along the directions of a subspace, and in all: sums of squares."""
+    """Sums of squares of groups of samples, along the directions of a subspace and in all."""
 
     inside: Float[Tensor, "group k"]
     traces: Float[Tensor, " group"]
@@ -348,7 +348,7 @@ class Samples:
     unit: Unit = "token"
 
     def add(self, accumulator: Accumulator, a: Float[Tensor, "*token d"], mean: bool = False) -> None:
-        """Add what a module reads, or what is sent back to it; `mean` over a prompt instead of its sum."""
+        """Add a module's inputs, or its upstream gradients; `mean` over a prompt instead of their sum."""
         a = self.by_sequence(a)
         if self.unit == "prompt":
             prompts = torch.tensor(self.prompt, device=a.device)
@@ -406,7 +406,7 @@ def activation_moments(
     groups: int = 1,
     budget_gb: float | None = None,
 ) -> Iterator[tuple[Site, Moment]]:
-    """Second moments E[a aᵀ] of what is read at every site, over all tokens but padding, site by site.
+    """Second moments E[a aᵀ] of the inputs at every site, over all tokens but padding, site by site.
 
     The d x d sums, one for each of `groups` groups of sequences, are those of some layers at a time, up to
     SUMS bytes: the next layers go on from the hidden states that are kept of all tokens (`Walk`), with
@@ -529,7 +529,7 @@ def passes(items: Sequence[Item], size: Callable[[Item], float], budget: float) 
 
 
 def group_of(prompt: int, prompts: int, groups: int) -> int:
-    """The group of one of so many prompts: neighbours, so that a batch has few."""
+    """The group of the prompt with this number; neighbours share one, so that a batch has few groups."""
     return prompt * groups // prompts
 
 

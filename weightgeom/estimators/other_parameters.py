@@ -41,7 +41,7 @@ class OtherParameter:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """The update of one parameter, with what `parameter_rows` says of it.
+    """The update of one parameter, with the figures that `parameter_rows` reports.
 
     Of an embedding, `gram` is dEᵀ dE and `lengths` are the norms ‖dE_t‖ of its rows; None of others.
     """
@@ -187,7 +187,7 @@ def _blocks(
         list[Stored],
     ]
 ]:
-    """Blocks of rows of a parameter after and before, their difference, and what was rounded for it."""
+    """Blocks of rows of a parameter after and before, their difference, and the stored values behind them."""
     old = as_matrix(before[name])
     if (factors := _factors(name, after, before)) is not None:
         for part in _parts(old):

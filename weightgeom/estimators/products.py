@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sides:
-    """The two sides of a product M = A B of one head, d x d, and what the quantities call them."""
+    """The two sides of a product M = A B of one head, d x d, with their names in quantities."""
 
     name: str
     left: Kind
@@ -50,7 +50,7 @@ class ProductUpdate:
 
     @classmethod
     def of(cls, left: Float[Tensor, "d r"], right: Float[Tensor, "d r"]) -> "ProductUpdate":
-        """That of dM = left rightᵀ."""
+        """The update dM = left rightᵀ, from its two factors."""
         (p, upper), (r, other) = torch.linalg.qr(left), torch.linalg.qr(right)
         return cls(p, upper @ other.T, r)
 

@@ -1,4 +1,4 @@
-"""Subspaces that updates are compared with: of what a model reads, of what it predicts, and random."""
+"""Subspaces that updates are compared with: of the model's inputs, of its predictions, and random."""
 
 import logging
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Inputs:
-    """On what, and how, the second moments of the inputs are taken."""
+    """The text and the options of the second moments of the inputs."""
 
     tokens: int = 8192  # of held-out text
     length: int = 96  # tokens a sequence
@@ -138,7 +138,7 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
 
 
 def text_batches(setting: Setting, inputs: Inputs, tokens: int) -> list[Batch]:
-    """The held-out text, or conversations, that moments of inputs are taken on, up to so many tokens."""
+    """The held-out text, or conversations, that moments of inputs are taken on: at most `tokens` tokens."""
     model = setting.model
     size = max(1, BATCH_TOKENS[model.device.type == "cpu"] // inputs.length)
     chat = inputs.text == "chat"
@@ -228,7 +228,7 @@ def place_of(matrix: ResidualMatrix) -> Place:
 
 
 def routed_place_of(matrix: ResidualMatrix) -> Place:
-    """As `place_of`, but what an expert reads has a place of its own: that of the tokens sent to it."""
+    """As `place_of`, but an expert's input has a place of its own: that of the tokens sent to it."""
     if matrix.role == "write" or matrix.expert is None:
         return place_of(matrix)
     return matrix.site, matrix.layer, matrix.expert

@@ -80,7 +80,7 @@ def adapter_of(matrix: ResidualMatrix, after: Params, before: Params) -> Float[T
 
 
 def zeros(matrix: ResidualMatrix, params: Params) -> Params:
-    """What to subtract for the matrix itself: zeros that take no memory."""
+    """Zeros that take no memory, to subtract where the matrix itself is wanted."""
     names = [matrix.parameter, *([matrix.norm.parameter] if matrix.norm else [])]
     weights = {name: params[name] for name in names if name in params}
     return {name: weight.new_zeros(()).expand(weight.shape) for name, weight in weights.items()}
@@ -316,7 +316,7 @@ def rounding_energy(
     gain: Float[Tensor, "..."] | None = None,
     spacing: Float[Tensor, "*shape"] | None = None,
 ) -> float:
-    """What rounding to the stored values adds to ‖W‖²_F in expectation: Σ step²/12, in units of the weights.
+    """The energy that rounding to the stored values adds to ‖W‖²_F in expectation: Σ step²/12.
 
     The error of rounding to nearest is uniform on an interval of one step of the grid, whose variance is
     step²/12. The step is the weight's unit in the last place, or the `spacing` of a quantised weight; of fp32

@@ -1,4 +1,4 @@
-"""Bypass: what the state says of uncertainty is added to the logits of abstaining, past the output layer."""
+"""Bypass: the uncertainty read from a state is added to the logits of abstaining, past the output layer."""
 
 from typing import ClassVar
 

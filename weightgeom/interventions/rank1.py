@@ -93,7 +93,7 @@ class Rank1:
         return drawn
 
     def check(self, architecture: Architecture) -> None:
-        """Refuse what the model does not have, and controls that are too few for `level`."""
+        """Refuse layers and matrices that the model does not have, and too few controls for `level`."""
         check_controls(self.controls.get("random", 0), self.level)
         self._check_pairs(self.effects.pairs, "raise intervention.rank1.effects.pairs")
         check_dimensions(self.k, architecture.d_model, "intervention.rank1.k")
@@ -131,7 +131,7 @@ class Rank1:
         return len(self.strengths) * sum(each)
 
     def rows(self, setting: Setting, log: Log) -> list[Row]:
-        """What every arm does to the model `at` the start or the end of the trajectory."""
+        """The effects of every arm on the model `at` the start or the end of the trajectory."""
         pairs = len(setting.examples.heldout_pairs)
         self._check_pairs(pairs, "take another behaviour, as the data hold none")
         at_end = self.at == "end" or (self.at == "auto" and setting.from_random)
@@ -192,7 +192,7 @@ class Rank1:
 
 @plain_dataclass(frozen=True, eq=False)
 class _Sides:
-    """What an edit's two sides are made of."""
+    """The directions of an edit's two sides."""
 
     asked: Rank1
     setting: Setting
@@ -232,7 +232,7 @@ class _Sides:
             yield from (self._named(name, other)[0] for other in nearest)
 
     def _named(self, name: str, matrix: ResidualMatrix) -> tuple[Float[Tensor, " d_model"], Tensor | None]:
-        """A direction of the stream: what reaches it through a norm, where it is a side of W itself."""
+        """A direction of the stream; where a norm lies between, the side of W that reaches it."""
         gradients = self.gradients.get(self.asked.behaviour, {})
         update = difference(self.setting.end, self.setting.start, self.setting.model.architecture)
         vector, partner = self.directions.named(name, matrix, gradients, update)
@@ -242,7 +242,7 @@ class _Sides:
         return vector, partner
 
     def _shared(self, matrix: ResidualMatrix) -> Tensor:
-        """The side that is no residual stream: what is read goes out along it, or what is written came in."""
+        """The side that is not the residual stream: the output of a read, or the input of a write."""
         wanted = self.asked.shared
         if wanted == "auto":
             wanted = "random" if matrix.role == "read" else "input"
@@ -290,7 +290,7 @@ class _Sides:
         )
 
     def _energy(self, matrix: ResidualMatrix, v: Float[Tensor, " d_in"]) -> float:
-        """vᵀ C v, what an edit of α = 1 puts out on held-out text."""
+        """vᵀ C v: the output energy of an edit of α = 1 on held-out text."""
         moment = self.inputs[matrix.site, matrix.layer]
         energy = float(v @ moment @ v)
         if self.asked.match == "output" and not energy > 1e-6 * float(moment.diagonal().max()):

@@ -1,4 +1,4 @@
-"""Surgery on an update: what of it lies in a subspace is removed, kept or scaled; parts are transplanted."""
+"""Surgery on an update: its part inside a subspace is removed, kept or scaled; groups are transplanted."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
@@ -48,7 +48,7 @@ RANDOM: tuple[Control, ...] = ("random_k", "random_energy")
 
 @dataclass(frozen=True)
 class DeltaSurgery:
-    """Takes an update apart, along a subspace and by matrices: which part of it carries the behaviour?
+    """Takes an update apart, along a subspace and by matrices: which part carries the behaviour?
 
     `top@<operation>` edits the trajectory's end. With P the projector on the top k directions of what a
     matrix reads, or of the unembedding if it writes, the part inside, dW P or P dW, is removed, kept as
@@ -89,7 +89,7 @@ class DeltaSurgery:
     effects: Effects = Field(default_factory=Effects)
 
     def __post_init__(self) -> None:
-        """Refuse what asks for nothing, or means nothing."""
+        """Refuse settings that ask for nothing or contradict each other."""
         if not self.operations:
             raise ValueError("operations is empty: name remove, keep or scale, or give groups=[] for none")
         if "scale" in self.operations and self.factor is None:
@@ -120,7 +120,7 @@ class DeltaSurgery:
         return drawn
 
     def check(self, architecture: Architecture) -> None:
-        """Refuse what the model does not have, and controls that are too few for `level`."""
+        """Refuse layers and matrices that the model does not have, and too few controls for `level`."""
         check_dimensions(self.k, architecture.d_model, "intervention.surgery.k")
         groups = self._groups(architecture)
         if mixed := [group.place["matrix"] or "of all" for group in groups if not group.place["role"]]:
@@ -141,7 +141,7 @@ class DeltaSurgery:
         return self._surgeries(architecture) + trials * (1 + self.controls.get("rotated", 0))
 
     def rows(self, setting: Setting, log: Log) -> list[Row]:
-        """What every surgery does to the trajectory's end, and every transplant to its start.
+        """The effects of every surgery on the trajectory's end, and of every transplant on its start.
 
         Raises:
             ValueError: if no matrix moved from the one to the other.
@@ -240,7 +240,7 @@ class DeltaSurgery:
 
 @plain_dataclass(frozen=True, eq=False)
 class _Parts:
-    """What of one group's update lies inside subspaces."""
+    """The parts of one group's update inside subspaces."""
 
     asked: DeltaSurgery
     seed: int
@@ -305,7 +305,7 @@ class _Parts:
         return float(torch.stack(squares).sum())
 
     def _energies(self, matrix: ResidualMatrix, basis: Float[Tensor, "d k"]) -> Float[Tensor, " k"]:
-        """‖dW b‖² of every direction, of what reads; ‖bᵀ dW‖² of what writes."""
+        """‖dW b‖² of every direction for a matrix that reads; ‖bᵀ dW‖² for one that writes."""
         delta = matrix.of(self.params).double() - matrix.of(self.before).double()
         side = residual_side(matrix, delta, self.params)
         return (side @ basis.to(side)).square().sum(0)
@@ -325,7 +325,7 @@ class _Parts:
 
 
 def interaction(trials: Sequence[Trial], evaluation: Evaluation) -> Iterator[Row]:
-    """What all weights do, less what reads, writes and the rest do alone; paired, prompt by prompt.
+    """The effect of all weights less those of reads, writes and the rest alone; paired, prompt by prompt.
 
     A part that did not move is not among the trials and does nothing.
     """
@@ -387,7 +387,7 @@ def _turned(text: str, name: str, delta: Float[Tensor, "..."]) -> Float[Tensor, 
 
 
 def _dimensions(k: int | list[int] | None, architecture: Architecture) -> list[int]:
-    """Those asked for; of 128 dimensions 1, 4, 16 and 64 where none is, and as large shares of others."""
+    """The dimensions asked for; by default 1, 4, 16 and 64 of 128, and the same shares of other widths."""
     d = architecture.d_model
     return dimensions([max(1, d // part) for part in (128, 32, 8, 2)] if k is None else k, d)
 
@@ -398,5 +398,5 @@ def _held(params: Params, like: Params, names: Collection[str]) -> Params:
 
 
 def _exact(params: Params, matrices: Sequence[ResidualMatrix]) -> Params:
-    """These weights in fp64: fp32 rounds what a small update changes, and with it the size."""
+    """These weights in fp64: in fp32 rounding would change the size of a small update."""
     return {**params, **{matrix.parameter: params[matrix.parameter].double() for matrix in matrices}}

@@ -292,7 +292,7 @@ def _fitted(
 def _with_rows(
     tensor: Float[Tensor, "rows _"], base: Float[Tensor, "base_rows _"], name: str, directory: Path
 ) -> Float[Tensor, "base_rows _"]:
-    """As many rows as the base has: those that both have, then the base's own."""
+    """The rows cut or filled to the base's number: shared rows first, then the base's own."""
     rows = len(base)
     if len(tensor) == rows or tensor.shape[1:] != base.shape[1:]:
         return tensor

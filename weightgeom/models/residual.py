@@ -54,7 +54,7 @@ class Rows:
     size: int
 
     def blocks(self, fused: Float[Tensor, "fused d_in"]) -> Float[Tensor, "groups size d_in"]:
-        """These rows block by block, always as a view."""
+        """The rows block by block, always as a view."""
         blocks = fused.unflatten(0, (self.groups, self.stride))
         return blocks[:, self.start : self.start + self.size]
 
@@ -256,7 +256,7 @@ class Architecture:
 
     @property
     def final_site(self) -> Site:
-        """What the unembedding reads."""
+        """The input of the unembedding, behind the final norm."""
         module = self.final_norm.parameter.rpartition(".")[0]
         return Site(self.sites[-1].layer, "final_input", module)
 

@@ -1,4 +1,4 @@
-"""What a model does: its loss on held-out text, its preferences, and its distance from the start."""
+"""A model's behaviour: its loss on held-out text, its preferences, and its distance from the start."""
 
 import logging
 from collections.abc import Callable

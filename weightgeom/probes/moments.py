@@ -114,7 +114,7 @@ class Moments:
         )
 
     def check_examples(self, examples: Examples) -> None:
-        """Refuse data that lack what the given objective needs."""
+        """Refuse data without the examples that the given objective needs."""
         if self.objective is not None:
             self.objective.check(examples)
 
@@ -187,7 +187,7 @@ class Moments:
         yield prediction_frame(setting, setting.start, k)
 
     def _expected(self, setting: Setting, objective: Objective, spaces: dict) -> Iterator[Row]:
-        """Rows of what the moments at the start lead to expect, a pass at a time."""
+        """Rows of the ratios that the moments at the start predict, a pass at a time."""
         assert setting.training is not None
         gathering = Gathering(
             prompts=self.prompts,
@@ -211,7 +211,7 @@ class Moments:
     def _of_matrix(
         self, matrix: ResidualMatrix, one_pass: Pass, space: Subspace, setting: Setting
     ) -> Iterator[Row]:
-        """Rows of what one matrix's moments and mean gradient lead to expect of its update."""
+        """Rows of the ratios that one matrix's moments and mean gradient predict for its update."""
         assert setting.training is not None
         moment = _moment(matrix, one_pass, setting.start)
         yield from self._ratios("predicted_ratio", matrix, moment, moment.samples, space, setting)
@@ -296,11 +296,11 @@ class _Grams:
 
     @property
     def value(self) -> Float[Tensor, "d d"]:
-        """That of the gradient of the mean loss."""
+        """The Gram matrix of the gradient of the mean loss."""
         return self._gram(self.gradient.value)
 
     def resampled(self, resamples: int, seed: int) -> Iterator[Float[Tensor, "d d"]]:
-        """Those of bootstrap samples of the prompts."""
+        """The Gram matrices of bootstrap samples of the prompts."""
         for gradient in self.gradient.resampled(resamples, seed):
             yield self._gram(gradient)
 
@@ -318,7 +318,7 @@ class _Grams:
 
 
 def _moment(matrix: ResidualMatrix, one_pass: Pass, start: Params) -> Moment:
-    """C_a at what a reading matrix reads, or C_delta at what a writing one writes."""
+    """C_a of the inputs of a matrix that reads, or C_delta of the upstream gradients of one that writes."""
     if matrix.role == "write":
         return folded(one_pass.upstream[matrix.name], matrix, start)
     (moment,) = (
@@ -351,7 +351,7 @@ def _at(matrix: ResidualMatrix, k: int) -> dict:
 
 
 def _correlations(rows: list[Row], k: int) -> Iterator[Row]:
-    """Pearson's correlations of what was expected with what was measured, where they are defined."""
+    """Pearson's correlations of expected with measured ratios, where they are defined."""
     for role in ("read", "write"):
         by_quantity: dict[str, dict[tuple, float]] = {}
         for entry in rows:

@@ -1,4 +1,4 @@
-"""Principal angles between subspaces of the residual stream: what updates, inputs and gradients share."""
+"""Principal angles between subspaces of the residual stream, of updates, inputs and gradients."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass as plain_dataclass
@@ -324,7 +324,7 @@ def _top(gram: Float[Tensor, "d d"], k: int) -> Float[Tensor, "d _"] | None:
 
 
 def _above_rounding(basis: Float[Tensor, "d k"], gram: Float[Tensor, "d d"]) -> Float[Tensor, "d _"]:
-    """Those of the leading eigenvectors that are not the rounding of a matrix of lower rank."""
+    """The leading eigenvectors, without those that only rounding adds to a matrix of lower rank."""
     values = (basis * (gram.double() @ basis)).sum(0)
     rank = int((values > ROUNDING * torch.finfo(gram.dtype).eps * values[0]).sum())
     return basis[:, :rank]

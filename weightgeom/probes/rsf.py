@@ -1,4 +1,4 @@
-"""Relative subspace fraction: how much of an update lies in what the model reads and predicts."""
+"""Relative subspace fraction: the share of an update in the subspaces of inputs and predictions."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -156,7 +156,7 @@ class RSF:
             check_products(architecture)
 
     def held(self, shape: Shape, objective: bool) -> float:
-        """The pass over the objective's gradients, or what is kept of it with the frames of all inputs.
+        """Peak bytes: those of the pass over gradients, or of its results and the frames of all inputs.
 
         Of each moment a root is kept, of each frame the bases of the bootstrap; of adapters also the matrix
         of each group of prompts, which is held of some layers at a time otherwise.
@@ -421,7 +421,7 @@ class RSF:
             yield row("forward_increment_ratio", float(inside[k - 1]) * len(gram) / k, n=n, **at)
 
     def _spectrum(self, update: Update) -> Float[Tensor, " d"] | None:
-        """What the rotation null needs of an update; None where nothing moved."""
+        """The spectrum that the rotation null of an update needs; None where nothing moved."""
         return spectrum_shares(update.gram.cpu()) if update.norm > 0 else None
 
     def _compare(
@@ -489,7 +489,7 @@ def _matched(
     at: dict,
     adapter: Float[Tensor, "r d"] | None = None,
 ) -> Iterator[Row]:
-    """The level that independence of what is read and what is sent back predicts, and p against it."""
+    """The level expected if inputs and upstream gradients were independent, and p against it."""
 
     def seen(value: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
         value = value.cpu().double()

@@ -19,7 +19,7 @@ MATCHED = 2**18  # entries, evenly spread, on which the null's density is matche
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Shares of a matrix that an update leaves unmoved, and the places of what it moves.
+    """Shares of a matrix that an update leaves unmoved, and the places of the entries that move.
 
     An entry is visible if it differs once both checkpoints are rounded to `grid`. Small weights have small
     steps of the grid, so that an update without any structure becomes visible in them first: every share and
@@ -149,7 +149,7 @@ def _overlap(
 
 
 def smallest(values: Float[Tensor, " n"], share: float) -> Float[Tensor, " n"]:
-    """Membership, in [0, 1], of the smallest entries; those that tie at the edge share what is left."""
+    """Membership, in [0, 1], of the smallest entries; entries that tie at the edge share the remainder."""
     size = max(1, round(share * len(values)))
     edge = values.kthvalue(size).values
     below, ties = values < edge, values == edge
