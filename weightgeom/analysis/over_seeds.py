@@ -375,7 +375,7 @@ def correlations(points: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def matched(effects: "pd.DataFrame", runs: "pd.DataFrame", table: str) -> "pd.DataFrame":
-    """The effects with a column `match`: controls share the treatment's `frobenius` norm or `output` energy."""
+    """The effects with a column `match`: controls share the `frobenius` norm or the `output` energy."""
     matches = runs.set_index("run_id")["matches"]
     of_run = {
         run: dict(pair.split("=", 1) for pair in text.split(", ") if pair).get(table, "frobenius")
