@@ -1,5 +1,6 @@
 """Moments under an objective, against plain autograd on the trainer's own loss."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from weightgeom.estimators.gradients import Gathering, Pass, gradient_moments, sampled
+from weightgeom.estimators.gradients import Gathering, Pass, gradient_moments, prompts_at_once, sampled
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import architecture_of
 from weightgeom.objectives.ce import CE
@@ -161,6 +162,22 @@ def test_a_budget_makes_more_passes_with_identical_results(models, objective, ex
     split = gathered(models["llama"], objective, examples, groups=3, budget_gb=1e-9)
     assert [some.layers for some in whole] == [[0, 1]] and [some.layers for some in split] == [[0], [1]]
     same(whole, split, rtol=0)
+
+
+def test_a_pass_that_nobody_holds_is_gone_before_the_next(models, examples):
+    model = models["llama"]
+    gathering = Gathering(prompts=6, batch_size=2, groups=3, budget_gb=1e-9)
+    passes = gradient_moments(model, weights(model), DPO(), TRAINING, examples, gathering, seed=5)
+    first = weakref.ref(next(passes))
+    assert first() is None
+    assert next(passes).gradients
+
+
+@pytest.mark.parametrize(
+    ("layers", "d_model", "length", "expected"), [(4, 128, 96, 16), (30, 576, 192, 2), (32, 4096, 512, 1)]
+)
+def test_prompts_at_once_keep_a_gibibyte_for_the_backward_pass(layers, d_model, length, expected):
+    assert prompts_at_once(layers, d_model, length, most=16) == expected
 
 
 def test_groups_of_prompts_add_up_and_are_what_a_bootstrap_draws(models, examples):

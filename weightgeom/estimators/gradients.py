@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 EPSILON = 1e-8  # of AdamW in torch and transformers: added to the root
+VALUES = 20  # of d_model that a layer keeps of a token for its backward pass, about (ours)
 CHARACTERS = 10  # of a text for each token that is wanted of it: more than the tokens of any tokenizer have
 
 
@@ -458,6 +459,15 @@ def _layer_size(
         gradients = gathering.gradients * entries * (groups + 2)
         sizes.append(squares * architecture.d_model**2 + gradients)
     return float(max(sizes) * gathering.dtype.itemsize)
+
+
+def prompts_at_once(layers: int, d_model: int, length: int, most: int) -> int:
+    """Prompts of a backward pass: as many as keep about 1 GiB for it, at least one and at most `most`.
+
+    A prompt is two sequences of `length` tokens.
+    """
+    kept = 2.0 * length * layers * VALUES * d_model * torch.float32.itemsize
+    return int(min(most, max(1.0, GIB / kept)))
 
 
 def sampled(examples: Examples, prompts: int, length: int, seed: int) -> Examples:

@@ -12,7 +12,14 @@ from torch import Tensor
 from weightgeom.analysis.summaries import by_expectation
 from weightgeom.bases.outline import Shape
 from weightgeom.declarations import MECHANISM, ProbeDeclaration
-from weightgeom.estimators.gradients import Gathering, MeanGradient, Pass, folded, gradient_moments
+from weightgeom.estimators.gradients import (
+    Gathering,
+    MeanGradient,
+    Pass,
+    folded,
+    gradient_moments,
+    prompts_at_once,
+)
 from weightgeom.estimators.moments import GIB, Moment
 from weightgeom.estimators.reference_subspaces import (
     Frame,
@@ -89,7 +96,7 @@ class Moments:
 
     k: int | list[int] | None = None
     prompts: int = Field(default=2048, ge=2)  # of training examples: G has less noise the more there are
-    batch_size: int = Field(default=16, ge=1)  # examples
+    batch_size: int = Field(default=16, ge=1)  # examples, at most: fewer where they keep more than 1 GiB
     positions: Literal["scored", "all"] = "scored"  # those whose next token the objective scores, or all
     centre: bool = False  # the moments
     unit: Literal["token", "prompt"] = "token"  # what a sample is: a token, or a prompt with its responses
@@ -132,7 +139,8 @@ class Moments:
         sums = size * (groups * moments + (groups + 2) * gradients) if objective else 0.0
         if self.budget_gb is not None:
             sums = min(sums, max(self.budget_gb * GIB, sums / shape.layers))
-        return shape.weights + sums + shape.passing(2 * self.batch_size * shape.longest)
+        batch = prompts_at_once(shape.layers, shape.d_model, shape.longest, self.batch_size)
+        return shape.weights + sums + shape.passing(2 * batch * shape.longest)
 
     def summary(self, table: "pd.DataFrame") -> "pd.DataFrame":
         """Expected and measured ratio, and the correlations; the heads of columns name the optimizer."""
@@ -196,7 +204,12 @@ class Moments:
             unit=self.unit,
             dtype=DTYPES[self.precision],
             groups=self.groups if self.resamples else 1,
-            batch_size=self.batch_size,
+            batch_size=prompts_at_once(
+                setting.model.architecture.n_layers,
+                setting.model.architecture.d_model,
+                setting.training.max_length,
+                self.batch_size,
+            ),
             budget_gb=self.budget_gb,
         )
         passes = gradient_moments(
@@ -207,6 +220,7 @@ class Moments:
             for matrix in setting.model.architecture.matrices:
                 if matrix.layer in one_pass.layers:
                     yield from self._of_matrix(matrix, one_pass, spaces[place_of(matrix)], setting)
+            del one_pass  # before the sums of the next one are made
 
     def _of_matrix(
         self, matrix: ResidualMatrix, one_pass: Pass, space: Subspace, setting: Setting

@@ -357,6 +357,7 @@ class RSF:
                 elif matrix.name in one_pass.upstream:
                     moment = one_pass.upstream[matrix.name]
                     moments[matrix.name] = moment if prediction is None else moment.settled()
+            del one_pass, inputs  # before the sums of the next one are made
         return moments
 
     def _prediction(self, setting: Setting, params: Params) -> Frame:
