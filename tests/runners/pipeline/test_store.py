@@ -73,6 +73,15 @@ def flip(path: Path, bit: int) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
+def test_the_lock_of_a_stage_can_be_taken_by_another_user_of_the_group(tmp_path):
+    kept = os.umask(0o002)
+    try:
+        directory = stage(tmp_path, "train", SPEC, write_result)
+    finally:
+        os.umask(kept)
+    assert Path(f"{directory}.lock").stat().st_mode & 0o060 == 0o060  # it is opened for writing
+
+
 def test_no_flipped_bit_of_a_finished_stage_is_believed(tmp_path, monkeypatch, caplog):
     directory = stage(tmp_path, "rsf", SPEC, write_results)
     before, rng = contents(directory), random.Random(0)
