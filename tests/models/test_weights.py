@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -231,6 +232,29 @@ def test_a_single_file_beside_shards_is_refused(directory, params):
         ValueError, match=r"holds the weights twice, in model\.safetensors and in the shards of"
     ):
         open_params(directory, LLAMA)
+
+
+def test_shards_without_an_index_beside_a_single_file_are_named_in_a_warning(directory, params, caplog):
+    save_sharded(params, directory)
+    (directory / "model.safetensors.index.json").unlink()
+    assert set(open_params(directory, LLAMA)) == set(params)
+    assert re.search(r"holds shards such as model-\S+ without an index, which are not read", caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.fp16.safetensors", r", only model\.fp16\.safetensors: if it has .* rename it to model\.safe"),
+        ("consolidated.safetensors", r", only consolidated\.safetensors: if it has the names of transformers'"),
+        ("zero_to_fp32.py", r"only parts of DeepSpeed: join them with python zero_to_fp32\.py"),
+        ("pytorch_model_fsdp_0/__0_0.distcp", r"only parts of FSDP: join them with accelerate merge-weights"),
+    ],
+)
+def test_weights_under_another_name_or_in_parts_are_named(tmp_path, name, message):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=message):
+        open_params(tmp_path, LLAMA)
 
 
 def test_a_pointer_of_git_lfs_is_named(directory):
