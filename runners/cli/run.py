@@ -22,6 +22,7 @@ from runners.errors import CONF, explanation
 from runners.launcher.hydra_launcher import register
 from runners.signals import share_processors
 from runners.tracking.redaction import redacted_text
+from weightgeom.text.files import ADDRESS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -96,6 +97,8 @@ def check_settings_of_hydra() -> None:
     def load_checked(*arguments: Any, **named: Any) -> DictConfig:
         config = load(*arguments, **named)
         plain: Any = OmegaConf.to_container(config, resolve=False)
+        if ADDRESS.match(outputs := str(plain.get("outputs", ""))):  # before Hydra makes it as a directory
+            raise ValueError(f"outputs={outputs} is an address: set outputs= to a directory of this machine")
         check_hydra(plain.get("hydra", {}), "hydra", sorted(trusted_targets()))
         return config
 

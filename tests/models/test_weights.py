@@ -245,7 +245,10 @@ def test_shards_without_an_index_beside_a_single_file_are_named_in_a_warning(dir
     ("name", "message"),
     [
         ("model.fp16.safetensors", r", only model\.fp16\.safetensors: if it has .* rename it to model\.safe"),
-        ("consolidated.safetensors", r", only consolidated\.safetensors: if it has the names of transformers'"),
+        (
+            "consolidated.safetensors",
+            r", only consolidated\.safetensors: if it has the names of transformers'",
+        ),
         ("zero_to_fp32.py", r"only parts of DeepSpeed: join them with python zero_to_fp32\.py"),
         ("pytorch_model_fsdp_0/__0_0.distcp", r"only parts of FSDP: join them with accelerate merge-weights"),
     ],
@@ -320,7 +323,16 @@ def test_a_truncated_file_is_refused(directory, kept):
 
 @pytest.mark.parametrize(
     "text",
-    ["", '{"weight_map": {"a"', "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 10**5],
+    [
+        "",
+        '{"weight_map": {"a"',
+        "{}",
+        "[]",
+        '{"weight_map": {}}',
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 1}}',
+        "[" * 10**5,
+    ],
 )
 def test_a_corrupt_index_is_refused(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)

@@ -325,7 +325,8 @@ def _files(directory: Path) -> dict[str, Path]:
     if not index.is_file():
         raise FileNotFoundError(f"no {single.name} or {index.name} in {directory}{_hint(directory)}")
     weight_map = json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+    shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not shards or not all(isinstance(shard, str) for shard in shards):
         raise ValueError(f"{index} is truncated or corrupt; copy or download it again")
     held: dict[str, frozenset[str]] = {}
     for shard in sorted(set(weight_map.values())):
@@ -379,7 +380,9 @@ def _hint(directory: Path) -> str:
     if inside := nested(directory):
         return f", only in folders of it: give {inside[-1]}"
     if (directory / "zero_to_fp32.py").is_file():
-        return ", only parts of DeepSpeed: join them with python zero_to_fp32.py . . --safe_serialization in it"
+        return (
+            ", only parts of DeepSpeed: join them with python zero_to_fp32.py . . --safe_serialization in it"
+        )
     if parts := sorted(directory.glob("*/*.distcp")):
         return f", only parts of FSDP: join them with accelerate merge-weights {parts[0].parent} {directory}"
     if (directory / "adapter_config.json").is_file():
