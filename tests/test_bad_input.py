@@ -75,6 +75,8 @@ def refuse(
         ("objective.beta=[1]", "objective.beta should be a valid number, got [1]"),
         ("probe.rsf.k=foo", "probe.rsf.k should be a valid integer or a valid list, got 'foo'"),
         ("probe.rsf.at=strt", "probe.rsf.at should be 'auto', 'start', 'step' or 'end', got 'strt'"),
+        ("outputs=null", "outputs must be text that is not empty, got None"),
+        ("objective.beta=inf", "objective.beta must be a finite number, got inf"),
         (
             "outputs=s3://me:hunter2hunter2@bucket/x",
             "outputs=s3://***@bucket/x is an address: set outputs= to a directory of this machine",

@@ -97,7 +97,10 @@ def check_settings_of_hydra() -> None:
     def load_checked(*arguments: Any, **named: Any) -> DictConfig:
         config = load(*arguments, **named)
         plain: Any = OmegaConf.to_container(config, resolve=False)
-        if ADDRESS.match(outputs := str(plain.get("outputs", ""))):  # before Hydra makes it as a directory
+        outputs = plain.get("outputs", "outputs")  # looked at before Hydra makes it as a directory
+        if not isinstance(outputs, str) or not outputs.strip():
+            raise ValueError(f"outputs must be text that is not empty, got {outputs!r}")
+        if ADDRESS.match(outputs):
             raise ValueError(f"outputs={outputs} is an address: set outputs= to a directory of this machine")
         check_hydra(plain.get("hydra", {}), "hydra", sorted(trusted_targets()))
         return config
