@@ -21,6 +21,7 @@ from runners.disk import share_with_group
 from runners.errors import CONF, explanation
 from runners.launcher.hydra_launcher import register
 from runners.signals import share_processors
+from runners.streams import replace_unprintable
 from runners.tracking.redaction import redacted_text
 from weightgeom.text.files import ADDRESS
 
@@ -146,6 +147,7 @@ def main(arguments: "Sequence[str]") -> None:
     named = [_whole_path(EARLIER.sub(r"\1objective.train_on=", argument)) for argument in arguments]
     sys.argv[1:] = sorted(named, key=MULTIRUN.__contains__)  # last: Hydra refuses overrides behind a flag
     share_processors()
+    replace_unprintable()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
     logging.raiseExceptions = VERBOSE  # a full disk is reported once, not again for every log line
     try:

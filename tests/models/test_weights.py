@@ -260,6 +260,14 @@ def test_weights_under_another_name_or_in_parts_are_named(tmp_path, name, messag
         open_params(tmp_path, LLAMA)
 
 
+def test_names_under_an_unknown_prefix_are_refused_as_they_are_in_the_file(directory, params):
+    save_file({f"policy.{name}": weight for name, weight in params.items()}, directory / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r" holds policy\.\S+, and no model\.embed_tokens\.weight: its names"
+    ):
+        open_params(directory, LLAMA)
+
+
 def test_a_pointer_of_git_lfs_is_named(directory):
     (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
     with pytest.raises(

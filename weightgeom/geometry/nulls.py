@@ -188,8 +188,8 @@ def moment_eigen(
     """
     if not float(moment.trace()) > 0:
         raise ValueError(
-            f"the trace of a second moment must be positive, got {float(moment.trace())}: where it is 0"
-            " every vector behind it is zero, as after an embedding or a norm of zeros; check the checkpoint's weights"
+            f"the trace of a second moment must be positive, got {float(moment.trace())}: at 0 every vector"
+            " behind it is zero, as after an embedding or a norm of zeros; check the checkpoint's weights"
         )
     values, vectors = torch.linalg.eigh(moment.double())
     return values.clamp(min=0), vectors

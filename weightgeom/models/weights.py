@@ -224,7 +224,8 @@ def names_in_memory(stored: Collection[str], architecture: Architecture, where: 
     base model's prefix where all of them leave it out. Masks and other buffers are left out.
 
     Raises:
-        ValueError: if two stored names are the same parameter, or factors of an adapter are among them.
+        ValueError: if two stored names are the same parameter, factors of an adapter are among them, or none
+            is that of the embedding.
     """
     plain = {key: WRAPPERS.sub("", key) for key in stored}
     if factors := [key for key, name in plain.items() if ".lora_" in name]:
@@ -252,6 +253,11 @@ def names_in_memory(stored: Collection[str], architecture: Architecture, where: 
         names[key] = name
         if (other := keys.setdefault(names[key], key)) != key:
             raise ValueError(f"{where} holds {names[key]} twice, as {other} and as {key}: remove one of them")
+    if bare and names and architecture.embed not in keys:
+        raise ValueError(
+            f"{where} holds {next(iter(names))}, and no {architecture.embed}: its names are not those of a"
+            f" {architecture.model_type} network; load the weights into one, and save it with save_pretrained"
+        )
     return names
 
 
@@ -325,8 +331,9 @@ def _files(directory: Path) -> dict[str, Path]:
     if not index.is_file():
         raise FileNotFoundError(f"no {single.name} or {index.name} in {directory}{_hint(directory)}")
     weight_map = json_object(index).get("weight_map")
-    shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not shards or not all(isinstance(shard, str) for shard in shards):
+    if not (isinstance(weight_map, dict) and weight_map) or not all(
+        isinstance(shard, str) for shard in weight_map.values()
+    ):
         raise ValueError(f"{index} is truncated or corrupt; copy or download it again")
     held: dict[str, frozenset[str]] = {}
     for shard in sorted(set(weight_map.values())):
