@@ -75,6 +75,12 @@ def refuse(
         ("objective.beta=[1]", "objective.beta should be a valid number, got [1]"),
         ("probe.rsf.k=foo", "probe.rsf.k should be a valid integer or a valid list, got 'foo'"),
         ("probe.rsf.at=strt", "probe.rsf.at should be 'auto', 'start', 'step' or 'end', got 'strt'"),
+        ("outputs=null", "outputs must be text that is not empty, got None"),
+        ("objective.beta=inf", "objective.beta must be a finite number, got inf"),
+        (
+            "outputs=s3://me:hunter2hunter2@bucket/x",
+            "outputs=s3://***@bucket/x is an address: set outputs= to a directory of this machine",
+        ),
         ("training.steps=0", "training.steps should be greater than or equal to 1, got 0"),
         ("objective.beta=-1", "objective.beta should be greater than 0, got -1"),
         ("probe.rsf.k=1000", "probe.rsf.k must be 1 to 128, the width of the residual stream, got 1000"),

@@ -28,6 +28,7 @@ from weightgeom.models.loading import (
     check_vocabulary,
     load_tokenizer,
     unloaded,
+    warn_of_other_settings,
     warn_of_other_vocabulary,
 )
 from weightgeom.models.weights import check_finite, difference
@@ -107,6 +108,7 @@ def measure(
     if end.directory is not None and end.is_adapter and isinstance(before, (str, Path)):
         warn_of_other_base(end.directory, str(before))
     if start.directory is not None and end.directory is not None:
+        warn_of_other_settings(start.directory, end.directory)
         warn_of_other_vocabulary(start.directory, end.directory)
     check_apart(base, moved)
     check_finite(moved, model.architecture, str(end.directory or end.label))

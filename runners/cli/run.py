@@ -21,7 +21,9 @@ from runners.disk import share_with_group
 from runners.errors import CONF, explanation
 from runners.launcher.hydra_launcher import register
 from runners.signals import share_processors
+from runners.streams import replace_unprintable
 from runners.tracking.redaction import redacted_text
+from weightgeom.text.files import ADDRESS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -96,6 +98,11 @@ def check_settings_of_hydra() -> None:
     def load_checked(*arguments: Any, **named: Any) -> DictConfig:
         config = load(*arguments, **named)
         plain: Any = OmegaConf.to_container(config, resolve=False)
+        outputs = plain.get("outputs", "outputs")  # looked at before Hydra makes it as a directory
+        if not isinstance(outputs, str) or not outputs.strip():
+            raise ValueError(f"outputs must be text that is not empty, got {outputs!r}")
+        if ADDRESS.match(outputs):
+            raise ValueError(f"outputs={outputs} is an address: set outputs= to a directory of this machine")
         check_hydra(plain.get("hydra", {}), "hydra", sorted(trusted_targets()))
         return config
 
@@ -140,6 +147,7 @@ def main(arguments: "Sequence[str]") -> None:
     named = [_whole_path(EARLIER.sub(r"\1objective.train_on=", argument)) for argument in arguments]
     sys.argv[1:] = sorted(named, key=MULTIRUN.__contains__)  # last: Hydra refuses overrides behind a flag
     share_processors()
+    replace_unprintable()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
     logging.raiseExceptions = VERBOSE  # a full disk is reported once, not again for every log line
     try:

@@ -9,6 +9,7 @@ from typing import Any
 from runners.errors import explanation
 from runners.launcher.commands import cancel, log_to_stdout, resubmit, status, watch
 from runners.launcher.manifest import Sweep
+from runners.streams import replace_unprintable
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     chosen, more = parser.parse_known_args(arguments)
     if more and chosen.command != "resubmit":
         parser.error(f"unrecognized arguments: {' '.join(more)}")
+    replace_unprintable()
     log_to_stdout()
     try:
         sweep = Sweep.find(chosen.sweep)

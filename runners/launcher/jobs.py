@@ -25,6 +25,7 @@ from runners.launcher.ownership import held
 from runners.launcher.queue import undisturbed
 from runners.launcher.warm import learn
 from runners.signals import Interruption, process_start, share_processors, status_after
+from runners.streams import replace_unprintable
 from runners.tracking.record import Record
 from runners.tracking.redaction import one_line, redacted_text
 from weightgeom.interruption import Interrupted
@@ -291,6 +292,7 @@ def exit_code(job: Job, modules: Path | None = None) -> int:
 
     The libraries that the job has imported are listed in `modules`.
     """
+    replace_unprintable()
     try:
         job()
         return 0

@@ -42,9 +42,9 @@ def _check_json(value: object, where: str) -> None:
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             _check_json(item, f"{where}[{index}]")
-    elif not (value is None or isinstance(value, str | int | float)) or (
-        isinstance(value, float) and not math.isfinite(value)
-    ):
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where.removeprefix('spec.')} must be a finite number, got {value}")
+    elif not (value is None or isinstance(value, str | int | float)):
         raise ValueError(
             f"{where} is {redacted_text(repr(value))} ({type(value).__name__}), "
             "which JSON cannot hold; use text, finite numbers, booleans, lists and mappings"

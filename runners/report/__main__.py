@@ -11,6 +11,7 @@ from pathlib import Path
 
 from runners.report.make import make
 from runners.report.read import _store
+from runners.streams import replace_unprintable
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str]) -> int:
         "--tracking-uri", help="default: MLFLOW_TRACKING_URI, else sqlite in OUTPUTS/mlflow.db"
     )
     chosen = parser.parse_args(arguments)
+    replace_unprintable()
     try:
         page = make(chosen.names, _store(chosen.tracking_uri, chosen.outputs), chosen.outputs)
     except (KeyError, ValueError, OSError) as error:

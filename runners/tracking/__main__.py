@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from runners.streams import replace_unprintable
 from runners.tracking.sync import sync
 
 
@@ -16,6 +17,7 @@ def main(arguments: Sequence[str]) -> int:
     command.add_argument("outputs", type=Path, nargs="?", default=Path("outputs"), help="default: outputs")
     command.add_argument("--tracking-uri", help="replaces the tracking URI of every run")
     chosen = parser.parse_args(arguments)
+    replace_unprintable()
     try:
         outcomes = sync(chosen.outputs, chosen.tracking_uri)
     except (ValueError, FileNotFoundError) as error:

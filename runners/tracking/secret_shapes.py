@@ -21,6 +21,11 @@ _USER = re.compile(r"[^\s\"'<>`/]*+")
 _PASSWORD = re.compile(r"[^\s\"'<>`/:@]*+:(?!\d+[/?#])[^\s\"'<>`]*+")
 _ANY_PASSWORD = re.compile(_PASSWORD.pattern.replace(r"(?!\d+[/?#])", ""))
 _OF_PAGES = ("http", "https", "ftp", "sftp", "file", "s3", "gs", "hdfs", "ssh", "git")
+# A URI as a path, which has one slash behind the scheme: /home/me/https:/user:password@host.
+_OF_PATH = re.compile(
+    r"((?<![\w+.\-])[A-Za-z][\w+.\-]{1,20}:/)(?!/)"
+    r"(?:[^\s\"'<>`/:@]{1,300}+@|[^\s\"'<>`/:@]{0,300}+:[^\s\"'<>`]{1,300}@)"
+)
 _HOST = re.compile(r"[\w\-]+[.:/]|localhost|$")
 
 _QUOTE = r"\\{0,7}[\"']"  # in JSON within JSON, quotes are escaped
@@ -112,6 +117,7 @@ _RULES = [
     ((" -p", " -P", " -a", " -w"), _PROGRAM, rf"\1{MASK}"),
     (("passw",), _NETRC, rf"\1{MASK}"),
     ((":",), _PGPASS, rf"\1{MASK}"),
+    ((":/",), _OF_PATH, rf"\1{MASK}@"),
     (("@",), _AT_HOST, rf"\1{MASK}@"),
     (("hooks.slack.com/", "/webhook", "telegram"), _HOOK, rf"\1{MASK}"),
     (("PWD",), _ODBC, rf"\1{MASK}"),

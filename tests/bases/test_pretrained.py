@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 import re
@@ -113,6 +114,21 @@ def test_the_identity_is_of_the_contents_whatever_size_and_time_say(tmp_path):
     (tmp_path / "copy" / "README.md").write_text("about it")
     (tmp_path / "copy" / "training_args.bin").write_bytes(b"x")
     assert identity(tmp_path / "copy") == before
+
+
+def test_shards_in_a_folder_are_in_the_identity(tmp_path):
+    directory = checkpoint(tmp_path / "base")
+    (directory / "shards").mkdir()
+    shard = (directory / "model.safetensors").rename(directory / "shards" / "model.safetensors")
+    names = dict.fromkeys(load_file(shard), "shards/model.safetensors")
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    before, content = identity(directory), bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert identity(directory) != before
+    index.write_text(json.dumps({"weight_map": {"a": "/etc/passwd", "b": "../model.safetensors"}}))
+    identity(directory)  # files outside are refused where the weights are read
 
 
 def test_two_checkpoints_are_a_trajectory_of_one_step(tmp_path):

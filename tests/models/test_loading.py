@@ -131,6 +131,19 @@ def test_a_pair_with_two_vocabularies_is_named_in_a_warning(
     )
 
 
+def test_a_pair_whose_networks_compute_differently_is_named_in_a_warning(
+    directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    after = llamas.saved(llamas.llama(1), tmp_path / "after")
+    config = json.loads((after / "config.json").read_text())
+    epsilon = config["rms_norm_eps"]
+    for value in (epsilon * (1 + 1e-7), 0.5):  # the first is the same in another file format
+        assert not caplog.text
+        (after / "config.json").write_text(json.dumps(config | {"rms_norm_eps": value}))
+        TwoCheckpoints(str(directory), str(after)).check(None)
+    assert f"differ (rms_norm_eps is {epsilon} and 0.5)" in caplog.text
+
+
 def test_a_state_dict_of_a_training_is_refused_with_the_way_to_convert_it(directory: Path, tmp_path: Path):
     path = tmp_path / "model.pt"
     torch.save(llamas.llama(1).state_dict(), path)

@@ -1,6 +1,7 @@
+import json
 import logging
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,49 @@ def test_pickled_weights_are_converted_to_what_loads(tmp_path, shards):
         assert_close(params[name], weight, rtol=0, atol=0)
     assert_close(params["lm_head.weight"], weights["model.embed_tokens.weight"])
     assert not [name for name in params if "inv_freq" in name] and not is_pickled(target)
+
+
+def indexed(source: Path, weights: Collection[str], shard: str) -> None:
+    """Write an index that has all weights in one shard."""
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, shard)}
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def test_a_pickle_of_an_older_save_is_refused_or_passed_over(tmp_path):
+    source, weights = pickled(tmp_path / "source")
+    shard = "pytorch_model-00001-of-00001.bin"
+    torch.save({name: weight + 1 for name, weight in weights.items()}, source / shard)
+    (target := tmp_path / "target").mkdir()
+    with pytest.raises(
+        ValueError, match=r"twice, in pytorch_model\.bin and in another of its 2 pickled files"
+    ):
+        convert(source, target)
+    indexed(source, weights, shard)
+    with pytest.raises(ValueError, match=r"holds the weights twice, in pytorch_model\.bin and in the shards"):
+        convert(source, target)
+    (source / "pytorch_model.bin").rename(source / "pytorch_model-00002-of-00002.bin")
+    convert(source, target)
+    for name, weight in load_file(target / "model-00001-of-00001.safetensors").items():
+        assert_close(weight, weights[name] + 1, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shard", "error", "message"),
+    [
+        (
+            "pytorch_model-00002-of-00002.bin",
+            FileNotFoundError,
+            "names pytorch_model-00002-of-00002.bin, which",
+        ),
+        ("../pytorch_model.bin", FileNotFoundError, r"names \.\./pytorch_model\.bin, which is missing"),
+        ("/etc/passwd", ValueError, "is truncated or corrupt"),
+    ],
+)
+def test_an_index_of_pickles_that_are_not_there_is_refused(tmp_path, shard, error, message):
+    source, weights = pickled(tmp_path / "source", shards=3)
+    indexed(source, weights, shard)
+    with pytest.raises(error, match=message):
+        convert(source, tmp_path)
 
 
 def test_only_on_request_and_once(tmp_path, caplog):

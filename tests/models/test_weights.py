@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -233,6 +234,40 @@ def test_a_single_file_beside_shards_is_refused(directory, params):
         open_params(directory, LLAMA)
 
 
+def test_shards_without_an_index_beside_a_single_file_are_named_in_a_warning(directory, params, caplog):
+    save_sharded(params, directory)
+    (directory / "model.safetensors.index.json").unlink()
+    assert set(open_params(directory, LLAMA)) == set(params)
+    assert re.search(r"holds shards such as model-\S+ without an index, which are not read", caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.fp16.safetensors", r", only model\.fp16\.safetensors: if it has .* rename it to model\.safe"),
+        (
+            "consolidated.safetensors",
+            r", only consolidated\.safetensors: if it has the names of transformers'",
+        ),
+        ("zero_to_fp32.py", r"only parts of DeepSpeed: join them with python zero_to_fp32\.py"),
+        ("pytorch_model_fsdp_0/__0_0.distcp", r"only parts of FSDP: join them with accelerate merge-weights"),
+    ],
+)
+def test_weights_under_another_name_or_in_parts_are_named(tmp_path, name, message):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=message):
+        open_params(tmp_path, LLAMA)
+
+
+def test_names_under_an_unknown_prefix_are_refused_as_they_are_in_the_file(directory, params):
+    save_file({f"policy.{name}": weight for name, weight in params.items()}, directory / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r" holds policy\.\S+, and no model\.embed_tokens\.weight: its names"
+    ):
+        open_params(directory, LLAMA)
+
+
 def test_a_pointer_of_git_lfs_is_named(directory):
     (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
     with pytest.raises(
@@ -296,7 +331,16 @@ def test_a_truncated_file_is_refused(directory, kept):
 
 @pytest.mark.parametrize(
     "text",
-    ["", '{"weight_map": {"a"', "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 10**5],
+    [
+        "",
+        '{"weight_map": {"a"',
+        "{}",
+        "[]",
+        '{"weight_map": {}}',
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 1}}',
+        "[" * 10**5,
+    ],
 )
 def test_a_corrupt_index_is_refused(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)

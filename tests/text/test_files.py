@@ -70,6 +70,13 @@ def test_paths_takes_names_globs_and_lists_and_gives_no_file_twice(folder, monke
     assert [path.name for path in paths("b[1].txt")] == ["b[1].txt"]
 
 
+def test_an_address_is_no_file(folder):
+    with pytest.raises(
+        ValueError, match=r"^https://h/a\.txt is an address, and only files are read: download"
+    ):
+        paths(["a.txt", "https://h/a.txt"])
+
+
 def test_a_missing_file_is_named_with_the_nearest_one(folder):
     with pytest.raises(FileNotFoundError, match=r"no file records\.json in .*; did you mean rec"):
         paths("records.json")

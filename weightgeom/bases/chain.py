@@ -30,6 +30,7 @@ from weightgeom.models.loading import (
     check_tokenizer,
     load_architecture,
     load_context,
+    warn_of_other_settings,
     warn_of_other_vocabulary,
 )
 from weightgeom.models.merging import merge
@@ -248,6 +249,7 @@ class Chain:
                 same = same_vocabulary(directories[before], directories[after], architecture)
             except ValueError as error:
                 raise ValueError(f"{self._named(after)} compared with stage {before}: {error}") from error
+            warn_of_other_settings(directories[before], directories[after])
             warn_of_other_vocabulary(directories[before], directories[after])
             if after == self.tokenizer and not same:
                 raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any
 from weightgeom.models.gguf_files import is_gguf
 from weightgeom.models.language_model import trust
 from weightgeom.models.pickled import PICKLES, is_pickled
-from weightgeom.models.weights import as_checkpoint
+from weightgeom.models.weights import as_checkpoint, shards_in_folders
 from weightgeom.text.files import first_line, sha256
 
 log = logging.getLogger(__name__)
@@ -147,6 +147,7 @@ def identity(directory: Path) -> str:
     files = [path for path in directory.iterdir() if path.is_file() and not path.name.startswith(".")]
     kept = [path for path in files if path.suffix not in UNREAD or fnmatch(path.name, weights)]
     kept += directory.glob("additional_chat_templates/*.jinja")
+    kept += shards_in_folders(directory)
     with ThreadPoolExecutor(4) as pool:  # hashing leaves Python's lock
         digests = zip(
             (str(path.relative_to(directory)) for path in kept), pool.map(sha256, kept), strict=True

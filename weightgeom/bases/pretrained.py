@@ -27,6 +27,7 @@ from weightgeom.models.loading import (
     load_config,
     load_context,
     load_tokenizer,
+    warn_of_other_settings,
     warn_of_other_vocabulary,
 )
 from weightgeom.models.pickled import convert, is_pickled
@@ -242,6 +243,7 @@ class TwoCheckpoints:
         same = same_vocabulary(before, after, architecture)
         if is_adapter(after):
             warn_of_other_base(after, self.before)
+        warn_of_other_settings(before, after)
         warn_of_other_vocabulary(before, after)
         if self.tokenizer == "after" and not same:
             raise ValueError(

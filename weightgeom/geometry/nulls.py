@@ -187,7 +187,10 @@ def moment_eigen(
         ValueError: if the moment's trace is not positive.
     """
     if not float(moment.trace()) > 0:
-        raise ValueError(f"the trace of a second moment must be positive, got {float(moment.trace())}")
+        raise ValueError(
+            f"the trace of a second moment must be positive, got {float(moment.trace())}: at 0 every vector"
+            " behind it is zero, as after an embedding or a norm of zeros; check the checkpoint's weights"
+        )
     values, vectors = torch.linalg.eigh(moment.double())
     return values.clamp(min=0), vectors
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Mapping
 from filecmp import cmp
 from functools import cache
+from math import isclose
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,20 @@ log = logging.getLogger(__name__)
 LAYERS, EXPERTS, POSITIONS = 4096, 2**18, 2**17  # more than any model has, and few enough to list
 OF_TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+# The settings of a network by which the same weights compute something else.
+COMPUTING = (
+    *(
+        "model_type",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "layer_types",
+        "sliding_window",
+    ),
+    *("hidden_act", "hidden_activation", "activation_function", "rms_norm_eps", "layer_norm_eps"),
+    *("layer_norm_epsilon", "rope_parameters", "use_parallel_residual", "num_experts_per_tok"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+)
 OTHER_MODALITY = re.compile("image|audio|video|vision", re.IGNORECASE)
 
 
@@ -148,6 +163,35 @@ def _note_other_vocabulary(before: str, after: str, different: int, shared: int)
         "%d of %d token numbers mean other tokens in %s than in %s: the two have different vocabularies, so"
         " text in the tokens of the one means nothing to the other",
         *(different, shared, after, before),
+    )
+
+
+def warn_of_other_settings(before: Path, after: Path) -> None:
+    """Say so in the log if the networks of two checkpoints compute differently with the same weights."""
+    if not all((directory / "config.json").is_file() for directory in (before, after)):
+        return  # an adapter has that of its base
+    first, second = (load_config(directory).to_dict() for directory in (before, after))
+    different = [name for name in COMPUTING if not _same(first.get(name), second.get(name))]
+    if different:
+        texts = (f"{name} is {first.get(name)} and {second.get(name)}" for name in different)
+        _note_other_settings(str(before), str(after), ", ".join(texts))
+
+
+def _same(first: object, second: object) -> bool:
+    """Whether two settings are equal; numbers up to the rounding of another file format."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_same(first[name], second[name]) for name in first)
+    if isinstance(first, int | float) and isinstance(second, int | float):
+        return isclose(first, second, rel_tol=1e-5)
+    return first == second
+
+
+@cache  # once for each pair
+def _note_other_settings(before: str, after: str, different: str) -> None:
+    log.warning(
+        "the configs of %s and %s differ (%s): the same weights mean other computations in the two, and the"
+        " update is read by the first config; check that the second was trained from the first",
+        *(before, after, different),
     )
 
 

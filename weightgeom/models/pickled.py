@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from weightgeom.models.json_files import is_lfs_pointer
+from weightgeom.models.json_files import is_lfs_pointer, json_object
 from weightgeom.models.weights import BUFFER
 from weightgeom.text.files import first_line
 
 log = logging.getLogger(__name__)
 PICKLES = "[ap][dy]*_model*.bin"  # pytorch_model.bin, its shards, and adapter_model.bin
+SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 OTHER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # the files of a checkpoint that hold no weights
 
 
@@ -31,13 +32,19 @@ def convert(source: Path, target: Path) -> None:
     code of the file runs.
 
     Raises:
-        ValueError: if a file is truncated, corrupt, or holds more than tensors.
+        FileNotFoundError: if a shard is missing.
+        ValueError: if a file is truncated, corrupt, or holds more than tensors, or if a tensor is in two.
     """
     files: dict[str, str] = {}
-    pickles = sorted(source.glob(PICKLES))
+    pickles = _files(source)
     for path in pickles:
         name = path.with_suffix(".safetensors").name.replace("pytorch_model", "model", 1)
         tensors = {key: tensor for key, tensor in _unpickled(path).items() if not BUFFER.search(key)}
+        if twice := next(filter(files.__contains__, tensors), None):
+            raise ValueError(
+                f"{source} holds {twice} twice, in {path.name} and in another of its {len(pickles)} pickled"
+                " files: remove those of the older save"
+            )
         apart = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
         save_file(apart, target / name)  # even where two names share their memory
         files |= dict.fromkeys(tensors, name)
@@ -48,6 +55,26 @@ def convert(source: Path, target: Path) -> None:
     for path in chain.from_iterable(map(source.glob, OTHER_FILES)):
         if not path.name.startswith("pytorch_model"):
             shutil.copyfile(path, target / path.name)
+
+
+def _files(source: Path) -> list[Path]:
+    """The pickled files of a checkpoint: of shards with an index those that it names."""
+    pickles, index = sorted(source.glob(PICKLES)), source / INDEX
+    if not index.is_file():
+        return pickles
+    if (source / SINGLE) in pickles:
+        raise ValueError(
+            f"{source} holds the weights twice, in {SINGLE} and in the shards of {INDEX}: remove the older of"
+            " the two"
+        )
+    weight_map = json_object(index).get("weight_map")
+    shards = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    if not shards or not all(isinstance(shard, str) and Path(shard).match(PICKLES) for shard in shards):
+        raise ValueError(f"{index} is truncated or corrupt; copy or download it again")
+    there = {path.name: path for path in pickles}
+    if missing := sorted(shards - there.keys()):
+        raise FileNotFoundError(f"{index} names {missing[0]}, which is missing from {source}")
+    return [there[shard] for shard in sorted(shards)]
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:

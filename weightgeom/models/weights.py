@@ -1,8 +1,10 @@
 """Weights on disk: checkpoints and the difference of two, read tensor by tensor."""
 
+import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from jaxtyping import Float
@@ -17,6 +19,7 @@ from weightgeom.models.quantisation import Codes, check_not_quantised, codes_amo
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
 
+log = logging.getLogger(__name__)
 # Old checkpoints of GPT-2, GPT-NeoX and Llama also store causal masks and rotary frequencies, and those of
 # Apertus the constants of its activation.
 BUFFER = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$|\.act_fn\.(beta|eps)$")
@@ -24,6 +27,7 @@ BUFFER = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_
 INSIDE = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
 WRAPPERS = re.compile(rf"^(?:(?:module|_forward_module|base_model\.model|{INSIDE})\.)+|(?<=\.)(?:{INSIDE})\.")
 TEXT_MODEL = re.compile(r"(?:model\.)?language_model\.")  # of a model that also sees or hears
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = re.compile(r"(?:pytorch_model|adapter_model).*\.bin")
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
 ROWS = 4096  # that are looked at together
@@ -220,7 +224,8 @@ def names_in_memory(stored: Collection[str], architecture: Architecture, where: 
     base model's prefix where all of them leave it out. Masks and other buffers are left out.
 
     Raises:
-        ValueError: if two stored names are the same parameter, or factors of an adapter are among them.
+        ValueError: if two stored names are the same parameter, factors of an adapter are among them, or none
+            is that of the embedding.
     """
     plain = {key: WRAPPERS.sub("", key) for key in stored}
     if factors := [key for key, name in plain.items() if ".lora_" in name]:
@@ -248,6 +253,11 @@ def names_in_memory(stored: Collection[str], architecture: Architecture, where: 
         names[key] = name
         if (other := keys.setdefault(names[key], key)) != key:
             raise ValueError(f"{where} holds {names[key]} twice, as {other} and as {key}: remove one of them")
+    if bare and names and architecture.embed not in keys:
+        raise ValueError(
+            f"{where} holds {next(iter(names))}, and no {architecture.embed}: its names are not those of a"
+            f" {architecture.model_type} network; load the weights into one, and save it with save_pretrained"
+        )
     return names
 
 
@@ -308,18 +318,22 @@ def _files(directory: Path) -> dict[str, Path]:
     """The file of every stored tensor."""
     if not directory.is_dir():
         raise FileNotFoundError(f"no checkpoint directory {directory}")
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single, index = directory / SINGLE, directory / INDEX
     if single.is_file() and index.is_file():
         raise ValueError(
             f"{directory} holds the weights twice, in {single.name} and in the shards of {index.name}: remove"
             " the older of the two"
         )
     if single.is_file():
+        if shards := sorted(directory.glob("model-*-of-*.safetensors")):
+            _note_unread(str(directory), shards[0].name)
         return dict.fromkeys(opened(single).keys(), single)
     if not index.is_file():
         raise FileNotFoundError(f"no {single.name} or {index.name} in {directory}{_hint(directory)}")
     weight_map = json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+    if not (isinstance(weight_map, dict) and weight_map) or not all(
+        isinstance(shard, str) for shard in weight_map.values()
+    ):
         raise ValueError(f"{index} is truncated or corrupt; copy or download it again")
     held: dict[str, frozenset[str]] = {}
     for shard in sorted(set(weight_map.values())):
@@ -340,17 +354,48 @@ def _files(directory: Path) -> dict[str, Path]:
     return files | {key: directory / shard for key, shard in weight_map.items() if key in files}
 
 
+@cache  # once for each checkpoint
+def _note_unread(directory: str, shard: str) -> None:
+    log.warning(
+        "%s holds shards such as %s without an index, which are not read: the weights are those in %s; remove"
+        " the older of the two",
+        *(directory, shard, SINGLE),
+    )
+
+
+def shards_in_folders(directory: Path) -> list[Path]:
+    """The shards of a checkpoint that its index names in folders of its directory."""
+    index = directory / INDEX
+    weight_map = json_object(index).get("weight_map") if index.is_file() else None
+    named = weight_map.values() if isinstance(weight_map, dict) else ()
+    shards = {Path(shard) for shard in named if isinstance(shard, str)}
+    inside = (
+        shard
+        for shard in shards
+        if len(shard.parts) > 1 and not shard.is_absolute() and ".." not in shard.parts
+    )
+    return sorted(directory / shard for shard in inside if (directory / shard).is_file())
+
+
 def _hint(directory: Path) -> str:
     """The weights that there are instead."""
-    link = directory / "model.safetensors"
+    link = directory / SINGLE
     if link.is_symlink():
         return f": {link.name} is a link to {link.readlink()}, which is missing; download it again"
     if any(directory.glob("model-*.safetensors")):
         return ", only shards: copy or download the index as well"
     if inside := nested(directory):
         return f", only in folders of it: give {inside[-1]}"
+    if (directory / "zero_to_fp32.py").is_file():
+        return (
+            ", only parts of DeepSpeed: join them with python zero_to_fp32.py . . --safe_serialization in it"
+        )
+    if parts := sorted(directory.glob("*/*.distcp")):
+        return f", only parts of FSDP: join them with accelerate merge-weights {parts[0].parent} {directory}"
     if (directory / "adapter_config.json").is_file():
         return f", only an adapter: compare it with its base by model=pair model.after={directory}"
+    if whole := sorted(path.name for path in directory.glob("*.safetensors") if path.name != SPACINGS):
+        return f", only {whole[0]}: if it has the names of transformers' parameters, rename it to {SINGLE}"
     names = sorted(path.name for path in directory.iterdir() if path.suffix in OTHER_FORMATS)
     if pickled := [name for name in names if PICKLED.fullmatch(name)]:
         wanted = "safetensors is required, so save it again, or add ++model.allow_bin=true"

@@ -42,6 +42,7 @@ SIGNATURES = {  # the first bytes of files that hold no text, and the kinds of f
     b"\x89HDF": "an HDF5 file",
     b"\x93NUMPY": "a NumPy array",
 }
+ADDRESS = re.compile(r"[A-Za-z][\w+.\-]+://")
 COLUMNS = {"text", "prompt", "chosen", "rejected", "completion", "label", "messages", "question", "answer"}
 EXPANSION, ALLOWANCE = 200, 2**28  # a compressed file may expand to 200 times its size, or to 256 MiB
 
@@ -62,6 +63,8 @@ def paths(spec: str | list[str]) -> list[Path]:
     """The files that match a name, a glob or a list of either; globs sorted, every file once."""
     files: dict[Path, Path] = {}  # by resolved path, so that "a.txt" and "*.txt" give one entry
     for name in filter(None, [spec] if isinstance(spec, str) else spec):
+        if ADDRESS.match(name) and not os.path.exists(name):
+            raise ValueError(f"{name} is an address, and only files are read: download it and name the file")
         path = Path(os.path.expanduser(name))
         matches = [path]
         if not path.exists() and any(character in name for character in "*?["):

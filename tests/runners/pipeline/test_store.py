@@ -73,6 +73,15 @@ def flip(path: Path, bit: int) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
+def test_the_lock_of_a_stage_can_be_taken_by_another_user_of_the_group(tmp_path):
+    kept = os.umask(0o002)
+    try:
+        directory = stage(tmp_path, "train", SPEC, write_result)
+    finally:
+        os.umask(kept)
+    assert Path(f"{directory}.lock").stat().st_mode & 0o060 == 0o060  # it is opened for writing
+
+
 def test_no_flipped_bit_of_a_finished_stage_is_believed(tmp_path, monkeypatch, caplog):
     directory = stage(tmp_path, "rsf", SPEC, write_results)
     before, rng = contents(directory), random.Random(0)
@@ -174,9 +183,9 @@ def test_signature_changes_with_any_value():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (float("nan"), r"spec\.x\.y\[0\] is nan \(float\)"),
-        (float("inf"), "which JSON cannot hold"),
-        (Path("a"), "PosixPath"),
+        (float("nan"), r"^x\.y\[0\] must be a finite number, got nan"),
+        (float("-inf"), r"^x\.y\[0\] must be a finite number, got -inf"),
+        (Path("a"), r"spec\.x\.y\[0\] is .*PosixPath.*which JSON cannot hold"),
         ({1: 2}, r"has the key 1; JSON keys are text"),
     ],
 )
