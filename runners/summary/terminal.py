@@ -16,6 +16,7 @@ from runners.tracking.publisher import Published
 from weightgeom.analysis.chain import SINGLE, STAGES
 from weightgeom.analysis.comparisons import compared_with_principal, measured_effect
 from weightgeom.analysis.declared import declared, plain_name
+from weightgeom.analysis.referee import REFEREE, counted
 from weightgeom.analysis.summaries import by_head, by_matrix, by_quantity, by_stage, by_treatment, unmoved
 from weightgeom.declarations import InterventionDeclaration, ProbeDeclaration
 from weightgeom.interfaces import Intervention, Probe, Summarised
@@ -88,6 +89,8 @@ def print_summary(
     claims = claims_shown(tables)
     if claims is not None:
         shown.append(("Claims of arXiv:2603.13911v1", claims))
+    if REFEREE in tables:
+        shown.append((f"Published claims: {counted(tables[REFEREE])}", judged_shown(tables[REFEREE])))
     for title, short in shown:
         if len(short):
             for table in fitting(short, title, console):
@@ -185,6 +188,37 @@ def effects_shown(
     said = declaration.section or name.replace("_", " ").capitalize()
     title = f"{said} ({name}): {effect} ({unit}) against the median of {' or '.join(kinds)} controls"
     return title, by_treatment(table, effect, declaration.controls)
+
+
+def judged_shown(verdicts: "pd.DataFrame") -> "pd.DataFrame":
+    """The verdicts of the referee, with the published number, ours, and that of the null."""
+    import pandas as pd
+
+    several = verdicts["update"].nunique() > 1
+    rows = [
+        {
+            "paper": row["paper"],
+            "statement": row["statement"],
+            **({"update": row["update"]} if several else {}),
+            "published": row["published"] or "-",
+            "ours": _measured(row, "ours"),
+            "null": _measured(row, "null"),
+            "verdict": row["verdict"],
+            "reason": row["detail"],
+        }
+        for _, row in verdicts.iterrows()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _measured(row: "pd.Series", name: str) -> str:
+    """Such as `0.72`, `0.3 ± 0.01` of a null with two of its standard deviations, or `12 degree`."""
+    import pandas as pd
+
+    if pd.isna(row[name]):
+        return "-"
+    sd = "" if name != "null" or pd.isna(row["null_sd"]) else f" ± {2 * row['null_sd']:.2g}"
+    return f"{row[name]:.3g}{sd}{'' if row['unit'] == '1' else ' ' + row['unit']}"
 
 
 def claims_shown(tables: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame | None":
