@@ -16,7 +16,7 @@ from runners.tracking.publisher import Published
 from weightgeom.analysis.chain import SINGLE, STAGES
 from weightgeom.analysis.comparisons import compared_with_principal, measured_effect
 from weightgeom.analysis.declared import declared, plain_name
-from weightgeom.analysis.referee import REFEREE, counted
+from weightgeom.analysis.referee import REFEREE, counted, measured
 from weightgeom.analysis.summaries import by_head, by_matrix, by_quantity, by_stage, by_treatment, unmoved
 from weightgeom.declarations import InterventionDeclaration, ProbeDeclaration
 from weightgeom.interfaces import Intervention, Probe, Summarised
@@ -201,24 +201,14 @@ def judged_shown(verdicts: "pd.DataFrame") -> "pd.DataFrame":
             "statement": row["statement"],
             **({"update": row["update"]} if several else {}),
             "published": row["published"] or "-",
-            "ours": _measured(row, "ours"),
-            "null": _measured(row, "null"),
+            "ours": measured(row, "ours"),
+            "null": measured(row, "null"),
             "verdict": row["verdict"],
             "reason": row["detail"],
         }
         for _, row in verdicts.iterrows()
     ]
     return pd.DataFrame(rows)
-
-
-def _measured(row: "pd.Series", name: str) -> str:
-    """Such as `0.72`, `0.3 ± 0.01` of a null with two of its standard deviations, or `12 degree`."""
-    import pandas as pd
-
-    if pd.isna(row[name]):
-        return "-"
-    sd = "" if name != "null" or pd.isna(row["null_sd"]) else f" ± {2 * row['null_sd']:.2g}"
-    return f"{row[name]:.3g}{sd}{'' if row['unit'] == '1' else ' ' + row['unit']}"
 
 
 def claims_shown(tables: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame | None":

@@ -39,6 +39,12 @@ BEYOND_THE_NULL = (
     f" {SDS} of its standard deviations; contradicted if it is as far on the other side; explained by its"
     " null otherwise"
 )
+RULES = (  # of the referee as a whole
+    "A verdict is about one update: its numbers are means over matrices, and the spread is that of the null,"
+    " not of trainings. The rules are ours and were fixed before any data. Explained by its null: the"
+    " published statement holds, but an update without the structure that it is taken for would show as much."
+    " Not testable here: the update is of another kind of training, or the rows are missing."
+)
 Side = Literal["above", "below"]
 MEMBERS = ("paper", "statement", "published", "about", "needs", "rule", "judged")  # of a claim
 
@@ -261,6 +267,16 @@ def _of_chain(tables: "Mapping[str, pd.DataFrame]", params: Mapping[str, object]
         stage = names[step]
         kind = CONTRAST if REWARDED.fullmatch(stage) else TRAINED_BY.get(stage, "")
         yield Update(f"{stage} after {names[step - 1]}", tables, step, stage, kind, params)
+
+
+def measured(row: "pd.Series", name: str) -> str:
+    """A cell for people: `0.72`, `0.3 ± 0.01` of a null with two standard deviations, `12 degree`, or `-`."""
+    import pandas as pd
+
+    if pd.isna(row[name]):
+        return "-"
+    sd = "" if name != "null" or pd.isna(row["null_sd"]) else f" ± {SDS * row['null_sd']:.2g}"
+    return f"{row[name]:.3g}{sd}{'' if row['unit'] == '1' else ' ' + row['unit']}"
 
 
 def counted(table: "pd.DataFrame") -> str:
