@@ -34,6 +34,10 @@ BEYOND_A_LEVEL = (
     f" covers more than {PART:.0%} of the distance to it, or the mean is within {SDS} standard deviations of"
     " the null's; supported otherwise"
 )
+BEYOND_A_SHARE = (
+    f"{BEYOND_A_LEVEL}, or if the mean covers {PART:.0%} of the way from the null's mean to the end of the"
+    " range, {end}"
+)
 BEYOND_THE_NULL = (
     f"supported if the mean over matrices is {{side}} the null's by a factor of {MARGIN} and by more than"
     f" {SDS} of its standard deviations; contradicted if it is as far on the other side; explained by its"
@@ -114,7 +118,13 @@ class Update:
         return ""
 
     def beyond(
-        self, probe: str, quantity: str, side: Side, level: float | None = None, of: Sequence[str] = ()
+        self,
+        probe: str,
+        quantity: str,
+        side: Side,
+        level: float | None = None,
+        end: float | None = None,
+        of: Sequence[str] = (),
     ) -> Finding:
         """The mean over matrices against `null_<quantity>_mean`, judged as `judged` does.
 
@@ -131,7 +141,7 @@ class Update:
             return Finding(UNTESTABLE, quantity, detail="no matrix has both the number and its null")
         ours, mean, n = float(rows["ours"].mean()), float(rows["null"].mean()), len(rows)
         sd = max(sqrt(float((rows["sd"] ** 2).sum())) / n, self._joint_sd(probe, quantity, of))
-        verdict = judged(ours, mean, sd, side, level)
+        verdict = judged(ours, mean, sd, side, level, end)
         detail = f"{ours:.3g} against {mean:.3g} ± {SDS * sd:.2g} of its null"
         if level is not None and verdict != CONTRADICTED:
             detail += (
@@ -145,8 +155,11 @@ class Update:
         return max(joint.loc[joint["matrix"].isin(of), "value"], default=0.0)
 
 
-def judged(ours: float, null: float, sd: float, side: Side, level: float | None = None) -> Verdict:
-    """The verdict of `BEYOND_A_LEVEL`, or of `BEYOND_THE_NULL` where there is no level.
+def judged(
+    ours: float, null: float, sd: float, side: Side, level: float | None = None, end: float | None = None
+) -> Verdict:
+    """The verdict of `BEYOND_A_LEVEL`, of `BEYOND_THE_NULL` where there is no level, and of `BEYOND_A_SHARE`
+    where the quantity has an `end`, which no null leaves room behind.
 
     *Worked example*: a published overlap above 0.3, here 0.7, with a null of 0.65: the null covers 0.35 of
     0.4, 88 %, of the distance, and explains it.
@@ -161,7 +174,8 @@ def judged(ours: float, null: float, sd: float, side: Side, level: float | None 
     distance = sign * (ours - level)
     if distance <= 0:
         return CONTRADICTED
-    return SUPPORTED if gap > SDS * sd and gap >= (1 - PART) * distance else EXPLAINED
+    asked = (1 - PART) * (distance if end is None else min(distance, abs(end - null)))
+    return SUPPORTED if gap > SDS * sd and gap >= asked else EXPLAINED
 
 
 @runtime_checkable

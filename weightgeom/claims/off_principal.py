@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from weightgeom.analysis.referee import BEYOND_A_LEVEL, CONTRAST, Finding, Update
+from weightgeom.analysis.referee import BEYOND_A_SHARE, CONTRAST, Finding, Update
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class OffPrincipal:
     needs: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "sparsity": ("principal_overlap", "null_principal_overlap_mean", "null_principal_overlap_sd")
     }
-    rule: ClassVar[str] = BEYOND_A_LEVEL.format(side="below", level="the share of entries in the mask")
+    rule: ClassVar[str] = BEYOND_A_SHARE.format(side="below", end=0, level="the share of entries in the mask")
 
     def judged(self, update: Update) -> Finding:
         """Against iid updates of equal visible density, rounded to the checkpoint's grid."""
         share = update.param("probe.sparsity.alpha", 0.3)
-        return update.beyond("sparsity", "principal_overlap", "below", share)
+        return update.beyond("sparsity", "principal_overlap", "below", share, end=0.0)

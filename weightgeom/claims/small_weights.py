@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from weightgeom.analysis.referee import BEYOND_A_LEVEL, Finding, Update
+from weightgeom.analysis.referee import BEYOND_A_SHARE, Finding, Update
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class SmallWeights:
     needs: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "sparsity": ("low_overlap", "null_low_overlap_mean", "null_low_overlap_sd")
     }
-    rule: ClassVar[str] = BEYOND_A_LEVEL.format(side="above", level="the share of entries in the mask")
+    rule: ClassVar[str] = BEYOND_A_SHARE.format(side="above", end=1, level="the share of entries in the mask")
 
     def judged(self, update: Update) -> Finding:
         """Against iid updates of equal visible density, rounded to the checkpoint's grid."""
         share = update.param("probe.sparsity.alpha", 0.3)
-        found = update.beyond("sparsity", "low_overlap", "above", share)
+        found = update.beyond("sparsity", "low_overlap", "above", share, end=1.0)
         visible = 1 - update.values("sparsity", "invisible_share").mean()
         return replace(found, detail=f"{found.detail}; {visible:.1%} of the entries are visible")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from weightgeom.analysis.referee import BEYOND_A_LEVEL, CONTRAST, Finding, Update
+from weightgeom.analysis.referee import BEYOND_A_SHARE, CONTRAST, Finding, Update
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class SparseInBf16:
     needs: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "sparsity": ("invisible_share", "null_invisible_share_mean", "null_invisible_share_sd")
     }
-    rule: ClassVar[str] = BEYOND_A_LEVEL.format(side="above", level="a half")
+    rule: ClassVar[str] = BEYOND_A_SHARE.format(side="above", end=1, level="a half")
 
     def judged(self, update: Update) -> Finding:
         """Against iid updates of equal norm."""
-        return update.beyond("sparsity", "invisible_share", "above", 0.5)
+        return update.beyond("sparsity", "invisible_share", "above", 0.5, end=1.0)
