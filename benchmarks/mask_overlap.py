@@ -1,0 +1,145 @@
+"""Overlap of visible changes with the smallest weights: published, of unstructured updates, of real ones.
+
+    python benchmarks/mask_overlap.py BASE NAME=TRAINED [NAME=TRAINED ...] --figure docs/mask_overlap.png
+
+The published numbers are those of arXiv:2606.07082. The curve is the overlap that an iid Gaussian update of
+equal visible share has on BASE; an entry is visible if it differs once both checkpoints are rounded to bf16.
+One matrix is in memory at a time.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from weightgeom.figures.base import STYLE, save
+from weightgeom.models.loading import load_architecture
+from weightgeom.models.weights import open_params
+from weightgeom.probes.sparsity import Cells, smallest
+
+ALPHA = 0.3  # the share of entries in the mask of the smallest
+PUBLISHED = {  # name: visible share, overlap with the 30 % smallest
+    "SFT": (0.927, 0.319),
+    "on-policy distillation": (0.463, 0.536),
+    "RLVR": (0.278, 0.735),
+}
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.278, 0.4, 0.463, 0.6, 0.75, 0.85, 0.927, 0.98)
+SAMPLED = 2**15  # entries of each matrix that the curve is taken over
+GRID = torch.bfloat16
+
+
+def matrices(before: Path, after: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name and entries of every matrix of the residual stream, before and after."""
+    architecture = load_architecture(before)
+    start, end = (open_params(directory, architecture) for directory in (before, after))
+    for matrix in architecture.matrices:
+        yield matrix.label, matrix.of(start).float().flatten(), matrix.of(end).float().flatten()
+
+
+def visible(cells: Cells, sigma: float) -> Tensor:
+    """P(an entry is visible) under an iid Gaussian update of standard deviation sigma."""
+    below, above = cells.below.double(), cells.above.double()
+    return 1 - torch.special.ndtr(above / sigma) + torch.special.ndtr(-below / sigma)
+
+
+def null(start: Tensor, share: float) -> float:
+    """The overlap of an iid update that is visible in `share` of the entries."""
+    cells = Cells.of(start, GRID)
+    p = visible(cells, cells.matching(share))
+    return float((smallest(start.abs(), ALPHA) * p).sum() / p.sum())
+
+
+def measured(before: Path, after: Path) -> dict[str, float]:
+    """Visible share, overlap and its null, over all entries; the null is matched matrix by matrix."""
+    entries = moved = inside = expected = 0.0
+    for _, start, end in matrices(before, after):
+        changed = start.to(GRID) != end.to(GRID)
+        count = float(changed.sum())
+        entries += len(start)
+        if count:
+            moved += count
+            inside += float(smallest(start.abs(), ALPHA)[changed].sum())
+            expected += count * null(start, count / len(start))
+    return {"visible": moved / entries, "overlap": inside / moved, "null": expected / moved}
+
+
+def curve(before: Path) -> dict[float, list[float]]:
+    """The null of every matrix by visible share, on entries that are spread evenly over it."""
+    found: dict[float, list[float]] = {share: [] for share in SHARES}
+    for _, start, _ in matrices(before, before):
+        some = start[:: max(1, len(start) // SAMPLED)]
+        for share in SHARES:
+            found[share].append(null(some, share))
+    return found
+
+
+def draw(curves: dict[float, list[float]], gaussian: list[float], points: dict[str, dict[str, float]]):
+    """Published points, the null over the visible share, and measured updates."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(4.6, 2.9), layout="constrained")
+        shares = [100 * share for share in SHARES]
+        low, high = ([100 * end(values) for values in curves.values()] for end in (min, max))
+        mean = [100 * sum(values) / len(values) for values in curves.values()]
+        axis.fill_between(shares, low, high, color="0.88", lw=0, label="all matrices of this base")
+        axis.plot(shares, mean, color="0.45", lw=1.2, label="iid update (null), mean over matrices")
+        axis.plot(
+            shares,
+            [100 * value for value in gaussian],
+            color="0.45",
+            lw=1,
+            ls=":",
+            label="on Gaussian weights",
+        )
+        axis.axhline(100 * ALPHA, color="0.6", lw=0.8, ls="--")
+        axis.text(
+            0.5, 100 * ALPHA - 1, "30 %: the share of weights in the mask", color="0.4", va="top", fontsize=7
+        )
+        for name, (x, y) in PUBLISHED.items():
+            axis.plot(100 * x, 100 * y, "x", color="#1f4e9c", ms=6, mew=1.4)
+            axis.annotate(
+                name, (100 * x, 100 * y), (4, 4), textcoords="offset points", color="#1f4e9c", fontsize=7
+            )
+        for name, point in points.items():
+            axis.plot(100 * point["visible"], 100 * point["overlap"], "o", color="#c1272d", ms=5)
+            axis.annotate(
+                name, (100 * point["visible"], 100 * point["overlap"]), (5, -8),
+                textcoords="offset points", color="#c1272d", fontsize=7,
+            )  # fmt: skip
+        axis.set(
+            xlabel="visible entries (%)",
+            ylabel="overlap with the 30 % smallest weights (%)",
+            xlim=(0, 100),
+            ylim=(20, 102),
+        )
+        axis.legend(loc="upper right")
+    return figure
+
+
+def main() -> None:
+    """Measure, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("trained", nargs="+", help="NAME=DIRECTORY")
+    parser.add_argument("--figure", type=Path, default=Path("mask_overlap.png"))
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    points = {}
+    for text in asked.trained:
+        name, _, directory = text.partition("=")
+        points[name] = measured(asked.base, Path(directory))
+        print(json.dumps({"update": name, **points[name]}), flush=True)
+    curves = curve(asked.base)
+    weights = torch.randn(2**18, generator=torch.Generator().manual_seed(0))
+    gaussian = [null(weights, share) for share in SHARES]
+    for share, values, of_gaussian in zip(SHARES, curves.values(), gaussian, strict=True):
+        line = {"visible": share, "null": sum(values) / len(values), "min": min(values), "max": max(values)}
+        print(json.dumps({**line, "gaussian": of_gaussian}), flush=True)
+    save(draw(curves, gaussian, points), asked.figure)
+
+
+if __name__ == "__main__":
+    main()
