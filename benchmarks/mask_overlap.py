@@ -28,7 +28,8 @@ PUBLISHED = {  # name: visible share, overlap with the 30 % smallest
     "RLVR": (0.278, 0.735),
 }
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.278, 0.4, 0.463, 0.6, 0.75, 0.85, 0.927, 0.98)
-SAMPLED = 2**15  # entries of each matrix that the curve is taken over
+SAMPLED = 2**16  # entries of each matrix, spread evenly over it, that its null is taken over
+SAMPLED_BY_THE_CURVE = 2**14
 GRID = torch.bfloat16
 
 
@@ -44,6 +45,14 @@ def visible(cells: Cells, sigma: float) -> Tensor:
     """P(an entry is visible) under an iid Gaussian update of standard deviation sigma."""
     below, above = cells.below.double(), cells.above.double()
     return 1 - torch.special.ndtr(above / sigma) + torch.special.ndtr(-below / sigma)
+
+
+def thinned(entries: Tensor, most: int) -> Tensor:
+    """About `most` entries, spread evenly over rows and columns."""
+    stride = len(entries) // most
+    while stride > 1 and any(stride % part == 0 for part in (2, 3)):  # widths are multiples of these
+        stride -= 1
+    return entries[:: max(1, stride)]
 
 
 def null(start: Tensor, share: float) -> float:
@@ -63,7 +72,7 @@ def measured(before: Path, after: Path) -> dict[str, float]:
         if count:
             moved += count
             inside += float(smallest(start.abs(), ALPHA)[changed].sum())
-            expected += count * null(start, count / len(start))
+            expected += count * null(thinned(start, SAMPLED), count / len(start))
     return {"visible": moved / entries, "overlap": inside / moved, "null": expected / moved}
 
 
@@ -71,9 +80,8 @@ def curve(before: Path) -> dict[float, list[float]]:
     """The null of every matrix by visible share, on entries that are spread evenly over it."""
     found: dict[float, list[float]] = {share: [] for share in SHARES}
     for _, start, _ in matrices(before, before):
-        some = start[:: max(1, len(start) // SAMPLED)]
         for share in SHARES:
-            found[share].append(null(some, share))
+            found[share].append(null(thinned(start, SAMPLED_BY_THE_CURVE), share))
     return found
 
 
