@@ -2,9 +2,10 @@
 
     python benchmarks/mask_overlap.py BASE NAME=TRAINED [NAME=TRAINED ...] --figure docs/mask_overlap.png
 
-The published numbers are those of arXiv:2606.07082. The curve is the overlap that an iid Gaussian update of
-equal visible share has on BASE; an entry is visible if it differs once both checkpoints are rounded to bf16.
-One matrix is in memory at a time.
+The published numbers are those of arXiv:2606.07082. BASE is rounded to bf16, as a released checkpoint is, and
+TRAINED - BASE is added to it; an entry is visible if that sum, rounded to bf16, is another value. The curve
+is the overlap that an iid Gaussian update of equal visible share has on BASE. One matrix is in memory at a
+time.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from weightgeom.figures.base import STYLE, save
+from weightgeom.figures.base import STYLE
 from weightgeom.models.loading import load_architecture
 from weightgeom.models.weights import open_params
 from weightgeom.probes.sparsity import Cells, smallest
@@ -27,18 +28,20 @@ PUBLISHED = {  # name: visible share, overlap with the 30 % smallest
     "on-policy distillation": (0.463, 0.536),
     "RLVR": (0.278, 0.735),
 }
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.278, 0.4, 0.463, 0.6, 0.75, 0.85, 0.927, 0.98)
+SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.278, 0.4, 0.463, 0.6, 0.75, 0.85, 0.927, 0.98)
 SAMPLED = 2**16  # entries of each matrix, spread evenly over it, that its null is taken over
 SAMPLED_BY_THE_CURVE = 2**14
 GRID = torch.bfloat16
 
 
 def matrices(before: Path, after: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name and entries of every matrix of the residual stream, before and after."""
+    """Name and entries of every matrix of the residual stream: before on the grid, and with the update."""
     architecture = load_architecture(before)
     start, end = (open_params(directory, architecture) for directory in (before, after))
     for matrix in architecture.matrices:
-        yield matrix.label, matrix.of(start).float().flatten(), matrix.of(end).float().flatten()
+        before_it, after_it = (matrix.of(params).float().flatten() for params in (start, end))
+        on_grid = before_it.to(GRID).float()
+        yield matrix.label, on_grid, on_grid + (after_it - before_it)
 
 
 def visible(cells: Cells, sigma: float) -> Tensor:
@@ -64,16 +67,18 @@ def null(start: Tensor, share: float) -> float:
 
 def measured(before: Path, after: Path) -> dict[str, float]:
     """Visible share, overlap and its null, over all entries; the null is matched matrix by matrix."""
-    entries = moved = inside = expected = 0.0
+    entries = moved = inside = expected = zeros = 0.0
     for _, start, end in matrices(before, after):
-        changed = start.to(GRID) != end.to(GRID)
+        changed = start != end.to(GRID).float()
         count = float(changed.sum())
         entries += len(start)
         if count:
             moved += count
             inside += float(smallest(start.abs(), ALPHA)[changed].sum())
             expected += count * null(thinned(start, SAMPLED), count / len(start))
-    return {"visible": moved / entries, "overlap": inside / moved, "null": expected / moved}
+        zeros += float((start == 0).sum())
+    shares = {"visible": moved / entries, "zeros": zeros / entries}
+    return {**shares, "overlap": inside / moved, "null": expected / moved}
 
 
 def curve(before: Path) -> dict[float, list[float]]:
@@ -106,24 +111,26 @@ def draw(curves: dict[float, list[float]], gaussian: list[float], points: dict[s
         axis.text(
             0.5, 100 * ALPHA - 1, "30 %: the share of weights in the mask", color="0.4", va="top", fontsize=7
         )
-        for name, (x, y) in PUBLISHED.items():
-            axis.plot(100 * x, 100 * y, "x", color="#1f4e9c", ms=6, mew=1.4)
+        labels = {"x": "published (arXiv:2606.07082)", "o": "measured here"}
+        published = {name: (x, y, "x", "#1f4e9c") for name, (x, y) in PUBLISHED.items()}
+        here = {name: (p["visible"], p["overlap"], "o", "#c1272d") for name, p in points.items()}
+        for name, (x, y, marker, colour) in {**published, **here}.items():
+            axis.plot(100 * x, 100 * y, marker, color=colour, ms=5, mew=1.3, label=labels.pop(marker, None))
             axis.annotate(
-                name, (100 * x, 100 * y), (4, 4), textcoords="offset points", color="#1f4e9c", fontsize=7
+                name,
+                (100 * x, 100 * y),
+                (5, 4),
+                textcoords="offset points",
+                color=colour,
+                fontsize=7,
             )
-        for name, point in points.items():
-            axis.plot(100 * point["visible"], 100 * point["overlap"], "o", color="#c1272d", ms=5)
-            axis.annotate(
-                name, (100 * point["visible"], 100 * point["overlap"]), (5, -8),
-                textcoords="offset points", color="#c1272d", fontsize=7,
-            )  # fmt: skip
         axis.set(
             xlabel="visible entries (%)",
             ylabel="overlap with the 30 % smallest weights (%)",
             xlim=(0, 100),
-            ylim=(20, 102),
+            ylim=(20, 106),
         )
-        axis.legend(loc="upper right")
+        axis.legend(loc="upper right", bbox_to_anchor=(1, 0.92))
     return figure
 
 
@@ -141,12 +148,12 @@ def main() -> None:
         points[name] = measured(asked.base, Path(directory))
         print(json.dumps({"update": name, **points[name]}), flush=True)
     curves = curve(asked.base)
-    weights = torch.randn(2**18, generator=torch.Generator().manual_seed(0))
+    weights = (0.02 * torch.randn(2**18, generator=torch.Generator().manual_seed(0))).to(GRID).float()
     gaussian = [null(weights, share) for share in SHARES]
     for share, values, of_gaussian in zip(SHARES, curves.values(), gaussian, strict=True):
         line = {"visible": share, "null": sum(values) / len(values), "min": min(values), "max": max(values)}
         print(json.dumps({**line, "gaussian": of_gaussian}), flush=True)
-    save(draw(curves, gaussian, points), asked.figure)
+    draw(curves, gaussian, points).savefig(asked.figure, dpi=140)
 
 
 if __name__ == "__main__":
