@@ -144,9 +144,8 @@ class Update:
         verdict = judged(ours, mean, sd, side, level, end)
         detail = f"{ours:.3g} against {mean:.3g} ± {SDS * sd:.2g} of its null"
         if level is not None and verdict != CONTRADICTED:
-            detail += (
-                f"; the null covers {(mean - level) / (ours - level):.0%} of the distance to {level:.3g}"
-            )
+            covered = max(0.0, (mean - level) / (ours - level))
+            detail += f"; the null covers {covered:.0%} of the distance to {level:.3g}"
         return Finding(verdict, quantity, ours, mean, sd, n=n, detail=detail)
 
     def _joint_sd(self, probe: str, quantity: str, of: Sequence[str]) -> float:
