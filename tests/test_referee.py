@@ -79,6 +79,7 @@ def test_the_verdicts_stand_at_the_end_of_the_run_in_mlflow_and_on_the_page(home
     assert '<section id="referee">' in page and "arXiv:2606.07082: Trainings avoid large weights" in page
     assert "Published: overlap with the 30 % smallest weights 31.9 % (SFT)" in page
     assert "Fine-tuning leaves many entries exactly equal." in page
+    assert page.count("<tr><td>the update (dpo)</td>") == len(table(refereed))
     kept = pd.read_parquet(home / "outputs/report/referee/tables/referee.parquet")
     assert list(kept["claim"]) == list(table(refereed).index) and kept["run_id"].nunique() == 1
 

@@ -167,7 +167,7 @@ def _refereed(verdicts: "pd.DataFrame") -> list[dict[str, Any]]:
         first, counts = part.iloc[0], part["verdict"].value_counts()
         lines = [
             {
-                "update": f"{row['run_name']}: {row['update']}" if several else row["update"],
+                "of": f"{row['run_name']}: {row['update']}" if several else row["update"],
                 "trained_by": row["trained_by"],
                 "ours": measured(row, "ours"),
                 "null": measured(row, "null"),
