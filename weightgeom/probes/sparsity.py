@@ -99,7 +99,7 @@ class Cells:
     def matching(self, density: float) -> float:
         """The standard deviation of iid entries of which a share of `density` is visible; inf at 1, nan at 0.
 
-        Any step is visible at an entry of 0: of a smaller density than the share of zeros it is the least one.
+        Any step is visible at an entry of 0: of a density below the share of zeros it is the least one.
         """
         from scipy.optimize import brentq
 
