@@ -1,6 +1,7 @@
 """The report's section of published claims, from the verdicts that runs have recorded."""
 
 import re
+from io import StringIO
 
 import pandas as pd
 import pytest
@@ -49,7 +50,7 @@ def test_the_terminal_shows_the_published_number_ours_the_null_and_the_reason():
     shown = judged_shown(verdicts(CLAIMS, [Update("it", {"rsf": rsf(5.0, 4.0)}, 64, "dpo", "contrast")]))
     assert list(shown["ours"]) == ["5", "4", "-"]
     assert shown["published"][2].startswith("overlap with the 30 % smallest weights")
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))
+    console = Console(width=120, record=True, file=StringIO())
     for table in fitting(shown, "Published claims", console):
         console.print(table)
     text = " ".join(console.export_text().split())
