@@ -1,3 +1,6 @@
+# pandas types the results of indexing as unions of everything they may ever be.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
 import pandas as pd
 import pytest
 

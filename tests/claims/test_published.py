@@ -1,3 +1,6 @@
+# pandas types the results of indexing as unions of everything they may ever be.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
 """Every published claim's rule, on planted tables and on updates that are measured."""
 
 import pytest
