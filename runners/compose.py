@@ -45,7 +45,7 @@ CHECKED = {
 TOP_LEVEL = (
     *("model", "data", "objective", "training", "probe", "intervention"),
     *("name", "seed", "device", "outputs", "tracking_uri", "tags", "only", "report", "plan"),
-    *("allow_targets", "verify"),
+    *("allow_targets", "verify", "referee"),
 )
 EARLIER = ("on", True)  # names of an objective's `train_on`: YAML reads an unquoted `on` as true
 
@@ -58,6 +58,8 @@ def parts(config: DictConfig | dict[str, Any], here: bool = True) -> dict[str, A
     plain = checked(config)
     for key in ("model", "data", "training", "objective", "probe", "intervention"):
         check_targets(key, plain.get(key), plain["allow_targets"])
+    claims = claims_of(plain["referee"])
+    check_targets("referee.claims", claims, plain["allow_targets"])
     return {
         **{key: build(key, plain.get(key)) for key in ("model", "data", "training")},
         "objective": build("objective", plain["objective"]) if plain["objective"].get("_target_") else None,
@@ -65,6 +67,7 @@ def parts(config: DictConfig | dict[str, Any], here: bool = True) -> dict[str, A
             f"{group}s": {key: build(f"{group}.{key}", choice) for key, choice in plain[group].items()}
             for group in ("probe", "intervention")
         },
+        "claims": [built_claim(f"referee.claims.{index}", choice) for index, choice in enumerate(claims)],
         "device": device(plain.get("device"), here),
         **{key: plain[key] for key in ("name", "seed", "tracking_uri", "tags", "verify")},
     }
@@ -79,8 +82,10 @@ def checked(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
     if unknown := [str(key) for key in plain if key not in TOP_LEVEL]:
         raise KeyError(f"there is no top-level key {unknown[0]}; {nearest(unknown[0], TOP_LEVEL)}")
     plain |= {key: {} for key in ("tags", "only") if plain.get(key) is None}
-    for key, default in (("verify", False), ("allow_targets", [])):  # which earlier sweeps did not describe
+    earlier = (("verify", False), ("allow_targets", []), ("referee", {}))
+    for key, default in earlier:  # which earlier sweeps did not describe
         plain.setdefault(key, default)
+    claims_of(plain["referee"])
     for key, kind in CHECKED.items():
         if type(plain.get(key)) is not kind or plain[key] == "":
             raise ValueError(f"{key} must be {KINDS[kind]}, got {plain.get(key)!r}")
@@ -99,6 +104,34 @@ def checked(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
         if HydraConfig.initialized():
             check_origin(plain["allow_targets"])
     return plain
+
+
+PUBLISHED = "published"  # in a list of claims, all that are in weightgeom/claims
+
+
+def claims_of(referee: Any) -> list[dict[str, Any]]:
+    """The claims of the key `referee`, each with its `_target_`; that of a claim alone may stand for it."""
+    import weightgeom.claims
+
+    listed = (referee or {}).get("claims", []) if isinstance(referee, dict | None) else referee
+    if not isinstance(listed, list) or (isinstance(referee, dict) and set(referee) - {"claims"}):
+        raise ValueError(
+            f"referee must be claims: [published, mylab.claims.Mine] or a part of that, got {referee!r}"
+        )
+    claims: list[dict[str, Any]] = []
+    for entry in listed:
+        if entry == PUBLISHED:
+            claims += [{"_target_": target} for target in weightgeom.claims.published()]
+        elif isinstance(entry, str) and "." in entry:
+            claims.append({"_target_": entry})
+        elif isinstance(entry, dict) and "_target_" in entry:
+            claims.append(entry)
+        else:
+            raise ValueError(
+                f"referee.claims has {entry!r}: write {PUBLISHED}, the path of a class such as"
+                " mylab.claims.Mine, or {_target_: mylab.claims.Mine, level: 0.5}"
+            )
+    return claims
 
 
 def renamed(objective: dict[Any, Any]) -> dict[str, Any]:
@@ -283,6 +316,19 @@ def build(key: str, choice: Any) -> Any:
         return as_probe(made)
     except ValueError as error:
         raise ValueError(f"in {key}: {error}") from error
+
+
+def built_claim(key: str, choice: dict[str, Any]) -> Any:
+    """A claim, which must have all that the referee asks of it."""
+    from weightgeom.analysis.referee import MEMBERS
+
+    claim = build(key, choice)
+    if lacking := [name for name in MEMBERS if name not in dir(claim)]:
+        raise ValueError(
+            f"{key}: {type(claim).__name__} is no claim, as it lacks {', '.join(lacking)}: a claim has"
+            f" {', '.join(MEMBERS)}"
+        )
+    return claim
 
 
 def check_keys(key: str, choice: dict[str, Any], made: object) -> None:

@@ -9,6 +9,7 @@ from runners.pipeline.measurements import configured
 from runners.summary.instances import names_of
 from weightgeom.analysis.chain import STAGES
 from weightgeom.analysis.declared import OF_TEXT, ROLE, UNDECLARED
+from weightgeom.analysis.referee import REFEREE
 from weightgeom.declarations import (
     DECLARATION,
     InterventionDeclaration,
@@ -43,7 +44,7 @@ def check_declarations(
             f"objective: {type(objective).__name__}.role must be one of {', '.join(ROLES)}, got"
             f" {objective.role!r}"
         )
-    owners = {STAGES: "the comparison of a chain's stages"}
+    owners = {STAGES: "the comparison of a chain's stages", REFEREE: "the verdicts on published claims"}
     for key, names in (
         *((f"probe.{name}", names_of(name)) for name in probes),
         *((f"intervention.{name}", [name]) for name in interventions),

@@ -39,6 +39,7 @@ from runners.tracking.redaction import redacted_yaml
 from runners.tracking.stores import check_experiment, check_tracking_uri
 from weightgeom.analysis.chain import BETWEEN, ENDS, SINGLE, STAGES, between, side_by_side
 from weightgeom.analysis.declared import ROLE, UNDECLARED, plain_name
+from weightgeom.analysis.referee import REFEREE, Claim, updates, verdicts
 from weightgeom.bases.chain import Chain, check_chain
 from weightgeom.bases.pretrained import Pretrained, check_single
 from weightgeom.interfaces import (
@@ -97,6 +98,7 @@ class Experiment:
     interruption: Interruption | None = None  # of a job under a scheduler
     verify: bool = False  # read all files of finished stages before they are used
     trained_on: str | None = None  # the device of the base and the training, if it is another one
+    claims: Sequence[Claim] = ()  # of papers, which the referee judges by the tables
 
     def train(self) -> None:
         """Make the base and the training, and leave the rest to a later `run` in the same record."""
@@ -134,6 +136,9 @@ class Experiment:
             except (KeyboardInterrupt, SystemExit):
                 say(progress.interrupted("" if self.parent else again()))
                 raise
+            if self.claims:
+                role = objective_tags(self.objective, examples).get(ROLE, "")
+                tables[REFEREE] = verdicts(self.claims, updates(tables, self.params, role))
             with full_disk_explained(record.directory):
                 for name, table in self._parts(tables):
                     table.to_parquet(record.artifact(f"tables/{name}.parquet"))
@@ -383,7 +388,7 @@ class Experiment:
     def _modules(self) -> list[str]:
         """The modules of all that it is made of."""
         parts = (self.model, self.data, self.objective, self.training, self.probes, self.interventions)
-        return modules_of(*parts)
+        return modules_of(*parts, self.claims)
 
     @property
     def _training_device(self) -> str:

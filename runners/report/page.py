@@ -16,6 +16,7 @@ from runners.report.tables import shown_tables
 from runners.report.uncertainty import Companion, companion
 from weightgeom.analysis.claims import verdicts
 from weightgeom.analysis.over_seeds import Condensed, condense
+from weightgeom.analysis.referee import REFEREE, RULES, VERDICTS, measured
 from weightgeom.analysis.rules import CLAIMS, CONTRADICTED, DECISION, INCONCLUSIVE, SUPPORTED, UNTESTED
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def write(study: "Study", directory: Path) -> Path:
     tables = {"rows": study.rows, "runs": study.runs, "claims": judged, **condensed.tables}
     if uncertainty is not None:
         tables |= {"claims_uncertainty": uncertainty.claims, "bridge": uncertainty.bridge}
+    if study.refereed is not None:
+        tables[REFEREE] = study.refereed
     (directory / "tables").mkdir(parents=True)
     kept = {name: table for name, table in tables.items() if len(table)}
     for name, table in kept.items():
@@ -91,6 +94,8 @@ def rendered(
         seeds=_most_seeds(condensed),
         claims=[_claim(claim, judged) for claim in CLAIMS],
         companion=[] if uncertainty is None else _grouped(uncertainty.claims),
+        refereed=[] if study.refereed is None else _refereed(study.refereed),
+        refereed_rules=RULES,
         tables=shown,
         variants=_variants(condensed),
         choices=_choices(study.runs),
@@ -152,6 +157,28 @@ def _grouped(claims: "pd.DataFrame") -> list[dict[str, Any]]:
          "lines": part.to_dict("records")}
         for claim, part in claims.groupby("claim", sort=False)
     ]  # fmt: skip
+
+
+def _refereed(verdicts: "pd.DataFrame") -> list[dict[str, Any]]:
+    """The claims of the referee, each with a line for every update that it judged."""
+    several = verdicts["run_id"].nunique() > 1
+    claims = []
+    for _, part in verdicts.groupby(["paper", "claim"], sort=False):
+        first, counts = part.iloc[0], part["verdict"].value_counts()
+        lines = [
+            {
+                "of": f"{row['run_name']}: {row['update']}" if several else row["update"],
+                "trained_by": row["trained_by"],
+                "ours": measured(row, "ours"),
+                "null": measured(row, "null"),
+                **{name: row[name] for name in ("verdict", "detail", "n")},
+            }
+            for _, row in part.iterrows()
+        ]
+        said = {verdict: int(counts[verdict]) for verdict in VERDICTS if verdict in counts}
+        texts = {name: first[name] for name in ("paper", "statement", "published", "rule")}
+        claims.append({**texts, "counts": said, "lines": lines})
+    return claims
 
 
 def _variants(condensed: Condensed) -> Mapping[str, str]:

@@ -17,6 +17,7 @@ from runners.tracking.redaction import one_line, redacted_text
 from runners.tracking.stores import check_tracking_uri, open_client
 from weightgeom.analysis.chain import STAGES, comparisons
 from weightgeom.analysis.declared import EARLIER, declared, plain_name
+from weightgeom.analysis.referee import REFEREE
 from weightgeom.analysis.settings import ARROW, is_run, settings
 from weightgeom.declarations import Declaration
 from weightgeom.table import PRETRAINING, joined
@@ -37,7 +38,8 @@ class Study:
 
     `runs` has a row for every finished run, oldest first, with its parts; `rows` every row of
     their tables; `unfinished` name and status of the others; `declarations` those of the tables by name;
-    `sweeps` the name and the tags of every sweep that ran under SLURM.
+    `sweeps` the name and the tags of every sweep that ran under SLURM; `refereed` the verdicts on published
+    claims of every run that judged any, with `run_id` and `run_name`.
     """
 
     names: tuple[str, ...]
@@ -47,6 +49,7 @@ class Study:
     unfinished: tuple[tuple[str, str], ...]
     declarations: Mapping[str, Declaration] = field(default_factory=dict)
     sweeps: tuple[tuple[str, Mapping[str, str]], ...] = ()
+    refereed: "pd.DataFrame | None" = None
 
 
 def collect(*names: str, tracking_uri: str | None = None) -> "pd.DataFrame":
@@ -94,6 +97,7 @@ def read(names: Sequence[str], tracking_uri: str) -> Study:
             raise ValueError(f"no finished run in {', '.join(names)} at {shown} (runs: {states})")
         by_id = {identity: name for name, identity in experiments.items()}
         tables = [_downloaded(client, run) for run in finished]
+        refereed = _refereed(finished, tables)
         declarations = _declarations(tables)
         about = [run.data.params for run in finished], [run.data.tags for run in finished]
         runs = pd.DataFrame([_described(run, setting, by_id, client) for run, setting in zip(
@@ -112,7 +116,7 @@ def read(names: Sequence[str], tracking_uri: str) -> Study:
     others = tuple((str(run.info.run_name), run.info.status) for run in every if run not in finished)
     # The rows of a run without tables have no types, and would take those of the others away.
     every_row = pd.concat([part for part in rows if len(part)] or rows, ignore_index=True)
-    return Study(tuple(names), shown, runs, every_row, others, declarations, tuple(sweeps))
+    return Study(tuple(names), shown, runs, every_row, others, declarations, tuple(sweeps), refereed)
 
 
 def _all(search: Any, *arguments: Any) -> Iterator[Any]:
@@ -188,11 +192,23 @@ def _downloaded(client: "MlflowClient", run: "Run") -> "dict[str, pd.DataFrame]"
                 raise FileNotFoundError(
                     f"{where} lack {name}, or it cannot be read ({one_line(error)[:200]})"
                 ) from error
-            if missing := [column for column in COLUMNS if column not in table]:
+            columns = () if Path(name).stem == REFEREE else COLUMNS
+            if missing := [column for column in columns if column not in table]:
                 raise ValueError(f"{name} in {where} is no table of ours: it has no {', '.join(missing)}")
             if Path(name).stem != STAGES:
                 tables[Path(name).stem] = table
     return joined(tables)
+
+
+def _refereed(runs: "Sequence[Run]", tables: "Sequence[dict[str, pd.DataFrame]]") -> "pd.DataFrame | None":
+    """The verdicts of all runs, which are taken out of their tables; None without any."""
+    import pandas as pd
+
+    judged = [
+        (run, of_run.pop(REFEREE)) for run, of_run in zip(runs, tables, strict=True) if REFEREE in of_run
+    ]
+    parts = [table.assign(run_id=run.info.run_id, run_name=str(run.info.run_name)) for run, table in judged]
+    return pd.concat(parts, ignore_index=True) if parts else None
 
 
 def _declarations(runs: "Sequence[Mapping[str, pd.DataFrame]]") -> dict[str, Declaration]:

@@ -17,6 +17,7 @@ from weightgeom.analysis.chain import STAGES
 from weightgeom.analysis.declared import declared, of_text, plain_name
 from weightgeom.analysis.evidence import rank_correlation
 from weightgeom.analysis.over_seeds import MEASURES
+from weightgeom.analysis.referee import REFEREE
 from weightgeom.declarations import ASYMMETRY, SECTIONS, ProbeDeclaration
 from weightgeom.table import of_matrices, upgraded
 
@@ -146,7 +147,7 @@ def _headlines(child: Record) -> "Iterator[tuple[str, pd.DataFrame]]":
 
     named = False
     for path in sorted((child.directory / "artifacts/tables").glob("*.parquet")):
-        if path.stem != plain_name(path.stem) or path.stem == STAGES:
+        if path.stem != plain_name(path.stem) or path.stem in (STAGES, REFEREE):
             continue
         table = upgraded(pd.read_parquet(path))
         declaration = declared(path.stem, table)

@@ -16,6 +16,7 @@ from runners.tracking.publisher import Published
 from weightgeom.analysis.chain import SINGLE, STAGES
 from weightgeom.analysis.comparisons import compared_with_principal, measured_effect
 from weightgeom.analysis.declared import declared, plain_name
+from weightgeom.analysis.referee import REFEREE, counted, measured
 from weightgeom.analysis.summaries import by_head, by_matrix, by_quantity, by_stage, by_treatment, unmoved
 from weightgeom.declarations import InterventionDeclaration, ProbeDeclaration
 from weightgeom.interfaces import Intervention, Probe, Summarised
@@ -88,6 +89,8 @@ def print_summary(
     claims = claims_shown(tables)
     if claims is not None:
         shown.append(("Claims of arXiv:2603.13911v1", claims))
+    if REFEREE in tables:
+        shown.append((f"Published claims: {counted(tables[REFEREE])}", judged_shown(tables[REFEREE])))
     for title, short in shown:
         if len(short):
             for table in fitting(short, title, console):
@@ -185,6 +188,27 @@ def effects_shown(
     said = declaration.section or name.replace("_", " ").capitalize()
     title = f"{said} ({name}): {effect} ({unit}) against the median of {' or '.join(kinds)} controls"
     return title, by_treatment(table, effect, declaration.controls)
+
+
+def judged_shown(verdicts: "pd.DataFrame") -> "pd.DataFrame":
+    """The verdicts of the referee, with the published number, ours, and that of the null."""
+    import pandas as pd
+
+    several = verdicts["update"].nunique() > 1
+    rows = [
+        {
+            "paper": row["paper"],
+            "statement": row["statement"],
+            **({"update": row["update"]} if several else {}),
+            "published": row["published"] or "-",
+            "ours": measured(row, "ours"),
+            "null": measured(row, "null"),
+            "verdict": row["verdict"],
+            "reason": row["detail"],
+        }
+        for _, row in verdicts.iterrows()
+    ]
+    return pd.DataFrame(rows)
 
 
 def claims_shown(tables: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame | None":

@@ -1,4 +1,4 @@
-from math import inf, isnan, nextafter, sqrt
+from math import inf, isfinite, nextafter, sqrt
 
 import pytest
 import torch
@@ -64,9 +64,30 @@ def test_an_entry_changes_its_value_on_the_grid_at_the_end_of_its_cell(grid: tor
 def test_a_matrix_that_does_not_move_has_no_overlap() -> None:
     found = PROBE.of_matrix(weights(20, 30), weights(20, 30))
     assert found["invisible_share"] == found["null_invisible_share_mean"] == 1
-    assert isnan(found["low_overlap"])
+    assert "low_overlap" not in found
     lowest = torch.zeros(2, 2)
     assert PROBE.of_matrix(lowest, lowest + nextafter(0, inf))["unmoved_share"] == 1  # a fp32 zero
+
+
+def test_a_matrix_that_moves_below_the_grid_has_no_overlap_and_one_that_moves_everywhere_that_of_its_mask():
+    before = weights(20, 30)
+    after = before.clone()
+    after[0, 0] *= 1 + 2e-7
+    found = PROBE.of_matrix(before, after)
+    assert found["unmoved_share"] < found["invisible_share"] == 1 and "low_overlap" not in found
+    found = PROBE.of_matrix(before, 2 * before)
+    assert found["low_overlap"] == pytest.approx(0.3) == found["null_low_overlap_mean"]
+    assert found["null_low_overlap_sd"] == 0
+    assert all(isfinite(value) for value in found.values())
+
+
+def test_where_more_entries_are_zero_than_are_visible_the_null_is_that_of_the_zeros():
+    before = weights(20, 30)
+    before[:, :15] = 0  # any step is visible there, so that all of an iid update's visible entries are zeros
+    after = before.clone()
+    after[:5, 20:] *= 1.5
+    found = PROBE.of_matrix(before, after)
+    assert found["null_low_overlap_mean"] == pytest.approx(0.3 / 0.5, abs=1e-6)  # 180 of the 300 zeros
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ class Sparsity:
     def of_matrix(
         self, before: Float[Tensor, "d_out d_in"], after: Float[Tensor, "d_out d_in"]
     ) -> Mapping[str, float]:
-        """The quantities of one matrix; nan where nothing moved or is visible."""
+        """The quantities of one matrix, without overlaps where nothing is visible."""
         start, end = before.flatten(), after.flatten()
         sigma = float(torch.linalg.vector_norm((end - start).double())) / sqrt(len(start))
         cells = Cells.of(start, getattr(torch, self.grid))
@@ -66,6 +66,8 @@ class Sparsity:
             "low_overlap": smallest(start.abs(), self.alpha),
             "principal_overlap": smallest(-_principal(before, self.rank).abs().flatten(), self.alpha),
         }
+        if not visible.any():
+            return found
         matched = cells.matching(float(visible.double().mean()))
         for name, mask in masks.items():
             found |= _overlap(name, mask, visible, cells, matched)
@@ -95,11 +97,14 @@ class Cells:
         return cls(grid, entries - (middle + down) / 2, (middle + up) / 2 - entries)
 
     def matching(self, density: float) -> float:
-        """The standard deviation of iid entries of which a share of `density` is visible; nan at 0 and 1."""
+        """The standard deviation of iid entries of which a share of `density` is visible; inf at 1, nan at 0.
+
+        Any step is visible at an entry of 0: of a density below the share of zeros it is the least one.
+        """
         from scipy.optimize import brentq
 
         if not 0 < density < 1:
-            return float("nan")
+            return float("inf") if density == 1 else float("nan")
         stride = max(1, len(self.below) // MATCHED)
         below, above = self.below[::stride].double(), self.above[::stride].double()
         unit = float((below + above).mean())
@@ -107,7 +112,10 @@ class Cells:
         def excess(exponent: float) -> float:
             return density - float(_inside(below, above, unit * exp(exponent)).neg().add(1).mean())
 
-        return unit * exp(brentq(excess, log(1e-12), log(1e12), xtol=1e-4))  # pyright: ignore[reportArgumentType]
+        least = log(1e-12)
+        if excess(least) <= 0:
+            return unit * exp(least)
+        return unit * exp(brentq(excess, least, log(1e12), xtol=1e-4))  # pyright: ignore[reportArgumentType]
 
 
 def _inside(below: Float[Tensor, " n"], above: Float[Tensor, " n"], sigma: float) -> Float[Tensor, " n"]:

@@ -1,0 +1,170 @@
+# pandas types the results of indexing as unions of everything they may ever be.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
+"""Every published claim's rule, on planted tables and on updates that are measured."""
+
+import pytest
+import torch
+from asked import probed
+from hydra.utils import get_class
+
+from runners.errors import CONF
+from weightgeom.analysis.referee import EXPLAINED, UNTESTABLE, Claim, Update, verdicts
+from weightgeom.claims import published
+from weightgeom.claims.intruders_of_adapters import IntrudersOfAdapters
+from weightgeom.claims.little_rotation import LittleRotation
+from weightgeom.claims.low_magnitude import LowMagnitude
+from weightgeom.claims.no_intruders import NoIntruders
+from weightgeom.claims.off_principal import OffPrincipal
+from weightgeom.claims.preserved_spectrum import PreservedSpectrum
+from weightgeom.claims.reads_concentrate import ReadsConcentrate
+from weightgeom.claims.small_weights import SmallWeights
+from weightgeom.claims.sparse_in_bf16 import SparseInBf16
+from weightgeom.claims.sparse_updates import SparseUpdates
+from weightgeom.claims.uncertainty_unexpressed import UncertaintyUnexpressed
+from weightgeom.claims.writes_near_isotropic import WritesNearIsotropic
+from weightgeom.probes.sparsity import Sparsity
+from weightgeom.table import row, tabulate
+
+CLAIMS = [get_class(target) for target in published()]
+
+
+def planted(probe, quantity, ours, null, sd, matrices=("q", "k", "o", "down"), **more):
+    """The rows of a quantity and its null, alike in two layers of every matrix."""
+    values = {quantity: ours, f"null_{quantity}_mean": null, f"null_{quantity}_sd": sd, **more}
+    rows = [
+        row(name, value, n=9, layer=layer, matrix=matrix, subspace="")
+        for name, value in values.items()
+        for layer in (0, 1)
+        for matrix in matrices
+    ]
+    return {probe: tabulate({"step": 1, **entry} for entry in rows)}
+
+
+def finding(claim, tables, trained_by="dpo", kind="contrast", **params):
+    (found,) = verdicts([claim], [Update("it", tables, 1, trained_by, kind, params)]).itertuples()
+    return found
+
+
+def verdict(claim, tables, **given):
+    return finding(claim, tables, **given).verdict
+
+
+@pytest.mark.parametrize("made", CLAIMS, ids=lambda made: made.__name__)
+def test_every_claim_has_the_contract_its_paper_and_a_rule(made):
+    claim = made()
+    assert isinstance(claim, Claim)
+    assert claim.paper.startswith("arXiv:2") and claim.statement.endswith(".") and claim.rule
+    assert claim.about in ("", "contrast", "likelihood")
+    assert set(claim.needs) <= {path.stem for path in (CONF / "probe").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("made", CLAIMS, ids=lambda made: made.__name__)
+def test_every_claim_is_not_testable_without_its_rows(made):
+    found = finding(made(), {})
+    assert found.verdict == UNTESTABLE and "no rows of the probe" in found.detail
+
+
+@pytest.mark.parametrize("made", [SmallWeights, LowMagnitude])
+def test_an_overlap_with_small_weights_must_exceed_that_of_its_null(made):
+    share = {"invisible_share": 0.7}
+    assert verdict(made(), planted("sparsity", "low_overlap", 0.9, 0.5, 0.01, **share)) == "supported"
+    assert verdict(made(), planted("sparsity", "low_overlap", 0.74, 0.76, 0.01, **share)) == EXPLAINED
+    assert verdict(made(), planted("sparsity", "low_overlap", 0.29, 0.5, 0.01, **share)) == "contradicted"
+    other = planted("sparsity", "low_overlap", 0.45, 0.1, 0.01, **share)
+    assert verdict(made(), other) == "supported"
+    assert verdict(made(), other, **{"probe.sparsity.alpha": 0.5}) == "contradicted"  # of the run's own mask
+
+
+def test_an_overlap_with_principal_weights_must_lie_below_that_of_its_null():
+    assert verdict(OffPrincipal(), planted("sparsity", "principal_overlap", 0.1, 0.28, 0.01)) == "supported"
+    assert verdict(OffPrincipal(), planted("sparsity", "principal_overlap", 0.1, 0.09, 0.01)) == EXPLAINED
+    assert verdict(OffPrincipal(), planted("sparsity", "principal_overlap", 0.4, 0.2, 0.01)) == "contradicted"
+
+
+@pytest.mark.parametrize(
+    ("made", "quantity"),
+    [(SparseInBf16, "invisible_share"), (SparseUpdates, "absolute_unmoved_share")],
+)
+def test_sparsity_must_exceed_that_of_an_iid_update_of_equal_norm(made, quantity):
+    assert verdict(made(), planted("sparsity", quantity, 0.9, 0.3, 0.01)) == "supported"
+    assert verdict(made(), planted("sparsity", quantity, 0.9, 0.89, 0.01)) == EXPLAINED
+    assert verdict(made(), planted("sparsity", quantity, 0.1, 0.05, 0.01)) == "contradicted"
+
+
+def test_angles_and_shifts_must_be_smaller_than_those_of_rotated_updates():
+    more = {"right_angle": 5.0, "noise_left_angle_mean": 9.0}
+    for claim, quantity in ((LittleRotation(), "left_angle"), (PreservedSpectrum(), "spectral_shift")):
+        assert verdict(claim, planted("rotation", quantity, 2.0, 8.0, 0.1, **more)) == "supported"
+        assert verdict(claim, planted("rotation", quantity, 7.8, 8.0, 0.1, **more)) == EXPLAINED
+        assert verdict(claim, planted("rotation", quantity, 16.0, 8.0, 0.1, **more)) == "contradicted"
+
+
+@pytest.mark.parametrize(("ours", "null"), [(4.0, 0.0), (4.0, 4.0), (0.0, 0.0)])
+def test_intruders_are_judged_where_there_is_an_adapter_or_where_there_is_none(ours, null):
+    rotation = planted("rotation", "intruders", ours, null, 0.1)
+    full = {**rotation, **planted("rsf", "ratio", 1.0, 1.0, 1.0, delta_norm=1.0)}
+    adapter = {**rotation, **planted("rsf", "ratio", 1.0, 1.0, 1.0, delta_norm=1.0, adapter_rank=8.0)}
+    assert verdict(IntrudersOfAdapters(), full) == UNTESTABLE == verdict(NoIntruders(), adapter)
+    of_adapter = {(4.0, 0.0): "supported", (4.0, 4.0): EXPLAINED, (0.0, 0.0): "contradicted"}
+    assert verdict(IntrudersOfAdapters(), adapter) == of_adapter[ours, null]
+    assert verdict(NoIntruders(), full) == ("contradicted" if ours else EXPLAINED)
+
+
+def test_no_intruders_are_a_finding_where_random_updates_of_this_spectrum_add_some():
+    tables = planted("rotation", "intruders", 0.0, 3.0, 0.1) | planted(
+        "rsf", "ratio", 1.0, 1.0, 1.0, delta_norm=1.0
+    )
+    assert verdict(NoIntruders(), tables) == "supported"
+
+
+def test_reads_must_exceed_their_rotations_and_adapters_are_left_out():
+    claim = ReadsConcentrate()
+    found = finding(claim, planted("rsf", "ratio", 5.0, 1.0, 0.1, matched_ratio=4.5))
+    assert found.verdict == "supported" and "with these inputs, is 4.5" in found.detail
+    assert verdict(claim, planted("rsf", "ratio", 5.0, 1.0, 8.0)) == EXPLAINED  # of low rank: a wide null
+    assert verdict(claim, planted("rsf", "ratio", 1.1, 1.0, 0.01)) == "contradicted"
+    assert verdict(claim, planted("rsf", "ratio", 5.0, 1.0, 0.1, adapter_rank=8.0)) == UNTESTABLE
+
+
+def test_writes_must_be_near_one_and_a_wide_null_explains_others():
+    claim = WritesNearIsotropic()
+    assert verdict(claim, planted("rsf", "ratio", 1.2, 1.0, 0.01)) == "supported"
+    assert verdict(claim, planted("rsf", "ratio", 3.0, 1.0, 0.1)) == "contradicted"
+    assert verdict(claim, planted("rsf", "ratio", 3.0, 1.0, 4.0)) == EXPLAINED
+    assert verdict(claim, planted("rsf", "ratio", 0.5, 1.0, 0.1)) == "contradicted"
+
+
+def test_uncertainty_is_judged_by_the_lines_of_its_own_claims():
+    rows = probed()
+    step = max(entry["step"] for entry in rows)
+    update = Update("it", {"uncertainty": tabulate(rows)}, step, "dpo", "contrast")
+    (found,) = verdicts([UncertaintyUnexpressed()], [update]).itertuples()
+    assert found.verdict == "supported" and found.ours < found.null == 1
+    assert "AUROC" in found.detail
+
+
+def measured(before, after):
+    """The rows of the probe sparsity for one matrix."""
+    values = Sparsity(rank=8).of_matrix(before, after)
+    return {
+        "sparsity": tabulate(
+            {"step": 1, **row(name, value, n=before.numel(), layer=0, matrix="q")}
+            for name, value in values.items()
+        )
+    }
+
+
+def test_an_iid_update_is_explained_by_its_null_and_one_of_the_small_weights_is_not(generator):
+    before = torch.randn(192, 192, generator=generator) * 0.02
+    iid = before + 2e-5 * torch.randn(before.shape, generator=generator)
+    found = finding(SmallWeights(), measured(before, iid))
+    # Its overlap is far above 0.3, as that of the update of a published training, and no structure at all.
+    assert found.verdict == EXPLAINED and found.ours > 0.5
+    assert abs(found.ours - found.null) < 5 * found.null_sd
+    small = before.abs() < before.abs().quantile(0.3)
+    kept = before + torch.where(small, 2e-5, 0.0) * torch.randn(before.shape, generator=generator)
+    heavy = finding(SmallWeights(), measured(before, kept))
+    assert heavy.verdict == "supported" and heavy.ours == 1
+    large = before + torch.where(small, 0.0, 1e-3) * torch.randn(before.shape, generator=generator)
+    assert verdict(SmallWeights(), measured(before, large)) == "contradicted"
