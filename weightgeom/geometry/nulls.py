@@ -162,6 +162,17 @@ def _row_norm_deviations(d: int, k: int, draws: int, seed: int) -> Float[Tensor,
     return deviations
 
 
+def null_ratio_sd(d: int, k: int, other: int) -> float:
+    """Standard deviation of ‖Uᵀ V‖²_F d / (k l) for dimensions k and l, where one subspace is Haar-uniform.
+
+    ‖Uᵀ V‖²_F has the mean k l / d and the variance 2 k l (d - k)(d - l) / (d² (d - 1)(d + 2)), exact; at
+    k = 1 it is Beta(l/2, (d - l)/2). Source: ours, from the second moments of a uniform projector.
+    """
+    if d == 1:
+        return 0.0
+    return sqrt(2 * (d - k) * (d - other) / (k * other * (d - 1) * (d + 2)))
+
+
 def rank_p_value(treatment: Float[Tensor, ""], controls: Float[Tensor, " n"]) -> float:
     """One-sided p-value of `treatment` exceeding exchangeable `controls`.
 
