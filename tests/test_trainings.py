@@ -49,7 +49,10 @@ def test_the_cosine_of_two_trainings_is_that_of_their_updates() -> None:
 
 
 def test_seeds_of_one_training_are_more_alike_than_those_of_two() -> None:
-    seeds = {name: [trained(number, 10 * number + seed) for seed in range(3)] for number, name in ((1, "dpo"), (2, "ce"))}
+    seeds = {
+        name: [trained(number, 10 * number + seed) for seed in range(3)]
+        for number, name in ((1, "dpo"), (2, "ce"))
+    }
     table = wg.alignments(BASE, seeds)
     pair = ("ce", "dpo")
     # Each update is a + s / 2, with a that of the objective: of seeds the cosine is 1 / (1 + 1/4).

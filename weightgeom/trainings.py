@@ -109,7 +109,9 @@ def name_of(training: str, seed: int, seeds: int) -> str:
 
 def _architecture(sources: Sequence[Source], config: "PreTrainedConfig | None") -> Architecture:
     given = None if config is None else plain_config(config)
-    known = [one for one in (sources[0].config, given, *(source.config for source in sources)) if one is not None]
+    known = [
+        one for one in (sources[0].config, given, *(source.config for source in sources)) if one is not None
+    ]
     if not known:
         raise ValueError(
             "a state dict says nothing of its network: add config=network.config, or"

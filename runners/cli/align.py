@@ -20,7 +20,9 @@ def aligned(before: str, named: Sequence[str], out: Path) -> None:
     for part in named:
         name, equals, after = part.partition("=")
         if not (name and equals and after):
-            raise ValueError(f"{part} has no name: write NAME={part}, the same NAME for seeds of one training")
+            raise ValueError(
+                f"{part} has no name: write NAME={part}, the same NAME for seeds of one training"
+            )
         trainings.setdefault(name, []).append(after)
     table = alignments(before, trainings)
     out.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,9 @@ def test_a_worked_example():
     assert found["cosine"] == pytest.approx(48 / (5 * sqrt(145)))
     assert found["orthogonal_share"] == pytest.approx(sqrt(1 - 48**2 / (25 * 145)))
     assert found["alignment_ratio"] == pytest.approx(0.8)
-    assert found["mode_overlap"] == pytest.approx(1) and found["null_mode_overlap_mean"] == pytest.approx(2 / 3)
+    assert found["mode_overlap"] == pytest.approx(1) and found["null_mode_overlap_mean"] == pytest.approx(
+        2 / 3
+    )
     assert found["null_cosine_sd"] == pytest.approx(1 / 3)
 
 

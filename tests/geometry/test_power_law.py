@@ -50,9 +50,7 @@ def test_few_or_equal_values_have_no_fit(values):
 @pytest.mark.slow
 def test_the_p_value_of_pareto_samples_is_uniform():
     generator = np.random.default_rng(3)
-    found = [
-        power_law(torch.from_numpy(1 + generator.pareto(2, 40)), generator, 39) for _ in range(500)
-    ]
+    found = [power_law(torch.from_numpy(1 + generator.pareto(2, 40)), generator, 39) for _ in range(500)]
     rejected = np.mean([one is not None and one.p_value is not None and one.p_value <= 0.1 for one in found])
     assert abs(rejected - 0.1) < 3 * sqrt(0.1 * 0.9 / 500)
 

@@ -18,7 +18,9 @@ PROBE = Connectivity(t=[0, 0.5, 1, 1.5], draws=2, tokens=200)
 
 @pytest.fixture
 def after(params, generator):
-    return {name: value + 0.05 * torch.randn(value.shape, generator=generator) for name, value in params.items()}
+    return {
+        name: value + 0.05 * torch.randn(value.shape, generator=generator) for name, value in params.items()
+    }
 
 
 def by_dose(rows, quantity):
@@ -58,13 +60,15 @@ def test_the_loss_on_the_way_is_that_of_a_network_with_these_weights(model, exam
 
 def test_a_barrier_is_the_most_that_the_loss_exceeds_the_line():
     # At 0.5 the line is at 2: 3.5 exceeds it by 1.5. Behind 1 there is no line.
-    assert barrier([0, 0.25, 0.5, 1, 2], [1, 1, 3.5, 3, 99]) == 1.5
-    assert barrier([0, 0.5, 1], [3, 1, 1]) == 0
+    assert barrier([0.0, 0.25, 0.5, 1.0, 2.0], [1.0, 1.0, 3.5, 3.0, 99.0]) == 1.5
+    assert barrier([0.0, 0.5, 1.0], [3.0, 1.0, 1.0]) == 0
 
 
 def test_a_random_direction_has_the_norm_of_the_update_in_every_matrix(model, params, generator):
-    deltas = {name: (0.1 * place + 0.1) * torch.randn(matrix(model, name).of(params).shape, generator=generator)
-              for place, name in enumerate(("L0.q", "L0.k", "L1.down"))}  # fmt: skip
+    deltas = {
+        name: size * torch.randn(matrix(model, name).of(params).shape, generator=generator)
+        for name, size in (("L0.q", 0.1), ("L0.k", 0.2), ("L1.down", 0.3))
+    }
     after = moved(model, params, deltas)
     direction = random_direction(model.architecture, params, after, generator)
     for one in model.architecture.matrices:

@@ -17,7 +17,7 @@ NULLS = ("cosine", "alignment_ratio", "mode_overlap")  # quantities with a null 
 
 @dataclass(frozen=True, eq=False)
 class Leading:
-    """An update of one matrix with its leading singular vectors; `evenness` is Σp², p the shares of energy."""
+    """An update of one matrix with its leading singular vectors; `evenness` is Σp² of its energy."""
 
     update: Float[Tensor, "d_out d_in"]
     left: Float[Tensor, "d_out k"]

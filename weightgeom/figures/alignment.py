@@ -24,8 +24,8 @@ def heat_maps(pairs: pd.DataFrame, names: Mapping[Hashable, str]) -> Figure:
     """Cosine, subspace alignment ratio and mode overlap of every pair of updates over all matrices.
 
     A row of a map is the update A, a column the update B; the number in brackets is the null's mean, and of
-    the cosine its standard deviation. `pairs` has rows without a matrix, their update in the column `step` and
-    the other one in `against`; `names` are those of the updates, in order.
+    the cosine its standard deviation. `pairs` has rows without a matrix, their update in the column `step`
+    and the other one in `against`; `names` are those of the updates, in order.
     """
     keys = list(names)
     places = {str(key): place for place, key in enumerate(keys)}

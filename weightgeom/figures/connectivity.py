@@ -16,8 +16,8 @@ LABELS = {"path_ce": "held-out loss", "path_kl": "KL from the start"}
 def paths(table: pd.DataFrame) -> Figure:
     """Loss and KL by t along W₀ + t dW at the last step, bars the standard error.
 
-    The grey band is the mean ± 2 standard deviations over random directions of equal norm. `table` has rows of
-    the probe `connectivity`.
+    The grey band is the mean ± 2 standard deviations over random directions of equal norm. `table` has rows
+    of the probe `connectivity`.
     """
     rows = table[(table["step"] == table["step"].max()) & (table["dose"] != "")]
     rows = rows.assign(t=rows["dose"].astype(float)).sort_values("t")

@@ -26,9 +26,7 @@ class PowerLaw:
     p_value: float | None = None
 
 
-def power_law(
-    values: Float[Tensor, " n"], generator: np.random.Generator, draws: int = 0
-) -> PowerLaw | None:
+def power_law(values: Float[Tensor, " n"], generator: np.random.Generator, draws: int = 0) -> PowerLaw | None:
     """The power law of the upper tail of positive values; None for fewer than 12, or without any spread.
 
     With x_1 ≥ x_2 ≥ ..., the exponent is 1 + m / Σ_{i ≤ m} ln(x_i / x_{m+1}), one more than Hill's (1975)

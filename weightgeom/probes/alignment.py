@@ -1,6 +1,7 @@
 """Alignment of the successive updates of a training or of a chain, and the locking of their subspaces."""
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -122,7 +123,7 @@ class Alignment:
             weights = {step: _written(matrix, params) for step, params in opened.items()}
             updates = {
                 step: part
-                for before, step in zip(chosen, chosen[1:], strict=False)
+                for before, step in pairwise(chosen)
                 if (part := leading(weights[step] - weights[before], self.energy)) is not None
             }
             place = matrix.table_columns
@@ -143,7 +144,9 @@ class Alignment:
             if space is None or end is None:
                 continue
             k = min(space.shape[1], end.shape[1])
-            values = zip(("locking", "null_locking_mean", "null_locking_sd"), overlap(space, end), strict=True)
+            values = zip(
+                ("locking", "null_locking_mean", "null_locking_sd"), overlap(space, end), strict=True
+            )
             for name, value in values:
                 yield row(name, value, n=k, k=k, step=step, **matrix.table_columns)
 

@@ -47,7 +47,7 @@ class Connectivity:
         headline="", section="Connectivity", whole=("barrier",), generic=False
     )
 
-    t: list[float] = [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5]
+    t: list[float] = Field(default=[0, 0.25, 0.5, 0.75, 1, 1.25, 1.5])
     draws: int = Field(default=3, ge=2)  # of random directions
     tokens: int = Field(default=2048, ge=2)  # of held-out text
     length: int = Field(default=96, ge=2)  # tokens a sequence
@@ -158,7 +158,7 @@ def _values(rows: Sequence[Row]) -> list[float]:
 
 
 def ends(model: "LanguageModel", before: Held, after: Held) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights of two models under the same names: an unembedding that only one has is the other's embedding."""
+    """Weights of two models under the same names; a tied unembedding is the embedding where one is untied."""
     embed = model.architecture.embed
     names = dict.fromkeys([*before, *after])
     start, end = ({name: held.get(name, held[embed]) for name in names} for held in (before, after))

@@ -61,9 +61,9 @@ class Spectrum:
         edge_informative: 1 if that mean is below 1, else 0: heavy-tailed entries exceed the edge by
             themselves, as it takes entries with a fourth moment. Bai & Yin (1988), Ann. Probab. 16:1729.
 
-    In names of nulls, the thing stands behind `null_`. But for eigenvalues, the column `k` is d, the dimension of the space, and `subspace` is `residual`,
-    or the name of the input: its rows are those of the matrix that reads there, q (or q_a), up, or the
-    first of a mixer.
+    In names of nulls, the thing stands behind `null_`. But for eigenvalues, the column `k` is d, the
+    dimension of the space, and `subspace` is `residual`, or the name of the input: its rows are those of the
+    matrix that reads there, q (or q_a), up, or the first of a mixer.
     """
 
     of: list[Thing] = Field(default=["activation", "upstream", "gradient", "delta", "weight"], min_length=1)
@@ -208,7 +208,7 @@ class Spectrum:
 
 
 def ranks(squares: Float[Tensor, " index"]) -> dict[str, float]:
-    """Participation ratio, effective rank and stable rank of squared singular values, in [1, their number]."""
+    """Participation ratio, effective and stable rank of squared singular values, in [1, their number]."""
     shares = squares.double() / squares.double().sum()
     return {
         "participation_ratio": 1 / shares.square().sum().item(),
