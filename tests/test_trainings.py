@@ -36,7 +36,7 @@ def test_the_cosine_of_two_trainings_is_that_of_their_updates() -> None:
     for end in ends.values():
         start = dict(BASE.named_parameters())
         updates = [
-            (parameter - start[name]).flatten()
+            (parameter - start[name]).detach().flatten()
             for name, parameter in end.named_parameters()
             if "proj" in name
         ]
@@ -62,6 +62,7 @@ def test_seeds_of_one_training_are_more_alike_than_those_of_two() -> None:
     assert {"dpo.0", "dpo.2", "ce.1"} <= set(table["treatment"])
 
 
+@pytest.mark.slow
 def test_the_command_writes_table_and_heat_maps(tmp_path, capsys) -> None:
     for name, network in (("base", BASE), ("a", trained(1, 0)), ("b", trained(1, 1)), ("c", trained(2, 2))):
         saved(network, tmp_path / name)

@@ -111,6 +111,7 @@ def test_two_checkpoints_have_no_pairs_of_updates(model, params, trajectory, gen
     assert measured(PROBE, trajectory(*(0 * low_rank(model, params, 2, generator) for _ in range(3)))) == []
 
 
+@pytest.mark.slow
 def test_the_summary_and_the_figures_name_the_stages(model, params, trajectory, generator, tmp_path):
     from weightgeom.figures.base import save
 

@@ -17,12 +17,15 @@ NULLS = ("cosine", "alignment_ratio", "mode_overlap")  # quantities with a null 
 
 @dataclass(frozen=True, eq=False)
 class Leading:
-    """An update of one matrix with its leading singular vectors; `evenness` is Σp² of its energy."""
+    """An update of one matrix with its leading singular vectors.
+
+    `concentration` is Σp², p the share of each singular direction in its energy.
+    """
 
     update: Float[Tensor, "d_out d_in"]
     left: Float[Tensor, "d_out k"]
     right: Float[Tensor, "d_in k"]
-    evenness: float
+    concentration: float
 
     @property
     def energy(self) -> float:
@@ -65,7 +68,7 @@ def aligned(a: Leading, b: Leading) -> Aligned:
     mean = k / d
     # The rotation null of a share (`weightgeom.geometry.nulls.rotation_null`), with Σp² of A's left side.
     single = 2 * k * (d - k) / (d**2 * (d + 2))
-    variance = single * max(0.0, d * a.evenness - 1) / (d - 1) if d > 1 else 0.0
+    variance = single * max(0.0, d * a.concentration - 1) / (d - 1) if d > 1 else 0.0
     share = (b.left.T @ a.update.double()).square().sum() / a.update.double().square().sum()
     return Aligned(
         float((a.update.double() * b.update.double()).sum()),
