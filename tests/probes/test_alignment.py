@@ -5,7 +5,8 @@ import torch
 from moving import matrix
 
 from weightgeom.analysis.chain import STAGES
-from weightgeom.probes.alignment import Alignment, named_updates
+from weightgeom.estimators.alignment import overlap, top_right
+from weightgeom.probes.alignment import Alignment, named_updates, walked
 from weightgeom.table import of_matrices, tabulate
 
 PROBE = Alignment(k=2)
@@ -70,6 +71,7 @@ def test_locking_is_1_in_the_same_directions_and_chance_in_others(model, params,
     rows = measured(PROBE, trajectory(a, a, 0.5 * a))
     assert value(rows, "locking", 1) == pytest.approx(1, abs=1e-3)
     assert value(rows, "null_locking_mean", 1) == pytest.approx(2 / a.shape[1])
+    assert value(rows, "null_locking_mean", 1) < value(rows, "walk_locking_mean", 1) < 0.9
     # Of two unrelated updates, the later one 100 times the earlier, the directions at the end are its own.
     b = low_rank(model, params, 2, generator)
     rows = measured(PROBE, trajectory(0.01 * a, b))
@@ -79,8 +81,6 @@ def test_locking_is_1_in_the_same_directions_and_chance_in_others(model, params,
 
 @pytest.mark.slow
 def test_locking_of_random_updates_is_a_draw_from_its_null(generator):
-    from weightgeom.estimators.alignment import overlap, top_right
-
     found = []
     for _ in range(500):
         one, other = (top_right(torch.randn(8, 12, generator=generator), 3) for _ in range(2))
@@ -91,6 +91,26 @@ def test_locking_of_random_updates_is_a_draw_from_its_null(generator):
     assert mean == 0.25
     assert abs(float(values.mean()) - mean) < 4 * sd / 500**0.5
     assert abs(float(values.std()) / sd - 1) < 0.15
+
+
+@pytest.mark.slow
+def test_locking_of_a_random_walk_is_a_draw_from_its_own_null_and_above_the_other(generator):
+    update = torch.randn(8, 12, generator=generator)
+    rest = torch.randn(8, 12, generator=generator)
+    space = top_right(update, 3)
+    assert space is not None
+    null = walked(update, rest, space, 3, 500, generator)
+    found = []
+    for _ in range(500):
+        # Gaussian entries have random directions; their singular values are those of the rest.
+        left, values, right = torch.linalg.svd(torch.randn(8, 12, generator=generator), full_matrices=False)
+        end = top_right(update + left @ torch.linalg.svdvals(rest).diag() @ right, 3)
+        assert end is not None
+        found.append(overlap(space, end)[0])
+    drawn = torch.tensor(found, dtype=torch.float64)
+    rejected = float((drawn > null.quantile(0.95)).double().mean())
+    assert abs(rejected - 0.05) < 3 * (2 * 0.05 * 0.95 / 500) ** 0.5
+    assert drawn.mean() > 0.25 + 20 * drawn.std() / 500**0.5
 
 
 def test_an_interrupted_measurement_needs_the_last_checkpoint_alone(model, params, trajectory, generator):

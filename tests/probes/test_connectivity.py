@@ -7,7 +7,7 @@ from moving import matrix, moved
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from weightgeom.estimators.held_out import held_out_rows
+from weightgeom.estimators.held_out import held_out
 from weightgeom.probes.behaviour import Behaviour
 from weightgeom.probes.connectivity import Connectivity, barrier, random_direction
 from weightgeom.table import tabulate
@@ -41,6 +41,8 @@ def test_the_ends_of_the_path_have_the_loss_and_the_kl_of_the_two_models(params,
         null = by_dose(rows, f"null_{quantity}_mean")
         assert null["0"] == by_dose(rows, quantity)["0"]
         assert by_dose(rows, f"null_{quantity}_sd")["0"] == 0 < by_dose(rows, f"null_{quantity}_sd")["1"]
+    rise = by_dose(rows, "path_ce_rise")
+    assert rise["0"] == 0 and rise["1"] == pytest.approx(loss["1"] - loss["0"])
     found = {row["quantity"]: row["value"] for row in rows}
     assert found["barrier"] == max(0, loss["0.5"] - (loss["0"] + loss["1"]) / 2)
 
@@ -88,7 +90,7 @@ def test_the_loss_in_a_random_direction_is_a_draw_from_its_null(model, examples,
         found = []
         for direction in directions:
             weights = {name: params[name] + direction[name] for name in params}
-            found.append(held_out_rows(model, weights, params, batches)[0]["value"])
+            found.append(float(held_out(model, weights, params, batches).losses.sum()))
         return torch.tensor(found, dtype=torch.float64)
 
     # Updates of Gaussian entries, each against the random directions of its own norms.

@@ -1,10 +1,11 @@
 """Predictions of held-out text: a model's loss on it and its divergence from a base."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import sqrt
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from weightgeom.geometry.divergences import kl_divergence
@@ -13,13 +14,28 @@ from weightgeom.table import Row, row
 from weightgeom.text.tokens import Batch
 
 
-def held_out_rows(
-    model: LanguageModel, weights: Mapping[str, Tensor], base: Mapping[str, Tensor], batches: Sequence[Batch]
-) -> list[Row]:
-    """`heldout_ce`, -log p(token | before), and `kl_from_base`, KL(base || model); none without batches.
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Sums over the tokens of every sequence, in nats, and their numbers."""
 
-    Both are means over tokens, in nats per token and >= 0, with the standard error over sequences, as tokens
-    of one text are not independent. Weights are those of `LanguageModel.hold`, batches on its device.
+    losses: Float[Tensor, " sequence"]  # -log p(token | before)
+    divergences: Float[Tensor, " sequence"]  # KL(base || model)
+    tokens: Int[Tensor, " sequence"]
+
+    def rows(self) -> list[Row]:
+        """`heldout_ce` and `kl_from_base`, in nats per token and >= 0."""
+        return [
+            over_tokens("heldout_ce", self.losses, self.tokens),
+            over_tokens("kl_from_base", self.divergences, self.tokens),
+        ]
+
+
+def held_out(
+    model: LanguageModel, weights: Mapping[str, Tensor], base: Mapping[str, Tensor], batches: Sequence[Batch]
+) -> HeldOut:
+    """Loss and divergence on one batch or more.
+
+    Weights are those of `LanguageModel.hold`, and batches lie on the model's device.
     """
     losses, divergences = [], []
     for batch in batches:
@@ -29,22 +45,20 @@ def held_out_rows(
         divergence = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
         divergence[target] = kl_divergence(then, now, target).double()
         divergences.append(divergence.sum(1))
-    if not losses:
-        return []
     tokens = torch.cat([batch.target[:, 1:].sum(1) for batch in batches])
-    return [
-        _over_tokens("heldout_ce", torch.cat(losses), tokens),
-        _over_tokens("kl_from_base", torch.cat(divergences), tokens),
-    ]
+    return HeldOut(torch.cat(losses), torch.cat(divergences), tokens)
 
 
-def _over_tokens(quantity: str, sums: Float[Tensor, " sequence"], tokens: Tensor) -> Row:
-    """A mean over tokens from the sums over sequences, with the error of a ratio of two means over them."""
-    sums, tokens, n = sums.double(), tokens.double(), len(sums)
-    mean = (sums.sum() / tokens.sum()).item()
+def over_tokens(quantity: str, sums: Float[Tensor, " sequence"], tokens: Int[Tensor, " sequence"]) -> Row:
+    """A mean over tokens from the sums over sequences, with the error of a ratio of two means over them.
+
+    The error is over sequences, as tokens of one text are not independent.
+    """
+    sums, counts, n = sums.double(), tokens.double(), len(sums)
+    mean = (sums.sum() / counts.sum()).item()
     error = (
-        sqrt((sums - mean * tokens).square().sum().item() * n / (n - 1)) / tokens.sum().item()
+        sqrt((sums - mean * counts).square().sum().item() * n / (n - 1)) / counts.sum().item()
         if n > 1
         else None
     )
-    return row(quantity, mean, n=int(tokens.sum()), unit="nats/token", stderr=error)
+    return row(quantity, mean, n=int(counts.sum()), unit="nats/token", stderr=error)

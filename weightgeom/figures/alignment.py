@@ -60,8 +60,8 @@ def heat_maps(pairs: pd.DataFrame, names: Mapping[Hashable, str]) -> Figure:
 def locking(table: pd.DataFrame) -> Figure:
     """Overlap of the update's leading input directions with those at the end, by step, mean over layers.
 
-    The dashed line is the null's mean K/d, the largest among the matrices. `table` has rows of the probe
-    `alignment`.
+    The dashed line is the null's mean K/d, the largest among the matrices; the grey line the mean over all
+    matrices where the rest of the update is rotated at random. `table` has rows of the probe `alignment`.
     """
     rows = table[table["quantity"] == "locking"]
     with plt.rc_context(STYLE):
@@ -71,8 +71,10 @@ def locking(table: pd.DataFrame) -> Figure:
             style = "--" if role == "write" else "-"
             colour = COLOURS.get(str(matrix), "0.35")
             axis.plot(means.index, means, style, marker="o", ms=2.5, lw=1.2, color=colour, label=str(matrix))
+        walk = table[table["quantity"] == "walk_locking_mean"].groupby("step")["value"].mean()
+        axis.plot(walk.index, walk, "x-", ms=3, lw=0.8, color="0.6", label="rest at random")
         null = table[table["quantity"] == "null_locking_mean"]["value"].max()
-        axis.axhline(null, color="0.5", ls="--", lw=0.8, label="null")
+        axis.axhline(null, color="0.5", ls="--", lw=0.8, label="K/d")
         axis.set_xscale("symlog", base=2, linthresh=1)
         axis.set_xlabel("optimizer step, or stage")
         axis.set_ylabel("subspace locking (1)\nmean over layers")

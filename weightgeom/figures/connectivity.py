@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 
 from weightgeom.figures.base import COLOURS, STYLE
 
-LABELS = {"path_ce": "held-out loss", "path_kl": "KL from the start"}
+LABELS = {"path_ce_rise": "rise of the held-out loss", "path_kl": "KL from the start"}
 
 
 def paths(table: pd.DataFrame) -> Figure:
-    """Loss and KL by t along W₀ + t dW at the last step, bars the standard error.
+    """Rise of the loss and KL by t along W₀ + t dW at the last step, bars ± one standard error over texts.
 
     The grey band is the mean ± 2 standard deviations over random directions of equal norm. `table` has rows
     of the probe `connectivity`.

@@ -174,6 +174,17 @@ def null_ratio_sd(d: int, k: int, other: int) -> float:
     return sqrt(2 * (d - k) * (d - other) / (k * other * (d - 1) * (d + 2)))
 
 
+def rotated(update: Float[Tensor, "d_out d_in"], generator: torch.Generator) -> Float[Tensor, "d_out d_in"]:
+    """A dW Bᵀ with independent Haar rotations A and B."""
+    left, right = (_haar(d, generator).to(update) for d in update.shape)
+    return left @ update @ right.T
+
+
+def _haar(d: int, generator: torch.Generator) -> Float[Tensor, "d d"]:
+    factors = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+    return factors.Q * factors.R.diagonal().sign()
+
+
 DIVISIONS = 5000  # of members among two groups that are tried at most
 
 

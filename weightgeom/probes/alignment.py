@@ -21,6 +21,7 @@ from weightgeom.estimators.alignment import (
     pooled,
     top_right,
 )
+from weightgeom.geometry.nulls import rotated
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture, ResidualMatrix
 from weightgeom.params import Params
@@ -50,11 +51,13 @@ class Alignment:
             update from the start to t; the column `k` is K, or the rank if it is smaller. arXiv:2606.07082.
         null_..._mean, null_..._sd: of each but orthogonal_share, under random rotations, in closed form: of
             locking the mean is K/d. Source: ours.
+        walk_locking_mean, walk_locking_sd: of locking, where the rest of the update, from t to the end, is
+            rotated at random: the end holds the update to t, so that a random walk locks as well. Of `draws`
+            samples. Source: ours.
     """
 
     declaration: ClassVar[ProbeDeclaration] = ProbeDeclaration(
         "previous_cosine",
-        label="cosine with the update before",
         section="Alignment of updates",
         whole=("previous_cosine",),
         compares=False,
@@ -63,6 +66,7 @@ class Alignment:
 
     energy: float = Field(default=ENERGY, gt=0, le=1)  # of an update, in its leading directions
     k: int = Field(default=16, ge=1)  # directions of locking
+    draws: int = Field(default=3, ge=2)  # of the rest of an update, a decomposition each
     most: int = Field(default=12, ge=2)  # updates; of more checkpoints those at evenly spread places
 
     def check(self, architecture: Architecture) -> None:
@@ -75,9 +79,9 @@ class Alignment:
         names = named_updates(table)
         whole = of_the_model(table).pivot(index=["step", "against"], columns="quantity", values="value")
         lines = []
-        for (step, against), part in whole.iterrows():  # pyright: ignore[reportGeneralTypeIssues]
-            if pd.isna(part.get("cosine")):
-                continue
+        pairs = whole[whole["cosine"].notna()]
+        for step, against in sorted(pairs.index, key=lambda pair: (pair[0], int(pair[1]))):
+            part = pairs.loc[step, against]
             line = {"update": names[int(step)], "against": names[int(against)]}
             for quantity in NULLS:
                 mean, sd = part[f"null_{quantity}_mean"], part[f"null_{quantity}_sd"]
@@ -118,6 +122,7 @@ class Alignment:
         places = torch.linspace(0, len(steps) - 1, min(len(steps), self.most + 1)).round().int().tolist()
         chosen = [steps[place] for place in places]
         opened = {step: setting.checkpoints[step] for step in chosen}
+        generator = torch.Generator().manual_seed(setting.seed)
         whole: dict[Pair, list[Aligned]] = {}
         for matrix in setting.model.architecture.matrices:
             weights = {step: _written(matrix, params) for step, params in opened.items()}
@@ -130,17 +135,22 @@ class Alignment:
             for pair, found in _pairs(updates).items():
                 whole.setdefault(pair, []).append(found)
                 yield from pair_rows(pair, [found], chosen, **place)
-            yield from self._locking(weights, chosen, matrix)
+            yield from self._locking(weights, chosen, matrix, generator)
         for pair, parts in whole.items():
             yield from pair_rows(pair, parts, chosen)
 
     def _locking(
-        self, weights: Mapping[int, torch.Tensor], chosen: list[int], matrix: ResidualMatrix
+        self,
+        weights: Mapping[int, torch.Tensor],
+        chosen: list[int],
+        matrix: ResidualMatrix,
+        generator: torch.Generator,
     ) -> Iterator[Row]:
         first, *between, last = chosen
         end = top_right(weights[last] - weights[first], self.k)
         for step in between:
-            space = top_right(weights[step] - weights[first], self.k)
+            update = weights[step] - weights[first]
+            space = top_right(update, self.k)
             if space is None or end is None:
                 continue
             k = min(space.shape[1], end.shape[1])
@@ -149,6 +159,26 @@ class Alignment:
             )
             for name, value in values:
                 yield row(name, value, n=k, k=k, step=step, **matrix.table_columns)
+            walk = walked(update, weights[last] - weights[step], space, self.k, self.draws, generator)
+            for name, value in (("mean", walk.mean()), ("sd", walk.std())):
+                place = {"k": k, "step": step, **matrix.table_columns}
+                yield row(f"walk_locking_{name}", float(value), n=self.draws, **place)
+
+
+def walked(
+    update: torch.Tensor,
+    rest: torch.Tensor,
+    space: torch.Tensor,
+    k: int,
+    draws: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """The overlap of an update's leading directions, `space`, with those after a rest in random directions."""
+    found = []
+    for _ in range(draws):
+        end = top_right(update + rotated(rest, generator), k)
+        found.append(0.0 if end is None else overlap(space, end)[0])
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _written(matrix: ResidualMatrix, params: Params) -> torch.Tensor:

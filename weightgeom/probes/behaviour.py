@@ -13,7 +13,7 @@ from torch import Tensor
 from weightgeom.analysis.summaries import by_quantity
 from weightgeom.bases.outline import Shape
 from weightgeom.declarations import BEHAVIOUR, ProbeDeclaration
-from weightgeom.estimators.held_out import held_out_rows
+from weightgeom.estimators.held_out import held_out
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
@@ -87,7 +87,7 @@ class Behaviour:
 
         def measure(params: Params) -> list[Row]:
             weights = model.hold(params)
-            rows = held_out_rows(model, weights, base, texts)
+            rows = held_out(model, weights, base, texts).rows() if texts else []
             margins = [
                 model.log_probs(weights, chosen.to(model.device)).sum(1)
                 - model.log_probs(weights, rejected.to(model.device)).sum(1)

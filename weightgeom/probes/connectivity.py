@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weightgeom.bases.outline import Shape
 from weightgeom.declarations import ProbeDeclaration
-from weightgeom.estimators.held_out import held_out_rows
+from weightgeom.estimators.held_out import HeldOut, held_out, over_tokens
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from weightgeom.models.language_model import LanguageModel
 
-QUANTITIES = {"path_ce": "heldout_ce", "path_kl": "kl_from_base"}  # and those of the probe `behaviour`
+SHOWN = {"path_ce": "loss", "path_ce_rise": "rise", "path_kl": "KL"}  # in the terminal
 Held = Mapping[str, Tensor]
 
 
@@ -36,7 +36,8 @@ class Connectivity:
     is the start has no rows. Source: arXiv:2606.23740; the null is ours.
 
     Quantities, in nats per token on held-out text:
-        path_ce: -log p(token | before), >= 0.
+        path_ce: -log p(token | before), >= 0, as in the probe `behaviour`.
+        path_ce_rise: that less the loss at t = 0; its error is that of the difference, text by text.
         path_kl: KL(W₀ || W(t)) of the next-token predictions, >= 0.
         barrier: the most by which the loss at 0 <= t <= 1 exceeds the line between its ends, >= 0. Frankle
             et al. (2020), arXiv:1912.05671.
@@ -76,13 +77,12 @@ class Connectivity:
         lines = []
         for dose in sorted(found.index, key=float):
             line = {"t": dose}
-            for quantity in QUANTITIES:
+            for quantity, name in SHOWN.items():
                 value, mean, sd = (
-                    found.loc[dose, name]
-                    for name in (quantity, f"null_{quantity}_mean", f"null_{quantity}_sd")
+                    found.loc[dose, end] for end in (quantity, f"null_{quantity}_mean", f"null_{quantity}_sd")
                 )
-                line[f"{quantity} (nats/token)"] = f"{value:.4g}"
-                line[f"{quantity}, random direction"] = f"{mean:.4g} ± {sd:.2g}"
+                line[name] = f"{value:.3g}"
+                line[f"{name}, random"] = f"{mean:.3g} ± {sd:.1g}"
             lines.append(line)
         return pd.DataFrame(lines)
 
@@ -128,7 +128,7 @@ class Connectivity:
         yield from _null("barrier", [barrier(self.t, _values(drawn["path_ce"])) for drawn in random])
         for quantity, rows in line.items():
             for index, t in enumerate(self.t):
-                yield {**rows[index], "quantity": quantity, "dose": f"{t:g}"}
+                yield {**rows[index], "dose": f"{t:g}"}
                 values = [drawn[quantity][index]["value"] for drawn in random]
                 yield from _null(quantity, values, dose=f"{t:g}")
 
@@ -136,11 +136,17 @@ class Connectivity:
         self, model: "LanguageModel", base: Held, batches: Sequence[Batch], point: Callable[[float], Held]
     ) -> dict[str, list[Row]]:
         """The rows of every quantity, one for each t."""
-        points = [held_out_rows(model, point(t), base, batches) for t in self.t]
+        points = [held_out(model, point(t), base, batches) for t in self.t]
+        first = points[self.t.index(0)]
         return {
-            quantity: [found for at in points for found in at if found["quantity"] == own]
-            for quantity, own in QUANTITIES.items()
+            "path_ce": [over_tokens("path_ce", at.losses, at.tokens) for at in points],
+            "path_ce_rise": [_rise(at, first) for at in points],
+            "path_kl": [over_tokens("path_kl", at.divergences, at.tokens) for at in points],
         }
+
+
+def _rise(at: HeldOut, first: HeldOut) -> Row:
+    return over_tokens("path_ce_rise", at.losses - first.losses, at.tokens)
 
 
 def barrier(path: Sequence[float], losses: Sequence[float]) -> float:
