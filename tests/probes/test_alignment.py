@@ -103,7 +103,7 @@ def test_locking_of_a_random_walk_is_a_draw_from_its_own_null_and_above_the_othe
     found = []
     for _ in range(500):
         # Gaussian entries have random directions; their singular values are those of the rest.
-        left, values, right = torch.linalg.svd(torch.randn(8, 12, generator=generator), full_matrices=False)
+        left, _, right = torch.linalg.svd(torch.randn(8, 12, generator=generator), full_matrices=False)
         end = top_right(update + left @ torch.linalg.svdvals(rest).diag() @ right, 3)
         assert end is not None
         found.append(overlap(space, end)[0])

@@ -5,8 +5,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from weightgeom.analysis.chain import STAGES
 from weightgeom.declarations import ProbeDeclaration
@@ -141,7 +143,7 @@ class Alignment:
 
     def _locking(
         self,
-        weights: Mapping[int, torch.Tensor],
+        weights: Mapping[int, Tensor],
         chosen: list[int],
         matrix: ResidualMatrix,
         generator: torch.Generator,
@@ -166,14 +168,14 @@ class Alignment:
 
 
 def walked(
-    update: torch.Tensor,
-    rest: torch.Tensor,
-    space: torch.Tensor,
+    update: Float[Tensor, "d_out d_in"],
+    rest: Float[Tensor, "d_out d_in"],
+    space: Float[Tensor, "d_in _"],
     k: int,
     draws: int,
     generator: torch.Generator,
-) -> torch.Tensor:
-    """The overlap of an update's leading directions, `space`, with those after a rest in random directions."""
+) -> Float[Tensor, " draws"]:
+    """Overlap of an update's leading directions, `space`, with those after a rest in random directions."""
     found = []
     for _ in range(draws):
         end = top_right(update + rotated(rest, generator), k)
@@ -181,7 +183,7 @@ def walked(
     return torch.tensor(found, dtype=torch.float64)
 
 
-def _written(matrix: ResidualMatrix, params: Params) -> torch.Tensor:
+def _written(matrix: ResidualMatrix, params: Params) -> Float[Tensor, "d_out d_in"]:
     return matrix.written(params).float().cpu()
 
 
