@@ -431,6 +431,7 @@ def test_the_bound_lies_above_the_probability(diagonal, generator):
         assert np.log((q @ mu.numpy() > 0).mean()) < nulls._log_bound(form, shape) < 0
     assert nulls._log_bound(form, 200.0) < nulls.CERTAIN
 
+
 def test_members_of_two_tight_groups_are_more_alike_than_all_other_divisions():
     # Of 6 divisions of four members in two pairs, two are the observed one, by either name.
     similarity = torch.full((4, 4), 0.1)
