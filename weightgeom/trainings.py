@@ -132,7 +132,7 @@ def _weights(source: Source, before: object, base: Params, architecture: Archite
     return params
 
 
-def _pair(pair: Pair, parts: Sequence[Aligned], names: Sequence[str], **place: object) -> Iterator[Row]:
+def _pair(pair: Pair, parts: Sequence[Aligned], names: Sequence[str], **place: Any) -> Iterator[Row]:
     """The rows of two updates; those that do not depend on their order once."""
     one, other = pair
     n = sum(part.entries for part in parts)
@@ -151,7 +151,7 @@ def _over_seeds(seeds: Mapping[str, int], whole: Mapping[Pair, Sequence[Aligned]
                 both = [values[pair][quantity] for pair in ((first, second), (second, first))]
                 similarity[row_place, place] = sum(both) / 2
             found = relabelled(similarity, seeds[one])
-            about = {"treatment": other, "against": one}
+            about: dict[str, Any] = {"treatment": other, "against": one}
             yield row(f"between_{quantity}_mean", found.between, n=found.pairs_between, **about)
             yield row(f"within_{quantity}_mean", found.within, n=found.pairs_within, **about)
             yield row(f"within_{quantity}_sd", found.within_sd, n=found.pairs_within, **about)

@@ -1,5 +1,9 @@
 """Several trainings of one base, aligned pair by pair."""
 
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
+
 from collections.abc import Sequence
 from pathlib import Path
 

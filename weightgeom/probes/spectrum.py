@@ -160,7 +160,7 @@ class Spectrum:
         for _ in range(self.shuffles):
             order = torch.randperm(wide.numel(), generator=generator)
             drawn = wide.flatten()[order].view_as(wide)
-            counts.append(spikes(_eigenvalues(drawn @ drawn.T, len(drawn)), tuple(wide.shape)))
+            counts.append(spikes(_eigenvalues(drawn @ drawn.T, len(drawn)), (len(wide), wide.shape[1])))
         found = torch.tensor(counts, dtype=torch.float64)
         values = {f"null_{thing}_spikes_mean": float(found.mean())}
         if len(found) > 1:
