@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from weightgeom.estimators.rotation import RotationTest, rotation_test
     from weightgeom.geometry.subspace import Subspace
     from weightgeom.library import measure, subspaces
+    from weightgeom.trainings import alignments
 
     __version__: str
 
@@ -22,6 +23,7 @@ __all__ = [
     "Run",
     "Subspace",
     "__version__",
+    "alignments",
     "measure",
     "read_run",
     "rotation_test",
@@ -32,6 +34,7 @@ PLACES = {
     "RotationTest": "weightgeom.estimators.rotation",
     "Run": "weightgeom.analysis.run_record",
     "Subspace": "weightgeom.geometry.subspace",
+    "alignments": "weightgeom.trainings",
     "measure": "weightgeom.library",
     "read_run": "weightgeom.analysis.run_record",
     "rotation_test": "weightgeom.estimators.rotation",

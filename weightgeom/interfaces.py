@@ -1,7 +1,7 @@
 """The contracts of data, bases, objectives, probes and interventions. Read this first."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -30,7 +30,8 @@ class Setting:
     """The inputs of a probe, once per trajectory: its start and end, the examples, and the objective.
 
     `objective` is that of the trajectory, None where it is not known, and `training` how it trains; `last`
-    is the step of its end.
+    is the step of its end. `checkpoints` are all of its weights by step, in order, each opened when it is
+    asked for; empty where there is no trajectory.
     """
 
     model: "LanguageModel"
@@ -42,6 +43,7 @@ class Setting:
     objective: "Objective | None" = None
     training: "Training | None" = None
     last: int = 0
+    checkpoints: Mapping[int, Params] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,30 @@ def compare(
     main([*compared(before, after, text, k, out), *(overrides or ())])
 
 
+@app.command(context_settings={"help_option_names": HELP})
+def align(
+    before: Annotated[
+        str, typer.Argument(metavar="BEFORE", help="The base: a directory, or a hub name@revision.")
+    ],
+    trainings: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME=AFTER", help="Ends of trainings; the same NAME again is another seed."),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", file_okay=False, help="Directory of the results.")
+    ] = Path("alignment"),
+) -> None:
+    """Cosines and shared subspaces of the updates of several trainings of BEFORE."""
+    from runners.cli.align import aligned
+    from runners.errors import USER_ERRORS, explanation
+
+    try:
+        aligned(before, trainings, out)
+    except USER_ERRORS as error:
+        typer.echo(f"error: {explanation(error)}", err=True)
+        raise typer.Exit(2) from error
+
+
 @app.command(context_settings=PASSED_ON)
 def sweep(context: typer.Context) -> None:
     """status, wait, cancel or resubmit: the jobs in SWEEP_DIR."""

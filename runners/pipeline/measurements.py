@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from runners.modules import fields_of, modules_of, required
 from runners.pipeline.fingerprint import code_behind, contents
 from weightgeom.estimators.per_matrix import PerMatrix
 from weightgeom.interfaces import Intervention, Log, Objective, Probe, Setting, Stage
+from weightgeom.params import Params
 from weightgeom.table import Row
 from weightgeom.text.examples import Examples
 from weightgeom.trajectory import Base, Trajectory
@@ -57,6 +58,24 @@ def keep_rows(directory: Path, index: int, rows: list[Row]) -> None:
 
 def _kept(directory: Path, index: int | str) -> Path:
     return directory / f"checkpoint-{index}.rows"  # matches RESUMABLE
+
+
+@dataclass(frozen=True, eq=False)
+class Opened(Mapping[int, Params]):
+    """The weights of checkpoints by step, opened at every access, so that none stays open."""
+
+    model: "LanguageModel"
+    steps: Mapping[int, Path]
+    start: Params
+
+    def __getitem__(self, step: int) -> Params:
+        return self.model.params(self.steps[step], self.start)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
 
 
 @dataclass(frozen=True)
@@ -180,6 +199,7 @@ class Measured:
             self.objective if trained else None,
             self.training,
             self.trajectory.last,
+            Opened(self._model, steps, start),
         )
 
     @cached_property

@@ -17,6 +17,7 @@ from weightgeom.geometry.nulls import (
     matched_null,
     moment_root,
     rank_p_value,
+    relabelled,
     rotation_null,
     spectrum_shares,
 )
@@ -429,3 +430,36 @@ def test_the_bound_lies_above_the_probability(diagonal, generator):
         q = np.random.default_rng(0).standard_gamma(shape, (20_000, D))
         assert np.log((q @ mu.numpy() > 0).mean()) < nulls._log_bound(form, shape) < 0
     assert nulls._log_bound(form, 200.0) < nulls.CERTAIN
+
+
+def test_members_of_two_tight_groups_are_more_alike_than_all_other_divisions():
+    # Of 6 divisions of four members in two pairs, two are the observed one, by either name.
+    similarity = torch.full((4, 4), 0.1)
+    similarity[:2, :2] = similarity[2:, 2:] = 0.9
+    found = relabelled(similarity, 2)
+    assert (found.within, found.between) == (pytest.approx(0.9), pytest.approx(0.1))
+    assert found.p_value == pytest.approx(2 / 6) and found.divisions == 6
+    assert (found.pairs_within, found.pairs_between) == (2, 4)
+    for first in (1, 3):
+        with pytest.raises(ValueError, match="two members or more"):
+            relabelled(similarity, first)
+
+
+@pytest.mark.slow
+def test_the_p_value_of_exchangeable_members_is_uniform(generator):
+    # 10 divisions of six members that differ in more than names: p is one of 0.1, 0.2, ..., 1.
+    found = []
+    for _ in range(500):
+        x = torch.randn(6, 6, generator=generator)
+        found.append(relabelled(x + x.T, 3).p_value)
+    rejected = sum(p <= 0.2 + 1e-9 for p in found) / 500
+    assert abs(rejected - 0.2) < 4 * (0.2 * 0.8 / 500) ** 0.5
+
+
+def test_of_many_divisions_some_are_drawn(generator):
+    similarity = torch.randn(16, 16, generator=generator)
+    similarity = similarity + similarity.T
+    similarity[:8, :8] += 9
+    similarity[8:, 8:] += 9
+    found = relabelled(similarity, 8)
+    assert found.divisions == 5000 and found.p_value < 0.002

@@ -11,12 +11,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from weightgeom.estimators.gradients import Gathering, gradient_moments
 from weightgeom.estimators.reference_subspaces import Inputs, input_frames, prediction_frame
+from weightgeom.geometry.nulls import null_ratio_sd
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Setting
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import architecture_of
 from weightgeom.objectives.dpo import DPO
-from weightgeom.probes.overlap import Checkpoints, Overlap, null_ratio_sd
+from weightgeom.probes.overlap import Checkpoints, Overlap
 from weightgeom.table import own, tabulate
 from weightgeom.training.config import Training
 

@@ -11,12 +11,14 @@ from weightgeom.estimators.gradients import Gathering, gradient_moments
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import architecture_of
 from weightgeom.objectives.dpo import DPO
-from weightgeom.probes.spectrum import Spectrum, marchenko_pastur_median, spikes
+from weightgeom.probes.spectrum import Spectrum, gaussian_null, marchenko_pastur_median, spikes
 from weightgeom.table import own, tabulate
 from weightgeom.training.config import Training
 
 D = 32  # d_model
-KINDS = ("participation_ratio", "effective_rank", "top_share", "spikes", "eigenvalue")
+RANKS = ("participation_ratio", "effective_rank", "stable_rank")
+FIT = ("hill_exponent", "hill_distance", "hill_p_value")
+KINDS = (*RANKS, *FIT, "top_share", "spikes", "eigenvalue")
 TRAINING = Training(max_length=48)
 
 
@@ -172,6 +174,58 @@ def test_weights_of_noise_have_the_spike_that_was_planted(model, params, at, gen
     assert counts == [0, 1]
 
 
+def test_heavy_tailed_entries_exceed_the_edge_by_themselves_and_gaussian_ones_do_not(
+    model, params, at, generator
+):
+    one = matrix(model, "L0.down")
+    gaussian = torch.randn(D, 48, generator=generator)
+    # Student's t with 2 degrees of freedom: its entries have no fourth moment, and not even a variance.
+    heavy = gaussian / torch.rand(D, 48, generator=generator).log().neg().sqrt()
+    found = {
+        name: Spectrum(of=["weight"]).measurement(at(params))(one.replaced(params, weight))
+        for name, weight in (("gaussian", gaussian), ("heavy", heavy))
+    }
+    informative = {name: value(rows, "L0.down", "weight_edge_informative") for name, rows in found.items()}
+    assert informative == {"gaussian": 1, "heavy": 0}
+    spiked = value(found["heavy"], "L0.down", "weight_spikes")
+    assert abs(spiked - value(found["heavy"], "L0.down", "null_weight_spikes_mean")) <= 3
+    # A strong direction stands out from Gaussian entries, and its own entries in random places do not.
+    planted = Spectrum(of=["weight"]).measurement(at(params))(
+        one.replaced(params, gaussian + with_spectrum(D, 48, [40.0], generator).float())
+    )
+    assert value(planted, "L0.down", "weight_spikes") == 1
+    assert value(planted, "L0.down", "weight_edge_informative") == 1
+    none = Spectrum(of=["weight"], shuffles=0).measurement(at(params))(params)
+    assert not any("edge" in row["quantity"] or "null_weight_spikes" in row["quantity"] for row in none)
+
+
+@pytest.mark.slow
+def test_heavy_tailed_iid_entries_are_draws_from_their_null(generator):
+    def heavy():
+        return torch.randn(24, 36, generator=generator) / torch.rand(24, 36, generator=generator).sqrt()
+
+    differences = []
+    for _ in range(500):
+        x = heavy()
+        shuffled = x.flatten()[torch.randperm(x.numel(), generator=generator)].view_as(x)
+        counts = [spikes(squared(y), (24, 36)) for y in (x, shuffled)]
+        differences.append(counts[0] - counts[1])
+    # Exchangeable, so that their difference has mean 0.
+    found = torch.tensor(differences, dtype=torch.float64)
+    assert abs(found.mean()) < 3 * found.std() / sqrt(500)
+    assert found.std() > 0
+
+
+def test_ranks_and_exponents_of_noise_are_draws_from_their_null(generator):
+    null = gaussian_null(24, 40, 0)
+    drawn = [torch.linalg.svdvals(torch.randn(24, 40, generator=generator).double()) ** 2 for _ in range(500)]
+    stable = torch.tensor([float(one.sum() / one[0]) for one in drawn])
+    pooled = sqrt(float(null["stable_rank"].var()) * (1 / 19 + 1 / 500))
+    assert abs(float(stable.mean() - null["stable_rank"].mean())) < 4 * pooled
+    # ‖W‖²_F / ‖W‖²_2 → m n / (√m + √n)²; the largest value of finite matrices is below the edge.
+    assert 24 * 40 / (sqrt(24) + sqrt(40)) ** 2 < stable.mean() < 1.3 * 24 * 40 / (sqrt(24) + sqrt(40)) ** 2
+
+
 def stream(network, tokenizer, texts, module, length=96):
     """Inputs of a module on the packed text, by plain hooks, as fp64 numpy (token, d)."""
     ids = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
@@ -193,6 +247,7 @@ def agree(rows, name, thing, singular, entries):
     expected = {
         "participation_ratio": 1 / (shares**2).sum(),
         "effective_rank": np.exp(-(shares * np.log(shares)).sum()),
+        "stable_rank": singular[0] ** -2 * (singular**2).sum(),
         "top_share": shares[0],
     }
     for quantity, number in expected.items():
@@ -200,7 +255,9 @@ def agree(rows, name, thing, singular, entries):
     found = values(rows, name, f"{thing}_eigenvalue")
     # fp32 sums: 1e-7 of the largest eigenvalue, many times over.
     assert_close(list(found.values()), shares[:16].tolist(), rtol=1e-3, atol=2e-6)
-    assert {row["n"] for row in rows if row["quantity"].startswith(thing)} == {entries}
+    about = [row for row in rows if row["quantity"].startswith(thing)]
+    fitted = ("hill", "edge")
+    assert {row["n"] for row in about if not any(part in row["quantity"] for part in fitted)} == {entries}
 
 
 def test_activations_have_the_spectrum_of_what_the_hooks_see(model, examples, params, at):
@@ -219,7 +276,7 @@ def test_activations_have_the_spectrum_of_what_the_hooks_see(model, examples, pa
 
 def test_a_moment_of_few_tokens_has_no_more_directions_than_tokens(params, at):
     rows = Spectrum(of=["activation"], tokens=6, length=6).measurement(at(params))(params)
-    assert {row["n"] for row in rows} == {6}
+    assert {row["n"] for row in rows if not row["quantity"].startswith("null")} == {6}
     assert [*values(rows, "L0.q", "activation_eigenvalue")] == [1, 2, 3, 4, 5, 6]
 
 
@@ -249,7 +306,12 @@ def test_every_quantity_is_there_with_its_place_unit_and_number_of_samples(model
         setting = at(params, objective=DPO() if known else None)
         rows = Spectrum(prompts=4, tokens=300).measurement(setting)(after)
         table = tabulate([row | {"step": 1} for row in rows])
-        assert set(table["quantity"]) == {f"{thing}_{kind}" for thing in of for kind in KINDS}
+        quantities = {f"{thing}_{kind}" for thing in of for kind in KINDS}
+        for end in ("mean", "sd"):
+            quantities |= {f"null_{thing}_{kind}_{end}" for thing in of for kind in (*RANKS, "hill_exponent")}
+            quantities |= {f"null_{thing}_spikes_{end}" for thing in of - {"activation", "upstream"}}
+        quantities |= {f"{thing}_edge_informative" for thing in of - {"activation", "upstream"}}
+        assert set(table["quantity"]) == quantities
         assert set(table["unit"]) == {"1"} and min(table["n"]) > 0 and min(table["k"]) == 1
         assert set(table["subspace"]) == {"residual", "attention_input", "mlp_input"}
         inputs = table[table["quantity"] == "activation_spikes"]
@@ -303,7 +365,8 @@ def test_what_a_post_norm_scales_counts_as_it_reaches_the_stream(olmo, at):
 
 def test_without_an_update_only_the_update_is_missing(params, at):
     rows = Spectrum(tokens=300).measurement(at(params))(params)
-    assert {row["quantity"].partition("_")[0] for row in rows} == {"activation", "weight"}
+    things = {row["quantity"].removeprefix("null_").partition("_")[0] for row in rows}
+    assert things == {"activation", "weight"}
 
 
 def test_the_update_is_that_since_the_start_and_activations_are_those_of_the_checkpoint(

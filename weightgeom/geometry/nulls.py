@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations, islice
 from math import sqrt
 
 import numpy as np
@@ -160,6 +161,82 @@ def _row_norm_deviations(d: int, k: int, draws: int, seed: int) -> Float[Tensor,
         norms = basis.square().sum(1).double()
         part.copy_(norms * (k / norms.sum(1, keepdim=True)) - k / d)
     return deviations
+
+
+def null_ratio_sd(d: int, k: int, other: int) -> float:
+    """Standard deviation of ‖Uᵀ V‖²_F d / (k l) for dimensions k and l, where one subspace is Haar-uniform.
+
+    ‖Uᵀ V‖²_F has the mean k l / d and the variance 2 k l (d - k)(d - l) / (d² (d - 1)(d + 2)), exact; at
+    k = 1 it is Beta(l/2, (d - l)/2). Source: ours, from the second moments of a uniform projector.
+    """
+    if d == 1:
+        return 0.0
+    return sqrt(2 * (d - k) * (d - other) / (k * other * (d - 1) * (d + 2)))
+
+
+def rotated(update: Float[Tensor, "d_out d_in"], generator: torch.Generator) -> Float[Tensor, "d_out d_in"]:
+    """A dW Bᵀ with independent Haar rotations A and B."""
+    left, right = (_haar(d, generator).to(update) for d in update.shape)
+    return left @ update @ right.T
+
+
+def _haar(d: int, generator: torch.Generator) -> Float[Tensor, "d d"]:
+    factors = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+    return factors.Q * factors.R.diagonal().sign()
+
+
+DIVISIONS = 5000  # of members among two groups that are tried at most
+
+
+@dataclass(frozen=True)
+class Relabelled:
+    """Mean similarities within and between two groups, and the p-value of their difference."""
+
+    between: float
+    within: float
+    within_sd: float  # over pairs
+    p_value: float
+    pairs_between: int
+    pairs_within: int
+    divisions: int  # of the members among the groups that the p-value is a share of
+
+
+def relabelled(similarity: Float[Tensor, "n n"], first: int) -> Relabelled:
+    """Whether members of a group, the first `first` or the rest, are more alike than those of two groups.
+
+    The p-value is the share of all divisions into groups of these sizes whose mean within groups exceeds the
+    mean between them at least as much, the observed division among them: exact where all members are
+    exchangeable, and at least one over the number of divisions. Of more than 5000 divisions, the observed and
+    4999 drawn ones count. `similarity` is symmetric; its diagonal does
+    not count. Source: Mielke & Berry (2007), Permutation Methods, chapter 2, with similarities for distances.
+
+    Raises:
+        ValueError: if a group has fewer than two members.
+    """
+    n = len(similarity)
+    if not 2 <= first <= n - 2:
+        raise ValueError(f"each group must have two members or more, got {first} and {n - first}")
+    one, other = torch.triu_indices(n, n, 1)
+    values = similarity.double()[one, other]
+    divisions = list(islice(combinations(range(n), first), DIVISIONS + 1))
+    if len(divisions) > DIVISIONS:
+        generator = np.random.default_rng(0)
+        drawn = (tuple(generator.permutation(n)[:first]) for _ in range(DIVISIONS - 1))
+        divisions = [divisions[0], *drawn]
+    excess = []
+    for members in divisions:
+        group = torch.zeros(n, dtype=torch.bool)
+        group[list(members)] = True
+        same = group[one] == group[other]
+        excess.append(float(values[same].mean() - values[~same].mean()))
+    group = torch.arange(n) < first  # the first of the combinations
+    same = group[one] == group[other]
+    within, between = values[same], values[~same]
+    p_value = sum(value >= excess[0] - 1e-12 for value in excess) / len(excess)
+    sd = float(within.std())
+    return Relabelled(
+        float(between.mean()), float(within.mean()), sd, p_value, len(between), len(within), len(excess)
+    )
 
 
 def rank_p_value(treatment: Float[Tensor, ""], controls: Float[Tensor, " n"]) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 from weightgeom.analysis.summaries import by_quantity
 from weightgeom.bases.outline import Shape
 from weightgeom.declarations import BEHAVIOUR, ProbeDeclaration
-from weightgeom.geometry.divergences import kl_divergence
+from weightgeom.estimators.held_out import held_out
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
@@ -87,19 +87,7 @@ class Behaviour:
 
         def measure(params: Params) -> list[Row]:
             weights = model.hold(params)
-            rows: list[Row] = []
-            losses, divergences = [], []
-            for batch in texts:
-                target = batch.target[:, 1:]
-                losses.append(-(model.log_probs(weights, batch).double() * target).sum(1))
-                now, then = model.logits(weights, batch)[:, :-1], model.logits(base, batch)[:, :-1]
-                divergence = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
-                divergence[target] = kl_divergence(then, now, target).double()
-                divergences.append(divergence.sum(1))
-            if losses:
-                tokens = torch.cat([batch.target[:, 1:].sum(1) for batch in texts])
-                rows.append(_over_tokens("heldout_ce", torch.cat(losses), tokens))
-                rows.append(_over_tokens("kl_from_base", torch.cat(divergences), tokens))
+            rows = held_out(model, weights, base, texts).rows() if texts else []
             margins = [
                 model.log_probs(weights, chosen.to(model.device)).sum(1)
                 - model.log_probs(weights, rejected.to(model.device)).sum(1)
@@ -112,18 +100,6 @@ class Behaviour:
             return rows
 
         return measure
-
-
-def _over_tokens(quantity: str, sums: Tensor, tokens: Tensor) -> Row:
-    """A mean over tokens from the sums over sequences, with the error of a ratio of two means over them."""
-    sums, tokens, n = sums.double(), tokens.double(), len(sums)
-    mean = (sums.sum() / tokens.sum()).item()
-    error = (
-        sqrt((sums - mean * tokens).square().sum().item() * n / (n - 1)) / tokens.sum().item()
-        if n > 1
-        else None
-    )
-    return row(quantity, mean, n=int(tokens.sum()), unit="nats/token", stderr=error)
 
 
 def _mean(quantity: str, values: Tensor, unit: str) -> Row:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass as plain_dataclass
 from functools import cached_property
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from weightgeom.estimators.reference_subspaces import (
     prediction_frame,
 )
 from weightgeom.estimators.updates import update_of, zeros
+from weightgeom.geometry.nulls import null_ratio_sd
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import INPUTS, Architecture, ResidualMatrix, first_readers
@@ -266,17 +266,6 @@ class Spaces:
                     gram = update_of(matrix, means, zeros(matrix, means), written=False).gram
                     bases["gradient", name] = _top(gram, self.k)
         return bases
-
-
-def null_ratio_sd(d: int, k: int, other: int) -> float:
-    """Standard deviation of ‖Uᵀ V‖²_F d / (k l) for dimensions k and l, where one subspace is Haar-uniform.
-
-    ‖Uᵀ V‖²_F has the mean k l / d and the variance 2 k l (d - k)(d - l) / (d² (d - 1)(d + 2)), exact; at
-    k = 1 it is Beta(l/2, (d - l)/2). Source: ours, from the second moments of a uniform projector.
-    """
-    if d == 1:
-        return 0.0
-    return sqrt(2 * (d - k) * (d - other) / (k * other * (d - 1) * (d + 2)))
 
 
 def _matrices(architecture: Architecture, sides: tuple[Side, Side]) -> Iterator[ResidualMatrix | None]:

@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from weightgeom.declarations import ProbeDeclaration
+from weightgeom.geometry.nulls import rotated
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture, ResidualMatrix
 from weightgeom.params import Params
@@ -134,21 +135,10 @@ class Comparison:
     numbers: Mapping[str, float]
 
 
-def rotated(update: Float[Tensor, "d_out d_in"], generator: torch.Generator) -> Float[Tensor, "d_out d_in"]:
-    """A dW Bᵀ with independent Haar rotations A and B."""
-    left, right = (_haar(d, generator).to(update) for d in update.shape)
-    return left @ update @ right.T
-
-
 def noise(update: Float[Tensor, "d_out d_in"], generator: torch.Generator) -> Float[Tensor, "d_out d_in"]:
     """A matrix of iid Gaussian entries with the norm of dW."""
     drawn = torch.randn(update.shape, generator=generator, dtype=update.dtype)
     return drawn * (update.norm() / drawn.norm())
-
-
-def _haar(d: int, generator: torch.Generator) -> Float[Tensor, "d d"]:
-    factors = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
-    return factors.Q * factors.R.diagonal().sign()
 
 
 def _angles(one: Float[Tensor, "d k"], other: Float[Tensor, "d k"]) -> Float[Tensor, " k"]:

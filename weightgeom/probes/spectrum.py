@@ -1,10 +1,11 @@
 """Spectra of activations, gradients, updates and weights: how few directions hold how much of each."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from math import cos, pi, sin, sqrt
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field
@@ -15,6 +16,7 @@ from weightgeom.declarations import ProbeDeclaration
 from weightgeom.estimators.gradients import Gathering, gradient_moments
 from weightgeom.estimators.moments import activation_moments
 from weightgeom.estimators.updates import update_of, zeros
+from weightgeom.geometry.power_law import gaussian_spectra, power_law
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture, ResidualMatrix, first_readers
 from weightgeom.params import Params
@@ -22,6 +24,8 @@ from weightgeom.table import Row, row
 from weightgeom.text.tokens import packed
 
 Thing = Literal["activation", "upstream", "gradient", "delta", "weight"]
+NULL_DRAWS = 19  # Gaussian matrices of each shape
+FIT_DRAWS = 99  # samples of a fitted power law
 ROUNDING = 10  # times the precision and the largest eigenvalue: smaller eigenvalues of a Gram are rounding
 
 
@@ -43,11 +47,23 @@ class Spectrum:
         effective_rank: exp(-Σ p ln p), in [1, d]. Roy & Vetterli (2007), EUSIPCO, for the moment or
             Gram: shares of energy also for matrices, for which theirs are of singular values.
         top_share: p of the largest, in [0, 1].
+        stable_rank: Σλ / λ_1 = ‖W‖²_F / ‖W‖²_2, in [1, d].
+        hill_exponent: the exponent α of the density λ^-α of the upper tail, Hill's tail index plus one, as in
+            arXiv:2606.07082; n is the number of eigenvalues in the tail, chosen by the goodness of fit
+            (`weightgeom.geometry.power_law`). Below 12 eigenvalues there is none.
+        hill_distance: the Kolmogorov-Smirnov distance of the tail from the fit, in [0, 1].
+        hill_p_value: the probability of such a distance, or a larger one, in samples of the fit, in (0, 1].
+        null_..._mean, null_..._sd: of the participation ratio, of both ranks and of the exponent, under iid
+            Gaussian entries, the Marchenko-Pastur law; of 19 samples.
         spikes: eigenvalues above the Marchenko-Pastur edge of `spikes`, a count.
+        null_spikes_mean, null_spikes_sd: of matrices, under the same entries in random places, of `shuffles`
+            samples. Source: ours.
+        edge_informative: 1 if that mean is below 1, else 0: heavy-tailed entries exceed the edge by
+            themselves, as it takes entries with a fourth moment. Bai & Yin (1988), Ann. Probab. 16:1729.
 
-    But for eigenvalues, the column `k` is d, the dimension of the space, and `subspace` is `residual`,
-    or the name of the input: its rows are those of the matrix that reads there, q (or q_a), up, or the
-    first of a mixer.
+    In names of nulls, the thing stands behind `null_`. But for eigenvalues, the column `k` is d, the
+    dimension of the space, and `subspace` is `residual`, or the name of the input: its rows are those of the
+    matrix that reads there, q (or q_a), up, or the first of a mixer.
     """
 
     of: list[Thing] = Field(default=["activation", "upstream", "gradient", "delta", "weight"], min_length=1)
@@ -55,6 +71,7 @@ class Spectrum:
     tokens: int = Field(default=8192, ge=2)  # of held-out text, for activations
     length: int = Field(default=96, ge=2)  # tokens a sequence
     prompts: int = Field(default=256, ge=1)  # of the training examples, for gradients
+    shuffles: int = Field(default=3, ge=0)  # of every matrix's entries, a decomposition each; 0: no null
     budget_gb: float | None = Field(default=None, gt=0)  # GiB for weights and sums; null: no limit
 
     @property
@@ -73,9 +90,9 @@ class Spectrum:
             rows = [*self._activations(setting, params), *self._gradients(setting, params)]
             for matrix in setting.model.architecture.matrices:
                 if "delta" in self.of:
-                    rows += self._matrix("delta", matrix, params, setting.start)
+                    rows += self._matrix("delta", matrix, params, setting.start, setting.seed)
                 if "weight" in self.of:
-                    rows += self._matrix("weight", matrix, params, zeros(matrix, params))
+                    rows += self._matrix("weight", matrix, params, zeros(matrix, params), setting.seed)
             return rows
 
         return measure
@@ -91,7 +108,7 @@ class Spectrum:
             reader = readers[site.layer, site.name]
             matrix = "up" if reader == "router" else reader
             place = {"layer": site.layer, "matrix": matrix, "role": "read", "subspace": site.name}
-            yield from self._moment("activation", moment.value, moment.samples, place)
+            yield from self._moment("activation", moment.value, moment.samples, place, setting.seed)
 
     def _gradients(self, setting: Setting, params: Params) -> Iterator[Row]:
         upstream, gradients = "upstream" in self.of, "gradient" in self.of
@@ -108,22 +125,54 @@ class Spectrum:
             means = {name: mean.value for name, mean in found.gradients.items()}
             for matrix in model.architecture.matrices:
                 if (moment := found.upstream.get(matrix.name)) is not None:
-                    yield from self._moment("upstream", moment.value, moment.samples, matrix.table_columns)
+                    columns = matrix.table_columns
+                    yield from self._moment("upstream", moment.value, moment.samples, columns, setting.seed)
                 if matrix.parameter in means:
                     nothing = zeros(matrix, means)
-                    yield from self._matrix("gradient", matrix, means, nothing, n=found.prompts)
+                    yield from self._matrix("gradient", matrix, means, nothing, setting.seed, found.prompts)
 
     def _matrix(
-        self, thing: Thing, matrix: ResidualMatrix, after: Params, before: Params, n: int | None = None
+        self,
+        thing: Thing,
+        matrix: ResidualMatrix,
+        after: Params,
+        before: Params,
+        seed: int,
+        n: int | None = None,
     ) -> Iterator[Row]:
-        update = update_of(matrix, after, before, written=thing != "gradient")
+        written = thing != "gradient"
+        update = update_of(matrix, after, before, written=written)
         d_out, d_in = update.shape
-        return self._rows(thing, update.gram, update.shape, n or d_out * d_in, matrix.table_columns)
+        count, columns = n or d_out * d_in, matrix.table_columns
+        yield from self._rows(thing, update.gram, update.shape, count, columns, seed)
+        if self.shuffles and bool(update.gram.any()):
+            new, old = (matrix.written(of) if written else matrix.of(of) for of in (after, before))
+            whole = {"subspace": "residual", **columns, "k": len(update.gram)}
+            yield from self._shuffled(thing, new.float() - old.float(), whole, seed)
+
+    def _shuffled(
+        self, thing: Thing, delta: Float[Tensor, "d_out d_in"], place: Mapping[str, Any], seed: int
+    ) -> Iterator[Row]:
+        """The rows about the edge: its spikes if the entries stood in random places."""
+        generator = torch.Generator().manual_seed(seed)
+        wide = delta.cpu() if delta.shape[0] <= delta.shape[1] else delta.T.cpu()
+        counts = []
+        for _ in range(self.shuffles):
+            order = torch.randperm(wide.numel(), generator=generator)
+            drawn = wide.flatten()[order].view_as(wide)
+            counts.append(spikes(_eigenvalues(drawn @ drawn.T, len(drawn)), (len(wide), wide.shape[1])))
+        found = torch.tensor(counts, dtype=torch.float64)
+        values = {f"null_{thing}_spikes_mean": float(found.mean())}
+        if len(found) > 1:
+            values[f"null_{thing}_spikes_sd"] = float(found.std())
+        values[f"{thing}_edge_informative"] = float(found.mean() < 1)
+        for name, value in values.items():
+            yield row(name, value, n=self.shuffles, **place)
 
     def _moment(
-        self, thing: Thing, moment: Float[Tensor, "d d"], tokens: int, place: dict[str, Any]
+        self, thing: Thing, moment: Float[Tensor, "d d"], tokens: int, place: dict[str, Any], seed: int
     ) -> Iterator[Row]:
-        return self._rows(thing, moment, (tokens, len(moment)), tokens, place)
+        return self._rows(thing, moment, (tokens, len(moment)), tokens, place, seed)
 
     def _rows(
         self,
@@ -132,23 +181,54 @@ class Spectrum:
         shape: tuple[int, int],
         n: int,
         place: dict[str, Any],
+        seed: int,
     ) -> Iterator[Row]:
         """The rows of a moment that is, up to a factor, the Gram of a matrix of `shape`."""
         values = _eigenvalues(moment, min(shape))
         if not values.any():
             return
         shares = values / values.sum()
-        summary = {
-            "participation_ratio": 1 / shares.square().sum().item(),
-            "effective_rank": torch.special.entr(shares).sum().exp().item(),
-            "top_share": shares[0].item(),
-            "spikes": float(spikes(values, shape)),
-        }
         whole: dict[str, Any] = {"subspace": "residual", **place, "k": len(moment)}
-        for name, value in summary.items():
+        for name, value in ranks(values).items():
             yield row(f"{thing}_{name}", value, n=n, **whole)
+        yield row(f"{thing}_top_share", shares[0].item(), n=n, **whole)
+        yield row(f"{thing}_spikes", float(spikes(values, shape)), n=n, **whole)
+        generator = np.random.default_rng(seed)
+        tail = power_law(values[values > 0], generator, FIT_DRAWS)
+        if tail is not None and tail.p_value is not None:
+            fit = {"exponent": tail.exponent, "distance": tail.distance, "p_value": tail.p_value}
+            for name, value in fit.items():
+                yield row(f"{thing}_hill_{name}", value, n=tail.tail, **whole)
+        for name, drawn in gaussian_null(*sorted(shape), seed).items():
+            if name != "hill_exponent" or tail is not None:
+                yield row(f"null_{thing}_{name}_mean", float(drawn.mean()), n=len(drawn), **whole)
+                yield row(f"null_{thing}_{name}_sd", float(drawn.std()), n=len(drawn), **whole)
         for index, share in enumerate(shares[: self.top].tolist(), 1):
             yield row(f"{thing}_eigenvalue", share, n=n, **{**whole, "k": index})
+
+
+def ranks(squares: Float[Tensor, " index"]) -> dict[str, float]:
+    """Participation ratio, effective and stable rank of squared singular values, in [1, their number]."""
+    shares = squares.double() / squares.double().sum()
+    return {
+        "participation_ratio": 1 / shares.square().sum().item(),
+        "effective_rank": torch.special.entr(shares).sum().exp().item(),
+        "stable_rank": 1 / shares.max().item(),
+    }
+
+
+@lru_cache
+def gaussian_null(small: int, large: int, seed: int) -> Mapping[str, Float[Tensor, " draw"]]:
+    """Ranks and Hill's exponents of matrices of iid Gaussian entries, by name."""
+    generator = np.random.default_rng(seed)
+    found: dict[str, list[float]] = {}
+    for values in gaussian_spectra(small, large, NULL_DRAWS, seed):
+        values = values[values > 0]
+        tail = power_law(values, generator)
+        exponent = {} if tail is None else {"hill_exponent": tail.exponent}
+        for name, value in {**ranks(values), **exponent}.items():
+            found.setdefault(name, []).append(value)
+    return {name: torch.tensor(drawn, dtype=torch.float64) for name, drawn in found.items()}
 
 
 def spikes(squares: Float[Tensor, " index"], shape: tuple[int, int]) -> int:

@@ -51,7 +51,9 @@ def test_the_help_shows_every_command_group_choice_and_key(
 def test_the_help_of_a_run_shows_the_keys_of_the_choices_that_it_is_given(tmp_path: Path) -> None:
     text = reference(["model=pair", "+probe=[moments, spectrum]", "experiment=causal"])
     assert "model=pair: Two existing checkpoints" in text
-    assert "moments* overlap rotation rsf sparsity spectrum*" in text
+    assert "alignment behaviour connectivity moments* overlap rotation rsf sparsity spectrum*" in " ".join(
+        text.split()
+    )
     assert "\n  positions: scored" in text and "\n  top: 16" in text and "causal*" in text
     assert "model=tiny:" not in text and "probe=rsf:" not in text
     mine = tmp_path / "probe/mine.yaml"
