@@ -32,9 +32,12 @@ class Files:
     longer: int = 0
     busy: int = 0
     seed: int = 0
+    together: int = 0  # answers wait until so many requests are there at once
+    most: int = 0  # requests that were there at once
+    open: int = 0
     requests: list[tuple[str, str | None, dict[str, str]]] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)  # bytes by the file's path
-    lock: Any = field(default_factory=threading.Lock)
+    lock: Any = field(default_factory=threading.Condition)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -77,6 +80,11 @@ class _Handler(BaseHTTPRequestHandler):
             files.requests.append((self.path, self.headers["Range"], dict(self.headers)))
             busy = files.busy > 0
             files.busy -= busy
+            files.open += 1
+            files.most = max(files.most, files.open)
+            files.lock.notify_all()
+            files.lock.wait_for(lambda: files.most >= files.together, 60)
+            files.open -= 1
         if busy or not path.resolve().is_relative_to(files.root.resolve()) or not path.is_file():
             return self._empty(503 if busy else 404)
         content = path.read_bytes()
@@ -90,7 +98,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(end - start))
         self.end_headers()
         with files.lock:
-            cut = path.name in files.short or (files.cuts > 0 and end - start > 1 and files.random.random() < 0.5)
+            cut = path.name in files.short or (
+                files.cuts > 0 and end - start > 1 and files.random.random() < 0.5
+            )
             stop = start + files.random.randrange(end - start) if cut else end
             files.cuts -= cut
             files.sent[name] += stop - start

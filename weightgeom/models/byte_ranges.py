@@ -96,7 +96,7 @@ def fetched(file: RemoteFile, start: int, stop: int) -> Tensor:
     room = torch.empty(stop - start + ALIGNMENT, dtype=torch.uint8)
     offset = (start - room.data_ptr()) % ALIGNMENT
     content = room[offset : offset + stop - start]
-    view = memoryview(content.numpy())
+    view = memoryview(content.numpy())  # pyright: ignore[reportArgumentType]
     pieces = [slice(place, min(place + PIECE, stop - start)) for place in range(0, stop - start, PIECE)]
 
     def fill(piece: slice) -> None:
@@ -191,7 +191,9 @@ def listed(url: str) -> dict[str, RemoteFile]:
     scheme = urlsplit(url).scheme
     return {
         entry["name"].rpartition("/")[2]: RemoteFile(
-            f"{scheme}://{entry['name'].lstrip('/')}", int(entry["size"]), _version(entry)
+            f"{scheme}://{entry['name'].removeprefix(f'{scheme}://').lstrip('/')}",
+            int(entry["size"]),
+            _version(entry),
         )
         for entry in files
     }
@@ -252,10 +254,11 @@ def without_secrets(url: str) -> str:
 def _session(process: int) -> "requests.Session":
     """Connections of one process, as a fork cannot share them."""
     import requests
+    from requests.adapters import HTTPAdapter
 
     session = requests.Session()
     for scheme in ("http://", "https://"):
-        session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=4 * IN_FLIGHT))
+        session.mount(scheme, HTTPAdapter(pool_maxsize=4 * IN_FLIGHT))
     return session
 
 
@@ -279,9 +282,9 @@ def _answer(url: str, of_hub: bool, bounds: str = "") -> "requests.Response":
     try:
         answer = _session(os.getpid()).get(url, headers=headers, stream=True, timeout=TIMEOUT)
     except (requests.ConnectionError, requests.Timeout) as error:
-        raise Interrupted(_reason(error)) from error
+        raise Interrupted(_reason(error)) from None  # its text has the URL with its secrets
     except requests.RequestException as error:
-        raise ValueError(f"cannot read {without_secrets(url)}: {_reason(error)}") from error
+        raise ValueError(f"cannot read {without_secrets(url)}: {_reason(error)}") from None
     if answer.status_code in (200, 206):
         return answer
     answer.close()
@@ -326,7 +329,7 @@ def _over_http(file: RemoteFile, start: int, view: memoryview) -> Iterator[int]:
                 done += count
                 yield count
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            raise Interrupted(_reason(error)) from error
+            raise Interrupted(_reason(error)) from None
 
 
 def _check_range(answer: "requests.Response", name: str, start: int, last: int, size: int) -> None:
@@ -358,7 +361,7 @@ def _http_whole(url: str, most: int, of_hub: bool) -> bytes:
                         f"{without_secrets(url)} has more than {most} bytes, too many for a config"
                     )
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            raise Interrupted(_reason(error)) from error
+            raise Interrupted(_reason(error)) from None
         length = answer.headers.get("Content-Length", "")
         if length.isdigit() and int(length) != len(content):
             raise Interrupted(f"an answer of {len(content)} bytes instead of {length}")
@@ -392,7 +395,7 @@ def _pieces(file: RemoteFile, target: BinaryIO) -> Iterator[bytes]:
         try:
             yield from answer.iter_content(PROGRESS)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            raise Interrupted(_reason(error)) from error
+            raise Interrupted(_reason(error)) from None
 
 
 # fsspec -------------------------------------------------------------------------------------------------
@@ -427,7 +430,7 @@ def _called(url: str, work: Callable[[Any, str], Any]) -> Any:
     except PermissionError as error:
         raise PermissionError(f"the store refuses {name}: check the access that its client has") from error
     except Exception as error:  # each store raises errors of its own
-        raise Interrupted(f"{type(error).__name__} of {type(filesystem).__name__}") from error
+        raise Interrupted(f"{type(error).__name__} of {type(filesystem).__name__}") from None
 
 
 def _from_store(file: RemoteFile, start: int, view: memoryview) -> Iterator[int]:

@@ -110,7 +110,7 @@ def forget(directory: Path) -> None:
 
 
 @cache  # a header is read once in a process
-def remote_tensors(file: RemoteFile) -> RemoteTensors:
+def remote_tensors(file: RemoteFile) -> "RemoteTensors":
     """The tensors of a remote safetensors file; reads its header.
 
     Layout: 8 bytes with the header's length, the header in JSON, and the tensors, little-endian and without
