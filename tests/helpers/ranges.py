@@ -10,8 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import unquote, urlsplit
+
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
+
+from weightgeom.models import byte_ranges
 
 
 @dataclass
@@ -64,6 +69,24 @@ def served(root: Path, **options: Any) -> Iterator[Files]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def bucket() -> Iterator[MemoryFileSystem]:
+    """A file system of fsspec's own, in memory, that opens `s3://` within the block."""
+
+    class Bucket(MemoryFileSystem):
+        protocol = "s3"  # pyright: ignore
+        store: ClassVar[dict[str, Any]] = {}
+        pseudo_dirs: ClassVar[list[str]] = [""]
+
+    fsspec.register_implementation("s3", Bucket, clobber=True)
+    byte_ranges.store.cache_clear()
+    try:
+        yield byte_ranges.store("s3")
+    finally:
+        fsspec.registry._registry.pop("s3")
+        byte_ranges.store.cache_clear()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -3,20 +3,17 @@
 import json
 import re
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import ranges
 import torch
-from fsspec.implementations.memory import MemoryFileSystem
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from weightgeom.models import byte_ranges
-from weightgeom.models.byte_ranges import fetched, listed, probed, store, traffic, without_secrets
+from weightgeom.models.byte_ranges import fetched, listed, probed, traffic, without_secrets
 from weightgeom.models.remote import RemoteTensors, remote_file, remote_tensors, stand_in
 from weightgeom.models.weights import opened
 
@@ -257,30 +254,14 @@ def test_no_error_shows_a_password_or_a_query(file: Path) -> None:
     assert "geheim" not in chain + found.description and "verborgen" not in chain + found.description
 
 
-@pytest.fixture
-def bucket(file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryFileSystem]:
-    """A store of fsspec's own, in memory, under the scheme s3."""
-
-    class Bucket(MemoryFileSystem):
-        protocol = "s3"  # pyright: ignore
-        store: dict[str, Any] = {}  # noqa: RUF012 (fsspec's own form)
-        pseudo_dirs: list[str] = [""]  # noqa: RUF012
-
-    fsspec.register_implementation("s3", Bucket, clobber=True)
-    store.cache_clear()
-    filesystem = store("s3")
-    filesystem.pipe("s3://bucket/run/model.safetensors", file.read_bytes())
-    yield filesystem
-    fsspec.registry._registry.pop("s3")
-    store.cache_clear()
-
-
-def test_a_store_of_fsspec_gives_the_same_bits(file: Path, bucket: MemoryFileSystem) -> None:
-    (found,) = listed("s3://bucket/run").values()
-    assert found.size == file.stat().st_size and found.version
-    assert_same(remote_tensors(found), file)
-    with pytest.raises(FileNotFoundError, match="there is no s3://bucket/other: check the URL"):
-        listed("s3://bucket/other")
+def test_a_store_of_fsspec_gives_the_same_bits(file: Path) -> None:
+    with ranges.bucket() as store:
+        store.pipe("s3://bucket/run/model.safetensors", file.read_bytes())
+        (found,) = listed("s3://bucket/run").values()
+        assert found.size == file.stat().st_size and found.version
+        assert_same(remote_tensors(found), file)
+        with pytest.raises(FileNotFoundError, match="there is no s3://bucket/other: check the URL"):
+            listed("s3://bucket/other")
 
 
 def test_a_store_whose_package_is_missing_is_named_with_the_thing_to_install() -> None:

@@ -127,6 +127,11 @@ def remote_checkpoint(location: str, ranges: bool = True) -> Path:
     return directory
 
 
+def known_checkpoint(location: str) -> Path | None:
+    """The directory that `remote_checkpoint` has given for a location in this process; None if none was."""
+    return _temporary.known(location, ranges=True)
+
+
 def kept_checkpoint(location: str) -> Path:
     """The directory of a checkpoint at a web server or in a store, downloaded whole into HF_HOME/weightgeom.
 
@@ -217,7 +222,7 @@ def _opened(location: str, directory: Path, ranges: bool) -> dict[str, RemoteFil
         names = sorted({SINGLE, *_shards(directory), *_adapter(directory), *inside})
         files = zip(names, pool.map(partial(site.weights, ranges=ranges), names), strict=True)
         weights = {name: file for name, file in files if file is not None and _is_taken(name)}
-    if not weights:
+    if not weights and not (directory / INDEX).is_file():
         raise FileNotFoundError(
             f"{without_secrets(location)} holds no {SINGLE} or {INDEX}: a remote checkpoint must be one of"
             " safetensors; download another format and give its directory"
@@ -231,7 +236,8 @@ def _shards(directory: Path) -> list[str]:
         return []
     shards = json_object(directory / INDEX).get("weight_map")
     names = {str(shard) for shard in shards.values()} if isinstance(shards, dict) else set()
-    return [name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts]
+    inside = (name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts)
+    return [name for name in inside if name.endswith(".safetensors")]
 
 
 def _adapter(directory: Path) -> list[str]:
