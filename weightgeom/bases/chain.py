@@ -199,7 +199,7 @@ class Chain:
         if path.is_dir() or is_gguf(path) or is_path(where.removeprefix("hf://")):
             return location  # `fetch` raises if the directory does not exist
         revision = revision or self.revisions.get(name)
-        how = HOW_TO_PIN.format(key=f"model.revisions.{name}", name=where)
+        how = HOW_TO_PIN.format(key=f"model.revisions.{name}", name=where.removeprefix("hf://"))
         if not revision:
             raise ValueError(
                 f"model.stages.{name}={where} is neither a directory nor a pinned hub name: {how}"

@@ -227,7 +227,8 @@ def checkpoint_files(
     if is_remote(location) and not (cache and hub_name(location)):
         directory = remote_checkpoint(location, ranges=not cache)
         weights = [file.size for file in remote_files(directory)]
-        small = [path.stat().st_size for path in directory.iterdir() if path.suffix != ".safetensors"]
+        files = (path for path in directory.iterdir() if path.is_file())
+        small = [path.stat().st_size for path in files if path.suffix != ".safetensors"]
         size, count = sum(weights), len(weights) + len(small)
         return CheckpointFiles(
             without_secrets(location), count, size + sum(small), 0, 0, size, streamed=not cache

@@ -155,7 +155,7 @@ class Pretrained:
                 return {0: name}
             if revision is None:
                 pinned = f", or choose a pinned name from {', '.join(self.pins)}" if self.pins else ""
-                how = HOW_TO_PIN.format(key="model.revision", name=name)
+                how = HOW_TO_PIN.format(key="model.revision", name=hub_name(name) or name)
                 raise ValueError(f"{name} is not pinned: {how}{pinned}")
             return {0: f"{name}@{revision}"}
         return {

@@ -111,7 +111,7 @@ def fetched(file: RemoteFile, start: int, stop: int) -> Tensor:
     return content
 
 
-class Interrupted(Exception):
+class Transient(Exception):
     """A failure that may be over at the next try, after `wait` seconds where the server names them."""
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
@@ -130,14 +130,14 @@ def _fill(file: RemoteFile, start: int, view: memoryview) -> None:
                 gained += count
                 _count(bytes=count)
             if done < len(view):
-                raise Interrupted(f"the answer ended after {gained} bytes")
-        except Interrupted as error:
+                raise Transient(f"the answer ended after {gained} bytes")
+        except Transient as error:
             failures = 1 if gained >= PROGRESS else failures + 1
             gained = 0
             _wait(failures, error, str(file))
 
 
-def _wait(failures: int, error: Interrupted, name: str) -> None:
+def _wait(failures: int, error: Transient, name: str) -> None:
     """Wait before the next try.
 
     Raises:
@@ -222,8 +222,8 @@ def download(file: RemoteFile, path: Path) -> None:
                     target.write(piece)
                     _count(bytes=len(piece))
                 if target.tell() != file.size:
-                    raise Interrupted(f"it ended after {target.tell()} of {file.size} bytes")
-            except Interrupted as error:
+                    raise Transient(f"it ended after {target.tell()} of {file.size} bytes")
+            except Transient as error:
                 gained = target.tell() - before
                 failures = 1 if gained >= PROGRESS else failures + 1
                 _wait(failures, error, str(file))
@@ -236,7 +236,7 @@ def _tried(work: Callable[[], Any], name: str) -> Any:
             return work()
         except FileNotFoundError:
             return None
-        except Interrupted as error:
+        except Transient as error:
             failures += 1
             _wait(failures, error, name)
 
@@ -266,7 +266,7 @@ def _answer(url: str, of_hub: bool, bounds: str = "") -> "requests.Response":
     """The answer to one request, not read yet.
 
     Raises:
-        Interrupted: if it failed in a way that may pass.
+        Transient: if it failed in a way that may pass.
         FileNotFoundError: if there is no such file.
         PermissionError: if it is refused.
         ValueError: if the server's answer is none of those that are understood.
@@ -282,7 +282,7 @@ def _answer(url: str, of_hub: bool, bounds: str = "") -> "requests.Response":
     try:
         answer = _session(os.getpid()).get(url, headers=headers, stream=True, timeout=TIMEOUT)
     except (requests.ConnectionError, requests.Timeout) as error:
-        raise Interrupted(_reason(error)) from None  # its text has the URL with its secrets
+        raise Transient(_reason(error)) from None  # its text has the URL with its secrets
     except requests.RequestException as error:
         raise ValueError(f"cannot read {without_secrets(url)}: {_reason(error)}") from None
     if answer.status_code in (200, 206):
@@ -296,7 +296,7 @@ def _answer(url: str, of_hub: bool, bounds: str = "") -> "requests.Response":
         raise PermissionError(f"the server refuses {name} (HTTP {status}): {access}")
     if status in (408, 425, 429) or status >= 500:
         after = answer.headers.get("Retry-After", "")
-        raise Interrupted(f"HTTP {status}", float(after) if after.isdigit() else 0.0)
+        raise Transient(f"HTTP {status}", float(after) if after.isdigit() else 0.0)
     raise ValueError(f"the server does not give {name} (HTTP {status}): check the URL")
 
 
@@ -329,7 +329,7 @@ def _over_http(file: RemoteFile, start: int, view: memoryview) -> Iterator[int]:
                 done += count
                 yield count
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            raise Interrupted(_reason(error)) from None
+            raise Transient(_reason(error)) from None
 
 
 def _check_range(answer: "requests.Response", name: str, start: int, last: int, size: int) -> None:
@@ -361,10 +361,10 @@ def _http_whole(url: str, most: int, of_hub: bool) -> bytes:
                         f"{without_secrets(url)} has more than {most} bytes, too many for a config"
                     )
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            raise Interrupted(_reason(error)) from None
+            raise Transient(_reason(error)) from None
         length = answer.headers.get("Content-Length", "")
         if length.isdigit() and int(length) != len(content):
-            raise Interrupted(f"an answer of {len(content)} bytes instead of {length}")
+            raise Transient(f"an answer of {len(content)} bytes instead of {length}")
     return bytes(content)
 
 
@@ -395,7 +395,7 @@ def _pieces(file: RemoteFile, target: BinaryIO) -> Iterator[bytes]:
         try:
             yield from answer.iter_content(PROGRESS)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            raise Interrupted(_reason(error)) from None
+            raise Transient(_reason(error)) from None
 
 
 # fsspec -------------------------------------------------------------------------------------------------
@@ -430,7 +430,7 @@ def _called(url: str, work: Callable[[Any, str], Any]) -> Any:
     except PermissionError as error:
         raise PermissionError(f"the store refuses {name}: check the access that its client has") from error
     except Exception as error:  # each store raises errors of its own
-        raise Interrupted(f"{type(error).__name__} of {type(filesystem).__name__}") from None
+        raise Transient(f"{type(error).__name__} of {type(filesystem).__name__}") from None
 
 
 def _from_store(file: RemoteFile, start: int, view: memoryview) -> Iterator[int]:
