@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import unquote, urlsplit
@@ -31,6 +32,7 @@ class Files:
     root: Path
     url: str = ""
     cuts: int = 0
+    chance: float = 0.5  # that an answer is cut while there are cuts left
     short: set[str] = field(default_factory=set)
     ranges: bool = True
     etags: bool = True
@@ -85,7 +87,7 @@ def bucket() -> Iterator[MemoryFileSystem]:
     try:
         yield byte_ranges.store("s3")
     finally:
-        fsspec.registry._registry.pop("s3")
+        import_module("fsspec.registry")._registry.pop("s3")
         byte_ranges.store.cache_clear()
 
 
@@ -122,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         with files.lock:
             cut = path.name in files.short or (
-                files.cuts > 0 and end - start > 1 and files.random.random() < 0.5
+                files.cuts > 0 and end - start > 1 and files.random.random() < files.chance
             )
             stop = start + files.random.randrange(end - start) if cut else end
             files.cuts -= cut
