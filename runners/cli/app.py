@@ -42,7 +42,9 @@ def run(context: typer.Context) -> None:
 
 @app.command(context_settings={"help_option_names": HELP})
 def compare(
-    before: Annotated[str, typer.Argument(metavar="BEFORE", help="A directory, or a hub name@revision.")],
+    before: Annotated[
+        str, typer.Argument(metavar="BEFORE", help="A directory, a hub name@revision, or a URL.")
+    ],
     after: Annotated[str, typer.Argument(metavar="AFTER", help="The same, or a LoRA adapter.")],
     text: Annotated[
         list[Path],

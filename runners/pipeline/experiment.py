@@ -42,6 +42,7 @@ from weightgeom.analysis.declared import ROLE, UNDECLARED, plain_name
 from weightgeom.analysis.referee import REFEREE, Claim, updates, verdicts
 from weightgeom.bases.chain import Chain, check_chain
 from weightgeom.bases.pretrained import Pretrained, check_single
+from weightgeom.bases.remote import temporary_directories
 from weightgeom.interfaces import (
     Data,
     Intervention,
@@ -53,6 +54,7 @@ from weightgeom.interfaces import (
     Stage,
 )
 from weightgeom.interruption import Request, no_request
+from weightgeom.models.byte_ranges import traffic
 from weightgeom.table import apart
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
@@ -102,6 +104,15 @@ class Experiment:
 
     def train(self) -> None:
         """Make the base and the training, and leave the rest to a later `run` in the same record."""
+        with temporary_directories():
+            self._train()
+
+    def run(self) -> "dict[str, pd.DataFrame]":
+        """Check all parts, make the stages that are missing, and return the tables by name."""
+        with temporary_directories():
+            return self._run()
+
+    def _train(self) -> None:
         examples = self.check()
         uri = check_tracking_uri(self.tracking_uri)
         with full_disk_explained(self.directory):
@@ -114,8 +125,8 @@ class Experiment:
             record.pause()
             say(["the training is done; a second job measures it"])
 
-    def run(self) -> "dict[str, pd.DataFrame]":
-        """Check all parts, make the stages that are missing, and return the tables by name."""
+    def _run(self) -> "dict[str, pd.DataFrame]":
+        before = traffic()
         examples = self.check()
         share_with_group(self.outputs)  # a job does not begin where the command line does
         uri = check_tracking_uri(self.tracking_uri)
@@ -146,7 +157,10 @@ class Experiment:
                 draw(tables, record, self.probes, self.interventions)
             said = answer(tables, {name: probe.declaration for name, probe in self.probes.items()})
             record.tag("mlflow.note.content", run_note(said, warnings()))
-        end = End(said, warnings(), record.directory, uri, self._next(uri))
+            fetched = traffic().since(before)
+            if fetched.requests:
+                record.update(tags={f"fetched_{name}": count for name, count in fetched._asdict().items()})
+        end = End(said, warnings(), record.directory, uri, self._next(uri), fetched)
         print_summary(tables, self.probes, self.interventions, end)
         return tables
 

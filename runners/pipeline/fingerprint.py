@@ -67,12 +67,15 @@ def contents(examples: "Examples") -> str:
 def named_files(specification: object) -> dict[str, str]:
     """Fingerprints of the contents of files and checkpoints that a specification names by their paths."""
     from weightgeom.bases.hub import identity
+    from weightgeom.bases.remote import known_checkpoint
     from weightgeom.text.files import sha256
 
     if isinstance(specification, str):
         path = os.path.expanduser(specification)
         if os.path.isfile(path):
             return {specification: sha256(Path(path))}
+        if (remote := known_checkpoint(specification)) is not None:
+            return {specification: identity(remote)}
         if any(os.path.isfile(os.path.join(path, f"{kind}config.json")) for kind in ("", "adapter_")):
             return {specification: identity(Path(path))}
     if isinstance(specification, Mapping):

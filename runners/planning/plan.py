@@ -126,7 +126,13 @@ class _Job:
         files = [
             self.planner.once(
                 f"files {location}",
-                partial(checkpoint_files, location, outline.allow_bin, outline.trust_remote_code),
+                partial(
+                    checkpoint_files,
+                    location,
+                    outline.allow_bin,
+                    outline.trust_remote_code,
+                    outline.cache,
+                ),
             )
             for location in dict.fromkeys(outline.locations.values())
         ]

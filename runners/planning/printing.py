@@ -34,8 +34,10 @@ def show(plans: Sequence[Plan], planner: Planner) -> list[str]:
     kept = sum(stage.disk for stage in stages) + max((stage.temporary_disk for stage in stages), default=0.0)
     problems = [*_memory_problems(stages, planner), *_disk_problems(planner.outputs, missing, kept, stages)]
     memory = max((stage.memory for stage in stages), default=0.0)
+    streamed = sum(checkpoint.size for checkpoint in files.values() if checkpoint.streamed)
+    read = f" {size(streamed)} to read over the network at every reading of all weights," if streamed else ""
     totals = (
-        f"{size(memory)} of {size(planner.machine.memory)} of memory, {size(missing)} to download,"
+        f"{size(memory)} of {size(planner.machine.memory)} of memory, {size(missing)} to download,{read}"
         f" {size(kept)} of {size(available_disk(planner.outputs))} of disk, about"
         f" {duration(sum(stage.seconds for stage in stages))} without the download"
     )
@@ -56,6 +58,7 @@ def _file_table(files: Mapping[str, object]) -> object:
     for checkpoint in files.values():
         assert isinstance(checkpoint, CheckpointFiles)
         cached = f"{checkpoint.cached} files, {size(checkpoint.cached_size)}"
+        cached = "read by ranges" if checkpoint.streamed else cached
         table.add_row(
             checkpoint.location,
             str(checkpoint.count),

@@ -20,6 +20,7 @@ from weightgeom.analysis.referee import REFEREE, counted, measured
 from weightgeom.analysis.summaries import by_head, by_matrix, by_quantity, by_stage, by_treatment, unmoved
 from weightgeom.declarations import InterventionDeclaration, ProbeDeclaration
 from weightgeom.interfaces import Intervention, Probe, Summarised
+from weightgeom.models.byte_ranges import Traffic
 from weightgeom.table import of_matrices, of_the_model
 
 if TYPE_CHECKING:
@@ -38,13 +39,17 @@ NUMBER = re.compile(r"-$|[-+]?\d")  # the start of a cell that is set to the rig
 
 @dataclass(frozen=True)
 class End:
-    """The last lines of a run: `answer`, `warnings`, and the commands that go on from its `record`."""
+    """The last lines of a run: `answer`, `warnings`, and the commands that go on from its `record`.
+
+    `fetched` counts the bytes of remote checkpoints.
+    """
 
     answer: str
     warnings: Sequence[str]
     record: Path
     tracking_uri: str
     next_command: str = ""
+    fetched: Traffic | None = None
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Heads and texts; paths and commands are whole lines, to be copied."""
@@ -52,6 +57,12 @@ class End:
             yield "answer", self.answer
         for warning in self.warnings:
             yield "warning", warning
+        if self.fetched is not None and self.fetched.requests:
+            fetched, requests, repeated = (f"{count:,}" for count in self.fetched)
+            yield (
+                "fetched",
+                f"{fetched} bytes of remote checkpoints, by {requests} requests and {repeated} repetitions",
+            )
         figures = self.record / "artifacts/figures"
         if figures.is_dir():
             yield "figures", str(figures)

@@ -74,6 +74,7 @@ def served(repositories: Mapping[str, Mapping[str, Path]]) -> Iterator[Hub]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or the end of every answer waits 40 ms for an acknowledgement
     hub: Hub
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -20,6 +20,7 @@ from weightgeom.bases.pretrained import (
     warn_of_generated_text,
     with_safetensors,
 )
+from weightgeom.bases.remote import hub_name, is_remote
 from weightgeom.declarations import ProbeDeclaration
 from weightgeom.interfaces import Data, Log, Stage
 from weightgeom.interruption import Request, no_request
@@ -46,14 +47,14 @@ NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 class Chain:
     """Two or more stages of one network, by name and in order; the first is the start of all others.
 
-    A stage is a directory, a GGUF file, or a hub name (with `{size}` filled in) with `@revision` or with its
-    commit in `revisions`; an unpinned name is refused, because `main` may change. It may be a LoRA adapter of
-    the stage before it, into which it is merged for all later comparisons. Every stage is compared with the
-    first stage and with the one before it, in the subspaces of the earlier stage. The stages stand at steps
-    0, 1, 2, ... Text is tokenized, and chats are rendered, by the tokenizer of the stage named in
-    `tokenizer`; by default by that of the earlier stage of each comparison. Stages may differ in dtype and in
-    their number of embeddings, of which the shared ones are compared. `allow_bin` and `trust_remote_code` are
-    as in `Pretrained`.
+    A stage is a directory, a GGUF file, a URL, or a hub name (with `{size}` filled in, also as `hf://NAME`)
+    with `@revision` or with its commit in `revisions`; an unpinned name is refused, because `main` may
+    change. It may be a LoRA adapter of the stage before it, into which it is merged for all later
+    comparisons. Every stage is compared with the first stage and with the one before it, in the subspaces of
+    the earlier stage. The stages stand at steps 0, 1, 2, ... Text is tokenized, and chats are rendered, by
+    the tokenizer of the stage named in `tokenizer`; by default by that of the earlier stage of each
+    comparison. Stages may differ in dtype and in their number of embeddings, of which the shared ones are
+    compared. `allow_bin`, `trust_remote_code` and `cache` are as in `Pretrained`.
 
     With `from_` nothing is compared: the chain stands for that one stage, as a checkpoint that an objective
     starts from and interventions edit. Of the others, only the base of an adapter is fetched.
@@ -66,6 +67,7 @@ class Chain:
     from_: str | None = None  # `from` is a word of Python: in a configuration the key is model.from
     allow_bin: bool = False
     trust_remote_code: bool = False
+    cache: bool = False
 
     def __post_init__(self) -> None:
         """Refuse fewer than two stages, malformed, ambiguous or unknown names, and a tokenizer of two."""
@@ -183,19 +185,22 @@ class Chain:
         """The locations, and the config of the first stage, which is all that this fetches."""
         if self.from_ is not None:  # an adapter has the config of its base, and its sizes but for little
             base, *_ = self._fetched(weights=False)
-            return outline_of({0: self._location(base)}, 0, self.allow_bin, self.trust_remote_code)
+            place = {0: self._location(base)}
+            return outline_of(place, 0, self.allow_bin, self.trust_remote_code, self.cache)
         locations = dict(enumerate(self.locations().values()))
-        outline = outline_of(locations, 0, self.allow_bin, self.trust_remote_code)
+        outline = outline_of(locations, 0, self.allow_bin, self.trust_remote_code, self.cache)
         return replace(outline, pairs=len(locations) - 1)
 
     def _location(self, name: str) -> str:
         location = self.stages[name].replace("{size}", self.size)
+        if is_remote(location) and not hub_name(location):
+            return location
         where, _, revision = location.partition("@")
         path = Path(location).expanduser()
-        if path.is_dir() or is_gguf(path) or is_path(where):
+        if path.is_dir() or is_gguf(path) or is_path(where.removeprefix("hf://")):
             return location  # `fetch` raises if the directory does not exist
         revision = revision or self.revisions.get(name)
-        how = HOW_TO_PIN.format(key=f"model.revisions.{name}", name=where)
+        how = HOW_TO_PIN.format(key=f"model.revisions.{name}", name=where.removeprefix("hf://"))
         if not revision:
             raise ValueError(
                 f"model.stages.{name}={where} is neither a directory nor a pinned hub name: {how}"
@@ -233,7 +238,7 @@ class Chain:
 
     def _fetch(self, name: str, location: str, weights: bool) -> Path:
         try:
-            return fetch(location, self.allow_bin, self.trust_remote_code, weights)
+            return fetch(location, self.allow_bin, self.trust_remote_code, weights, self.cache)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"in model.stages.{name}: {error}") from error
 

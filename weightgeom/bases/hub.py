@@ -10,9 +10,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from weightgeom.bases.remote import hub_name, is_remote, kept_checkpoint, remote_checkpoint, remote_files
+from weightgeom.models.byte_ranges import without_secrets
 from weightgeom.models.gguf_files import is_gguf
 from weightgeom.models.language_model import trust
 from weightgeom.models.pickled import PICKLES, is_pickled
+from weightgeom.models.remote import remote_file
 from weightgeom.models.weights import as_checkpoint, shards_in_folders
 from weightgeom.text.files import first_line, sha256
 
@@ -39,7 +42,9 @@ SHOWN = 12  # revisions of a repository, in an error
 HOW_TO_PIN = "set {key}=COMMIT to a commit from https://huggingface.co/{name}/commits/main"
 
 
-def fetch(location: str, bin: bool = False, code: bool = False, weights: bool = True) -> Path:
+def fetch(
+    location: str, bin: bool = False, code: bool = False, weights: bool = True, cache: bool = False
+) -> Path:
     """The directory of a checkpoint: a local one, or one downloaded from the hub or found in its cache.
 
     `location` is a directory, a GGUF file, which is given back itself, or a hub name with or without
@@ -47,9 +52,26 @@ def fetch(location: str, bin: bool = False, code: bool = False, weights: bool = 
     `bin` includes pickled weights if there are no others; `code` includes the repository's code, which this
     process then trusts.
 
+    Of a URL (`hf://NAME/MODEL@REVISION`, `https://`, `s3://`, `gs://`) it is the temporary directory of
+    `remote_checkpoint`; with `cache` one that is downloaded and kept.
+
     Raises:
+        ConnectionError: if a server fails repeatedly.
         FileNotFoundError: if there is neither such a directory nor such a checkpoint on the hub.
+        ValueError: if a URL is to give pickled weights or code.
     """
+    if is_remote(location):
+        if bin or code:
+            key = "allow_bin" if bin else "trust_remote_code"
+            raise ValueError(
+                f"{without_secrets(location)} is read over the network, which takes neither pickled weights"
+                f" nor code: leave out model.{key}, or download the checkpoint and give its directory"
+            )
+        if not (cache and weights):
+            return remote_checkpoint(location, ranges=not cache)
+        if not (name := hub_name(location)):
+            return kept_checkpoint(location)
+        location = name
     patterns = patterns_of(weights, code)
     directory = checkpoint_directory(location, patterns)
     if bin and weights and not any(directory.glob("*.safetensors")):
@@ -75,6 +97,8 @@ def checkpoint_directory(location: str, patterns: list[str]) -> Path:
         return path.resolve()
     if is_gguf(path):
         return path.resolve()
+    if is_remote(location):
+        return remote_checkpoint(location)
     if path.is_file():
         advice = (
             f"give its directory, {path.parent}" if path.suffix == ".safetensors" else as_checkpoint(path)
@@ -131,7 +155,7 @@ def _revisions_there(name: str, wanted: str) -> str:
 
 
 def is_path(name: str) -> bool:
-    """Whether `name` can only be a directory, not a hub name."""
+    """Whether `name` can only be a directory or a URL, not a hub name."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
@@ -139,7 +163,8 @@ def identity(directory: Path) -> str:
     """A fingerprint of the contents of a checkpoint's files: weights, config, tokenizer, templates and code.
 
     Equal for equal copies, wherever they lie. Weights in formats that are not read do not count. A GGUF file
-    has that of itself.
+    has that of itself. Remote weights count by the SHA-256 that the hub states, or else by their URL, size
+    and version.
     """
     if is_gguf(directory):
         return f"checkpoint/{sha256(directory)[:16]}"
@@ -150,9 +175,14 @@ def identity(directory: Path) -> str:
     kept += shards_in_folders(directory)
     with ThreadPoolExecutor(4) as pool:  # hashing leaves Python's lock
         digests = zip(
-            (str(path.relative_to(directory)) for path in kept), pool.map(sha256, kept), strict=True
+            (str(path.relative_to(directory)) for path in kept), pool.map(_digest, kept), strict=True
         )
     return "checkpoint/" + hashlib.sha256(repr(sorted(digests)).encode()).hexdigest()[:16]
+
+
+def _digest(path: Path) -> str:
+    file = remote_file(path)
+    return sha256(path) if file is None or not file.sha256 else file.sha256
 
 
 @dataclass(frozen=True)
@@ -160,6 +190,7 @@ class CheckpointFiles:
     """The files of a checkpoint that a run needs, and how many of them are on this disk already.
 
     Sizes are in bytes; `weights` is the size of the weight files, `here` a directory with all files.
+    `streamed` files are read over the network and not kept.
     """
 
     location: str
@@ -169,18 +200,21 @@ class CheckpointFiles:
     cached_size: int
     weights: int
     here: Path | None = None
+    streamed: bool = False
 
     @property
     def missing(self) -> int:
-        """The bytes to be downloaded."""
-        return self.size - self.cached_size
+        """The bytes to be downloaded to this disk."""
+        return 0 if self.streamed else self.size - self.cached_size
 
 
-def checkpoint_files(location: str, allow_bin: bool = False, code: bool = False) -> CheckpointFiles:
+def checkpoint_files(
+    location: str, allow_bin: bool = False, code: bool = False, cache: bool = False
+) -> CheckpointFiles:
     """The files of a directory, or of `name@revision` as listed by the hub or, offline, by its cache.
 
-    A GGUF file is the only one of its checkpoint. Files are selected by the patterns of `fetch`; nothing is
-    downloaded.
+    Of a URL the sizes come from the server; with `cache` the files are to be downloaded. A GGUF file is the
+    only one of its checkpoint. Files are selected by the patterns of `fetch`; nothing is downloaded.
 
     Raises:
         FileNotFoundError: if neither the hub nor the cache has the checkpoint.
@@ -191,6 +225,16 @@ def checkpoint_files(location: str, allow_bin: bool = False, code: bool = False)
         return CheckpointFiles(location, 1, size, 1, size, size, path.resolve())
     if path.is_dir():
         return _on_disk(location, path)
+    if is_remote(location) and not (cache and hub_name(location)):
+        directory = remote_checkpoint(location, ranges=not cache)
+        weights = [file.size for file in remote_files(directory)]
+        files = (path for path in directory.iterdir() if path.is_file())
+        small = [path.stat().st_size for path in files if path.suffix != ".safetensors"]
+        size, count = sum(weights), len(weights) + len(small)
+        return CheckpointFiles(
+            without_secrets(location), count, size + sum(small), 0, 0, size, streamed=not cache
+        )
+    location = hub_name(location) or location
     listed = _listed(location)
     if listed is None:
         return _on_disk(location, fetch(location, allow_bin, code))  # offline, so only from the cache

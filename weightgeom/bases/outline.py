@@ -25,8 +25,8 @@ class Pretraining:
 class Outline:
     """A base model by its config: the source of its weights, and its earlier checkpoints.
 
-    `locations` are the checkpoints to fetch, by step: directories or hub names with `@revision`; empty if
-    the weights are trained here, by `pretraining`.
+    `locations` are the checkpoints to fetch, by step: directories, hub names with `@revision` or URLs; empty
+    if the weights are trained here, by `pretraining`.
     """
 
     config: "PreTrainedConfig"
@@ -35,6 +35,7 @@ class Outline:
     tokenizer: "PreTrainedTokenizerBase | None" = None  # None if it is not on this disk yet
     allow_bin: bool = False
     trust_remote_code: bool = False
+    cache: bool = False  # remote checkpoints are downloaded whole
     pairs: int = 0  # pairs of checkpoints to be compared
 
     @property

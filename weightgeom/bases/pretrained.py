@@ -13,11 +13,13 @@ from pydantic.dataclasses import dataclass
 
 from weightgeom.bases.hub import HOW_TO_PIN, MOVING_REVISIONS, checkpoint_directory, fetch, identity, is_path
 from weightgeom.bases.outline import Outline
+from weightgeom.bases.remote import hub_name, is_remote
 from weightgeom.data.world import World
 from weightgeom.declarations import ProbeDeclaration
 from weightgeom.interfaces import Data, Intervention, Stage
 from weightgeom.interruption import Request, no_request
 from weightgeom.models.adapters import as_pair, is_adapter, open_adapter, open_checkpoint, warn_of_other_base
+from weightgeom.models.byte_ranges import without_secrets
 from weightgeom.models.gguf_files import convert_gguf, is_gguf
 from weightgeom.models.language_model import trust
 from weightgeom.models.loading import (
@@ -43,10 +45,11 @@ TrainedBy = Literal["dpo", "kto", "ipo", "orpo", "simpo", "rlhf", "ppo", "grpo",
 
 @dataclass(frozen=True)
 class Pretrained:
-    """One checkpoint or a trajectory: a directory, a GGUF file, or a hub name.
+    """One checkpoint or a trajectory: a directory, a GGUF file, a hub name, or a URL.
 
-    `{size}` and `{stage}` in the name are filled in. `package` is an installed package that ships the file
-    `name`.
+    The weights at a URL (`hf://NAME/MODEL`, `https://`, `s3://`, `gs://`) are read over the network and not
+    kept, unless `cache` is true. `{size}` and `{stage}` in the name are filled in. `package` is an installed
+    package that ships the file `name`.
 
     `revision` is a commit, or a tag or branch that does not move; the default is the name's commit in
     `pins`. An unpinned hub name is refused, because `main` may change. Weights are trained and measured in
@@ -73,6 +76,7 @@ class Pretrained:
     allow_bin: bool = False
     trust_remote_code: bool = False
     package: str | None = None
+    cache: bool = False
 
     def __post_init__(self) -> None:
         """Refuse moving branches, and revisions that form no trajectory."""
@@ -91,7 +95,8 @@ class Pretrained:
         """Fetch only the configs; raises if that fails."""
         locations = self.locations()
         directories = [
-            fetch(location, weights=False, code=self.trust_remote_code) for location in locations.values()
+            fetch(location, weights=False, code=self.trust_remote_code, cache=self.cache)
+            for location in locations.values()
         ]
         # A merged model may keep its adapter's config; before its weights are here, its own tells it apart.
         bare = (directory for directory in directories if not (directory / "config.json").is_file())
@@ -134,13 +139,24 @@ class Pretrained:
             return {0: name} if single else dict(sorted(steps.items()))
         if is_gguf(path):
             return {0: name}
+        if is_remote(name) and not hub_name(name):
+            if self.revisions:
+                raise ValueError(
+                    f"model.name={without_secrets(name)} is the URL of one checkpoint: leave out"
+                    " model.revisions, or compare two by model=pair"
+                )
+            return {0: name}
+        if "@" in hub_name(name):
+            return {0: name}
         if self.revisions is None:
             revision = self.revision or self.pins.get(name)
-            if revision is None and is_path(name):  # `fetch` raises if the directory does not exist
+            if revision is None and is_path(
+                name.removeprefix("hf://")
+            ):  # `fetch` raises if it does not exist
                 return {0: name}
             if revision is None:
                 pinned = f", or choose a pinned name from {', '.join(self.pins)}" if self.pins else ""
-                how = HOW_TO_PIN.format(key="model.revision", name=name)
+                how = HOW_TO_PIN.format(key="model.revision", name=hub_name(name) or name)
                 raise ValueError(f"{name} is not pinned: {how}{pinned}")
             return {0: f"{name}@{revision}"}
         return {
@@ -150,7 +166,8 @@ class Pretrained:
 
     def outline(self, examples: Examples, data: Data) -> Outline:
         """The locations, and the config of the last one, which is all that this fetches."""
-        return outline_of(self.locations(), max(self.locations()), self.allow_bin, self.trust_remote_code)
+        last = max(self.locations())
+        return outline_of(self.locations(), last, self.allow_bin, self.trust_remote_code, self.cache)
 
     def prepare(
         self, stage: Stage, examples: Examples, data: Data, device: str, request: Request = no_request
@@ -158,7 +175,9 @@ class Pretrained:
         """Fetch all checkpoints."""
         steps = {
             step: with_safetensors(
-                fetch(location, self.allow_bin, self.trust_remote_code), self.allow_bin, stage
+                fetch(location, self.allow_bin, self.trust_remote_code, cache=self.cache),
+                self.allow_bin,
+                stage,
             )
             for step, location in self.locations().items()
         }
@@ -178,9 +197,9 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class TwoCheckpoints:
-    """A comparison of two checkpoints of one architecture: directories, GGUF files, or hub names.
+    """A comparison of two checkpoints of one architecture: directories, GGUF files, hub names, or URLs.
 
-    A hub name may have `@revision`.
+    A hub name may have `@revision`. URLs and `cache` are as in `Pretrained`.
     `after` may be a LoRA adapter of `before`, as saved by PEFT, and may have more or fewer embedding rows:
     the shared ones are compared. A pair has no optimizer steps: `before` stands at step 0, `after` at step 1.
     Text is tokenized, and chats are rendered, by the tokenizer of the checkpoint that `tokenizer` names.
@@ -194,6 +213,7 @@ class TwoCheckpoints:
     tokenizer: Literal["before", "after"] = "before"
     allow_bin: bool = False
     trust_remote_code: bool = False
+    cache: bool = False
 
     def check(self, longest: int | None) -> Architecture:
         """Refuse an objective, checkpoints that differ in a name or shape, and another model's adapter."""
@@ -218,7 +238,7 @@ class TwoCheckpoints:
 
     def outline(self, examples: Examples, data: Data) -> Outline:
         """The locations, and the config of `before`, which is all that this fetches."""
-        return outline_of(self.locations(), 0, self.allow_bin, self.trust_remote_code)
+        return outline_of(self.locations(), 0, self.allow_bin, self.trust_remote_code, self.cache)
 
     def prepare(
         self, stage: Stage, examples: Examples, data: Data, device: str, request: Request = no_request
@@ -235,7 +255,8 @@ class TwoCheckpoints:
 
     def _fetched(self) -> tuple[Path, Path]:
         before, after = (
-            fetch(location, self.allow_bin, self.trust_remote_code) for location in (self.before, self.after)
+            fetch(location, self.allow_bin, self.trust_remote_code, cache=self.cache)
+            for location in (self.before, self.after)
         )
         return before, after
 
@@ -308,9 +329,14 @@ def warn_of_generated_text(data: Data, directory: Path) -> None:
         )
 
 
-def outline_of(locations: dict[int, str], step: int, allow_bin: bool, code: bool) -> Outline:
+def outline_of(
+    locations: dict[int, str], step: int, allow_bin: bool, code: bool, cache: bool = False
+) -> Outline:
     """The outline of checkpoints at `locations`, with the config of the one at `step`, the only fetch."""
-    directory = checkpoint_directory(locations[step], ["config.json", *(["*.py"] if code else [])])
+    if is_remote(location := locations[step]):
+        directory = fetch(location, allow_bin, code, weights=False, cache=cache)
+    else:
+        directory = checkpoint_directory(location, ["config.json", *(["*.py"] if code else [])])
     if code:
         trust(directory)
     try:
@@ -318,7 +344,7 @@ def outline_of(locations: dict[int, str], step: int, allow_bin: bool, code: bool
     except (FileNotFoundError, ValueError):  # not downloaded yet
         tokenizer = None
     load_architecture(directory)  # refuses what a run would refuse
-    return Outline(load_config(directory), locations, None, tokenizer, allow_bin, code)
+    return Outline(load_config(directory), locations, None, tokenizer, allow_bin, code, cache)
 
 
 def pair_base(before: Path, after: Path, tokenizer: Path) -> Base:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from weightgeom.compat.conversions import renaming
 from weightgeom.models.json_files import json_object
+from weightgeom.models.remote import RemoteTensors
 from weightgeom.models.residual import Architecture, ResidualMatrix
 from weightgeom.models.vocabulary import aligned, note_rows
 from weightgeom.models.weights import TEXT_MODEL, WRAPPERS, open_params, opened
@@ -361,7 +362,7 @@ def _config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _weights(directory: Path) -> safe_open:
+def _weights(directory: Path) -> "safe_open | RemoteTensors":
     if (directory / WEIGHTS).is_file():
         return opened(directory / WEIGHTS)
     pickled = sorted(path.name for path in directory.glob("adapter_model*.bin"))

@@ -17,6 +17,7 @@ from weightgeom.models.gguf_files import gguf_config, gguf_tokenizer, is_gguf
 from weightgeom.models.json_files import is_lfs_pointer, json_object
 from weightgeom.models.language_model import LanguageModel, _without_weights, name_body, trusted
 from weightgeom.models.quantisation import check_not_quantised
+from weightgeom.models.remote import remote_file
 from weightgeom.models.residual import Architecture, architecture_of, text_part
 from weightgeom.models.weights import Dequantised, Stored, nested, open_params
 from weightgeom.text.files import first_line
@@ -71,7 +72,7 @@ def load(directory: Path, device: str) -> LanguageModel:
                 f" shape {shapes[name]}: save the config and the weights together"
             )
     tokenizer = load_tokenizer(directory)
-    check_vocabulary(tokenizer, len(stored[architecture.embed]))
+    check_vocabulary(tokenizer, stored.shape(architecture.embed)[0])
     return LanguageModel(network, tokenizer, architecture, torch.device(device))
 
 
@@ -289,8 +290,10 @@ def load_network(directory: Path) -> "PreTrainedModel":
     # Opened first: its error names the missing, truncated or corrupt file in one sentence.
     stored = open_params(directory, load_architecture(directory))
     assert isinstance(stored, Stored | Dequantised)
-    # Transformers would not find names with a prefix, and would look for the adapter of such a config.
-    if stored.is_wrapped or (directory / CONFIG).is_file():
+    # Transformers would find neither remote files nor names with a prefix, and would look for the adapter
+    # of such a config.
+    remote = any(remote_file(path) for path in directory.glob("*.safetensors"))
+    if remote or stored.is_wrapped or (directory / CONFIG).is_file():
         weights = {name: stored[name].clone() for name in stored}
         return load(directory, "cpu").with_weights(weights).requires_grad_(True)
     try:

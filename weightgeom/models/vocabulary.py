@@ -12,6 +12,7 @@ from torch import Tensor
 
 from weightgeom.models.json_files import json_object
 from weightgeom.models.residual import Architecture
+from weightgeom.models.weights import shape_of
 from weightgeom.params import Params
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def aligned(params: Params, base: Params, architecture: Architecture, directory:
     resized = []
     for name in (embed, unembed):
         if name in sources and name in base:
-            new, old = params[sources[name]].shape, base[name].shape
+            new, old = shape_of(params, sources[name]) or (0,), shape_of(base, name) or (0,)
             if new[0] != old[0] and new[1:] == old[1:]:
                 resized.append(name)
                 note_rows(str(directory), name, new[0], old[0])

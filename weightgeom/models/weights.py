@@ -16,6 +16,7 @@ from weightgeom.models.codes import fp8_spacing, fp8_values, mxfp4_spacing, mxfp
 from weightgeom.models.experts import Part, parts_of
 from weightgeom.models.json_files import is_lfs_pointer, json_object
 from weightgeom.models.quantisation import Codes, check_not_quantised, codes_among, is_of_activations
+from weightgeom.models.remote import RemoteTensors, remote_file, remote_tensors
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
 
@@ -449,12 +450,17 @@ def _codes(directory: Path, stored: Mapping[str, Path]) -> dict[str, Codes]:
     return codes
 
 
-def opened(path: Path) -> safe_open:
+def opened(path: Path) -> "safe_open | RemoteTensors":
     """A safetensors file, mapped into memory: its tensors are views of file pages, not copies.
 
+    Where the path stands for a remote file, its tensors are fetched when they are asked for.
+
     Raises:
+        ConnectionError: if a remote file cannot be read.
         ValueError: if it is truncated or corrupt.
     """
+    if (file := remote_file(path)) is not None:
+        return remote_tensors(file)
     try:
         return safe_open(path, "pt")
     except SafetensorError as error:

@@ -12,6 +12,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from weightgeom.bases.hub import fetch
+from weightgeom.bases.remote import is_remote
 from weightgeom.declarations import ProbeDeclaration
 from weightgeom.estimators.gradients import Gathering, gradient_moments
 from weightgeom.estimators.reference_subspaces import (
@@ -38,7 +40,7 @@ ROUNDING = 10  # times the precision and the largest eigenvalue: smaller eigenva
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The directories of two checkpoints of the same architecture, before and after another training."""
+    """The directories or URLs of two checkpoints of one architecture, before and after another training."""
 
     before: str
     after: str
@@ -146,12 +148,13 @@ class Overlap:
         return declared
 
     def check(self, architecture: Architecture) -> None:
-        """Raise ValueError if k exceeds the width of the stream, or a directory of `other` is not there."""
+        """Raise ValueError if k exceeds the width of the stream, or a checkpoint of `other` is not there."""
         check_dimensions(self.k, architecture.d_model, "probe.overlap.k")
         for key in ("before", "after") if self.other else ():
             directory = getattr(self.other, key)
-            if not Path(directory).is_dir():
+            if not is_remote(directory) and not Path(directory).is_dir():
                 raise ValueError(f"probe.overlap.other.{key} is no directory: {directory}")
+            fetch(directory)  # of a URL the config and the header, which tell now whether it can be read
 
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement of one checkpoint; subspaces of other models are found once."""
@@ -163,7 +166,7 @@ class Overlap:
         }
         if self.other is not None:
             after, before = (
-                setting.model.params(Path(directory)) for directory in (self.other.after, self.other.before)
+                setting.model.params(fetch(directory)) for directory in (self.other.after, self.other.before)
             )
             fixed["other"] = Spaces(self, setting, k, after, before)
 

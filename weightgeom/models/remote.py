@@ -1,0 +1,163 @@
+"""Remote safetensors files: the header read once, and tensors fetched by ranges of bytes when asked for."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from weightgeom.models.byte_ranges import RemoteFile, fetched
+
+LARGEST_HEADER = 100_000_000  # bytes, the limit of the format
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+
+
+class Entry(NamedTuple):
+    """A tensor in a file: its dtype as the file names it, its shape, and its bytes' places in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def get_shape(self) -> list[int]:
+        """The shape, as a slice of a file on disk gives it."""
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        """The dtype, as a slice of a file on disk gives it."""
+        return self.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class RemoteTensors(Mapping[str, Tensor]):
+    """The tensors of a remote safetensors file, each fetched whenever it is asked for, and not kept.
+
+    `get_tensor` and `get_slice` are those of a file on disk, for readers of either.
+    """
+
+    file: RemoteFile
+    entries: Mapping[str, Entry]
+
+    def __getitem__(self, name: str) -> Float[Tensor, "..."]:
+        entry = self.entries[name]
+        content = fetched(self.file, entry.start, entry.stop)
+        return content.view(DTYPES[entry.dtype]).view(entry.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries  # the inherited one would fetch the tensor
+
+    def get_tensor(self, name: str) -> Float[Tensor, "..."]:
+        """One tensor."""
+        return self[name]
+
+    def get_slice(self, name: str) -> Entry:
+        """The shape and dtype of one tensor, from the header alone."""
+        return self.entries[name]
+
+
+_stand_ins: dict[str, RemoteFile] = {}
+
+
+def stand_in(path: Path, file: RemoteFile) -> None:
+    """Let a small file at `path`, which is written, stand for a remote one in this process; remembers it.
+
+    Only this memory makes it one: no content of a file on disk can lead a reader to a URL.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(file.description)
+    _stand_ins[str(path)] = file
+
+
+def remote_file(path: Path) -> RemoteFile | None:
+    """The remote file that a path stands for; None for a file on disk."""
+    return _stand_ins.get(str(path))
+
+
+def forget(directory: Path) -> None:
+    """Let no path in a directory stand for a remote file any more; mutates the memory of this process."""
+    for path in [path for path in _stand_ins if Path(path).is_relative_to(directory)]:
+        del _stand_ins[path]
+
+
+@cache  # a header is read once in a process
+def remote_tensors(file: RemoteFile) -> "RemoteTensors":
+    """The tensors of a remote safetensors file; reads its header.
+
+    Layout: 8 bytes with the header's length, the header in JSON, and the tensors, little-endian and without
+    gaps (safetensors format).
+
+    Raises:
+        ConnectionError: if the server fails repeatedly.
+        ValueError: if the header is corrupt or does not fit the file's size.
+    """
+    if file.size < 8:
+        _refuse_content(file, f"it has {file.size} bytes")
+    length = int.from_bytes(_bytes(fetched(file, 0, 8)), "little")
+    if not 2 <= length <= min(LARGEST_HEADER, file.size - 8):
+        _refuse_content(file, f"it names a header of {length} bytes in a file of {file.size}")
+    try:
+        header = json.loads(_bytes(fetched(file, 8, 8 + length)))
+        entries = {
+            str(name): _entry(tensor, 8 + length) for name, tensor in header.items() if name != "__metadata__"
+        }
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        if type(error) is ValueError and str(error).startswith("header:"):
+            _refuse_content(file, str(error).removeprefix("header: "))
+        _refuse_content(file, "its header is no JSON of tensors")
+    place = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+        if entry.start != place:
+            _refuse_content(file, f"the bytes of {name} do not follow those of the tensor before it")
+        place = entry.stop
+    if place != file.size:
+        _refuse_content(file, f"its header describes {place} bytes and the server has {file.size}")
+    return RemoteTensors(file, entries)
+
+
+def _entry(tensor: Any, base: int) -> Entry:
+    dtype, shape, (start, stop) = tensor["dtype"], tensor["shape"], tensor["data_offsets"]
+    if dtype not in DTYPES:
+        raise ValueError(f"header: the dtype {dtype} is not read over a network; add ++model.cache=true")
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+        raise TypeError(dtype)
+    if prod(shape) * DTYPES[dtype].itemsize != stop - start:
+        raise ValueError(f"header: a tensor of shape {tuple(shape)} in {dtype} has {stop - start} bytes")
+    return Entry(dtype, tuple(shape), base + start, base + stop)
+
+
+def _refuse_content(file: RemoteFile, reason: str) -> NoReturn:
+    raise ValueError(f"{file} is truncated or corrupt: {reason}; upload it again, or give another copy")
+
+
+def _bytes(content: Tensor) -> bytes:
+    return content.numpy().tobytes()
