@@ -25,12 +25,24 @@ if TYPE_CHECKING:
     from weightgeom.training.config import Training
 
 
+Keep = Callable[[Callable[[], list[Row]]], list[Row]]
+"""Returns the rows of a function: where an interrupted attempt has kept those of the same call, without it.
+
+The n-th call of one attempt is the n-th of every other one.
+"""
+
+
+def unkept(rows: Callable[[], list[Row]]) -> list[Row]:
+    """The rows of the function, of which nothing is kept."""
+    return rows()
+
+
 @dataclass(frozen=True)
 class Setting:
     """The inputs of a probe, once per trajectory: its start and end, the examples, and the objective.
 
     `objective` is that of the trajectory, None where it is not known, and `training` how it trains; `last`
-    is the step of its end.
+    is the step of its end. `keep` keeps the rows of an intervention's finished trials.
     """
 
     model: "LanguageModel"
@@ -42,6 +54,7 @@ class Setting:
     objective: "Objective | None" = None
     training: "Training | None" = None
     last: int = 0
+    keep: Keep = unkept
 
 
 @dataclass(frozen=True)
