@@ -147,14 +147,16 @@ def test_an_interrupted_measurement_goes_on_behind_the_checkpoints_that_it_has_m
 
 EFFECTS = Effects(tokens=60, length=12, pairs=2, questions=2)
 TEXT: dict[str, Any] = {"tokens": 240, "effects": EFFECTS}
-CONTROLS = {"random_k": 1, "random_energy": 1, "rotated": 1}
 
 
 @pytest.mark.parametrize(
     ("name", "intervention"),
     [
         ("rank1", Rank1(controls={"random": 1}, level=0.5, strengths=[0.1, 0.3], **TEXT)),
-        ("surgery", DeltaSurgery(controls=CONTROLS, level=0.5, k=4, **TEXT)),
+        (
+            "surgery",
+            DeltaSurgery(controls={"random_k": 1, "random_energy": 1, "rotated": 1}, level=0.5, k=4, **TEXT),
+        ),
         ("steer", Steer(strengths=[1.0, 2.0], prompted=StateEditSettings(random=2, level=0.34, prompts=8))),
     ],
 )
