@@ -149,6 +149,7 @@ EFFECTS = Effects(tokens=60, length=12, pairs=2, questions=2)
 TEXT: dict[str, Any] = {"tokens": 240, "effects": EFFECTS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "intervention"),
     [
