@@ -25,13 +25,25 @@ if TYPE_CHECKING:
     from weightgeom.training.config import Training
 
 
+Keep = Callable[[Callable[[], list[Row]]], list[Row]]
+"""Returns the rows of a function: where an interrupted attempt has kept those of the same call, without it.
+
+The n-th call of one attempt is the n-th of every other one.
+"""
+
+
+def unkept(rows: Callable[[], list[Row]]) -> list[Row]:
+    """The rows of the function, of which nothing is kept."""
+    return rows()
+
+
 @dataclass(frozen=True)
 class Setting:
     """The inputs of a probe, once per trajectory: its start and end, the examples, and the objective.
 
     `objective` is that of the trajectory, None where it is not known, and `training` how it trains; `last`
     is the step of its end. `checkpoints` are all of its weights by step, in order, each opened when it is
-    asked for; empty where there is no trajectory.
+    asked for; empty where there is no trajectory. `keep` keeps the rows of an intervention's finished trials.
     """
 
     model: "LanguageModel"
@@ -44,6 +56,7 @@ class Setting:
     training: "Training | None" = None
     last: int = 0
     checkpoints: Mapping[int, Params] = field(default_factory=dict)
+    keep: Keep = unkept
 
 
 @dataclass(frozen=True)

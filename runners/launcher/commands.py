@@ -421,7 +421,7 @@ def report_outcome(sweep: Sweep, statuses: Sequence[JobStatus], over: bool = Tru
         raise ChildProcessError(
             f"{len(stuck)} of {len(statuses)} jobs of the sweep in {sweep.directory} cannot start (reasons"
             f" above): `{_command('cancel', sweep)}` removes them, and `{_command('resubmit', sweep)}` with"
-            " other options, such as --timeout_min 60, starts them again"
+            " options that fit (--timeout_min, --mem_gb, --cpus_per_task, --partition) starts them again"
         )
     if report is not None and report[0] is None:
         raise ChildProcessError(

@@ -224,10 +224,13 @@ def _out_of_time(limits: dict[str, Any], pause: str) -> str:
     minutes, allowed = limits["timeout_min"], limits["max_num_timeout"]
     again = f"give it more time with resubmit --timeout_min {2 * minutes:g}"
     saved = f"the state is saved, and resubmit goes on from it; {again}"
-    lost = f"nothing is saved outside a training, so that a further attempt would end here too: {again}"
+    measured = (
+        "the checkpoints and trials that are measured are kept, and resubmit goes on behind them; if it ends"
+        f" here again, {again}"
+    )
     return (
         f"the time limit of {minutes:g} min was reached, and max_num_timeout={allowed} allows no further"
-        f" attempt; {saved if 'its state is saved' in pause else lost}"
+        f" attempt; {saved if 'its state is saved' in pause else measured}"
     )
 
 

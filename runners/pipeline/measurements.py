@@ -4,8 +4,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def kept_rows(directory: Path, most: int) -> list[list[Row]]:
-    """The rows of the first checkpoints, as an interrupted stage kept them, up to one without any.
+    """The rows of the first checkpoints or trials, as an interrupted stage kept them, up to one without any.
 
     Rows that are not those that were kept are named in a warning, and are measured again.
     """
@@ -43,14 +44,14 @@ def kept_rows(directory: Path, most: int) -> list[list[Row]]:
             break
         digest, _, content = path.read_bytes().partition(b"\n")
         if hashlib.sha256(content).hexdigest().encode() != digest:
-            log.warning("%s is not the file that was written: measuring its checkpoint again", path)
+            log.warning("%s is not the file that was written: measuring its part again", path)
             break
         kept.append(json.loads(content))
     return kept
 
 
 def keep_rows(directory: Path, index: int, rows: list[Row]) -> None:
-    """Write the rows of a checkpoint behind their SHA-256."""
+    """Write the rows of a checkpoint or a trial behind their SHA-256."""
     content = json.dumps(rows, default=lambda value: value.item()).encode()
     digest = hashlib.sha256(content).hexdigest().encode()
     write_atomically(_kept(directory, index), digest + b"\n" + content)
@@ -120,14 +121,27 @@ class Measured:
         return self._made(name, "probe", probe, rows, len(self.trajectory.steps))
 
     def effects(self, name: str, intervention: Intervention) -> "pd.DataFrame":
-        """The table of one intervention."""
+        """The table of one intervention.
 
-        def rows(directory: Path, log_metrics: Log) -> list[Row]:
-            return intervention.rows(self.setting, log_metrics)
-
+        The rows of each trial are kept at once, so that an interrupted stage goes on behind the last one.
+        """
         from weightgeom.models.loading import load_architecture
 
         arms = intervention.arms(load_architecture(self.base.directory))
+
+        def rows(directory: Path, log_metrics: Log) -> list[Row]:
+            trials, kept = count(), kept_rows(directory, arms)  # no more trials than arms
+
+            def keep(of_trial: Callable[[], list[Row]]) -> list[Row]:
+                index = next(trials)
+                if index < len(kept):
+                    return kept[index]
+                found = of_trial()
+                keep_rows(directory, index, found)
+                return found
+
+            return intervention.rows(replace(self.setting, keep=keep), log_metrics)
+
         return self._made(name, "intervention", intervention, rows, arms)
 
     def _check_headline(self, name: str, probe: Probe, rows: list[Row]) -> None:

@@ -76,7 +76,7 @@ class Progress:
             state = (
                 f"goes on from step {max(states)}"
                 if states
-                else f"goes on behind the {measured} checkpoints that it has measured"
+                else f"goes on behind the {measured} checkpoints or trials that it has measured"
                 if measured
                 else "starts again, as it has saved no state"
             )

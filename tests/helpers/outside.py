@@ -127,7 +127,7 @@ class Damp:
 
     def rows(self, setting, log):
         evaluation = Evaluation(setting.model, setting.end, setting.examples, Effects(tokens=128))
-        rows = list(measured(self.trials(setting), evaluation, setting.seed, log))
+        rows = list(measured(self.trials(setting), evaluation, setting.seed, log, keep=setting.keep))
         return [{"step": setting.last, **one} for one in with_q_values(rows)]
 
     def trials(self, setting):

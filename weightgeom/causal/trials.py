@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil, sqrt
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from weightgeom.causal.effects import STATE_UNITS, UNITS, Samples
 from weightgeom.geometry.bootstrap import bootstrap_times
 from weightgeom.geometry.nulls import rank_p_value
-from weightgeom.interfaces import Log
+from weightgeom.interfaces import Keep, Log, unkept
 from weightgeom.table import Row, arm_columns, row
 
 TOLERANCES = {
@@ -91,9 +92,17 @@ def check_controls(controls: int, level: float) -> None:
 
 
 def measured(
-    trials: Iterable[Trial], evaluation: Evaluator, seed: int, log: Log, done: int = 0
+    trials: Iterable[Trial],
+    evaluation: Evaluator,
+    seed: int,
+    log: Log,
+    done: int = 0,
+    keep: Keep = unkept,
 ) -> Iterator[Row]:
     """Rows of every arm and of every comparison; `log` is told how many arms are done, from `done` on.
+
+    With a setting's `keep`, an interrupted stage goes on behind its finished trials; `trials` must be the
+    same in every attempt.
 
     Quantities of an arm: `kl_from_unedited`, and the change of each other effect as `<effect>_change`, with
     the standard error over prompts of the paired difference; `predicted_<effect>_change` to first order.
@@ -104,18 +113,24 @@ def measured(
     prompts, by the bootstrap's percentiles. q-values come from `with_q_values`.
     """
     for trial in trials:
-        changes: dict[str, list[Samples]] = {}
-        for arm in (trial.treatment, *trial.controls):
-            change = evaluation.changed_by(arm.edit)
-            control = arm is not trial.treatment
-            yield from _arm_rows(trial, arm, arm.draw if control else None, change)
-            changes.setdefault(arm.kind if control else "", []).append(change)
-            done += 1
-            log({}, done)
-        (treatment,) = changes.pop("")
-        for kind, controls in changes.items():
-            if len(controls) > 1:
-                yield from _comparison(trial, kind, treatment, controls, seed)
+        yield from keep(partial(_trial_rows, trial, evaluation, seed, log, done))
+        done += 1 + len(trial.controls)
+
+
+def _trial_rows(trial: Trial, evaluation: Evaluator, seed: int, log: Log, done: int) -> list[Row]:
+    rows: list[Row] = []
+    changes: dict[str, list[Samples]] = {}
+    for number, arm in enumerate((trial.treatment, *trial.controls), done + 1):
+        change = evaluation.changed_by(arm.edit)
+        control = arm is not trial.treatment
+        rows += _arm_rows(trial, arm, arm.draw if control else None, change)
+        changes.setdefault(arm.kind if control else "", []).append(change)
+        log({}, number)
+    (treatment,) = changes.pop("")
+    for kind, controls in changes.items():
+        if len(controls) > 1:
+            rows += _comparison(trial, kind, treatment, controls, seed)
+    return rows
 
 
 def with_q_values(rows: Sequence[Row]) -> list[Row]:

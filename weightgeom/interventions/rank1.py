@@ -139,7 +139,7 @@ class Rank1:
             setting.model, setting.end if at_end else setting.start, setting.examples, self.effects
         )
         trials = list(self.trials(setting, evaluation))  # all, so that none is refused behind others' arms
-        rows = list(measured(trials, evaluation, setting.seed, log))
+        rows = list(measured(trials, evaluation, setting.seed, log, keep=setting.keep))
         return [{"step": setting.last if at_end else 0, **entry} for entry in with_q_values(rows)]
 
     def trials(self, setting: Setting, evaluation: Evaluation) -> Iterator[Trial]:

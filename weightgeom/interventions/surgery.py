@@ -152,12 +152,13 @@ class DeltaSurgery:
         if groups:
             evaluation = Evaluation(model, setting.end, setting.examples, self.effects)
             trials = self.surgeries(setting, evaluation, groups)
-            rows += measured(trials, evaluation, setting.seed, log)
+            rows += measured(trials, evaluation, setting.seed, log, keep=setting.keep)
             del evaluation, trials  # their weights and logits would lie beside the next one's
         if transplants:
             evaluation = Evaluation(model, setting.start, setting.examples, self.effects)
             trials = list(self.transplanted(setting, evaluation, transplants))
-            rows += measured(trials, evaluation, setting.seed, log, self._surgeries(architecture))
+            done = self._surgeries(architecture)
+            rows += measured(trials, evaluation, setting.seed, log, done, setting.keep)
             rows += interaction(trials, evaluation) if self._whole else []
         return [{"step": setting.last, **entry} for entry in with_q_values(rows)]
 

@@ -332,7 +332,7 @@ def state_edit_rows(
                 treated = Arm(kind, treatment, {"shift norm": treatment.norm})
                 yield Trial(place, f"{strength:g}", treated, controls)
 
-    rows = list(measured(trials(), evaluation, setting.seed, log))
+    rows = list(measured(trials(), evaluation, setting.seed, log, keep=setting.keep))
     step = setting.last if at_end else 0
     unedited = arm_columns("unedited")
     base = [

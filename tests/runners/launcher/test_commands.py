@@ -208,9 +208,9 @@ def test_an_attempt_that_was_superseded_leaves_the_state_alone(tmp_path):
 def test_the_end_of_the_time_says_whether_the_state_was_saved():
     saved = _out_of_time(LIMITS, "stopped after step 40; its state is saved")
     assert "the state is saved, and resubmit goes on from it" in saved
-    lost = _out_of_time(LIMITS, "stopped outside a training")
-    assert "nothing is saved outside a training, so that a further attempt would end here too" in lost
-    assert saved.endswith("--timeout_min 120") and lost.endswith("--timeout_min 120")
+    measured = _out_of_time(LIMITS, "stopped outside a training")
+    assert "the checkpoints and trials that are measured are kept, and resubmit goes on behind" in measured
+    assert saved.endswith("--timeout_min 120") and measured.endswith("--timeout_min 120")
 
 
 def scripts(sweep: Sweep) -> dict[str, list[str]]:

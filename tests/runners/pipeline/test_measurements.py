@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,12 @@ from stored import no_stage
 from runners.pipeline.logged_stages import RESUMABLE
 from runners.pipeline.measurements import Measured, plain
 from runners.pipeline.store import signature, stage
+from weightgeom.causal.effects import Effects
 from weightgeom.declarations import ProbeDeclaration
-from weightgeom.interfaces import Log, Setting, Stage
+from weightgeom.interfaces import Intervention, Log, Setting, Stage
+from weightgeom.interventions.rank1 import Rank1
+from weightgeom.interventions.steer import Steer
+from weightgeom.interventions.surgery import DeltaSurgery
 from weightgeom.models.residual import Architecture
 from weightgeom.objectives.ce import CE
 from weightgeom.params import Params
@@ -24,6 +28,7 @@ from weightgeom.probes.rsf import RSF
 from weightgeom.table import Row
 from weightgeom.training.config import Training
 from weightgeom.trajectory import Base, Trajectory
+from weightgeom.uncertainty.state_edits import StateEditSettings
 
 
 @dataclass(frozen=True)
@@ -137,4 +142,60 @@ def test_an_interrupted_measurement_goes_on_behind_the_checkpoints_that_it_has_m
     assert seen == [1, 2, 2, 3, 2, 3, 4]
     assert_frame_equal(resumed, undisturbed, check_exact=True)
     (done,) = (tmp_path / "cut/rsf").glob("*/DONE")
+    assert not list(done.parent.glob("checkpoint-*"))
+
+
+EFFECTS = Effects(tokens=60, length=12, pairs=2, questions=2)
+TEXT: dict[str, Any] = {"tokens": 240, "effects": EFFECTS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "intervention"),
+    [
+        ("rank1", Rank1(controls={"random": 1}, level=0.5, strengths=[0.1, 0.3], **TEXT)),
+        (
+            "surgery",
+            DeltaSurgery(controls={"random_k": 1, "random_energy": 1, "rotated": 1}, level=0.5, k=4, **TEXT),
+        ),
+        ("steer", Steer(strengths=[1.0, 2.0], prompted=StateEditSettings(random=2, level=0.34, prompts=8))),
+    ],
+)
+def test_an_interrupted_intervention_goes_on_behind_its_finished_trials(
+    name: str, intervention: Intervention, tmp_path: Path
+) -> None:
+    steps = {step: save("llama", tmp_path / f"step-{step}", seed=step) for step in range(2)}
+    grouped = replace(small.WORLD, groups=("known", "heldout"), group_size=8).examples()
+    examples = replace(grouped, abstentions=[" perhaps"])  # a word of the networks' tokenizer
+    attempts: list[list[int]] = []
+
+    def measured(outputs: str, until: int | None = None) -> pd.DataFrame:
+        attempts.append([])
+
+        def log(metrics: Any, arm: int) -> None:
+            attempts[-1].append(arm)
+            if arm == until:
+                raise KeyboardInterrupt
+
+        def make(name: str, specification: Any, work: Callable[[Path, Log], None], steps: int) -> Path:
+            return stage(tmp_path / outputs, name, {"one": 1}, lambda path: work(path, log), RESUMABLE)
+
+        trajectory = Trajectory("steps", steps)
+        base = Base(steps[0], "base", trajectory)
+        parts = 0, "cpu", None, Training(), base, trajectory, "own", examples
+        return Measured(lambda prefix, code: make, *parts).effects(name, intervention)
+
+    undisturbed = measured("whole")
+    arms = len(attempts[0])
+    assert attempts == [list(range(1, arms + 1))]
+    for until in (arms // 2 + 1, arms):
+        with pytest.raises(KeyboardInterrupt):
+            measured("cut", until)
+    resumed = measured("cut")
+    _, first, second, third = attempts
+    assert first == list(range(1, arms // 2 + 2))
+    assert second == list(range(second[0], arms + 1)) and 1 < second[0] <= len(first)
+    assert third == list(range(third[0], arms + 1)) and third[0] > len(first)  # the last trial alone
+    assert_frame_equal(resumed, undisturbed, check_exact=True)
+    (done,) = (tmp_path / "cut" / name).glob("*/DONE")
     assert not list(done.parent.glob("checkpoint-*"))
