@@ -11,8 +11,10 @@ from weightgeom.geometry.nulls import isotropic_null, rotation_null, spectrum_sh
 from weightgeom.interfaces import Setting
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import architecture_of
+from weightgeom.objectives.ce import CE
 from weightgeom.probes.rsf import RSF
 from weightgeom.table import tabulate
+from weightgeom.training.config import Training
 
 D, K = 32, 4  # d_model and the default k, d/8
 COMPARED = {"fraction", "ratio", "null_ratio_mean", "null_ratio_sd", "z", "p_value", "q_value"}
@@ -386,3 +388,14 @@ def test_a_k_that_does_not_fit_is_refused(model, k):
     message = r"probe\.rsf\.k must be 1 to 32, the width of the residual stream, got "
     with pytest.raises(ValueError, match=message):
         RSF(k=k).check(model.architecture)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_training_from_stored_values_is_no_rounding_and_a_pair_may_be(model, examples, generator, trained):
+    start = {name: weight.bfloat16() for name, weight in model.network.state_dict().items()}
+    end = moved(
+        model, {name: weight.float() for name, weight in start.items()}, noise(model, start, generator)
+    )
+    setting = Setting(model, start, end, False, examples, 0, CE() if trained else None, Training())
+    rows = RSF(k=K, tokens=512, resamples=0, prompts=0).measurement(setting)(end)
+    assert ("rounding_share" in {row["quantity"] for row in rows}) != trained

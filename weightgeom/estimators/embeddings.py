@@ -1,6 +1,7 @@
 """Where the updates of embedding and unembedding lie in the residual stream, as wholes and token by token."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,6 +82,8 @@ def other_rows(
             for role, places in sides(parameter, architecture, params).items()
         }
         change = change_of(parameter.name, params, before, by_row=any(places.values()))
+        if setting.objective is not None:  # its training starts from the stored values
+            change = replace(change, rounding_share=None)
         yield from parameter_rows(parameter, change)
         for role, at in places.items():
             yield from embedding_rows(parameter, role, change, at, dimensions, setting.seed)

@@ -1,6 +1,7 @@
 """Relative subspace fraction: the share of an update in the subspaces of inputs and predictions."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -101,7 +102,7 @@ class RSF:
             the checkpoint before, in the prediction subspace of that checkpoint.
         delta_norm: ‖dW‖_F, in the units of the weights. moved_share: share of entries that changed.
         rounding_share: share of ‖dW‖² that rounding alone would give, for checkpoints in bf16 or fp16 and for
-            quantised ones.
+            quantised ones; not of trainings of a run, which start from the stored values.
         ratio_mean: the mean over the layers (and experts) of one kind of matrix, or over all of a pathway
             where `matrix` is "". ratio_mean_null_sd, ratio_mean_z: of that mean under one Haar rotation of
             all its updates together (`geometry.joint_null`), since matrices share directions and
@@ -291,7 +292,9 @@ class RSF:
         return dimensions(self.k, setting.model.architecture.d_model)[-1]
 
     def _update(self, matrix: ResidualMatrix, params: Params, setting: Setting) -> Update:
-        return update_of(matrix, params, setting.start, written=self.fold_post_norm)
+        update = update_of(matrix, params, setting.start, written=self.fold_post_norm)
+        # A training of ours starts from the stored values and keeps its own in fp32.
+        return update if setting.objective is None else replace(update, rounding_share=None)
 
     def _others(self, setting: Setting, params: Params, places: Mapping[Place, Frame]) -> Iterator[Row]:
         """Parameters outside of the map and, where asked for, the products of heads."""
