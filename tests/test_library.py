@@ -165,7 +165,7 @@ def test_a_k_that_no_probe_takes_is_refused():
 
 
 def test_probes_that_are_none_or_need_more_than_texts_are_refused():
-    with pytest.raises(KeyError, match=r"unknown probe 'rfs'; choose from behaviour, .*rsf"):
+    with pytest.raises(KeyError, match=r"unknown probe 'rfs'; choose from alignment, behaviour, .*rsf"):
         measured(probes=["rfs"])
     with pytest.raises(TypeError, match=r"probes must be a list, got one string: write probes=\['rsf'\]"):
         measured(probes="rsf")

@@ -334,6 +334,7 @@ def test_the_generated_world_under_a_model_of_another_vocabulary_is_a_warning(tm
         assert caplog.text.count(warning) == 1
 
 
+@pytest.mark.slow
 def test_a_single_checkpoint_is_measured_where_no_update_is_needed(tmp_path):
     checkpoint(tmp_path / "a")
     measured = (

@@ -63,7 +63,7 @@ def test_choices_of_the_users_own_directories_are_choices(tmp_path: Path, monkey
 
         return explanation(caught(action))
 
-    assert compose_wrongly("probe=[nrm]").startswith("there is no probe=nrm; did you mean 'norm'? valid: beh")
+    assert compose_wrongly("probe=[nrm]").startswith("there is no probe=nrm; did you mean 'norm'? valid: ali")
     assert compose_wrongly("objective=mine/sft").startswith(
         "there is no objective=mine/sft; did you mean 'mine/soft'? valid: "
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from weightgeom.models.byte_ranges import RemoteFile, fetched
@@ -62,7 +61,7 @@ class RemoteTensors(Mapping[str, Tensor]):
     file: RemoteFile
     entries: Mapping[str, Entry]
 
-    def __getitem__(self, name: str) -> Float[Tensor, "..."]:
+    def __getitem__(self, name: str) -> Tensor:
         entry = self.entries[name]
         content = fetched(self.file, entry.start, entry.stop)
         return content.view(DTYPES[entry.dtype]).view(entry.shape)
@@ -76,7 +75,7 @@ class RemoteTensors(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self.entries  # the inherited one would fetch the tensor
 
-    def get_tensor(self, name: str) -> Float[Tensor, "..."]:
+    def get_tensor(self, name: str) -> Tensor:
         """One tensor."""
         return self[name]
 
