@@ -53,7 +53,7 @@ def test_every_published_claim_and_a_users_own_have_a_verdict(refereed):
     assert list(found.index) == [target.rpartition(".")[2] for target in published()] + ["ManyUnmoved"]
     measured = found[~found.index.isin(["IntrudersOfAdapters", "UncertaintyUnexpressed"])]
     assert (measured["verdict"] != "not testable here").all()  # an update by DPO, of all weights
-    assert measured[["ours", "null", "null_sd"]].notna().all(axis=None) and (measured["n"] > 0).all()
+    assert measured[["ours", "null", "null_sd"]].notna().to_numpy().all() and (measured["n"] > 0).all()
     assert found.loc["IntrudersOfAdapters", "detail"] == "the update is of no adapter"
     assert "no rows of the probe uncertainty" in found.loc["UncertaintyUnexpressed", "detail"]
     assert set(found["trained_by"]) == {"dpo"}

@@ -26,7 +26,8 @@ def trained(direction: int, seed: int, own: float = 0.5) -> Any:
 
 def whole(table: pd.DataFrame, quantity: str) -> dict[tuple[str, str], float]:
     rows = table[(table["matrix"] == "") & (table["quantity"] == quantity)]
-    return {(row.treatment, row.against): row.value for row in rows.itertuples()}  # pyright: ignore[reportReturnType]
+    pairs = zip(rows["treatment"], rows["against"], strict=True)
+    return dict(zip(pairs, rows["value"].astype(float), strict=True))
 
 
 def test_the_cosine_of_two_trainings_is_that_of_their_updates() -> None:

@@ -358,7 +358,7 @@ def test_an_adapter_at_a_url_is_an_update_of_its_base(place: Path, tmp_path: Pat
         adapted = get_peft_model(
             llama(0), LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"])
         )
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(str(tmp_path / "adapter"))
     with ranges.served(tmp_path) as files:
         table = measured(place / "before", f"{files.url}/adapter")
     pd.testing.assert_frame_equal(table, measured(place / "before", tmp_path / "adapter"), check_exact=True)
@@ -393,8 +393,8 @@ def test_a_run_on_urls_reports_its_bytes_and_leaves_none_of_them_on_disk(place: 
     )
     local = run("local", place / "before", place / "after")
     assert local.code == 0, local.err
-    tables = [wg.read_run(record).tables["rsf"] for record in (ended.record, local.record)]
-    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    fetched, read = (wg.read_run(record).tables["rsf"] for record in (ended.record, local.record))
+    pd.testing.assert_frame_equal(fetched, read, check_exact=True)
     left = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in left if path.suffix == ".safetensors" or path.name == "tokenizer.json"]
     assert not list((tmp_path / "tmp").iterdir()) and not list((tmp_path / "home").rglob("*.safetensors"))

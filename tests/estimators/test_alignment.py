@@ -14,9 +14,9 @@ def drawn(d_out, d_in, rank, generator):
 
 
 def quantities(a, b):
-    parts = leading(a), leading(b)
-    assert parts[0] is not None and parts[1] is not None
-    return pooled([aligned(*parts)])
+    first, second = leading(a), leading(b)
+    assert first is not None and second is not None
+    return pooled([aligned(first, second)])
 
 
 def test_an_update_is_aligned_with_itself_and_opposite_to_its_negative(generator):

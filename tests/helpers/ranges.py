@@ -79,7 +79,7 @@ def bucket() -> Iterator[MemoryFileSystem]:
 
     class Bucket(MemoryFileSystem):
         protocol = "s3"  # pyright: ignore
-        store: ClassVar[dict[str, Any]] = {}
+        store: ClassVar[dict[str, Any]] = {}  # pyright: ignore
         pseudo_dirs: ClassVar[list[str]] = [""]
 
     fsspec.register_implementation("s3", Bucket, clobber=True)

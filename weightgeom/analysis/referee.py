@@ -284,12 +284,12 @@ def _of_chain(tables: "Mapping[str, pd.DataFrame]", params: Mapping[str, object]
 
 def measured(row: "pd.Series", name: str) -> str:
     """A cell for people: `0.72`, `0.3 ± 0.01` of a null with two standard deviations, `12 degree`, or `-`."""
-    import pandas as pd
-
-    if pd.isna(row[name]):
+    known = row.dropna()
+    if name not in known:
         return "-"
-    sd = "" if name != "null" or pd.isna(row["null_sd"]) else f" ± {SDS * row['null_sd']:.2g}"
-    return f"{row[name]:.3g}{sd}{'' if row['unit'] == '1' else ' ' + row['unit']}"
+    sd = f" ± {SDS * float(known['null_sd']):.2g}" if name == "null" and "null_sd" in known else ""
+    unit = "" if str(row["unit"]) == "1" else f" {row['unit']}"
+    return f"{float(known[name]):.3g}{sd}{unit}"
 
 
 def counted(table: "pd.DataFrame") -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import ClassVar
 
 from weightgeom.analysis.claims_uncertainty import CLAIMS, base_step, lines
@@ -36,9 +37,7 @@ class UncertaintyUnexpressed:
         if UNTESTED in said:
             return Finding(UNTESTABLE, "overlap", detail=detail)
         verdict = CONTRADICTED if CONTRADICTED in said else SUPPORTED if said == {SUPPORTED} else EXPLAINED
-        overlaps = table[
-            (table["quantity"] == "overlap")
-            & (table["subspace"] == "output_top")
-            & (table["step"] == base_step(table, bool(table.attrs.get("trained"))))
-        ]["value"]
-        return Finding(verdict, "overlap", float(overlaps.median()), 1.0, n=len(overlaps), detail=detail)
+        at_base = table["step"] == base_step(table, bool(table.attrs.get("trained")))
+        in_output = (table["quantity"] == "overlap") & (table["subspace"] == "output_top")
+        overlaps = list(table.loc[at_base & in_output, "value"])
+        return Finding(verdict, "overlap", float(median(overlaps)), 1.0, n=len(overlaps), detail=detail)
