@@ -82,9 +82,7 @@ def fit_on_processes(
     return saved_trajectory(directory, name, start)
 
 
-def load_on(
-    directory: Path, device: str, shard: bool
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def load_on(directory: Path, device: str, shard: bool) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The network of a checkpoint on `device`, and its tokenizer.
 
     A network to be sharded stays on the CPU, from where each process puts its part on the device.
@@ -206,7 +204,9 @@ def _end(workers: Sequence[_Worker], log_metrics: Log, request: Request) -> None
     for worker in workers:
         if worker.died:
             code = worker.process.exitcode
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            how = (
+                f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            )
             memory = ", as by a lack of memory" if code == -signal.SIGKILL else ""
             raise ChildProcessError(
                 f"process {worker.rank + 1} of {len(workers)} of the training {how}{memory}; the others were"
@@ -232,7 +232,14 @@ class _Place:
 def _work(place: _Place, connection: Connection, work: Callable[[Log, Request], None]) -> None:
     """The life of a worker."""
     # Signals to the whole group of processes are the parent's to handle; its end is that of the worker.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU):
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGQUIT,
+        signal.SIGUSR2,
+        signal.SIGXCPU,
+    ):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
     sender = _Sender(connection)
