@@ -61,8 +61,8 @@ class DPO:
             )
         if self.precompute_reference and self.options.get("sync_ref_model"):
             raise ValueError(
-                "options.sync_ref_model moves the reference, which precompute_reference computes once: set only"
-                " one"
+                "options.sync_ref_model moves the reference, which precompute_reference computes once:"
+                " set only one"
             )
         if "exo_pair" in types and self.label_smoothing == 0:
             raise ValueError("loss_type exo_pair needs label_smoothing above 0, such as 1e-3")

@@ -94,7 +94,7 @@ class Training:
 
     @property
     def of_result(self) -> "Training":
-        """The settings that the result depends on by more than rounding: those of a training on one process."""
+        """The settings that the result depends on by more than rounding: those of one process."""
         return replace(self, processes=1, shard=False, activation_checkpointing=False)
 
     @property

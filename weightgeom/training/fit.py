@@ -133,7 +133,7 @@ def fit(
 
 
 def _warn_of_a_remainder(examples: int, training: Training) -> None:
-    """Log a warning where several processes train on other batches than one, which takes a shorter last one."""
+    """Log a warning where several processes train on other batches than one, whose last one is shorter."""
     rest = examples % training.batch_size
     if processes() > 1 and rest and training.steps * training.accumulate > examples // training.batch_size:
         log.warning(

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -38,6 +37,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 GRACE = 5.0  # seconds for which the other processes may end by themselves once one has failed
 LOCAL = "127.0.0.1"
+# They reach all processes of a terminal or of a job, but are the parent's to handle: workers block them.
+SIGNALS = (
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT),
+    *(signal.SIGUSR2, signal.SIGXCPU),
+)
 
 
 def fit_on_processes(
@@ -126,11 +130,12 @@ class _Worker:
     connection: Connection
     failed: "tuple[float, BaseException] | None" = None  # when, on a clock that all processes share
     finished: bool = False
+    died: bool = False  # ended without a word
 
     @property
-    def died(self) -> bool:
-        """Whether it ended without a word."""
-        return not self.finished and self.failed is None and not self.process.is_alive()
+    def ended(self) -> bool:
+        """Whether nothing more is to be heard of it."""
+        return self.finished or self.died or self.failed is not None
 
 
 def _run(
@@ -153,7 +158,7 @@ def _run(
             ours, theirs = context.Pipe()
             place = _Place(rank, number, store.port, device, threads, logging.getLogger().level, code)
             process = context.Process(target=_work, args=(place, theirs, work), name=f"training-{rank}")
-            process.start()
+            _start(process)
             theirs.close()
             workers.append(_Worker(rank, process, ours))
         while not all(worker.finished for worker in workers):
@@ -168,14 +173,23 @@ def _run(
             worker.connection.close()
 
 
+def _start(process: Any) -> None:
+    """Start a worker, which blocks SIGNALS from its first moment on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _listen(workers: Sequence[_Worker], log_metrics: Log, request: Request, patience: float | None) -> None:
     """Act on the messages that have arrived; waits for one, or for a process's end."""
-    open_ones = [worker for worker in workers if not worker.finished and worker.failed is None]
-    live = [worker for worker in open_ones if worker.process.is_alive()]
-    wait([worker.connection for worker in open_ones] + [worker.process.sentinel for worker in live], patience)
-    for worker in open_ones:
+    running = [worker for worker in workers if not worker.ended]
+    wait([of for worker in running for of in (worker.connection, worker.process.sentinel)], patience)
+    gone = [worker for worker in running if not worker.process.is_alive()]  # whose last message may wait
+    for worker in running:
         try:
-            while worker.failed is None and not worker.finished and worker.connection.poll():
+            while not worker.ended and worker.connection.poll():
                 kind, *content = worker.connection.recv()
                 if kind == "metrics":
                     log_metrics(*content)
@@ -187,8 +201,11 @@ def _listen(workers: Sequence[_Worker], log_metrics: Log, request: Request, pati
                     worker.failed = content[0], content[1]
                 else:
                     worker.finished = True
-        except (EOFError, ConnectionResetError, BrokenPipeError):  # it died; its exit code says of what
+        except (EOFError, ConnectionError):  # it ends
             worker.process.join()
+            gone.append(worker)
+    for worker in gone:
+        worker.died = not worker.finished and worker.failed is None
 
 
 def _end(workers: Sequence[_Worker], log_metrics: Log, request: Request) -> None:
@@ -197,15 +214,13 @@ def _end(workers: Sequence[_Worker], log_metrics: Log, request: Request) -> None
     A process whose partner died fails as well, some time after it: a process that died comes first.
     """
     end = time.monotonic() + GRACE
-    while (left := end - time.monotonic()) > 0 and any(
-        not (worker.failed or worker.finished or worker.died) for worker in workers
-    ):
+    while (left := end - time.monotonic()) > 0 and not all(worker.ended for worker in workers):
         _listen(workers, log_metrics, request, left)
     for worker in workers:
         if worker.died:
             code = worker.process.exitcode
             how = (
-                f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
             )
             memory = ", as by a lack of memory" if code == -signal.SIGKILL else ""
             raise ChildProcessError(
@@ -231,16 +246,6 @@ class _Place:
 
 def _work(place: _Place, connection: Connection, work: Callable[[Log, Request], None]) -> None:
     """The life of a worker."""
-    # Signals to the whole group of processes are the parent's to handle; its end is that of the worker.
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-        signal.SIGQUIT,
-        signal.SIGUSR2,
-        signal.SIGXCPU,
-    ):
-        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
     sender = _Sender(connection)
     try:
@@ -252,7 +257,7 @@ def _work(place: _Place, connection: Connection, work: Callable[[Log, Request], 
         sender.send("finished")
     except BaseException as error:
         sender.send("failed", time.monotonic(), _portable(error))
-        sys.exit(1)
+        os._exit(1)  # at once: the group of processes is broken, and loaders of batches end by themselves
 
 
 def _join(place: _Place, sender: "_Sender") -> None:
