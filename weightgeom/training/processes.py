@@ -68,21 +68,11 @@ def fit_on_processes(
         BaseException: the error of the process that failed first, as `fit` raises it.
     """
     named = {"name": name, "seed": seed, "device": device, "start": start}
-    if training.processes == 1:
-        network, tokenizer = load()
-        return fit(
-            objective,
-            network,
-            tokenizer,
-            examples,
-            training,
-            directory,
-            **named,
-            log_metrics=log_metrics,
-            request=request,
-        )
     work = partial(_fitted, objective, load, examples, training, directory, named)
-    _run(work, training.processes, device, log_metrics, request, trusted_directory=start)
+    if training.processes == 1:
+        work(log_metrics, request)
+    else:
+        _run(work, training.processes, device, log_metrics, request, trusted_directory=start)
     return saved_trajectory(directory, name, start)
 
 

@@ -130,7 +130,7 @@ def is_sharded_state(state: Path) -> bool:
 
 
 def check_shards(state: Path | None, shard: bool) -> None:
-    """Raise ValueError if the state to resume from has whole weights and the training parts, or conversely."""
+    """Raise ValueError if the state to resume from was saved with another `shard` than the training's."""
     if state is not None and is_sharded_state(state) != shard:
         saved = str(not shard).lower()
         raise ValueError(
