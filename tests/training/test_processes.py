@@ -5,15 +5,20 @@ import logging
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import small
 import torch
+from app import BEHAVIOUR, ROOT, WORLD, environment, run
 from safetensors.torch import load_file
 
 from weightgeom.interfaces import Objective
@@ -23,7 +28,7 @@ from weightgeom.objectives.dpo import DPO
 from weightgeom.training.config import Training
 from weightgeom.training.processes import fit_on_processes, load_on
 from weightgeom.training.ranks import from_first, is_first, of_all, part, processes, whole
-from weightgeom.training.resuming import check_shards, resume_states
+from weightgeom.training.resuming import check_shards, is_sharded_state, resume_states
 
 # 24 pairs in batches of 4, two to a step: three steps an epoch. SGD, because AdamW divides the gradients that
 # are zero but for rounding, such as those of key biases, by themselves.
@@ -129,7 +134,8 @@ def test_a_killed_process_ends_the_training_which_resumes_to_the_same_bits(train
     with pytest.raises(ChildProcessError, match=sentence):
         train(DPO(), base, tmp_path / "cut", training, kill)
     assert not multiprocessing.active_children()
-    assert [path.name for path in resume_states(tmp_path / "cut")][-1] == "checkpoint-2"
+    oldest = resume_states(tmp_path / "cut")[-1]
+    assert oldest.name == "checkpoint-2" and is_sharded_state(oldest) == training.shard
     curves = train(DPO(), base, tmp_path / "cut", training)
     assert min(curves.by_step) in (3, 5)  # the state of step 4 may be whole, or not
     assert_same(tmp_path / "whole", tmp_path / "cut", 0)
@@ -157,6 +163,33 @@ def test_the_error_of_a_process_is_raised_and_nothing_is_left(base, tmp_path, ca
         train(CE("chosen"), base, tmp_path / "cut", replace(TWO, learning_rate=1e30, max_grad_norm=1e30))
     assert not multiprocessing.active_children()
     assert caplog.text.count("training it for 5 steps of 4 examples") == 1  # the first process speaks
+
+
+@pytest.mark.slow
+def test_a_terminated_run_ends_its_workers_resumes_and_each_time_has_one_record(tmp_path):
+    more = ["training.processes=2", "training.steps=60", "training.save_every=1", "training.log_every=20"]
+    asked = [*BEHAVIOUR, *WORLD, "objective=ce", *more]
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    command = [sys.executable, str(ROOT / "run.py"), *asked, f"outputs={cut}"]
+    with (tmp_path / "log").open("w") as log:
+        begun = subprocess.Popen(command, cwd=tmp_path, env=environment({}), stdout=log, stderr=log)
+    while not list(cut.glob("training/*/checkpoint-*/sealed.json")):
+        assert begun.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.02)
+    workers = psutil.Process(begun.pid).children()
+    begun.terminate()
+    assert begun.wait(300) == 128 + signal.SIGTERM
+    assert len(workers) >= 2 and not any(worker.is_running() for worker in workers)
+    (status,) = cut.rglob("status.json")
+    assert json.loads(status.read_text())["status"] == "KILLED"
+    again = run(tmp_path, *asked, f"outputs={cut}")
+    assert again.code == 0 and "resuming from step" in again.out + again.err
+    assert len(list(cut.rglob("status.json"))) == 2
+    assert run(tmp_path, *asked, f"outputs={whole}").code == 0
+    (first,), (second,) = (list(outputs.glob("training/*")) for outputs in (cut, whole))
+    assert first.name == second.name
+    assert weights(first).keys() == weights(second).keys()
+    assert all(torch.equal(weight, weights(second)[name]) for name, weight in weights(first).items())
 
 
 def test_a_batch_is_divided_or_refused():

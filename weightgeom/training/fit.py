@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightgeom.compat.fused_head import router_weight
+from weightgeom.compat.sharding import shard_on_processors
 from weightgeom.interfaces import Log, Objective
 from weightgeom.interruption import Request, no_request
 from weightgeom.models.loading import check_length
@@ -89,6 +90,8 @@ def fit(
         arguments["peft_config"] = training.lora.config(architecture)
     with outdated_name_allowed():
         trainer = objective.trainer(network, tokenizer, examples, arguments)
+    if training.shard and device == "cpu":
+        shard_on_processors(trainer)
     set_optimizer(trainer, training.optimizer, training.learning_rate, architecture)
     moving = getattr(trainer.args, "sync_ref_model", False)
     if training.save_every is not None and moving:
