@@ -127,7 +127,8 @@ def fit(
     )
     if training.log_gradients:
         trainer.add_callback(GradientNorms(architecture, log_metrics))
-    _warn_of_a_remainder(len(trainer.train_dataset), training)
+    if processes() > 1:
+        _warn_of_a_remainder(len(trainer.train_dataset), training)
     log.info("training %s for %d steps of %d examples", name, training.steps, training.batch_size)
     with outdated_name_allowed(), restored_weights(network, state, architecture):
         trainer.train(resume_from_checkpoint=None if state is None else str(state))
@@ -138,7 +139,7 @@ def fit(
 def _warn_of_a_remainder(examples: int, training: Training) -> None:
     """Log a warning where several processes train on other batches than one, whose last one is shorter."""
     rest = examples % training.batch_size
-    if processes() > 1 and rest and training.steps * training.accumulate > examples // training.batch_size:
+    if rest and training.steps * training.accumulate > examples // training.batch_size:
         log.warning(
             "%d examples are no multiple of batch_size=%d: several processes fill up the last batch of an"
             " epoch, which has %d examples on one process, with the epoch's first examples",

@@ -261,6 +261,7 @@ def _join(place: _Place, sender: "_Sender") -> None:
         MASTER_ADDR=LOCAL,
         MASTER_PORT=str(place.port),
         TORCHELASTIC_USE_AGENT_STORE="True",  # the store is the parent's
+        TQDM_DISABLE="1",  # the run shows its own progress
     )
     logging.basicConfig(level=place.level, handlers=[sender] if place.rank == 0 else [logging.NullHandler()])
     if place.rank:
