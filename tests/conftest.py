@@ -34,6 +34,7 @@ SLOW = (
     "test_extensions.py",
     "runners/tracking/test_outages.py",
     "bases/test_chain.py",
+    "training/test_processes.py",
     "training/test_resuming.py",
     "training/test_lora.py",
     "runners/tracking/test_browser.py",
