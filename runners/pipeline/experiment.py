@@ -196,6 +196,10 @@ class Experiment:
         if self.objective is not None:
             self.objective.check(examples)
             self.training.check(examples)
+            if self.device == "cuda" and self.trained_on is None:
+                from weightgeom.training.processes import check_gpus
+
+                check_gpus(self.training.processes)
         if (self.probes or self.interventions) and not examples.heldout:
             raise ValueError(f"{examples.name} has no held-out text to probe on: give some with data.heldout")
         for measurement in (*self.probes.values(), *self.interventions.values()):

@@ -26,7 +26,7 @@ from weightgeom.interruption import Interrupted, Request, no_request
 from weightgeom.objectives.ce import CE
 from weightgeom.objectives.dpo import DPO
 from weightgeom.training.config import Training
-from weightgeom.training.processes import fit_on_processes, load_on
+from weightgeom.training.processes import check_gpus, fit_on_processes, load_on
 from weightgeom.training.ranks import from_first, is_first, of_all, part, processes, whole
 from weightgeom.training.resuming import check_shards, is_sharded_state, resume_states
 
@@ -225,6 +225,13 @@ def test_a_state_in_parts_is_resumed_by_parts_alone(tmp_path):
         with pytest.raises(ValueError, match=message):
             check_shards(tmp_path / f"checkpoint-{step}", not shard)
     check_shards(None, True)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_gpus(1)
+    with pytest.raises(ValueError, match=r"training.processes=2 takes 2 GPUs.* and torch sees 1"):
+        check_gpus(2)
 
 
 def test_outside_a_training_on_several_processes_there_is_one():

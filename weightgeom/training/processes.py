@@ -14,6 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -74,6 +75,15 @@ def fit_on_processes(
     else:
         _run(work, training.processes, device, log_metrics, request, trusted_directory=start)
     return saved_trajectory(directory, name, start)
+
+
+def check_gpus(number: int) -> None:
+    """Raise ValueError if this machine has no GPU for each of a training's processes."""
+    if number > (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"training.processes={number} takes {number} GPUs, one for each, and torch sees {count}: set"
+            f" training.processes={count}"
+        )
 
 
 def load_on(directory: Path, device: str, shard: bool) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -178,24 +188,32 @@ def _listen(workers: Sequence[_Worker], log_metrics: Log, request: Request, pati
     wait([of for worker in running for of in (worker.connection, worker.process.sentinel)], patience)
     gone = [worker for worker in running if not worker.process.is_alive()]  # whose last message may wait
     for worker in running:
-        try:
-            while not worker.ended and worker.connection.poll():
-                kind, *content = worker.connection.recv()
-                if kind == "metrics":
-                    log_metrics(*content)
-                elif kind == "request":
-                    worker.connection.send(request())
-                elif kind == "log":
-                    logging.getLogger(content[0].name).handle(content[0])
-                elif kind == "failed":
-                    worker.failed = content[0], content[1]
-                else:
-                    worker.finished = True
-        except (EOFError, ConnectionError):  # it ends
-            worker.process.join()
-            gone.append(worker)
+        while not worker.ended and (message := _message(worker)) is not None:
+            kind, *content = message
+            if kind == "metrics":
+                log_metrics(*content)
+            elif kind == "request":
+                answer = request()
+                with suppress(ConnectionError):  # it has died since
+                    worker.connection.send(answer)
+            elif kind == "log":
+                logging.getLogger(content[0].name).handle(content[0])
+            elif kind == "failed":
+                worker.failed = content[0], content[1]
+            else:
+                worker.finished = True
     for worker in gone:
         worker.died = not worker.finished and worker.failed is None
+
+
+def _message(worker: _Worker) -> tuple[Any, ...] | None:
+    """The next message of a worker, None if there is none yet; notes, in the worker, that it died."""
+    try:
+        return worker.connection.recv() if worker.connection.poll() else None
+    except (EOFError, ConnectionError):
+        worker.process.join()
+        worker.died = True
+        return None
 
 
 def _end(workers: Sequence[_Worker], log_metrics: Log, request: Request) -> None:
