@@ -282,6 +282,7 @@ def _join(place: _Place, sender: "_Sender") -> None:
         TQDM_DISABLE="1",  # the run shows its own progress
     )
     logging.basicConfig(level=place.level, handlers=[sender] if place.rank == 0 else [logging.NullHandler()])
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it names each file of a state in parts
     if place.rank:
         warnings.simplefilter("ignore")  # the first process has the same
     if place.trusted is not None:
