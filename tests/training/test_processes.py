@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,66 +17,106 @@ from typing import Any
 import psutil
 import pytest
 import small
+import together
 import torch
 from app import BEHAVIOUR, ROOT, WORLD, environment, run
 from safetensors.torch import load_file
 
 from weightgeom.interfaces import Objective
-from weightgeom.interruption import Interrupted, Request, no_request
+from weightgeom.interruption import Interrupted
 from weightgeom.objectives.ce import CE
 from weightgeom.objectives.dpo import DPO
 from weightgeom.training.config import Training
-from weightgeom.training.processes import check_gpus, fit_on_processes, load_on
+from weightgeom.training.processes import check_gpus, fit_on_processes, load_on, run_on_processes
 from weightgeom.training.ranks import from_first, is_first, of_all, part, processes, whole
-from weightgeom.training.resuming import check_shards, is_sharded_state, resume_states
+from weightgeom.training.resuming import check_shards, resume_states
 
 # 24 pairs in batches of 4, two to a step: three steps an epoch. SGD, because AdamW divides the gradients that
 # are zero but for rounding, such as those of key biases, by themselves.
 ONE = Training(
-    steps=5,
+    steps=4,
     batch_size=4,
     accumulate=2,
     optimizer="sgd",
     learning_rate=0.1,
     max_length=48,
     log_every=1,
-    save_every=2,
 )
-TWO, SHARDED = replace(ONE, processes=2), replace(ONE, processes=2, shard=True)
+# With moments, which a state to resume from has as well.
+MOMENTS = replace(ONE, steps=5, optimizer="adamw", learning_rate=1e-3, save_every=2)
+STOPPED = replace(ONE, save_every=4)
 EXAMPLES = small.WORLD.examples()
+TRAININGS: dict[str, tuple[Objective, Training]] = {
+    "dpo": (DPO(), ONE),
+    "precomputed": (DPO(precompute_reference=True), ONE),
+    "chosen": (CE("chosen"), ONE),
+    "text": (CE("text"), ONE),
+    "recomputed": (CE("chosen"), replace(ONE, activation_checkpointing=True)),
+    "bf16": (CE("chosen"), replace(ONE, precision="bf16")),
+}
+KINDS = {"copies": {"processes": 2}, "parts": {"processes": 2, "shard": True}}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small network with its tokenizer, without dropout."""
-    directory = tmp_path_factory.mktemp("base")
-    tokenizer = small.WORLD.tokenizer()
-    small.network(tokenizer).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+class Trainings:
+    """Trainings on one process and on two, each of a kind of processes in a directory of its own.
 
+    Starting processes takes most of the time: those on two are one after another in the same processes, which
+    are killed, or asked to stop, in the last of them.
+    """
 
-def train(
-    objective: Objective,
-    base: Path,
-    directory: Path,
-    training: Training,
-    log: Callable[[Mapping[str, float], int], None] | None = None,
-    request: Request = no_request,
-) -> small.Curves:
-    curves = small.Curves()
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.base = directory, directory / "base"
+        self.curves: dict[str, dict[int, dict[str, float]]] = {}
+        self.errors: dict[str, BaseException] = {}
+        self.left: list[Any] = []  # processes that outlived their training
+        self.kill = self.stop = ""  # the training that is ended, at its third step or after its second
+        self.last = ("", 0)
+        tokenizer = small.WORLD.tokenizer()
+        small.network(tokenizer).save_pretrained(self.base)
+        tokenizer.save_pretrained(self.base)
 
-    def log_metrics(metrics: Mapping[str, float], step: int) -> None:
-        curves(metrics, step)
-        if log is not None:
-            log(metrics, step)
+    def task(self, kind: str, name: str, objective: Objective, training: Training) -> together.Task:
+        training = replace(training, **KINDS.get(kind, {}))
+        return together.Task(objective, training, self.base, EXAMPLES, self.directory / f"{kind} {name}")
 
-    options: dict[str, Any] = {"name": "it", "seed": 0, "device": "cpu", "start": base}
-    load = partial(load_on, base, "cpu", training.shard)
-    fit_on_processes(
-        objective, load, EXAMPLES, training, directory, **options, log_metrics=log_metrics, request=request
-    )
-    return curves
+    def on_one(self, *tasks: together.Task) -> None:
+        try:
+            together.train(tasks, self.log, self.request)
+        except Interrupted as error:
+            self.errors[tasks[-1].directory.name] = error
+
+    def on_two(self, *tasks: together.Task) -> None:
+        try:
+            work = partial(together.train, tasks)
+            run_on_processes(work, 2, "cpu", self.log, self.request, trusted_directory=None)
+        except (Interrupted, ChildProcessError) as error:
+            self.errors[tasks[-1].directory.name] = error
+        self.left += multiprocessing.active_children()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        name = next(iter(metrics)).partition("|")[0]
+        self.last = name, step
+        logged = {key.partition("|")[2]: value for key, value in metrics.items()}
+        self.curves.setdefault(name, {}).setdefault(step, {}).update(logged)
+        if self.last == (self.kill, 3):
+            (second,) = (child for child in multiprocessing.active_children() if child.name == "training-1")
+            assert second.pid is not None
+            os.kill(second.pid, signal.SIGKILL)
+            self.kill = ""
+
+    def request(self) -> Any:
+        return "stop" if self.last == (self.stop, 2) else None
+
+    def weights(self, name: str) -> dict[str, torch.Tensor]:
+        return weights(self.directory / name)
+
+    def assert_same(self, one: str, other: str, tolerance: float) -> None:
+        first, second = self.weights(one), self.weights(other)
+        assert first and first.keys() == second.keys()
+        for name, weight in first.items():
+            assert second[name].dtype == weight.dtype == torch.float32
+            torch.testing.assert_close(second[name], weight, rtol=0, atol=tolerance, msg=name)
+        assert not resume_states(self.directory / one) and not resume_states(self.directory / other)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -84,85 +124,112 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return {f"{path.parent.name} {key}": value for path in files for key, value in load_file(path).items()}
 
 
-def assert_same(one: Path, other: Path, tolerance: float) -> None:
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys() and any(name.startswith("step-5 ") for name in first)
-    for name, weight in first.items():
-        torch.testing.assert_close(second[name], weight, rtol=0, atol=tolerance, msg=name)
-    assert not resume_states(one) and not resume_states(other)
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    """`TRAININGS` on one process and on two."""
+    done = Trainings(tmp_path_factory.mktemp("trainings"))
+    done.on_one(*(done.task("one", name, *parts) for name, parts in TRAININGS.items()))
+    done.on_two(*(done.task(kind, name, *parts) for kind in KINDS for name, parts in TRAININGS.items()))
+    return done
+
+
+@pytest.fixture(scope="module")
+def ended(done: Trainings) -> Trainings:
+    """Those, and trainings that are ended and then resumed, in processes that are started four times."""
+    whole, cut = (
+        {kind: done.task(kind, name, DPO(), MOMENTS) for kind in KINDS} for name in ("whole", "cut")
+    )
+    to_one, to_two = (
+        {kind: done.task(kind, name, CE("chosen"), STOPPED) for kind in ("one", "copies")}
+        for name in ("to one", "to two")
+    )
+    to_one["one"] = replace(to_one["one"], directory=to_one["copies"].directory)
+    to_two["copies"] = replace(to_two["copies"], directory=to_two["one"].directory)
+    done.kill = "copies cut"
+    done.on_two(*whole.values(), cut["copies"])
+    done.kill = "parts cut"
+    done.on_two(cut["copies"], cut["parts"])
+    done.stop = "copies to one"
+    done.on_two(cut["parts"], to_one["copies"])
+    done.stop = "one to two"
+    done.on_one(to_two["one"])
+    done.stop = ""
+    done.on_one(to_one["one"])
+    done.on_two(to_two["copies"])
+    return done
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dpo", "precomputed", "chosen", "text"])
-def test_two_processes_with_copies_or_with_parts_train_as_one_does(name, base, tmp_path):
-    objectives = {
-        "dpo": DPO(),
-        "precomputed": DPO(precompute_reference=True),
-        "chosen": CE("chosen"),
-        "text": CE("text"),
-    }
-    one = train(objectives[name], base, tmp_path / "one", ONE)
-    configs = []
-    for training in (TWO, SHARDED):
-        directory = tmp_path / f"sharded {training.shard}"
-        two = train(objectives[name], base, directory, training)
-        assert_same(tmp_path / "one", directory, 1e-5)
-        assert list(two.by_step) == list(one.by_step) == [1, 2, 3, 4, 5]
-        for step, metrics in one.by_step.items():
-            assert two.by_step[step].keys() == metrics.keys()
-            assert abs(two.by_step[step]["loss"] - metrics["loss"]) < 1e-6, step
-        reports = [
-            json.loads((place / "matching.json").read_text()) for place in (tmp_path / "one", directory)
-        ]
-        assert reports[0] == {**reports[1], "delta_norm": pytest.approx(reports[1]["delta_norm"], rel=1e-4)}
-        configs.append((directory / "step-5" / "config.json").read_text())
-    assert set(configs) == {(tmp_path / "one" / "step-5" / "config.json").read_text()}
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TRAININGS)
+def test_two_processes_train_as_one_does(name, kind, done):
+    tolerance = 2e-3 if name == "bf16" else 1e-5
+    done.assert_same(f"one {name}", f"{kind} {name}", tolerance)
+    one, two = done.curves[f"one {name}"], done.curves[f"{kind} {name}"]
+    assert list(two) == list(one) == [1, 2, 3, 4]
+    for step, metrics in one.items():
+        assert two[step].keys() == metrics.keys()
+        assert abs(two[step]["loss"] - metrics["loss"]) < (2e-2 if name == "bf16" else 1e-6), step
+    places = [done.directory / f"{which} {name}" for which in ("one", kind)]
+    first, second = (json.loads((place / "matching.json").read_text()) for place in places)
+    relative = 1e-2 if name == "bf16" else 1e-4
+    assert second == {**first, "delta_norm": pytest.approx(first["delta_norm"], rel=relative)}
+    first, second = ((place / "step-4" / "config.json").read_text() for place in places)
+    assert first == second
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [TWO, SHARDED], ids=["copies", "parts"])
-def test_a_killed_process_ends_the_training_which_resumes_to_the_same_bits(training, base, tmp_path):
-    train(DPO(), base, tmp_path / "whole", training)
-
-    def kill(metrics: Mapping[str, float], step: int) -> None:
-        if step == 4 and not metrics:
-            (second,) = (child for child in multiprocessing.active_children() if child.name == "training-1")
-            assert second.pid is not None
-            os.kill(second.pid, signal.SIGKILL)
-
-    sentence = r"process 2 of 2 of the training was killed by SIGKILL.* the same command resumes"
-    with pytest.raises(ChildProcessError, match=sentence):
-        train(DPO(), base, tmp_path / "cut", training, kill)
-    assert not multiprocessing.active_children()
-    oldest = resume_states(tmp_path / "cut")[-1]
-    assert oldest.name == "checkpoint-2" and is_sharded_state(oldest) == training.shard
-    curves = train(DPO(), base, tmp_path / "cut", training)
-    assert min(curves.by_step) in (3, 5)  # the state of step 4 may be whole, or not
-    assert_same(tmp_path / "whole", tmp_path / "cut", 0)
+@pytest.mark.parametrize("kind", ["one", *KINDS])
+def test_a_reference_computed_first_and_activations_computed_twice_change_nothing(kind, done):
+    done.assert_same(f"{kind} dpo", f"{kind} precomputed", 1e-6)
+    done.assert_same(f"{kind} chosen", f"{kind} recomputed", 1e-6)
 
 
 @pytest.mark.slow
-def test_a_requested_stop_saves_a_state_that_another_number_of_processes_goes_on_from(base, tmp_path):
-    train(CE("chosen"), base, tmp_path / "whole", ONE)
-    for first, second in ((TWO, ONE), (ONE, TWO)):
-        cut, steps = tmp_path / f"from {first.processes}", iter([None, None, "stop"])
-        with pytest.raises(Interrupted, match="stopped after step 3; its state is saved"):
-            train(CE("chosen"), base, cut, first, request=lambda steps=steps: next(steps))  # pyright: ignore[reportArgumentType]
-        assert not multiprocessing.active_children()
-        curves = train(CE("chosen"), base, cut, second)
-        assert list(curves.by_step) == [4, 5]
-        assert_same(tmp_path / "whole", cut, 1e-5)
+@pytest.mark.parametrize("kind", ["one", *KINDS])
+def test_bf16_rounds_the_loss_and_not_the_weights(kind, done):
+    exact, rounded = (done.curves[f"{kind} {name}"][1]["loss"] for name in ("chosen", "bf16"))
+    assert 0 < abs(exact - rounded) < 2e-2
+    for weight in done.weights(f"{kind} bf16").values():
+        assert weight.dtype == torch.float32
+    last = done.weights(f"{kind} bf16")["step-4 gpt_neox.layers.0.mlp.dense_h_to_4h.weight"]
+    assert not torch.equal(last, last.bfloat16().float())  # the updates are not rounded
 
 
 @pytest.mark.slow
-def test_the_error_of_a_process_is_raised_and_nothing_is_left(base, tmp_path, caplog):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_process_ends_the_training_which_resumes_to_the_same_bits(kind, ended):
+    error = ended.errors[f"{kind} cut"]
+    assert isinstance(error, ChildProcessError)
+    assert "process 2 of 2 of the training was killed by SIGKILL" in str(error)
+    assert "the same command resumes" in str(error)
+    assert not ended.left
+    ended.assert_same(f"{kind} whole", f"{kind} cut", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["copies to one", "one to two"])
+def test_a_requested_stop_saves_a_state_that_another_number_of_processes_goes_on_from(name, ended):
+    assert "stopped after step 2; its state is saved" in str(ended.errors[name])
+    assert list(ended.curves[name]) == [1, 2, 3, 4]
+    ended.assert_same("one chosen", name, 1e-5)
+
+
+@pytest.mark.slow
+def test_the_error_of_a_process_is_raised_and_nothing_is_left(tmp_path, caplog):
+    base = Trainings(tmp_path).base
+    training = replace(ONE, processes=2, learning_rate=1e30, max_grad_norm=1e30)
+    options: dict[str, Any] = {"name": "it", "seed": 0, "device": "cpu", "start": base}
+    load = partial(load_on, base, "cpu", False)
     with (
         caplog.at_level(logging.INFO),
         pytest.raises(FloatingPointError, match=r"training diverged: .* lower training.learning_rate"),
     ):
-        train(CE("chosen"), base, tmp_path / "cut", replace(TWO, learning_rate=1e30, max_grad_norm=1e30))
+        fit_on_processes(
+            CE("chosen"), load, EXAMPLES, training, tmp_path / "cut", **options, log_metrics=small.Curves()
+        )
     assert not multiprocessing.active_children()
-    assert caplog.text.count("training it for 5 steps of 4 examples") == 1  # the first process speaks
+    assert caplog.text.count("training it for 4 steps of 4 examples") == 1  # the first process speaks
 
 
 @pytest.mark.slow

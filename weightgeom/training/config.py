@@ -12,6 +12,9 @@ from weightgeom.training.lora import Lora
 from weightgeom.training.optimizers import OPTIMIZERS, Name
 from weightgeom.training.ranks import processes
 
+# Of FSDP2: states to resume from are in parts, checkpoints are gathered by `fit`.
+SHARDING = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
+
 
 @dataclass(frozen=True)
 class Training:
@@ -154,8 +157,8 @@ class Training:
             "use_cpu": device == "cpu",
             "bf16": self.precision == "bf16",
             "tf32": self.tf32 if device != "cpu" else None,
-            "activation_checkpointing": self.activation_checkpointing and not sharded,
-            **({"fsdp": True, "fsdp_config": self._sharding()} if sharded else {}),
+            "activation_checkpointing": self.activation_checkpointing,
+            **({"fsdp": True, "fsdp_config": SHARDING} if sharded else {}),
             "save_strategy": "no" if self.save_every is None else "steps",
             "save_steps": self.save_every or 500,  # 500 is TRL's default, unused
             "include_num_input_tokens_seen": "non_padding",
@@ -166,12 +169,4 @@ class Training:
             "disable_tqdm": True,
             "dataloader_pin_memory": device != "cpu",
             "dataloader_num_workers": self.workers,
-        }
-
-    def _sharding(self) -> dict[str, Any]:
-        """Settings of FSDP2: states to resume from are sharded, checkpoints are gathered by `fit`."""
-        return {
-            "version": 2,
-            "state_dict_type": "SHARDED_STATE_DICT",
-            "activation_checkpointing": self.activation_checkpointing,
         }

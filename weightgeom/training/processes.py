@@ -73,7 +73,7 @@ def fit_on_processes(
     if training.processes == 1:
         work(log_metrics, request)
     else:
-        _run(work, training.processes, device, log_metrics, request, trusted_directory=start)
+        run_on_processes(work, training.processes, device, log_metrics, request, trusted_directory=start)
     return saved_trajectory(directory, name, start)
 
 
@@ -138,7 +138,7 @@ class _Worker:
         return self.finished or self.died or self.failed is not None
 
 
-def _run(
+def run_on_processes(
     work: Callable[[Log, Request], None],
     number: int,
     device: str,
@@ -146,6 +146,7 @@ def _run(
     request: Request,
     trusted_directory: Path | None,
 ) -> None:
+    """`work` on a number of new processes, each of which calls it; the code in a directory may be trusted."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit locks, and no use of a GPU
     # Held by this process, so that no other process can take the port in between.
     store = torch.distributed.TCPStore(LOCAL, 0, is_master=True, wait_for_workers=False)
