@@ -55,7 +55,7 @@ def fit(
         FloatingPointError: if the loss or a weight is no longer finite; earlier checkpoints are kept.
         ValueError: if sequences of `max_length` do not fit the model, no training example is left, the data
             lack the examples that `match` needs, the objective cannot be resumed, an adapter has no start, or
-            the newest state was saved with another `shard`.
+            the newest state was saved with another `shard`, or in the parts of another number of processes.
         RuntimeError: if the first loss differs from the objective's known first loss.
     """
     from transformers.trainer_callback import PrinterCallback
@@ -82,7 +82,7 @@ def fit(
     check_length(training.max_length, getattr(network.config, "max_position_embeddings", None))
     saved = [step for step in training.save_steps() if step or start is None]
     state = from_first(lambda: resumable(directory, saved))
-    check_shards(state, training.shard)
+    check_shards(state, training.shard, processes())
     from_first(lambda: delete_after(directory, state))
     architecture = architecture_of(network.config)
     arguments = training.arguments(directory, seed, device)

@@ -129,14 +129,19 @@ def is_sharded_state(state: Path) -> bool:
     return (state / "pytorch_model_fsdp_0").is_dir()
 
 
-def check_shards(state: Path | None, shard: bool) -> None:
-    """Raise ValueError if the state to resume from was saved with another `shard` than the training's."""
-    if state is not None and is_sharded_state(state) != shard:
-        saved = str(not shard).lower()
-        raise ValueError(
-            f"{state} was saved with training.shard={saved}: set training.shard={saved} to resume from it, or"
-            f" delete {state.parent} to start again"
-        )
+def check_shards(state: Path | None, shard: bool, number: int) -> None:
+    """Raise ValueError if a training on `number` processes cannot resume from a state.
+
+    One in parts of weights needs as many processes again; copies resume on any number.
+    """
+    if state is None:
+        return
+    again = f"to resume from it, or delete {state.parent} to start again"
+    if is_sharded_state(state) != shard:
+        saved = f"training.shard={str(not shard).lower()}"
+        raise ValueError(f"{state} was saved with {saved}: set {saved} {again}")
+    if shard and (parts := len(json.loads((state / SUMS).read_text()))) != number:
+        raise ValueError(f"{state} is in the parts of {parts} processes: set training.processes={parts} {again}")
 
 
 def resumable(directory: Path, saved: Collection[int]) -> Path | None:
