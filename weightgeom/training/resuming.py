@@ -141,7 +141,9 @@ def check_shards(state: Path | None, shard: bool, number: int) -> None:
         saved = f"training.shard={str(not shard).lower()}"
         raise ValueError(f"{state} was saved with {saved}: set {saved} {again}")
     if shard and (parts := len(json.loads((state / SUMS).read_text()))) != number:
-        raise ValueError(f"{state} is in the parts of {parts} processes: set training.processes={parts} {again}")
+        raise ValueError(
+            f"{state} is in the parts of {parts} processes: set training.processes={parts} {again}"
+        )
 
 
 def resumable(directory: Path, saved: Collection[int]) -> Path | None:
