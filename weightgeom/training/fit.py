@@ -128,7 +128,7 @@ def fit(
     if training.log_gradients:
         trainer.add_callback(GradientNorms(architecture, log_metrics))
     if processes() > 1:
-        _warn_of_a_remainder(len(trainer.train_dataset), training)
+        _warn_of_a_remainder(len(trainer.train_dataset), training)  # pyright: ignore[reportArgumentType]
     log.info("training %s for %d steps of %d examples", name, training.steps, training.batch_size)
     with outdated_name_allowed(), restored_weights(network, state, architecture):
         trainer.train(resume_from_checkpoint=None if state is None else str(state))

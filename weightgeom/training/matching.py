@@ -87,7 +87,8 @@ class TrainingProgress:
         else:
             kept = kept_buffers(self.network)
             weights = {name: buffer for name, buffer in self.network.named_buffers() if name in kept}
-            margins = self._margins(self.model, weights | current_weights(self.network, self.architecture))
+            weights |= current_weights(self.network, self.architecture)
+            margins = self._margins(self.model, weights)
         return float((torch.cat(margins) > 0).double().mean())
 
     def _margins(self, model: LanguageModel, weights: Params) -> list[torch.Tensor]:

@@ -47,12 +47,12 @@ def is_sharded(network: nn.Module) -> bool:
 
 def part(weight: Tensor) -> Tensor:
     """The part of a weight, or of its gradient, that this process holds."""
-    return weight.to_local() if _is_part(weight) else weight  # pyright: ignore[reportCallIssue]
+    return weight.to_local() if _is_part(weight) else weight  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def whole(weight: Tensor) -> Tensor:
     """A weight, or its gradient, gathered from the parts; all processes must call it."""
-    return weight.full_tensor() if _is_part(weight) else weight  # pyright: ignore[reportCallIssue]
+    return weight.full_tensor() if _is_part(weight) else weight  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def gathered_weights(network: nn.Module) -> dict[str, Tensor] | None:
