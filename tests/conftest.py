@@ -36,6 +36,7 @@ SLOW = (
     "runners/tracking/test_outages.py",
     "bases/test_chain.py",
     "bases/test_remote.py",
+    "training/test_processes.py",
     "training/test_resuming.py",
     "training/test_lora.py",
     "runners/tracking/test_browser.py",

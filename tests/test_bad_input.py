@@ -58,6 +58,11 @@ def refuse(
     ("overrides", "sentence"),
     [
         (
+            "objective=kto training.processes=2",
+            "the loss of kto relates the examples of a batch to each other",
+        ),
+        ("training.processes=5", "training: batch_size=24 does not divide among 5 processes: set training."),
+        (
             "model._target_=weightgeom.tiny.Tiny",
             "weightgeom.tiny.Tiny has moved: write model._target_=weightgeom.bases.tiny.Tiny",
         ),

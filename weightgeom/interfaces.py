@@ -176,6 +176,16 @@ class KnownRole(Protocol):
 
 
 @runtime_checkable
+class WithinBatch(Protocol):
+    """An objective that may not be trained on several processes, each of which has a part of every batch."""
+
+    @property
+    def within_batch(self) -> bool:
+        """Whether the loss relates the examples of a batch to each other."""
+        ...
+
+
+@runtime_checkable
 class Probe(Protocol):
     """A measurement of one model, made at every checkpoint of a trajectory."""
 

@@ -105,10 +105,12 @@ class SlurmOptions:
     additional_parameters: dict[str, Any] | None = None  # further options of sbatch
 
     def __post_init__(self) -> None:
-        """Refuse more than one process for a run, and wrong options of second jobs."""
+        """Refuse more than one task for a run, and wrong options of second jobs."""
         if self.nodes * self.tasks_per_node != 1:
             raise ValueError(
-                "a run is one process: hydra.launcher.nodes and tasks_per_node must be 1, got"
+                "a run is one task, which starts the processes of its training itself: set"
+                f" training.processes={self.nodes * self.tasks_per_node}, with gpus_per_node or cpus_per_task"
+                " for all of them, and hydra.launcher.nodes=1 and tasks_per_node=1, got"
                 f" {self.nodes} and {self.tasks_per_node}"
             )
         second = ("measure", self.measure, self.measuring), ("report_job", self.report_job, self.reporting)

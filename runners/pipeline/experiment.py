@@ -52,6 +52,7 @@ from weightgeom.interfaces import (
     Objective,
     Probe,
     Stage,
+    WithinBatch,
 )
 from weightgeom.interruption import Request, no_request
 from weightgeom.models.byte_ranges import traffic
@@ -195,6 +196,10 @@ class Experiment:
         if self.objective is not None:
             self.objective.check(examples)
             self.training.check(examples)
+            if self.device == "cuda" and self.trained_on is None:
+                from weightgeom.training.processes import check_gpus
+
+                check_gpus(self.training.processes)
         if (self.probes or self.interventions) and not examples.heldout:
             raise ValueError(f"{examples.name} has no held-out text to probe on: give some with data.heldout")
         for measurement in (*self.probes.values(), *self.interventions.values()):
@@ -332,14 +337,14 @@ class Experiment:
         self, make: Make, base: Base, objective: Objective, examples: Examples
     ) -> tuple[Trajectory, str]:
         """The trajectory of the training and its identity; `make` makes its stage."""
-        from weightgeom.models.loading import load_network, load_tokenizer
+        from weightgeom.models.loading import load_network
         from weightgeom.training.fit import fit, saved_trajectory
+        from weightgeom.training.processes import fit_on_processes, load_on
 
         def work(directory: Path, log_metrics: Log) -> None:
-            fit(
+            fit_on_processes(
                 objective,
-                load_network(base.directory).to(self._training_device),  # pyright: ignore[reportArgumentType]
-                load_tokenizer(base.directory),
+                partial(load_on, base.directory, self._training_device, self.training.shard),
                 examples,
                 self.training,
                 directory,
@@ -357,7 +362,7 @@ class Experiment:
             "base": base.identity,
             "data": contents(examples),
             "objective": plain(objective),
-            "training": plain(self.training),
+            "training": plain(self.training.of_result),
             "seed": self.seed,
             "device": self._training_device,
         }
@@ -439,5 +444,11 @@ def check_parts(
     architecture = model.check(None if objective is None else training.max_length)
     if objective is not None:
         training.lora.check(architecture)
+        if training.processes > 1 and isinstance(objective, WithinBatch) and objective.within_batch:
+            raise ValueError(
+                f"the loss of {module(objective).rpartition('.')[2]} relates the examples of a batch to each"
+                f" other, of which {training.processes} processes would each have a part: set"
+                " training.processes=1"
+            )
     for measurement in (*probes.values(), *interventions.values()):
         measurement.check(architecture)

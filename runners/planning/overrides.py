@@ -17,11 +17,12 @@ def smaller_trainings(
     assignment = partial(override, config=config)
     for divisor in DIVISORS:
         size, rest = divmod(training.batch_size, divisor)
-        if size and not rest:
+        if size and not rest and size % training.processes == 0:
             steps = training.accumulate * divisor
             overrides = f"{assignment(f'{key}.batch_size', size)} {assignment(f'{key}.accumulate', steps)}"
             yield overrides, replace(training, batch_size=size, accumulate=steps)
-    if not from_random and training.lora.r is None and not training.log_gradients:
+    whole = training.log_gradients or training.orthogonal or training.shard  # not with an adapter
+    if not from_random and training.lora.r is None and not whole:
         yield assignment(f"{key}.lora.r", 16), replace(training, lora=replace(training.lora, r=16))
     for length in (training.max_length // 2, training.max_length // 4):
         yield assignment(f"{key}.max_length", length), replace(training, max_length=length)

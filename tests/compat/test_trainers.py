@@ -55,7 +55,7 @@ def test_the_sums_of_a_trainer_go_over_to_another_and_into_its_log(objective, ex
     add_metric(one, "entropy", 4.0)
     sums = running_sums(one)
     assert sums == {"loss": 1.5, "logged": 3, "metrics": {"entropy": [2.0, 4.0]}, "tokens": 7}
-    set_running_sums(other, sums)
+    set_running_sums(other, [sums], 0, 1)
     assert running_sums(other) == sums
     logs: dict[str, float] = {}
     other.log(logs)

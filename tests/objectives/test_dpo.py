@@ -31,6 +31,21 @@ def test_trl_scores_the_pairs_as_we_do(tmp_path, model, examples):
     assert by_step[1]["logps/rejected"] == pytest.approx(float(rejected), rel=1e-5)
 
 
+def test_a_reference_computed_first_gives_the_same_losses_without_a_second_network(tmp_path, model, examples):
+    made = []
+
+    class Watched(DPO):
+        def trainer(self, network, tokenizer, examples, arguments):
+            made.append(super().trainer(network, tokenizer, examples, arguments))
+            return made[-1]
+
+    usual = curves(DPO(), model, examples, tmp_path / "usual")
+    first = curves(Watched(precompute_reference=True), model, examples, tmp_path / "first")
+    assert made[0].ref_model is None
+    for step, metrics in usual.items():
+        assert first[step]["loss"] == pytest.approx(metrics["loss"], abs=1e-6)
+
+
 def test_all_loss_types_of_trl_are_known():
     source = inspect.getsource(DPOTrainer._compute_loss)
     assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(LOSS_TYPES)
@@ -80,6 +95,10 @@ def test_the_log_says_how_many_pairs_were_dropped_and_cut(tmp_path, model, examp
         ),
         ({"loss_type": "exo_pair"}, "exo_pair needs label_smoothing above 0"),
         ({"label_smoothing": 0.1}, "loss_type sigmoid ignores label_smoothing: choose from aot"),
+        (
+            {"precompute_reference": True, "options": {"sync_ref_model": True}},
+            "sync_ref_model moves the reference",
+        ),
     ],
 )
 def test_what_trl_would_refuse_late_is_refused_when_the_objective_is_described(wrong, message):

@@ -102,8 +102,8 @@ def test_the_error_for_an_unknown_choice_lists_the_valid_ones() -> None:
 def test_the_error_for_an_unknown_key_lists_the_valid_ones_and_how_to_add_one() -> None:
     assert explanation(composed("objective.betaa=1")) == (
         "there is no key objective.betaa; did you mean 'beta'? valid: beta, label_smoothing, loss_type,"
-        " loss_weights, options; add another field of weightgeom.objectives.dpo.DPO with a plus sign,"
-        " +objective.betaa=..."
+        " loss_weights, options, precompute_reference; add another field of weightgeom.objectives.dpo.DPO"
+        " with a plus sign, +objective.betaa=..."
     )
     assert explanation(composed("trainin.steps=3")).startswith(
         "there is no key trainin; did you mean 'training'? valid: allow_targets, data, "

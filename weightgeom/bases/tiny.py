@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,11 +22,12 @@ from weightgeom.objectives.ce import CE
 from weightgeom.text.examples import Examples
 from weightgeom.text.files import fingerprint
 from weightgeom.training.config import Training
-from weightgeom.training.fit import fit, saved_trajectory
+from weightgeom.training.fit import saved_trajectory
+from weightgeom.training.processes import fit_on_processes
 from weightgeom.trajectory import Base
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXConfig, PreTrainedTokenizerBase
+    from transformers import GPTNeoXConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -73,17 +75,12 @@ class Tiny:
         corpus, text = self._corpus(examples, data)
 
         def work(directory: Path, log_metrics: Log) -> None:
-            import transformers
-
             tokenizer = corpus.tokenizer() if isinstance(corpus, World) else _bpe(text.text, self.vocabulary)
-            transformers.set_seed(self.seed)
-            network = transformers.GPTNeoXForCausalLM(
-                self._config(len(tokenizer), tokenizer.get_vocab()["<eos>"])
-            )
-            fit(
+            config = self._config(len(tokenizer), tokenizer.get_vocab()["<eos>"])
+            place = "cpu" if self.pretraining.shard else device
+            fit_on_processes(
                 CE("text"),
-                network.to(device),  # pyright: ignore[reportArgumentType]
-                tokenizer,
+                partial(_initialised, config, tokenizer, self.seed, place),
                 text,
                 self.pretraining,
                 directory,
@@ -95,7 +92,8 @@ class Tiny:
             )
 
         words = corpus.words() if isinstance(corpus, World) else []
-        specification = {"model": asdict(self), "text": fingerprint(text.text, words), "device": device}
+        model = asdict(replace(self, pretraining=self.pretraining.of_result))
+        specification = {"model": model, "text": fingerprint(text.text, words), "device": device}
         directory = stage("pretraining", specification, work, self.pretraining.steps)
         checkpoints = saved_trajectory(directory, "pretraining")
         return Base(checkpoints.steps[checkpoints.last], f"pretraining/{directory.name}", checkpoints)
@@ -134,6 +132,16 @@ class Tiny:
             bos_token_id=end,
             eos_token_id=end,
         )
+
+
+def _initialised(
+    config: "GPTNeoXConfig", tokenizer: "PreTrainedTokenizerBase", seed: int, device: str
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The random network of a config, with its tokenizer."""
+    import transformers
+
+    transformers.set_seed(seed)
+    return transformers.GPTNeoXForCausalLM(config).to(device), tokenizer  # pyright: ignore[reportArgumentType]
 
 
 def _bpe(texts: Sequence[str], vocabulary: int) -> "PreTrainedTokenizerBase":

@@ -1,7 +1,7 @@
 """Private state of the trainers of transformers and TRL."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,8 +39,13 @@ def running_sums(trainer: Any) -> dict[str, Any]:
     }
 
 
-def set_running_sums(trainer: Any, sums: Mapping[str, Any]) -> None:
-    """Give a trainer, which is mutated, the `running_sums` of another, once its training has begun."""
+def set_running_sums(trainer: Any, of_all: Sequence[Mapping[str, Any]], process: int, number: int) -> None:
+    """Give a trainer, which is mutated, its `running_sums`, once its training has begun.
+
+    `of_all` are those of all processes; of another `number` of them, each one's loss is the mean.
+    """
+    losses = [sums["loss"] for sums in of_all]
+    sums = of_all[process] if number == len(of_all) else {**of_all[0], "loss": sum(losses) / len(losses)}
     trainer._tr_loss += torch.tensor(sums["loss"]).to(trainer._tr_loss)
     trainer._globalstep_last_logged = sums["logged"]
     trainer._metrics["train"].update(sums["metrics"])

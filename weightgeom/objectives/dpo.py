@@ -31,14 +31,17 @@ LOSS_TYPES = (
 class DPO:
     """-log sigmoid(beta (log-ratio of chosen - of rejected)), ratios against the policy at the start.
 
-    `loss_type` is any of TRL's, or a list of them with `loss_weights`; `options` are further
-    arguments of its `DPOConfig`, such as `f_divergence_type`. Source: arXiv:2305.18290, eq. 7.
+    With `precompute_reference`, the base's log-probabilities of all pairs are computed before the training,
+    which then holds no second network. `loss_type` is any of TRL's, or a list of them with `loss_weights`;
+    `options` are further arguments of its `DPOConfig`, such as `f_divergence_type`.
+    Source: arXiv:2305.18290, eq. 7.
     """
 
     beta: float = Field(default=0.1, gt=0)
     loss_type: str | list[str] = "sigmoid"
     loss_weights: list[float] | None = None
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    precompute_reference: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,6 +58,11 @@ class DPO:
             raise ValueError(
                 f"loss_type {self.loss_type} ignores label_smoothing: choose from"
                 f" {', '.join(sorted(SMOOTHED))}, or objective=graded_contrastive with tau above 0"
+            )
+        if self.precompute_reference and self.options.get("sync_ref_model"):
+            raise ValueError(
+                "options.sync_ref_model moves the reference, which precompute_reference computes once:"
+                " set only one"
             )
         if "exo_pair" in types and self.label_smoothing == 0:
             raise ValueError("loss_type exo_pair needs label_smoothing above 0, such as 1e-3")
@@ -110,7 +118,7 @@ class DPO:
         examples: Examples,
         arguments: Mapping[str, Any],
     ) -> "Trainer":
-        """A `DPOTrainer` whose reference is a copy of `network`; logs truncation."""
+        """A `DPOTrainer` whose reference is `network` as it is now; logs truncation."""
         from trl import DPOTrainer
 
         own = {
@@ -118,6 +126,7 @@ class DPO:
             "loss_type": self.loss_types,
             "loss_weights": self.loss_weights,
             "label_smoothing": self.label_smoothing,
+            **({"precompute_ref_log_probs": True} if self.precompute_reference else {}),
         }
         trainer = preference_trainer(
             DPOTrainer, network, tokenizer, examples, {**arguments, **own, **self.options}

@@ -112,6 +112,11 @@ class GradedContrastive:
         return self.level == "token" and part(self.train_on, examples) == "text"
 
     @property
+    def within_batch(self) -> bool:
+        """Whether the negatives are responses of other examples of the batch."""
+        return self.level == "sequence" and self.candidates > 2
+
+    @property
     def first_loss(self) -> float | None:
         """ln(candidates) for every tau, as all initial scores are 0; None without a reference."""
         return ln(self.candidates) if self.with_reference else None

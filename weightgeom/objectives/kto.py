@@ -40,6 +40,11 @@ class KTO:
         return False
 
     @property
+    def within_batch(self) -> bool:
+        """z is estimated from the other responses of the batch."""
+        return True
+
+    @property
     def first_loss(self) -> float | None:
         """Half the weight if both kinds have the same weight, as all ratios and z are 0; else None."""
         return self.desirable_weight / 2 if self.desirable_weight == self.undesirable_weight else None

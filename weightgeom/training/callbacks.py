@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from weightgeom.interfaces import Log
 from weightgeom.models.experts import unstacked
 from weightgeom.models.residual import Architecture
+from weightgeom.training.ranks import from_first, gathered_weights, part, whole
 from weightgeom.training.resuming import flush_to_disk
 
 if TYPE_CHECKING:
@@ -119,21 +120,26 @@ class CheckpointWriter(TrainerCallback):
         )
 
     def _save(self, model: "PreTrainedModel", step: int) -> None:
-        bad = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+        weights = model.named_parameters()
+        bad = [name for name, weight in weights if not bool(torch.isfinite(part(weight)).all())]
         if bad:
             raise FloatingPointError(self._diverged(f"{bad[0]} has values that are not finite", step))
+        gathered = gathered_weights(model)
+        self.last = from_first(lambda: self._write(model, step, gathered))
+
+    def _write(self, model: "PreTrainedModel", step: int, weights: dict[str, torch.Tensor] | None) -> Path:
         final = self.directory / f"step-{step}"
         temporary = self.directory / f".step-{step}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, state_dict=weights)
             self.tokenizer.save_pretrained(temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         flush_to_disk(temporary)
         temporary.rename(final)  # atomic: a checkpoint is complete or absent
-        self.last = final
+        return final
 
     def _diverged(self, symptom: str, step: int) -> str:
         kept = f"the last good checkpoint is {self.last}" if self.last else "no good checkpoint was saved"
@@ -161,7 +167,7 @@ class GradientNorms(TrainerCallback):
         if step > 1 and step % int(args.logging_steps):
             return
         gradients = {
-            name: weight.grad
+            name: whole(weight.grad)
             for name, weight in kwargs["model"].named_parameters()
             if weight.grad is not None
         }

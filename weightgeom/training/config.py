@@ -1,5 +1,6 @@
-"""Training settings: length, batches, optimizer, checkpoints and the matched budget."""
+"""Training settings: length, batches, optimizer, checkpoints, processes and the matched budget."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,11 +10,15 @@ from pydantic.dataclasses import dataclass
 from weightgeom.text.examples import Examples
 from weightgeom.training.lora import Lora
 from weightgeom.training.optimizers import OPTIMIZERS, Name
+from weightgeom.training.ranks import processes
+
+# Of FSDP2: states to resume from are in parts, checkpoints are gathered by `fit`.
+SHARDING = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
 
 
 @dataclass(frozen=True)
 class Training:
-    """Training in fp32, with linear warm-up and then the `schedule` of the learning rate.
+    """Training of fp32 weights, with linear warm-up and then the `schedule` of the learning rate.
 
     `optimizer` is `adamw`, `sgd` (without momentum), `muon` (of the matrices at the residual stream, AdamW of
     all other parameters) or `lion`; all decay weights apart from the gradient except `sgd`.
@@ -27,6 +32,12 @@ class Training:
     ignores the target. An interrupted training resumes from its newest state, bit for bit on the CPU; states
     are saved every `save_every` steps and on a stop, and the `keep` newest are kept. With a rank in `lora`,
     the weights are frozen, an adapter is trained, and checkpoints are adapters in PEFT's format.
+
+    Each of several `processes` has an equal part of every batch, and the gradients are averaged: the update
+    is that of one process within rounding. With `shard`, each holds a part of the weights, gradients and
+    optimizer state instead of a copy (FSDP2). `precision=bf16` computes in bf16 and keeps the weights, their
+    gradients and the optimizer in fp32. `activation_checkpointing` computes activations a second time in the
+    backward pass instead of keeping them.
     """
 
     steps: int = Field(default=64, ge=1)
@@ -49,6 +60,10 @@ class Training:
     target: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # of `match`, unless it is steps
     match_every: int = Field(default=5, ge=1)  # steps between measurements of the accuracy
     lora: Lora = Field(default_factory=Lora)
+    processes: int = Field(default=1, ge=1)
+    shard: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         """Refuse inconsistent settings."""
@@ -65,6 +80,25 @@ class Training:
                 f"optimizer={self.optimizer} orthogonalises the updates of whole matrices, which lora.r"
                 " freezes: set only one"
             )
+        if self.batch_size % self.processes:
+            raise ValueError(
+                f"batch_size={self.batch_size} does not divide among {self.processes} processes: set"
+                f" training.batch_size={self.processes * -(-self.batch_size // self.processes)}"
+            )
+        if self.shard and self.processes == 1:
+            raise ValueError("shard=true needs several processes: set training.processes, or shard=false")
+        if self.shard and self.optimizer == "muon":
+            raise ValueError(
+                "optimizer=muon orthogonalises whole matrices, of which shard=true gives each process a part:"
+                " set only one"
+            )
+        if self.shard and self.lora.r is not None:
+            raise ValueError("lora.r trains few weights, which shard=true does not divide: set only one")
+
+    @property
+    def of_result(self) -> "Training":
+        """The settings that the result depends on by more than rounding: those of one process."""
+        return replace(self, processes=1, shard=False, activation_checkpointing=False)
 
     @property
     def orthogonal(self) -> bool:
@@ -101,14 +135,16 @@ class Training:
         return len(steps) * each, states * (each + OPTIMIZERS[self.optimizer].moments * trained)
 
     def arguments(self, directory: Path, seed: int, device: str) -> dict[str, Any]:
-        """Arguments of a TRL trainer: fp32, no tracking, TRL's own checkpoints only as resumable states.
+        """Arguments of a TRL trainer: no tracking, TRL's own checkpoints only as resumable states.
 
+        They are those of one of the processes of the current training.
         The `optim` of an optimizer that transformers lacks is AdamW's: `fit` gives the trainer its own.
         """
+        sharded = self.shard and processes() > 1
         return {
             "output_dir": str(directory),
             "max_steps": self.steps,
-            "per_device_train_batch_size": self.batch_size,
+            "per_device_train_batch_size": self.batch_size // processes(),
             "gradient_accumulation_steps": self.accumulate,
             "learning_rate": self.learning_rate,
             "optim": OPTIMIZERS[self.optimizer].transformers or OPTIMIZERS["adamw"].transformers,
@@ -119,9 +155,10 @@ class Training:
             "max_length": self.max_length,
             "seed": seed,
             "use_cpu": device == "cpu",
-            "bf16": False,
+            "bf16": self.precision == "bf16",
             "tf32": self.tf32 if device != "cpu" else None,
-            "activation_checkpointing": False,
+            "activation_checkpointing": self.activation_checkpointing,
+            **({"fsdp": True, "fsdp_config": SHARDING} if sharded else {}),
             "save_strategy": "no" if self.save_every is None else "steps",
             "save_steps": self.save_every or 500,  # 500 is TRL's default, unused
             "include_num_input_tokens_seen": "non_padding",

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightgeom.compat.fused_head import router_weight
+from weightgeom.compat.sharding import shard_on_processors
 from weightgeom.interfaces import Log, Objective
 from weightgeom.interruption import Request, no_request
 from weightgeom.models.loading import check_length
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
+from weightgeom.training.ranks import from_first, processes
 from weightgeom.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -46,11 +48,14 @@ def fit(
     after the step that it resumes from. After each step `request` may ask to `save` a resumable state, or to
     save one and `stop`.
 
+    Each process of a training on several calls this function with the same arguments; the first one writes.
+
     Raises:
         Interrupted: after a requested stop.
         FloatingPointError: if the loss or a weight is no longer finite; earlier checkpoints are kept.
         ValueError: if sequences of `max_length` do not fit the model, no training example is left, the data
-            lack the examples that `match` needs, the objective cannot be resumed, or an adapter has no start.
+            lack the examples that `match` needs, the objective cannot be resumed, an adapter has no start, or
+            the newest state was saved with another `shard`, or in the parts of another number of processes.
         RuntimeError: if the first loss differs from the objective's known first loss.
     """
     from transformers.trainer_callback import PrinterCallback
@@ -60,7 +65,13 @@ def fit(
     from weightgeom.training.callbacks import CheckpointWriter, GradientNorms
     from weightgeom.training.matching import MatchedBudget, TrainingProgress
     from weightgeom.training.optimizers import set_optimizer
-    from weightgeom.training.resuming import ResumeStates, delete_after, restored_weights, resumable
+    from weightgeom.training.resuming import (
+        ResumeStates,
+        check_shards,
+        delete_after,
+        restored_weights,
+        resumable,
+    )
 
     disable_progress_bar()  # the run shows its own
     training.check(examples)
@@ -70,14 +81,17 @@ def fit(
         )
     check_length(training.max_length, getattr(network.config, "max_position_embeddings", None))
     saved = [step for step in training.save_steps() if step or start is None]
-    state = resumable(directory, saved)
-    delete_after(directory, state)
+    state = from_first(lambda: resumable(directory, saved))
+    check_shards(state, training.shard, processes())
+    from_first(lambda: delete_after(directory, state))
     architecture = architecture_of(network.config)
     arguments = training.arguments(directory, seed, device)
     if training.lora.r is not None:
         arguments["peft_config"] = training.lora.config(architecture)
     with outdated_name_allowed():
         trainer = objective.trainer(network, tokenizer, examples, arguments)
+    if training.shard and device == "cpu":
+        shard_on_processors(trainer)
     set_optimizer(trainer, training.optimizer, training.learning_rate, architecture)
     moving = getattr(trainer.args, "sync_ref_model", False)
     if training.save_every is not None and moving:
@@ -90,7 +104,8 @@ def fit(
         architecture,
         examples,
         start=directory / "step-0" if start is None else start,
-        hold=training.match == "delta_norm",
+        hold=training.match == "delta_norm" and not training.shard,
+        device=trainer.args.device,
     )
     trainer.remove_callback(PrinterCallback)
     # First, because it may end the training.
@@ -112,11 +127,24 @@ def fit(
     )
     if training.log_gradients:
         trainer.add_callback(GradientNorms(architecture, log_metrics))
+    if processes() > 1:
+        _warn_of_a_remainder(len(trainer.train_dataset), training)  # pyright: ignore[reportArgumentType]
     log.info("training %s for %d steps of %d examples", name, training.steps, training.batch_size)
     with outdated_name_allowed(), restored_weights(network, state, architecture):
         trainer.train(resume_from_checkpoint=None if state is None else str(state))
-    delete_after(directory, None, only_states=True)
+    from_first(lambda: delete_after(directory, None, only_states=True))
     return saved_trajectory(directory, name, start)
+
+
+def _warn_of_a_remainder(examples: int, training: Training) -> None:
+    """Log a warning where several processes train on other batches than one, whose last one is shorter."""
+    rest = examples % training.batch_size
+    if rest and training.steps * training.accumulate > examples // training.batch_size:
+        log.warning(
+            "%d examples are no multiple of batch_size=%d: several processes fill up the last batch of an"
+            " epoch, which has %d examples on one process, with the epoch's first examples",
+            *(examples, training.batch_size, rest),
+        )
 
 
 @contextmanager

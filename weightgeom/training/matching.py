@@ -19,6 +19,7 @@ from weightgeom.text.examples import Examples
 from weightgeom.text.tokens import responses
 from weightgeom.training.config import Training
 from weightgeom.training.lora import current_weights
+from weightgeom.training.ranks import from_first, is_first, is_sharded, whole
 
 if TYPE_CHECKING:
     from transformers import (
@@ -47,17 +48,18 @@ class TrainingProgress:
         examples: Examples,
         start: Path,
         hold: bool,
+        device: torch.device,
     ) -> None:
         self.network = network
         self.architecture = architecture
         self.start = start
         self.hold = hold
         self._held: Params | None = None
-        model = LanguageModel(network, tokenizer, architecture, network.device)
+        model = LanguageModel(network, tokenizer, architecture, device)
         # A second network for the same weights: the trainer patches its own and keeps it in training mode.
         self.model = replace(model, network=model.with_weights({}))
         self.pairs = [
-            (chosen.to(network.device), rejected.to(network.device))
+            (chosen.to(device), rejected.to(device))
             for chosen, rejected in responses(examples.heldout_pairs[:PAIRS], tokenizer, LENGTH)
         ]
 
@@ -69,7 +71,7 @@ class TrainingProgress:
         if self.hold and self._held is None:
             start = self._held = {name: start[name].to(device, torch.float32) for name in weights}
         norms = [
-            torch.linalg.vector_norm(weight - start[name].to(device, torch.float32))
+            torch.linalg.vector_norm(whole(weight) - start[name].to(device, torch.float32))
             for name, weight in weights.items()
         ]
         return float(torch.linalg.vector_norm(torch.stack(norms).double()))
@@ -78,14 +80,22 @@ class TrainingProgress:
         """Share of held-out pairs whose chosen response is the more likely one; None without pairs."""
         if not self.pairs:
             return None
-        kept = kept_buffers(self.network)
-        weights = {name: buffer for name, buffer in self.network.named_buffers() if name in kept}
-        weights |= current_weights(self.network, self.architecture)
-        margins = [
-            self.model.log_probs(weights, chosen).sum(1) - self.model.log_probs(weights, rejected).sum(1)
+        if is_sharded(self.network):  # which no process has the memory to hold a second time
+            training = self.network.training
+            margins = self._margins(replace(self.model, network=self.network.eval()), {})
+            self.network.train(training)
+        else:
+            kept = kept_buffers(self.network)
+            weights = {name: buffer for name, buffer in self.network.named_buffers() if name in kept}
+            weights |= current_weights(self.network, self.architecture)
+            margins = self._margins(self.model, weights)
+        return float((torch.cat(margins) > 0).double().mean())
+
+    def _margins(self, model: LanguageModel, weights: Params) -> list[torch.Tensor]:
+        return [
+            model.log_probs(weights, chosen).sum(1) - model.log_probs(weights, rejected).sum(1)
             for chosen, rejected in self.pairs
         ]
-        return float((torch.cat(margins) > 0).double().mean())
 
 
 class MatchedBudget(TrainerCallback):
@@ -115,6 +125,7 @@ class MatchedBudget(TrainerCallback):
             value = self.progress.delta_norm()
         elif match == "accuracy" and state.global_step % self.training.match_every == 0:
             value = self.progress.accuracy()
+        value = from_first(lambda: value)  # so that all processes stop at the same step
         if value is not None and target is not None and value >= target:
             control.should_training_stop = True
 
@@ -146,4 +157,5 @@ class MatchedBudget(TrainerCallback):
         if match != "steps":  # three more keys; MLflow's pages slow down beyond about 50
             self.log_metrics(metrics, steps)
         report = {"match": match, "target": target, "reached": reached, **final}
-        (self.directory / "matching.json").write_text(json.dumps(report, indent=2) + "\n")
+        if is_first():
+            (self.directory / "matching.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -19,6 +19,7 @@ from weightgeom.models.experts import stacked
 from weightgeom.models.residual import Architecture
 from weightgeom.models.weights import open_params, opened
 from weightgeom.text.files import sha256
+from weightgeom.training.ranks import from_first, of_all, processes
 
 if TYPE_CHECKING:
     from transformers import (
@@ -60,7 +61,8 @@ class ResumeStates(TrainerCallback):
     ) -> None:
         """Restore the running sums of the state resumed from; the trainer has just reset its own to 0."""
         if self.start is not None:
-            set_running_sums(self.trainer, json.loads((self.start / SUMS).read_text()))
+            sums = json.loads((self.start / SUMS).read_text())
+            set_running_sums(self.trainer, sums, self.trainer.args.process_index, processes())
 
     def on_step_end(
         self,
@@ -70,7 +72,7 @@ class ResumeStates(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Poll the request; the trainer logs this step before it saves the state."""
-        request = self.request()
+        request = from_first(self.request)
         if request is not None:
             control.should_save, self.stop = True, request == "stop"
         if control.should_training_stop:
@@ -84,13 +86,17 @@ class ResumeStates(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Seal the state that the trainer has written, then delete the oldest states."""
-        written = self.directory / f"{STATE_PREFIX}{state.global_step}"
-        (written / SUMS).write_text(json.dumps(running_sums(self.trainer)))
+        sums = of_all(running_sums(self.trainer))  # also waits until all processes have written their part
+        from_first(lambda: self._seal(state.global_step, sums))
+        if self.stop:
+            raise Interrupted(f"stopped after step {state.global_step}; its state is saved")
+
+    def _seal(self, step: int, sums: list[dict[str, Any]]) -> None:
+        written = self.directory / f"{STATE_PREFIX}{step}"
+        (written / SUMS).write_text(json.dumps(sums))
         seal(written)
         for old in resume_states(self.directory)[self.keep :]:
             shutil.rmtree(old)
-        if self.stop:
-            raise Interrupted(f"stopped after step {state.global_step}; its state is saved")
 
 
 def resume_states(directory: Path) -> list[Path]:
@@ -118,6 +124,28 @@ def seal(state: Path) -> None:
     flush_to_disk(state)
 
 
+def is_sharded_state(state: Path) -> bool:
+    """Whether the weights of a state are in the parts of several processes, as FSDP writes them."""
+    return (state / "pytorch_model_fsdp_0").is_dir()
+
+
+def check_shards(state: Path | None, shard: bool, number: int) -> None:
+    """Raise ValueError if a training on `number` processes cannot resume from a state.
+
+    One in parts of weights needs as many processes again; copies resume on any number.
+    """
+    if state is None:
+        return
+    again = f"to resume from it, or delete {state.parent} to start again"
+    if is_sharded_state(state) != shard:
+        saved = f"training.shard={str(not shard).lower()}"
+        raise ValueError(f"{state} was saved with {saved}: set {saved} {again}")
+    if shard and (parts := len(json.loads((state / SUMS).read_text()))) != number:
+        raise ValueError(
+            f"{state} is in the parts of {parts} processes: set training.processes={parts} {again}"
+        )
+
+
 def resumable(directory: Path, saved: Collection[int]) -> Path | None:
     """The newest valid state whose training has all its checkpoints (steps `saved`) up to that step."""
     for state in resume_states(directory):
@@ -141,9 +169,9 @@ def restored_weights(
     """Context with the weights of a state in `network`, which is mutated, before the trainer resumes.
 
     The trainer skips weights with a different name on disk (GPT-NeoX's unembedding) and warns about them;
-    the context suppresses that warning. An adapter is restored by the trainer itself.
+    the context suppresses that warning. An adapter and sharded weights are restored by the trainer itself.
     """
-    if state is None or is_adapter(state):
+    if state is None or is_adapter(state) or is_sharded_state(state):
         yield
         return
     weights = stacked(open_params(state, architecture), architecture.stacks)

@@ -1,10 +1,13 @@
 """TRL's trainers on a data set's documents, responses or pairs."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import chain
 from math import ceil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,6 +19,7 @@ from weightgeom.models.language_model import name_body
 from weightgeom.text.conversation import for_trl
 from weightgeom.text.examples import Examples
 from weightgeom.text.tokens import tokenized, tokenized_responses
+from weightgeom.training.ranks import from_first, of_all, processes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -95,7 +99,8 @@ def preference_trainer(
     """A `DPOTrainer`, or the subclass `kind`, whose reference is a copy of `network`; logs truncation.
 
     `arguments` are those of `DPOConfig`, and a `peft_config` if an adapter is trained: the reference is then
-    `network` with the adapter disabled, without a copy.
+    `network` with the adapter disabled, without a copy. With `precompute_ref_log_probs` the copy, where TRL
+    needs one, is dropped again; a frozen `network` has its own tensors for a reference.
     """
     from trl import DPOConfig
 
@@ -105,12 +110,21 @@ def preference_trainer(
         for prompt, chosen, rejected in tokenized(examples.pairs, tokenizer)
     ]
     _report_cut("pairs", lengths, arguments["max_length"], network)
-    reference = _reference_model(network, arguments)
+    frozen = not any(parameter.requires_grad for parameter in network.parameters())
+    precomputed = bool(arguments.get("precompute_ref_log_probs")) and not frozen
+    # TRL shards the network later than it computes the reference, which it shards at once.
+    reference = None if precomputed and "fsdp" not in arguments else _reference_model(network, arguments)
     if arguments.get("disable_dropout", True):
         _disable_functional_dropout(network)
     pairs = for_trl(examples.pairs, tokenizer)
     dataset = _training_dataset({name: [getattr(pair, name) for pair in pairs] for name in names})
-    return _build(kind, DPOConfig, dataset, network, tokenizer, arguments, ref_model=reference)
+    if not precomputed:
+        arguments = {**arguments, "precompute_ref_log_probs": False}
+        return _build(kind, DPOConfig, dataset, network, tokenizer, arguments, ref_model=reference)
+    with _on_disk(dataset, Path(arguments["output_dir"])) as shared:
+        trainer = _build(kind, DPOConfig, shared, network, tokenizer, arguments, ref_model=reference)
+    trainer.ref_model = None
+    return trainer
 
 
 def unpaired_trainer(
@@ -178,6 +192,24 @@ def _training_dataset(columns: Mapping[str, list[Any]]) -> "Dataset":
 
     datasets.disable_progress_bars()
     return datasets.Dataset.from_dict(dict(columns))
+
+
+@contextmanager
+def _on_disk(dataset: "Dataset", directory: Path) -> "Iterator[Dataset]":
+    """A data set whose derivatives several processes of a training share as files while it is derived from.
+
+    The files are deleted at the end; the processes that have them open keep them until they end.
+    """
+    import datasets
+
+    if processes() == 1:
+        yield dataset
+        return
+    place = directory / ".reference"
+    from_first(lambda: dataset.save_to_disk(place))
+    yield datasets.load_from_disk(place)  # pyright: ignore[reportReturnType]
+    of_all(None)  # wait for the others
+    from_first(lambda: shutil.rmtree(place))
 
 
 def _build(

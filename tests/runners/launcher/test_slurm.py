@@ -51,7 +51,7 @@ def test_options_are_sbatchs_with_requeue_and_take_numbers_and_lists():
     plain = SlurmOptions(mem_per_cpu=600, account=12345, exclude=["n1", "n2"])  # pyright: ignore
     assert (plain.mem_per_cpu, plain.account, plain.exclude) == ("600", "12345", "n1,n2")
     assert SlurmOptions(dependency="singleton").depending("afterok:7").dependency == "singleton,afterok:7"
-    with pytest.raises(ValueError, match="a run is one process"):
+    with pytest.raises(ValueError, match=r"one task.* set training.processes=2, "):
         SlurmOptions(tasks_per_node=2)
     with pytest.raises(ValidationError):
         SlurmOptions(mem_gb="much")  # pyright: ignore[reportArgumentType]
