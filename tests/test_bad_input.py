@@ -67,7 +67,7 @@ def refuse(
             "weightgeom.tiny.Tiny has moved: write model._target_=weightgeom.bases.tiny.Tiny",
         ),
         ("objective=dpoo", "there is no objective=dpoo; did you mean 'dpo'? valid: ce, dpo, "),
-        ("probe=[rsf,behavior]", "there is no probe=behavior; did you mean 'behaviour'? valid: behaviour, "),
+        ("probe=[rsf,behavior]", "there is no probe=behavior; did you mean 'behaviour'? valid: alignment, "),
         ("objective.betaa=1", "there is no key objective.betaa; did you mean 'beta'? valid: beta, "),
         ("trainin.steps=3", "there is no key trainin; did you mean 'training'? valid: allow_targets, data, "),
         ("probe.rsf.kk=3", "there is no key probe.rsf.kk; did you mean 'k'? valid: at, budget_gb, "),
