@@ -5,9 +5,11 @@ import os
 import pwd
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +214,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def replace_unprintable() -> None:
+    """Print a question mark for a character that the encoding of standard output lacks, as in ASCII.
+
+    Otherwise a run whose work is done would end in an error where it prints its table.
+    """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")

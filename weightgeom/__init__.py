@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from weightgeom.analysis.run_record import Run, read_run
+    from weightgeom.bases.trainings import alignments
     from weightgeom.estimators.rotation import RotationTest, rotation_test
     from weightgeom.geometry.subspace import Subspace
     from weightgeom.library import measure, subspaces
-    from weightgeom.trainings import alignments
 
     __version__: str
 
@@ -34,7 +34,7 @@ PLACES = {
     "RotationTest": "weightgeom.estimators.rotation",
     "Run": "weightgeom.analysis.run_record",
     "Subspace": "weightgeom.geometry.subspace",
-    "alignments": "weightgeom.trainings",
+    "alignments": "weightgeom.bases.trainings",
     "measure": "weightgeom.library",
     "read_run": "weightgeom.analysis.run_record",
     "rotation_test": "weightgeom.estimators.rotation",

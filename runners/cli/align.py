@@ -14,11 +14,11 @@ def aligned(before: str, named: Sequence[str], out: Path) -> None:
     """Write the table and the heat maps of trainings `NAME=AFTER` into `out`; the same name is another seed.
 
     Raises:
-        ValueError: if one of them has no name, besides those of `weightgeom.trainings.alignments`.
+        ValueError: if one of them has no name, besides those of `weightgeom.bases.trainings.alignments`.
     """
+    from weightgeom.bases.trainings import alignments, name_of
     from weightgeom.figures.alignment import heat_maps
     from weightgeom.figures.base import save
-    from weightgeom.trainings import alignments, name_of
 
     trainings: dict[str, list[str]] = {}
     for part in named:

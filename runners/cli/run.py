@@ -18,10 +18,9 @@ from runners.cli.choices import reference
 from runners.cli.compare import quoted
 from runners.compose import check, check_hydra, checked, described, experiment, plan, trusted_targets
 from runners.disk import share_with_group
-from runners.errors import CONF, explanation
+from runners.errors import CONF, explanation, replace_unprintable
 from runners.launcher.hydra_launcher import register
 from runners.signals import share_processors
-from runners.streams import replace_unprintable
 from runners.tracking.redaction import redacted_text
 from weightgeom.text.files import ADDRESS
 

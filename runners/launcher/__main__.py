@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runners.errors import explanation
+from runners.errors import explanation, replace_unprintable
 from runners.launcher.commands import cancel, log_to_stdout, resubmit, status, watch
 from runners.launcher.manifest import Sweep
-from runners.streams import replace_unprintable
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from runners.disk import read_object, write_atomically
+from runners.errors import replace_unprintable
 from runners.launcher.ownership import held
 from runners.launcher.queue import undisturbed
 from runners.launcher.warm import learn
 from runners.signals import Interruption, process_start, share_processors, status_after
-from runners.streams import replace_unprintable
 from runners.tracking.record import Record
 from runners.tracking.redaction import one_line, redacted_text
 from weightgeom.interruption import Interrupted

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from runners.errors import replace_unprintable
 from runners.report.make import make
 from runners.report.read import _store
-from runners.streams import replace_unprintable
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runners.streams import replace_unprintable
+from runners.errors import replace_unprintable
 from runners.tracking.sync import sync
 
 

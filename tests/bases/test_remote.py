@@ -93,7 +93,7 @@ def test_the_table_of_a_remote_pair_is_that_of_the_files_to_the_bit(
 
 
 def without_checks_of_types(source: str, *arguments: object) -> Any:
-    """What a script prints as JSON; the tests' checks of types would read a tensor of every mapping."""
+    """The JSON that a script prints. It runs without the type checks of the tests, which read tensors."""
     paths = f"{app.ROOT}:{app.ROOT / 'tests/helpers'}"
     ended = subprocess.run(
         [sys.executable, "-c", source, *map(str, arguments)],
@@ -305,7 +305,7 @@ def test_with_cache_it_is_downloaded_once_and_is_an_ordinary_checkpoint(
         ("{url}/before/model.safetensors", "is a file: give the URL of its directory, {url}/before"),
         ("{url}/model.gguf", "model.gguf is not safetensors, the one format that is read over a network"),
         ("{url}/bare", "bare holds no model.safetensors or model.safetensors.index.json"),
-        ("hf://lab", "hf://lab is no repository of the hub: write hf://NAME/MODEL@REVISION"),
+        ("hf://lab", "hf://lab is not a hub repository: write hf://NAME/MODEL@REVISION"),
     ],
 )
 def test_a_url_that_is_no_checkpoint_is_refused(place: Path, location: str, refusal: str) -> None:

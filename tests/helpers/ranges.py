@@ -39,8 +39,8 @@ class Files:
     longer: int = 0
     busy: int = 0
     seed: int = 0
-    together: int = 0  # answers wait until so many requests are there at once
-    most: int = 0  # requests that were there at once
+    together: int = 0  # requests that must be waiting at once before any is answered
+    most: int = 0  # the largest number of requests that waited at once
     open: int = 0
     requests: list[tuple[str, str | None, dict[str, str]]] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)  # bytes by the file's path

@@ -79,9 +79,7 @@ def test_the_header_is_read_once_and_then_the_bytes_of_the_tensors_alone(file: P
         header = 8 + struct.unpack("<Q", file.read_bytes()[:8])[0]
         remote(files)
         first = files.sent["model.safetensors"]
-        assert (
-            header < first <= header + 9
-        )  # a byte of the probe, and what a check of types reads: the scalar
+        assert header < first <= header + 9  # the probe's byte, and the scalar that a type check reads
         assert tuple(remote(files).get_slice("half").get_shape()) == SHAPE
         assert files.sent["model.safetensors"] == first + 1
         assert "half" in remote(files) and "other" not in remote(files)
@@ -213,7 +211,7 @@ def header(path: Path, change: Any) -> None:
             lambda content: b"\xff" * 8 + content[8:],
             "it names a header of 18446744073709551615 bytes in a file",
         ),
-        (lambda content: content[:8] + b"?" + content[9:], "its header is no JSON of tensors"),
+        (lambda content: content[:8] + b"?" + content[9:], "its header is not a JSON object of tensors"),
     ],
 )
 def test_a_damaged_file_is_refused_by_its_header(file: Path, change: Any, reason: str) -> None:
@@ -230,9 +228,9 @@ def test_a_damaged_file_is_refused_by_its_header(file: Path, change: Any, reason
     [
         (lambda made: made["half"].update(shape=[1, 2]), r"a tensor of shape \(1, 2\) in BF16 has \d+ bytes"),
         (lambda made: made["half"].update(dtype="F4"), "the dtype F4 is not read over a network"),
-        (lambda made: made["half"].update(shape=[-1]), "its header is no JSON of tensors"),
+        (lambda made: made["half"].update(shape=[-1]), "its header is not a JSON object of tensors"),
         (lambda made: made.pop("half"), "do not follow those of the tensor before it"),
-        (lambda made: ["half"], "its header is no JSON of tensors"),
+        (lambda made: ["half"], "its header is not a JSON object of tensors"),
     ],
 )
 def test_a_header_that_does_not_fit_is_refused(file: Path, change: Any, reason: str) -> None:

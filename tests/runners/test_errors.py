@@ -1,5 +1,7 @@
 import errno
+import io
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +11,9 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+from rich.console import Console
 
-from runners.errors import CONF, choices, explanation, nearest
+from runners.errors import CONF, choices, explanation, nearest, replace_unprintable
 
 
 @dataclass(frozen=True)
@@ -213,3 +216,17 @@ def test_a_directory_of_another_user_is_for_its_owner_to_open(tmp_path: Path, mo
         f"cannot use {stage}/new (permission denied): let user 4321, who owns it, run chmod -R g+rwX {stage},"
         " or set outputs= to a writable directory"
     )
+
+
+def test_a_table_is_printed_in_an_encoding_without_its_characters(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    replace_unprintable()
+    Console().print("1.5 ± 0.1 Δ")
+    sys.stdout.flush()
+    assert written.getvalue() == b"1.5 ? 0.1 ?\n"
+
+
+def test_a_closed_output_stays_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    replace_unprintable()

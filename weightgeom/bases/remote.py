@@ -50,7 +50,7 @@ def hub_name(location: str) -> str:
     if not location.startswith("hf://"):
         return ""
     if HUB_NAME.fullmatch(location) is None:
-        raise ValueError(f"{location} is no repository of the hub: write hf://NAME/MODEL@REVISION")
+        raise ValueError(f"{location} is not a hub repository: write hf://NAME/MODEL@REVISION")
     return location.removeprefix("hf://")
 
 

@@ -132,7 +132,7 @@ def remote_tensors(file: RemoteFile) -> "RemoteTensors":
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         if type(error) is ValueError and str(error).startswith("header:"):
             _refuse_content(file, str(error).removeprefix("header: "))
-        _refuse_content(file, "its header is no JSON of tensors")
+        _refuse_content(file, "its header is not a JSON object of tensors")
     place = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
         if entry.start != place:
