@@ -1,5 +1,6 @@
 """What the moments of a start lead to expect, against their definitions and updates made to order."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from networks import language_model
 from scipy import stats
 from torch.testing import assert_close
 
+from weightgeom.estimators import gradients
 from weightgeom.estimators.gradients import Gathering, gradient_moments, sampled
 from weightgeom.estimators.reference_subspaces import Inputs, input_frames, place_of, prediction_frame
 from weightgeom.geometry.bootstrap import bootstrap_interval, bootstrap_times
@@ -632,3 +634,21 @@ def test_a_matrix_that_no_gradient_reaches_has_only_what_is_measured(examples, t
     rows = Moments(prompts=6, tokens=256).measurement(setting)(after)
     of_q = {row["quantity"] for row in rows if row.get("layer") == 0 and row["matrix"] == "q"}
     assert "measured_ratio" in of_q and "forecast_ratio" not in of_q
+
+
+def test_the_sums_of_a_pass_are_gone_before_those_of_the_next_are_made(at, monkeypatch):
+    setting, kept, alive = at("llama"), [], []
+    totals, hooked = gradients._Sums.totals, gradients._Sums.hooked
+
+    def noted(self, prompts):
+        kept.extend(weakref.ref(sums.sums) for sums in self.gradients.values())
+        return totals(self, prompts)
+
+    def counted(self, network):
+        alive.append(sum(reference() is not None for reference in kept))
+        return hooked(self, network)
+
+    monkeypatch.setattr(gradients._Sums, "totals", noted)
+    monkeypatch.setattr(gradients._Sums, "hooked", counted)
+    measured(Moments(prompts=8, tokens=256, budget_gb=1e-9), setting, moved(setting))
+    assert alive == [0] * setting.model.architecture.n_layers and kept

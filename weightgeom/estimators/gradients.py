@@ -200,6 +200,7 @@ def gradient_moments(
                     loss = objective.total_loss(trainer, inputs)
                     if gathering.upstream or gathering.gradients:
                         loss.backward()
+                    del loss  # its graph holds the hooks, and these the sums
                     seen = here.stop
             yield sums.totals(len(data))
             del sums
