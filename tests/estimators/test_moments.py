@@ -6,6 +6,7 @@ import torch
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from weightgeom.estimators import moments
 from weightgeom.estimators.moments import Moment, activation_moments, passes
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.models.language_model import LanguageModel
@@ -187,6 +188,32 @@ def test_measuring_leaves_no_hook_behind(model, params, batches):
         with suppress(IndexError):
             list(activation_moments(model, weights, batches, model.architecture.sites))
         assert not any(module._forward_pre_hooks for module in model.network.modules())
+
+
+def test_packed_groups_have_the_moment_the_halves_and_nearly_the_bootstrap_of_whole_ones(
+    model, params, batches, monkeypatch
+):
+    options = {"groups": 5, "centre": False}
+    whole = dict(activation_moments(model, params, batches, model.architecture.sites, **options))
+    monkeypatch.setattr(moments, "UNPACKED", 0.0)
+    packed_ones = activation_moments(model, params, batches, model.architecture.sites, **options)
+    for site, moment in packed_ones:
+        expected = whole[site]
+        assert moment.packed is not None and len(moment.packed) == 5 and len(moment.sums) == 2
+        assert_close(moment.value, expected.value, rtol=1e-5, atol=1e-6)
+        assert_close(moment.traces, expected.traces, rtol=1e-5, atol=0)
+        for half, expected_half in zip(moment.halves(), expected.halves(), strict=True):
+            assert half.samples == expected_half.samples
+            assert_close(half.value, expected_half.value, rtol=1e-5, atol=1e-6)
+        for unpacked, total in zip(moment.sums_of_groups, expected.sums, strict=True):
+            scale = total.diagonal().sqrt()
+            assert ((unpacked - total).abs() <= torch.outer(scale, scale) * 2**-11).all()
+            assert torch.equal(unpacked, unpacked.T) and not torch.equal(unpacked, total)
+        space = Subspace.random(len(moment.value), 6, torch.Generator().manual_seed(0))
+        drawn, exact = (each.resampled_levels(space, 9, 1)[:, -1] for each in (moment, expected))
+        assert (drawn - exact).abs().max() < 0.01 * exact.std()
+        tops, exact = (each.resampled_tops(6, 40, 1).shares.sum(1) for each in (moment, expected))
+        assert (tops - exact).abs().max() < 0.02 * exact.std()
 
 
 def test_diverged_weights_are_refused(model, params, batches):

@@ -15,7 +15,7 @@ from weightgeom.estimators.other_parameters import (
     parameter_rows,
     update_rows,
 )
-from weightgeom.estimators.reference_subspaces import FINAL, Frame, Place
+from weightgeom.estimators.reference_subspaces import FINAL, PREDICTION, Frame, Place
 from weightgeom.geometry.nulls import rotation_null, spectrum_shares
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture
@@ -26,7 +26,6 @@ from weightgeom.table import Row, row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PREDICTION: Place = ("prediction", None)
 MOST = 10  # tokens with rows of their own (ours)
 
 

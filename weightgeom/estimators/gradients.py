@@ -25,11 +25,12 @@ from weightgeom.estimators.moments import (
     group_of,
     passes,
 )
+from weightgeom.estimators.reference_subspaces import PREDICTION, Place
 from weightgeom.geometry.bootstrap import bootstrap_times
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Objective, Scored
 from weightgeom.models.language_model import LanguageModel
-from weightgeom.models.residual import Architecture, ResidualMatrix, Site, first_readers
+from weightgeom.models.residual import Architecture, ResidualMatrix, Site
 from weightgeom.models.weights import shape_of
 from weightgeom.params import Params
 from weightgeom.text.examples import Examples
@@ -144,7 +145,7 @@ def gradient_moments(
     examples: Examples,
     gathering: Gathering,
     seed: int,
-    space: Subspace | None = None,
+    spaces: Mapping[Place, Subspace] | None = None,
     gains: Mapping[str, Float[Tensor, " d"]] | None = None,
 ) -> Iterator[Pass]:
     """Moments of activations and of upstream gradients, and G, under an objective, layers by layers.
@@ -152,10 +153,11 @@ def gradient_moments(
     The loss is that of the objective's own trainer, whose head works in chunks, as a sum over what it
     is a mean of; δ_t is its gradient at a matrix's output at token t. It is taken on training examples
     that `seed` draws. The weights are frozen, so that nothing but the sums is held from one batch to
-    the next, and the backward pass ends at the first layer that is wanted. With a `space`, upstream moments
-    are summed over all groups, each of which has what lies inside it (`Moment.within`); `gains` of writes,
-    by their names, are folded into theirs as `folded` does. The layers are split over as many passes as the
-    budget asks for, with identical results; take what is yielded before asking for more. Source: the
+    the next, and the backward pass ends at the first layer that is wanted. With `spaces`, the
+    moments at those places are summed over all groups, each of which has what lies inside (`Moment.within`):
+    inputs by the name and the layer of their site, upstream moments at ("prediction", None). `gains` of
+    writes, by their names, are folded into theirs as `folded` does. The layers are split over as many passes
+    as the budget asks for, with identical results; take what is yielded before asking for more. Source: the
     mechanism offered by arXiv:2605.16600; these estimators are ours.
     Nothing is yielded for a mixture of experts: TRL adds its routers' balance to the loss, which is then no
     mean over terms. A training batch has the prompts of one optimizer step of `training`; a rest of prompts
@@ -183,10 +185,11 @@ def gradient_moments(
         groups = max(1, min(gathering.groups, len(data)))
         step = training.batch_size * training.accumulate
         budget = float("inf") if gathering.budget_gb is None else gathering.budget_gb * GIB
-        layer_size = _layer_size(architecture, params, gathering, groups, space)
+        spaces = spaces or {}
+        layer_size = _layer_size(architecture, params, gathering, groups, spaces)
         for layers in passes(range(architecture.n_layers), lambda layer: layer_size, budget):
             sums = _Sums(
-                architecture, layers, gathering, groups, max(1, len(data) // step), space, gains or {}
+                architecture, layers, gathering, groups, max(1, len(data) // step), spaces, gains or {}
             )
             seen = 0
             with sums.hooked(network), outdated_name_allowed():
@@ -272,11 +275,11 @@ class _Sums:
         gathering: Gathering,
         groups: int,
         batches: int,
-        space: Subspace | None,
+        spaces: Mapping[Place, Subspace],
         gains: Mapping[str, Float[Tensor, " d"]],
     ) -> None:
         self.layers, self.gathering, self.groups = layers, gathering, groups
-        self.space, self.gains = space, gains
+        self.spaces, self.gains = spaces, gains
         self.matrices = [matrix for matrix in architecture.matrices if matrix.layer in layers]
         self.sites = {site.module: site for site in architecture.sites if site.layer in layers}
         self.parallel = architecture.parallel
@@ -339,7 +342,8 @@ class _Sums:
             if not torch.is_grad_enabled():  # not the policy's own pass
                 return None
             if site is not None:
-                self._add(matrix.module + " input", inputs[0].detach(), None, mean=True)
+                space = self.spaces.get((site.name, site.layer))
+                self._add(matrix.module + " input", inputs[0].detach(), space, mean=True)
             if both and matrix.role == "write":
                 self._diagonal(matrix, "other").add(_rows(self.samples, inputs[0].detach(), mean=True))
             if not (upstream or self.gathering.gradients):
@@ -349,7 +353,8 @@ class _Sums:
             def send_back(delta: Tensor) -> None:
                 if upstream:
                     gain = self.gains.get(matrix.name)
-                    self._add(matrix.name, delta if gain is None else delta * gain.to(delta), self.space)
+                    delta_out = delta if gain is None else delta * gain.to(delta)
+                    self._add(matrix.name, delta_out, self.spaces.get(PREDICTION))
                 if both and matrix.role == "read":
                     self._diagonal(matrix, "other").add(_rows(self.samples, delta))
                 if a is not None:
@@ -447,15 +452,21 @@ def _rows(samples: Samples, a: Float[Tensor, "*token d"], mean: bool = False) ->
 
 
 def _layer_size(
-    architecture: Architecture, params: Params, gathering: Gathering, groups: int, space: Subspace | None
+    architecture: Architecture,
+    params: Params,
+    gathering: Gathering,
+    groups: int,
+    spaces: Mapping[Place, Subspace],
 ) -> float:
     """The bytes of the sums of one layer, the largest; two of those of gradients belong to no group."""
     sizes = []
     for layer in range(architecture.n_layers):
         here = [matrix for matrix in architecture.matrices if matrix.layer == layer]
         writes = 1 if architecture.parallel else sum(matrix.role == "write" for matrix in here)
-        upstream = gathering.upstream * writes * (groups if space is None else 1)
-        squares = gathering.inputs * len(first_readers(here)) * groups + upstream
+        upstream = gathering.upstream * writes * (1 if PREDICTION in spaces else groups)
+        sites = [site for site in architecture.sites if site.layer == layer]
+        inputs = sum(1 if (site.name, site.layer) in spaces else groups for site in sites)
+        squares = gathering.inputs * inputs + upstream
         entries = sum(prod(shape_of(params, name) or ()) for name in {matrix.parameter for matrix in here})
         gradients = gathering.gradients * entries * (groups + 2)
         sizes.append(squares * architecture.d_model**2 + gradients)

@@ -1,5 +1,6 @@
 """Streaming second moments of the activations that the residual-stream matrices read."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from weightgeom.geometry.subspace import Subspace, iterative_is_faster
 from weightgeom.models.experts import routed_rows
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import Site
+from weightgeom.models.weights import is_remote
 from weightgeom.params import Params
 from weightgeom.text.tokens import Batch
 
@@ -26,6 +28,21 @@ Item = TypeVar("Item")
 Unit = Literal["token", "prompt"]
 GIB = 2**30
 SUMS = 2.0**27  # bytes of sums that a pass accumulates, or a single one
+UNPACKED = 2.0**27  # bytes of the sums of all groups at one place; above, they are packed
+PACKED_ROWS = 512  # of a block
+EXPLAINED = 2.0**25  # bytes of resampled directions that are multiplied at once
+log = logging.getLogger(__name__)
+
+
+def groups_size(d: int, groups: int, itemsize: int = 4) -> float:
+    """Bytes of the sums of all groups at one place, which are packed where they exceed `UNPACKED`."""
+    whole = 1.0 * d**2 * itemsize
+    return 3 * whole + groups * (d**2 + d * PACKED_ROWS) if packs(d, groups, itemsize) else whole * groups
+
+
+def packs(d: int, groups: int, itemsize: int = 4) -> bool:
+    """Whether the sums of the groups at one place are packed."""
+    return groups > 1 and itemsize == 4 and d**2 * itemsize * groups > UNPACKED
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +51,8 @@ class Moment:
 
     `sums` holds Σ a aᵀ over the samples of each group, `firsts` Σ a, `counts` how many there are, and
     `samples` their sum: tokens, or prompts. `centred` subtracts the mean: the covariance. Where `within`
-    holds what the groups have inside a subspace, there is one sum over all of them.
+    holds what the groups have inside a subspace, there is one sum over all of them; where the groups are
+    `packed`, one over each half of them.
     """
 
     sums: Float[Tensor, "sum d d"]
@@ -42,6 +60,7 @@ class Moment:
     counts: Float[Tensor, " group"]
     centred: bool = False
     within: "Within | None" = None
+    packed: "tuple[Packed, ...] | None" = None
 
     @property
     def groups(self) -> int:
@@ -71,11 +90,27 @@ class Moment:
         middle = len(self.sums) // 2
         if not middle:
             return None
-        first, second = (
-            Moment(self.sums[part], self.firsts[part], self.counts[part], self.centred)
-            for part in (slice(middle), slice(middle, None))
-        )
+        border = self.groups // 2
+        first = Moment(self.sums[:middle], self.firsts[:border], self.counts[:border], self.centred)
+        second = Moment(self.sums[middle:], self.firsts[border:], self.counts[border:], self.centred)
         return first, second
+
+    @property
+    def sums_of_groups(self) -> "Iterator[Float[Tensor, 'd d']]":
+        """The sum of each group; those that are packed are unpacked one after the other."""
+        return iter(self.sums) if self.packed is None else (part.unpacked() for part in self.packed)
+
+    @property
+    def drawable(self) -> int:
+        """The number of groups whose sums there are, from which a bootstrap draws."""
+        return len(self.sums) if self.packed is None else self.groups
+
+    @property
+    def traces(self) -> Float[Tensor, " group"]:
+        """The trace of each group's sum, in fp64."""
+        if self.packed is not None:
+            return torch.stack([part.scale.square().sum() for part in self.packed])
+        return self.sums.diagonal(dim1=1, dim2=2).double().sum(1)
 
     @property
     def mean(self) -> Float[Tensor, " d"]:
@@ -104,7 +139,12 @@ class Moment:
         """The moment of a sample in which each group occurs this many times."""
         times = times.to(self.sums)
         total = times @ self.counts.to(times)
-        value = torch.einsum("g,gij->ij", times, self.sums) / total
+        if self.packed is None:
+            value = torch.einsum("g,gij->ij", times, self.sums) / total
+        else:
+            value = torch.zeros_like(self.sums[0])
+            for time, part in zip(times.tolist(), self.sums_of_groups, strict=True):
+                value.add_(part, alpha=time / float(total))
         if not self.centred:
             return value
         mean = times @ self.firsts / total
@@ -112,7 +152,7 @@ class Moment:
 
     def resampled(self, resamples: int, seed: int) -> Iterator[Float[Tensor, "d d"]]:
         """The moment of bootstrap samples of the groups, none where there is a single group."""
-        for times in bootstrap_times(len(self.sums), resamples, seed):
+        for times in bootstrap_times(self.drawable, resamples, seed):
             yield self.drawn(times)
 
     def resampled_levels(self, space: Subspace, resamples: int, seed: int) -> Float[Tensor, "resample k"]:
@@ -132,9 +172,9 @@ class Moment:
 
     def _inside(self, space: Subspace) -> "Within":
         basis = space.basis.to(self.sums)
-        inside = torch.stack([(basis * product(total, basis.T.contiguous())).sum(0) for total in self.sums])
-        traces = self.sums.diagonal(dim1=1, dim2=2).double().sum(1)
-        return Within(inside.double().cpu(), traces.cpu())
+        across = basis.T.contiguous()
+        inside = torch.stack([(basis * product(total, across)).sum(0) for total in self.sums_of_groups])
+        return Within(inside.double().cpu(), self.traces.cpu())
 
     def resampled_tops(self, k: int, resamples: int, seed: int) -> "Resampled | None":
         """Top-k directions of the samples of `resampled`, each with its shares of the sample's trace.
@@ -149,12 +189,22 @@ class Moment:
         m = 3 * k if d > EXACT and 4 * k < d else d
         values, vectors = (part.flip(-1) for part in self.eigen)
         turn = vectors.T.to(self.sums).contiguous()
-        turned = torch.stack([product(turn, product(turn[:m], total)) for total in self.sums])
-        traces = self.sums.diagonal(dim1=1, dim2=2).double().sum(1)
+        turned = (product(turn, product(turn[:m], total)) for total in self.sums_of_groups)
+        scale = None
+        if self.packed is not None:
+            scale = (self.samples * values).clamp(min=1e-12 * self.samples * float(values[0])).sqrt()
+            turned = (_packed(part, scale, scale[:m]) for part in turned)
+        turned, traces = torch.stack(list(turned)), self.traces
         tops, shares = [], []
-        for times in bootstrap_times(len(self.sums), resamples, seed):
+        for times in bootstrap_times(self.drawable, resamples, seed):
             total = float(times.double() @ self.counts.double())
-            sample = torch.einsum("g,gij->ij", times.to(turned), turned) / total
+            if scale is None:
+                sample = torch.einsum("g,gij->ij", times.to(turned), turned) / total
+            else:
+                sample = torch.zeros_like(turned[0], dtype=self.sums.dtype)
+                for time, part in zip(times.tolist(), turned, strict=True):
+                    sample.add_(part, alpha=time / total)
+                sample *= torch.outer(scale, scale[:m]).to(sample)
             trace = float(times.to(traces) @ traces) / total
             if self.centred:
                 mean = times.to(self.firsts) @ self.firsts / total
@@ -162,13 +212,11 @@ class Moment:
                 sample -= torch.outer(there, there[:m])
                 trace -= float(mean.square().sum())
             top, eigenvalues = _top_of(sample, values.to(sample), k)
-            tops.append(product(top.T.contiguous(), turn.T))
+            kept = product(top.T.contiguous(), turn.T).cpu()
+            # Half precision moves a share by 1e-5 of itself: what is kept of all layers is mostly this.
+            tops.append(kept if d <= EXACT else kept.half())
             shares.append(eigenvalues.cpu() / trace)
-        if not tops:
-            return None
-        # Half precision moves a share by 1e-5 of itself: what is kept of all layers is mostly this.
-        kept = torch.stack(tops).cpu()
-        return Resampled(kept if d <= EXACT else kept.half(), torch.stack(shares))
+        return Resampled(torch.stack(tops), torch.stack(shares)) if tops else None
 
 
 def _top_of(
@@ -188,6 +236,48 @@ def _top_of(
     factor = torch.linalg.cholesky(torch.eye(k, dtype=mu.dtype, device=mu.device) + (y.T @ y).double())
     inverse = torch.linalg.inv(factor).to(sample)
     return torch.cat([w, y]) @ inverse.T, mu + (y * image).sum(0).double()
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """The sum Σ a aᵀ of a group in half precision: its upper triangle in blocks of rows, and a scale.
+
+    Entries are over √(C_ii C_jj), so that none exceeds 1 and each is rounded by at most 2⁻¹¹ of itself. They
+    serve the bootstrap alone, whose Monte Carlo error is far larger. `scale` is √C_ii, in fp64.
+    """
+
+    scale: Float[Tensor, " d"]
+    blocks: tuple[Float[Tensor, "rows columns"], ...]
+
+    @classmethod
+    def of(cls, total: Float[Tensor, "d d"]) -> "Packed":
+        """Of a sum whose upper triangle alone is read."""
+        scale = total.diagonal().double().sqrt()
+        rows = range(0, len(total), PACKED_ROWS)
+        blocks = (
+            _packed(total[row : row + PACKED_ROWS, row:], scale[row : row + PACKED_ROWS], scale[row:])
+            for row in rows
+        )
+        return cls(scale, tuple(blocks))
+
+    def unpacked(self) -> Float[Tensor, "d d"]:
+        """The whole sum, in fp32."""
+        scale, row = self.scale.float(), 0
+        total = torch.empty(len(scale), len(scale), device=scale.device)
+        for block in self.blocks:
+            end = row + len(block)
+            total[row:end, row:] = block.float() * scale[row:end, None] * scale[row:]
+            row = end
+        mirror(total)
+        return total
+
+
+def _packed(
+    part: Float[Tensor, "n m"], rows: Float[Tensor, " n"], columns: Float[Tensor, " m"]
+) -> Float[Tensor, "n m"]:
+    """Entries over the scales of their row and column, in fp16; 0 where a scale is."""
+    rows, columns = (scale.to(part).clamp(min=torch.finfo(torch.float32).tiny) for scale in (rows, columns))
+    return (part / rows[:, None] / columns).half()
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,21 +340,31 @@ class Resampled:
 
     def explained(self, gram: Float[Tensor, "d d"]) -> Float[Tensor, "resample k"]:
         """Share of the trace of a Gram matrix inside the first 1, 2, ... k directions of each sample."""
-        rows = self.tops.flatten(0, 1).float()
-        inside = (product(rows, gram.to(rows)) * rows).sum(1).view(self.shares.shape)
+        gram = gram.to(torch.float32)
+        size = self.tops[0].numel() * gram.itemsize
+        inside = []
+        for tops in self.tops.split(max(1, int(EXPLAINED // size))):
+            rows = tops.flatten(0, 1).float()
+            inside.append((product(rows, gram) * rows).sum(1))
+        inside = torch.cat(inside).view(self.shares.shape)
         return inside.double().cumsum(1) / float(gram.diagonal().double().sum())
 
 
 class Accumulator:
     """Sums a aᵀ and a over groups of prompts, as rows `a` come in; `add` mutates it.
 
-    With a subspace, a aᵀ is summed over all groups, and by group what lies inside the subspace.
+    With a subspace, a aᵀ is summed over all groups, and by group what lies inside the subspace. With `packs`
+    the groups, which must come in their order, are packed one by one, and summed over each half of them.
     """
 
-    def __init__(self, groups: int, dtype: torch.dtype, space: Subspace | None = None) -> None:
+    def __init__(
+        self, groups: int, dtype: torch.dtype, space: Subspace | None = None, packs: bool = False
+    ) -> None:
         self.groups = groups
         self.dtype = dtype
         self.space = space
+        self.packs = packs
+        self.packed: list[Packed] = []
         self.sums: Tensor | None = None
         self.firsts: Tensor | None = None
         self.within: Within | None = None
@@ -274,7 +374,7 @@ class Accumulator:
         a = a.to(self.dtype)
         d = a.shape[1]
         if self.sums is None or self.firsts is None:
-            sums = self.groups if self.space is None else 1
+            sums = 3 if self.packs else self.groups if self.space is None else 1
             self.sums = torch.zeros(sums, d, d, dtype=self.dtype, device=a.device)
             self.firsts = torch.zeros(self.groups, d, dtype=self.dtype, device=a.device)
             if self.space is not None:
@@ -282,7 +382,9 @@ class Accumulator:
                     self.groups, self.space.basis.shape[1], dtype=torch.float64, device=a.device
                 )
                 self.within = Within(inside, torch.zeros_like(inside[:, 0]))
-        add_gram(self.sums[group if self.space is None else 0], a.T)
+        if self.packs:
+            self._pack_up_to(group)
+        add_gram(self.sums[-1 if self.packs else 0 if self.space is not None else group], a.T)
         self.firsts[group] += a.sum(0)
         if self.space is not None and self.within is not None:
             along = product(a, self.space.basis.T.to(a).contiguous())
@@ -292,9 +394,22 @@ class Accumulator:
     def moment(self, counts: Float[Tensor, " group"], centred: bool) -> Moment:
         """The moment of all that was added; the sums are handed over."""
         assert self.sums is not None and self.firsts is not None, "nothing was added"
+        if self.packs:
+            self._pack_up_to(self.groups)
+            self.sums = self.sums[:2].clone()  # without the room of the last group
         for total in self.sums:
             mirror(total)
-        return Moment(self.sums, self.firsts, counts, centred, self.within)
+        packed = tuple(self.packed) if self.packs else None
+        return Moment(self.sums, self.firsts, counts, centred, self.within, packed)
+
+    def _pack_up_to(self, group: int) -> None:
+        """Close the groups in front of this one: the last of `sums` is that of the open group."""
+        assert self.sums is not None and group >= len(self.packed), "groups come in their order"
+        while len(self.packed) < group:
+            half = int(len(self.packed) >= self.groups // 2)
+            self.packed.append(Packed.of(self.sums[-1]))
+            self.sums[half] += self.sums[-1]
+            self.sums[-1].zero_()
 
 
 class Routed:
@@ -424,7 +539,8 @@ def activation_moments(
         ValueError: if an activation is not finite.
     """
     budget = float("inf") if budget_gb is None else budget_gb * GIB
-    if model.size > budget / 2:
+    fetches = is_remote(params)
+    if fetches or model.size > budget / 2:
         model, weights = model.streaming(params), {}
     else:
         weights = model.hold(params)
@@ -435,16 +551,25 @@ def activation_moments(
     for site in sites:
         places.setdefault(replace(site, expert=None), []).append(site)
 
-    def size(place: Site) -> int:
+    packed = packs(d, groups, dtype.itemsize)
+
+    def size(place: Site) -> float:
         kept = places[place][0].expert is not None
-        return 4 * d * tokens if kept else d**2 * dtype.itemsize * groups
+        return 4.0 * d * tokens if kept else groups_size(d, groups, dtype.itemsize)
 
     states = 4 * d * sum(batch.input_ids.numel() for batch in batches)  # bytes
-    walk = Walk.through(model.network, list(places)) if states <= budget / 4 else None
+    walk = Walk.through(model.network, list(places)) if fetches or states <= budget / 4 else None
+    if walk is not None and states > budget / 4:
+        log.warning(
+            "budget_gb=%g: the hidden states of the held-out text take %.3g GiB, more than a quarter, and are"
+            " kept all the same, as weights at a URL would otherwise be fetched once for each layer; give"
+            " fewer tokens or ++model.cache=true",
+            *(budget_gb, states / GIB),
+        )
     limit = budget / 2 if walk is None else min(budget / 4, SUMS)
     together = list(passes(list(places), size, limit))
     for part, next_parts in zip(together, [*together[1:], []], strict=True):
-        sums = {place: Accumulator(groups, dtype) for place in part if place in places[place]}
+        sums = {place: Accumulator(groups, dtype, packs=packed) for place in part if place in places[place]}
         kept = {place: Routed(len(places[place]), groups, dtype) for place in part if place not in sums}
         following = next_parts[0] if next_parts else None
         counts = _one_pass(model, weights, batches, sums, kept, sequences, groups, unit, walk, following)
@@ -456,7 +581,9 @@ def activation_moments(
                     moment = kept[place].moment(site.expert, centre)
                 if moment is not None:
                     check_finite(moment.sums, f"the {site.name} of layer {site.layer}")
-                    yield site, moment
+                    handed_over = [(site, moment)]
+                    del moment  # which is large: only the caller keeps it
+                    yield handed_over.pop()
             kept.pop(place, None)
 
 

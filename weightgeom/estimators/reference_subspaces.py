@@ -1,7 +1,7 @@
 """Subspaces that updates are compared with: of the model's inputs, of its predictions, and random."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -14,7 +14,7 @@ from weightgeom.estimators.moments import Moment, Resampled, Settled, Unit, acti
 from weightgeom.geometry.bootstrap import FEW_TOKENS
 from weightgeom.geometry.subspace import Subspace, prediction_moment
 from weightgeom.interfaces import Setting
-from weightgeom.models.residual import ResidualMatrix, expert_sites
+from weightgeom.models.residual import Architecture, ResidualMatrix, expert_sites
 from weightgeom.params import Params
 from weightgeom.text.conversation import chats
 from weightgeom.text.tokens import Batch, packed
@@ -25,6 +25,7 @@ BATCH_TOKENS = {True: 2048, False: 16_384}  # on a CPU: more of them leave its c
 Place = tuple[str, int | None] | tuple[str, int, int]
 """The subspace's name and layer, and the expert whose tokens it is of."""
 FINAL: Place = ("final_input", None)
+PREDICTION: Place = ("prediction", None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +121,7 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
             continue
         if rank < k and site.expert is None:
             _warn_of_rank(rank, k, f"the {site.name.replace('_', ' ')} of layer {site.layer}")
-        yield Frame(
+        frame = Frame(
             place,
             space,
             moment.settled() if inputs.settled else moment,
@@ -128,6 +129,9 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
             tuple(_crossfit(moment, k)) if inputs.crossfit else (),
             rank,
         )
+        del moment  # which is large, and settled
+        yield frame
+        del frame
     few = sorted(
         (per, f"expert {place[-1]} of layer {place[1]}") for place, per in routed.items() if per < FEW_TOKENS
     )
@@ -211,7 +215,7 @@ def prediction_frame(
     architecture = setting.model.architecture
     gain = architecture.final_norm.gain(params)
     gram = prediction_moment(architecture.unembedding(params), gain, fold_gain=fold_gain, centre=centre)
-    return Frame(("prediction", None), Subspace.top(gram.cpu(), k))
+    return Frame(PREDICTION, Subspace.top(gram.cpu(), k))
 
 
 def random_frame(setting: Setting, k: int) -> Frame:
@@ -223,7 +227,7 @@ def random_frame(setting: Setting, k: int) -> Frame:
 def place_of(matrix: ResidualMatrix) -> Place:
     """Where the residual side of a matrix is compared: its own input, or the prediction subspace."""
     if matrix.role == "write":
-        return "prediction", None
+        return PREDICTION
     return matrix.site, matrix.layer
 
 
@@ -232,6 +236,27 @@ def routed_place_of(matrix: ResidualMatrix) -> Place:
     if matrix.role == "write" or matrix.expert is None:
         return place_of(matrix)
     return matrix.site, matrix.layer, matrix.expert
+
+
+def in_walk(
+    frames: Iterable[Frame], architecture: Architecture
+) -> Iterator[tuple[Frame, list[ResidualMatrix]]]:
+    """Every frame with the matrices that are compared with it, layer by layer.
+
+    The frame of the predictions must be the first. It comes again behind the last inputs of each layer, with
+    the matrices of that layer which write: by then a walk has read the layer's weights, and no others since.
+    """
+    last = {site.layer: (site.name, site.layer) for site in architecture.sites}
+    inputs = iter(frames)
+    prediction = next(inputs)
+    yield prediction, []
+    for frame in inputs:
+        yield frame, [matrix for matrix in architecture.matrices if routed_place_of(matrix) == frame.place]
+        layer = frame.place[1]
+        if last.get(layer) == frame.place:
+            written = (matrix for matrix in architecture.matrices if matrix.layer == layer)
+            yield prediction, [matrix for matrix in written if matrix.role == "write"]
+        del frame  # before the next sums are made
 
 
 def dimensions(k: int | list[int] | None, d: int) -> list[int]:

@@ -1,8 +1,11 @@
 """Remote safetensors files: the header read once, and tensors fetched by ranges of bytes when asked for."""
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from weightgeom.models.byte_ranges import RemoteFile, fetched
 
+LAYER = re.compile(r".*?\.\d+\.")  # the layer, in the name of a tensor
 LARGEST_HEADER = 100_000_000  # bytes, the limit of the format
 DTYPES = {
     "F64": torch.float64,
@@ -53,7 +57,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RemoteTensors(Mapping[str, Tensor]):
-    """The tensors of a remote safetensors file, each fetched whenever it is asked for, and not kept.
+    """The tensors of a remote safetensors file, each fetched when it is asked for; the last are kept a while.
 
     `get_tensor` and `get_slice` are those of a file on disk, for readers of either.
     """
@@ -63,7 +67,7 @@ class RemoteTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self.entries[name]
-        content = fetched(self.file, entry.start, entry.stop)
+        content = _recent.get((self.file, name), lambda: fetched(self.file, entry.start, entry.stop))
         return content.view(DTYPES[entry.dtype]).view(entry.shape)
 
     def __iter__(self) -> Iterator[str]:
@@ -84,6 +88,51 @@ class RemoteTensors(Mapping[str, Tensor]):
         return self.entries[name]
 
 
+@dataclass(eq=False)
+class Recent:
+    """The bytes of the remote tensors that were asked for last; mutated by `get` and `make_room`.
+
+    A walk asks for the weights of a layer once for each batch, and then for their updates. So a layer of the
+    start fits in, with a tensor or two of what it is compared with.
+    """
+
+    room: int = 2**28  # bytes; more where a layer has more
+    layers: Counter[tuple[str, str]] = field(default_factory=Counter)  # bytes, by directory and layer
+    kept: OrderedDict[tuple[RemoteFile, str], Tensor] = field(default_factory=OrderedDict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def get(self, key: tuple[RemoteFile, str], fetch: Callable[[], Tensor]) -> Tensor:
+        """The bytes of a tensor, which must not be written to; fetched if they are not kept."""
+        with self.lock:
+            if key in self.kept:
+                self.kept.move_to_end(key)
+                return self.kept[key]
+        content = fetch()
+        with self.lock:
+            self.kept[key] = content
+            held = sum(tensor.nbytes for tensor in self.kept.values())
+            while held > self.room:
+                _, dropped = self.kept.popitem(last=False)
+                held -= dropped.nbytes
+        return content
+
+    def make_room(self, file: RemoteFile, entries: Mapping[str, Entry]) -> None:
+        """Enlarge it to 5/4 (ours) of the largest layer among those of the files known so far."""
+        directory = file.url.rpartition("/")[0]
+        with self.lock:
+            for name, entry in entries.items():
+                if (match := LAYER.match(name)) is not None:
+                    layer = directory, match[0]
+                    self.layers[layer] += entry.stop - entry.start
+                    self.room = max(self.room, self.layers[layer] * 5 // 4)
+
+    def forget(self) -> None:
+        """Drop all of them."""
+        with self.lock:
+            self.kept.clear()
+
+
+_recent = Recent()
 _stand_ins: dict[str, RemoteFile] = {}
 
 
@@ -106,6 +155,7 @@ def forget(directory: Path) -> None:
     """Let no path in a directory stand for a remote file any more; mutates the memory of this process."""
     for path in [path for path in _stand_ins if Path(path).is_relative_to(directory)]:
         del _stand_ins[path]
+    _recent.forget()
 
 
 @cache  # a header is read once in a process
@@ -140,6 +190,7 @@ def remote_tensors(file: RemoteFile) -> "RemoteTensors":
         place = entry.stop
     if place != file.size:
         _refuse_content(file, f"its header describes {place} bytes and the server has {file.size}")
+    _recent.make_room(file, entries)
     return RemoteTensors(file, entries)
 
 

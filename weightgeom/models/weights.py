@@ -303,6 +303,14 @@ def difference(after: Params, before: Params, architecture: Architecture | None 
     return Difference(after, before)
 
 
+def is_remote(params: Params) -> bool:
+    """Whether these are the weights of a checkpoint at a URL, each fetched when it is asked for."""
+    stored = params.stored if isinstance(params, Dequantised) else params
+    if not isinstance(stored, Stored):
+        return False
+    return any(remote_file(path) is not None for path in {path for path, _ in stored.entries.values()})
+
+
 def shape_of(params: Params, name: str) -> tuple[int, ...] | None:
     """The shape of a parameter, of weights on disk from their headers alone; None where there is none."""
     if name not in params:

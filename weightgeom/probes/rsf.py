@@ -18,17 +18,18 @@ from weightgeom.estimators.moments import GIB, SUMS, Moment, Settled
 from weightgeom.estimators.pathways import Pathways
 from weightgeom.estimators.products import check_products, product_places, product_rows
 from weightgeom.estimators.reference_subspaces import (
+    PREDICTION,
     Frame,
     Inputs,
     Place,
     check_dimensions,
     dimensions,
+    in_walk,
     input_frames,
     most_tokens,
     place_of,
     prediction_frame,
     random_frame,
-    routed_place_of,
 )
 from weightgeom.estimators.updates import Update, head_updates, update_of, warn_of_rounding
 from weightgeom.geometry.bootstrap import bootstrap_interval, widening
@@ -263,21 +264,19 @@ class RSF:
             places: dict[Place, Frame] = {}
             pathways = Pathways(dimensions(self.k, d), d, setting.seed)
             written = self._prediction(setting, previous) if setting.from_random else None
-            for frame in frames(params):
+            for frame, here in in_walk(frames(params), architecture):
                 if frame.place in wanted:
                     places[frame.place] = Frame(frame.place, frame.space, rank=frame.rank)
-                for matrix in matrices:
-                    if routed_place_of(matrix) == frame.place:
-                        made = self._rows(
-                            matrix, params, setting, frame, chance, upstream.get(matrix.name), pathways
-                        )
-                        rows[matrix.name] = list(made)
-                        if self.increments:
-                            rows[matrix.name] += self._increment(
-                                matrix, params, previous, frame, setting.seed
-                            )
-                        if written is not None and matrix.role == "write":
-                            rows[matrix.name] += self._forward(matrix, params, previous, written)
+                for matrix in here:
+                    made = self._rows(
+                        matrix, params, setting, frame, chance, upstream.get(matrix.name), pathways
+                    )
+                    rows[matrix.name] = list(made)
+                    if self.increments:
+                        rows[matrix.name] += self._increment(matrix, params, previous, frame, setting.seed)
+                    if written is not None and matrix.role == "write":
+                        rows[matrix.name] += self._forward(matrix, params, previous, written)
+                del frame  # before the next sums are made
             for matrix in matrices:
                 if matrix.name not in rows:  # an expert without tokens
                     rows[matrix.name] = list(_size(matrix, self._update(matrix, params, setting)))
@@ -318,9 +317,8 @@ class RSF:
             final=unembedding_moves(setting),
             settled=settled,  # the level of an adapter needs the groups
         )
-        k = self._largest(setting)
-        yield from input_frames(setting, params, k, inputs)
         yield self._prediction(setting, params)
+        yield from input_frames(setting, params, self._largest(setting), inputs)
 
     def _upstream(
         self, setting: Setting, params: Params | None, spaces: Mapping[Place, Subspace]
@@ -342,24 +340,24 @@ class RSF:
         )
         writes = [matrix for matrix in setting.model.architecture.matrices if matrix.role == "write"]
         gains = {matrix.name: matrix.gain(setting.start) for matrix in writes if self.fold_post_norm}
-        prediction = None if params is None else self._prediction(setting, params).space
+        if params is not None:
+            spaces = {**spaces, PREDICTION: self._prediction(setting, params).space}
         passes = gradient_moments(
             *(setting.model, setting.start, setting.objective, setting.training, setting.examples),
-            *(gathering, setting.seed, prediction),
+            *(gathering, setting.seed, spaces),
             {name: gain for name, gain in gains.items() if gain is not None},
         )
         moments: dict[str, Settled | Moment] = {}
         for one_pass in passes:
             inputs: dict[Place, Settled | Moment] = {}
             for site, moment in one_pass.inputs.items():
-                space = spaces.get((site.name, site.layer))
-                inputs[site.name, site.layer] = moment if space is None else moment.settled(space)
+                inputs[site.name, site.layer] = moment if moment.within is None else moment.settled()
             for matrix in setting.model.architecture.matrices:
                 if place_of(matrix) in inputs:
                     moments[matrix.name] = inputs[place_of(matrix)]
                 elif matrix.name in one_pass.upstream:
                     moment = one_pass.upstream[matrix.name]
-                    moments[matrix.name] = moment if prediction is None else moment.settled()
+                    moments[matrix.name] = moment if moment.within is None else moment.settled()
             del one_pass, inputs  # before the sums of the next one are made
         return moments
 
