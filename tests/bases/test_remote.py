@@ -164,28 +164,28 @@ from weightgeom.models import remote
 from weightgeom.probes.rsf import RSF
 
 moments.SUMS = 1.0  # a site at a time, as of wide models
-place, fetched, real = Path(sys.argv[1]), Counter(), remote._recent.get
+place, fetched, real = Path(sys.argv[1]), Counter(), remote.Recent.get
 
-def get(key, fetch):
+def get(self, key, fetch):
     def counted():
         file, name = key
         fetched[file.url, name] += 1
         return fetch()
-    return real(key, counted)
+    return real(self, key, counted)
 
-remote._recent.get, remote._recent.room = get, 0
+remote.Recent.get, remote.SMALL = get, 0
 with ranges.served(place) as files:
     pair = f"{files.url}/before", f"{files.url}/after"
     wg.measure(*pair, texts=TEXTS, probes=[RSF(k=4, tokens=512)], device="cpu")
-    held = sum(content.nbytes for content in remote._recent.kept.values())
-    print(json.dumps([list(fetched.items()), held, remote._recent.room]))
+    recent = [remote._recent[place] for place in pair]
+    print(json.dumps([list(fetched.items()), [each.room for each in recent], len(recent[1].kept)]))
 """
 
 
 def test_a_walk_keeps_no_more_than_a_layer_and_fetches_each_of_its_tensors_once(tmp_path: Path) -> None:
     for seed, name in enumerate(("before", "after")):
         saved(llama(seed, layers=6), tmp_path / name)
-    fetched, held, room = without_checks_of_types(WALKING, tmp_path)
+    fetched, rooms, kept_after = without_checks_of_types(WALKING, tmp_path)
     layers = {tuple(key): count for key, count in fetched if ".layers." in key[1]}
     assert len(layers) == 2 * 6 * 9
     again = {key for key, count in layers.items() if count > 1}
@@ -196,7 +196,7 @@ def test_a_walk_keeps_no_more_than_a_layer_and_fetches_each_of_its_tensors_once(
     layer = sum(
         weight.nbytes for name, weight in load_file(tmp_path / "after" / WEIGHTS).items() if ".0." in name
     )
-    assert held <= room == layer * 5 // 4
+    assert rooms == [layer * 5 // 4, 0] and kept_after == 1
 
 
 def test_nothing_but_small_files_is_written_and_they_are_removed(place: Path) -> None:

@@ -20,13 +20,16 @@ def test_moments_of_some_layers_at_a_time_are_those_of_one_pass(name, tokenizer,
     batches = packed(examples.heldout, tokenizer, length=24, limit=200, size=4)
     assert len(batches) > 1
     whole = found(model, params, batches)
-    passed = []
+    embedded, passed = [], []
     embedding = model.network.get_input_embeddings()
-    hook = embedding.register_forward_hook(lambda *_: passed.append(1))
+    hook = embedding.register_forward_hook(lambda *_: embedded.append(1))
+    body = model.network.base_model.register_forward_pre_hook(lambda *_: passed.append(1))
     monkeypatch.setattr(moments, "SUMS", 1.0)  # a site at a time
     walked = found(model, params, batches)
     hook.remove()
-    assert len(passed) == len(walked) * len(batches)
+    body.remove()
+    assert len(passed) == len(walked) * len(batches) and len(embedded) == len(batches)
+    assert model.network.get_input_embeddings() is embedding
     for (site, one), (same, other) in zip(whole, walked, strict=True):
         assert site == same
         assert_close(one.sums, other.sums, rtol=0, atol=0)

@@ -1,5 +1,7 @@
 """Private names of torch 2: oneDNN's product, parameters of a module, storages and operations."""
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def linear_pointwise(
@@ -28,6 +33,18 @@ def has_linear_pointwise() -> bool:
         return torch.equal(linear_pointwise(a, b, None), a @ b.T)
     except (RuntimeError, TypeError):
         return False
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, now and from now on: `mallopt` and `malloc_trim` of glibc.
+
+    By default tensors of up to 32 MiB are allocated on its heap, which it keeps for later ones; from the first
+    call on, up to 2 MiB. Nothing where there is another C library.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+        library.mallopt(M_MMAP_THRESHOLD, 2**21)
+        library.malloc_trim(0)
 
 
 def exchange_parameter(module: nn.Module, key: str, weight: Tensor) -> Tensor:

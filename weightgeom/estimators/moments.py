@@ -20,7 +20,7 @@ from weightgeom.geometry.subspace import Subspace, iterative_is_faster
 from weightgeom.models.experts import routed_rows
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import Site
-from weightgeom.models.weights import is_remote
+from weightgeom.models.weights import walked
 from weightgeom.params import Params
 from weightgeom.text.tokens import Batch
 
@@ -60,7 +60,7 @@ class Moment:
     counts: Float[Tensor, " group"]
     centred: bool = False
     within: "Within | None" = None
-    packed: "tuple[Packed, ...] | None" = None
+    packed: "list[Packed] | None" = None
 
     @property
     def groups(self) -> int:
@@ -183,20 +183,28 @@ class Moment:
         eigenvalues μ among the top 3k of the whole. Beyond these the directions have y = C w / (μ - λ) to
         first order, and μ grows by yᵀ C w (Löwdin's partitioning). So every group is turned into these
         coordinates once, and a sample costs (3k)³ and d² k of work instead of d³. Exact up to d = 256, and
-        where 4k reaches d; the choice of 3k is ours. None where there is a single group.
+        where 4k reaches d; the choice of 3k is ours. None where there is a single group. Packed groups, which
+        take much memory, are dropped one by one as they are turned.
         """
         d = self.sums.shape[1]
         m = 3 * k if d > EXACT and 4 * k < d else d
         values, vectors = (part.flip(-1) for part in self.eigen)
         turn = vectors.T.to(self.sums).contiguous()
-        turned = (product(turn, product(turn[:m], total)) for total in self.sums_of_groups)
-        scale = None
-        if self.packed is not None:
+        del vectors
+        traces, drawn = self.traces, bootstrap_times(self.drawable, resamples, seed)
+        scale, turned = None, []
+        if self.packed is None:
+            turned = torch.stack([product(turn, product(turn[:m], total)) for total in self.sums])
+        else:
             scale = (self.samples * values).clamp(min=1e-12 * self.samples * float(values[0])).sqrt()
-            turned = (_packed(part, scale, scale[:m]) for part in turned)
-        turned, traces = torch.stack(list(turned)), self.traces
-        tops, shares = [], []
-        for times in bootstrap_times(self.drawable, resamples, seed):
+            while self.packed:
+                total = self.packed.pop(0).unpacked()
+                turned.append(_packed(product(turn, product(turn[:m], total)), scale, scale[:m]))
+            del total
+        # Half precision moves a share by 1e-5 of itself: what is kept of all layers is mostly this.
+        tops = torch.empty(len(drawn), k, d, dtype=self.sums.dtype if d <= EXACT else torch.float16)
+        shares = []
+        for index, times in enumerate(drawn):
             total = float(times.double() @ self.counts.double())
             if scale is None:
                 sample = torch.einsum("g,gij->ij", times.to(turned), turned) / total
@@ -212,11 +220,9 @@ class Moment:
                 sample -= torch.outer(there, there[:m])
                 trace -= float(mean.square().sum())
             top, eigenvalues = _top_of(sample, values.to(sample), k)
-            kept = product(top.T.contiguous(), turn.T).cpu()
-            # Half precision moves a share by 1e-5 of itself: what is kept of all layers is mostly this.
-            tops.append(kept if d <= EXACT else kept.half())
+            tops[index] = product(top.T.contiguous(), turn.T)
             shares.append(eigenvalues.cpu() / trace)
-        return Resampled(torch.stack(tops), torch.stack(shares)) if tops else None
+        return Resampled(tops, torch.stack(shares)) if shares else None
 
 
 def _top_of(
@@ -399,7 +405,7 @@ class Accumulator:
             self.sums = self.sums[:2].clone()  # without the room of the last group
         for total in self.sums:
             mirror(total)
-        packed = tuple(self.packed) if self.packs else None
+        packed = self.packed if self.packs else None
         return Moment(self.sums, self.firsts, counts, centred, self.within, packed)
 
     def _pack_up_to(self, group: int) -> None:
@@ -539,7 +545,7 @@ def activation_moments(
         ValueError: if an activation is not finite.
     """
     budget = float("inf") if budget_gb is None else budget_gb * GIB
-    fetches = is_remote(params)
+    fetches = walked(params)
     if fetches or model.size > budget / 2:
         model, weights = model.streaming(params), {}
     else:

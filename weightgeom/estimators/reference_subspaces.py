@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from weightgeom.compat.torch_internals import release_memory
 from weightgeom.estimators.moments import Moment, Resampled, Settled, Unit, activation_moments
 from weightgeom.geometry.bootstrap import FEW_TOKENS
 from weightgeom.geometry.subspace import Subspace, prediction_moment
@@ -21,6 +22,7 @@ from weightgeom.text.tokens import Batch, packed
 
 log = logging.getLogger(__name__)
 PER_DIMENSION = 64  # tokens for each dimension of the residual stream that moments are estimated from
+WIDE = 1024  # from this width on, freed memory is given back between inputs
 BATCH_TOKENS = {True: 2048, False: 16_384}  # on a CPU: more of them leave its cache
 Place = tuple[str, int | None] | tuple[str, int, int]
 """The subspace's name and layer, and the expert whose tokens it is of."""
@@ -108,11 +110,14 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
     routed: dict[Place, float] = {}  # tokens per dimension of experts
     for site, moment in moments:
         d = moment.sums.shape[1]
+        if d >= WIDE:
+            release_memory()  # of the pass
         place = (site.name, site.layer) if site.expert is None else (site.name, site.layer, site.expert)
         if site.expert is not None:
             routed[place] = moment.per_dimension
         elif inputs.unit == "token":
             _warn_of_few(moment.samples, inputs.tokens, d)
+        crossfit = tuple(_crossfit(moment, k)) if inputs.crossfit and site.name != "final_input" else ()
         space = moment.top(k)
         shares = space.shares(moment.value.cpu().double())
         rank = int((shares > 1e-6 * shares.max()).sum())  # fp32 sums do not tell less from zero
@@ -121,15 +126,12 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
             continue
         if rank < k and site.expert is None:
             _warn_of_rank(rank, k, f"the {site.name.replace('_', ' ')} of layer {site.layer}")
-        frame = Frame(
-            place,
-            space,
-            moment.settled() if inputs.settled else moment,
-            moment.resampled_tops(k, inputs.resamples, setting.seed) if inputs.resamples else None,
-            tuple(_crossfit(moment, k)) if inputs.crossfit else (),
-            rank,
-        )
-        del moment  # which is large, and settled
+        resampled = moment.resampled_tops(k, inputs.resamples, setting.seed) if inputs.resamples else None
+        settled = moment.settled() if inputs.settled else moment
+        frame = Frame(place, space, settled, resampled, crossfit, rank)
+        del moment, settled, resampled  # a moment is large
+        if d >= WIDE:
+            release_memory()  # of the moment
         yield frame
         del frame
     few = sorted(
@@ -159,8 +161,8 @@ def _crossfit(moment: Moment, k: int) -> Iterator[tuple[Subspace, Float[Tensor, 
     if halves is None:
         return
     for half, other in (halves, halves[::-1]):
-        space, value = Subspace.top(half.value.cpu(), k), other.value.cpu().double()
-        yield space, space.shares(value)
+        space = Subspace.top(half.value.cpu(), k)
+        yield space, space.shares(other.value.cpu())
 
 
 @cache

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from weightgeom.models.residual import Site
@@ -19,8 +20,8 @@ LAYER = re.compile(r"(.*?)\.(\d+)\.")  # where the layers are, and which of them
 class Walk:
     """A walk through the layers of a network, with the hidden states of all batches in front of one."""
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self.layers = layers
+    def __init__(self, network: "PreTrainedModel", layers: Sequence[nn.Module]) -> None:
+        self.network, self.layers = network, layers
         self._states: deque[Tensor] = deque()  # by batch
         self._others: dict[int, tuple[Any, ...] | None] = {}  # what a layer returns beside hidden states
 
@@ -37,7 +38,7 @@ class Walk:
         if not one_list or places != sorted(places):
             return None
         layers = network.get_submodule(places[0][0])
-        return cls(list(layers)) if isinstance(layers, nn.ModuleList) else None
+        return cls(network, list(layers)) if isinstance(layers, nn.ModuleList) else None
 
     @contextmanager
     def part(self, first: Site, following: Site | None, arrived: Callable[[Site], None]) -> Iterator[None]:
@@ -59,6 +60,7 @@ class Walk:
 
         with ExitStack() as stack:
             if self._states:
+                stack.enter_context(_without_embedding(self.network))
                 for index in range(start):
                     stack.enter_context(_left_out(self.layers[index], self._others[index]))
                 hook = self.layers[start].register_forward_pre_hook(give, with_kwargs=True)
@@ -87,6 +89,31 @@ def layer_of(site: Site) -> int:
 
 def _hidden(args: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     return args[0] if args else named["hidden_states"]
+
+
+@contextmanager
+def _without_embedding(network: "PreTrainedModel") -> Iterator[None]:
+    """Within it, the embedding gives zeros, and its weight is not read."""
+    embedding = network.get_input_embeddings()
+    name = next(name for name, module in network.named_modules() if module is embedding)
+    network.set_submodule(name, _Zeros(embedding.weight))
+    try:
+        yield
+    finally:
+        network.set_submodule(name, embedding)
+
+
+class _Zeros(nn.Module):
+    """Stands for an embedding whose output is replaced."""
+
+    weight: Tensor
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", like.new_zeros(()).expand(like.shape), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.zeros(*ids.shape, self.weight.shape[1], dtype=self.weight.dtype, device=ids.device)
 
 
 @contextmanager

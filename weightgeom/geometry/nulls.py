@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, islice
-from math import sqrt
+from math import hypot, sqrt
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from weightgeom.geometry.gram import EXACT, product
-from weightgeom.geometry.subspace import Subspace
+from weightgeom.geometry.subspace import Subspace, eigenpairs
 
 CERTAIN = -25.0  # logarithm of a probability that no sample shows
 
@@ -268,7 +268,7 @@ def moment_eigen(
             f"the trace of a second moment must be positive, got {float(moment.trace())}: at 0 every vector"
             " behind it is zero, as after an embedding or a norm of zeros; check the checkpoint's weights"
         )
-    values, vectors = torch.linalg.eigh(moment.double())
+    values, vectors = eigenpairs(moment)
     return values.clamp(min=0), vectors
 
 
@@ -308,29 +308,33 @@ def matched_null(
     Raises:
         ValueError: if the Gram matrix or the root is all zero.
     """
-    root = root.double()
-    values = root.square().sum(0)
     psi = left_concentration(gram, root)
-    inside = space.basis.T.to(root) @ root
+    values = root.double().square().sum(0)
+    inside = space.basis.T.to(values) @ root.double()
     numerator = inside.T @ inside  # A in the eigenbasis of C, where C is diagonal
-    mean = float(numerator.trace() / values.sum())
-    spread = float((numerator - mean * values.diag()).norm() / values.sum())
+    del inside
+    diagonal = numerator.diag().clone()
+    mean = float(diagonal.sum() / values.sum())
+    off_diagonal = float(numerator.fill_diagonal_(0).norm())
+    spread = hypot(off_diagonal, float((diagonal - mean * values).norm())) / float(values.sum())
     sd = sqrt(2 * psi) * spread if spread > 1e-12 else 0.0  # smaller values are rounding errors
-
-    off_diagonal = numerator - numerator.diag().diag()
     # Read side: the columns of U are eigenvectors of C, so A and C commute.
-    commuting = float(off_diagonal.norm()) < 1e-7 * float(values.sum())  # the root may be fp32
+    commuting = off_diagonal < 1e-7 * float(values.sum())  # the root may be fp32
+    if commuting:
+        numerator = diagonal.new_zeros(0, 0)
+    else:
+        numerator.diagonal().copy_(diagonal)
 
     def tail(fractions: Sequence[float]) -> list[tuple[float, float | None]]:
         asked = torch.tensor(fractions, dtype=values.dtype, device=values.device)
         low, high = min(fractions), max(fractions)
         nearest = low if low > mean else high
         if low > mean or high < mean:
-            form = numerator.diag() - nearest * values if commuting else numerator - nearest * values.diag()
+            form = diagonal - nearest * values if commuting else numerator - nearest * values.diag()
             if _log_bound(form, 0.5 / psi) < CERTAIN:
                 return [_sampled_p_value(0 if low > mean else draws, draws)] * len(fractions)
         if commuting:
-            mu = numerator.diag()[:, None] - values[:, None] * asked
+            mu = diagonal[:, None] - values[:, None] * asked
         else:
             mu = _spectra(numerator, values, asked)
         q = np.random.default_rng(seed).standard_gamma(0.5 / psi, (draws, len(mu)))
@@ -414,16 +418,18 @@ def left_concentration(gram: Float[Tensor, "d d"], root: Float[Tensor, "d d"]) -
     """
     if not bool(gram.any()) or not bool(root.any()):
         raise ValueError("an all-zero matrix has no rows to compare with a second moment")
-    values = root.square().sum(0)
-    scaled = root / (values + values.sqrt().mean() ** 2)
+    values = root.double().square().sum(0)
+    weights = 1 / (values + values.sqrt().mean() ** 2)
     if len(root) > EXACT:  # in fp32: the sums of squares below are to six digits
-        scaled = scaled.float().contiguous()
-        gram = product(product(scaled.T.contiguous(), gram.to(scaled)), scaled.T).double()
+        scaled = (root.float() * weights.float()).contiguous()
+        gram = product(product(scaled.T.contiguous(), gram.to(scaled)), scaled.T)
     else:
-        gram = scaled.T @ gram.to(root) @ scaled
-    diagonal = gram.diag()
-    off_diagonal = gram - diagonal.diag()
+        scaled = root.double() * weights
+        gram = scaled.T @ gram.to(scaled) @ scaled
+    diagonal = gram.diag().double()
+    gram.fill_diagonal_(0)
+    off_diagonal = sum(float(rows.double().square().sum()) for rows in gram.split(EXACT))
     pairs = float(diagonal.sum() ** 2 - diagonal.square().sum())
     if pairs <= 1e-12 * float(diagonal.sum() ** 2):  # a single direction does not determine ψ
         return 1.0
-    return min(1.0, float(off_diagonal.square().sum()) / pairs)
+    return min(1.0, off_diagonal / pairs)

@@ -17,6 +17,7 @@ from torch import Tensor
 from weightgeom.models.byte_ranges import RemoteFile, fetched
 
 LAYER = re.compile(r".*?\.\d+\.")  # the layer, in the name of a tensor
+SMALL = 2**27  # bytes of a checkpoint that are kept in any case
 LARGEST_HEADER = 100_000_000  # bytes, the limit of the format
 DTYPES = {
     "F64": torch.float64,
@@ -57,7 +58,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RemoteTensors(Mapping[str, Tensor]):
-    """The tensors of a remote safetensors file, each fetched when it is asked for; the last are kept a while.
+    """The tensors of a remote safetensors file, each fetched when it is asked for (`Recent`).
 
     `get_tensor` and `get_slice` are those of a file on disk, for readers of either.
     """
@@ -67,7 +68,8 @@ class RemoteTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self.entries[name]
-        content = _recent.get((self.file, name), lambda: fetched(self.file, entry.start, entry.stop))
+        kept = recent(self.file)
+        content = kept.get((self.file, name), lambda: fetched(self.file, entry.start, entry.stop))
         return content.view(DTYPES[entry.dtype]).view(entry.shape)
 
     def __iter__(self) -> Iterator[str]:
@@ -90,16 +92,22 @@ class RemoteTensors(Mapping[str, Tensor]):
 
 @dataclass(eq=False)
 class Recent:
-    """The bytes of the remote tensors that were asked for last; mutated by `get` and `make_room`.
+    """The bytes of the tensors of a remote checkpoint that were asked for last; its methods mutate it.
 
-    A walk asks for the weights of a layer once for each batch, and then for their updates. So a layer of the
-    start fits in, with a tensor or two of what it is compared with.
+    Small checkpoints are kept whole, and of others the last tensor. A walk asks for the weights of a layer
+    once for each batch and then for their updates, so that of a `walked` checkpoint a layer is kept as well.
     """
 
-    room: int = 2**28  # bytes; more where a layer has more
-    layers: Counter[tuple[str, str]] = field(default_factory=Counter)  # bytes, by directory and layer
+    layers: Counter[str] = field(default_factory=Counter)  # bytes of each
+    walked: bool = False
     kept: OrderedDict[tuple[RemoteFile, str], Tensor] = field(default_factory=OrderedDict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def room(self) -> int:
+        """Bytes: a walk needs a tensor or two of the next layer beside those of a layer; 5/4 is ours."""
+        layer = max(self.layers.values(), default=0) * 5 // 4
+        return max(SMALL, layer if self.walked else 0)
 
     def get(self, key: tuple[RemoteFile, str], fetch: Callable[[], Tensor]) -> Tensor:
         """The bytes of a tensor, which must not be written to; fetched if they are not kept."""
@@ -111,20 +119,17 @@ class Recent:
         with self.lock:
             self.kept[key] = content
             held = sum(tensor.nbytes for tensor in self.kept.values())
-            while held > self.room:
+            while held > self.room and len(self.kept) > 1:
                 _, dropped = self.kept.popitem(last=False)
                 held -= dropped.nbytes
         return content
 
-    def make_room(self, file: RemoteFile, entries: Mapping[str, Entry]) -> None:
-        """Enlarge it to 5/4 (ours) of the largest layer among those of the files known so far."""
-        directory = file.url.rpartition("/")[0]
+    def enter(self, entries: Mapping[str, Entry]) -> None:
+        """Count the layers of another file of the checkpoint."""
         with self.lock:
             for name, entry in entries.items():
                 if (match := LAYER.match(name)) is not None:
-                    layer = directory, match[0]
-                    self.layers[layer] += entry.stop - entry.start
-                    self.room = max(self.room, self.layers[layer] * 5 // 4)
+                    self.layers[match[0]] += entry.stop - entry.start
 
     def forget(self) -> None:
         """Drop all of them."""
@@ -132,7 +137,14 @@ class Recent:
             self.kept.clear()
 
 
-_recent = Recent()
+_recent: dict[str, Recent] = {}  # by the URL of the checkpoint's directory
+
+
+def recent(file: RemoteFile) -> Recent:
+    """The tensors that are kept of the checkpoint that a file belongs to."""
+    return _recent.setdefault(file.url.rpartition("/")[0], Recent())
+
+
 _stand_ins: dict[str, RemoteFile] = {}
 
 
@@ -155,7 +167,8 @@ def forget(directory: Path) -> None:
     """Let no path in a directory stand for a remote file any more; mutates the memory of this process."""
     for path in [path for path in _stand_ins if Path(path).is_relative_to(directory)]:
         del _stand_ins[path]
-    _recent.forget()
+    for tensors in _recent.values():
+        tensors.forget()
 
 
 @cache  # a header is read once in a process
@@ -190,7 +203,7 @@ def remote_tensors(file: RemoteFile) -> "RemoteTensors":
         place = entry.stop
     if place != file.size:
         _refuse_content(file, f"its header describes {place} bytes and the server has {file.size}")
-    _recent.make_room(file, entries)
+    recent(file).enter(entries)
     return RemoteTensors(file, entries)
 
 

@@ -16,7 +16,7 @@ from weightgeom.models.codes import fp8_spacing, fp8_values, mxfp4_spacing, mxfp
 from weightgeom.models.experts import Part, parts_of
 from weightgeom.models.json_files import is_lfs_pointer, json_object
 from weightgeom.models.quantisation import Codes, check_not_quantised, codes_among, is_of_activations
-from weightgeom.models.remote import RemoteTensors, remote_file, remote_tensors
+from weightgeom.models.remote import RemoteTensors, recent, remote_file, remote_tensors
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
 
@@ -303,12 +303,14 @@ def difference(after: Params, before: Params, architecture: Architecture | None 
     return Difference(after, before)
 
 
-def is_remote(params: Params) -> bool:
-    """Whether these are the weights of a checkpoint at a URL, each fetched when it is asked for."""
+def walked(params: Params) -> bool:
+    """Whether these are the weights of a checkpoint at a URL, of which a layer is kept from now on."""
     stored = params.stored if isinstance(params, Dequantised) else params
-    if not isinstance(stored, Stored):
-        return False
-    return any(remote_file(path) is not None for path in {path for path, _ in stored.entries.values()})
+    paths = {path for path, _ in stored.entries.values()} if isinstance(stored, Stored) else set()
+    files = [file for file in map(remote_file, paths) if file is not None]
+    for file in files:
+        recent(file).walked = True
+    return bool(files)
 
 
 def shape_of(params: Params, name: str) -> tuple[int, ...] | None:

@@ -235,8 +235,10 @@ class RSF:
         def frames(params: Params) -> Iterable[Frame]:
             whose = {"start": setting.start, "step": params, "end": setting.end}[at]
             settled = not isinstance(params, Adapted) and not isinstance(setting.end, Adapted)
-            # A budget is kept by holding one pass at a time, and so are the frames of many experts.
-            if at == "step" or self.budget_gb is not None or setting.model.architecture.stacks:
+            # A budget is kept by holding one pass at a time, and so are the frames of many experts; nor are
+            # those of two checkpoints asked for twice, unless moments of trained inputs are.
+            once = len(setting.checkpoints) <= 2 and setting.objective is None
+            if at == "step" or once or self.budget_gb is not None or architecture.stacks:
                 return self._frames(setting, whose, settled)
             if settled not in kept:
                 kept.clear()
