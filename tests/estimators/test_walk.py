@@ -23,7 +23,7 @@ def test_moments_of_some_layers_at_a_time_are_those_of_one_pass(name, tokenizer,
     embedded, passed = [], []
     embedding = model.network.get_input_embeddings()
     hook = embedding.register_forward_hook(lambda *_: embedded.append(1))
-    body = model.network.base_model.register_forward_pre_hook(lambda *_: passed.append(1))
+    body = model.network.register_forward_pre_hook(lambda *_: passed.append(1))
     monkeypatch.setattr(moments, "SUMS", 1.0)  # a site at a time
     walked = found(model, params, batches)
     hook.remove()

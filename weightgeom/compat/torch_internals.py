@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
-
 M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
@@ -38,8 +37,8 @@ def has_linear_pointwise() -> bool:
 def release_memory() -> None:
     """Give freed memory back to the system, now and from now on: `mallopt` and `malloc_trim` of glibc.
 
-    By default tensors of up to 32 MiB are allocated on its heap, which it keeps for later ones; from the first
-    call on, up to 2 MiB. Nothing where there is another C library.
+    By default tensors of up to 32 MiB are allocated on its heap, which it keeps for later ones; from the
+    first call on, up to 2 MiB. Nothing where there is another C library.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from weightgeom.estimators.reference_subspaces import Frame, Place
+from weightgeom.geometry.gram import EXACT
 from weightgeom.geometry.joint_null import Sketch, Sketches, Spread
 from weightgeom.geometry.nulls import Null, rotation_null, spectrum_shares
 from weightgeom.models.residual import ResidualMatrix
@@ -18,8 +20,8 @@ Group = tuple[str, str]
 class Pathways:
     """Collects the updates of a checkpoint, one after the other.
 
-    Of writes it keeps a d x d matrix for each kind and one for all, as one subspace serves them, which makes
-    their null exact. Of reads it keeps sketches. `gram` is of the update on the residual stream's side.
+    Of writes it keeps a d x d matrix for each kind (fp32 above d = 256), as one subspace serves them, which
+    makes their null exact. Of reads it keeps sketches. `gram` is of the update on the residual stream's side.
     """
 
     def __init__(self, dimensions: Sequence[int], d: int, seed: int) -> None:
@@ -28,7 +30,7 @@ class Pathways:
         self._grams: dict[Group, list[Sketch]] = {}
         self._places: dict[Group, list[Place]] = {}
         self._spaces: dict[tuple[Place, int], Sketch] = {}
-        self._sums: dict[Group, Float[Tensor, "d d"]] = {}
+        self._sums: dict[str, Float[Tensor, "d d"]] = {}  # by the kind of matrix
 
     def add(self, matrix: ResidualMatrix, gram: Float[Tensor, "d d"], frame: Frame) -> None:
         """Take the update of a matrix, which is not zero, by its Gram matrix."""
@@ -36,9 +38,11 @@ class Pathways:
         for group in groups:
             self._places.setdefault(group, []).append(frame.place)
         if matrix.role == "write":
-            share = gram.double() / gram.diagonal().double().sum()
-            for group in groups:
-                self._sums[group] = self._sums[group].add_(share) if group in self._sums else share.clone()
+            share = gram.to(torch.float64 if self.d <= EXACT else torch.float32)
+            share = share / gram.diagonal().double().sum().to(share)
+            self._sums[matrix.kind] = (
+                self._sums[matrix.kind].add_(share) if matrix.kind in self._sums else share
+            )
             return
         sketch = self._sketches.of_gram(gram)
         for group in groups:
@@ -60,7 +64,7 @@ class Pathways:
         for group, places in self._places.items():
             role, kind = group
             subspaces = {place[0] for place in places}
-            spectrum = spectrum_shares(self._sums[group]) if role == "write" else None
+            spectrum = self._written(kind) if role == "write" else None
             for k in self.dimensions:
                 mean = sum(values[group, k]) / len(places)
                 at = {"layer": None, "matrix": kind, "expert": None, "role": role, "k": k, "n": len(places)}
@@ -75,6 +79,16 @@ class Pathways:
                     spread = Spread.of(self._grams[group], spaces, self._sketches, k)
                 yield row("ratio_mean_null_sd", spread.sd, stderr=spread.stderr, **at)
                 yield from _against(mean, spread, null, k / self.d, at)
+
+    def _written(self, kind: str) -> Float[Tensor, " d"]:
+        """The spectrum of the sum over all writes, or over those of a kind."""
+        if kind:
+            return spectrum_shares(self._sums[kind])
+        first, *others = self._sums.values()
+        total = first.clone()
+        for gram in others:
+            total += gram
+        return spectrum_shares(total)
 
 
 def _against(mean: float, spread: Spread, null: Null | None, share: float, at: Row) -> Iterator[Row]:
