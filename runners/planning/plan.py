@@ -246,13 +246,17 @@ class _Job:
                 seconds += 2 * stored / self.machine.write_speed
             work = f"{count} checkpoints" if count > 1 else "1 checkpoint"
             has_objective = objective is not None
-            yield key + self.seed, self._stage(name + suffix, work, seconds, probe, has_objective)
+            stage = self._stage(name + suffix, work, seconds, probe, has_objective, max(1, count - 1))
+            yield key + self.seed, stage
 
-    def _stage(self, name: str, work: str, seconds: float, thing: Any, objective: bool) -> PlannedStage:
+    def _stage(
+        self, name: str, work: str, seconds: float, thing: Any, objective: bool, compared: int = 1
+    ) -> PlannedStage:
         """The stage of a probe or intervention `thing`, with its memory and, if it does not fit, a remedy."""
 
         def memory(thing: Any) -> float:
-            return self.machine.baseline + peak_memory(thing, self._shape(), objective)
+            shape = replace(self._shape(), compared=compared)
+            return self.machine.baseline + peak_memory(thing, shape, objective)
 
         remedy = None
         if not self._fits(memory(thing)):

@@ -60,6 +60,7 @@ class Shape:
     longest: int  # approximate tokens of the longest held-out sequence
     mixture: bool = False  # layers have experts
     adapted: bool = False  # LoRA adapters are trained
+    compared: int = 1  # checkpoints that a stage compares with the start
 
     @property
     def weights(self) -> float:

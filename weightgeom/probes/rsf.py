@@ -14,7 +14,7 @@ from weightgeom.bases.outline import Shape
 from weightgeom.declarations import ASYMMETRY, ProbeDeclaration
 from weightgeom.estimators.embeddings import embeddings_moved, other_rows, places_needed, unembedding_moves
 from weightgeom.estimators.gradients import Gathering, gradient_moments
-from weightgeom.estimators.moments import GIB, SUMS, Moment, Settled
+from weightgeom.estimators.moments import GIB, SUMS, Moment, Settled, groups_size, packs
 from weightgeom.estimators.pathways import Pathways
 from weightgeom.estimators.products import check_products, product_places, product_rows
 from weightgeom.estimators.reference_subspaces import (
@@ -165,22 +165,23 @@ class RSF:
         """
         groups = self.groups if self.resamples else 1
         d, k = shape.d_model, dimensions(self.k, shape.d_model)[-1]
-        moment = shape.square * groups
+        moment = groups_size(d, groups)
         single = 1 if d > EXACT else 2  # roots in fp32 or fp64, bases of the bootstrap in fp16 or fp32
         budget = float("inf") if self.budget_gb is None else self.budget_gb * GIB
         gradients = objective and self.prompts > 0
         writes = shape.layers * (1 if shape.parallel else 2)
         batch = shape.passing(2 * BATCH_PROMPTS * shape.longest)
-        roots, inputs = single * shape.square * writes, 2 * shape.layers * moment
-        batch_sums = min(shape.square * writes + inputs, max(budget, moment))
         whole_inputs = shape.adapted or self.at == "step"
+        of_groups = shape.square * groups if whole_inputs else shape.square
+        roots, inputs = single * shape.square * writes, 2 * shape.layers * of_groups
+        batch_sums = min(shape.square * writes + inputs, max(budget, of_groups))
         roots += inputs if whole_inputs else 2 * shape.layers * (single * shape.square + 8.0 * groups * k)
         gathered = shape.weights + batch + batch_sums + roots if gradients else 0.0
         upstream = roots if gradients else 0.0
         drawn = 2.0 * single * d * k * self.resamples
         frame = single * shape.square + 24.0 * d * k + drawn
         if shape.adapted:
-            frame += moment + 2 * shape.square
+            frame += shape.square * groups + 2 * shape.square
         bases = 8.0 * d * k * shape.layers if self.products else 0.0
         weights = shape.weights if shape.weights <= budget / 2 else shape.weights / shape.layers
         states = 4.0 * d * (self.tokens or most_tokens(d))
@@ -189,8 +190,10 @@ class RSF:
         whole = 2 * moment + (states if shape.mixture else 0.0)  # a layer's; experts are made of tokens
         least = max(moment, states) if shape.mixture else moment
         held = min(shape.layers * whole, max(limit, least)) + (states if walked else 0.0)
-        made = min(1.0, 3 * k / d) * moment + 8.0 * d * k * self.resamples + 12 * shape.square
-        all_kept = self.budget_gb is None and self.at != "step" and not shape.mixture
+        turned = min(1.0, 3 * k / d) * shape.square * groups / (2 if packs(d, groups) else 1)
+        made = turned + 10 * shape.square
+        twice = gradients or shape.compared > 1
+        all_kept = self.budget_gb is None and self.at != "step" and not shape.mixture and twice
         kept = 2 * shape.layers * frame if all_kept else frame
         return max(gathered, upstream + weights + held + kept + bases + made)
 
