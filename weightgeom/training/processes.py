@@ -183,9 +183,7 @@ def _places(make: Callable[..., Place], number: int, tasks: Tasks | None) -> Ite
         )
     for task in tasks.by_rank():
         share = max(1, threads // task.local_number) if task.threads is None else task.threads
-        yield make(
-            rank=task.rank, local_rank=task.local_rank, local_number=task.local_number, threads=share
-        )
+        yield make(rank=task.rank, local_rank=task.local_rank, local_number=task.local_number, threads=share)
 
 
 def _listen(workers: Sequence[Worker], log_metrics: Log, request: Request, patience: float | None) -> None:

@@ -17,6 +17,7 @@ from multiprocessing.connection import Client, Connection, Listener, wait
 from weightgeom.training.worker import Place, Worker, started
 
 LOCAL = "127.0.0.1"
+PARTING = 10.0  # seconds that a process may take to end by itself once it has finished
 PATIENCE = 300.0  # seconds for which the tasks of a job wait for each other at its start
 
 
@@ -157,6 +158,8 @@ def _follow(worker: Worker, first: Connection) -> None:
                 first.send(message)
         if worker.died:
             first.send(("died", worker.process.exitcode))
+        if worker.finished:
+            worker.process.join(PARTING)
     finally:
         worker.process.kill()
         worker.process.join()

@@ -13,13 +13,14 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from weightgeom.interruption import Request, no_request
+from weightgeom.interruption import no_request
 
 Message = tuple[Any, ...]  # its kind, and the content
 # They reach all processes of a terminal or of a job, but are the parent's to handle: workers block them.
@@ -91,6 +92,8 @@ def started(place: Place, work: bytes) -> Worker:
     process = context.Process(target=_live, args=(place, theirs, work), name=f"training-{place.rank}")
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
+        resource_tracker.ensure_running()  # once, which unblocks SIGINT and SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         process.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
