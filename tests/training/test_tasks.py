@@ -1,5 +1,7 @@
 """The tasks of a job: who comes in, who waits for whom, and who ends with whom."""
 
+import subprocess
+import sys
 import threading
 import time
 from multiprocessing import AuthenticationError
@@ -7,6 +9,7 @@ from multiprocessing.connection import Client
 
 import pytest
 import torch
+from app import ROOT, environment
 
 from weightgeom.interruption import no_request
 from weightgeom.training import tasks
@@ -56,3 +59,17 @@ def test_a_task_has_a_gpu_of_its_own_or_one_of_those_of_its_node(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         with pytest.raises(ValueError, match=r"4 tasks on a node take 4 GPUs.* set hydra.launcher.gpus_per"):
             check_gpus(8)
+
+
+def test_the_first_process_that_is_started_blocks_all_signals_that_are_its_parents_to_handle():
+    script = (
+        "from weightgeom.training.worker import SIGNALS, Place, started\n"
+        "worker = started(Place(0, 1, 0, 1, '127.0.0.1', 1, 'cpu', 1, 30, None), b'')\n"
+        "lines = open(f'/proc/{worker.process.pid}/status').read().splitlines()\n"
+        "(mask,) = [int(line.split()[1], 16) for line in lines if line.startswith('SigBlk')]\n"
+        "worker.process.kill()\n"
+        "print([signal.name for signal in SIGNALS if not mask >> signal - 1 & 1])\n"
+    )
+    variables = environment({"PYTHONPATH": str(ROOT)})
+    ended = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True)
+    assert ended.stdout == "[]\n", ended.stdout + ended.stderr
