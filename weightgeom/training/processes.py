@@ -182,7 +182,8 @@ def _places(make: Callable[..., Place], number: int, tasks: Tasks | None) -> Ite
             f" tasks: set its processes={tasks.own.number}, or hydra.launcher.tasks_per_node and nodes"
         )
     for task in tasks.by_rank():
-        share = max(1, threads // task.local_number) if task.threads is None else task.threads
+        part = max(1, threads // task.local_number)
+        share = part if task.threads is None else min(threads, task.threads)
         yield make(rank=task.rank, local_rank=task.local_rank, local_number=task.local_number, threads=share)
 
 
