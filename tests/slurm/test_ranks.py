@@ -56,14 +56,14 @@ class Story:
 
     def tasks(self) -> dict[int, psutil.Process]:
         """The processes of the running job's tasks by rank."""
-        found = {}
+        by_rank = {}
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 variables = process.environ()
                 own = variables.get("SLURM_JOB_ID") == base(self.sweep)
                 if own and "runners.launcher.task" in process.cmdline():
-                    found[int(variables["SLURM_PROCID"])] = process
-        return found
+                    by_rank[int(variables["SLURM_PROCID"])] = process
+        return by_rank
 
     def command(self, *arguments: str) -> int:
         name, *more = arguments
@@ -141,8 +141,9 @@ def here(stories, homes) -> dict[str, Path]:
 
 
 def files(home: Path, pattern: str) -> dict[Path, Path]:
-    found = {path.relative_to(home): path for path in (home / "outputs").glob(pattern)}
-    return {place: path for place, path in found.items() if place.parts[1] != "jobs"}
+    """Files of the stages, by their place in a home."""
+    by_place = {path.relative_to(home): path for path in (home / "outputs").glob(pattern)}
+    return {place: path for place, path in by_place.items() if place.parts[1] != "jobs"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
