@@ -431,11 +431,14 @@ def check(config: DictConfig, here: bool, common: Collection[str]) -> dict[str, 
     return {**run, "modules": FOUND_RIGHT[plain], "path": own_places()}
 
 
-def plan(jobs: Sequence[tuple[DictConfig, str]], parallel: int = 1, memory: float | None = None) -> None:
+def plan(
+    jobs: Sequence[tuple[DictConfig, str]], parallel: int = 1, memory: float | None = None, nodes: int = 1
+) -> None:
     """Print the downloads, time, memory and disk of jobs, `parallel` of them at a time.
 
-    A job is its configuration and the name of its objective. `memory` is the bytes that each job has on
-    another machine; None stands for this one. Only a model's config is downloaded, and nothing is started.
+    A job is its configuration and the name of its objective. `memory` is the bytes that each job has on each
+    of its `nodes`, which are other machines; None stands for this one. Only a model's config is downloaded,
+    and nothing is started.
 
     Raises:
         ValueError: if the jobs do not fit, with the override that makes them fit.
@@ -450,6 +453,7 @@ def plan(jobs: Sequence[tuple[DictConfig, str]], parallel: int = 1, memory: floa
         )
     plain = [measured(checked(config), objective) for config, objective in jobs]
     made = [(parts(config), config) for config in plain]
-    planner = Planner(Path(outputs.pop()).expanduser().resolve(), made[0][0]["device"], parallel, memory)
+    place = Path(outputs.pop()).expanduser().resolve()
+    planner = Planner(place, made[0][0]["device"], parallel, memory, nodes)
     if problems := show([planner.plan(*pair) for pair in made], planner):
         raise ValueError(f"does not fit: {'; '.join(problems)}")

@@ -23,6 +23,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # behind a shell's `&`, a
 SLOW = (
     "slurm/test_interruptions.py",
     "slurm/test_sweeps_under_slurm.py",
+    "slurm/test_ranks.py",
     "slurm/test_arrays.py",
     "slurm/test_clocks.py",
     "test_run.py",

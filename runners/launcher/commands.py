@@ -59,7 +59,9 @@ def launch(
                 f" that sweep's failed jobs with {_command('resubmit', sweep)}"
             )
         limits = _limits(launcher, options)
-        _check_second_jobs(options, [job["config"] for job in jobs.values()])
+        configs = [job["config"] for job in jobs.values()]
+        _check_second_jobs(options, configs)
+        _check_tasks(launcher, options, configs)
         if options.get("after"):
             options = {**options, "after": str(Sweep.find(Path(options["after"])).directory)}
         fresh = not (directory / "sweep.json").exists()
@@ -261,6 +263,37 @@ def _check_second_jobs(options: Mapping[str, Any], configs: Sequence[Mapping[str
         )
     if options.get("report_job") is not None and not all(config.get("report") for config in configs):
         raise ValueError("hydra.launcher.report_job writes the report of a sweep with report=true: add it")
+
+
+def _check_tasks(launcher: str, options: Mapping[str, Any], configs: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError where a job has several tasks, and no training on as many processes."""
+    checked = _options(launcher, options)
+    if isinstance(checked, local.LocalOptions) or checked.tasks == 1:
+        return
+    number = checked.tasks
+    for config in configs:
+        trainings = {"model.pretraining": config["model"].get("pretraining") or {}}
+        if config["objective"].get("_target_"):
+            trainings["training"] = config["training"]
+        several = {key: more for key, made in trainings.items() if (more := made.get("processes", 1)) > 1}
+        given = f"hydra.launcher.nodes={checked.nodes} and tasks_per_node={checked.tasks_per_node}"
+        for key, processes in several.items():
+            if processes != number:
+                raise ValueError(
+                    f"{given} are {number} processes of a training, and {key}.processes={processes}: set"
+                    f" {key}.processes={number}, or other numbers of nodes and tasks"
+                )
+        if not several:
+            raise ValueError(
+                f"{given} are {number} processes of a training, and this run has none on several: set"
+                " hydra.launcher.nodes=1 and tasks_per_node=1"
+            )
+
+
+def tasks(launcher: str, options: Mapping[str, Any]) -> int:
+    """The tasks of each job, which are the processes of its training."""
+    checked = _options(launcher, options)
+    return 1 if isinstance(checked, local.LocalOptions) else checked.tasks
 
 
 def _unfinished(directory: Path) -> list[str]:
@@ -503,8 +536,10 @@ def resubmit(sweep: Sweep, new_code: bool, options: Mapping[str, Any] = {}) -> N
     """
     with sweep.lock():
         changed_options = {**sweep.manifest()["options"], **options}
-        limits = _limits(sweep.manifest()["launcher"], changed_options)
-        _check_second_jobs(changed_options, [sweep.job(number)["config"] for number in sweep.jobs()])
+        launcher, configs = sweep.manifest()["launcher"], [sweep.job(job)["config"] for job in sweep.jobs()]
+        limits = _limits(launcher, changed_options)
+        _check_second_jobs(changed_options, configs)
+        _check_tasks(launcher, changed_options, configs)
         adopt(sweep)
         statuses = settled_statuses(sweep)
         end_sweep(sweep, statuses)
@@ -523,15 +558,17 @@ def resubmit(sweep: Sweep, new_code: bool, options: Mapping[str, Any] = {}) -> N
         _open_record(sweep, sweep.manifest()["overrides"])
 
 
-def resources(launcher: str, options: Mapping[str, Any], jobs: int) -> tuple[int, float | None]:
-    """The number of jobs that run at a time on this machine, and the memory of each under SLURM in bytes.
+def resources(launcher: str, options: Mapping[str, Any], jobs: int) -> tuple[int, float | None, int]:
+    """The number of jobs that run at a time on this machine, and the memory and nodes of each under SLURM.
 
-    The memory is None for the local launcher, and infinite where `mem_gb` leaves the limit to the site.
+    The memory, in bytes on each node, is None for the local launcher, and infinite where `mem_gb` leaves the
+    limit to the site.
     """
     checked_options = _options(launcher, options)
     if isinstance(checked_options, local.LocalOptions):
-        return checked_options.parallelism(jobs), None
-    return 1, float("inf") if checked_options.mem_gb is None else checked_options.mem_gb * 2**30
+        return checked_options.parallelism(jobs), None, 1
+    memory = float("inf") if checked_options.mem_gb is None else checked_options.mem_gb * 2**30
+    return 1, memory, checked_options.nodes
 
 
 def _options(launcher: str, options: Mapping[str, Any]) -> slurm.SlurmOptions | local.LocalOptions:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from runners.errors import explanation
 from runners.launcher.hydra_doors import add_launcher, commas_in_launcher_options, completed, compose_once
 
-PlanJobs = Callable[[Sequence[tuple[DictConfig, str]], int, float | None], None]
+PlanJobs = Callable[[Sequence[tuple[DictConfig, str]], int, float | None, int], None]
 CheckJob = Callable[[DictConfig, bool, Collection[str]], dict[str, Any]]
 
 
@@ -87,7 +87,7 @@ class SweepLauncher(Launcher):
     def _plan(self, job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
         """Print the plan of the jobs without starting any."""
         assert self.config is not None
-        jobs = [self.loader.load_sweep_config(self.config, list(overrides)) for overrides in job_overrides]
+        jobs = [self._composed(list(overrides)) for overrides in job_overrides]
         gc.enable()
         objectives = [job.hydra.runtime.choices["objective"] for job in jobs]
         HydraConfig.instance().set_config(jobs[0])  # has the search path
@@ -100,10 +100,20 @@ class SweepLauncher(Launcher):
         type(self).plan(list(zip(jobs, objectives, strict=True)), *resources)
         return [completed(list(overrides)) for overrides in job_overrides]
 
+    def _composed(self, overrides: list[str]) -> DictConfig:
+        """The configuration of a job, whose training has a process in each of the job's tasks."""
+        assert self.config is not None
+        from runners.launcher import commands
+
+        job = self.loader.load_sweep_config(self.config, overrides)
+        tasks = commands.tasks(self.kind, self._job_options())
+        if OmegaConf.select(job, "objective._target_") and OmegaConf.select(job, "training.processes") == 1:
+            OmegaConf.update(job, "training.processes", tasks)
+        return job
+
     def _job(self, number: int, overrides: list[str], common: Collection[str]) -> dict[str, Any]:
         """The checked description of job `number`; `common` are the overrides that all jobs share."""
-        assert self.config is not None
-        job = self.loader.load_sweep_config(self.config, overrides)
+        job = self._composed(overrides)
         with open_dict(job):
             job.hydra.job.id = job.hydra.job.num = number
         HydraConfig.instance().set_config(job)
@@ -141,8 +151,8 @@ class SlurmLauncher(SweepLauncher):
 def register(check: CheckJob, plan: PlanJobs) -> None:
     """Register the launchers with Hydra.
 
-    `check` describes a job or raises; `plan` prints the plan of jobs, given the number that run at a time
-    and the bytes of memory of each, None for this machine.
+    `check` describes a job or raises; `plan` prints the plan of jobs, given the number that run at a time,
+    the bytes of memory of each, None for this machine, and the nodes of each.
     """
     SweepLauncher.check = staticmethod(check)
     SweepLauncher.plan = staticmethod(plan)

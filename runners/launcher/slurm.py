@@ -46,6 +46,7 @@ OURS = {
 UNCERTAIN = re.compile(r"time[d -]*out|contact|connect|communicat|zero bytes|unexpected message|socket", re.I)
 # The launcher's options of a sweep, which a second kind of job has in common with the first.
 COMMON = {"measure", "report_job", "after", "jobs_per_task", "name", "dependency", "mail_type", "mail_user"}
+ALONE = {"nodes": 1, "tasks_per_node": 1}  # of jobs that train nothing
 # Requeues a job that ended with GO_ON in a container, which has no commands of SLURM's.
 REQUEUE = f"""code=$?
 job="${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
@@ -75,8 +76,8 @@ class SlurmOptions:
     cpus_per_task: int | None = None
     gpus_per_node: int | str | None = None
     mem_gb: float | None = None
-    nodes: int = 1
-    tasks_per_node: int = 1
+    nodes: int = Field(default=1, ge=1)
+    tasks_per_node: int = Field(default=1, ge=1)  # each holds one process of a training
     partition: Text | None = None
     qos: Text | None = None
     account: Text | None = None
@@ -105,13 +106,16 @@ class SlurmOptions:
     additional_parameters: dict[str, Any] | None = None  # further options of sbatch
 
     def __post_init__(self) -> None:
-        """Refuse more than one task for a run, and wrong options of second jobs."""
-        if self.nodes * self.tasks_per_node != 1:
+        """Refuse tasks that cannot share a training, and wrong options of second jobs."""
+        if self.tasks > 1 and self.jobs_per_task > 1:
             raise ValueError(
-                "a run is one task, which starts the processes of its training itself: set"
-                f" training.processes={self.nodes * self.tasks_per_node}, with gpus_per_node or cpus_per_task"
-                " for all of them, and hydra.launcher.nodes=1 and tasks_per_node=1, got"
-                f" {self.nodes} and {self.tasks_per_node}"
+                f"jobs_per_task runs jobs in turn in one task, and nodes={self.nodes} and"
+                f" tasks_per_node={self.tasks_per_node} run one in {self.tasks}: set only one"
+            )
+        if isinstance(self.gpus_per_node, int) and 0 < self.gpus_per_node < self.tasks_per_node:
+            raise ValueError(
+                f"tasks_per_node={self.tasks_per_node} take a GPU each, and gpus_per_node is"
+                f" {self.gpus_per_node}: set hydra.launcher.gpus_per_node={self.tasks_per_node}"
             )
         second = ("measure", self.measure, self.measuring), ("report_job", self.report_job, self.reporting)
         for name, options, made in second:
@@ -126,16 +130,21 @@ class SlurmOptions:
         if self.measure is not None and self.jobs_per_task > 1:
             raise ValueError("measure and jobs_per_task exclude each other: leave out hydra.launcher.measure")
 
+    @property
+    def tasks(self) -> int:
+        """The tasks of a job, which are the processes of its training."""
+        return self.nodes * self.tasks_per_node
+
     def measuring(self) -> "SlurmOptions":
-        """The options of jobs that only measure, after others have trained."""
-        return self if self.measure is None else replace(self, measure=None, **self.measure)
+        """The options of jobs that only measure, after others have trained: one task."""
+        return self if self.measure is None else replace(self, **{"measure": None, **ALONE, **self.measure})
 
     def reporting(self) -> "SlurmOptions":
-        """The options of the job that writes the report: no GPU, unless `report_job` has one."""
+        """The options of the job that writes the report: one task and no GPU, unless `report_job` has one."""
         if self.report_job is None:
             return self
         gpus = dict.fromkeys(("gpus_per_node", "gpus_per_task", "cpus_per_gpu", "mem_per_gpu", "gres"))
-        without: dict[str, Any] = {**gpus, "container": None, "measure": None, "report_job": None}
+        without: dict[str, Any] = {**gpus, **ALONE, "container": None, "measure": None, "report_job": None}
         return replace(self, **{**without, **self.report_job})
 
     def unmailed(self) -> "SlurmOptions":
@@ -170,8 +179,9 @@ class SlurmOptions:
         shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OURS}
         given = {name: value for name, value in shared.items() if value is not None}
         memory = {} if self.mem_gb is None else {"mem": f"{int(self.mem_gb * 1024)}MB"}
+        tasks = {} if self.tasks == 1 else {"ntasks_per_node": self.tasks_per_node}
         # A preempted job, or one that loses its node, is requeued, whatever the site's default.
-        return {**given, **memory, "requeue": True, **(self.additional_parameters or {})}
+        return {**given, **tasks, **memory, "requeue": True, **(self.additional_parameters or {})}
 
 
 def submit_array(
@@ -256,6 +266,8 @@ def _script(
     command = [*python_of(code, "USR2 TERM", within, python), "-u", "-m", task, str(folder.parent), name]
     if options.cpus_per_task is not None:
         step.append(f"--cpus-per-task={options.cpus_per_task}")  # since 22.05 a step does not inherit it
+    if options.tasks > 1:  # a task that ends does not end the first one, which says so
+        step += ["--kill-on-bad-exit=0", "--wait=0"]
     return _make_sbatch_string(
         shlex.join(command),
         _in_pattern(folder),

@@ -1,4 +1,4 @@
-"""One task of an array under SLURM, or the job that ends a sweep.
+"""One task of an array under SLURM, which may be several of a job step, or the job that ends a sweep.
 
 The command is `python -m runners.launcher.task SWEEP_DIR SUBMISSION`.
 """
@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 from runners.launcher.jobs import CANCEL, GO_ON, LOG, Job, State, exit_code, own_id, requeue
 from runners.launcher.manifest import Sweep
+from runners.launcher.ranks import another_of, first_of, own_task
 from runners.launcher.warm import MODULES, Fork, Libraries
 
 TICK = 0.2  # seconds between two looks at a job
@@ -45,11 +46,14 @@ def main(arguments: Sequence[str]) -> None:
             print(f"job {number} does not start: it was {'submitted again' if later else 'cancelled'} since")
         else:
             started.append(sweep.jobs()[number])
+    code, own = 0, own_task()
     if len(numbers) > 1:
         code = run_in_turn(started, sweep.directory / MODULES)
-    else:
-        jobs = (Job(str(directory), slurm=True, part=part) for directory in started)
-        code = max(map(exit_code, jobs), default=0)
+    elif started and own is not None and own.rank:
+        code = another_of(own, started[0])
+    elif started:
+        with nullcontext() if own is None else first_of(own, started[0]):
+            code = exit_code(Job(str(started[0]), slurm=True, part=part))
     if code:
         sys.exit(code)
 

@@ -55,10 +55,18 @@ class TrainingCost:
     reference: bool
 
     def peak_memory(self, weights: float, training: Training) -> float:
-        """Peak memory in bytes for a network with `weights` bytes of weights."""
-        copies = 1 + self.reference + (training.match == "delta_norm")
-        moments = OPTIMIZERS[training.optimizer].moments
-        return copies * weights + moments * self.trained + self.activations
+        """Peak memory in bytes of each of a training's processes, for `weights` bytes of weights.
+
+        The activations are those of a process's part of a batch. DDP averages the gradients in a copy of
+        them. With `shard`, a process holds a part of the weights and moments, and the whole weights once:
+        while it loads them, and the first one while it gathers a checkpoint.
+        """
+        copies = 1 + self.reference + (training.match == "delta_norm" and not training.shard)
+        held = copies * weights + OPTIMIZERS[training.optimizer].moments * self.trained
+        if training.shard:
+            return held / training.processes + weights + self.activations
+        buckets = self.trained if training.processes > 1 else 0.0
+        return held + buckets + self.activations
 
 
 @dataclass(frozen=True)

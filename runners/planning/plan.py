@@ -60,6 +60,7 @@ class Planner:
     device: str
     parallel: int = 1  # jobs that run at a time
     memory: float | None = None  # bytes for each job; None: an equal share of this machine's free memory
+    nodes: int = 1  # of each job, over which the processes of a training are spread
     threads: int = field(default_factory=torch.get_num_threads)
     cache: dict[str, Any] = field(default_factory=dict)
 
@@ -201,26 +202,39 @@ class _Job:
     def _training_stage(
         self, name: str, objective: Objective, training: Training, text: Examples, from_random: bool
     ) -> PlannedStage:
-        def memory(other: Training) -> float:
-            cost = self._benchmark(text).training(objective, other)
-            return self.machine.baseline + cost.peak_memory(self.weights, other)
+        here = -(-training.processes // self.planner.nodes)  # processes on a node
+        benchmark = self._benchmark(text, max(1, self.planner.threads // here))
 
-        cost = self._benchmark(text).training(objective, training)
+        def cost_of(other: Training) -> TrainingCost:
+            """That of one process, on its part of every batch."""
+            part = replace(other, batch_size=other.batch_size // other.processes, processes=1, shard=False)
+            return benchmark.training(objective, part)
+
+        def memory(other: Training, cost: TrainingCost) -> float:
+            """The memory of a node's processes and of the run's own, or of a GPU, of which each has one."""
+            peak = self.machine.baseline + cost.peak_memory(self.weights, other)
+            several = other.processes > 1 and self.device != "cuda"
+            return self.machine.baseline + here * peak if several else peak
+
+        cost = cost_of(training)
         if name == "training":
             self.planner.cache[f"cost {self._training_key()}"] = cost
         kept, states = training.checkpoints_size(self.weights, cost.trained, from_random)
-        seconds = training.steps * cost.step + kept / self.machine.write_speed
-        peak = self.machine.baseline + cost.peak_memory(self.weights, training)
+        waiting = 1.0 if self.device == "cuda" else max(1.0, here / self.planner.threads)
+        seconds = training.steps * cost.step * waiting + kept / self.machine.write_speed
+        peak = memory(training, cost)
         remedy = None
         if peak > self.machine.memory:
             key = "training" if name == "training" else "model.pretraining"
             fitting = (
                 overrides
                 for overrides, smaller in smaller_trainings(key, training, from_random, self.config)
-                if self._fits(memory(smaller))
+                if self._fits(memory(smaller, cost_of(smaller)))
             )
             remedy = next(fitting, None) or self._smaller_model()
-        return PlannedStage(name, f"{training.steps} steps", seconds, peak, kept, states, remedy)
+        several = f", {training.processes} processes" if training.processes > 1 else ""
+        work = f"{training.steps} steps{several}"
+        return PlannedStage(name, work, seconds, peak, kept, states, remedy)
 
     def _training_key(self) -> str:
         return _config_key(self.config, "model", "data", "objective", "training")
@@ -301,16 +315,17 @@ class _Job:
             adapted=self.training.lora.r is not None,
         )
 
-    def _benchmark(self, examples: Examples) -> Benchmark:
+    def _benchmark(self, examples: Examples, threads: int | None = None) -> Benchmark:
+        """The stages' benchmark on these examples, on all threads unless some are given."""
+        threads = self.planner.threads if threads is None else threads
+
         def make() -> Benchmark:
             config = self.outline.config
             dtype: torch.dtype = getattr(config, "dtype", None) or torch.float32
             text = standin(examples, lengths_by(self.outline.tokenizer))
-            return Benchmark(
-                config, proxy_of(config), standin_tokenizer(), text, self.device, dtype, self.planner.threads
-            )
+            return Benchmark(config, proxy_of(config), standin_tokenizer(), text, self.device, dtype, threads)
 
-        return self.planner.once(f"benchmark {self.base} {examples.name} {examples.digest}", make)
+        return self.planner.once(f"benchmark {self.base} {examples.name} {examples.digest} {threads}", make)
 
 
 def _config_key(config: Mapping[str, Any], *parts: str) -> str:

@@ -1,23 +1,18 @@
-"""A training on several processes of this machine: started, listened to, and ended together.
+"""A training on several processes: started, listened to, and ended together.
 
 The calling process keeps the record and the signals; it holds no weights. Its workers run `fit`, each on its
-part of every batch, and the first of them sends its metrics and log lines.
+part of every batch, and the first of them sends its metrics and log lines. They are processes of this
+machine, or one is in each task of a scheduler's job.
 """
 
 import logging
-import multiprocessing
-import os
 import pickle
 import signal
-import threading
 import time
-import traceback
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +20,13 @@ import torch
 
 from weightgeom.interfaces import Log, Objective
 from weightgeom.interruption import Request, no_request
-from weightgeom.models.language_model import trust, trusted
+from weightgeom.models.language_model import trusted
 from weightgeom.models.loading import load_network, load_tokenizer
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
 from weightgeom.training.fit import fit, saved_trajectory
+from weightgeom.training.tasks import LOCAL, Tasks, tasks_of_this_job
+from weightgeom.training.worker import Place, Worker, started
 from weightgeom.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -37,12 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 GRACE = 5.0  # seconds for which the other processes may end by themselves once one has failed
-LOCAL = "127.0.0.1"
-# They reach all processes of a terminal or of a job, but are the parent's to handle: workers block them.
-SIGNALS = (
-    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT),
-    *(signal.SIGUSR2, signal.SIGXCPU),
-)
 
 
 def fit_on_processes(
@@ -65,6 +56,7 @@ def fit_on_processes(
     does not reach: its end ends them. All metrics and requests pass through this process.
 
     Raises:
+        ValueError: if a scheduler's job has several tasks, but not as many.
         ChildProcessError: if a process died, such as of a lack of memory.
         BaseException: the error of the process that failed first, as `fit` raises it.
     """
@@ -78,8 +70,19 @@ def fit_on_processes(
 
 
 def check_gpus(number: int) -> None:
-    """Raise ValueError if this machine has no GPU for each of a training's processes."""
-    if number > (count := torch.cuda.device_count()):
+    """Raise ValueError if this machine has no GPU for each of a training's processes.
+
+    A task of a scheduler's job may see its own GPU alone.
+    """
+    count, tasks = torch.cuda.device_count(), tasks_of_this_job()
+    if tasks is not None and number > 1:
+        here = tasks.own.local_number
+        if 1 < count < here:
+            raise ValueError(
+                f"{here} tasks on a node take {here} GPUs, one for each, and torch sees {count}: set"
+                f" hydra.launcher.gpus_per_node={here}"
+            )
+    elif number > count:
         raise ValueError(
             f"training.processes={number} takes {number} GPUs, one for each, and torch sees {count}: set"
             f" training.processes={count}"
@@ -121,23 +124,6 @@ def _fitted(
     )
 
 
-@dataclass
-class _Worker:
-    """A process as its parent sees it."""
-
-    rank: int
-    process: Any  # of a spawning context, which has a type of its own
-    connection: Connection
-    failed: "tuple[float, BaseException] | None" = None  # when, on a clock that all processes share
-    finished: bool = False
-    died: bool = False  # ended without a word
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more is to be heard of it."""
-        return self.finished or self.died or self.failed is not None
-
-
 def run_on_processes(
     work: Callable[[Log, Request], None],
     number: int,
@@ -147,50 +133,66 @@ def run_on_processes(
     trusted_directory: Path | None,
 ) -> None:
     """`work` on a number of new processes, each of which calls it; the code in a directory may be trusted."""
-    context = multiprocessing.get_context("spawn")  # a fork would inherit locks, and no use of a GPU
+    tasks = tasks_of_this_job()
+    address = LOCAL if tasks is None else tasks.door.address
     # Held by this process, so that no other process can take the port in between.
-    store = torch.distributed.TCPStore(LOCAL, 0, is_master=True, wait_for_workers=False)
-    threads = max(1, torch.get_num_threads() // number)
+    store = torch.distributed.TCPStore(address, 0, is_master=True, wait_for_workers=False)
     code = trusted_directory if trusted_directory and trusted(trusted_directory) else None
-    workers: list[_Worker] = []
-    log.info("training on %d processes", number)
+    make = partial(
+        Place,
+        number=number,
+        address=address,
+        port=store.port,
+        device=device,
+        level=logging.getLogger().level,
+        trusted=code,
+    )
+    pickled = pickle.dumps(work)
+    workers: list[Worker] = []
+    log.info("training on %d processes%s", number, "" if tasks is None else ", one in each task of the job")
     try:
-        for rank in range(number):
-            ours, theirs = context.Pipe()
-            place = _Place(rank, number, store.port, device, threads, logging.getLogger().level, code)
-            process = context.Process(target=_work, args=(place, theirs, work), name=f"training-{rank}")
-            _start(process)
-            theirs.close()
-            workers.append(_Worker(rank, process, ours))
+        for place in _places(make, number, tasks):
+            here = tasks is None or place.rank == 0
+            workers.append(started(place, pickled) if here else tasks.asked(place, pickled))
         while not all(worker.finished for worker in workers):
             _listen(workers, log_metrics, request, None)
             if any(worker.failed or worker.died for worker in workers):
                 _end(workers, log_metrics, request)
     finally:
-        for worker in workers:
+        # Another task whose process has finished waits for the next training.
+        left = [worker for worker in workers if worker.task is None or not worker.finished]
+        for worker in left:
             worker.process.kill()
-        for worker in workers:
+        for worker in left:
             worker.process.join()
             worker.connection.close()
 
 
-def _start(process: Any) -> None:
-    """Start a worker, which blocks SIGNALS from its first moment on."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _places(make: Callable[..., Place], number: int, tasks: Tasks | None) -> Iterator[Place]:
+    """The places of a training's processes."""
+    threads = torch.get_num_threads()
+    if tasks is None:
+        for rank in range(number):
+            share = max(1, threads // number)
+            yield make(rank=rank, local_rank=rank, local_number=number, threads=share)
+        return
+    if number != tasks.own.number:
+        raise ValueError(
+            f"a training on {number} processes cannot have one in each of this job's {tasks.own.number}"
+            f" tasks: set its processes={tasks.own.number}, or hydra.launcher.tasks_per_node and nodes"
+        )
+    for task in tasks.by_rank():
+        part = max(1, threads // task.local_number)
+        share = part if task.threads is None else min(threads, task.threads)
+        yield make(rank=task.rank, local_rank=task.local_rank, local_number=task.local_number, threads=share)
 
 
-def _listen(workers: Sequence[_Worker], log_metrics: Log, request: Request, patience: float | None) -> None:
+def _listen(workers: Sequence[Worker], log_metrics: Log, request: Request, patience: float | None) -> None:
     """Act on the messages that have arrived; waits for one, or for a process's end."""
     running = [worker for worker in workers if not worker.ended]
-    wait([of for worker in running for of in (worker.connection, worker.process.sentinel)], patience)
-    gone = [worker for worker in running if not worker.process.is_alive()]  # whose last message may wait
+    wait({of for worker in running for of in (worker.connection, worker.process.sentinel)}, patience)
     for worker in running:
-        while not worker.ended and (message := _message(worker)) is not None:
-            kind, *content = message
+        for kind, *content in worker.messages():
             if kind == "metrics":
                 log_metrics(*content)
             elif kind == "request":
@@ -199,25 +201,9 @@ def _listen(workers: Sequence[_Worker], log_metrics: Log, request: Request, pati
                     worker.connection.send(answer)
             elif kind == "log":
                 logging.getLogger(content[0].name).handle(content[0])
-            elif kind == "failed":
-                worker.failed = content[0], content[1]
-            else:
-                worker.finished = True
-    for worker in gone:
-        worker.died = not worker.finished and worker.failed is None
 
 
-def _message(worker: _Worker) -> tuple[Any, ...] | None:
-    """The next message of a worker, None if there is none yet; notes, in the worker, that it died."""
-    try:
-        return worker.connection.recv() if worker.connection.poll() else None
-    except (EOFError, ConnectionError):
-        worker.process.join()
-        worker.died = True
-        return None
-
-
-def _end(workers: Sequence[_Worker], log_metrics: Log, request: Request) -> None:
+def _end(workers: Sequence[Worker], log_metrics: Log, request: Request) -> None:
     """Raise the error that the training ended with.
 
     A process whose partner died fails as well, some time after it: a process that died comes first.
@@ -227,116 +213,25 @@ def _end(workers: Sequence[_Worker], log_metrics: Log, request: Request) -> None
         _listen(workers, log_metrics, request, left)
     for worker in workers:
         if worker.died:
-            code = worker.process.exitcode
-            how = (
-                f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-            )
-            memory = ", as by a lack of memory" if code == -signal.SIGKILL else ""
-            raise ChildProcessError(
-                f"process {worker.rank + 1} of {len(workers)} of the training {how}{memory}; the others were"
-                " ended, and the same command resumes from the newest saved state, if there is one"
-                " (training.save_every)"
-            )
+            raise ChildProcessError(_death(worker, len(workers)))
     raise min((worker.failed for worker in workers if worker.failed), key=lambda failed: failed[0])[1]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """What a worker needs to know before its work."""
-
-    rank: int
-    number: int
-    port: int
-    device: str
-    threads: int
-    level: int  # of log lines
-    trusted: Path | None
-
-
-def _work(place: _Place, connection: Connection, work: Callable[[Log, Request], None]) -> None:
-    """The life of a worker."""
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    sender = _Sender(connection)
-    try:
-        _join(place, sender)
-        first = place.rank == 0
-        work(sender.metrics if first else _no_metrics, sender.request if first else no_request)
-        torch.distributed.barrier()  # none leaves while another still needs it
-        torch.distributed.destroy_process_group()
-        sender.send("finished")
-    except BaseException as error:
-        sender.send("failed", time.monotonic(), _portable(error))
-        os._exit(1)  # at once: the group of processes is broken, and loaders of batches end by themselves
-
-
-def _join(place: _Place, sender: "_Sender") -> None:
-    """Join the group of processes; changes the environment, the logging and the threads of this one."""
-    rank, number = str(place.rank), str(place.number)
-    os.environ.update(
-        RANK=rank,
-        LOCAL_RANK=rank,
-        WORLD_SIZE=number,
-        LOCAL_WORLD_SIZE=number,
-        MASTER_ADDR=LOCAL,
-        MASTER_PORT=str(place.port),
-        TORCHELASTIC_USE_AGENT_STORE="True",  # the store is the parent's
-        TQDM_DISABLE="1",  # the run shows its own progress
-    )
-    logging.basicConfig(level=place.level, handlers=[sender] if place.rank == 0 else [logging.NullHandler()])
-    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it names each file of a state in parts
-    if place.rank:
-        warnings.simplefilter("ignore")  # the first process has the same
-    if place.trusted is not None:
-        trust(place.trusted)
-    if place.device == "cuda":
-        torch.cuda.set_device(place.rank)
-        torch.distributed.init_process_group("nccl", device_id=torch.device("cuda", place.rank))
+def _death(worker: Worker, number: int) -> str:
+    """The sentence about a process that ended without a word."""
+    code = worker.process.exitcode
+    who = f"process {worker.rank + 1} of {number} of the training"
+    again = "the same command" if worker.task is None else "`weightgeom sweep resubmit`"
+    if worker.task is not None:
+        who = f"{who} ({worker.task})"
+    if code is None:
+        how = "ended with its task, as by a kill or the loss of its node"
+    elif code >= 0:
+        how = f"ended with exit code {code}"
     else:
-        torch.set_num_threads(place.threads)
-        torch.distributed.init_process_group("gloo")
-
-
-class _Sender(logging.Handler):
-    """Sends a worker's metrics, log lines and end to its parent."""
-
-    def __init__(self, connection: Connection) -> None:
-        super().__init__()
-        self.connection = connection
-        self.sending = threading.Lock()
-
-    def send(self, *message: object) -> None:
-        with self.sending:
-            self.connection.send(message)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        record.msg, record.args, record.exc_info = record.getMessage(), None, None
-        self.send("log", record)
-
-    def metrics(self, metrics: Any, step: int) -> None:
-        self.send("metrics", dict(metrics), step)
-
-    def request(self) -> Any:
-        with self.sending:
-            self.connection.send(("request",))
-            return self.connection.recv()
-
-
-def _no_metrics(metrics: Any, step: int) -> None:
-    """The first process sends them for all."""
-
-
-def _follow_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
-
-
-def _portable(error: BaseException) -> BaseException:
-    """The error as another process can raise it, with the worker's traceback as its note."""
-    error.add_note("in a process of the training:\n" + "".join(traceback.format_exception(error)))
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+        how = f"was killed by {signal.Signals(-code).name}"
+        how += ", as by a lack of memory" if code == -signal.SIGKILL else ""
+    return (
+        f"{who} {how}; the others were ended, and {again} resumes from the newest saved state, if there is"
+        " one (training.save_every)"
+    )

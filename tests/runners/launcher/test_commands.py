@@ -197,6 +197,27 @@ def test_jobs_of_a_supervisor_that_cannot_start_are_not_counted_as_submitted(tmp
     assert sweep.ids() == {} and sweep.manifest()["submissions"][0]["withdrawn"] is True
 
 
+def test_several_tasks_need_a_training_on_as_many_processes():
+    def check(pretraining: int, training: int, objective: bool = True) -> None:
+        config = {
+            "model": {"pretraining": {"processes": pretraining}},
+            "training": {"processes": training},
+            "objective": {"_target_": "it"} if objective else {},
+        }
+        commands._check_tasks("slurm", {"nodes": 2, "tasks_per_node": 2}, [config])
+
+    check(1, 4)
+    check(4, 1)
+    with pytest.raises(ValueError, match=r"4 processes of .* training.processes=2: set training.processes=4"):
+        check(1, 2)
+    with pytest.raises(ValueError, match=r"model.pretraining.processes=2: set model.pretraining.processes=4"):
+        check(2, 4)
+    for none in ((1, 1, True), (1, 4, False)):
+        with pytest.raises(ValueError, match=r"none on several: set hydra.launcher.nodes=1 and"):
+            check(*none)
+    commands._check_tasks("local", {}, [])
+
+
 def test_an_attempt_that_was_superseded_leaves_the_state_alone(tmp_path):
     earlier = State("RUNNING", 1, id="7_0", pid=os.getpid())
     State("RUNNING", 2, id="7_0", pid=os.getpid()).save(tmp_path)

@@ -51,8 +51,13 @@ def test_options_are_sbatchs_with_requeue_and_take_numbers_and_lists():
     plain = SlurmOptions(mem_per_cpu=600, account=12345, exclude=["n1", "n2"])  # pyright: ignore
     assert (plain.mem_per_cpu, plain.account, plain.exclude) == ("600", "12345", "n1,n2")
     assert SlurmOptions(dependency="singleton").depending("afterok:7").dependency == "singleton,afterok:7"
-    with pytest.raises(ValueError, match=r"one task.* set training.processes=2, "):
-        SlurmOptions(tasks_per_node=2)
+    several = SlurmOptions(nodes=2, tasks_per_node=4, gpus_per_node=4, measure={}, report_job={})
+    assert several.tasks == 8 and several.parameters()["ntasks_per_node"] == 4
+    assert several.measuring().tasks == several.reporting().tasks == 1
+    with pytest.raises(ValueError, match=r"run one in 2: set only one"):
+        SlurmOptions(tasks_per_node=2, jobs_per_task=3)
+    with pytest.raises(ValueError, match=r"set hydra.launcher.gpus_per_node=2"):
+        SlurmOptions(tasks_per_node=2, gpus_per_node=1)
     with pytest.raises(ValidationError):
         SlurmOptions(mem_gb="much")  # pyright: ignore[reportArgumentType]
 

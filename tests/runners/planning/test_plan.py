@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from stored import fetched
 
 from runners.compose import parts
+from runners.planning.machine import Machine
 from runners.planning.plan import Plan, PlannedStage, Planner
 from runners.planning.printing import show, size
 from runners.summary.durations import duration
@@ -212,6 +213,28 @@ def test_with_its_remedy_a_stage_fits(tmp_path: Path, stage: str, share: float, 
     assert remedy and problem.endswith(f"are free: add {remedy}")
     problems = show([planned(tight, *overrides, *remedy.split())], tight)
     assert not [clause for clause in problems if clause.startswith(f"{stage} ")]
+
+
+@pytest.mark.slow
+def test_a_plan_counts_the_memory_of_all_processes_and_the_time_of_those_that_share_a_thread(
+    tmp_path: Path,
+) -> None:
+    def stage(size: int, *more: str, **options: Any) -> tuple[PlannedStage, float]:
+        made = planner(tmp_path, threads=1, **options)
+        made.cache["machine"] = Machine(1e15, 1e8, 1e9, 1.0)
+        plan = planned(made, "device=cpu", *WORLD, "probe=[]", f"training.batch_size={size}", *more)
+        return by_name(plan)["training"], 4.0 * plan.parameters
+
+    one, weights = stage(6)
+    two, _ = stage(12, "training.processes=2")
+    # A process trains on half of the batch, and DDP copies its gradients; the run is a process as well.
+    assert two.memory == pytest.approx(1e8 + 2 * (one.memory + weights))
+    assert two.work == "64 steps, 2 processes" and one.work == "64 steps"
+    assert 1.3 * one.seconds < two.seconds < 3 * one.seconds  # 2, but for the noise of two measurements
+    apart, _ = stage(12, "training.processes=2", nodes=2)
+    assert apart.memory == pytest.approx(1e8 + one.memory + weights)
+    parts, _ = stage(12, "training.processes=2", "training.shard=true")
+    assert parts.memory < two.memory
 
 
 @pytest.mark.slow
