@@ -17,6 +17,7 @@ from weightgeom.analysis.comparisons import principal
 from weightgeom.analysis.evidence import rank_correlation
 from weightgeom.analysis.over_seeds import Condensed, Other
 from weightgeom.declarations import ASYMMETRY, EDITS, MECHANISM, SURGERY, InterventionDeclaration
+from weightgeom.table import by_given_subspace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -200,15 +201,24 @@ def _surgery(rows: "pd.DataFrame", whose: str, number: int) -> "Iterator[tuple[s
         return
     from weightgeom.figures import causal as figures_causal
 
+    given = by_given_subspace(rows)
     yield (
         "surgery",
         f"surgery_{number}",
-        figures_causal.surgery_curve(rows),
+        figures_causal.surgery_curve(given.pop("")),
         f"{whose}: what becomes of the trained preference margin when the update's part in the top k"
         " directions is taken out, or alone left in. In grey, random subspaces of the same dimension and of"
         " the same removed energy (bars: the range of the draws). The dashed line is the trained model.",
         False,
     )
+    for frame, part in given.items():
+        yield (
+            "surgery",
+            f"surgery_{frame}_{number}",
+            figures_causal.surgery_curve(part),
+            f"{whose}: the same for the update's part inside the given subspace {frame}.",
+            False,
+        )
     if (rows["dose"] == "transplant").any():
         yield (
             "surgery",

@@ -2,12 +2,15 @@ import json
 import logging
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from moving import matrix, moved
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
+from weightgeom.analysis.summaries import by_treatment
+from weightgeom.causal.effects import Effects, Evaluation
 from weightgeom.estimators.given_subspaces import (
     check_frame_prompts,
     check_frames,
@@ -19,7 +22,10 @@ from weightgeom.estimators.hidden_states import last_inputs, last_states
 from weightgeom.geometry.contrast_subspace import ContrastSubspace
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Setting
+from weightgeom.interventions.surgery import DeltaSurgery
+from weightgeom.probes.alignment import Alignment
 from weightgeom.probes.rsf import RSF
+from weightgeom.table import tabulate
 from weightgeom.text.examples import Question
 
 D, K = 32, 4
@@ -165,6 +171,18 @@ def test_the_first_direction_is_the_difference_of_means_and_the_next_where_one_g
     assert space.fraction(swapped.basis.T) == pytest.approx(1)
 
 
+def test_the_worked_example_of_the_documentation():
+    first = torch.tensor([[2.0, 3, 0, 0], [2, -3, 0, 0]], dtype=torch.float64).repeat(4, 1)
+    second = torch.tensor([[0.0, 0, 1, 0], [0, 0, -1, 0]], dtype=torch.float64).repeat(4, 1)
+    space = ContrastSubspace.of(first, second, 3, 0).space(4)
+    assert space is not None
+    # e1 from the means, e2 (variance 9 - 0) and e3 (0 - 1) from the covariances, and no fourth direction.
+    assert_close(space.basis.abs(), torch.eye(4, 3, dtype=torch.float64), rtol=0, atol=1e-12)
+    read = torch.tensor([[1.0, 1, 0, 0]], dtype=torch.float64)
+    assert float(space.first(1).relative_fraction(read)) == pytest.approx(2)
+    assert float(space.first(2).relative_fraction(read)) == pytest.approx(2)
+
+
 def test_groups_that_are_alike_have_no_subspace():
     states = torch.ones(9, 5, dtype=torch.float64)
     assert ContrastSubspace.of(states, states, 3, 0).space(2) is None
@@ -278,3 +296,112 @@ def test_prompts_in_a_file_are_read_once_each_from_records_or_blocks(asked, tmp_
     )
     groups = prompts_of(["color", str(blocks)], asked, "frames.a")
     assert groups[str(blocks)] == [f"prompt {i}\nof two lines" for i in range(9)]
+
+
+def test_surgery_in_a_given_subspace_removes_and_keeps_what_lies_in_it(
+    model, params, asked, generator, tmp_path
+):
+    basis = torch.linalg.qr(torch.randn(D, 3, generator=generator)).Q
+    save_file({"safety": basis.contiguous()}, tmp_path / "a.safetensors")
+    frames = {"safety": str(tmp_path / "a.safetensors"), "topic": GROUPS}
+    surgery = DeltaSurgery(
+        k=[2, 4],
+        frames=frames,
+        transplants=[],
+        controls={"random_k": 2, "random_energy": 2},
+        level=0.5,
+        tokens=256,
+        effects=Effects(tokens=64, length=32, pairs=2, questions=2),
+    )
+    surgery.check(model.architecture)
+    names = [one.name for one in model.architecture.matrices]
+    shapes = {name: matrix(model, name).of(params).shape for name in names}
+    deltas = {name: torch.randn(shape, generator=generator) / 10 for name, shape in shapes.items()}
+    end = moved(model, params, deltas)
+    setting = Setting(model, params, end, False, asked, 3, last=7)
+    evaluation = Evaluation(model, end, asked, surgery.effects)
+    groups = surgery._groups(model.architecture)
+    trials = list(surgery.surgeries(setting, evaluation, groups))
+    assert sum(1 + len(trial.controls) for trial in trials) == surgery.arms(model.architecture)
+    given = {subspace.name: subspace for subspace in given_subspaces(frames, setting, 4)}
+    seen = set()
+    for trial in trials:
+        name, k = trial.place["subspace"], trial.place["k"]
+        if name not in given:
+            assert name in ("attention_input+mlp_input", "prediction")
+            continue
+        seen.add((name, k))
+        edited = trial.treatment.edit.applied(end)
+        for one in groups[0].matrices if trial.place["role"] == "read" else groups[1].matrices:
+            left = one.of(edited).double() - one.of(params).double()
+            whole = one.of(end).double() - one.of(params).double()
+            space = given[name].at(one)
+            assert space is not None
+            columns = space.basis[:, :k]
+            part = whole @ columns @ columns.T if one.role == "read" else columns @ columns.T @ whole
+            assert_close(left, part if trial.dose == "keep" else whole - part, rtol=1e-4, atol=1e-6)
+        sizes = trial.treatment.sizes
+        for control in trial.controls:
+            if control.kind == "random_k":
+                assert control.sizes["dimension"] == sizes["dimension"] == k
+            else:
+                assert control.sizes["removed energy"] == pytest.approx(sizes["removed energy"], rel=1e-4)
+    assert seen == {("safety", 3), ("topic", 2), ("topic", 4)}
+
+
+def test_tables_and_figures_of_surgery_keep_given_subspaces_apart(model, params, asked, generator):
+    delta = torch.randn(D, D, generator=generator)
+    setting = Setting(model, params, moved(model, params, {"L1.q": delta}), False, asked, 3, last=7)
+    surgery = DeltaSurgery(
+        groups=[["q"]],
+        k=2,
+        frames={"topic": GROUPS},
+        transplants=[],
+        controls={"random_k": 1, "random_energy": 1},
+        level=0.5,
+        tokens=256,
+        effects=Effects(tokens=64, length=32, pairs=2, questions=2),
+    )
+    table = tabulate(surgery.rows(setting, lambda metrics, step: None))
+    assert set(surgery.figures({"training": table})) == {"surgery", "surgery_topic"}
+    plain = tabulate(replace(surgery, frames={}).rows(setting, lambda metrics, step: None))
+    effect, (control, *_) = "kl_from_unedited", surgery.declaration.controls
+    shown = by_treatment(table, effect, [control])
+    assert set(shown["matrix"]) == {"q", "q in topic"}
+    own = shown[shown["matrix"] == "q"].drop(columns="q").reset_index(drop=True)
+    pd.testing.assert_frame_equal(own, by_treatment(plain, effect, [control]).drop(columns="q"))
+
+
+def test_alignment_in_a_given_subspace_is_that_of_the_parts_inside(model, params, asked, generator, tmp_path):
+    basis = torch.linalg.qr(torch.randn(D, 5, generator=generator)).Q
+    save_file({"safety": basis.contiguous()}, tmp_path / "a.safetensors")
+    for name in ("L1.q", "L0.down"):
+        one = matrix(model, name)
+        shape = one.of(params).shape
+        shared = torch.randn(shape, generator=generator)
+        projector = basis @ basis.T
+        inside = shared @ projector if one.role == "read" else projector @ shared
+        a = shared
+        b = 2 * inside - 3 * (shared - inside)  # along A inside, against it outside
+        weights = [params, moved(model, params, {name: a}), moved(model, params, {name: a + b})]
+        setting = Setting(
+            model, params, weights[-1], False, asked, 3, last=2, checkpoints=dict(enumerate(weights))
+        )
+        probe = Alignment(k=2, frames={"safety": str(tmp_path / "a.safetensors")})
+        probe.check(model.architecture)
+        rows = probe.measurement(setting)(weights[-1])
+        cosines = {
+            (row["quantity"], row.get("subspace", "")): row["value"]
+            for row in rows
+            if row.get("matrix") and row["quantity"] in ("cosine", "frame_cosine")
+        }
+        assert cosines["frame_cosine", "safety"] == pytest.approx(1, abs=1e-5)
+        assert cosines["cosine", ""] < -0.5
+        (sd,) = {r["value"] for r in rows if r["quantity"] == "frame_null_cosine_sd" and r.get("matrix")}
+        other = shape[0] if one.role == "read" else shape[1]
+        assert sd == pytest.approx((other * 5) ** -0.5)  # of one matrix: 1 / √entries of the parts
+        plain = replace(probe, frames={}).measurement(setting)(weights[-1])
+        assert [row for row in rows if not row["quantity"].startswith("frame_")] == plain
+        table = tabulate(rows)
+        assert len(probe.summary(table)) == 1
+        assert set(probe.figures({"training": table})) == {"alignment", "locking"}

@@ -19,7 +19,7 @@ from weightgeom.geometry.contrast_subspace import ContrastSubspace
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture, ResidualMatrix
-from weightgeom.table import Row, row
+from weightgeom.table import OWN_SUBSPACES, Row, row
 from weightgeom.text.examples import Examples
 from weightgeom.text.files import sha256
 from weightgeom.text.prompt_groups import equal_groups, read_prompts
@@ -35,7 +35,6 @@ LEAST = 8
 PERMUTATIONS = 39  # of the labels: the smallest p-value is 1/40
 EVERYWHERE = ""  # the place of directions that serve all matrices
 RESIDUAL = "residual"  # the stream behind a layer, where matrices that write are compared
-TAKEN = {"random", "prediction", "final_input", "attention_input", "mixer_input", "mlp_input", RESIDUAL}
 NAME, PLACE = re.compile(r"[A-Za-z][\w-]*"), re.compile(r"L\d+(\..+)?")
 
 
@@ -91,6 +90,13 @@ def given_subspaces(frames: Frames, setting: Setting, k: int) -> list[GivenSubsp
     return given
 
 
+def frame_dimensions(source: str | Sequence[str], wanted: Sequence[int]) -> Sequence[int]:
+    """The dimensions at which a frame is compared: those wanted of a contrast, all directions of a file."""
+    if not isinstance(source, str):
+        return wanted
+    return [max(basis.shape[1] for basis in directions_in(source).values())]
+
+
 def _contrasted(name: str, groups: Sequence[str], setting: Setting, k: int) -> GivenSubspace:
     """The contrast of two groups at the last token of their prompts: at the inputs, and behind the layers."""
     model, architecture = setting.model, setting.model.architecture
@@ -120,10 +126,10 @@ def check_frames(frames: Frames, architecture: Architecture, key: str) -> None:
     """Raise ValueError for a name that is taken, or a file whose directions do not fit the model."""
     valid = {place for matrix in architecture.matrices for place in places_of(matrix)}
     for name, source in frames.items():
-        if not NAME.fullmatch(name) or name in TAKEN:
+        if not NAME.fullmatch(name) or name in OWN_SUBSPACES:
             raise ValueError(
                 f"{key} has the name {name!r}: give letters, digits, _ and -, and none of"
-                f" {', '.join(sorted(TAKEN))}"
+                f" {', '.join(sorted(OWN_SUBSPACES - {''}))}"
             )
         if not isinstance(source, str):
             if len(source) != 2 or source[0] == source[1]:
