@@ -16,7 +16,7 @@ from runners.report.uncertainty import Companion, illustrated
 from weightgeom.analysis.comparisons import principal
 from weightgeom.analysis.evidence import rank_correlation
 from weightgeom.analysis.over_seeds import Condensed, Other
-from weightgeom.declarations import ASYMMETRY, EDITS, MECHANISM, SURGERY, InterventionDeclaration
+from weightgeom.declarations import ASYMMETRY, EDITS, MECHANISM, SPECTRA, SURGERY, InterventionDeclaration
 from weightgeom.table import by_given_subspace
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def _figures(condensed: Condensed) -> "Iterator[tuple[str, str, Figure, str, boo
             False,
         )
     yield from _interventions(condensed)
+    yield from _spectra(condensed.rows)
     for other in condensed.others:
         yield from _other(other)
 
@@ -229,6 +230,25 @@ def _surgery(rows: "pd.DataFrame", whose: str, number: int) -> "Iterator[tuple[s
             " all weights less those of the pathways and of the rest.",
             False,
         )
+
+
+def _spectra(rows: "pd.DataFrame") -> "Iterator[tuple[str, str, Figure, str, bool]]":
+    """The stable ranks of every setting's updates and weights, the mean over its runs."""
+    from weightgeom.figures.spectrum import stable_ranks, things
+
+    rows = rows[(rows["trajectory"] == "training") & rows["quantity"].str.contains("stable_rank")]
+    for number, (setting, part) in enumerate(rows.groupby("setting", sort=False)):
+        last = part[part["step"] == part.groupby("run_id")["step"].transform("max")].assign(step=0)
+        if things(last):
+            yield (
+                SPECTRA,
+                f"spectra_{number}",
+                stable_ranks(last),
+                f"{setting}: the stable rank ‖W‖²_F / ‖W‖²_2 of the update and of the weights by layer,"
+                f" over that of iid Gaussian entries; the mean over {_many(last['run_id'].nunique(), 'run')}."
+                " Below the dashed line few directions hold more than noise would give them.",
+                number > 0,
+            )
 
 
 def _other(other: Other) -> "Iterator[tuple[str, str, Figure, str, bool]]":

@@ -72,13 +72,13 @@ def places_of(matrix: ResidualMatrix) -> tuple[str, ...]:
     return matrix.name, f"L{matrix.layer}.{site}", f"L{matrix.layer}", EVERYWHERE
 
 
-def given_subspaces(frames: Frames, setting: Setting, k: int) -> list[GivenSubspace]:
+def given_subspaces(frames: Frames | None, setting: Setting, k: int) -> list[GivenSubspace]:
     """The given subspaces, contrasts with their first k directions at the trajectory's start.
 
     A start of random weights has no representations, so a pretraining takes those of its end.
     """
     given = []
-    for name, source in frames.items():
+    for name, source in (frames or {}).items():
         if isinstance(source, str):
             spaces = {place: Subspace(basis) for place, basis in directions_in(source).items()}
             given.append(GivenSubspace(name, spaces))
@@ -122,10 +122,10 @@ def _contrasted(name: str, groups: Sequence[str], setting: Setting, k: int) -> G
     )
 
 
-def check_frames(frames: Frames, architecture: Architecture, key: str) -> None:
+def check_frames(frames: Frames | None, architecture: Architecture, key: str) -> None:
     """Raise ValueError for a name that is taken, or a file whose directions do not fit the model."""
     valid = {place for matrix in architecture.matrices for place in places_of(matrix)}
-    for name, source in frames.items():
+    for name, source in (frames or {}).items():
         if not NAME.fullmatch(name) or name in OWN_SUBSPACES:
             raise ValueError(
                 f"{key} has the name {name!r}: give letters, digits, _ and -, and none of"
@@ -152,9 +152,9 @@ def check_frames(frames: Frames, architecture: Architecture, key: str) -> None:
                 )
 
 
-def check_frame_prompts(frames: Frames, examples: Examples, key: str) -> None:
+def check_frame_prompts(frames: Frames | None, examples: Examples, key: str) -> None:
     """Raise ValueError for groups of prompts that are missing, too small, or not apart."""
-    for name, source in frames.items():
+    for name, source in (frames or {}).items():
         if not isinstance(source, str):
             prompts_of(source, examples, f"{key}.{name}")
 

@@ -91,7 +91,7 @@ class DeltaSurgery:
     operations: list[Operation] = Field(default_factory=lambda: ["remove", "keep"])
     factor: float | None = None
     k: int | list[int] | None = None
-    frames: Frames = Field(default_factory=dict)
+    frames: Frames | None = None
     transplants: list[list[Kind]] | None = None
     controls: dict[Control, int] = Field(
         default_factory=lambda: {"random_k": 19, "random_energy": 19, "rotated": 19}
@@ -206,7 +206,7 @@ class DeltaSurgery:
                         bases={(subspace.name, at): space.basis for at, space in subspace.spaces.items()},
                         place=partial(_given_place, subspace),
                     )
-                    yield from inside.trials(frame_dimensions(self.frames[subspace.name], wanted))
+                    yield from inside.trials(frame_dimensions((self.frames or {})[subspace.name], wanted))
 
     def transplanted(
         self, setting: Setting, evaluation: Evaluation, groups: Sequence[Group]
@@ -267,7 +267,7 @@ class DeltaSurgery:
 
     def _surgeries(self, architecture: Architecture) -> int:
         wanted = _dimensions(self.k, architecture)
-        of_frames = [len(frame_dimensions(source, wanted)) for source in self.frames.values()]
+        of_frames = [len(frame_dimensions(source, wanted)) for source in (self.frames or {}).values()]
         places = len(self._groups(architecture)) * (len(wanted) + sum(of_frames))
         return places * len(self.operations) * (1 + sum(self.controls.get(kind, 0) for kind in RANDOM))
 
