@@ -278,6 +278,8 @@ def test_groups_of_prompts_that_are_missing_few_or_shared_are_refused(asked, tmp
     with pytest.raises(ValueError, match="both groups have the prompt"):
         check("color", str(same))
     check("place", str(same))
+    with pytest.raises(ValueError, match="is a glob: join its files"):
+        check("place", str(tmp_path / "*.jsonl"))
     same.write_text(json.dumps({"text": "a"}))
     with pytest.raises(ValueError, match="has no field 'prompt'"):
         check("place", str(same))

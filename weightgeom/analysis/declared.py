@@ -38,7 +38,7 @@ EARLIER: Mapping[str, Declaration] = {
         share="fraction",
         form=".2f",
         section=ASYMMETRY,
-        harmless=("budget_gb", "products"),
+        harmless=("budget_gb", "products", "frames"),
     ),
     "behaviour": ProbeDeclaration("", section=BEHAVIOUR, generic=False),
     "moments": ProbeDeclaration("measured_ratio", section=MECHANISM),

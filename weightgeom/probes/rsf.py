@@ -151,7 +151,7 @@ class RSF:
         form=".2f",
         section=ASYMMETRY,
         of_pretraining=True,
-        harmless=("budget_gb", "products"),
+        harmless=("budget_gb", "products", "frames"),
     )
 
     k: int | list[int] | None = None

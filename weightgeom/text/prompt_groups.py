@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, TypeVar
 from zlib import crc32
@@ -81,24 +82,25 @@ def equal_groups(groups: Mapping[str, Sequence[Prompt]], limit: int, seed: int) 
 
 
 def read_prompts(name: str) -> list[str]:
-    """The prompts of files, every one once: the field `prompt` of records, or the blocks of a plain text.
+    """The prompts of a file, every one once: the field `prompt` of records, or the blocks of plain text.
 
-    Blank lines separate the blocks. Globs are allowed.
+    Blank lines separate the blocks. A glob is no file here: a stage is known by the content of files.
 
     Raises:
-        FileNotFoundError: if a file is missing.
+        FileNotFoundError: if there is no such file.
         ValueError: if a record has no text in its field `prompt`.
     """
+    (path, *others) = paths(name)
+    if others or path != Path(name).expanduser():
+        raise FileNotFoundError(f"{name} is a glob: join its files and name the result")
+    if is_plain(path):
+        return list(dict.fromkeys(read_blocks(path)))
     prompts: list[str] = []
-    for path in paths(name):
-        if is_plain(path):
-            prompts += read_blocks(path)
-            continue
-        for where, record in read_records(path):
-            prompt = field(record, "prompt", where)
-            if not isinstance(prompt, str) or not prompt.strip():
-                raise ValueError(f"{where} field 'prompt' must be text, got {short(prompt)}")
-            prompts.append(prompt)
+    for where, record in read_records(path):
+        prompt = field(record, "prompt", where)
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{where} field 'prompt' must be text, got {short(prompt)}")
+        prompts.append(prompt)
     return list(dict.fromkeys(prompts))
 
 
