@@ -20,11 +20,11 @@ def spectra(*drawn: str):
                     "step": 4,
                     "subspace": "residual",
                 }
-                value = {"delta": 2, "weight": 30}[thing] + layer + more
+                value = {"delta": 2.0, "weight": 30.0}[thing] + layer + more
                 rows.append(row(f"{thing}_stable_rank", value, **at))
-                rows.append(row(f"null_{thing}_stable_rank_mean", 10, **at))
+                rows.append(row(f"null_{thing}_stable_rank_mean", 10.0, **at))
                 rows.append(row(f"null_{thing}_stable_rank_sd", 0.5, **at))
-                rows.append(row(f"{thing}_stable_rank", 99, **(at | {"step": 0})))
+                rows.append(row(f"{thing}_stable_rank", 99.0, **(at | {"step": 0})))
     return tabulate(rows)
 
 
