@@ -84,7 +84,7 @@ def test_the_command_writes_table_and_heat_maps(tmp_path, capsys) -> None:
     said = capsys.readouterr().out
     assert "dpo.1" in said and "arXiv:2512.05117v2: Updates of different trainings" in said
     judged = pd.read_csv(tmp_path / "out/referee.csv").set_index("claim")["verdict"]
-    # Updates of independent directions share nothing; one seed of ce and two of dpo are too few for the others.
+    # Updates of independent directions share nothing; the seeds are too few for the others.
     assert dict(judged) == {
         "DpoNearOrthogonal": "not testable here",
         "ObjectiveFromSpectrum": "not testable here",
