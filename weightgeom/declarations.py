@@ -18,6 +18,7 @@ MECHANISM = "The mechanism"
 EDITS = "Rank-1 edits"
 SURGERY = "Surgery on the update"
 UNCERTAINTY = "Uncertainty: the companion paper"
+SPECTRA = "Spectra"  # of the probe spectrum, a section of its figure alone
 SECTIONS = (ASYMMETRY, BEHAVIOUR, MECHANISM, EDITS, SURGERY, UNCERTAINTY)
 
 

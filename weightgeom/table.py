@@ -4,6 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 
+import re
 from collections.abc import Iterable, Mapping
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
 MEANS = "_means"  # the suffix of the table with the means over matrices, which have no layer
 PARAMETERS = "_parameters"  # of the table with the parameters outside the residual-stream map
 PRETRAINING = "_pretraining"  # of the base that is then trained: the suffix of its tables and metrics
+
+OWN_SUBSPACES = {
+    *("", "random", "attention_input", "mixer_input", "mlp_input", "final_input", "prediction", "residual")
+}
+"""Names of subspaces that a run has without being given any."""
 
 Row = dict[str, Any]
 """One number of a result table; its keys are the columns of `COLUMNS`."""
@@ -165,6 +171,17 @@ def of_the_model(table: "pd.DataFrame", headline: str = "") -> "pd.DataFrame":
 def at_own_subspaces(table: "pd.DataFrame") -> "pd.DataFrame":
     """Rows of whole matrices at their own subspaces: the input of one that reads, prediction for writes."""
     return whole_matrices(table[~table["subspace"].isin(["", "random"])])
+
+
+def given_name(subspace: str) -> str:
+    """The name of a given subspace, or of a pair with one; "" for those that every run has."""
+    return "" if set(re.split("[+:]", subspace)) <= OWN_SUBSPACES else subspace
+
+
+def by_given_subspace(table: "pd.DataFrame") -> "dict[str, pd.DataFrame]":
+    """The rows by the given subspace that they are of, by its name; "" for all others, which come first."""
+    given = table["subspace"].map(given_name)
+    return {name: table[given == name] for name in ["", *(name for name in given.unique() if name)]}
 
 
 def own(table: "pd.DataFrame", quantity: str) -> "pd.DataFrame":

@@ -6,8 +6,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING
 
 from weightgeom.table import of_the_model
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def aligned(before: str, named: Sequence[str], out: Path) -> None:
@@ -43,4 +48,19 @@ def aligned(before: str, named: Sequence[str], out: Path) -> None:
     shown = whole[~whole["quantity"].str.startswith("null_")]
     wide = shown.pivot(index=["treatment", "against"], columns="quantity", values="value")
     print(wide.to_string(float_format="{:.3g}".format, na_rep=""))
+    said = _refereed(table)
+    said.to_csv(out / "referee.csv", index=False)
+    for _, line in said.iterrows():
+        print(f"\n{line['paper']}: {line['statement']}\n  {line['verdict']}: {line['detail']}")
     print(f"\ntables and heat maps: {out}")
+
+
+def _refereed(table: "pd.DataFrame") -> "pd.DataFrame":
+    """The verdicts on the published claims about several trainings of one base."""
+    from weightgeom.analysis.referee import Update, verdicts
+    from weightgeom.analysis.trainings import ALIGNMENT
+    from weightgeom.claims import published
+
+    claims = [resolve_name(path)() for path in published()]
+    of_trainings = [claim for claim in claims if set(claim.needs) == {ALIGNMENT}]
+    return verdicts(of_trainings, [Update("all trainings", {ALIGNMENT: table}, 1)])

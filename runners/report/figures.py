@@ -16,7 +16,8 @@ from runners.report.uncertainty import Companion, illustrated
 from weightgeom.analysis.comparisons import principal
 from weightgeom.analysis.evidence import rank_correlation
 from weightgeom.analysis.over_seeds import Condensed, Other
-from weightgeom.declarations import ASYMMETRY, EDITS, MECHANISM, SURGERY, InterventionDeclaration
+from weightgeom.declarations import ASYMMETRY, EDITS, MECHANISM, SPECTRA, SURGERY, InterventionDeclaration
+from weightgeom.table import by_given_subspace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,6 +84,7 @@ def _figures(condensed: Condensed) -> "Iterator[tuple[str, str, Figure, str, boo
             False,
         )
     yield from _interventions(condensed)
+    yield from _spectra(condensed.rows)
     for other in condensed.others:
         yield from _other(other)
 
@@ -200,15 +202,24 @@ def _surgery(rows: "pd.DataFrame", whose: str, number: int) -> "Iterator[tuple[s
         return
     from weightgeom.figures import causal as figures_causal
 
+    given = by_given_subspace(rows)
     yield (
         "surgery",
         f"surgery_{number}",
-        figures_causal.surgery_curve(rows),
+        figures_causal.surgery_curve(given.pop("")),
         f"{whose}: what becomes of the trained preference margin when the update's part in the top k"
         " directions is taken out, or alone left in. In grey, random subspaces of the same dimension and of"
         " the same removed energy (bars: the range of the draws). The dashed line is the trained model.",
         False,
     )
+    for frame, part in given.items():
+        yield (
+            "surgery",
+            f"surgery_{frame}_{number}",
+            figures_causal.surgery_curve(part),
+            f"{whose}: the same for the update's part inside the given subspace {frame}.",
+            False,
+        )
     if (rows["dose"] == "transplant").any():
         yield (
             "surgery",
@@ -219,6 +230,25 @@ def _surgery(rows: "pd.DataFrame", whose: str, number: int) -> "Iterator[tuple[s
             " all weights less those of the pathways and of the rest.",
             False,
         )
+
+
+def _spectra(rows: "pd.DataFrame") -> "Iterator[tuple[str, str, Figure, str, bool]]":
+    """The stable ranks of every setting's updates and weights, the mean over its runs."""
+    from weightgeom.figures.spectrum import stable_ranks, things
+
+    rows = rows[(rows["trajectory"] == "training") & rows["quantity"].str.contains("stable_rank")]
+    for number, (setting, part) in enumerate(rows.groupby("setting", sort=False)):
+        last = part[part["step"] == part.groupby("run_id")["step"].transform("max")].assign(step=0)
+        if things(last):
+            yield (
+                SPECTRA,
+                f"spectra_{number}",
+                stable_ranks(last),
+                f"{setting}: the stable rank ‖W‖²_F / ‖W‖²_2 of the update and of the weights by layer,"
+                f" over that of iid Gaussian entries; the mean over {_many(last['run_id'].nunique(), 'run')}."
+                " Below the dashed line few directions hold more than noise would give them.",
+                number > 0,
+            )
 
 
 def _other(other: Other) -> "Iterator[tuple[str, str, Figure, str, bool]]":

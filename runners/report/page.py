@@ -18,6 +18,7 @@ from weightgeom.analysis.claims import verdicts
 from weightgeom.analysis.over_seeds import Condensed, condense
 from weightgeom.analysis.referee import REFEREE, RULES, VERDICTS, measured
 from weightgeom.analysis.rules import CLAIMS, CONTRADICTED, DECISION, INCONCLUSIVE, SUPPORTED, UNTESTED
+from weightgeom.declarations import SPECTRA
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -104,7 +105,7 @@ def rendered(
         files={name: csv(name) for name in tables},
         overall=_overall(judged),
         decision=DECISION,
-        others=_others(condensed),
+        others=({SPECTRA: []} if SPECTRA in there else {}) | _others(condensed),
     )
 
 

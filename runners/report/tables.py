@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from runners.report.uncertainty import COUPLINGS, Companion
 from weightgeom.analysis.over_seeds import Condensed, Other
 from weightgeom.declarations import InterventionDeclaration
+from weightgeom.table import given_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,6 +198,11 @@ def _correlations(condensed: Condensed) -> Shown:
 def _comparisons(table: "pd.DataFrame") -> Shown:
     """Medians over places, by setting, pathway, dose, control and effect."""
     keys = ["setting", "role", "treatment", "dose", "against", "quantity", "unit"]
+    if len(table):
+        given = table["subspace"].map(given_name)
+        table = table.assign(
+            treatment=table["treatment"].where(given == "", table["treatment"] + " in " + given)
+        )
     rows = []
     for key, part in table.groupby(keys, sort=False):
         beats = int((part["p_value"] <= 0.05).sum())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from runners.tracking.record import Record
 from weightgeom.analysis.comparisons import compared_with_principal, measured_effect
 from weightgeom.declarations import InterventionDeclaration, ProbeDeclaration
-from weightgeom.table import label, of_matrices, of_the_model
+from weightgeom.table import given_name, label, of_matrices, of_the_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,7 +53,8 @@ def log_effects(
     compared = compared_with_principal(table, effect, declaration.controls)
     for _, row in compared.assign(matrix=label(compared)).iterrows():
         layered = row["layer"] >= 0
-        curve = row["matrix"] or row["role"] or "all"
+        parts = [row["matrix"] or row["role"] or "all", given_name(row["subspace"])]
+        curve = "_".join(filter(None, parts))
         key = f"{name}_by_layer/{curve}" if layered else f"{name}/{curve}_{row['dose']}"
         step = max(0, int(row["layer"] if layered else row["k"]))
         record.log({key: row["effect"], f"{key}_p_value": row["p_value"]}, step)

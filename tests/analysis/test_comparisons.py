@@ -33,7 +33,7 @@ def arms(place: dict, dose: str, treatment: float, controls: dict[str, list[floa
 def layered() -> pd.DataFrame:
     rows = []
     for layer in (0, 1):
-        place = {"step": 0, "layer": layer, "matrix": "k", "role": "read", "k": 4, "subspace": "x"}
+        place = {"step": 0, "layer": layer, "matrix": "k", "role": "read", "k": 4, "subspace": "prediction"}
         controls = {"random": [1.0, 3.0, 2.0], "bottom": [0.0], "within": [4.0, 6.0]}
         for dose, strength in (("0.1", 1.0), ("0.3", 10.0)):
             p = {"random": 0.25, "within": 0.1}

@@ -9,6 +9,9 @@ from llamas import llama, saved
 
 import weightgeom as wg
 from runners.cli.align import aligned
+from weightgeom.analysis.referee import Update, verdicts
+from weightgeom.claims.dpo_near_orthogonal import DpoNearOrthogonal
+from weightgeom.claims.objective_from_spectrum import ObjectiveFromSpectrum
 
 BASE = llama(0)
 
@@ -61,6 +64,11 @@ def test_seeds_of_one_training_are_more_alike_than_those_of_two() -> None:
     assert whole(table, "between_cosine_mean")[pair] == pytest.approx(0, abs=0.03)
     assert whole(table, "within_cosine_p_value")[pair] == pytest.approx(2 / 20)
     assert {"dpo.0", "dpo.2", "ce.1"} <= set(table["treatment"])
+    update = Update("all", {"alignment": table}, 1)
+    found = verdicts([DpoNearOrthogonal(), ObjectiveFromSpectrum()], [update]).set_index("claim")
+    orthogonal = found.loc["DpoNearOrthogonal"]
+    assert (orthogonal["verdict"], orthogonal["null"]) == ("supported", pytest.approx(0.8, abs=0.03))
+    assert found.loc["ObjectiveFromSpectrum", "n"] == 6
 
 
 @pytest.mark.slow
@@ -73,7 +81,15 @@ def test_the_command_writes_table_and_heat_maps(tmp_path, capsys) -> None:
     assert set(whole(table, "cosine")) == {("dpo.1", "dpo.0"), ("ce", "dpo.0"), ("ce", "dpo.1")}
     for ending in ("png", "pdf", "csv"):
         assert (tmp_path / f"out/alignment.{ending}").stat().st_size > 1000
-    assert "dpo.1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "dpo.1" in said and "arXiv:2512.05117v2: Updates of different trainings" in said
+    judged = pd.read_csv(tmp_path / "out/referee.csv").set_index("claim")["verdict"]
+    # Updates of independent directions share nothing; the seeds are too few for the others.
+    assert dict(judged) == {
+        "DpoNearOrthogonal": "not testable here",
+        "ObjectiveFromSpectrum": "not testable here",
+        "UniversalSubspaces": "contradicted",
+    }
     with pytest.raises(ValueError, match="has no name: write NAME="):
         aligned(str(tmp_path / "base"), [str(tmp_path / "a")], tmp_path / "out")
 

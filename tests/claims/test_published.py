@@ -3,26 +3,35 @@
 
 """Every published claim's rule, on planted tables and on updates that are measured."""
 
+import pandas as pd
 import pytest
 import torch
 from asked import probed
 from hydra.utils import get_class
 
 from runners.errors import CONF
+from weightgeom.analysis.chain import STAGES
 from weightgeom.analysis.referee import EXPLAINED, UNTESTABLE, Claim, Update, verdicts
 from weightgeom.claims import published
+from weightgeom.claims.dpo_near_orthogonal import DpoNearOrthogonal
 from weightgeom.claims.intruders_of_adapters import IntrudersOfAdapters
 from weightgeom.claims.little_rotation import LittleRotation
 from weightgeom.claims.low_magnitude import LowMagnitude
 from weightgeom.claims.no_intruders import NoIntruders
+from weightgeom.claims.objective_from_spectrum import ObjectiveFromSpectrum
 from weightgeom.claims.off_principal import OffPrincipal
 from weightgeom.claims.preserved_spectrum import PreservedSpectrum
 from weightgeom.claims.reads_concentrate import ReadsConcentrate
+from weightgeom.claims.safety_overlaps import SafetyOverlaps
 from weightgeom.claims.small_weights import SmallWeights
 from weightgeom.claims.sparse_in_bf16 import SparseInBf16
 from weightgeom.claims.sparse_updates import SparseUpdates
 from weightgeom.claims.uncertainty_unexpressed import UncertaintyUnexpressed
+from weightgeom.claims.universal_subspaces import UniversalSubspaces
 from weightgeom.claims.writes_near_isotropic import WritesNearIsotropic
+from weightgeom.estimators.alignment import aligned as compared
+from weightgeom.estimators.alignment import leading, pooled
+from weightgeom.geometry.nulls import rotated
 from weightgeom.probes.sparsity import Sparsity
 from weightgeom.table import row, tabulate
 
@@ -168,3 +177,142 @@ def test_an_iid_update_is_explained_by_its_null_and_one_of_the_small_weights_is_
     assert heavy.verdict == "supported" and heavy.ours == 1
     large = before + torch.where(small, 0.0, 1e-3) * torch.randn(before.shape, generator=generator)
     assert verdict(SmallWeights(), measured(before, large)) == "contradicted"
+
+
+def seeds(between, within, sd, names=("dpo", "sft")):
+    """Rows of two trainings of several seeds, as `weightgeom align` has them."""
+    first, second = names
+    place = {"step": 1, "treatment": second, "against": first, "n": 4}
+    values = {"between_cosine_mean": between, "within_cosine_mean": within, "within_cosine_sd": sd}
+    rows = [row(name, value, **place) for name, value in values.items()]
+    pair = {"step": 1, "treatment": f"{second}.0", "against": f"{first}.0", "n": 4}
+    return {"alignment": tabulate([*rows, row("cosine", between, **pair)])}
+
+
+def test_dpo_is_orthogonal_to_likelihood_only_where_seeds_of_one_training_are_not():
+    claim = DpoNearOrthogonal()
+    found = finding(claim, seeds(0.02, 0.9, 0.05))
+    assert (found.verdict, found.ours, found.null) == ("supported", 0.02, 0.9)
+    assert verdict(claim, seeds(0.02, 0.05, 0.01)) == EXPLAINED  # seeds are as orthogonal
+    assert verdict(claim, seeds(0.02, 0.9, 0.6)) == EXPLAINED  # or vary as much
+    assert verdict(claim, seeds(-0.02, 0.9, 0.05)) == "supported"
+    assert verdict(claim, seeds(0.5, 0.9, 0.05)) == "contradicted"
+    assert verdict(claim, seeds(-0.5, 0.9, 0.05)) == "contradicted"
+    found = finding(claim, seeds(0.02, 0.9, 0.05, names=("ce", "sft")))
+    assert found.verdict == UNTESTABLE and "no training by preferences" in found.detail
+
+
+def test_a_chain_has_no_seeds_to_compare_its_stages_with():
+    rows = [row("cosine", 0.03, n=9, step=2, against="1")]
+    table = tabulate(rows)
+    table.attrs[STAGES] = ["base", "sft", "dpo"]
+    (found,) = verdicts(
+        [DpoNearOrthogonal()], [Update("it", {"alignment": table}, 2, "dpo", "contrast")]
+    ).itertuples()
+    assert (found.verdict, found.ours) == (UNTESTABLE, 0.03)
+    assert "how alike two seeds of one training are: weightgeom align" in found.detail
+
+
+def aligned(cosine, share, random, names=("dpo", "sft")):
+    """Rows of two trainings: their cosine, and the shares of one in the leading directions of the other."""
+    rows = [row("cosine", cosine, n=9, step=1, treatment=names[1], against=names[0])]
+    values = {
+        "alignment_ratio": share**0.5,
+        "null_alignment_ratio_mean": random**0.5,
+        "null_alignment_ratio_sd": 0.0,
+    }
+    for first, second in (names, names[::-1]):
+        rows += [
+            row(name, value, n=9, step=1, treatment=first, against=second) for name, value in values.items()
+        ]
+    return {"alignment": tabulate(rows)}
+
+
+def test_a_shared_subspace_must_exceed_that_of_a_common_mean():
+    claim = UniversalSubspaces()
+    found = finding(claim, aligned(0.1, 0.8, 0.2))
+    # With a common mean: 0.1 + 0.9 · 0.2 = 0.28.
+    assert found.verdict == "supported"
+    assert (found.ours, found.null) == (pytest.approx(0.8), pytest.approx(0.28))
+    assert verdict(claim, aligned(0.7, 0.8, 0.2)) == EXPLAINED  # the mean holds 0.7 + 0.3 · 0.2 = 0.76
+    assert verdict(claim, aligned(0.0, 0.21, 0.2)) == "contradicted"
+    found = finding(claim, aligned(0.1, 0.8, 0.2, names=("dpo.0", "dpo.1")))
+    assert found.verdict == UNTESTABLE and "all updates are of one training" in found.detail
+
+
+def contrasted(ours, shuffled, sd, chance, name="safety"):
+    values = {
+        "group_overlap": ours,
+        "null_group_overlap_mean": chance,
+        "permuted_group_overlap_mean": shuffled,
+        "permuted_group_overlap_sd": sd,
+    }
+    rows = [
+        row(quantity, value, n=9, step=1, layer=layer, matrix="q", subspace=name)
+        for quantity, value in values.items()
+        for layer in (0, 1)
+    ]
+    return {"rsf": tabulate(rows)}
+
+
+def test_groups_of_prompts_overlap_if_shuffled_ones_do_not_more_and_random_subspaces_less():
+    claim = SafetyOverlaps()
+    found = finding(claim, contrasted(0.9, 0.92, 0.01, 0.3))
+    assert found.verdict == "supported" and found.n == 2 and found.detail.startswith("safety: 0.9")
+    assert verdict(claim, contrasted(0.4, 0.92, 0.01, 0.3)) == "contradicted"
+    assert verdict(claim, contrasted(0.4, 0.92, 0.5, 0.3)) == "supported"  # shuffled groups vary as much
+    assert verdict(claim, contrasted(0.9, 0.92, 0.01, 0.9)) == EXPLAINED  # as any two subspaces of this size
+    parts = [contrasted(0.9, 0.92, 0.01, 0.3), contrasted(0.1, 0.9, 0.01, 0.05, "other")]
+    both = {"rsf": pd.concat([part["rsf"] for part in parts])}
+    assert verdict(claim, both) == "supported"
+    assert verdict(SafetyOverlaps(frame="other"), both) == "contradicted"
+
+
+def spectra(generator, apart, by_norm=0.0, spread=0.1, number=3):
+    """Participation ratios and norms of trainings of `number` seeds, in two layers."""
+    rows = []
+    for offset, name in enumerate(("dpo", "sft")):
+        for seed in range(number):
+            for layer in (0, 1, 2):
+                noise = spread * torch.randn(2, generator=generator)
+                place = {"step": 1, "treatment": f"{name}.{seed}", "layer": layer, "matrix": "q", "n": 9}
+                rank = torch.exp(2 + apart * offset + noise[0])
+                rows.append(row("participation_ratio", float(rank), **place))
+                rows.append(row("delta_norm", float(torch.exp(by_norm * offset + noise[1])), **place))
+    return {"alignment": tabulate(rows)}
+
+
+def test_spectra_tell_the_objective_beyond_shuffled_labels_and_norms(generator):
+    claim = ObjectiveFromSpectrum()
+    found = finding(claim, spectra(generator, apart=3.0))
+    assert (found.verdict, found.ours, found.n) == ("supported", 1.0, 6)
+    # Of 20 divisions of two clusters of three, 2 are theirs; of others, the two in the majority of a cluster
+    # are told: (2 · 1 + 18 · 4/6) / 20.
+    assert found.null == pytest.approx(0.7)
+    assert verdict(claim, spectra(generator, apart=3.0, by_norm=3.0)) == EXPLAINED  # norms tell as well
+    alike = [verdict(claim, spectra(generator, apart=0.0)) for _ in range(6)]
+    assert "contradicted" in alike and alike.count("supported") <= 1
+    found = finding(claim, spectra(generator, apart=3.0, number=2))
+    assert found.verdict == UNTESTABLE and "three seeds each" in found.detail
+
+
+def test_two_measured_trainings_with_a_common_mean_share_its_directions_and_no_others(generator):
+    """Rank-4 updates m + a and m + b: what they share is the mean, as measured on matrices."""
+
+    def low():
+        return torch.randn(64, 4, generator=generator) @ torch.randn(4, 64, generator=generator)
+
+    def table(first, second):
+        rows, parts = [], {"dpo": leading(first), "sft": leading(second)}
+        for names in (("dpo", "sft"), ("sft", "dpo")):
+            values = pooled([compared(parts[names[0]], parts[names[1]])])
+            keep = {name: value for name, value in values.items() if "alignment_ratio" in name}
+            keep |= {"cosine": values["cosine"]} if names[0] == "sft" else {}
+            rows += [row(k, v, n=9, step=1, treatment=names[0], against=names[1]) for k, v in keep.items()]
+        return {"alignment": tabulate(rows)}
+
+    mean = 2 * low()
+    assert verdict(UniversalSubspaces(), table(mean + low(), mean + low())) == EXPLAINED
+    assert verdict(UniversalSubspaces(), table(low(), low())) == "contradicted"
+    left = low()
+    assert verdict(UniversalSubspaces(), table(left, left @ rotated(torch.eye(64), generator))) == "supported"

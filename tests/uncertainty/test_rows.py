@@ -7,11 +7,11 @@ from torch.testing import assert_close
 
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.table import arm_columns
+from weightgeom.text.prompt_groups import equal_groups
 from weightgeom.uncertainty.contrast import (
     Contrast,
     auroc,
     best_of_layers,
-    equal_groups,
     half_samples,
     permuted_aurocs,
     two_sided,

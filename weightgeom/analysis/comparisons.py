@@ -17,12 +17,12 @@ MARGIN = "preference_margin_change"
 def comparisons(table: "pd.DataFrame", effect: str) -> "pd.DataFrame":
     """A row for every treatment, dose and kind of control: its effect, the controls' median, p and q.
 
-    Columns: `layer matrix head expert role k dose treatment against effect controls p_value q_value`, a
-    missing number of the place being -1.
+    Columns: `layer matrix head expert role subspace k dose treatment against effect controls p_value
+    q_value`, a missing number of the place being -1.
     """
     import pandas as pd
 
-    place = ["layer", "matrix", "head", "expert", "role", "k"]
+    place = ["layer", "matrix", "head", "expert", "role", "subspace", "k"]
     table = table.assign(**{name: table[name].fillna(-1) for name in ("layer", "head", "expert", "k")})
     compared = table[table["quantity"] == f"{effect}_p_value"].rename(columns={"value": "p_value"})
     arms, keys = table[table["quantity"] == effect], [*place, "dose", "treatment"]

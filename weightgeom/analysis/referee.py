@@ -4,7 +4,6 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportReturnType=false, reportIndexIssue=false
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
@@ -14,6 +13,7 @@ from weightgeom.analysis.chain import BETWEEN, SINGLE, STAGES
 from weightgeom.analysis.declared import plain_name
 from weightgeom.analysis.rules import CONTRADICTED, MARGIN, SUPPORTED
 from weightgeom.analysis.settings import TRAINED_BY
+from weightgeom.analysis.trainings import ALIGNMENT, CONTRAST, LIKELIHOOD, kind_of
 from weightgeom.table import whole_matrices
 
 if TYPE_CHECKING:
@@ -25,9 +25,7 @@ Verdict = Literal["supported", "contradicted", "explained by its null", "not tes
 VERDICTS: tuple[Verdict, ...] = (SUPPORTED, CONTRADICTED, EXPLAINED, UNTESTABLE)
 SDS = 2  # standard deviations of the null within which a mean is that of the null
 PART = 0.5  # of the distance to a published level; where the null covers more of it, it explains the rest
-CONTRAST, LIKELIHOOD = "contrast", "likelihood"
 KINDS = {CONTRAST: "preferences or rewards", LIKELIHOOD: "likelihood"}  # of trainings, as messages say it
-REWARDED = re.compile(r"(rlvr|rl|apo)\d*")  # further names of a chain's stages
 # Two rules that claims share, to be put into the text of their own.
 BEYOND_A_LEVEL = (
     "contradicted if the mean over matrices is not {side} {level}; explained by its null if the null's mean"
@@ -265,6 +263,8 @@ def updates(
     named = {name: table for name, table in tables.items() if "step" in table}
     stages = {plain_name(name): table for name, table in named.items() if name.endswith(BETWEEN)}
     if stages:
+        if ALIGNMENT in named:  # which compares the stages' updates with each other
+            stages[ALIGNMENT] = named[ALIGNMENT]
         return list(_of_chain(stages, params))
     own = {name: table for name, table in named.items() if name == plain_name(name) and name != STAGES}
     steps = [int(table["step"].max()) for table in own.values() if len(table)]
@@ -278,8 +278,7 @@ def _of_chain(tables: "Mapping[str, pd.DataFrame]", params: Mapping[str, object]
     names = next(iter(tables.values())).attrs[STAGES]
     for step in range(1, len(names)):
         stage = names[step]
-        kind = CONTRAST if REWARDED.fullmatch(stage) else TRAINED_BY.get(stage, "")
-        yield Update(f"{stage} after {names[step - 1]}", tables, step, stage, kind, params)
+        yield Update(f"{stage} after {names[step - 1]}", tables, step, stage, kind_of(stage), params)
 
 
 def measured(row: "pd.Series", name: str) -> str:

@@ -188,7 +188,7 @@ def _measured(run: Params, runs: Sequence[Params], declarations: Mapping[str, De
             continue
         declaration = declarations.get(name)
         harmless = declaration.harmless if isinstance(declaration, ProbeDeclaration) else ()
-        if field not in harmless and _differ(runs, key):
+        if field.partition(".")[0] not in harmless and _differ(runs, key):
             differences.append(f"{key}={run[key]}")
     return differences
 

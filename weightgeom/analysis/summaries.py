@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 from weightgeom.analysis.chain import ENDS, STAGES
 from weightgeom.analysis.comparisons import compared_with_principal
-from weightgeom.table import at_own_subspaces, label, null_of_mean, of_matrices, of_the_model, whole_matrices
+from weightgeom.table import (
+    at_own_subspaces,
+    given_name,
+    label,
+    null_of_mean,
+    of_matrices,
+    of_the_model,
+    whole_matrices,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -167,7 +175,9 @@ def by_treatment(table: "pd.DataFrame", effect: str, controls: Sequence[str]) ->
     compared = compared_with_principal(table, effect, controls)
     rows = [
         {
-            "matrix": row["matrix"] or row["role"] or "all",
+            "matrix": " in ".join(
+                filter(None, [row["matrix"] or row["role"] or "all", given_name(row["subspace"])])
+            ),
             **{key: "-" if row[key] < 0 else str(int(row[key])) for key in ("layer", "k")},
             "treatment": f"{row['treatment']}@{row['dose']}",
             **{

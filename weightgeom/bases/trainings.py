@@ -41,9 +41,10 @@ def alignments(
     over all matrices of the residual stream.
 
     Quantities: those of `weightgeom.estimators.alignment.pooled`, with their nulls under random rotations:
-    cosine, orthogonal_share, alignment_ratio, mode_overlap. Where two trainings have two or more seeds each,
-    of the cosine, the alignment ratio (in both orders) and the mode overlap over all matrices, between their
-    names:
+    cosine, orthogonal_share, alignment_ratio, mode_overlap. Of every training and matrix, delta_norm and
+    participation_ratio, 1 / Σp² with p the shares of the squared singular values of its update. Where two
+    trainings have two or more seeds each, of the cosine, the alignment ratio (in both orders) and the mode
+    overlap over all matrices, between their names:
         between_<quantity>_mean: over the pairs of a seed of one and a seed of the other.
         within_<quantity>_mean, within_<quantity>_sd: over the pairs of seeds of the same training.
         within_<quantity>_p_value: of a within mean that exceeds the between mean as much, over all divisions
@@ -79,6 +80,10 @@ def alignments(
             if (part := leading(matrix.written(params).float().cpu() - old, energy)) is not None
         }
         moved |= updates.keys()
+        for name, part in updates.items():
+            place = {"treatment": name, "n": part.update.numel(), **matrix.table_columns}
+            rows.append(row("delta_norm", part.energy**0.5, **place))
+            rows.append(row("participation_ratio", 1 / part.concentration, **place))
         for pair in permutations(updates, 2):
             found = aligned(updates[pair[0]], updates[pair[1]])
             whole.setdefault(pair, []).append(found)

@@ -14,7 +14,7 @@ from weightgeom.causal.effects import STATE_UNITS, UNITS, Samples
 from weightgeom.geometry.bootstrap import bootstrap_times
 from weightgeom.geometry.nulls import rank_p_value
 from weightgeom.interfaces import Keep, Log, unkept
-from weightgeom.table import Row, arm_columns, row
+from weightgeom.table import Row, arm_columns, given_name, row
 
 TOLERANCES = {
     "frobenius norm": 1e-6,
@@ -136,7 +136,8 @@ def _trial_rows(trial: Trial, evaluation: Evaluator, seed: int, log: Log, done: 
 def with_q_values(rows: Sequence[Row]) -> list[Row]:
     """The rows, with a `_q_value` for every `_p_value`, over the layers and matrices of one table.
 
-    Families are comparisons of one effect with one kind of control at one dose and k.
+    Families are comparisons of one effect with one kind of control at one dose and k; those of a given
+    subspace are families of their own.
     Source: Benjamini & Hochberg (1995), J. R. Stat. Soc. B 57:289, as scipy has it.
     """
     from scipy.stats import false_discovery_control
@@ -144,7 +145,8 @@ def with_q_values(rows: Sequence[Row]) -> list[Row]:
     families: dict[tuple[Any, ...], list[Row]] = {}
     for entry in rows:
         if entry["quantity"].endswith("_p_value"):
-            family = entry["quantity"], entry["dose"], entry["against"], entry.get("k")
+            given = given_name(entry.get("subspace", ""))
+            family = entry["quantity"], entry["dose"], entry["against"], entry.get("k"), given
             families.setdefault(family, []).append(entry)
     completed = list(rows)
     for family in families.values():

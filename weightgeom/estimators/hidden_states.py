@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weightgeom.estimators.lm_head import logits_of
 from weightgeom.models.language_model import LanguageModel
-from weightgeom.models.residual import Architecture, module_path
+from weightgeom.models.residual import Architecture, Site, module_path
 from weightgeom.text.tokens import Batch, prompts
 
 if TYPE_CHECKING:
@@ -38,6 +38,43 @@ def last_states(
     for layer, state in states.items():
         if not bool(state.isfinite().all()):
             raise ValueError(f"a state behind layer {layer} is not finite: the weights have diverged")
+    return states
+
+
+@torch.no_grad()
+def last_inputs(
+    model: LanguageModel, network: "PreTrainedModel", texts: Sequence[str], sites: Sequence[Site]
+) -> dict[Site, Float[Tensor, "prompt d"]]:
+    """The input at every one of these sites at the last token of every prompt, padding not counted.
+
+    Raises:
+        ValueError: if an input is not finite.
+    """
+    parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    for start in range(0, len(texts), SIZE):
+        batch = prompts(texts[start : start + SIZE], model.tokenizer).to(model.device)
+
+        def keep(site: Site, inputs: tuple[Tensor, ...], batch: Batch = batch) -> None:
+            rows = inputs[0].reshape(*batch.target.shape, -1)  # OPT's MLP is given them flattened
+            parts[site].append(rows[batch.target].float().cpu())
+
+        hooks = [
+            network.get_submodule(site.module).register_forward_pre_hook(
+                lambda module, inputs, site=site, keep=keep: keep(site, inputs)
+            )
+            for site in sites
+        ]
+        try:
+            _hidden(network, batch)
+        finally:
+            for handle in hooks:
+                handle.remove()
+    states = {site: torch.cat(of_site) for site, of_site in parts.items()}
+    for site, state in states.items():
+        if not bool(state.isfinite().all()):
+            raise ValueError(
+                f"the {site.name} of layer {site.layer} is not finite: the weights have diverged"
+            )
     return states
 
 

@@ -1,11 +1,11 @@
 """Surgery on an update: its part inside a subspace is removed, kept or scaled; groups are transplanted."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
 from functools import lru_cache, partial
 from math import isfinite, sqrt
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from zlib import crc32
 
 import torch
@@ -19,9 +19,16 @@ from weightgeom.causal.effects import UNITS, Effects, Evaluation, Samples
 from weightgeom.causal.matrix_groups import Group, group_of, grouped, kinds_of, moved, reads_and_writes
 from weightgeom.causal.trials import Arm, Trial, check_controls, measured, named, with_q_values
 from weightgeom.declarations import SURGERY, InterventionDeclaration
+from weightgeom.estimators.given_subspaces import (
+    Frames,
+    GivenSubspace,
+    check_frame_prompts,
+    check_frames,
+    frame_dimensions,
+    given_subspaces,
+)
 from weightgeom.estimators.reference_subspaces import (
     Inputs,
-    Place,
     check_dimensions,
     dimensions,
     input_frames,
@@ -31,7 +38,8 @@ from weightgeom.estimators.reference_subspaces import (
 from weightgeom.interfaces import Log, Setting
 from weightgeom.models.residual import Architecture, Kind, ResidualMatrix
 from weightgeom.params import Params
-from weightgeom.table import Row, arm_columns, row
+from weightgeom.table import Row, arm_columns, by_given_subspace, row
+from weightgeom.text.examples import Examples
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,6 +72,10 @@ class DeltaSurgery:
     is the whole effect, which the others are shares of. The control `rotated` has the same dW, the residual
     stream's side of it turned by a Haar-random orthogonal matrix, one for each subspace above.
 
+    With `frames`, further subspaces by name (`weightgeom.estimators.given_subspaces`), the part of the update
+    inside each is edited likewise, against the same controls; its name is in the column `subspace`. A
+    contrast with fewer than k directions is taken with those it has, and a file with all of its own.
+
     With `transplants` and `layers` left out, `rest@replace` gives the start all parameters of the end that
     are in no matrix of the stream: embeddings, unembedding, norms, biases. Its rotated dW is turned along the
     last axis, that of a vector to a random direction. The whole effect is then the sum of four: of the reads,
@@ -79,6 +91,7 @@ class DeltaSurgery:
     operations: list[Operation] = Field(default_factory=lambda: ["remove", "keep"])
     factor: float | None = None
     k: int | list[int] | None = None
+    frames: Frames | None = None
     transplants: list[list[Kind]] | None = None
     controls: dict[Control, int] = Field(
         default_factory=lambda: {"random_k": 19, "random_energy": 19, "rotated": 19}
@@ -114,7 +127,8 @@ class DeltaSurgery:
         table = tables["training"]
         if MARGIN not in set(table["quantity"]):
             return {}
-        drawn = {"surgery": surgery_curve(table)}
+        parts = by_given_subspace(table)
+        drawn = {f"surgery_{name}".strip("_"): surgery_curve(rows) for name, rows in parts.items()}
         if "transplant" in set(table["dose"]):
             drawn["transplants"] = transplants(table)
         return drawn
@@ -122,6 +136,7 @@ class DeltaSurgery:
     def check(self, architecture: Architecture) -> None:
         """Refuse layers and matrices that the model does not have, and too few controls for `level`."""
         check_dimensions(self.k, architecture.d_model, "intervention.surgery.k")
+        check_frames(self.frames, architecture, "intervention.surgery.frames")
         groups = self._groups(architecture)
         if mixed := [group.place["matrix"] or "of all" for group in groups if not group.place["role"]]:
             raise ValueError(
@@ -133,6 +148,10 @@ class DeltaSurgery:
                 check_controls(number, self.level)
         if self._transplants(architecture):
             check_controls(self.controls.get("rotated", 0), self.level)
+
+    def check_examples(self, examples: Examples) -> None:
+        """Refuse groups of prompts that are missing or too small."""
+        check_frame_prompts(self.frames, examples, "intervention.surgery.frames")
 
     def arms(self, architecture: Architecture) -> int:
         """Treatments and controls of all surgeries, and of all transplants and that of all weights."""
@@ -167,15 +186,27 @@ class DeltaSurgery:
         wanted = _dimensions(self.k, setting.model.architecture)
         params = setting.end if setting.from_random else setting.start
         inputs = Inputs(tokens=self.tokens, length=self.length)
-        bases = {
+        bases: dict[object, Tensor] = {
             frame.place: frame.space.basis for frame in input_frames(setting, params, wanted[-1], inputs)
         }
         prediction = prediction_frame(setting, params, wanted[-1])
         bases[prediction.place] = prediction.space.basis
+        given = given_subspaces(self.frames, setting, wanted[-1])
         for group in groups:
             names = {matrix.parameter for matrix in group.matrices}
             before = _held(setting.start, evaluation.params, names)
-            yield from _Parts(self, setting.seed, group, bases, before, evaluation.params).trials(wanted)
+            parts = _Parts(self, setting.seed, group, bases, before, evaluation.params)
+            yield from parts.trials(wanted)
+            for subspace in given:
+                served = tuple(matrix for matrix in group.matrices if subspace.at(matrix) is not None)
+                if served:
+                    inside = replace(
+                        parts,
+                        group=Group(group.place, served),
+                        bases={(subspace.name, at): space.basis for at, space in subspace.spaces.items()},
+                        place=partial(_given_place, subspace),
+                    )
+                    yield from inside.trials(frame_dimensions((self.frames or {})[subspace.name], wanted))
 
     def transplanted(
         self, setting: Setting, evaluation: Evaluation, groups: Sequence[Group]
@@ -235,7 +266,9 @@ class DeltaSurgery:
         return grouped(architecture, asked, self.layers, "transplants")
 
     def _surgeries(self, architecture: Architecture) -> int:
-        places = len(self._groups(architecture)) * len(_dimensions(self.k, architecture))
+        wanted = _dimensions(self.k, architecture)
+        of_frames = [len(frame_dimensions(source, wanted)) for source in (self.frames or {}).values()]
+        places = len(self._groups(architecture)) * (len(wanted) + sum(of_frames))
         return places * len(self.operations) * (1 + sum(self.controls.get(kind, 0) for kind in RANDOM))
 
 
@@ -246,9 +279,10 @@ class _Parts:
     asked: DeltaSurgery
     seed: int
     group: Group
-    bases: Mapping[Place, Float[Tensor, "d k"]]
+    bases: Mapping[object, Float[Tensor, "d k"]]
     before: Params
     params: Params
+    place: Callable[[ResidualMatrix], Any] = place_of  # whose subspace serves a matrix, by name and place
 
     def trials(self, wanted: Sequence[int]) -> Iterator[Trial]:
         """Every k and operation."""
@@ -263,11 +297,11 @@ class _Parts:
             }
             for draw in range(controls.get("random_energy", 0))
         ]
-        names = dict.fromkeys(place_of(matrix)[0] for matrix in matrices)
+        names = dict.fromkeys(self.place(matrix)[0] for matrix in matrices)
         for k in wanted:
+            energies = {matrix: float(sums[:k][-1]) for matrix, sums in held.items()}
             filling = [
-                {matrix: filled(sums[matrix], float(held[matrix][k - 1])) for matrix in matrices}
-                for sums in drawn
+                {matrix: filled(sums[matrix], energies[matrix]) for matrix in matrices} for sums in drawn
             ]
             for operation in self.asked.operations:
                 arm = partial(self._arm, operation, k)
@@ -290,7 +324,8 @@ class _Parts:
         factor = self.asked.factor if operation == "scale" else float(operation == "keep")
         assert factor is not None
         edit = Surgery(self.before, self.group.matrices, space, factor, float(operation != "keep"))
-        sizes: dict[str, float] = {} if kind == "random_energy" else {"dimension": float(k)}
+        dimension = max(self._top(k, matrix).shape[1] for matrix in self.group.matrices)
+        sizes: dict[str, float] = {} if kind == "random_energy" else {"dimension": float(dimension)}
         if kind != "random_k":
             sizes["removed energy"] = self._applied(edit)
         return Arm(kind, edit, sizes, {"random_k": "dimension"}.get(kind, "removed energy"), draw)
@@ -312,10 +347,12 @@ class _Parts:
         return (side @ basis.to(side)).square().sum(0)
 
     def _top(self, k: int, matrix: ResidualMatrix) -> Float[Tensor, "d k"]:
-        return self.bases[place_of(matrix)][:, :k]
+        return self.bases[self.place(matrix)][:, :k]
 
     def _haar(self, kind: str, draw: int, columns: int | None, matrix: ResidualMatrix) -> Tensor:
-        return _haar_at(f"{self.seed} {kind} {draw}", len(self._top(1, matrix)), columns, matrix)
+        d, most = self.bases[self.place(matrix)].shape
+        number = min(columns, most) if kind == "random_k" and columns is not None else columns
+        return haar_basis(f"{self.seed} {kind} {draw} {self.place(matrix)}", d, number)
 
     def _filling(
         self, draw: int, filling: Mapping[ResidualMatrix, tuple[int, float]], matrix: ResidualMatrix
@@ -375,6 +412,10 @@ def haar_basis(text: str, d: int, columns: int | None) -> Float[Tensor, "d colum
 def _haar_at(text: str, d: int, columns: int | None, matrix: ResidualMatrix) -> Float[Tensor, "d columns"]:
     """The same for all matrices with one subspace."""
     return haar_basis(f"{text} {place_of(matrix)}", d, columns)
+
+
+def _given_place(subspace: GivenSubspace, matrix: ResidualMatrix) -> tuple[str, str | None]:
+    return subspace.name, subspace.place(matrix)
 
 
 def _turned(text: str, name: str, delta: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

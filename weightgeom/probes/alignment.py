@@ -27,11 +27,19 @@ from weightgeom.estimators.alignment import (
     pooled,
     top_right,
 )
+from weightgeom.estimators.given_subspaces import (
+    Frames,
+    check_frame_prompts,
+    check_frames,
+    given_subspaces,
+)
 from weightgeom.geometry.nulls import rotated
+from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture, ResidualMatrix
 from weightgeom.params import Params
 from weightgeom.table import Row, of_the_model, row
+from weightgeom.text.examples import Examples
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,6 +56,9 @@ class Alignment:
     ends, `against` that of the other, B. Rows without a matrix are over all matrices of the residual stream,
     as they reach it. All rows are made at the last checkpoint, from all of them; two checkpoints have none.
 
+    With `frames`, further subspaces by name (`weightgeom.estimators.given_subspaces`), the parts of A and B
+    inside each are compared likewise: dW U of a matrix that reads and Uᵀ dW of one that writes.
+
     Quantities, all of unit 1:
         cosine, orthogonal_share, mode_overlap: of A and an earlier B (`weightgeom.estimators.alignment`).
         alignment_ratio: of A and an earlier or a later B, ‖P A‖ / ‖A‖, P onto the left singular vectors of B
@@ -55,6 +66,9 @@ class Alignment:
         previous_cosine: the cosine with the update before.
         locking: ‖V_K(t)ᵀ V_K(end)‖²_F / K, in [0, 1], with V_K(t) the top K right singular vectors of the
             update from the start to t; the column `k` is K, or the rank if it is smaller. arXiv:2606.07082.
+        frame_cosine, frame_orthogonal_share, frame_alignment_ratio, frame_mode_overlap: the first four, of
+            the parts inside a given subspace, whose name is in the column `subspace`; their nulls,
+            frame_null_..._mean and frame_null_..._sd, rotate within the subspace.
         null_..._mean, null_..._sd: of each but orthogonal_share, under random rotations, in closed form: of
             locking the mean is K/d. Source: ours.
         walk_locking_mean, walk_locking_sd: of locking, where the rest of the update, from t to the end, is
@@ -73,17 +87,25 @@ class Alignment:
     energy: float = Field(default=ENERGY, gt=0, le=1)  # of an update, in its leading directions
     k: int = Field(default=16, ge=1)  # directions of locking
     draws: int = Field(default=3, ge=2)  # of the rest of an update, a decomposition each
+    frames: Frames = Field(
+        default_factory=dict
+    )  # further subspaces by name: a file, or two groups of prompts
     most: int = Field(default=12, ge=2)  # updates; of more checkpoints those at evenly spread places
 
     def check(self, architecture: Architecture) -> None:
-        """Every model will do."""
+        """Refuse given subspaces that do not fit."""
+        check_frames(self.frames, architecture, "probe.alignment.frames")
+
+    def check_examples(self, examples: Examples) -> None:
+        """Refuse groups of prompts that are missing or too small."""
+        check_frame_prompts(self.frames, examples, "probe.alignment.frames")
 
     def summary(self, table: "pd.DataFrame") -> "pd.DataFrame":
         """Every pair of updates over all matrices, with the nulls."""
         import pandas as pd
 
         names = named_updates(table)
-        whole = of_the_model(table).pivot(index=["step", "against"], columns="quantity", values="value")
+        whole = _over_matrices(table).pivot(index=["step", "against"], columns="quantity", values="value")
         lines = []
         pairs = whole[whole["cosine"].notna()]
         for step, against in sorted(pairs.index, key=lambda pair: (pair[0], int(pair[1]))):
@@ -102,7 +124,7 @@ class Alignment:
         table = tables.get("training")
         if table is None:
             return {}
-        pairs = of_the_model(table)
+        pairs = _over_matrices(table)
         pairs = pairs[pairs["against"] != ""]
         return {"alignment": heat_maps(pairs, named_updates(table)), "locking": locking(table)}
 
@@ -129,21 +151,34 @@ class Alignment:
         chosen = [steps[place] for place in places]
         opened = {step: setting.checkpoints[step] for step in chosen}
         generator = torch.Generator().manual_seed(setting.seed)
+        given = given_subspaces(self.frames, setting, min(self.k, setting.model.architecture.d_model))
         whole: dict[Pair, list[Aligned]] = {}
+        inside: dict[tuple[Pair, str], list[Aligned]] = {}
         for matrix in setting.model.architecture.matrices:
             weights = {step: _written(matrix, params) for step, params in opened.items()}
-            updates = {
-                step: part
-                for before, step in pairwise(chosen)
-                if (part := leading(weights[step] - weights[before], self.energy)) is not None
-            }
+            changes = {step: weights[step] - weights[before] for before, step in pairwise(chosen)}
+            updates = self._leading(changes)
             place = matrix.table_columns
             for pair, found in _pairs(updates).items():
                 whole.setdefault(pair, []).append(found)
                 yield from pair_rows(pair, [found], chosen, **place)
+            for subspace in given:
+                space = subspace.at(matrix)
+                if space is None:
+                    continue
+                parts = {step: _inside(matrix, change, space) for step, change in changes.items()}
+                for pair, of_matrix in _pairs(self._leading(parts)).items():
+                    inside.setdefault((pair, subspace.name), []).append(of_matrix)
+                    yield from _frame_rows(pair, [of_matrix], chosen, subspace=subspace.name, **place)
             yield from self._locking(weights, chosen, matrix, generator)
         for pair, parts in whole.items():
             yield from pair_rows(pair, parts, chosen)
+        for (pair, name), parts in inside.items():
+            yield from _frame_rows(pair, parts, chosen, subspace=name)
+
+    def _leading(self, updates: Mapping[int, Tensor]) -> dict[int, Leading]:
+        parts = {step: leading(update, self.energy) for step, update in updates.items()}
+        return {step: part for step, part in parts.items() if part is not None}
 
     def _locking(
         self,
@@ -187,8 +222,23 @@ def walked(
     return torch.tensor(found, dtype=torch.float64)
 
 
+def _over_matrices(table: "pd.DataFrame") -> "pd.DataFrame":
+    rows = of_the_model(table)
+    return rows[rows["subspace"] == ""]
+
+
 def _written(matrix: ResidualMatrix, params: Params) -> Float[Tensor, "d_out d_in"]:
     return matrix.written(params).float().cpu()
+
+
+def _inside(matrix: ResidualMatrix, update: Float[Tensor, "d_out d_in"], space: Subspace) -> Tensor:
+    basis = space.basis.to(update)
+    return update @ basis if matrix.role == "read" else basis.T @ update
+
+
+def _frame_rows(pair: Pair, parts: list[Aligned], chosen: list[int], **place: Any) -> Iterator[Row]:
+    for entry in pair_rows(pair, parts, chosen, **place):
+        yield entry | {"quantity": f"frame_{entry['quantity']}"}
 
 
 def _pairs(updates: Mapping[int, Leading]) -> dict[Pair, Aligned]:

@@ -1,6 +1,6 @@
 """Relative subspace fraction: the share of an update in the subspaces of inputs and predictions."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -13,6 +13,16 @@ from torch import Tensor
 from weightgeom.bases.outline import Shape
 from weightgeom.declarations import ASYMMETRY, ProbeDeclaration
 from weightgeom.estimators.embeddings import embeddings_moved, other_rows, places_needed, unembedding_moves
+from weightgeom.estimators.given_subspaces import (
+    Frames,
+    GivenSubspace,
+    check_frame_prompts,
+    check_frames,
+    given_subspaces,
+    group_rows,
+    overlap_rows,
+    permuted_rows,
+)
 from weightgeom.estimators.gradients import Gathering, gradient_moments
 from weightgeom.estimators.moments import GIB, SUMS, Moment, Settled, groups_size, packs
 from weightgeom.estimators.pathways import Pathways
@@ -49,11 +59,13 @@ from weightgeom.models.adapters import Adapted
 from weightgeom.models.residual import Architecture, ResidualMatrix
 from weightgeom.params import Params
 from weightgeom.table import Row, own, row
+from weightgeom.text.examples import Examples
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+TESTED = ("p_value", "matched_p_value", "trained_matched_p_value", "frame_p_value", "permuted_frame_p_value")
 BATCH_PROMPTS = 2  # of a backward pass, which keeps their activations
 
 
@@ -114,6 +126,16 @@ class RSF:
             `parameter`; embedding_... and token_... of the embeddings (`embedding_rows`, `token_rows`).
         product_norm, query_ratio, key_ratio, write_ratio, read_ratio, sum_ratio, ... with `products`: of
             W_Qᵀ W_K (`qk`) and W_O W_V (`ov`) of every head, on both of their sides (`product_rows`).
+        frame_fraction, frame_ratio, frame_null_ratio_mean, frame_z, frame_p_value, ...: the same in each of
+            the given `frames`, whose name is in the column `subspace`; of a file k is the number of its
+            directions. permuted_frame_ratio_mean, permuted_frame_ratio_sd, permuted_frame_p_value: of
+            contrasts, with the labels of the two groups shuffled, 39 times.
+        frame_overlap, null_frame_overlap_mean, null_frame_overlap_sd: ‖Uᵀ V‖²_F / min(k_U, k_V) of a frame
+            and the matrix's own subspace, or of two frames (`subspace` is a pair `one:other`), with the mean
+            max(k_U, k_V) / d and the spread if either is random, in closed form. arXiv:2505.14185.
+        group_overlap, null_group_overlap_mean, permuted_group_overlap_mean, permuted_group_overlap_sd,
+            group_overlap_p_value: of the leading directions of a contrast's two groups
+            (`ContrastSubspace.group_overlaps`); p is one-sided: do they share less than shuffled groups?
         increment_ratio, increment_...: the same of the change since the checkpoint before, with `increments`,
             in the same subspaces; increment_norm is its size.
 
@@ -130,7 +152,7 @@ class RSF:
         form=".2f",
         section=ASYMMETRY,
         of_pretraining=True,
-        harmless=("budget_gb", "products"),
+        harmless=("budget_gb", "products", "frames"),
     )
 
     k: int | list[int] | None = None
@@ -138,6 +160,9 @@ class RSF:
     null_kind: Literal["rotation", "isotropic"] = "rotation"
     per_head: bool = False
     products: bool = False  # also W_Qᵀ W_K and W_O W_V of each head, on both of their sides
+    frames: Frames = Field(
+        default_factory=dict
+    )  # further subspaces by name: a file, or two groups of prompts
     increments: bool = False  # what lies between neighbouring checkpoints, beside what lies behind the start
     tokens: int | None = Field(default=None, ge=2)  # of held-out text; None: 64 a dimension, at least 8192
     length: int = Field(default=96, ge=2)  # tokens a sequence
@@ -154,8 +179,13 @@ class RSF:
     def check(self, architecture: Architecture) -> None:
         """Refuse a k that does not fit."""
         check_dimensions(self.k, architecture.d_model, "probe.rsf.k")
+        check_frames(self.frames, architecture, "probe.rsf.frames")
         if self.products:
             check_products(architecture)
+
+    def check_examples(self, examples: Examples) -> None:
+        """Refuse groups of prompts that are missing or too small."""
+        check_frame_prompts(self.frames, examples, "probe.rsf.frames")
 
     def held(self, shape: Shape, objective: bool) -> float:
         """Peak bytes: those of the pass over gradients, or of its results and the frames of all inputs.
@@ -230,6 +260,7 @@ class RSF:
         at = ("step" if setting.from_random else "start") if self.at == "auto" else self.at
         kept: dict[bool, list[Frame]] = {}
         upstream: dict[str, Settled | Moment] = {}
+        given: list[GivenSubspace] = []
         architecture = setting.model.architecture
         matrices = architecture.matrices
         before: list[Params] = [setting.start]
@@ -263,6 +294,8 @@ class RSF:
                     {} if fixed is None or adapted else {frame.place: frame.space for frame in frames(params)}
                 )
                 upstream.update(self._upstream(setting, fixed, spaces))
+            if self.frames and not given:
+                given.extend(given_subspaces(self.frames, setting, self._largest(setting)))
             chance = random_frame(setting, self._largest(setting))
             rows: dict[str, list[Row]] = {}
             d = architecture.d_model
@@ -274,7 +307,7 @@ class RSF:
                     places[frame.place] = Frame(frame.place, frame.space, rank=frame.rank)
                 for matrix in here:
                     made = self._rows(
-                        matrix, params, setting, frame, chance, upstream.get(matrix.name), pathways
+                        matrix, params, setting, frame, chance, upstream.get(matrix.name), pathways, given
                     )
                     rows[matrix.name] = list(made)
                     if self.increments:
@@ -384,6 +417,7 @@ class RSF:
         chance: Frame,
         trained: Moment | Settled | None,
         pathways: Pathways,
+        given: Sequence[GivenSubspace],
     ) -> Iterator[Row]:
         moment = own.moment if matrix.role == "read" else trained
         update = self._update(matrix, params, setting)
@@ -397,11 +431,42 @@ class RSF:
         inputs = trained if matrix.role == "read" else None
         yield from self._compare(update, spectrum, own, moment, setting.seed, where, inputs)
         yield from self._compare(update, spectrum, chance, None, setting.seed, where)
+        if given and spectrum is not None:
+            yield from self._given(matrix, update, spectrum, own, given, setting.seed)
         if self.per_head and matrix.has_heads:
             heads = head_updates(matrix, params, setting.start, written=self.fold_post_norm)
             for head, part in enumerate(heads):
                 place = where | {"head": head}
                 yield from self._compare(part, self._spectrum(part), own, moment, setting.seed, place)
+
+    def _given(
+        self,
+        matrix: ResidualMatrix,
+        update: Update,
+        spectrum: Float[Tensor, " d"],
+        own: Frame,
+        given: Sequence[GivenSubspace],
+        seed: int,
+    ) -> Iterator[Row]:
+        """The update in the given subspaces, and these against each other and the matrix's own."""
+        where, gram = matrix.table_columns, update.gram.cpu().double()
+        asked = dimensions(self.k, len(gram))
+        spaces = {subspace.name: space for subspace in given if (space := subspace.at(matrix)) is not None}
+        for subspace in given:
+            if subspace.name not in spaces:
+                continue
+            space, contrast = spaces[subspace.name], subspace.contrast(matrix)
+            frame = Frame((subspace.name, matrix.layer), space, rank=space.basis.shape[1])
+            wanted = subspace.dimensions(matrix, asked)
+            for entry in self._compare(update, spectrum, frame, None, seed, where, wanted=wanted):
+                yield entry | {"quantity": f"frame_{entry['quantity']}"}
+            if contrast is not None:
+                place = where | {"subspace": subspace.name}
+                for k in wanted:
+                    yield from permuted_rows(contrast, gram, k, place)
+                yield from group_rows(contrast, **place)
+        whole = own.space.first(own.directions(own.space.basis.shape[1]))
+        yield from overlap_rows(spaces | {own.place[0]: whole}, **where)
 
     def _increment(
         self, matrix: ResidualMatrix, params: Params, previous: Params, own: Frame, seed: int
@@ -440,6 +505,7 @@ class RSF:
         seed: int,
         where: dict,
         trained: Moment | Settled | None = None,
+        wanted: Sequence[int] | None = None,
     ) -> Iterator[Row]:
         if spectrum is None:  # no share of nothing lies anywhere
             return
@@ -447,7 +513,7 @@ class RSF:
         d, entries = len(gram), update.shape[0] * update.shape[1]
         inside = frame.space.shares(gram).cumsum(0)
         drawn = None if frame.resampled is None else frame.resampled.explained(gram)
-        for asked in dimensions(self.k, d):
+        for asked in dimensions(self.k, d) if wanted is None else wanted:
             at = where | {"subspace": frame.place[0], "k": asked}
             k = frame.directions(asked)
             if k < asked:
@@ -475,7 +541,7 @@ class RSF:
             p, error = null.p_value(fraction)
             yield row("p_value", p, n=entries, stderr=error, **at)
             adapter = update.adapter
-            if adapter is not None and frame.moment is not None:
+            if adapter is not None and (frame.moment is not None or wanted is not None):
                 adapter = adapter.cpu().double()
                 yield from _of_adapter(gram, adapter, fraction, frame, k, seed, at)
             if moment is not None and not moment.centred:
@@ -622,11 +688,12 @@ def _q_values(rows: Iterable[Row]) -> Iterator[Row]:
 
     families: dict[tuple, list[Row]] = {}
     for entry in rows:
-        if entry["quantity"] in ("p_value", "matched_p_value", "trained_matched_p_value"):
+        if entry["quantity"] in TESTED:
             part = (
                 "head" if entry.get("head") is not None else "expert" if entry["expert"] is not None else ""
             )
-            family = entry["quantity"], entry["k"], entry["subspace"] == "random", part
+            given = entry["subspace"] if "frame" in entry["quantity"] else ""
+            family = entry["quantity"], entry["k"], entry["subspace"] == "random", part, given
             families.setdefault(family, []).append(entry)
     for (quantity, *_), family in families.items():
         q_values = false_discovery_control([entry["value"] for entry in family])

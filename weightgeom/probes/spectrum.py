@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from math import cos, pi, sin, sqrt
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.declarations import ProbeDeclaration
+from weightgeom.declarations import SPECTRA, ProbeDeclaration
 from weightgeom.estimators.gradients import Gathering, gradient_moments
 from weightgeom.estimators.moments import activation_moments
 from weightgeom.estimators.updates import update_of, zeros
@@ -22,6 +22,10 @@ from weightgeom.models.residual import Architecture, ResidualMatrix, first_reade
 from weightgeom.params import Params
 from weightgeom.table import Row, row
 from weightgeom.text.tokens import packed
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 Thing = Literal["activation", "upstream", "gradient", "delta", "weight"]
 NULL_DRAWS = 19  # Gaussian matrices of each shape
@@ -78,10 +82,17 @@ class Spectrum:
     def declaration(self) -> ProbeDeclaration:
         """The participation ratio of the update, where it is measured."""
         headline = "delta_participation_ratio" if "delta" in self.of else ""
-        return ProbeDeclaration(headline, by_layer=False, generic=False, needs_update=False)
+        return ProbeDeclaration(headline, section=SPECTRA, by_layer=False, generic=False, needs_update=False)
 
     def check(self, architecture: Architecture) -> None:
         """Every model will do."""
+
+    def figures(self, tables: "Mapping[str, pd.DataFrame]") -> "Mapping[str, Figure]":
+        """Stable ranks by layer, over those of noise."""
+        from weightgeom.figures.spectrum import stable_ranks, things
+
+        table = tables.get("training")
+        return {} if table is None or not things(table) else {"stable_rank_by_layer": stable_ranks(table)}
 
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement of one checkpoint."""

@@ -18,8 +18,8 @@ from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
 from weightgeom.table import Row, arm_columns
 from weightgeom.text.examples import Examples, Question
-from weightgeom.text.prompt_groups import check_groups, first_tokens
-from weightgeom.uncertainty.contrast import Contrast, equal_groups, permuted_aurocs
+from weightgeom.text.prompt_groups import check_groups, equal_groups, first_tokens
+from weightgeom.uncertainty.contrast import Contrast, permuted_aurocs
 from weightgeom.uncertainty.intrinsic_dimension import check_neighbours
 from weightgeom.uncertainty.rows import (
     EstimateSettings,

@@ -1,13 +1,17 @@
-"""Prompts grouped by how certain their answers are, from a user's files or the hub."""
+"""Groups of prompts, from a user's files or the hub: by how certain their answers are, or of two sorts."""
 
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+from zlib import crc32
+
+import torch
 
 from weightgeom.text.examples import Examples, Question
-from weightgeom.text.files import field, paths, read_records
+from weightgeom.text.files import field, is_plain, paths, read_blocks, read_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Groups = dict[str, list[Question]]
+Prompt = TypeVar("Prompt")
 QUESTION_TEMPLATE = "Question: {}\nAnswer:"
 ABSTENTIONS = (" I don't know", " Unknown")
 POPULAR, RARE = 50_000, 100  # monthly page views of a PopQA subject: above POPULAR, or below RARE
@@ -60,6 +65,43 @@ def group_contents(groups: Mapping[str, Sequence[Question]]) -> list[list[str]]:
     return [
         [name, *(question.prompt + question.answer for question in group)] for name, group in groups.items()
     ]
+
+
+def equal_groups(groups: Mapping[str, Sequence[Prompt]], limit: int, seed: int) -> dict[str, list[Prompt]]:
+    """The same number of prompts from every group, at most `limit`, in an order drawn from the seed."""
+    size = min(limit, *map(len, groups.values()))
+    if len({len(group) for group in groups.values()}) > 1 or size < max(map(len, groups.values())):
+        sizes = ", ".join(f"{name} {len(group)}" for name, group in groups.items())
+        log.info("using %d prompts of each group, out of %s", size, sizes)
+    equal = {}
+    for name, group in groups.items():
+        generator = torch.Generator().manual_seed(crc32(f"{seed} {name}".encode()))
+        order = torch.randperm(len(group), generator=generator).tolist()
+        equal[name] = [group[index] for index in order[:size]]
+    return equal
+
+
+def read_prompts(name: str) -> list[str]:
+    """The prompts of a file, every one once: the field `prompt` of records, or the blocks of plain text.
+
+    Blank lines separate the blocks. A glob is no file here: a stage is known by the content of files.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a record has no text in its field `prompt`.
+    """
+    (path, *others) = paths(name)
+    if others or path != Path(name).expanduser():
+        raise FileNotFoundError(f"{name} is a glob: join its files and name the result")
+    if is_plain(path):
+        return list(dict.fromkeys(read_blocks(path)))
+    prompts: list[str] = []
+    for where, record in read_records(path):
+        prompt = field(record, "prompt", where)
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{where} field 'prompt' must be text, got {short(prompt)}")
+        prompts.append(prompt)
+    return list(dict.fromkeys(prompts))
 
 
 def _file_questions(name: str) -> Iterator[tuple[str, Question]]:

@@ -1,18 +1,12 @@
 """Contrasts of two prompt groups: training and test halves, permuted labels, and the boundary direction."""
 
-import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import erf, sqrt
-from typing import NamedTuple, TypeVar
-from zlib import crc32
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-
-log = logging.getLogger(__name__)
-Prompt = TypeVar("Prompt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,20 +67,6 @@ class Contrast:
         mean = along.mean(2)
         error = float((along[0].var(1) / along.shape[2]).sum().sqrt())
         return mean[:, 1] - mean[:, 0], error
-
-
-def equal_groups(groups: Mapping[str, Sequence[Prompt]], limit: int, seed: int) -> dict[str, list[Prompt]]:
-    """The same number of prompts from every group, at most `limit`, in an order drawn from the seed."""
-    size = min(limit, *map(len, groups.values()))
-    if len({len(group) for group in groups.values()}) > 1 or size < max(map(len, groups.values())):
-        sizes = ", ".join(f"{name} {len(group)}" for name, group in groups.items())
-        log.info("using %d prompts of each group, out of %s", size, sizes)
-    equal = {}
-    for name, group in groups.items():
-        generator = torch.Generator().manual_seed(crc32(f"{seed} {name}".encode()))
-        order = torch.randperm(len(group), generator=generator).tolist()
-        equal[name] = [group[index] for index in order[:size]]
-    return equal
 
 
 def two_sided(values: Float[Tensor, " arrangement"]) -> float:

@@ -21,9 +21,9 @@ from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
 from weightgeom.table import Row, arm_columns, row
 from weightgeom.text.examples import Examples
-from weightgeom.text.prompt_groups import check_groups, phrase_tokens
+from weightgeom.text.prompt_groups import check_groups, equal_groups, phrase_tokens
 from weightgeom.text.tokens import Batch
-from weightgeom.uncertainty.contrast import Contrast, equal_groups
+from weightgeom.uncertainty.contrast import Contrast
 
 # Of every edit of states; their figure is one for all of them.
 OF_STATES = InterventionDeclaration(
