@@ -407,3 +407,17 @@ def test_alignment_in_a_given_subspace_is_that_of_the_parts_inside(model, params
         table = tabulate(rows)
         assert len(probe.summary(table)) == 1
         assert set(probe.figures({"training": table})) == {"alignment", "locking"}
+
+
+def test_a_list_takes_the_names_of_its_files_and_groups():
+    listed = [
+        "attention_input",
+        "prediction",
+        "dir/my safety.safetensors",
+        ["harmful.jsonl", "harmless.jsonl"],
+    ]
+    frames = {"my_safety": listed[2], "harmful_against_harmless": groups}
+    assert RSF(frames=listed).frames == frames and Alignment(frames=listed).frames == frames
+    assert RSF(frames=None).frames == {}
+    with pytest.raises(ValueError, match=r"two subspaces would be named a: give names, as in \{a: b/a.st"):
+        RSF(frames=["a.st", "b/a.st"])

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from weightgeom.models import byte_ranges
 from weightgeom.models.byte_ranges import fetched, listed, probed, traffic, without_secrets
-from weightgeom.models.remote import RemoteTensors, remote_file, remote_tensors, stand_in
+from weightgeom.models.remote import RemoteTensors, recent, remote_file, remote_tensors, stand_in
 from weightgeom.models.weights import opened
 
 SHAPE = (384, 96)
@@ -132,6 +132,7 @@ def test_a_busy_server_is_asked_again(file: Path) -> None:
         assert_same(remote(files), file)
     with ranges.served(file.parent) as files:
         tensors = remote(files)
+        recent(tensors.file).forget()
         files.busy = 100
         with pytest.raises(ConnectionError, match=r"7 requests in a row failed, the last as HTTP 503; check"):
             tensors["half"]
@@ -140,6 +141,7 @@ def test_a_busy_server_is_asked_again(file: Path) -> None:
 def test_a_body_that_is_always_cut_is_refused_in_a_sentence(file: Path) -> None:
     with ranges.served(file.parent) as files:
         tensors = remote(files)
+        recent(tensors.file).forget()
         files.short = {"model.safetensors"}
         with pytest.raises(ConnectionError, match=rf"cannot read {files.url}/model.safetensors: 7 requests"):
             tensors["scalar"]

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
+from pydantic import BeforeValidator
 from torch import Tensor
 
 from weightgeom.estimators.alignment import overlap
@@ -25,10 +26,32 @@ from weightgeom.text.files import sha256
 from weightgeom.text.prompt_groups import equal_groups, read_prompts
 
 log = logging.getLogger(__name__)
-Frames = dict[str, str | list[str]]
+
+
+def _by_name(frames: object) -> object:
+    """A list of subspaces by names of their own; the two that `rsf` has in any case are passed over."""
+    if not isinstance(frames, list | tuple):
+        return {} if frames is None else frames
+    named: dict[str, object] = {}
+    for source in (
+        source for source in frames if source not in ("attention_input", "mlp_input", "prediction")
+    ):
+        parts = [source] if isinstance(source, str) else source
+        stems = [Path(part).stem if isinstance(part, str) else str(part) for part in parts]
+        name = "_against_".join(re.sub(r"[^\w-]+", "_", stem) for stem in stems)
+        if name in named:
+            raise ValueError(
+                f"two subspaces would be named {name}: give names, as in {{{name}: {source}, ...}}"
+            )
+        named[name] = source
+    return named
+
+
+Frames = Annotated[dict[str, str | list[str]], BeforeValidator(_by_name)]
 """Subspaces by name: a safetensors file of directions, or two groups of prompts, `[A, B]`.
 
-A group is one of the data's own (`data.groups`) by its name, or a file of prompts.
+A group is one of the data's own (`data.groups`) by its name, or a file of prompts. A list of them takes their
+names from the files or groups.
 """
 PROMPTS = 128  # of each group at most
 LEAST = 8
