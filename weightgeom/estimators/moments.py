@@ -119,21 +119,25 @@ class Moment:
 
     @cached_property
     def eigen(self) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
-        """Its eigenvalues, ascending, and eigenvectors (`moment_eigen`), kept once they were asked for."""
-        return moment_eigen(self.value.cpu())
+        """Its eigenvalues, ascending, and eigenvectors (`moment_eigen`), kept once they were asked for.
+
+        Where groups are packed the vectors are in fp32.
+        """
+        values, vectors = moment_eigen(self.value.cpu())
+        return values, vectors if self.packed is None else vectors.float()
 
     @property
     def root(self) -> Float[Tensor, "d d"]:
         """R with R Rᵀ = the moment, as `moment_root` has it, in fp64."""
         values, vectors = self.eigen
-        return vectors * values.sqrt()
+        return vectors * values.sqrt().to(vectors)
 
     def top(self, k: int) -> Subspace:
         """Its top-k principal directions, of one decomposition with `root` where that is no detour."""
         if iterative_is_faster(self.sums.shape[1], k):
             return Subspace.top(self.value.cpu(), k)
         _, vectors = self.eigen
-        return Subspace(vectors[:, -k:].flip(1))
+        return Subspace(vectors[:, -k:].flip(1).double())
 
     def drawn(self, times: Float[Tensor, " group"]) -> Float[Tensor, "d d"]:
         """The moment of a sample in which each group occurs this many times."""
@@ -198,9 +202,9 @@ class Moment:
         else:
             scale = (self.samples * values).clamp(min=1e-12 * self.samples * float(values[0])).sqrt()
             while self.packed:
-                total = self.packed.pop(0).unpacked()
-                turned.append(_packed(product(turn, product(turn[:m], total)), scale, scale[:m]))
-            del total
+                image = product(turn[:m], self.packed.pop(0).unpacked())
+                turned.append(_packed(product(turn, image), scale, scale[:m]))
+            del image
         # Half precision moves a share by 1e-5 of itself: what is kept of all layers is mostly this.
         tops = torch.empty(len(drawn), k, d, dtype=self.sums.dtype if d <= EXACT else torch.float16)
         shares = []

@@ -118,7 +118,7 @@ class LanguageModel:
 
 
 def _read_when_called(embedding: nn.Module, weights: Params, name: str, device: torch.device) -> None:
-    """Give an embedding, which is mutated, its weight for the time of a call alone.
+    """Give an embedding, which is mutated, the rows of its weight that a call reads, for its time alone.
 
     Llama 4 moves the tokens to where the weight is: between calls that has to be the device as well.
     """
@@ -129,7 +129,13 @@ def _read_when_called(embedding: nn.Module, weights: Params, name: str, device: 
         embedding.weight = nn.Parameter(weight, requires_grad=False)
 
     held(stand_in)
-    embedding.register_forward_pre_hook(lambda *_: held(weights[name].to(device, stand_in.dtype)))
+    def read(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        ids, *others = inputs
+        used, places = ids.unique(return_inverse=True)
+        held(weights[name][used.cpu()].to(device, stand_in.dtype))
+        return places, *others
+
+    embedding.register_forward_pre_hook(read)
     embedding.register_forward_hook(lambda *_: held(stand_in))
 
 
