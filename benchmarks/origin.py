@@ -49,7 +49,6 @@ STEPS = (8, 24)
 OBJECTIVES: dict[str, Objective] = {"ce": CE("chosen"), "dpo": DPO(), "kto": KTO(), "rl": GRPO(completion=16)}
 PREFERENCES = ("style", "facts", "facts_style")
 RATES = {"low": 1e-4, "middle": 3e-4, "high": 1e-3}
-ADAPTER_RATE = 3  # times the rate of a whole training, as adapters take
 log = logging.getLogger("origin")
 
 
@@ -173,7 +172,7 @@ def training_of(base: Made, rate: str, adapter: bool, **more: Any) -> Training:
     """The settings of a training at one of the `RATES`."""
     return Training(
         steps=STEPS[-1],
-        learning_rate=RATES[rate] * (ADAPTER_RATE if adapter else 1),
+        learning_rate=RATES[rate],
         lora=Lora(r=base.size.rank if adapter else None),
         log_every=8,
         max_length=64,
