@@ -215,10 +215,10 @@ def unknown_rows(base: Made) -> list[dict[str, Any]]:
         "ce": (CE("chosen"), training_of(base, "middle", False)),
         "dpo": (DPO(), training_of(base, "middle", False)),
     }
-    before: Params = {}
+    before = open_params(base.directory, load_architecture(base.directory))
     for name, (objective, training) in trainings.items():
         with TemporaryDirectory() as directory:
-            for _, before, after in trained(base, objective, examples, training, Path(directory)):
+            for _, _, after in trained(base, objective, examples, training, Path(directory)):
                 ends[name] = {key: after[key].clone() for key in after}
     ce, dpo = ends.pop("ce"), ends.pop("dpo")
     ends["mean of ce and dpo"] = {name: (ce[name] + dpo[name]) / 2 for name in ce}

@@ -187,7 +187,7 @@ class WithinBatch(Protocol):
 
 @runtime_checkable
 class OnPolicy(Protocol):
-    """An objective that trains on completions which the policy samples, so that no fixed batch has its loss."""
+    """An objective on completions that the policy samples, so that no fixed batch has its loss."""
 
     @property
     def on_policy(self) -> bool:

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import TRAINING, curves, network, trainer_for
+from small import TRAINING, Curves, curves, network, trainer_for
 
 from weightgeom.estimators.gradients import Gathering, gradient_moments
 from weightgeom.objectives.grpo import GRPO, own_words_reward
@@ -58,7 +58,7 @@ def test_the_loss_is_the_policy_gradient_of_the_groups_advantages(tmp_path, mode
 
 
 def test_settings_that_cannot_train_are_refused_with_the_mend(tmp_path, model, examples) -> None:
-    with pytest.raises(ValueError, match="does not divide a batch of 8 completions.*batch_size=9"):
+    with pytest.raises(ValueError, match=r"a batch of 8 completions: set training\.batch_size=9"):
         trainer_for(GRPO(generations=3), model, examples, tmp_path)
     with pytest.raises(ValueError, match="the model takes 128"):
         trainer_for(GRPO(generations=4, completion=200), model, examples, tmp_path)
@@ -69,7 +69,7 @@ def test_settings_that_cannot_train_are_refused_with_the_mend(tmp_path, model, e
         "name": "",
         "seed": 0,
         "device": "cpu",
-        "log_metrics": lambda metrics, step: None,
+        "log_metrics": Curves(),
     }
     with pytest.raises(ValueError, match="match=tokens counts the tokens of the data"):
         fit(SMALL, network(model.tokenizer), model.tokenizer, examples, tokens, tmp_path, **options)

@@ -158,8 +158,9 @@ def gradient_moments(
     budget asks for, with identical results; take what is yielded before asking for more. Source: the
     mechanism offered by arXiv:2605.16600; these estimators are ours.
     Nothing is yielded for a mixture of experts: TRL adds its routers' balance to the loss, which is then no
-    mean over terms; nor for an objective on completions that the policy samples. A training batch has the prompts of one optimizer step of `training`; a rest of prompts
-    that fills none counts for the squared gradients only if it is all there is. Clipping is left out.
+    mean over terms; nor for an objective on completions that the policy samples. A training batch has the
+    prompts of one optimizer step of `training`; a rest of prompts that fills none counts for the squared
+    gradients only if it is all there is. Clipping is left out.
 
     Raises:
         ValueError: if the data lack what the objective needs, or a sum is not finite.

@@ -31,9 +31,9 @@ class Origin:
     """Which kind of training made an update.
 
     `answer` is the one origin that fits, or None with a `reason`. `likelihoods` sum to 1 over the known
-    origins, given that it is one of them and with equal weights beforehand; `fits` are the origins that
-    cannot be ruled out, a set that holds the true one in nine of ten held-out settings. Both are empty where
-    the update lies outside of the known ones. Origins are `ce`, `dpo`, `kto` and `rl`, each also as an
+    origins, given that it is one of them and with equal weights beforehand; `fits` is the set of origins that
+    cannot be ruled out, which holds the true one for nine of ten updates of held-out settings. Both are empty
+    where the update lies outside of the known ones. Origins are `ce`, `dpo`, `kto` and `rl`, each also as an
     adapter (`dpo+lora`), `noise` (Gaussian) and `rotated` (the spectrum of a training in random directions).
     """
 
@@ -148,6 +148,6 @@ def _out_of_scope(known: "pd.DataFrame", model_type: str, d_model: int, layers: 
         return ""
     return (
         f"{model_type} of width {d_model} with {layers} layers is outside of the known updates, which are of"
-        f" {', '.join(types)} of width {widths[0]} to {widths[1]} with {depths[0]} to {depths[1]} layers: give"
-        " a table of such networks as known"
+        f" {', '.join(types)} of width {widths[0]} to {widths[1]} with {depths[0]} to {depths[1]} layers:"
+        " give a table of such networks as known"
     )

@@ -58,9 +58,9 @@ class Gaussians:
 class Judged:
     """The answer about one update.
 
-    `likelihoods` are those of the known origins, which sum to 1: with equal weights beforehand, and given that
-    it is one of them. `fits` is the set that holds the true origin in nine of ten held-out settings.
-    `distance` is how far it lies from the nearest origin, over the limit: above 1 it is none of them.
+    `likelihoods` sum to 1 over the known origins, with equal weights beforehand and given that it is one of
+    them. `fits` is the set that holds the true origin for nine of ten updates of held-out settings.
+    `distance` is that from the nearest origin over the limit: above 1 the update is unlike all known ones.
     """
 
     likelihoods: Mapping[str, float]
@@ -83,9 +83,9 @@ class Classifier:
     """Gaussians whose likelihoods, sets and limit are calibrated on settings that were held out.
 
     Known updates are held out by base, by data and by learning rate, one value at a time, and judged by those
-    that remain. On these judgements `temperature` makes the likelihoods as probable as can be; `threshold` is
-    the conformal quantile of 1 - p(true origin), so that the set { origin: 1 - p <= threshold } holds the true
-    one in `COVERAGE` of them; `limit` is the `INSIDE` quantile of the distance to the nearest origin.
+    that remain. `temperature` is the most likely one for these judgements; `threshold` is the conformal
+    quantile of 1 - p(true origin), so that the set {origin: 1 - p ≤ threshold} holds the true one in
+    `COVERAGE` of them; `limit` is the `INSIDE` quantile of the squared distance to the nearest origin.
     Source: Guo et al. (2017), arXiv:1706.04599; Sadinle, Lei & Wasserman (2019), J. Am. Stat. Assoc. 114:223.
     """
 

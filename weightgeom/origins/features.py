@@ -1,14 +1,14 @@
 """Measurements of one update that need no text and do not change with the size of the update or the model."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from math import log, sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from weightgeom.estimators.other_parameters import change_of, other_parameters
+from weightgeom.estimators.other_parameters import Change, change_of, other_parameters
 from weightgeom.estimators.per_matrix import PerMatrix
 from weightgeom.estimators.reference_subspaces import prediction_frame
 from weightgeom.estimators.rotation import rotation_test
@@ -55,8 +55,8 @@ def features(before: Params, after: Params, config: "PreTrainedConfig", seed: in
     norm of their update and r_0 that of all matrices, in [0, 1]. Of the embedding and the unembedding also
     `moved_share`, `rows`, the participation ratio of the squared norms of rows over their number, and `rank`,
     the effective rank over d; all are 0 where nothing moved. `profile` is the difference of ln ‖dW‖ / ‖W‖
-    between the last layer and the first. Sources: the probes `spectrum`, `rotation`, `sparsity` and `rsf`; the
-    choice is ours. `relative_norm` is the size of the update, which says nothing of its kind.
+    between the last layer and the first. Sources: the probes `spectrum`, `rotation`, `sparsity` and `rsf`;
+    the choice is ours. `relative_norm` is the size of the update, which is no feature.
 
     Raises:
         NotImplementedError: if the model type has no residual-stream map.
@@ -153,9 +153,10 @@ def _others(model: "LanguageModel", before: Params, after: Params, whole: float)
     return found
 
 
-def _of_embedding(change: Any) -> Iterator[tuple[str, float]] | dict[str, float]:
+def _of_embedding(change: Change) -> dict[str, float]:
     if not change.norm > 0:
         return {"moved_share": 0.0, "rows": 0.0, "rank": 0.0}
+    assert change.lengths is not None and change.gram is not None
     lengths, gram = change.lengths.cpu(), change.gram.cpu().double()
     spectrum = torch.linalg.eigvalsh(gram).clamp(min=0)
     return {

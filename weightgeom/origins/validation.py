@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool
 from numpy import ndarray as Array
 
-from weightgeom.origins.classifier import AXES, Classifier, settings
+from weightgeom.origins.classifier import AXES, Classifier
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,11 +37,11 @@ def held_out(known: "pd.DataFrame", names: Sequence[str], axis: str) -> "pd.Data
         judged = Classifier.of(known[taught], names).judge(known[tested])
         part = known[tested][["label", *AXES, "step"]].copy()
         part["fold"] = fold
-        part["best"] = [max(one.likelihoods, key=one.likelihoods.__getitem__) for one in judged]
-        part["answer"] = [one.answer or "" for one in judged]
-        part["covered"] = [label in one.fits for label, one in zip(part["label"], judged, strict=True)]
-        part["outside"] = [one.outside for one in judged]
-        part["distance"] = [one.distance for one in judged]
+        part["best"] = [max(found.likelihoods, key=found.likelihoods.__getitem__) for found in judged]
+        part["answer"] = [found.answer or "" for found in judged]
+        part["covered"] = [label in found.fits for label, found in zip(part["label"], judged, strict=True)]
+        part["outside"] = [found.outside for found in judged]
+        part["distance"] = [found.distance for found in judged]
         parts.append(part)
     if not parts:
         raise ValueError(f"{axis} has a single value, so that none of it can be held out")
@@ -66,9 +66,10 @@ def rates(judged: "pd.DataFrame") -> dict[str, float]:
     """The shares of a table of `held_out`, with 95 % intervals of the errors, and the worst fold.
 
     error: of the likeliest origin. objective_error: of the objective alone, over trainings, adapters or not.
-    form_error: of whole, adapter or neither. answered, answered_error: how many had an answer, and how many of
-    these were wrong. covered, outside. Intervals are Clopper and Pearson's, over updates; those of one
-    training and of one base are alike, so the spread over folds says more: worst, the error of the worst one.
+    form_error: of whole, adapter or random. answered, answered_error: the share with an answer, and of wrong
+    ones among these. covered, outside: the shares whose true origin fits, and that are unlike all known ones.
+    Intervals are Clopper and Pearson's over updates; as updates of one base are alike, the worst fold says
+    more: worst, worst_covered.
     """
     error = judged["best"] != judged["label"]
     answered = judged["answer"] != ""
@@ -112,6 +113,3 @@ def interval(count: int, n: int, level: float = 0.95) -> tuple[float, float]:
         return 0.0, 1.0
     found = binomtest(count, n).proportion_ci(level, "exact")
     return float(found.low), float(found.high)
-
-
-__all__ = ["ALL", "held_out", "interval", "objective_of", "form_of", "rates", "settings"]

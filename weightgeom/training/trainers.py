@@ -188,6 +188,7 @@ def own_loss(trainer: Any, inputs: dict[str, Any], **options: Tensor) -> Tensor:
 
 
 def training_dataset(columns: Mapping[str, list[Any]]) -> "Dataset":
+    """A data set of these columns, made without a progress bar."""
     import datasets
 
     datasets.disable_progress_bars()
