@@ -7,7 +7,7 @@ Trains embedded bases of five sizes and worlds by every objective, on every pref
 learning rates, whole and as adapters, and measures the update after 8 and after 24 steps. Beside them stand
 Gaussian updates with the norms of a training, and updates with the singular values of a training in random
 directions. A last part has kinds of update that the set leaves out, which the answer should not name. Writes
-`weightgeom/origins/known.parquet`, `unknown.parquet` and `validation.csv` beside it in `outputs/origin`.
+`weightgeom/origins/known.parquet`, and `unknown.parquet`, `validation.csv` and the answers in `outputs/origin`.
 Half an hour on one core.
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -36,7 +37,10 @@ from weightgeom.objectives.ce import CE
 from weightgeom.objectives.dpo import DPO
 from weightgeom.objectives.grpo import GRPO
 from weightgeom.objectives.kto import KTO
+from weightgeom.origins.answer import KNOWN
+from weightgeom.origins.classifier import AXES, Classifier, measurements
 from weightgeom.origins.features import features
+from weightgeom.origins.validation import ALL, held_out, rates
 from weightgeom.params import Params
 from weightgeom.probes.rotation import noise
 from weightgeom.text.examples import Examples
@@ -45,6 +49,7 @@ from weightgeom.training.fit import fit
 from weightgeom.training.lora import Lora
 
 OUTPUTS = Path("outputs/origin")
+UNKNOWN = "unknown.parquet"
 STEPS = (8, 24)
 OBJECTIVES: dict[str, Objective] = {"ce": CE("chosen"), "dpo": DPO(), "kto": KTO(), "rl": GRPO(completion=16)}
 PREFERENCES = ("style", "facts", "facts_style")
@@ -240,7 +245,7 @@ def kept(path: Path, key: str, work: Callable[[], Sequence[dict[str, Any]]]) -> 
     return json.loads(file.read_text())
 
 
-def make() -> tuple[pd.DataFrame, pd.DataFrame]:
+def make() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The set of known updates, and the unknown ones."""
     known, unknown = [], []
     for name in BASES:
@@ -250,7 +255,61 @@ def make() -> tuple[pd.DataFrame, pd.DataFrame]:
             arguments = (base, objective, preference, rate, adapter)
             known += kept(OUTPUTS / "rows", key, lambda given=arguments: rows_of(*given))
         unknown += kept(OUTPUTS / "rows", f"{name} unknown", lambda base=base: unknown_rows(base))
-    return pd.DataFrame(known), pd.DataFrame(unknown)
+    return known, unknown
+
+
+def stored(measured: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """The table of some updates, in the precision of fp16 so that it is small."""
+    table = pd.DataFrame(measured)
+    sizes = [BASES[name] for name in table["base"]]
+    table.insert(5, "model_type", "gpt_neox")
+    table.insert(6, "d_model", [size.d_model for size in sizes])
+    table.insert(7, "layers", [size.layers for size in sizes])
+    numbers = measurements(table)
+    return table.astype({name: "float16" for name in numbers}).astype({name: "float32" for name in numbers})
+
+
+def validated(known: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """The rates of every axis, by all measurements and by the size of the update alone."""
+    sized = known.assign(log_norm=np.log(known["relative_norm"]))
+    for names in (measurements(known), ["log_norm"]):
+        for axis in (*AXES, "step", ALL):
+            judged = held_out(sized, names, axis)
+            if len(names) > 1:
+                judged.to_csv(OUTPUTS / f"judged_{axis.replace(' ', '_')}.csv", index=False)
+            measured = "all" if len(names) > 1 else "norm alone"
+            yield {"measurements": measured, "held out": axis, **rates(judged)}
+
+
+def print_validation(known: pd.DataFrame, unknown: pd.DataFrame) -> None:
+    """Rates, confusions and the answers about kinds of update that the set lacks."""
+    with pd.option_context("display.width", 250, "display.max_columns", 40, "display.max_rows", 200):
+        print(
+            f"{len(known)} updates, {known['label'].nunique()} origins, {len(measurements(known))} measured"
+        )
+        table = pd.DataFrame(validated(known))
+        table.to_csv(OUTPUTS / "validation.csv", index=False)
+        print(table.set_index(["measurements", "held out"]).T.to_string(float_format="{:.3f}".format))
+        for axis in ("base", ALL):
+            judged = pd.read_csv(OUTPUTS / f"judged_{axis.replace(' ', '_')}.csv")
+            print(f"\n{axis} held out: the likeliest origin by the true one")
+            print(pd.crosstab(judged["label"], judged["best"]).to_string())
+        classifier = Classifier.of(known, measurements(known))
+        print(
+            f"\ntemperature {classifier.temperature:.2f}, threshold {classifier.threshold:.3f}, limit"
+            f" {classifier.limit:.1f}"
+        )
+        judged = classifier.judge(unknown)
+        print("\nkinds that the set lacks")
+        print(
+            unknown[["label", "base"]]
+            .assign(
+                answer=[found.answer or "cannot tell" for found in judged],
+                fits=[", ".join(found.fits) for found in judged],
+                distance=[found.distance for found in judged],
+            )
+            .to_string(index=False)
+        )
 
 
 def main() -> None:
@@ -258,11 +317,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--validate", action="store_true", help="make nothing")
     asked = parser.parse_args()
+    OUTPUTS.mkdir(parents=True, exist_ok=True)
     if not asked.validate:
-        known, unknown = make()
-        numbers = {name: "float32" for name in known.columns if known[name].dtype == "float64"}
-        known.astype(numbers).to_parquet(OUTPUTS / "known.parquet", index=False)
-        unknown.astype(numbers).to_parquet(OUTPUTS / "unknown.parquet", index=False)
+        for path, measured in zip((KNOWN, OUTPUTS / UNKNOWN), make(), strict=True):
+            stored(measured).to_parquet(
+                path, index=False, compression="zstd", use_dictionary=False, use_byte_stream_split=True
+            )
+    print_validation(pd.read_parquet(KNOWN), pd.read_parquet(OUTPUTS / UNKNOWN))
 
 
 if __name__ == "__main__":
