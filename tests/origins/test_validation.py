@@ -1,0 +1,68 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from weightgeom.origins.validation import ALL, form_of, held_out, interval, objective_of, rates
+
+LABELS = ("ce", "dpo", "ce+lora", "noise")
+
+
+def known(of_base: float, seed: int = 0) -> pd.DataFrame:
+    """Updates whose measurement says the origin in every base, by another code in each of them."""
+    generator = np.random.default_rng(seed)
+    codes = {base: generator.permutation(4) if of_base else np.arange(4) for base in "ABC"}
+    return pd.DataFrame([
+        {"label": label, "base": base, "data": data, "rate": rate, "step": step,
+         "x": 30.0 * codes[base][LABELS.index(label)] + generator.standard_normal()}
+        for label in LABELS for base in "ABC" for data in "st" for rate in "lmh" for step in (8, 24)
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("axis", ["base", "data", "rate", "step", ALL])
+def test_an_origin_that_every_setting_shows_alike_is_never_missed(axis: str) -> None:
+    found = rates(held_out(known(0.0), ["x"], axis))
+    assert found["error"] == found["objective_error"] == found["form_error"] == found["worst"] == 0
+    assert found["n"] == 4 * 3 * 2 * 3 * 2 and found["answered"] > 0.85 and found["covered"] > 0.85
+
+
+def test_what_the_bases_have_of_their_own_helps_no_base_that_was_held_out() -> None:
+    # Codes of the three bases: at seed 3 no origin has the code of another base.
+    table = known(1.0, seed=3)
+    codes = table.groupby(["base", "label"])["x"].mean().div(30).round().unstack()
+    apart = (codes.nunique() == 3).all()
+    found = rates(held_out(table, ["x"], "base"))
+    assert not apart or found["error"] > 0.6
+    assert found["error"] > 0.4 and found["worst"] >= found["error"]
+
+
+def test_rates_count_objectives_forms_and_answers_apart() -> None:
+    judged = pd.DataFrame({
+        "label": ["ce", "dpo", "ce+lora", "noise", "ce"],
+        "best": ["ce", "ce", "ce", "noise", "dpo"],
+        "answer": ["ce", "", "ce", "noise", ""],
+        "covered": [True, True, False, True, True],
+        "outside": [False, True, False, False, False],
+        "fold": ["A", "A", "A", "B", "B"],
+    })  # fmt: skip
+    found = rates(judged)
+    assert found["error"] == 3 / 5 and found["objective_error"] == 2 / 4 and found["form_error"] == 1 / 5
+    assert found["answered"] == 3 / 5 and found["answered_error"] == 1 / 3
+    assert found["covered"] == 4 / 5 and found["outside"] == 1 / 5
+    assert found["worst"] == 2 / 3 and found["worst_covered"] == 2 / 3
+
+
+def test_the_interval_is_clopper_and_pearsons() -> None:
+    assert interval(0, 20) == pytest.approx((0, 1 - 0.025 ** (1 / 20)))
+    assert interval(20, 20) == pytest.approx((0.025 ** (1 / 20), 1))
+    assert interval(0, 0) == (0, 1)
+
+
+def test_the_parts_of_an_origin() -> None:
+    assert [objective_of(name) for name in ("dpo", "dpo+lora")] == ["dpo", "dpo"]
+    names = ("rl", "rl+lora", "noise", "rotated", "rotated+lora")
+    assert [form_of(name) for name in names] == ["whole", "lora", "random", "random", "random"]
+
+
+def test_an_axis_of_one_value_is_refused() -> None:
+    with pytest.raises(ValueError, match="rate has a single value"):
+        held_out(known(0.0).assign(rate="l"), ["x"], "rate")
