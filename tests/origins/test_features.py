@@ -51,7 +51,8 @@ def test_an_update_of_noise_has_every_measurement_at_its_null() -> None:
         assert found[f"size.{kind}"] == pytest.approx(0, abs=0.05)
         assert found[f"delta_stable_rank.{kind}"] == pytest.approx(0, abs=0.15)
         assert found[f"delta_effective_rank.{kind}"] == pytest.approx(0, abs=0.03)
-        assert found[f"left_angle.{kind}"] == pytest.approx(0, abs=0.15)
+        # Of four singular directions of a random matrix, whose gaps are narrow, in three layers.
+        assert found[f"left_angle.{kind}"] == pytest.approx(0, abs=0.4)
         assert found[f"invisible_share.{kind}"] == pytest.approx(0, abs=0.01)
     # The ratio of 4096 entries in 4 of 32 dimensions: sd of the fraction 0.0052 each, 0.04 of the ratio.
     assert found["write_ratio.down"] == pytest.approx(0, abs=0.1)
@@ -79,7 +80,7 @@ def test_the_measurements_do_not_change_with_the_size_of_the_update() -> None:
 
 def test_a_write_inside_the_prediction_subspace_has_the_largest_ratio() -> None:
     before = base()
-    unembed = before["embed_out.weight"].double()
+    unembed = before["lm_head.weight"].double()
     centred = unembed - unembed.mean(0)
     _, _, right = torch.linalg.svd(centred)  # the final norm's gain is 1 at first
     inside = right[:4].T.float()
@@ -105,7 +106,8 @@ def test_an_update_of_rank_one_in_few_tokens_is_seen_as_that() -> None:
     assert found["moved_share.embed"] == pytest.approx(2 / 96, rel=1e-5)
     assert found["rows.embed"] == pytest.approx(2 / 96, rel=1e-5)
     assert found["rank.embed"] == pytest.approx(1 / 32, rel=1e-3)
-    # A Gaussian 32 x 128 matrix has a stable rank of about 32 · 128 / (√32 + √128)² = 14.2, larger by the edge.
+    # A Gaussian 32 x 128 matrix has a stable rank of about
+    # 32 · 128 / (√32 + √128)² = 14.2, and more where its largest singular value is below the edge.
     assert found["delta_stable_rank.up"] == pytest.approx(-log(14.9), abs=0.15)
 
 
