@@ -70,7 +70,7 @@ def test_the_command_answers_about_two_directories(tmp_path: Path) -> None:
 def test_the_package_has_a_small_set_of_every_origin_and_its_answers_are_better_than_chance() -> None:
     assert KNOWN.stat().st_size < 300_000 and KNOWN.is_relative_to(ROOT)
     table = pd.read_parquet(KNOWN)
-    assert table.groupby("label")["base"].nunique().min() == table["base"].nunique() >= 4
+    assert table.groupby("label")["base"].nunique().min() == table["base"].nunique() >= 3
     assert not table.isna().any(axis=None)
     found = rates(held_out(table, measurements(table), "base"))
     assert found["objective_error"] < 0.75  # chance among four

@@ -65,22 +65,25 @@ def _folds(
 def rates(judged: "pd.DataFrame") -> dict[str, float]:
     """The shares of a table of `held_out`, with 95 % intervals of the errors, and the worst fold.
 
-    error: of the likeliest origin. objective_error: of the objective alone, over trainings, adapters or not.
-    form_error: of whole, adapter or random. answered, answered_error: the share with an answer, and of wrong
-    ones among these. covered, outside: the shares whose true origin fits, and that are unlike all known ones.
-    Intervals are Clopper and Pearson's over updates; as updates of one base are alike, the worst fold says
-    more: worst, worst_covered.
+    error: of the likeliest origin. objective_error: of the objective alone, over trainings; whole_error and
+    adapter_error: the same of those of the whole network, and of adapters. form_error: of whole, adapter or
+    random. answered, answered_error: the share with an answer, and of wrong ones among these. covered,
+    outside: the shares whose true origin fits, and that are unlike all known ones. Intervals are Clopper and
+    Pearson's over updates; as updates of one base are alike, the worst fold says more: worst, worst_covered.
     """
     error = judged["best"] != judged["label"]
     answered = judged["answer"] != ""
     trained = judged[~judged["label"].str.startswith(("noise", "rotated"))]
     objective = trained["best"].map(objective_of) != trained["label"].map(objective_of)
+    adapter = trained["label"].map(form_of) == "lora"
     form = judged["best"].map(form_of) != judged["label"].map(form_of)
     wrong = judged["answer"][answered] != judged["label"][answered]
     found = {"n": float(len(judged)), "answered": float(answered.mean())}
     for name, values in (
         ("error", error),
         ("objective_error", objective),
+        ("whole_error", objective[~adapter]),
+        ("adapter_error", objective[adapter]),
         ("form_error", form),
         ("answered_error", wrong),
     ):
