@@ -104,7 +104,7 @@ def _by_kind(
         values[f"size.{kind}"].append(_log(_relative([size]) / whole))
     rows = [row for probe in PROBES for row in probe.measurement(setting)(after)]
     for (_, kind), measured in _grouped(rows).items():
-        for name in OVER_NULL:
+        for name in (name for name in OVER_NULL if name in measured):  # an unmoved matrix has no such rows
             values[f"{name}.{kind}"].append(_log(measured[name]) - _log(measured[f"null_{name}_mean"]))
         for name in MINUS_NULL:
             if name in measured:  # no overlap where nothing is visible
