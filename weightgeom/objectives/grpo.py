@@ -120,13 +120,13 @@ class GRPO:
 
 def own_words_reward(
     completions: Sequence[str], chosen: Sequence[str], rejected: Sequence[str], **columns: object
-) -> list[float]:
+) -> list[float | None]:
     """Share of the chosen response's own words in a completion, minus that of the rejected response's own.
 
     The own words of a response are those that the other one lacks; of the embedded world, a hedge against an
     assertion, the true value against a false one, or both. In [-1, 1], dimensionless. Source: ours.
     """
-    rewards = []
+    rewards: list[float | None] = []
     for completion, better, worse in zip(completions, chosen, rejected, strict=True):
         words, good, bad = (set(text.split()) for text in (completion, better, worse))
         rewards.append(_share(good - bad, words) - _share(bad - good, words))

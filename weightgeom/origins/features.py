@@ -32,7 +32,7 @@ SIZE = "relative_norm"  # ‖dW‖ / ‖W‖ over all matrices: measured, and no
 PROBES = (
     Spectrum(of=["delta"], top=1, shuffles=0),
     Rotation(curve=0, draws=4),
-    PerMatrix(Sparsity()),
+    PerMatrix(Sparsity()),  # pyright: ignore[reportArgumentType] (its headline is a constant of the class)
 )
 # Quantities of these probes whose logarithm is compared with that of their null, and those that are shares.
 OVER_NULL = ("delta_stable_rank", "delta_effective_rank", "left_angle", "right_angle", "spectral_shift")
