@@ -1,4 +1,5 @@
 from collections import Counter
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from app import ROOT
 from llamas import llama
 from transformers import GPTNeoXForCausalLM
 from typer.testing import CliRunner
+from updates import CONFIG, base, gaussian, moved
 
 import weightgeom as wg
 from runners.cli.app import app
@@ -17,7 +19,7 @@ from weightgeom.origins.answer import KNOWN
 from weightgeom.origins.classifier import measurements
 from weightgeom.origins.validation import held_out, rates
 
-from test_features import CONFIG, base, gaussian, moved  # isort: skip
+OTHERS = {"bias": "bias", "norm": "norm", "embed_in": "embed", "lm_head": "unembed"}
 
 
 def saved(weights: dict[str, torch.Tensor], directory: Path) -> str:
@@ -27,11 +29,27 @@ def saved(weights: dict[str, torch.Tensor], directory: Path) -> str:
     return str(directory)
 
 
+def like_a_training(before: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """Gaussian updates with the norms that trainings of the set have on average."""
+    known = pd.read_parquet(KNOWN)
+    mean = known[known["label"] == "noise"][measurements(known)].mean()
+    sizes = {
+        "query_key_value": exp(mean[["size.q", "size.k", "size.v"]].mean()),
+        "attention.dense": exp(mean["size.o"]),
+        "h_to_4h": exp(mean["size.up"]),
+        "4h_to_h": exp(mean["size.down"]),
+        **{part: mean[f"share.{kind}"] / (1 - mean[f"share.{kind}"]) for part, kind in OTHERS.items()},
+    }
+    updates = gaussian(before, 0.03, seed)
+    parts = {name: next(part for part in (*OTHERS, *sizes) if part in name) for name in updates}
+    return {name: sizes[parts[name]] * update for name, update in updates.items()}
+
+
 def test_noise_is_called_noise() -> None:
     answers: Counter[Any] = Counter()
     for seed in range(6):
         before = base(seed)
-        found = wg.origin(before, moved(before, gaussian(before, 0.03, seed)), config=CONFIG)
+        found = wg.origin(before, moved(before, like_a_training(before, seed)), config=CONFIG)
         assert found.noise > 0.8 and found.lora < 0.1
         answers[found.answer] += 1
     assert set(answers) <= {"noise", None} and answers["noise"] >= 3
@@ -53,7 +71,10 @@ def test_a_model_outside_of_the_set_is_refused_in_words(tmp_path: Path) -> None:
 
 def test_the_command_answers_about_two_directories(tmp_path: Path) -> None:
     before = base(3)
-    ends = [saved(before, tmp_path / "base"), saved(moved(before, gaussian(before, 0.03)), tmp_path / "end")]
+    ends = [
+        saved(before, tmp_path / "base"),
+        saved(moved(before, like_a_training(before, 1)), tmp_path / "end"),
+    ]
     ended = CliRunner().invoke(app, ["origin", *ends])
     assert ended.exit_code == 0
     lines = dict(

@@ -4,38 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from updates import CONFIG, base, gaussian, moved
 
 from weightgeom.models.residual import architecture_of
 from weightgeom.origins.features import features
 from weightgeom.probes.rotation import noise
-
-CONFIG = GPTNeoXConfig(
-    vocab_size=96,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=128,
-    max_position_embeddings=64,
-)
-
-
-def base(seed: int = 0) -> dict[str, torch.Tensor]:
-    torch.manual_seed(seed)
-    network = GPTNeoXForCausalLM(CONFIG)
-    return {name: weight.detach().clone() for name, weight in network.named_parameters()}
-
-
-def moved(before: dict[str, torch.Tensor], updates: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: weight + updates.get(name, torch.zeros(())) for name, weight in before.items()}
-
-
-def gaussian(before: dict[str, torch.Tensor], scale: float, seed: int = 1) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: scale * weight.norm() / weight.numel() ** 0.5 * torch.randn(weight.shape, generator=generator)
-        for name, weight in before.items()
-    }
 
 
 def of(before: Any, after: Any) -> dict[str, float]:

@@ -46,6 +46,9 @@ def test_rates_count_objectives_forms_and_answers_apart() -> None:
     assert found["error"] == 3 / 5 and found["objective_error"] == 2 / 4 and found["form_error"] == 1 / 5
     assert found["whole_error"] == 2 / 3 and found["adapter_error"] == 0
     assert found["answered"] == 3 / 5 and found["answered_error"] == 1 / 3
+    assert found["whole_answered"] == 1 / 3 and found["whole_answered_error"] == 0
+    assert found["adapter_answered"] == found["adapter_answered_error"] == 1 and found["adapter_covered"] == 0
+    assert found["random_answered"] == found["random_covered"] == 1
     assert found["covered"] == 4 / 5 and found["outside"] == 1 / 5
     assert found["worst"] == 2 / 3 and found["worst_covered"] == 2 / 3
 

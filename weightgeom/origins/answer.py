@@ -46,12 +46,12 @@ class Origin:
     @property
     def lora(self) -> float:
         """The likelihood that an adapter was trained, by whatever objective."""
-        return sum(value for name, value in self.likelihoods.items() if _is_adapter(name))
+        return sum((value for name, value in self.likelihoods.items() if _is_adapter(name)), 0.0)
 
     @property
     def noise(self) -> float:
         """The likelihood that no training made it."""
-        return sum(value for name, value in self.likelihoods.items() if name.startswith(RANDOM))
+        return sum((value for name, value in self.likelihoods.items() if name.startswith(RANDOM)), 0.0)
 
 
 RANDOM = ("noise", "rotated")

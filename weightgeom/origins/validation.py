@@ -89,6 +89,11 @@ def rates(judged: "pd.DataFrame") -> dict[str, float]:
     ):
         found[name] = float(values.mean()) if len(values) else float("nan")
         found[f"{name}_low"], found[f"{name}_high"] = interval(int(values.sum()), len(values))
+    for name, form in (("whole", "whole"), ("adapter", "lora"), ("random", "random")):
+        part = judged["label"].map(form_of) == form
+        found[f"{name}_answered"] = float(answered[part].mean())
+        found[f"{name}_answered_error"] = float(wrong[part[answered]].mean())
+        found[f"{name}_covered"] = float(judged["covered"][part].mean())
     found["worst"] = float(error.groupby(judged["fold"]).mean().max())
     found["covered"] = float(judged["covered"].mean())
     found["worst_covered"] = float(judged["covered"].groupby(judged["fold"]).mean().min())
