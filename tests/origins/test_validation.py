@@ -1,3 +1,6 @@
+# pandas types the results of indexing and grouping as unions of everything they may ever be.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+
 import numpy as np
 import pandas as pd
 import pytest
