@@ -15,27 +15,32 @@ if TYPE_CHECKING:
     from weightgeom.estimators.rotation import RotationTest, rotation_test
     from weightgeom.geometry.subspace import Subspace
     from weightgeom.library import measure, subspaces
+    from weightgeom.origins.answer import Origin, origin
 
     __version__: str
 
 __all__ = [
+    "Origin",
     "RotationTest",
     "Run",
     "Subspace",
     "__version__",
     "alignments",
     "measure",
+    "origin",
     "read_run",
     "rotation_test",
     "subspaces",
 ]
 # A module must not have the name of something in it that is public here: importing it would hide that.
 PLACES = {
+    "Origin": "weightgeom.origins.answer",
     "RotationTest": "weightgeom.estimators.rotation",
     "Run": "weightgeom.analysis.run_record",
     "Subspace": "weightgeom.geometry.subspace",
     "alignments": "weightgeom.bases.trainings",
     "measure": "weightgeom.library",
+    "origin": "weightgeom.origins.answer",
     "read_run": "weightgeom.analysis.run_record",
     "rotation_test": "weightgeom.estimators.rotation",
     "subspaces": "weightgeom.library",

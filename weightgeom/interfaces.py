@@ -186,6 +186,16 @@ class WithinBatch(Protocol):
 
 
 @runtime_checkable
+class OnPolicy(Protocol):
+    """An objective on completions that the policy samples, so that no fixed batch has its loss."""
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the policy samples what it trains on."""
+        ...
+
+
+@runtime_checkable
 class Probe(Protocol):
     """A measurement of one model, made at every checkpoint of a trajectory."""
 

@@ -92,6 +92,28 @@ def align(
         raise typer.Exit(2) from error
 
 
+@app.command(context_settings={"help_option_names": HELP})
+def origin(
+    before: Annotated[str, typer.Argument(metavar="BEFORE", help="A directory, or a hub name@revision.")],
+    after: Annotated[str, typer.Argument(metavar="AFTER", help="The same, or a LoRA adapter.")],
+    known: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", exists=True, dir_okay=False, help="Known updates of your own, in parquet."
+        ),
+    ] = None,
+) -> None:
+    """Which kind of training made the update between BEFORE and AFTER, or that nobody can tell."""
+    from runners.cli.origin import answered
+    from runners.errors import USER_ERRORS, explanation
+
+    try:
+        print(answered(before, after, known))
+    except USER_ERRORS as error:
+        typer.echo(f"error: {explanation(error)}", err=True)
+        raise typer.Exit(2) from error
+
+
 @app.command(context_settings=PASSED_ON)
 def sweep(context: typer.Context) -> None:
     """status, wait, cancel or resubmit: the jobs in SWEEP_DIR."""

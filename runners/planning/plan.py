@@ -19,7 +19,7 @@ from weightgeom.bases.hub import CheckpointFiles, checkpoint_files
 from weightgeom.bases.outline import HasOutline, Outline, Shape, peak_memory
 from weightgeom.bases.pretrained import check_single
 from weightgeom.data.hub import HubData
-from weightgeom.interfaces import NeedsExamples, Objective
+from weightgeom.interfaces import NeedsExamples, Objective, OnPolicy
 from weightgeom.models.loading import check_length, parameters_of
 from weightgeom.models.residual import architecture_of
 from weightgeom.text.examples import Examples
@@ -118,6 +118,11 @@ class _Job:
         """The plan of the whole job."""
         if not isinstance(self.model, HasOutline):
             raise ValueError(f"there is no plan for {type(self.model).__name__}: run it without plan=true")
+        if isinstance(self.objective, OnPolicy) and self.objective.on_policy:
+            raise ValueError(
+                "there is no plan for an objective whose completions the policy samples: run it without"
+                " plan=true, with few training.steps first"
+            )
         self.examples, notes = self.planner.once(_config_key(self.config, "data"), self._examples)
         self.outline: Outline = self.planner.once(
             self.base, partial(self.model.outline, self.examples, self.data)

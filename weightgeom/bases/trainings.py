@@ -68,7 +68,7 @@ def alignments(
         raise ValueError(f"before={before} is an adapter: give its base model there instead")
     architecture = _architecture([start, *sources.values()], config)
     base = start.params(architecture)
-    weights = {name: _weights(source, before, base, architecture) for name, source in sources.items()}
+    weights = {name: end_weights(source, before, base, architecture) for name, source in sources.items()}
     whole: dict[Pair, list[Aligned]] = {}
     rows: list[Row] = []
     moved: set[str] = set()
@@ -125,7 +125,12 @@ def _architecture(sources: Sequence[Source], config: "PreTrainedConfig | None") 
     return architecture_of(known[0])
 
 
-def _weights(source: Source, before: object, base: Params, architecture: Architecture) -> Params:
+def end_weights(source: Source, before: object, base: Params, architecture: Architecture) -> Params:
+    """The weights of a training's end, whole or an adapter of `base`; `before` is the base as it was given.
+
+    Raises:
+        ValueError: if they differ from the base in a name or a shape, are the same tensors, or not finite.
+    """
     params = source.params(architecture, base)
     if source.is_adapter:
         if source.directory is not None and isinstance(before, str | Path):

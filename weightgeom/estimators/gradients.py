@@ -28,7 +28,7 @@ from weightgeom.estimators.moments import (
 from weightgeom.estimators.reference_subspaces import PREDICTION, Place
 from weightgeom.geometry.bootstrap import bootstrap_times
 from weightgeom.geometry.subspace import Subspace
-from weightgeom.interfaces import Objective, Scored
+from weightgeom.interfaces import Objective, OnPolicy, Scored
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import Architecture, ResidualMatrix, Site
 from weightgeom.models.weights import shape_of
@@ -160,8 +160,9 @@ def gradient_moments(
     as the budget asks for, with identical results; take what is yielded before asking for more. Source: the
     mechanism offered by arXiv:2605.16600; these estimators are ours.
     Nothing is yielded for a mixture of experts: TRL adds its routers' balance to the loss, which is then no
-    mean over terms. A training batch has the prompts of one optimizer step of `training`; a rest of prompts
-    that fills none counts for the squared gradients only if it is all there is. Clipping is left out.
+    mean over terms; nor for an objective on completions that the policy samples. A training batch has the
+    prompts of one optimizer step of `training`; a rest of prompts that fills none counts for the squared
+    gradients only if it is all there is. Clipping is left out.
 
     Raises:
         ValueError: if the data lack what the objective needs, or a sum is not finite.
@@ -171,6 +172,9 @@ def gradient_moments(
     architecture = model.architecture
     if architecture.stacks:
         log.warning("gradients under an objective are not taken of a mixture of experts")
+        return
+    if isinstance(objective, OnPolicy) and objective.on_policy:
+        log.warning("gradients under an objective are not taken of completions that the policy samples")
         return
     network = model.with_weights(params).requires_grad_(False).eval()
     with TemporaryDirectory() as directory:

@@ -38,6 +38,7 @@ LIVE_METRICS = (
     "learning_rate",
     "entropy",
     "mean_token_accuracy",
+    "reward",
     "rewards/accuracies",
     "rewards/margins",
     "logps/chosen",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from weightgeom.compat.fused_head import router_weight
 from weightgeom.compat.sharding import shard_on_processors
-from weightgeom.interfaces import Log, Objective
+from weightgeom.interfaces import Log, Objective, OnPolicy
 from weightgeom.interruption import Request, no_request
 from weightgeom.models.loading import check_length
 from weightgeom.text.examples import Examples
@@ -54,8 +54,9 @@ def fit(
         Interrupted: after a requested stop.
         FloatingPointError: if the loss or a weight is no longer finite; earlier checkpoints are kept.
         ValueError: if sequences of `max_length` do not fit the model, no training example is left, the data
-            lack the examples that `match` needs, the objective cannot be resumed, an adapter has no start, or
-            the newest state was saved with another `shard`, or in the parts of another number of processes.
+            lack the examples that `match` needs, `match` counts tokens that the policy samples, the objective
+            cannot be resumed, an adapter has no start, or the newest state was saved with another `shard`, or
+            in the parts of another number of processes.
         RuntimeError: if the first loss differs from the objective's known first loss.
     """
     from transformers.trainer_callback import PrinterCallback
@@ -78,6 +79,11 @@ def fit(
     if training.lora.r is not None and start is None:
         raise ValueError(
             "lora.r trains an adapter of a base, but this training has a random start: unset lora.r"
+        )
+    if training.match == "tokens" and isinstance(objective, OnPolicy) and objective.on_policy:
+        raise ValueError(
+            "match=tokens counts the tokens of the data, and this objective trains on tokens that the policy"
+            " samples: set training.match=delta_norm or steps"
         )
     check_length(training.max_length, getattr(network.config, "max_position_embeddings", None))
     saved = [step for step in training.save_steps() if step or start is None]

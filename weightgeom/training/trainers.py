@@ -72,7 +72,7 @@ def supervised_trainer(
     length = arguments["max_length"]
     if on == "text":
         packing = {"packing": True, "packing_strategy": "wrapped"}
-        dataset = _training_dataset({"text": list(examples.text)})
+        dataset = training_dataset({"text": list(examples.text)})
         trainer = _build(kind, SFTConfig, dataset, network, tokenizer, {**arguments, **packing})
         log.info(
             "%d documents packed end to end into %d sequences of %d tokens, none truncated",
@@ -82,7 +82,7 @@ def supervised_trainer(
     tokens = [(ids, prompt) for ids, prompt, _, _ in tokenized_responses(examples.pairs, tokenizer)]
     _report_cut("chosen responses", [(prompt, len(ids)) for ids, prompt in tokens], length, network)
     kept = [(ids, prompt) for ids, prompt in tokens if prompt < length]
-    dataset = _training_dataset({
+    dataset = training_dataset({
         "input_ids": [ids for ids, _ in kept],
         "completion_mask": [[0] * prompt + [1] * (len(ids) - prompt) for ids, prompt in kept],
     })  # fmt: skip
@@ -117,7 +117,7 @@ def preference_trainer(
     if arguments.get("disable_dropout", True):
         _disable_functional_dropout(network)
     pairs = for_trl(examples.pairs, tokenizer)
-    dataset = _training_dataset({name: [getattr(pair, name) for pair in pairs] for name in names})
+    dataset = training_dataset({name: [getattr(pair, name) for pair in pairs] for name in names})
     if not precomputed:
         arguments = {**arguments, "precompute_ref_log_probs": False}
         return _build(kind, DPOConfig, dataset, network, tokenizer, arguments, ref_model=reference)
@@ -156,7 +156,7 @@ def unpaired_trainer(
     if arguments.get("disable_dropout", True):
         _disable_functional_dropout(network)
     pairs = for_trl(examples.pairs, tokenizer)
-    dataset = _training_dataset({
+    dataset = training_dataset({
         "prompt": [pair.prompt for pair in pairs] * 2,
         "completion": [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs],
         "label": [True] * len(pairs) + [False] * len(pairs),
@@ -187,7 +187,8 @@ def own_loss(trainer: Any, inputs: dict[str, Any], **options: Tensor) -> Tensor:
     return loss
 
 
-def _training_dataset(columns: Mapping[str, list[Any]]) -> "Dataset":
+def training_dataset(columns: Mapping[str, list[Any]]) -> "Dataset":
+    """A data set of these columns, made without a progress bar."""
     import datasets
 
     datasets.disable_progress_bars()

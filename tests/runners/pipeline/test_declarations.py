@@ -19,6 +19,7 @@ from weightgeom.interventions.rank1 import Rank1
 from weightgeom.objectives.ce import CE
 from weightgeom.objectives.dpo import DPO
 from weightgeom.objectives.graded_contrastive import GradedContrastive
+from weightgeom.objectives.grpo import GRPO
 from weightgeom.objectives.kto import KTO
 from weightgeom.probes.moments import Moments
 from weightgeom.probes.rsf import RSF
@@ -142,6 +143,7 @@ def test_an_unknown_role_is_refused():
     [
         (DPO(), "contrast", "false"),
         (KTO(), "contrast", "false"),
+        (GRPO(), "other", "false"),
         (CE(), "likelihood", "true"),  # the world has text
         (CE(train_on="chosen"), "likelihood", "false"),
         (GradedContrastive(), "contrast", "false"),
