@@ -8,7 +8,7 @@ learning rates, whole and as adapters, and measures the update after 8 and after
 Gaussian updates with the norms of a training, and updates with the singular values of a training in random
 directions. A last part has kinds of update that the set leaves out, which the answer should not name. Writes
 `weightgeom/origins/known.parquet`; `unknown.parquet`, `validation.csv` and all answers in `outputs/origin`.
-A quarter of an hour on one core.
+Some twenty minutes on one core.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Measurements of one update that need no text and do not change with the size of the update or the model."""
+"""Measurements of one update that need no text, against nulls or wholes so that its size matters little."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
