@@ -36,6 +36,18 @@ def test_codes_that_every_base_has_of_its_own_help_no_base_that_was_held_out() -
     assert judged["error"] == 0
 
 
+@pytest.mark.parametrize(("axis", "many"), [("base", "C"), ("data", "t"), (ALL, "C")])
+def test_an_update_is_never_judged_by_its_own_setting(axis: str, many: str) -> None:
+    # Of the one setting there are twenty times as many, with codes in reverse: by itself it would be known.
+    table = known(turn=0)
+    own = table["data" if axis == "data" else "base"] == many
+    reverse = table[own].assign(x=90.0 - table["x"][own])
+    table = pd.concat([table[~own], *[reverse] * 20], ignore_index=True)
+    judged = held_out(table, ["x"], axis)
+    found = judged[judged["data" if axis == "data" else "base"] == many]
+    assert (found["best"] != found["label"]).all()
+
+
 def test_rates_count_objectives_forms_and_answers_apart() -> None:
     judged = pd.DataFrame({
         "label": ["ce", "dpo", "ce+lora", "noise", "ce"],
