@@ -236,7 +236,7 @@ def _spectra(rows: "pd.DataFrame") -> "Iterator[tuple[str, str, Figure, str, boo
     """The stable ranks of every setting's updates and weights, the mean over its runs."""
     from weightgeom.figures.spectrum import stable_ranks, things
 
-    rows = rows[(rows["trajectory"] == "training") & rows["quantity"].str.contains("stable_rank")]
+    rows = rows.loc[(rows["trajectory"] == "training") & rows["quantity"].str.contains("stable_rank")]
     for number, (setting, part) in enumerate(rows.groupby("setting", sort=False)):
         last = part[part["step"] == part.groupby("run_id")["step"].transform("max")].assign(step=0)
         if things(last):

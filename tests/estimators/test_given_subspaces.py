@@ -1,6 +1,8 @@
 import json
 import logging
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -30,7 +32,7 @@ from weightgeom.text.examples import Question
 
 D, K = 32, 4
 GROUPS = ["color", "place"]
-QUICK = {"resamples": 0, "tokens": 512, "prompts": 0}
+quick = partial(RSF, resamples=0, tokens=512, prompts=0)
 
 
 @pytest.fixture
@@ -75,9 +77,10 @@ def test_an_update_planted_in_the_contrast_has_the_ratio_d_over_k_and_no_shuffle
 ):
     (contrast,) = given_subspaces({"topic": GROUPS}, setting, K)
     names = ["L1.q", "L1.up", "L0.o", "L1.down"]
-    bases = {name: contrast.spaces[contrast.place(matrix(model, name))].basis for name in names}
+    spaces = {name: contrast.at(matrix(model, name)) for name in names}
+    bases = {name: space.basis for name, space in spaces.items() if space is not None}
     deltas = {name: inside(model, params, name, basis, generator) for name, basis in bases.items()}
-    rows = RSF(frames={"topic": GROUPS}, **QUICK).measurement(setting)(moved(model, params, deltas))
+    rows = quick(frames={"topic": GROUPS}).measurement(setting)(moved(model, params, deltas))
     for name in names:
         assert bases[name].shape == (D, K)
         assert value(rows, name, "frame_ratio", "topic") == pytest.approx(D / K, rel=1e-4)
@@ -85,7 +88,7 @@ def test_an_update_planted_in_the_contrast_has_the_ratio_d_over_k_and_no_shuffle
         assert value(rows, name, "permuted_frame_p_value", "topic") == 1 / 40
         assert value(rows, name, "frame_p_value", "topic") <= 0.01
     # At the smaller k the first direction alone, which holds about a fourth of a random mixture of four.
-    rows = RSF(k=[1, K], frames={"topic": GROUPS}, **QUICK).measurement(setting)(moved(model, params, deltas))
+    rows = quick(k=[1, K], frames={"topic": GROUPS}).measurement(setting)(moved(model, params, deltas))
     assert 0 < value(rows, "L1.q", "frame_fraction", "topic", k=1) < 0.6
 
 
@@ -98,7 +101,7 @@ def test_shuffled_groups_give_the_null(model, params, asked, generator):
         order = torch.randperm(len(pool), generator=generator).tolist()
         mixed = {"color": tuple(pool[i] for i in order[:24]), "place": tuple(pool[i] for i in order[24:])}
         at = Setting(model, params, params, False, replace(asked, groups=mixed), seed)
-        rows = RSF(frames={"topic": GROUPS}, **QUICK).measurement(at)(moved(model, params, {"L1.q": delta}))
+        rows = quick(frames={"topic": GROUPS}).measurement(at)(moved(model, params, {"L1.q": delta}))
         p_values.append(value(rows, "L1.q", "permuted_frame_p_value", "topic"))
     # The mean of 12 uniform p has the sd 0.083: the bound is four of those.
     assert abs(sum(p_values) / 12 - 0.5) < 0.34
@@ -111,7 +114,7 @@ def test_a_frame_from_a_file_gives_the_rows_of_the_same_frame_given_as_prompts(
     (contrast,) = given_subspaces({"topic": GROUPS}, setting, K)
     file = tmp_path / "topic.safetensors"
     save_file({place: space.basis.contiguous() for place, space in contrast.spaces.items()}, file)
-    probe = RSF(k=K, frames={"topic": GROUPS, "saved": str(file)}, **QUICK)
+    probe = quick(k=K, frames={"topic": GROUPS, "saved": str(file)})
     delta = torch.randn(D, D, generator=generator)
     rows = probe.measurement(setting)(moved(model, params, {"L1.q": delta, "L0.o": delta}))
     for name in ("L1.q", "L0.o"):
@@ -125,8 +128,8 @@ def test_a_frame_from_a_file_gives_the_rows_of_the_same_frame_given_as_prompts(
 
 def test_frames_leave_every_other_row_as_it_is(model, params, setting, generator):
     after = moved(model, params, {"L1.q": torch.randn(D, D, generator=generator)})
-    plain = RSF(**QUICK).measurement(setting)(after)
-    with_frames = RSF(frames={"topic": GROUPS}, **QUICK).measurement(setting)(after)
+    plain = quick().measurement(setting)(after)
+    with_frames = quick(frames={"topic": GROUPS}).measurement(setting)(after)
     assert [
         row for row in with_frames if "frame" not in row["quantity"] and "group" not in row["quantity"]
     ] == plain
@@ -370,7 +373,7 @@ def test_tables_and_figures_of_surgery_keep_given_subspaces_apart(model, params,
     effect, (control, *_) = "kl_from_unedited", surgery.declaration.controls
     shown = by_treatment(table, effect, [control])
     assert set(shown["matrix"]) == {"q", "q in topic"}
-    own = shown[shown["matrix"] == "q"].reset_index(drop=True)
+    own = shown.loc[shown["matrix"] == "q"].reset_index(drop=True)
     pd.testing.assert_frame_equal(own, by_treatment(plain, effect, [control]))
 
 
@@ -410,14 +413,12 @@ def test_alignment_in_a_given_subspace_is_that_of_the_parts_inside(model, params
 
 
 def test_a_list_takes_the_names_of_its_files_and_groups():
-    listed = [
-        "attention_input",
-        "prediction",
-        "dir/my safety.safetensors",
-        ["harmful.jsonl", "harmless.jsonl"],
-    ]
-    frames = {"my_safety": listed[2], "harmful_against_harmless": groups}
+    groups = ["harmful.jsonl", "harmless.jsonl"]
+    listed: Any = ["attention_input", "prediction", "dir/my safety.safetensors", groups]
+    frames = {"my_safety": "dir/my safety.safetensors", "harmful_against_harmless": groups}
     assert RSF(frames=listed).frames == frames and Alignment(frames=listed).frames == frames
-    assert RSF(frames=None).frames == {}
+    none: Any = None
+    assert RSF(frames=none).frames == {}
+    ambiguous: Any = ["a.st", "b/a.st"]
     with pytest.raises(ValueError, match=r"two subspaces would be named a: give names, as in \{a: b/a.st"):
-        RSF(frames=["a.st", "b/a.st"])
+        RSF(frames=ambiguous)

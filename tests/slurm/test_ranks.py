@@ -146,20 +146,25 @@ def files(home: Path, pattern: str) -> dict[Path, Path]:
     return {place: path for place, path in by_place.items() if place.parts[1] != "jobs"}
 
 
+def equal_tables(ours: Path, theirs: Path) -> None:
+    assert_frame_equal(read_parquet(ours), read_parquet(theirs), check_exact=True)
+
+
+def equal_weights(ours: Path, theirs: Path) -> None:
+    first, second = load_file(ours), load_file(theirs)
+    assert all(torch.equal(first[name], second[name]) for name in first | second), ours
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tasks_train_and_measure_with_the_bits_of_processes_of_one_machine(kind, stories, here):
     story = stories[kind].result()
     assert states(story.sweep)[-1] == "COMPLETED", story.said + story.log
     assert "training on 2 processes, one in each task of the job" in story.log
-    for pattern, read in (("*/*/*.parquet", read_parquet), ("*/*/step-*/*.safetensors", load_file)):
+    for pattern, equal in (("*/*/*.parquet", equal_tables), ("*/*/step-*/*.safetensors", equal_weights)):
         ours, theirs = files(story.place.home, pattern), files(here[kind], pattern)
         assert ours.keys() == theirs.keys() and len(ours) >= 2
         for place, path in ours.items():
-            first, second = read(path), read(theirs[place])
-            if pattern.endswith("parquet"):
-                assert_frame_equal(first, second, check_exact=True)
-            else:
-                assert all(torch.equal(first[name], second[name]) for name in first | second), place
+            equal(path, theirs[place])
 
 
 @pytest.mark.parametrize("kind", KINDS)

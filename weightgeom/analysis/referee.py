@@ -7,7 +7,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 from weightgeom.analysis.chain import BETWEEN, SINGLE, STAGES
 from weightgeom.analysis.declared import plain_name
@@ -179,35 +179,18 @@ def judged(
 class Claim(Protocol):
     """A published claim about an update: one dataclass in a file of its own."""
 
-    @property
-    def paper(self) -> str:
-        """Where it was published, with the version that was read if that is known."""
-        ...
-
-    @property
-    def statement(self) -> str:
-        """The claim, in one sentence."""
-        ...
-
-    @property
-    def published(self) -> str:
-        """The published number and its conditions; "" if none is known here."""
-        ...
-
-    @property
-    def about(self) -> str:
-        """The kind of training that it is about: contrast, likelihood, or "" for any."""
-        ...
-
-    @property
-    def needs(self) -> Mapping[str, Sequence[str]]:
-        """The quantities that its statistic takes, by probe."""
-        ...
-
-    @property
-    def rule(self) -> str:
-        """The rule of its verdict, fixed before any data are looked at."""
-        ...
+    paper: ClassVar[str]
+    """Where it was published, with the version that was read if that is known."""
+    statement: ClassVar[str]
+    """The claim, in one sentence."""
+    published: ClassVar[str]
+    """The published number and its conditions; "" if none is known here."""
+    about: ClassVar[str]
+    """The kind of training that it is about: contrast, likelihood, or "" for any."""
+    needs: ClassVar[Mapping[str, tuple[str, ...]]]
+    """The quantities that its statistic takes, by probe."""
+    rule: ClassVar[str]
+    """The rule of its verdict, fixed before any data are looked at."""
 
     def judged(self, update: Update) -> Finding:
         """The verdict on an update of its kind that has all rows it needs."""

@@ -45,7 +45,8 @@ def pairs(table: "pd.DataFrame", step: int) -> "pd.DataFrame":
 
     of_trainings = rows["treatment"] != ""
     first = rows["treatment"].where(of_trainings, rows["step"].map(named))
-    second = rows["against"].where(of_trainings, rows["against"].map(named) if not of_trainings.all() else "")
+    places = "" if bool(of_trainings.all()) else rows["against"].map(named)
+    second = rows["against"].where(of_trainings, places)
     return rows.assign(first=first, second=second).pivot(
         index=["first", "second"], columns="quantity", values="value"
     )

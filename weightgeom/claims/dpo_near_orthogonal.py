@@ -33,7 +33,7 @@ class DpoNearOrthogonal:
         table = update.tables["alignment"]
         seeds = between(table, "cosine")
         kinds = [{kind_of(first), kind_of(second)} for first, second in seeds.index]
-        seeds = seeds[[kind == {CONTRAST, LIKELIHOOD} for kind in kinds]]
+        seeds = seeds.loc[[kind == {CONTRAST, LIKELIHOOD} for kind in kinds]]
         if len(seeds):
             ours, null, sd = (float(seeds[name].abs().mean()) for name in ("between", "within", "sd"))
             detail = f"{ours:.3g} between them, {null:.3g} ± {2 * sd:.2g} between seeds of one training"
@@ -42,7 +42,7 @@ class DpoNearOrthogonal:
         there = pairs(table, update.step)
         apart = [
             abs(cosine)
-            for (first, second), cosine in there["cosine"].dropna().items()
+            for (first, second), cosine in there["cosine"].dropna().to_dict().items()
             if {kind_of(training_of(first)), kind_of(training_of(second))} == {CONTRAST, LIKELIHOOD}
         ]
         if not apart:

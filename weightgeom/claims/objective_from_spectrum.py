@@ -79,11 +79,11 @@ def _features(table: "pd.DataFrame", quantity: str) -> "pd.DataFrame":
     """Logarithms by training and matrix; matrices that one training lacks are left out."""
     import numpy as np
 
-    rows = whole_matrices(table[(table["quantity"] == quantity) & (table["matrix"] != "")])
+    rows = whole_matrices(table.loc[(table["quantity"] == quantity) & (table["matrix"] != "")])
     keys = ["layer", "matrix", "expert"]
     rows = rows.assign(expert=rows["expert"].fillna(-1))
     wide = rows.pivot(index="treatment", columns=keys, values="value").dropna(axis=1)
-    return np.log(wide)
+    return np.log(wide)  # pyright: ignore[reportReturnType] (NumPy's hint is an array; of a frame it is a frame)
 
 
 def _shuffled(labels: Sequence[str]) -> list[tuple[str, ...]]:

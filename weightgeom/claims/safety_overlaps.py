@@ -36,10 +36,10 @@ class SafetyOverlaps:
     def judged(self, update: Update) -> Finding:
         """Over the places of all matrices, which share prompts: their errors do not shrink with n."""
         table = update.tables["rsf"]
-        rows = whole_matrices(table[(table["step"] == update.step) & (table["subspace"] != "")])
-        of_groups = rows[rows["quantity"] == "group_overlap"]
+        rows = whole_matrices(table.loc[(table["step"] == update.step) & (table["subspace"] != "")])
+        of_groups = rows.loc[rows["quantity"] == "group_overlap"]
         name = self.frame or str(of_groups["subspace"].iloc[0])
-        rows = rows[rows["subspace"] == name]
+        rows = rows.loc[rows["subspace"] == name]
         ours, chance, shuffled, sd = (
             float(rows.loc[rows["quantity"] == quantity, "value"].mean()) for quantity in self.needs["rsf"]
         )

@@ -38,8 +38,8 @@ class UniversalSubspaces:
     def judged(self, update: Update) -> Finding:
         """Against the mean adapter: two updates m + a and m + b with random a and b (ours)."""
         there = pairs(update.tables["alignment"], update.step)
-        cosines = {frozenset(pair): cosine for pair, cosine in there["cosine"].dropna().items()}
-        apart = there[[training_of(first) != training_of(second) for first, second in there.index]]
+        cosines = {frozenset(pair): cosine for pair, cosine in there["cosine"].dropna().to_dict().items()}
+        apart = there.loc[[training_of(first) != training_of(second) for first, second in there.index]]
         if not len(apart):
             detail = "all updates are of one training: give several, as in weightgeom align BASE dpo=A sft=B"
             return Finding(UNTESTABLE, "alignment_ratio", detail=detail)

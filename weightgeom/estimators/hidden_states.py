@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,14 +55,14 @@ def last_inputs(
     for start in range(0, len(texts), SIZE):
         batch = prompts(texts[start : start + SIZE], model.tokenizer).to(model.device)
 
-        def keep(site: Site, inputs: tuple[Tensor, ...], batch: Batch = batch) -> None:
+        def keep(
+            site: Site, module: torch.nn.Module, inputs: tuple[Tensor, ...], batch: Batch = batch
+        ) -> None:
             rows = inputs[0].reshape(*batch.target.shape, -1)  # OPT's MLP is given them flattened
             parts[site].append(rows[batch.target].float().cpu())
 
         hooks = [
-            network.get_submodule(site.module).register_forward_pre_hook(
-                lambda module, inputs, site=site, keep=keep: keep(site, inputs)
-            )
+            network.get_submodule(site.module).register_forward_pre_hook(partial(keep, site))
             for site in sites
         ]
         try:

@@ -202,15 +202,15 @@ class Moment:
         else:
             scale = (self.samples * values).clamp(min=1e-12 * self.samples * float(values[0])).sqrt()
             while self.packed:
-                image = product(turn[:m], self.packed.pop(0).unpacked())
-                turned.append(_packed(product(turn, image), scale, scale[:m]))
-            del image
+                part = product(turn[:m], self.packed.pop(0).unpacked())
+                turned.append(_packed(product(turn, part), scale, scale[:m]))
         # Half precision moves a share by 1e-5 of itself: what is kept of all layers is mostly this.
         tops = torch.empty(len(drawn), k, d, dtype=self.sums.dtype if d <= EXACT else torch.float16)
         shares = []
         for index, times in enumerate(drawn):
             total = float(times.double() @ self.counts.double())
             if scale is None:
+                assert isinstance(turned, Tensor)
                 sample = torch.einsum("g,gij->ij", times.to(turned), turned) / total
             else:
                 sample = torch.zeros_like(turned[0], dtype=self.sums.dtype)

@@ -248,7 +248,7 @@ def in_walk(
     The frame of the predictions must be the first. It comes again behind the last inputs of each layer, with
     the matrices of that layer which write: by then a walk has read the layer's weights, and no others since.
     """
-    last = {site.layer: (site.name, site.layer) for site in architecture.sites}
+    last: dict[int | None, Place] = {site.layer: (site.name, site.layer) for site in architecture.sites}
     inputs = iter(frames)
     prediction = next(inputs)
     yield prediction, []

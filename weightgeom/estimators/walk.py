@@ -95,6 +95,7 @@ def _hidden(args: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
 def _without_embedding(network: "PreTrainedModel") -> Iterator[None]:
     """Within it, the embedding gives zeros, and its weight is not read."""
     embedding = network.get_input_embeddings()
+    assert isinstance(embedding.weight, Tensor)
     name = next(name for name, module in network.named_modules() if module is embedding)
     network.set_submodule(name, _Zeros(embedding.weight))
     try:

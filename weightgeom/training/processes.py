@@ -152,8 +152,10 @@ def run_on_processes(
     log.info("training on %d processes%s", number, "" if tasks is None else ", one in each task of the job")
     try:
         for place in _places(make, number, tasks):
-            here = tasks is None or place.rank == 0
-            workers.append(started(place, pickled) if here else tasks.asked(place, pickled))
+            if tasks is None or place.rank == 0:
+                workers.append(started(place, pickled))
+            else:
+                workers.append(tasks.asked(place, pickled))
         while not all(worker.finished for worker in workers):
             _listen(workers, log_metrics, request, None)
             if any(worker.failed or worker.died for worker in workers):

@@ -128,7 +128,7 @@ def gathered(own: Task, address: str) -> Iterator[Door]:
     place = (LOCAL if address == LOCAL else "", 0)
     key = secrets.token_bytes(32)
     with Listener(place, "AF_INET", backlog=own.number, authkey=key) as listener:
-        tasks = Tasks(own, Door(address, listener.address[1], key))
+        tasks = Tasks(own, Door(address, int(listener.address[1]), key))
         threading.Thread(target=tasks.welcome, args=(listener,), daemon=True).start()
         before = _JOB.set(tasks)
         try:
