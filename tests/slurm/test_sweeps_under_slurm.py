@@ -113,7 +113,6 @@ def test_cancelled_jobs_are_told_from_failed_ones_and_killed_in_mlflow(cluster, 
     [
         ("hydra.launcher.partition=nowhere", "invalid partition specified: nowhere"),
         ("hydra.launcher.gres='gpu:99'", "Requested node configuration is not available"),
-        ("hydra.launcher.nodes=2", "a run is one task"),
         ("hydra.launcher.mem_gb=much", "hydra.launcher.mem_gb should be a valid number"),
     ],
 )

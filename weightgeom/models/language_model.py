@@ -129,6 +129,7 @@ def _read_when_called(embedding: nn.Module, weights: Params, name: str, device: 
         embedding.weight = nn.Parameter(weight, requires_grad=False)
 
     held(stand_in)
+
     def read(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         ids, *others = inputs
         used, places = ids.unique(return_inverse=True)
