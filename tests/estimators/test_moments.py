@@ -218,6 +218,11 @@ def test_packed_groups_have_the_moment_the_halves_and_nearly_the_bootstrap_of_wh
         assert tops is not None and exact_tops is not None
         inside, exact = tops.shares.sum(1), exact_tops.shares.sum(1)
         assert (inside - exact).abs().max() < 0.02 * exact.std()
+        (again,) = moment.resampled(1, 3)  # the groups are still there, as adapters need them
+        (whole_again,) = expected.resampled(1, 3)
+        assert_close(again, whole_again, rtol=1e-2, atol=1e-2 * float(whole_again.abs().max()))
+        dropping = moment.resampled_tops(6, 40, 1, drop=True)
+        assert dropping is not None and torch.equal(dropping.shares, tops.shares) and not moment.packed
 
 
 def test_diverged_weights_are_refused(model, params, batches):

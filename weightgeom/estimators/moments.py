@@ -180,15 +180,15 @@ class Moment:
         inside = torch.stack([(basis * product(total, across)).sum(0) for total in self.sums_of_groups])
         return Within(inside.double().cpu(), self.traces.cpu())
 
-    def resampled_tops(self, k: int, resamples: int, seed: int) -> "Resampled | None":
+    def resampled_tops(self, k: int, resamples: int, seed: int, drop: bool = False) -> "Resampled | None":
         """Top-k directions of the samples of `resampled`, each with its shares of the sample's trace.
 
         In the eigenbasis of the whole, with eigenvalues λ, a sample C has its top directions w and their
         eigenvalues μ among the top 3k of the whole. Beyond these the directions have y = C w / (μ - λ) to
         first order, and μ grows by yᵀ C w (Löwdin's partitioning). So every group is turned into these
         coordinates once, and a sample costs (3k)³ and d² k of work instead of d³. Exact up to d = 256, and
-        where 4k reaches d; the choice of 3k is ours. None where there is a single group. Packed groups, which
-        take much memory, are dropped one by one as they are turned.
+        where 4k reaches d; the choice of 3k is ours. None where there is a single group. With `drop`
+        packed groups, which take much memory, are dropped from this moment one by one as they are turned.
         """
         d = self.sums.shape[1]
         m = 3 * k if d > EXACT and 4 * k < d else d
@@ -201,8 +201,9 @@ class Moment:
             turned = torch.stack([product(turn, product(turn[:m], total)) for total in self.sums])
         else:
             scale = (self.samples * values).clamp(min=1e-12 * self.samples * float(values[0])).sqrt()
-            while self.packed:
-                part = product(turn[:m], self.packed.pop(0).unpacked())
+            packed = self.packed if drop else [*self.packed]
+            while packed:
+                part = product(turn[:m], packed.pop(0).unpacked())
                 turned.append(_packed(product(turn, part), scale, scale[:m]))
         # Half precision moves a share by 1e-5 of itself: what is kept of all layers is mostly this.
         tops = torch.empty(len(drawn), k, d, dtype=self.sums.dtype if d <= EXACT else torch.float16)

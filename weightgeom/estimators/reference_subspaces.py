@@ -126,7 +126,9 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
             continue
         if rank < k and site.expert is None:
             _warn_of_rank(rank, k, f"the {site.name.replace('_', ' ')} of layer {site.layer}")
-        resampled = moment.resampled_tops(k, inputs.resamples, setting.seed) if inputs.resamples else None
+        resampled = None
+        if inputs.resamples:
+            resampled = moment.resampled_tops(k, inputs.resamples, setting.seed, drop=inputs.settled)
         settled = moment.settled() if inputs.settled else moment
         frame = Frame(place, space, settled, resampled, crossfit, rank)
         del moment, settled, resampled  # a moment is large
