@@ -347,7 +347,7 @@ def test_a_chain_of_three_stages_is_one_comparison(home, compared):
         *(f"rsf{which}_{end}.parquet" for which in ("", "_stages") for end in ("means", "parameters")),
     }
     figures = {path.name for path in (compared.record / "artifacts/figures").iterdir()}
-    drawn = ("stages", "ratio_by_layer_sft", "ratio_by_layer_dpo")
+    drawn = ("stages", "ratio_by_layer_sft", "ratio_by_layer_dpo", "stable_rank_by_layer")
     assert figures == {f"{name}.{ending}" for name in drawn for ending in ("png", "pdf")}
     found = table(compared, "stages")
     pairs = list(found[["stage", "against"]].drop_duplicates().itertuples(index=False, name=None))
