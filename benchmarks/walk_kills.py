@@ -64,7 +64,7 @@ def main(directory: Path, kills: int, seed: int) -> int:
             os.killpg(process.pid, SIGNALS[done % 2])
             process.communicate()
             done += 1
-            kept = len(list(home.glob("outputs/stages/*/*/checkpoint-*.rows")))
+            kept = len(list(home.rglob("checkpoint-*.rows")))
             print(
                 f"{done}: {SIGNALS[done % 2 - 1].name} after {share:.0%}, {kept} checkpoints kept", flush=True
             )
