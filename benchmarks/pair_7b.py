@@ -3,7 +3,7 @@
 python benchmarks/pair_7b.py [--layers 4] [--resamples 0]
 
 Activations, updates, nulls, p-values and, unless there are no resamples, intervals. The files are dropped
-from the page cache first, so that what the process reads from disk is what it asks for.
+from the page cache first, so that every byte that the process needs is read from disk and counted.
 """
 
 import argparse

@@ -16,7 +16,15 @@ from safetensors.torch import save_file
 
 from weightgeom.models import byte_ranges
 from weightgeom.models.byte_ranges import fetched, listed, probed, traffic, without_secrets
-from weightgeom.models.remote import RemoteTensors, recent, remote_file, remote_tensors, stand_in
+from weightgeom.models.remote import (
+    AT_ONCE,
+    RemoteTensors,
+    _recent,
+    recent,
+    remote_file,
+    remote_tensors,
+    stand_in,
+)
 from weightgeom.models.weights import opened
 
 SHAPE = (384, 96)
@@ -286,3 +294,16 @@ def test_a_store_whose_package_is_missing_is_named_with_the_thing_to_install() -
             ValueError, match=r"gs:// needs the package gcsfs: pip install 'weightgeom\[gs\]'"
         ):
             listed("gs://bucket/run")
+
+
+def test_of_many_checkpoints_only_the_last_are_kept(tmp_path: Path, file: Path) -> None:
+    for number in range(AT_ONCE + 2):
+        place = tmp_path / "chain" / str(number)
+        place.mkdir(parents=True)
+        (place / file.name).write_bytes(file.read_bytes())
+    with ranges.served(tmp_path / "chain") as files:
+        tensors = [remote(files, f"{number}/{file.name}") for number in range(AT_ONCE + 2)]
+        for checkpoint in tensors:
+            assert checkpoint["half"] is not None
+        sizes = [len(_recent[checkpoint.file.url.rpartition("/")[0]].kept) for checkpoint in tensors]
+    assert sizes[:2] == [0, 0] and all(sizes[2:])

@@ -26,7 +26,7 @@ def training_of(name: str) -> str:
 
 
 def kind_of(training: str) -> str:
-    """What a training of this name is by: contrast (of preferences or rewards), likelihood, or ""."""
+    """The kind of a training by its name: contrast (preferences, rewards), likelihood, or "" (unknown)."""
     return CONTRAST if REWARDED.fullmatch(training) else TRAINED_BY.get(training, "")
 
 

@@ -47,19 +47,19 @@ class ObjectiveFromSpectrum:
         if len(sizes) < 2 or min(sizes.values()) < 3:
             detail = "it takes two trainings with three seeds each, of weightgeom align"
             return Finding(UNTESTABLE, "accuracy", detail=detail)
-        ours, by_norm = (told(part.to_numpy(), labels) for part in (spectra, norms))
-        shuffled = [told(spectra.to_numpy(), others) for others in _shuffled(labels)]
+        ours, by_norm = (accuracy(part.to_numpy(), labels) for part in (spectra, norms))
+        shuffled = [accuracy(spectra.to_numpy(), others) for others in _shuffled(labels)]
         null, sd = mean(shuffled), pstdev(shuffled)
         explained = ours - null <= SDS * sd or by_norm >= ours
         verdict = CONTRADICTED if ours <= null else EXPLAINED if explained else SUPPORTED
         detail = (
-            f"{ours:.0%} of {len(labels)} updates are told by their spectra, {by_norm:.0%} by their norms,"
-            f" {null:.0%} with shuffled labels"
+            f"spectra give the training of {ours:.0%} of {len(labels)} updates, norms of {by_norm:.0%},"
+            f" shuffled labels of {null:.0%}"
         )
         return Finding(verdict, "accuracy", ours, null, sd, n=len(labels), detail=detail)
 
 
-def told(features: "np.ndarray", labels: Sequence[str]) -> float:
+def accuracy(features: "np.ndarray", labels: Sequence[str]) -> float:
     """The share of rows that are nearest to the mean of the other rows with their label."""
     import numpy as np
 

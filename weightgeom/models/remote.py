@@ -18,6 +18,7 @@ from weightgeom.models.byte_ranges import RemoteFile, fetched
 
 LAYER = re.compile(r".*?\.\d+\.")  # the layer, in the name of a tensor
 SMALL = 2**27  # bytes of a checkpoint that are kept in any case
+AT_ONCE = 4  # checkpoints: the start, the one before, the one measured, and an adapter's base
 LARGEST_HEADER = 100_000_000  # bytes, the limit of the format
 DTYPES = {
     "F64": torch.float64,
@@ -137,12 +138,21 @@ class Recent:
             self.kept.clear()
 
 
-_recent: dict[str, Recent] = {}  # by the URL of the checkpoint's directory
+# By the URL of the checkpoint's directory, the one asked for last at the end.
+_recent: OrderedDict[str, Recent] = OrderedDict()
 
 
 def recent(file: RemoteFile) -> Recent:
-    """The tensors that are kept of the checkpoint that a file belongs to."""
-    return _recent.setdefault(file.url.rpartition("/")[0], Recent())
+    """The tensors that are kept of the checkpoint that a file belongs to.
+
+    Those of all but the last `AT_ONCE` checkpoints are dropped: a chain may have hundreds.
+    """
+    directory = file.url.rpartition("/")[0]
+    found = _recent.setdefault(directory, Recent())
+    _recent.move_to_end(directory)
+    for tensors in [*_recent.values()][:-AT_ONCE]:
+        tensors.forget()
+    return found
 
 
 _stand_ins: dict[str, RemoteFile] = {}
