@@ -286,8 +286,8 @@ def test_spectra_tell_the_objective_beyond_shuffled_labels_and_norms(generator):
     claim = ObjectiveFromSpectrum()
     found = finding(claim, spectra(generator, apart=3.0))
     assert (found.verdict, found.ours, found.n) == ("supported", 1.0, 6)
-    # Of the 20 divisions of two clusters of three, 2 assign all six updates rightly; the others assign rightly
-    # the majority of each cluster, four of six: (2 · 1 + 18 · 4/6) / 20.
+    # Of the 20 divisions of two clusters of three, 2 assign all six updates rightly, and the others four, the
+    # majority of each cluster: (2 · 1 + 18 · 4/6) / 20.
     assert found.null == pytest.approx(0.7)
     assert verdict(claim, spectra(generator, apart=3.0, by_norm=3.0)) == EXPLAINED  # norms tell as well
     alike = [verdict(claim, spectra(generator, apart=0.0)) for _ in range(6)]
