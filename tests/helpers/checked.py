@@ -1,0 +1,28 @@
+"""The type checker of jaxtyping's import hook: beartype, on the first calls of every function."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from beartype import beartype
+
+CALLS = 200  # of a function in one process: a check takes longer than most of what is called more often
+_checks: dict[Any, Callable[..., Any]] = {}
+_calls: Counter[Any] = Counter()
+
+
+def first_calls(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The check of a function that jaxtyping makes of another's signature; a function made anew shares it."""
+    key = function.__module__, function.__qualname__, function.__code__.co_varnames
+    if "<locals>" not in function.__qualname__ or key not in _checks:
+        _checks[key] = beartype(function)
+    check = _checks[key]
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        _calls[key] += 1
+        if _calls[key] > CALLS:  # jaxtyping's wrapper, which is the caller, passes over a function so marked
+            sys._getframe(1).f_locals["fn"].__no_type_check__ = True
+        return check(*args, **kwargs)
+
+    return checked
