@@ -99,6 +99,8 @@ def _system(error: OSError) -> str:
     if error.errno in FULL:
         where = f"could not write {error.filename}; " if error.filename else ""
         return f"the disk is full: {where}free space or set outputs= to another disk"
+    if error.errno == errno.EPIPE:
+        return "what this output was piped to has ended: without the pipe, the same command goes on from here"
     advice = ""
     if error.errno in UNWRITABLE:
         advice = f": {_owners_part(error.filename)}set outputs= to a writable directory"

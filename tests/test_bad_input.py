@@ -7,10 +7,11 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import pytest
 import torch
-from app import BEHAVIOUR, ROOT, WORLD, Ended, done, run, status
+from app import BEHAVIOUR, ROOT, WORLD, Ended, done, environment, run, status
 from disk import small_disk
 from mlflow import MlflowClient
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, XGLMConfig
@@ -316,3 +317,14 @@ def test_a_log_file_on_a_full_disk_adds_no_traceback_to_the_error(tmp_path: Path
     assert ended.code == 1
     (line,) = ended.err.splitlines()
     assert line.startswith("error: objective=dpo needs preference pairs")
+
+
+def test_a_run_whose_output_nobody_reads_any_more_ends_with_a_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "run.py"), "device=cpu"]
+    with Popen(command, cwd=tmp_path, env=environment({}), stdout=PIPE, stderr=PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        _, err = process.communicate()
+    assert process.returncode == 1
+    sentence = "what this output was piped to has ended: without the pipe, the same command goes on from here"
+    assert err == f"error: {sentence}\n"

@@ -22,10 +22,16 @@ def announce(run: Mapping[str, Any]) -> None:
     from rich import get_console
 
     console = get_console()
+    console.on_broken_pipe = _nobody_reads
     console.print(banner(run))
     if foreign(run):
         log.warning(OWN_TEXT)
     console.print(LOADING, style="dim", highlight=False)
+
+
+def _nobody_reads() -> None:
+    """Let the BrokenPipeError pass that rich handles: it would end the process without a word."""
+    raise
 
 
 def banner(run: Mapping[str, Any]) -> object:
