@@ -49,13 +49,13 @@ def main() -> None:
     with TemporaryDirectory() as directory:
         make(Path(directory))
         for tokens in options.tokens:
-            found = {}
+            measured_by = {}
             for way in WAYS:
                 arguments = way, directory, str(tokens), "--threads", str(options.threads)
                 result, memory = measured(__file__, *arguments)
                 whole = memory.peak["RssAnon"] + memory.peak["RssFile"]
-                found[way] = result["seconds"], whole
-                seconds, resident = found["script"]
+                measured_by[way] = result["seconds"], whole
+                seconds, resident = measured_by["script"]
                 shown.add_row(
                     *(
                         str(tokens),

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from moving import matrix, moved
+from moving import matrix_of, moved
 from networks import FORMS, language_model
 from torch.testing import assert_close
 
@@ -26,7 +26,7 @@ def same(one, other):
 
 def test_surgery_splits_an_update_along_an_axis(model, params) -> None:
     # dW = [[1, 2, 0, ...]] in the first row; inside the first axis lies its 1, outside its 2.
-    k = matrix(model, "L0.k")
+    k = matrix_of(model, "L0.k")
     delta = torch.zeros(32, 32)
     delta[0, :2] = torch.tensor([1.0, 2.0])
     end = moved(model, params, {"L0.k": delta})
@@ -39,7 +39,7 @@ def test_surgery_splits_an_update_along_an_axis(model, params) -> None:
 
 def test_a_shorter_direction_is_scaled_in_part(model, params) -> None:
     # b of length 1/2 adds b bᵀ = 1/4 of the axis, so that removing leaves 3/4 of what it holds.
-    o = matrix(model, "L1.o")
+    o = matrix_of(model, "L1.o")
     end = moved(model, params, {"L1.o": torch.ones(32, 32)})
     axis = torch.eye(32, dtype=torch.float64)[:, :1] / 2
     change = o.of(Surgery(params, [o], lambda _: axis, 0.0, 1.0).applied(end)) - o.of(params)
@@ -120,7 +120,7 @@ def test_a_turned_update_reads_and_writes_the_axis_that_its_own_is_turned_to(mod
     # R takes axis 0 to axis 1, 1 to 2 and 2 to 0.
     rotation = torch.eye(32)
     rotation[:3, :3] = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    k, o = matrix(model, "L0.k"), matrix(model, "L0.o")
+    k, o = matrix_of(model, "L0.k"), matrix_of(model, "L0.o")
     delta = torch.zeros(32, 32)
     delta[0, 5] = 1.0
     end = moved(model, params, {"L0.k": delta.T, "L0.o": delta})
@@ -142,7 +142,7 @@ def test_a_transplant_of_all_weights_is_the_end(model, tokenizer, generator) -> 
 
 def test_no_subspace_is_behind_a_gain_of_zero(tokenizer) -> None:
     model, params = language_model("olmo2", tokenizer)
-    down = matrix(model, "L0.down")
+    down = matrix_of(model, "L0.down")
     assert down.norm is not None
     params[down.norm.parameter] = torch.zeros(32)
     with pytest.raises(ValueError, match=r"the norm behind L0[.]down has a gain of zero"):

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moving import matrix, moved
+from moving import matrix_of, moved
 from networks import FORMS, language_model
 from precise import Precise
 from torch.testing import assert_close
@@ -256,7 +256,7 @@ def test_effects_are_measured_on_as_much_as_is_asked_for(model, params, examples
 def test_what_does_not_lie_behind_the_edit_is_not_run_again(small, model, edited, passed_over, generator):
     params = small.params
     for name in edited:
-        one = matrix(model, name)
+        one = matrix_of(model, name)
         noise = torch.randn(one.of(params).shape, generator=generator)
         params = one.replaced(params, one.of(params) + noise)
     expected = small.samples(params)
@@ -346,7 +346,7 @@ def test_text_that_holds_nothing_is_refused(model, params, examples):
 
 
 def test_the_first_order_effect_of_a_random_direction(small, model):
-    one = matrix(model, "L0.k")
+    one = matrix_of(model, "L0.k")
     edit = RankOne(one, 0.5, haar(32, "u"), haar(32, "v"))
     gradients = small.gradients([one.parameter])["heldout_ce"]
     G = one.of(gradients).double()

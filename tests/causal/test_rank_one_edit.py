@@ -1,6 +1,6 @@
 import pytest
 import torch
-from moving import matrix
+from moving import matrix_of
 from networks import language_model
 from torch.testing import assert_close
 from transformers.utils.logging import disable_progress_bar
@@ -54,7 +54,7 @@ def test_the_edited_model_is_one_built_by_hand_from_an_edited_state_dict(
     disable_progress_bar()
     model, params = language_model(network, tokenizer)
     before = {name: one.clone() for name, one in params.items()}
-    one = matrix(model, f"L1.{kind}")
+    one = matrix_of(model, f"L1.{kind}")
     out, into = one.of(params).shape
     edit = RankOne(one, ALPHA, haar(out, "u"), haar(into, "v"))
     edited = edit.applied(params)
@@ -77,7 +77,7 @@ def test_the_edited_model_is_one_built_by_hand_from_an_edited_state_dict(
 
 
 def test_the_norm_of_a_change_is_alpha(model, params):
-    one = matrix(model, "L0.down")
+    one = matrix_of(model, "L0.down")
     edit = RankOne(one, 3.0, haar(32, "u"), haar(48, "v"))
     # ‖α u vᵀ‖_F = |α|
     assert_close(change_norm(edit, params, [one]), 3.0, rtol=1e-6, atol=0)
@@ -88,4 +88,4 @@ def test_a_side_that_is_no_unit_vector_is_refused(side, model):
     sides = {"u": haar(32, "u"), "v": haar(32, "v")}
     sides[side] = 2 * sides[side]
     with pytest.raises(ValueError, match=rf"{side} of L0\.k must have norm 1, got 2"):
-        RankOne(matrix(model, "L0.k"), 1.0, sides["u"], sides["v"])
+        RankOne(matrix_of(model, "L0.k"), 1.0, sides["u"], sides["v"])

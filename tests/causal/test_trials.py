@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from moving import matrix
+from moving import matrix_of
 from scipy.stats import false_discovery_control
 from torch.testing import assert_close
 
@@ -24,7 +24,7 @@ def evaluation(model, params, examples):
 @pytest.fixture
 def arm(model):
     def made(kind, draw=0, size=1.0, predicted=None, matched="frobenius norm"):
-        edit = RankOne(matrix(model, "L0.k"), size, haar(32, "u"), haar(32, f"{kind} {draw}"))
+        edit = RankOne(matrix_of(model, "L0.k"), size, haar(32, "u"), haar(32, f"{kind} {draw}"))
         return Arm(kind, edit, {matched: size}, matched, draw, predicted or {})
 
     return made

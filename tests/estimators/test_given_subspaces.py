@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from moving import matrix, moved
+from moving import matrix_of, moved
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
@@ -66,7 +66,7 @@ def value(rows, name, quantity, subspace, k=None):
 
 def inside(model, params, name, basis, generator):
     """A random update of a matrix whose residual side lies in the span of the basis."""
-    one = matrix(model, name)
+    one = matrix_of(model, name)
     other = one.of(params).shape[0 if one.role == "read" else 1]
     update = basis @ torch.randn(basis.shape[1], other, generator=generator, dtype=torch.float64)
     return update.T if one.role == "read" else update
@@ -77,7 +77,7 @@ def test_an_update_planted_in_the_contrast_has_the_ratio_d_over_k_and_no_shuffle
 ):
     (contrast,) = given_subspaces({"topic": GROUPS}, setting, K)
     names = ["L1.q", "L1.up", "L0.o", "L1.down"]
-    spaces = {name: contrast.at(matrix(model, name)) for name in names}
+    spaces = {name: contrast.at(matrix_of(model, name)) for name in names}
     bases = {name: space.basis for name, space in spaces.items() if space is not None}
     deltas = {name: inside(model, params, name, basis, generator) for name, basis in bases.items()}
     rows = quick(frames={"topic": GROUPS}).measurement(setting)(moved(model, params, deltas))
@@ -320,7 +320,7 @@ def test_surgery_in_a_given_subspace_removes_and_keeps_what_lies_in_it(
     )
     surgery.check(model.architecture)
     names = [one.name for one in model.architecture.matrices]
-    shapes = {name: matrix(model, name).of(params).shape for name in names}
+    shapes = {name: matrix_of(model, name).of(params).shape for name in names}
     deltas = {name: torch.randn(shape, generator=generator) / 10 for name, shape in shapes.items()}
     end = moved(model, params, deltas)
     setting = Setting(model, params, end, False, asked, 3, last=7)
@@ -381,7 +381,7 @@ def test_alignment_in_a_given_subspace_is_that_of_the_parts_inside(model, params
     basis = torch.linalg.qr(torch.randn(D, 5, generator=generator)).Q
     save_file({"safety": basis.contiguous()}, tmp_path / "a.safetensors")
     for name in ("L1.q", "L0.down"):
-        one = matrix(model, name)
+        one = matrix_of(model, name)
         shape = one.of(params).shape
         shared = torch.randn(shape, generator=generator)
         projector = basis @ basis.T

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from moving import matrix, moved
+from moving import matrix_of, moved
 from networks import FORMS, language_model
 from pydantic import ValidationError
 from scipy import stats
@@ -71,7 +71,7 @@ def test_controls_have_the_norm_or_the_output_energy_of_their_treatment(name, ma
     found, evaluation = trials(asked, setting(model, params, examples))
     assert {one.place["role"] for one in found} == {"read", "write"} and len(found) == 8
     for trial in found:
-        one = matrix(model, f"L{trial.place['layer']}.{trial.place['matrix']}")
+        one = matrix_of(model, f"L{trial.place['layer']}.{trial.place['matrix']}")
         C = second_moment(model, params, examples, one)
         sizes = []
         for arm in (trial.treatment, *trial.controls):
@@ -111,7 +111,7 @@ def test_with_a_treatment_drawn_as_its_controls_are_p_values_are_uniform(tokeniz
         ["k"], direction="random", strengths=[0.3], controls={"random": 4}, tokens=64, effects=effects
     )
     evaluation = Evaluation(model, params, examples, effects)
-    moments = asked._moments(setting(model, params, examples), params, [matrix(model, "L0.k")])
+    moments = asked._moments(setting(model, params, examples), params, [matrix_of(model, "L0.k")])
     monkeypatch.setattr(Rank1, "_moments", lambda *given: moments)  # which no seed changes
     p_values = {"heldout_ce_change_p_value": [], "kl_from_unedited_p_value": []}
     for seed in range(500):
@@ -135,7 +135,7 @@ def test_the_treatment_of_a_read_is_the_top_direction_of_its_input_and_of_a_writ
     prediction = torch.linalg.svd(written).Vh[0]
     assert [trial.place["layer"] for trial in found] == [0, 0, 0, 0, 1, 1, 1, 1]
     for trial in found:
-        one = matrix(model, f"L{trial.place['layer']}.{trial.place['matrix']}")
+        one = matrix_of(model, f"L{trial.place['layer']}.{trial.place['matrix']}")
         edit = trial.treatment.edit
         top = torch.linalg.eigh(second_moment(model, params, examples, one)).eigenvectors[:, -1]
         along(edit.v, top)  # of a write it is the shared side
@@ -184,7 +184,7 @@ def test_the_gradients_pair_is_the_strongest_edit_to_first_order(name, behaviour
     asked = replace(SMALL, matrices=["k", "o", "down"], direction="gradient", behaviour=behaviour)
     found, evaluation = trials(asked, setting(model, params, examples))
     for trial in found:
-        one = matrix(model, f"L{trial.place['layer']}.{trial.place['matrix']}")
+        one = matrix_of(model, f"L{trial.place['layer']}.{trial.place['matrix']}")
         G = one.of(evaluation.gradients([one.parameter])[behaviour]).double()
         strongest = trial.treatment.edit.alpha * float(torch.linalg.matrix_norm(G, 2))
         assert_close(trial.treatment.predicted[behaviour], strongest, rtol=1e-5, atol=0)
@@ -199,7 +199,7 @@ def test_behind_a_norm_the_direction_is_that_of_what_reaches_the_stream(name, to
     unembedding = model.architecture.unembedding(params).double()
     prediction = torch.linalg.svd((unembedding - unembedding.mean(0)) * gain).Vh
     for trial in found:
-        one = matrix(model, f"L{trial.place['layer']}.{trial.place['matrix']}")
+        one = matrix_of(model, f"L{trial.place['layer']}.{trial.place['matrix']}")
         assert one.norm is not None
         directions = {
             "treatment": trial.treatment,
@@ -219,7 +219,7 @@ def test_behind_a_norm_the_direction_is_that_of_what_reaches_the_stream(name, to
 def test_a_planted_update_is_the_direction_delta(name, tokenizer, examples, generator):
     model, params = language_model(name, tokenizer)
     u, v = (torch.nn.functional.normalize(torch.randn(32, generator=generator), dim=0) for _ in range(2))
-    one = matrix(model, "L1.up")
+    one = matrix_of(model, "L1.up")
     out = torch.randn(40, generator=generator)
     update = {"L1.up": torch.outer(out, v)}
     if name == "gpt_neox":
@@ -244,7 +244,7 @@ def test_the_shared_side_is_what_is_asked_for(shared, model, params, examples, g
     given = setting(model, params, examples, moved(model, params, {"L1.o": update}))
     asked = replace(SMALL, matrices=["o"], layers=[1], shared=shared)
     ((trial,), evaluation) = trials(asked, given)
-    one, v = matrix(model, "L1.o"), trial.treatment.edit.v
+    one, v = matrix_of(model, "L1.o"), trial.treatment.edit.v
     G = one.of(evaluation.gradients([one.parameter])["heldout_ce"]).double()
     expected = {
         "gradient": torch.linalg.svd(G).Vh[0],

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from moving import matrix, moved
+from moving import matrix_of, moved
 from networks import FORMS, language_model
 from torch.testing import assert_close
 
@@ -87,7 +87,7 @@ def test_the_signs_of_a_haar_matrix_are_not_those_of_a_factorisation() -> None:
 
 def test_an_update_planted_inside_is_removed_whole_and_kept_whole(model, params, examples, generator) -> None:
     at = setting(model, examples, params, params)
-    k, o = matrix(model, "L1.k"), matrix(model, "L0.o")
+    k, o = matrix_of(model, "L1.k"), matrix_of(model, "L0.o")
     deltas = {
         "L1.k": torch.randn(32, 4, generator=generator).double() @ inside_of(at, k, 4).T / 10,
         "L0.o": inside_of(at, o, 4) @ torch.randn(4, 32, generator=generator).double() / 10,
@@ -148,7 +148,7 @@ def test_updates_near_the_rounding_of_the_weights_are_matched_as_well(
 def test_matrices_that_share_a_subspace_share_their_draws(model, params, examples, generator) -> None:
     at = setting(model, examples, params, shaken(params, generator))
     cuts, _, turned, _ = both(surgery(k=4), at)
-    q, k, up = (matrix(model, name) for name in ("L0.q", "L0.k", "L0.up"))
+    q, k, up = (matrix_of(model, name) for name in ("L0.q", "L0.k", "L0.up"))
     (control, other) = [arm for arm in cuts[0].controls if arm.kind == "random_k"]
     for draw in (cut(control).space, transplant(turned[0].controls[0]).rotation):
         assert draw is not None
@@ -166,12 +166,12 @@ def test_the_effects_of_surgery_are_those_of_a_model_edited_by_hand(
     table = tabulate(rows)
     by_hand, transplanted = dict(end), dict(params)
     for name in ("L1.k", "L1.up"):
-        one = matrix(model, name)
+        one = matrix_of(model, name)
         basis = inside_of(at, one, 4)
         delta = one.of(end).double() - one.of(params).double()
         value = one.of(params).double() + (delta - (delta @ basis) @ basis.T)
         by_hand = dict(one.replaced(by_hand, value))
-    o = matrix(model, "L1.o")
+    o = matrix_of(model, "L1.o")
     transplanted = dict(o.replaced(transplanted, o.of(end)))
     for arm, before, after in (
         ("top@remove", end, by_hand),
@@ -193,7 +193,7 @@ def test_the_subspaces_are_those_of_the_end_where_the_start_is_random(
     end = shaken(params, generator)
     at = setting(model, examples, params, end, from_random=True)
     (trial,), *_ = both(surgery(groups=[["k"]], k=4, operations=["keep"], transplants=[]), at)
-    k = matrix(model, "L1.k")
+    k = matrix_of(model, "L1.k")
     wanted = Subspace(inside_of(setting(model, examples, end, end), k, 4))
     assert_close(wanted.fraction(cut(trial.treatment).space(k).T), 1.0)
 
@@ -202,7 +202,7 @@ def test_scaling_is_between_removing_and_the_end(model, params, examples, genera
     at = setting(model, examples, params, shaken(params, generator))
     asked = surgery(groups=[["k"]], k=4, operations=["remove", "scale"], factor=0.25, transplants=[])
     (removed, scaled), evaluation, *_ = both(asked, at)
-    k = matrix(model, "L0.k")
+    k = matrix_of(model, "L0.k")
     changes = [
         k.of(trial.treatment.edit.applied(evaluation.params)) - k.of(at.end) for trial in (removed, scaled)
     ]
@@ -290,7 +290,7 @@ def test_the_parts_and_their_interaction_add_up_to_the_effect_of_all_weights(
 def test_a_rest_that_did_not_move_is_left_out_and_the_parts_add_up_all_the_same(
     model, params, examples, generator
 ) -> None:
-    k, o = matrix(model, "L1.k"), matrix(model, "L1.o")
+    k, o = matrix_of(model, "L1.k"), matrix_of(model, "L1.o")
     end = dict(k.replaced(params, k.of(params) + torch.randn(32, 32, generator=generator) / 20))
     end = dict(o.replaced(end, o.of(end) + torch.randn(32, 32, generator=generator) / 20))
     table = tabulate(surgery(groups=[]).rows(setting(model, examples, params, end), lambda *_: None))

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moving import matrix
+from moving import matrix_of
 
 from weightgeom.analysis.chain import STAGES
 from weightgeom.estimators.alignment import overlap, top_right
@@ -18,7 +18,7 @@ def trajectory(model, params, at, generator):
     """The setting of a trajectory whose updates of one matrix are given; no other one moves."""
 
     def setting(*updates):
-        one, weights = matrix(model, NAME), [params]
+        one, weights = matrix_of(model, NAME), [params]
         for update in updates:
             weights.append(dict(one.replaced(weights[-1], one.of(weights[-1]) + update.float())))
         checkpoints = dict(enumerate(weights))
@@ -28,7 +28,7 @@ def trajectory(model, params, at, generator):
 
 
 def low_rank(model, params, rank, generator):
-    d_out, d_in = matrix(model, NAME).of(params).shape
+    d_out, d_in = matrix_of(model, NAME).of(params).shape
     return torch.randn(d_out, rank, generator=generator) @ torch.randn(rank, d_in, generator=generator)
 
 

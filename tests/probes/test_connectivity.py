@@ -3,7 +3,7 @@ from math import sqrt
 
 import pytest
 import torch
-from moving import matrix, moved
+from moving import matrix_of, moved
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
@@ -68,7 +68,7 @@ def test_a_barrier_is_the_most_that_the_loss_exceeds_the_line():
 
 def test_a_random_direction_has_the_norm_of_the_update_in_every_matrix(model, params, generator):
     deltas = {
-        name: size * torch.randn(matrix(model, name).of(params).shape, generator=generator)
+        name: size * torch.randn(matrix_of(model, name).of(params).shape, generator=generator)
         for name, size in (("L0.q", 0.1), ("L0.k", 0.2), ("L1.down", 0.3))
     }
     after = moved(model, params, deltas)
@@ -78,7 +78,7 @@ def test_a_random_direction_has_the_norm_of_the_update_in_every_matrix(model, pa
         assert_close(one.of(direction).norm(), update.norm(), rtol=1e-5, atol=1e-7)
     assert not direction[model.architecture.embed].any()
     update = deltas["L1.down"].flatten()
-    cosine = torch.cosine_similarity(matrix(model, "L1.down").of(direction).flatten(), update, dim=0)
+    cosine = torch.cosine_similarity(matrix_of(model, "L1.down").of(direction).flatten(), update, dim=0)
     assert abs(cosine) < 5 / sqrt(len(update))
 
 

@@ -3,7 +3,7 @@ from math import cos, radians, sin, sqrt
 import numpy as np
 import pytest
 import torch
-from moving import matrix, moved
+from moving import matrix_of, moved
 from safetensors.torch import save_file
 from scipy.linalg import subspace_angles
 from torch.testing import assert_close
@@ -82,7 +82,7 @@ def test_the_inputs_are_those_of_the_checkpoint_but_with_a_suffix_those_of_the_s
     setting = at(params, jittered(params, generator, 0.3))
     after = jittered(params, generator, 0.3)
     rows = Overlap(pairs=["weight:mlp_input", "weight:mlp_input_before"]).measurement(setting)(after)
-    weight = matrix(model, "L1.q").of(after).double()
+    weight = matrix_of(model, "L1.q").of(after).double()
     right = torch.linalg.svd(weight).Vh[:K].T
     for pair, inputs in (("weight:mlp_input", after), ("weight:mlp_input_before", params)):
         bases = {frame.place: frame.space.basis for frame in input_frames(setting, inputs, K, Inputs())}
@@ -107,7 +107,7 @@ def test_deltas_planted_in_or_beside_what_the_model_predicts_are_at_0_or_90_degr
 
 @pytest.mark.parametrize("name", ["L0.q", "L1.up", "L0.o", "L1.down"])
 def test_a_rotation_of_the_top_singular_vectors_by_a_known_angle_is_found(model, params, at, generator, name):
-    one = matrix(model, name)
+    one = matrix_of(model, name)
     d_out, d_in = one.of(params).shape
     small = min(d_out, d_in)
     left, right = (
@@ -156,7 +156,7 @@ def test_the_null_of_a_line_is_that_of_a_beta_and_of_the_whole_space_has_no_spre
 
 @pytest.mark.slow
 def test_unrelated_deltas_are_at_chance_with_each_other(model, params, at, generator):
-    one = matrix(model, "L1.q")
+    one = matrix_of(model, "L1.q")
     noise = [0.1 * torch.randn(D, D, generator=generator) for _ in range(400)]
     deltas = {"L1.q": torch.randn(D, D, generator=generator)}
     setting = at(params, moved(model, params, deltas))
@@ -178,7 +178,7 @@ def test_angles_are_those_of_the_singular_subspaces(model, params, at, generator
     end = jittered(params, generator)
     rows = Overlap(k=6, pairs=["delta:delta_end"]).measurement(at(params, end))(after)
     for name in ("L0.v", "L1.down"):
-        one = matrix(model, name)
+        one = matrix_of(model, name)
         vectors = []
         for weights in (after, end):
             delta = (one.of(weights) - one.of(params)).double().numpy()
@@ -207,7 +207,7 @@ def test_a_delta_planted_in_the_upstream_gradients_overlaps_with_them(model, exa
     gathering = Gathering(prompts=6, inputs=False)
     (found,) = gradient_moments(model, params, DPO(), TRAINING, examples, gathering, seed=3)
     deltas = {
-        name: planted(Subspace.top(moment.value, K).basis, matrix(model, name), params, generator)
+        name: planted(Subspace.top(moment.value, K).basis, matrix_of(model, name), params, generator)
         for name, moment in found.upstream.items()
     }
     probe = Overlap(pairs=["delta:upstream_before"], prompts=6)
@@ -224,7 +224,7 @@ def test_the_next_layer_is_that_of_the_same_kind(model, params, at, generator):
         D // 2, 1
     )
     deltas = {
-        name: planted(basis[:, :K], matrix(model, name), params, generator)
+        name: planted(basis[:, :K], matrix_of(model, name), params, generator)
         for name, basis in {"L0.q": shared, "L1.q": shared, "L0.o": shared, "L1.o": beside}.items()
     }
     rows = Overlap(pairs=["delta:delta_next_layer"]).measurement(at(params))(moved(model, params, deltas))
@@ -256,7 +256,7 @@ def test_the_delta_of_other_checkpoints_is_read_from_their_directories(
 
 def test_a_delta_of_low_rank_counts_with_the_directions_that_it_has(model, params, at, generator):
     basis = prediction_frame(at(params), params, K).space.basis
-    delta = planted(basis[:, :2], matrix(model, "L0.o"), params, generator)
+    delta = planted(basis[:, :2], matrix_of(model, "L0.o"), params, generator)
     rows = Overlap(pairs=["delta:prediction"]).measurement(at(params))(moved(model, params, {"L0.o": delta}))
     # ‖Uᵀ V‖² = 2 of the 2 possible; its expectation is 2 · 4 / 32, so the ratio is again d/k = 8.
     found = values(rows, "L0.o", "delta:prediction")

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from moving import matrix, moved
+from moving import matrix_of, moved
 from torch.testing import assert_close
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
@@ -264,13 +264,13 @@ def test_at_says_whose_subspaces_are_taken(model, at, three, where, from_random,
     # The delta is always that since the start; only the subspaces are another model's.
     frame = {"start": start, "step": step, "end": end}[whose]
     for name in ("L0.o", "L1.down"):
-        one = matrix(model, name)
+        one = matrix_of(model, name)
         delta = (one.of(step) - one.of(start)).double().numpy()
         basis = output_axes(frame)[:, :K]
         expected = np.square(basis.T @ delta).sum() / np.square(delta).sum() * D / K
         close(ratio(rows, name), float(expected))
     for name in ("L0.q", "L1.up"):
-        one, site = matrix(model, name), own(name)
+        one, site = matrix_of(model, name), own(name)
         delta = (one.of(step) - one.of(start)).double().numpy()
         basis = input_basis(model, frame, at(start).examples, name)
         expected = np.square(delta @ basis).sum() / np.square(delta).sum() * D / K
@@ -289,7 +289,7 @@ def test_centred_inputs_have_the_covariance_for_subspace(model, examples, params
     deltas = {}
     for name in ("L0.k", "L1.up"):
         axes, _ = input_axes(model, examples, name, centre=True)
-        d_out = matrix(model, name).of(params).shape[0]
+        d_out = matrix_of(model, name).of(params).shape[0]
         deltas[name] = planted(axes[:, :K], d_out, generator, "read")
     after = moved(model, params, deltas)
     centred = RSF(centre_inputs=True).measurement(at(params))(after)

@@ -60,12 +60,12 @@ def weights(model):
     return {name: parameter.clone() for name, parameter in model.network.named_parameters()}
 
 
-def matrix(model, name):
+def matrix_of(model, name):
     return next(matrix for matrix in model.architecture.matrices if matrix.name == name)
 
 
 def moved(model, params, name, delta):
-    one = matrix(model, name)
+    one = matrix_of(model, name)
     return one.replaced(params, one.of(params) + delta.float())
 
 
@@ -96,7 +96,7 @@ def with_spectrum(d_out, d_in, singular, generator):
 def test_a_delta_of_r_equal_directions_has_r_for_participation_ratio_rank_and_spikes(
     model, params, at, generator, name
 ):
-    d_out, d_in = matrix(model, name).of(params).shape
+    d_out, d_in = matrix_of(model, name).of(params).shape
     delta = with_spectrum(d_out, d_in, [0.7] * 5, generator)
     rows = Spectrum(of=["delta"]).measurement(at(params))(moved(model, params, name, delta))
     # The delta is a difference of fp32 weights, whose rounding is 1e-7 of it; its spectrum moves by as much.
@@ -160,7 +160,7 @@ def test_the_count_of_spikes_does_not_depend_on_the_scale_of_the_noise(generator
 
 def test_weights_of_noise_have_the_spike_that_was_planted(model, params, at, generator):
     name = "L0.down"
-    one = matrix(model, name)
+    one = matrix_of(model, name)
     noise = torch.randn(D, 48, generator=generator)
     spiked = noise + with_spectrum(D, 48, [40.0], generator)  # the edge is √32 + √48 = 12.6
     counts = [
@@ -177,7 +177,7 @@ def test_weights_of_noise_have_the_spike_that_was_planted(model, params, at, gen
 def test_heavy_tailed_entries_exceed_the_edge_by_themselves_and_gaussian_ones_do_not(
     model, params, at, generator
 ):
-    one = matrix(model, "L0.down")
+    one = matrix_of(model, "L0.down")
     gaussian = torch.randn(D, 48, generator=generator)
     # Student's t with 2 degrees of freedom: its entries have no fourth moment, and not even a variance.
     heavy = gaussian / torch.rand(D, 48, generator=generator).log().neg().sqrt()
@@ -290,7 +290,7 @@ def test_gradients_have_the_spectrum_of_their_moments(model, examples, params, a
         squares = torch.linalg.eigvalsh(upstream.value.double()).flip(0).clamp(min=0)
         agree(rows, name, "upstream", squares.sqrt().numpy(), upstream.samples)
     for name in ("L1.k", "L0.up", "L0.down"):
-        one = matrix(model, name)
+        one = matrix_of(model, name)
         gradient = one.of({one.parameter: found.gradients[one.parameter].value})
         agree(rows, name, "gradient", np.linalg.svd(gradient.double().numpy(), compute_uv=False), 6)
     assert {row["matrix"] for row in rows if row["quantity"].startswith("upstream")} == {"o", "down"}
@@ -334,7 +334,7 @@ def test_keys_of_one_shared_head_have_no_more_directions_than_rows(grouped, at):
     )
     assert [*values(rows, "L0.k", "weight_eigenvalue")] == [*range(1, 9)]
     assert [*values(rows, "L0.q", "weight_eigenvalue")] == [*range(1, 17)]
-    singular = np.linalg.svd(matrix(grouped, "L1.v").of(params).double().numpy(), compute_uv=False)
+    singular = np.linalg.svd(matrix_of(grouped, "L1.v").of(params).double().numpy(), compute_uv=False)
     shares = singular**2 / (singular**2).sum()
     for thing in ("weight", "delta"):  # the delta is half the weight
         assert_close(
@@ -356,7 +356,7 @@ def test_what_a_post_norm_scales_counts_as_it_reaches_the_stream(olmo, at):
     params = weights(olmo)
     rows = Spectrum(of=["weight"]).measurement(at(params, of=olmo))(params)
     gain = params["model.layers.1.post_attention_layernorm.weight"].double()
-    written = gain[:, None] * matrix(olmo, "L1.o").of(params).double()
+    written = gain[:, None] * matrix_of(olmo, "L1.o").of(params).double()
     singular = np.linalg.svd(written.numpy(), compute_uv=False)
     shares = singular**2 / (singular**2).sum()
     found = list(values(rows, "L1.o", "weight_eigenvalue").values())

@@ -226,14 +226,14 @@ def _found(claim: Claim, update: Update) -> Finding:
     """The finding; of an update of another kind its numbers, and no verdict."""
     if lacking := update.lacking(claim.needs):
         return Finding(UNTESTABLE, detail=lacking)
-    found = claim.judged(update)
-    if not claim.about or update.kind == claim.about or found.verdict == UNTESTABLE:
-        return found
+    finding = claim.judged(update)
+    if not claim.about or update.kind == claim.about or finding.verdict == UNTESTABLE:
+        return finding
     of = f"the claim is about training by {KINDS.get(claim.about, claim.about)}"
     reason = f"{of}, and this update is of {update.trained_by}"
     if not update.kind:
         reason = f"{of}, and nothing says what trained this update: run it with model.stage=dpo, or the like"
-    return Finding(**{**asdict(found), "verdict": UNTESTABLE, "detail": f"{reason}; {found.detail}"})
+    return Finding(**{**asdict(finding), "verdict": UNTESTABLE, "detail": f"{reason}; {finding.detail}"})
 
 
 def updates(

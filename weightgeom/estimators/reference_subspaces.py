@@ -173,15 +173,17 @@ def _warn_of_few(tokens: int, asked: int, d: int) -> None:
     per = tokens / d
     if tokens >= asked and per >= FEW_TOKENS:
         return
-    said = "%d tokens of held-out text, of %d asked for: %.1f tokens per dimension (d = %d)"
+    message = "%d tokens of held-out text, of %d asked for: %.1f tokens per dimension (d = %d)"
     if per < FEW_TOKENS:
         log.warning(
-            "too few tokens for the subspaces of the inputs: " + said + "; their intervals are widened, and"
+            "too few tokens for the subspaces of the inputs: "
+            + message
+            + "; their intervals are widened, and"
             " below 1 most directions are arbitrary: give more held-out text",
             *(tokens, asked, per, d),
         )
     else:
-        log.info(said, *(tokens, asked, per, d))
+        log.info(message, *(tokens, asked, per, d))
 
 
 @cache

@@ -148,11 +148,11 @@ def recent(file: RemoteFile) -> Recent:
     Those of all but the last `AT_ONCE` checkpoints are dropped: a chain may have hundreds.
     """
     directory = file.url.rpartition("/")[0]
-    found = _recent.setdefault(directory, Recent())
+    kept = _recent.setdefault(directory, Recent())
     _recent.move_to_end(directory)
     for tensors in [*_recent.values()][:-AT_ONCE]:
         tensors.forget()
-    return found
+    return kept
 
 
 _stand_ins: dict[str, RemoteFile] = {}

@@ -56,7 +56,7 @@ class Sparsity:
         visible = start.to(cells.grid) != end.to(cells.grid)
         change, size = (end - start).abs(), torch.maximum(start.abs(), end.abs())
         relative, absolute = self._relative(start), torch.full_like(start, self.absolute)
-        found = {
+        quantities = {
             "unmoved_share": float((start == end).double().mean()),
             **_share("invisible_share", ~visible, cells.below, cells.above, sigma),
             **_share("relative_unmoved_share", change <= self.eta * size, *relative, sigma),
@@ -67,11 +67,11 @@ class Sparsity:
             "principal_overlap": smallest(-_principal(before, self.rank).abs().flatten(), self.alpha),
         }
         if not visible.any():
-            return found
+            return quantities
         matched = cells.matching(float(visible.double().mean()))
         for name, mask in masks.items():
-            found |= _overlap(name, mask, visible, cells, matched)
-        return found
+            quantities |= _overlap(name, mask, visible, cells, matched)
+        return quantities
 
     def _relative(self, start: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """How far an entry may fall and rise before it has moved by η of the larger of the two."""
