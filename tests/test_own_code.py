@@ -54,9 +54,9 @@ def tables(record: Path) -> dict[str, pd.DataFrame]:
 
 
 def test_they_run_as_those_of_the_house_do(home: Path, first: Ended) -> None:
-    found = tables(first.record)
-    assert set(found) == {"norm", "norm_pretraining", "behaviour", "behaviour_pretraining", "nudge"}
-    assert set(found["norm"]["step"]) == {0, 1, 2} and min(found["norm"]["value"]) > 0
+    written = tables(first.record)
+    assert set(written) == {"norm", "norm_pretraining", "behaviour", "behaviour_pretraining", "nudge"}
+    assert set(written["norm"]["step"]) == {0, 1, 2} and min(written["norm"]["value"]) > 0
     assert "24 chosen responses: 0 dropped" in first.out
     (trained,) = done(home / "outputs", "training")
     assert json.loads((trained / "spec.json").read_text())["objective"]["class"] == "mylab.objective.Chosen"

@@ -53,16 +53,16 @@ def over_k() -> pd.DataFrame:
 
 
 def test_a_comparison_has_the_treatments_effect_and_the_median_of_its_own_controls(layered) -> None:
-    found = comparisons(layered, KL)
-    assert len(found) == 8  # 2 layers x 2 doses x the two kinds that have a p-value
-    one = found[(found["layer"] == 1) & (found["dose"] == "0.3")].set_index("against")
-    assert one.loc["random", ["effect", "controls", "p_value", "q_value"]].tolist() == [60, 2, 0.25, 0.5]
-    assert one.loc["within", ["effect", "controls", "p_value", "q_value"]].tolist() == [60, 5, 0.1, 0.2]
+    compared = comparisons(layered, KL)
+    assert len(compared) == 8  # 2 layers x 2 doses x the two kinds that have a p-value
+    by_kind = compared[(compared["layer"] == 1) & (compared["dose"] == "0.3")].set_index("against")
+    assert by_kind.loc["random", ["effect", "controls", "p_value", "q_value"]].tolist() == [60, 2, 0.25, 0.5]
+    assert by_kind.loc["within", ["effect", "controls", "p_value", "q_value"]].tolist() == [60, 5, 0.1, 0.2]
 
 
 def test_places_without_a_layer_are_told_apart_by_their_dimension(over_k) -> None:
-    found = comparisons(over_k, KL)
-    removed = found[(found["dose"] == "remove") & (found["against"] == "random_energy")]
+    compared = comparisons(over_k, KL)
+    removed = compared[(compared["dose"] == "remove") & (compared["against"] == "random_energy")]
     assert dict(zip(removed["k"], removed["effect"], strict=True)) == {1: 0.5, 16: 8}
     assert removed["controls"].tolist() == [0.25, 0.25]
 

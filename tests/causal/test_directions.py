@@ -40,18 +40,18 @@ def _noise(generator, *shape):
 
 @pytest.mark.parametrize("name", ["L0.q", "L1.k", "L1.v", "L1.up"])
 def test_the_activation_direction_is_the_top_direction_of_what_the_block_reads(name, model, axes, directions):
-    one = matrix_of(model, name)
-    block = "mlp_input" if one.kind == "up" else "attention_input"
-    vector, partner = directions.named("activation", one, {}, {})
-    assert vector.equal(axes[block, one.layer].basis[:, 0]) and partner is None
+    matrix = matrix_of(model, name)
+    block = "mlp_input" if matrix.kind == "up" else "attention_input"
+    vector, partner = directions.named("activation", matrix, {}, {})
+    assert vector.equal(axes[block, matrix.layer].basis[:, 0]) and partner is None
 
 
 @pytest.mark.parametrize(("name", "block"), [("L1.o", "attention_input"), ("L0.down", "mlp_input")])
 def test_the_activation_direction_of_a_matrix_that_writes_is_its_own_blocks(
     name, block, model, axes, directions
 ):
-    one = matrix_of(model, name)
-    assert directions.named("activation", one, {}, {})[0].equal(axes[block, one.layer].basis[:, 0])
+    matrix = matrix_of(model, name)
+    assert directions.named("activation", matrix, {}, {})[0].equal(axes[block, matrix.layer].basis[:, 0])
 
 
 @pytest.mark.parametrize("name", ["L0.q", "L1.o"])
@@ -67,51 +67,51 @@ def test_gradient_and_delta_are_the_planted_top_singular_pair(
     name, where, network, tokenizer, generator, axes
 ):
     model, params = language_model(network, tokenizer)
-    one = matrix_of(model, where)
-    out, into = one.of(params).shape
+    matrix = matrix_of(model, where)
+    out, into = matrix.of(params).shape
     u, v = unit(_noise(generator, out), "u"), unit(_noise(generator, into), "v")
-    planted = one.replaced(params, (3 * torch.outer(u, v)).float())
+    planted = matrix.replaced(params, (3 * torch.outer(u, v)).float())
     given = ({}, planted) if name == "delta" else (planted, {})
-    vector, partner = Directions(axes, K, 0).named(name, one, *given)
+    vector, partner = Directions(axes, K, 0).named(name, matrix, *given)
     assert partner is not None
-    found = (partner, vector) if one.role == "read" else (vector, partner)
-    sign = torch.sign(found[0] @ u)
+    pair = (partner, vector) if matrix.role == "read" else (vector, partner)
+    sign = torch.sign(pair[0] @ u)
     # The planted matrix is stored in fp32.
-    assert_close((sign * found[0], sign * found[1]), (u, v), rtol=0, atol=1e-6)
+    assert_close((sign * pair[0], sign * pair[1]), (u, v), rtol=0, atol=1e-6)
 
 
 def test_the_top_pair_is_that_of_the_singular_value_decomposition_with_a_definite_sign(model, generator):
-    one = matrix_of(model, "L0.up")
+    matrix = matrix_of(model, "L0.up")
     for _ in range(20):
         x = _noise(generator, 48, D)
         u, s, vt = torch.linalg.svd(x)
-        left, right = top_pair(one.replaced({one.parameter: x}, x), one, "gradient")
+        left, right = top_pair(matrix.replaced({matrix.parameter: x}, x), matrix, "gradient")
         assert_close(left @ x @ right, s[0], rtol=1e-10, atol=0)  # positive: along it a behaviour grows
         assert_close(torch.outer(left, right), torch.outer(u[:, 0], vt[0]), rtol=0, atol=1e-6)
         assert right[right.abs().argmax()] > 0
 
 
 def test_a_vector_from_a_file_is_the_direction_whatever_its_length(model, directions, tmp_path, generator):
-    vector, one = _noise(generator, D), matrix_of(model, "L1.o")
+    vector, matrix = _noise(generator, D), matrix_of(model, "L1.o")
     np.save(tmp_path / "x.npy", 5 * vector.float().numpy())
     save_file({"any": (3 * vector).to(torch.bfloat16)}, tmp_path / "one.safetensors")
     save_file({"L0.o": torch.ones(D), "L1.o": vector}, tmp_path / "each.safetensors")
     # To the precision of each dtype.
     for name, tolerance in (("x.npy", 1e-7), ("one.safetensors", 4e-3), ("each.safetensors", 1e-15)):
         path = str(tmp_path / name)
-        check_direction(path, one, D)
-        found, partner = directions.named(path, one, {}, {})
-        assert partner is None and found.dtype == torch.float64
-        assert_close(found, vector / vector.norm(), rtol=0, atol=tolerance)
+        check_direction(path, matrix, D)
+        direction, partner = directions.named(path, matrix, {}, {})
+        assert partner is None and direction.dtype == torch.float64
+        assert_close(direction, vector / vector.norm(), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", ["random", "bottom", "orthogonal", "within"])
 @pytest.mark.parametrize("name", ["L1.k", "L1.up", "L1.o"])
 def test_controls_are_unit_vectors_that_lie_where_they_should(kind, name, model, axes, directions):
-    one = matrix_of(model, name)
-    place = {"k": ("attention_input", 1), "up": ("mlp_input", 1), "o": ("prediction", None)}[one.kind]
+    matrix = matrix_of(model, name)
+    place = {"k": ("attention_input", 1), "up": ("mlp_input", 1), "o": ("prediction", None)}[matrix.kind]
     basis = axes[place].basis
-    draws = torch.stack([directions.control(kind, one, draw) for draw in range(6)])
+    draws = torch.stack([directions.control(kind, matrix, draw) for draw in range(6)])
     assert_close(draws.norm(dim=1), torch.ones(6, dtype=torch.float64))
     share = (draws @ basis[:, :K]).square().sum(1)
     if kind == "bottom":
@@ -137,13 +137,13 @@ def test_random_directions_are_made_by_seed_matrix_kind_and_draw(model, axes):
 
 @pytest.mark.parametrize("kind", ["random", "within", "orthogonal"])
 def test_drawn_directions_are_uniform_on_their_sphere(kind, model, axes):
-    directions, one = Directions(axes, K, 7), matrix_of(model, "L0.q")
+    directions, matrix = Directions(axes, K, 7), matrix_of(model, "L0.q")
     dimension = {"random": D, "within": K, "orthogonal": D - K}[kind]
     axis = axes["attention_input", 0].basis[:, K if kind == "orthogonal" else 0]
     # Squared coordinates of a uniform unit vector of n dimensions are Beta(1/2, (n - 1)/2).
-    squares = [float(directions.control(kind, one, draw) @ axis) ** 2 for draw in range(1000)]
+    squares = [float(directions.control(kind, matrix, draw) @ axis) ** 2 for draw in range(1000)]
     assert stats.kstest(squares, stats.beta(0.5, (dimension - 1) / 2).cdf).pvalue > 0.01
-    signs = sum(float(directions.control(kind, one, draw) @ axis) > 0 for draw in range(1000))
+    signs = sum(float(directions.control(kind, matrix, draw) @ axis) > 0 for draw in range(1000))
     assert abs(signs - 500) < 5 * 250**0.5  # five standard deviations of a binomial
 
 
@@ -219,12 +219,12 @@ def test_a_file_of_text_is_refused(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(0.0, "zero"), (float("inf"), "not finite"), (float("nan"), "not finite")]
+    ("value", "problem"), [(0.0, "zero"), (float("inf"), "not finite"), (float("nan"), "not finite")]
 )
-def test_a_gradient_or_update_without_direction_has_no_top_pair(value, said, model, params, directions):
-    one = matrix_of(model, "L1.o")
-    nothing = one.replaced(params, torch.full((D, D), value))
-    with pytest.raises(ValueError, match=rf"the delta of L1\.o is {said}: it has no top singular pair"):
-        directions.named("delta", one, {}, nothing)
-    with pytest.raises(ValueError, match=rf"the gradient of L1\.o is {said}: it has no top singular pair"):
-        directions.named("gradient", one, nothing, {})
+def test_a_gradient_or_update_without_direction_has_no_top_pair(value, problem, model, params, directions):
+    matrix = matrix_of(model, "L1.o")
+    nothing = matrix.replaced(params, torch.full((D, D), value))
+    with pytest.raises(ValueError, match=rf"the delta of L1\.o is {problem}: it has no top singular pair"):
+        directions.named("delta", matrix, {}, nothing)
+    with pytest.raises(ValueError, match=rf"the gradient of L1\.o is {problem}: it has no top singular pair"):
+        directions.named("gradient", matrix, nothing, {})

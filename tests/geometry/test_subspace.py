@@ -205,7 +205,7 @@ def test_the_iterative_solver_gives_the_same_basis_every_time(generator):
 @pytest.mark.parametrize("solver", ["full", "iterative"])
 def test_only_the_lower_triangle_of_a_moment_is_read(solver, generator):
     moment = symmetric(SPECTRA["power law"], generator)
-    whole, lower = (Subspace.top(one, 12, solver=solver).basis for one in (moment, moment.tril()))
+    whole, lower = (Subspace.top(symmetric, 12, solver=solver).basis for symmetric in (moment, moment.tril()))
     assert torch.equal(whole, lower)
 
 

@@ -16,6 +16,6 @@ def matrix_of(model: LanguageModel, name: str) -> ResidualMatrix:
 def moved(model: LanguageModel, params: Params, deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every named matrix plus its delta."""
     for name, delta in deltas.items():
-        one = matrix_of(model, name)
-        params = dict(one.replaced(params, one.of(params) + delta.float()))
+        matrix = matrix_of(model, name)
+        params = dict(matrix.replaced(params, matrix.of(params) + delta.float()))
     return dict(params)
