@@ -1,4 +1,4 @@
-"""Time and memory of the norms and projections of every residual matrix's update, beside only reading it.
+"""Time and memory of the norms and projections of every residual matrix's update, against only reading it.
 
 python benchmarks/delta.py [--dtype bfloat16]
 """

@@ -1,11 +1,11 @@
-"""What `plan=true` foretells of memory and time, beside what the run then takes.
+"""Memory and time as `plan=true` foretells them, against those that the run then takes.
 
     .venv/bin/python benchmarks/plan.py [--shapes world pythia pair] [--steps 600]
 
 Three shapes: the main job; Pythia-70m's shape, trained on text by cross-entropy; and a pair of Llama's
 shape, 1024 wide, sharded and in bfloat16. On one thread, each in a process of its own. Memory is the highest
 resident set of the process, mapped files included, on both sides; time is processor time, which other work
-on the machine does not stretch as much, with the time on the clock beside it. With fewer --steps the
+on the machine does not stretch as much, and is given with the time on the clock. With fewer --steps the
 main job's pretraining is shorter.
 """
 

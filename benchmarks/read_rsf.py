@@ -1,4 +1,4 @@
-"""The read-side and write-side RSF of a whole update, end to end, beside the script that one would write.
+"""The read-side and write-side RSF of a whole update, end to end, against the script that one would write.
 
     .venv/bin/python benchmarks/read_rsf.py
 

@@ -84,7 +84,7 @@ def test_stages_may_differ_in_dtype_and_in_their_number_of_embeddings(tmp_path, 
     with caplog.at_level(logging.WARNING):
         Chain(stages).check(None)
         base = prepared(Chain(stages))
-    assert "the 3 that it lacks are taken as unmoved" in caplog.text  # of dpo beside sft
+    assert "the 3 that it lacks are taken as unmoved" in caplog.text  # of dpo compared with sft
     with pytest.raises(ValueError, match=r"model\.tokenizer=dpo must have the vocabulary of every stage but"):
         prepared(Chain(stages, tokenizer="dpo"))
     pair_messages = load(base.pairs[1].directory, "cpu")

@@ -26,7 +26,7 @@ def sd(layer: int, matrix: str) -> float:
 
 
 def made(steps: tuple[int, ...] = STEPS, layers: tuple[int, ...] = LAYERS):
-    """A table such as the probe gives, with rows of other subspaces and of a larger k beside."""
+    """A table such as the probe gives, with further rows of other subspaces and of a larger k."""
     rows = []
     for (step, layer), matrix in product(product(steps, layers), READ + WRITE):
         where = {
@@ -183,7 +183,7 @@ def place(layer: int, matrix: str, shift: float = 0.0) -> dict[str, float]:
 def mechanism(
     last: int = 8, k: int = 4, shift: float = 0.0, stderr: float | None = 0.25, optimizer: str = ""
 ):
-    """A table such as the probe `moments` gives, with an earlier step and a larger k beside.
+    """A table such as the probe `moments` gives, with further rows of an earlier step and a larger k.
 
     With an optimizer, it is the forecast named after Adam that belongs to it, and another is of no optimizer.
     """

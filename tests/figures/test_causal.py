@@ -289,7 +289,7 @@ GROUPS = (("", "read"), ("", "write"), ("k", "read"), ("k+v", "read"))
 
 
 def surgery(doses: tuple[str, ...] = ("remove", "keep"), groups: tuple[tuple[str, str], ...] = GROUPS):
-    """A table such as the intervention gives, with other effects beside."""
+    """A table such as the intervention gives, with further rows of other effects."""
     rows = []
     for dose, (matrix, role), k in product(doses, groups, DIMENSIONS):
         at: dict[str, Any] = {"step": 8, "role": role, "k": k, "matrix": matrix, "n": 9, "unit": "nats/pair"}

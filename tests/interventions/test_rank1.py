@@ -380,7 +380,7 @@ def test_settings_out_of_range_are_refused(changed):
         ),
         ({"direction": "zero.npy"}, r"the direction in zero\.npy is zero: it has no direction"),
         ({"direction": "nan.npy"}, r"the direction in nan\.npy is not finite: it has no direction"),
-        ({"shared": "input"}, r"shared=input is the input's side, which for L0\.k is what is varied"),
+        ({"shared": "input"}, r"shared=input is the input's side, which is the varied side of L0\.k"),
         ({"controls": {"random": 39, "layer": 2}}, r"controls\.layer is 2, and there are 1 other layers"),
         (
             {"controls": {"random": 39, "bottom": 33}},
@@ -435,7 +435,7 @@ def test_a_direction_in_which_nothing_comes_in_cannot_be_matched_by_output(model
     asked = replace(SMALL, matrices=["k"], match="output", controls={"random": 2, "bottom": 1})
     asked.check(model.architecture)
     message = (
-        r"match=output: the covariance of what L0\.k takes in is singular along a direction of the trial"
+        r"match=output: the covariance of the inputs of L0\.k is singular along a direction of the trial"
     )
     with pytest.raises(ValueError, match=message):
         asked.rows(given, log_metrics)
@@ -447,6 +447,6 @@ def test_what_the_last_layer_does_not_allow_is_refused_before_the_first_arm(mode
     params["gpt_neox.layers.1.input_layernorm.bias"].zero_()
     asked = replace(SMALL, matrices=["k"], match="output", controls={"random": 2, "bottom": 1})
     done = []
-    with pytest.raises(ValueError, match=r"what L1\.k takes in is singular"):
+    with pytest.raises(ValueError, match=r"the inputs of L1\.k is singular"):
         asked.rows(setting(model, params, examples), lambda metrics, arms: done.append(arms))
     assert done == []

@@ -405,7 +405,7 @@ def test_what_is_sent_back_independently_of_what_is_read_has_the_predicted_ratio
     rows = measured(Moments(), setting, planted(setting, roots, mixture))
     predicted, measured_ratio = values(rows, "predicted_ratio"), values(rows, "measured_ratio")
     assert measured_ratio.keys() == roots.keys() and {name[3:] for name in measured_ratio} >= {"up", "down"}
-    # The weights are rounded to fp32: 6e-8 of about 8 in norm, beside an update of norm 1.
+    # The weights are rounded to fp32: 6e-8 of about 8 in norm, against an update of norm 1.
     assert_close(measured_ratio, {name: predicted[name] for name in measured_ratio}, rtol=1e-5, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Participation ratios and target energies by hand, and logged beside the loss of TRL's trainers."""
+"""Participation ratios and target energies by hand, and logged with the loss of TRL's trainers."""
 
 import pytest
 import small

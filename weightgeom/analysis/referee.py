@@ -24,7 +24,7 @@ EXPLAINED, UNTESTABLE = "explained by its null", "not testable here"
 Verdict = Literal["supported", "contradicted", "explained by its null", "not testable here"]
 VERDICTS: tuple[Verdict, ...] = (SUPPORTED, CONTRADICTED, EXPLAINED, UNTESTABLE)
 SDS = 2  # standard deviations of the null within which a mean is that of the null
-PART = 0.5  # of the distance to a published level; where the null covers more of it, it explains the rest
+PART = 0.5  # of the distance to a published level; where the null covers more, it explains the rest
 KINDS = {CONTRAST: "preferences or rewards", LIKELIHOOD: "likelihood"}  # of trainings, as messages say it
 # Two rules that claims share, to be put into the text of their own.
 BEYOND_A_LEVEL = (

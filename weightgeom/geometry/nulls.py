@@ -21,7 +21,7 @@ CERTAIN = -25.0  # logarithm of a probability that no sample shows
 class Null:
     """Distribution of a fraction under chance: its mean, its standard deviation and its upper tail.
 
-    `tail` takes several fractions at once, which then share what is sampled.
+    `tail` takes several fractions at once, which then share the samples.
     """
 
     mean: float

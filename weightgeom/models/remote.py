@@ -106,7 +106,7 @@ class Recent:
 
     @property
     def room(self) -> int:
-        """Bytes: a walk needs a tensor or two of the next layer beside those of a layer; 5/4 is ours."""
+        """Bytes: a walk needs a layer and a tensor or two of the next; 5/4 is ours."""
         layer = max(self.layers.values(), default=0) * 5 // 4
         return max(SMALL, layer if self.walked else 0)
 

@@ -29,7 +29,7 @@ class Rotation:
             column `k` being i, for the first `curve`; in [0, 1]. arXiv:2511.08567.
         left_angle, right_angle: the mean of the k angles θ_i; degrees, in [0, 90].
         spectral_shift: ‖σ(W₁) - σ(W₀)‖ / ‖σ(W₀)‖ over all singular values; of unit 1. arXiv:2511.08567.
-        intruders: of the first `leading` left singular vectors of W₁, how many have |cos| < `similarity` with
+        intruders: the number of the first `leading` left singular vectors of W₁ with |cos| < `similarity` to
             each one of W₀; a count. arXiv:2410.21228.
         null_..._mean, null_..._sd: under updates of equal spectrum with random singular vectors, A dW Bᵀ with
             Haar rotations A and B.

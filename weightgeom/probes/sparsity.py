@@ -23,7 +23,7 @@ class Sparsity:
 
     An entry is visible if it differs once both checkpoints are rounded to `grid`. Small weights have small
     steps of the grid, so that an update without any structure becomes visible in them first: every share and
-    overlap has its mean and standard deviation under an update of iid Gaussian entries beside it, in closed
+    overlap comes with its mean and standard deviation under an update of iid Gaussian entries, in closed
     form, as the entries are then visible independently of each other.
 
     Quantities, in [0, 1]:

@@ -41,7 +41,7 @@ class Spectrum:
     at the outputs of o and down with E[δ δᵀ]; `gradient`, the mean gradient G = E[δ aᵀ]; `delta`, the
     update since the start; `weight`. The gradients are those of training examples, where the objective
     is known, as if it began at the checkpoint: a reference policy is the checkpoint itself. Matrices are
-    taken as what reaches the residual stream, gains of post-norms folded in; gradients are those at the
+    taken as they reach the residual stream, gains of post-norms folded in; gradients are those at the
     matrix itself. λ are the eigenvalues of the moment, or of the matrix's Gram, no more than its smaller
     side or the number of tokens has; p = λ / Σλ. A thing that is zero has no rows.
 
