@@ -75,7 +75,7 @@ def test_a_mean_whose_null_is_not_in_the_table_has_the_layers_own_as_if_they_var
     assert of_means.tolist() == pytest.approx([0.35] * 3)  # of 0.3 and 0.4
 
 
-def test_the_layers_stand_beside_their_mean_and_the_first_stage_stands_there_once(tables):
+def test_the_layers_are_in_the_table_of_their_mean_and_the_first_stage_is_there_once(tables):
     rows = side_by_side(tables, RATIO).query("quantity == 'ratio'")
     layers = rows[rows["layer"].notna()].groupby(["stage", "against"], sort=False)["value"].agg(list)
     assert layers.to_dict() == {("sft", "base"): [2, 4], ("dpo", "base"): [5, 7], ("dpo", "sft"): [1, 2]}

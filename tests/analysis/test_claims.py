@@ -286,7 +286,7 @@ def test_surgery_is_judged_against_both_controls(agreeing):
     assert set(verdicts_on(judged(raised), 9).values()) == {CONTRADICTED}
 
 
-def test_every_verdict_stands_beside_its_claim_and_rule(agreeing, tmp_path: Path):
+def test_every_verdict_is_shown_with_its_claim_and_rule(agreeing, tmp_path: Path):
     assert agreeing[["statement", "rule"]].map(len).min(axis=None) > 20
     agreeing.to_csv(tmp_path / "claims.csv", index=False)
     again = pd.read_csv(tmp_path / "claims.csv", keep_default_na=False)

@@ -89,7 +89,7 @@ def test_the_figures_are_drawn_from_tables_alone():
     assert len(abstentions({"bypass": bypassed()}).axes) == 1
 
 
-def test_the_bridge_sets_the_change_of_coupling_beside_the_rsf_of_the_update():
+def test_the_bridge_pairs_the_change_of_coupling_with_the_rsf_of_the_update():
     after = probed({"fisher_ratio": (0.8, 0.7, 0.9)}, step=64)
     place = {"step": 64, "k": 4, "subspace": "prediction"}
     ratios = [

@@ -99,7 +99,7 @@ def test_curves_over_k_are_of_every_operation(over_k, record) -> None:
     }
 
 
-def test_the_terminal_shows_an_effect_beside_its_controls(layered) -> None:
+def test_the_terminal_shows_an_effect_with_its_controls(layered) -> None:
     console = Console(width=200, record=True)
     title, short = effects_shown("rank1", layered, BY_KL)
     console.print(rendered(short, title, Table))

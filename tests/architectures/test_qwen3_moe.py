@@ -154,7 +154,7 @@ def test_the_router_has_a_colour_in_the_figures(model):
     assert {matrix.kind for matrix in model.architecture.matrices} <= set(COLOURS)
 
 
-def test_experts_are_not_edited_and_what_is_beside_them_is(model: LanguageModel) -> None:
+def test_experts_are_not_edited_and_the_other_matrices_are(model: LanguageModel) -> None:
     with pytest.raises(ValueError, match=r"L0\.up\.0 is part of a mixture of experts, which cannot be"):
         chosen(model.architecture, ["k", "up"], None)
     # Layer 1 is dense.
@@ -163,7 +163,7 @@ def test_experts_are_not_edited_and_what_is_beside_them_is(model: LanguageModel)
 
 
 @pytest.mark.slow
-def test_attention_beside_experts_is_edited(model: LanguageModel, params: Params) -> None:
+def test_attention_in_a_layer_of_experts_is_edited(model: LanguageModel, params: Params) -> None:
     asked = Rank1(matrices=["k", "o"], strengths=[0.1], tokens=256, controls={"random": 19})
     setting = Setting(model, params, params, False, EXAMPLES, 0)
     rows = asked.rows(setting, lambda metrics, done: None)

@@ -465,7 +465,7 @@ def test_uncertainty_measures_every_stage_of_a_chain_by_itself(each_stage):
     assert "uncertainty_stages" not in names  # it compares nothing
 
 
-def test_the_moments_of_an_objective_at_each_stage_stand_beside_the_update_of_the_next(each_stage):
+def test_the_moments_of_an_objective_at_each_stage_are_compared_with_the_update_of_the_next(each_stage):
     moments, between = table(each_stage, "moments"), table(each_stage, "moments_stages")
     assert set(moments["step"]) == set(between["step"]) == {1, 2}
 

@@ -17,7 +17,7 @@ LARGE = 21 * 2**20  # bytes: the client keeps what it got in pieces of 10 MiB, s
 
 @dataclass(frozen=True)
 class Asked:
-    """What one process was told online, and the next offline, with the same cache."""
+    """The answers to one process online, and to the next offline, with the same cache."""
 
     served: dict[str, Path]  # the directory behind each revision
     online: list[str]

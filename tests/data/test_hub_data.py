@@ -18,13 +18,13 @@ PROGRAM = """
 import json, logging, sys
 from weightgeom.data.hub import HubData
 logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-def told(given):
+def loaded(given):
     try:
-        one = HubData(**given).examples()
-        sides = [[pair.prompt, pair.chosen, pair.rejected] for pair in one.pairs]
-        return [one.name, one.text, one.heldout, sides, one.digest]
+        examples = HubData(**given).examples()
+        sides = [[pair.prompt, pair.chosen, pair.rejected] for pair in examples.pairs]
+        return [examples.name, examples.text, examples.heldout, sides, examples.digest]
     except (OSError, ValueError) as error: return str(error)
-print(json.dumps([told(given) for given in json.loads(sys.argv[1])]))
+print(json.dumps([loaded(given) for given in json.loads(sys.argv[1])]))
 """
 
 

@@ -298,7 +298,7 @@ def test_questions_ask_for_every_fact_in_the_words_of_the_text():
         assert question.answer == f" {value}" and value_of(question.answer) == value
         entities.append(entity)
     assert list(dict.fromkeys(entities)) == LARGER.entity_names()[0]
-    # What is asked of the most frequent entity is told; not so of all of the rare ones.
+    # The text answers every question about the most frequent entity, but not all about the rare ones.
     assert all(question.prompt + question.answer in text for question in examples.questions[:6])
 
 

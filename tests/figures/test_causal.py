@@ -118,7 +118,7 @@ def test_the_treatment_is_drawn_at_the_largest_strength_in_its_matrix_colour_wit
         assert axis.get_yscale() == "log"
 
 
-def test_every_control_is_a_grey_point_beside_its_layer_and_the_median_a_dash():
+def test_every_control_is_a_grey_point_next_to_its_layer_and_the_median_a_dash():
     for axis, matrix in zip(treatment_by_layer(rank1()).axes, KINDS, strict=True):
         for name, factor in (("random", 1), ("random in the top k", 0.5)):
             own = line_of(axis, name)
@@ -405,7 +405,7 @@ def test_the_rest_of_the_weights_stands_behind_the_pathways_and_the_interaction_
     assert points(diamond) == ([-0.2], [parts.index("interaction")])
 
 
-def test_rotated_controls_are_grey_points_beside_their_own_transplant_and_the_base_a_dashed_line():
+def test_rotated_controls_are_grey_points_next_to_their_own_transplant_and_the_base_a_dashed_line():
     figure = transplants(transplanted())
     axis = figure.axes[0]
     rotated = [line for line in axis.get_lines() if line.get_label() == "rotated"]

@@ -96,7 +96,7 @@ def test_the_inputs_are_those_of_the_checkpoint_but_with_a_suffix_those_of_the_s
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_deltas_planted_in_or_beside_what_the_model_predicts_are_at_0_or_90_degrees(
+def test_deltas_planted_inside_or_outside_the_prediction_subspace_are_at_0_or_90_degrees(
     model, params, at, generator, inside
 ):
     everything = prediction_frame(at(params), params, D).space.basis

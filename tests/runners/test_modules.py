@@ -93,7 +93,7 @@ def test_the_house_is_read_even_where_it_is_installed(lab: Path, monkeypatch: py
     assert find("installed.part") is not None
 
 
-def test_only_what_runs_takes_in_what_a_package_imports_beside(lab: Path) -> None:
+def test_only_a_running_module_takes_in_the_further_imports_of_its_package(lab: Path) -> None:
     def own(running: bool) -> set[str]:
         return {name for name in reached("mylab.probe", running=running) if not modules.is_house(name)}
 
