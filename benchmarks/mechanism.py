@@ -1,4 +1,4 @@
-"""What the base's moments lead to expect against the trained ratio, over objectives, data and optimizers.
+"""The ratio expected from the base's moments against the trained one, over objectives, data and optimizers.
 
     .venv/bin/python benchmarks/mechanism.py
     .venv/bin/python benchmarks/mechanism.py --d_model 64 --pretraining 300 --prompts 768  # a smaller world

@@ -102,7 +102,7 @@ def _own_ratio(row: dict) -> bool:
 
 
 def script(directory: Path, tokens: int) -> None:
-    """What a user would write."""
+    """The script that a user would write."""
     network = AutoModelForCausalLM.from_pretrained(directory / "before").eval()
     trained = AutoModelForCausalLM.from_pretrained(directory / "after").eval()
     batches = packed(WORLD.examples().heldout, WORLD.tokenizer(), LENGTH, tokens, size=8)

@@ -69,7 +69,7 @@ def ratios(base: Base, seed: int, training: Training) -> pd.Series:
 
 
 def rejected(values: pd.DataFrame, splits: int) -> pd.DataFrame:
-    """How often each test rejects, over random splits of the trainings (rows) and all means (columns)."""
+    """The rejection rate of each test, over random splits of the trainings (rows) and all means (columns)."""
     generator = np.random.default_rng(0)
     counts: dict[tuple[str, str, float], list[bool]] = {}
 

@@ -1,4 +1,4 @@
-"""What tracking costs a run: its share of a training step, and the time that many points take to publish.
+"""The cost of tracking: its share of a training step, and the time that many points take to publish.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/tracking.py
 

@@ -177,7 +177,7 @@ def test_every_pin_is_one_of_a_name_that_the_file_can_make(path: Path) -> None:
 
 @pytest.mark.parametrize("path", HUB, ids=named)
 def test_a_model_of_the_hub_loads_from_a_directory_and_its_map_fits(path: Path, tmp_path: Path) -> None:
-    # What the map says of the matrices is tested in tests/architectures, on the same networks.
+    # The matrices of the map are tested in tests/architectures, on the same networks.
     assert path.read_text().startswith("# ")  # what it is
     directory = save(MODEL_TYPES[path.stem], tmp_path)
     model = parts(composed(override(path), f"model.name={directory}"))["model"]

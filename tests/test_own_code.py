@@ -42,7 +42,7 @@ def first(home: Path) -> Ended:
 
 
 def made(home: Path, ended: Ended) -> dict[str, int]:
-    """How many stages of each kind the newest run has made, and not reused: it has two tables of a probe."""
+    """The number of stages of each kind that the newest run made, not reused: a probe has two tables."""
     wanted = {"pretraining": 1, "training": 1, "norm": 2, "behaviour": 2, "nudge": 1}
     reused = re.findall(rf"reusing {re.escape(str(home))}/outputs/(\w+)/\w+", ended.out)
     counts = {stage: wanted[stage] - reused.count(stage) for stage in STAGES}

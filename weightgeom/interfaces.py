@@ -274,7 +274,7 @@ class Intervention(Protocol):
         ...
 
     def arms(self, architecture: "Architecture") -> int:
-        """How many edited models are measured."""
+        """The number of edited models that are measured."""
         ...
 
     def rows(self, setting: Setting, log: Log) -> list[Row]:

@@ -118,7 +118,7 @@ def _others(condensed: Condensed) -> dict[str, list[str]]:
 
 
 def _overall(judged: "pd.DataFrame") -> str:
-    """How many claims the study supports, in a sentence."""
+    """The numbers of claims by verdict, in a sentence."""
     by_claim = judged.groupby("claim")["verdict"].agg(lambda lines: frozenset(lines) - {UNTESTED})
     mixed = by_claim.map(lambda verdicts: len(verdicts) > 1)
     counts = {

@@ -143,7 +143,7 @@ def without_shapes(text: str) -> str:
 
 
 def _without_user(rest: str, is_page: bool) -> str:
-    """What stands behind `://`, without the user and the password, which may hold slashes and @.
+    """The rest of a URL behind `://`, without the user and the password, which may hold slashes and @.
 
     `http://host:8080/a@b` names a page, but `postgres://me:8080/a@b` has a password.
     """

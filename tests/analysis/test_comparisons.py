@@ -19,7 +19,7 @@ BY_MARGIN = InterventionDeclaration(("preference_margin_change", KL), ("random_k
 
 
 def arms(place: dict, dose: str, treatment: float, controls: dict[str, list[float]], p: dict[str, float]):
-    """What `trials.measured` says of one trial."""
+    """The rows that `trials.measured` gives for one trial."""
     yield row(KL, treatment, n=8, unit="nats/token", **arm_columns("top", dose), **place)
     for kind, values in controls.items():
         for draw, value in enumerate(values):

@@ -54,7 +54,7 @@ def matrix_of(model: LanguageModel, name: str) -> ResidualMatrix:
 
 
 def inside(model: LanguageModel, params: Params, batch: Batch, module: str) -> list[tuple]:
-    """What a module is given and what it gives, in a forward pass."""
+    """The input and the output of a module in a forward pass."""
     flows = []
     hook = model.network.get_submodule(module).register_forward_hook(
         lambda module, given, output: flows.append((given, output))

@@ -439,7 +439,7 @@ def test_an_objective_starts_from_a_stage_and_an_intervention_edits_it(home, sta
 
 @pytest.fixture(scope="module")
 def each_stage(tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """What is measured of every stage of random networks, and the moments of an objective at each."""
+    """A run that measures every stage of random networks, and the moments of an objective at each."""
     home = tmp_path_factory.mktemp("each")
     tokenizer = World(documents=60, pairs=24, heldout=8, groups=("known", "impossible")).tokenizer()
     for seed, name in enumerate(COMMITS):

@@ -71,7 +71,7 @@ def test_the_edited_model_is_one_built_by_hand_from_an_edited_state_dict(
         logits = loaded(**given, position_ids=batch.positions(), use_cache=False).logits
     assert torch.equal(model.logits(edited, batch), logits)
     assert not torch.equal(model.logits(params, batch), logits)
-    # What was there is untouched, and what is not edited is shared.
+    # The weights are untouched, and those that are not edited are shared.
     assert all(weight.equal(before[name]) for name, weight in params.items())
     assert all(edited[name] is weight for name, weight in params.items() if name != edit.matrix.parameter)
 

@@ -18,7 +18,7 @@ PROBE = RSF(k=K, tokens=TOKENS, resamples=0, prompts=0)
 
 
 def final_inputs(model: LanguageModel, examples) -> torch.Tensor:
-    """What the unembedding of a network reads on the held-out text, by a plain hook; fp64."""
+    """The inputs of a network's unembedding on the held-out text, by a plain hook; fp64."""
     seen = []
     for batch in packed(examples.heldout, model.tokenizer, 96, TOKENS):
         keep = batch.attention_mask.bool()

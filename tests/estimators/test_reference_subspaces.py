@@ -41,7 +41,7 @@ def frames(setting, inputs=INPUTS, k=K):
 
 
 def cached(setting, limit=None):
-    """What every site reads, a sequence at a time, in fp64 by the place's name and layer."""
+    """The inputs at every site, a sequence at a time, in fp64 by the place's name and layer."""
     model = setting.model
     tokens = [
         token

@@ -99,7 +99,7 @@ def test_an_update_planted_inside_is_removed_whole_and_kept_whole(model, params,
     cuts, evaluation, *_ = both(surgery(groups=[["k"], ["o"]], k=4, transplants=[]), at)
     for trial, matrix, outcome in zip(cuts, [k, k, o, o], [params, end, params, end], strict=True):
         edited = trial.treatment.edit.applied(evaluation.params)
-        # What fp32 rounded off the planted update lies outside.
+        # The rounding of the planted update to fp32 lies outside.
         assert_close(matrix.of(edited), matrix.of(outcome), rtol=2e-7, atol=2e-7)
         for control in trial.controls:
             if control.kind == "random_k":

@@ -38,7 +38,7 @@ def saved(name: str, directory: Path, dtype: torch.dtype, moved: bool) -> Path:
 
 
 def measured(before: Path, after: Path) -> list[Row]:
-    """What the probe finds in two directories, read lazily."""
+    """The probe's rows for two directories, read lazily."""
     model = load(before, "cpu")
     start = model.params(before)
     end = model.params(after, start)

@@ -1,4 +1,4 @@
-"""What the moments of a start lead to expect, against their definitions and updates made to order."""
+"""The ratios expected from the moments of a start, against their definitions and updates made to order."""
 
 import weakref
 from dataclasses import replace

@@ -308,7 +308,7 @@ def test_every_quantity_is_there_with_its_place_unit_and_number_of_samples(model
         degrees = table["quantity"].isin(["mean_angle", "largest_angle", "rotation"])
         assert set(table[degrees]["unit"]) == {"degree"} and set(table[~degrees]["unit"]) == {"1"}
         assert set(table["n"]) == set(table["k"]) == {K}
-        # What a run logs: one headline for each matrix and layer.
+        # A run logs one headline for each matrix and layer.
         headline = own(table, Overlap().declaration.headline)
         assert sorted(zip(headline["layer"], headline["matrix"], strict=True)) == sorted(
             (matrix.layer, matrix.kind) for matrix in model.architecture.matrices

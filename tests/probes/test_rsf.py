@@ -365,7 +365,7 @@ def test_folding_a_post_norm_scales_what_is_written_by_its_gain(olmo, at, genera
     close(ratio(rows[False], "L0.o"), expected(stored))
     assert abs(expected(folded) - expected(stored)) > 0.01
     close(value(rows[True], "L0.o", "delta_norm"), float(folded.norm()))
-    # What is read has no norm behind it.
+    # No norm stands behind a read.
     assert ratio(rows[True], "L0.q") == ratio(rows[False], "L0.q")
 
 

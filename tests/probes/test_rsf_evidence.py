@@ -1,4 +1,4 @@
-"""What turns a ratio into evidence: intervals, matched levels, q-values, heads, and the budget."""
+"""The evidence behind a ratio: intervals, matched levels, q-values, heads, and the budget."""
 
 from dataclasses import replace
 

@@ -325,7 +325,7 @@ def test_every_quantity_is_there_with_its_place_unit_and_number_of_samples(model
             for layer in (0, 1)
             for kind, site in (("q", "attention_input"), ("up", "mlp_input"))
         ]
-        # What a run logs: one headline for each matrix and layer.
+        # A run logs one headline for each matrix and layer.
         headline = own(table, Spectrum().declaration.headline)
         assert sorted(zip(headline["layer"], headline["matrix"], strict=True)) == sorted(
             (matrix.layer, matrix.kind) for matrix in model.architecture.matrices

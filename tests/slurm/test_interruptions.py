@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @dataclass(frozen=True)
 class Story:
-    """What became of a sweep of one run, and how far its record was at each disturbance."""
+    """The outcome of a sweep of one run, and the progress of its record at each disturbance."""
 
     place: Place
     sweep: Path

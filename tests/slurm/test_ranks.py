@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @dataclass
 class Story:
-    """What became of a sweep of one run."""
+    """The outcome of a sweep of one run."""
 
     cluster: Cluster
     place: Place

@@ -84,7 +84,7 @@ def bpe(texts: list[str], *, begins: bool = False) -> PreTrainedTokenizerFast:
 def trl_tokens(
     pairs: list[Pair], tokenizer: Any, length: int | None = None
 ) -> list[tuple[list[int], list[int], list[int]]]:
-    """What TRL's trainer trains on: prompt, chosen and rejected tokens."""
+    """The data that TRL's trainer trains on: prompt, chosen and rejected tokens."""
     PartialState()  # TRL logs by way of accelerate, which wants it
     datasets.disable_progress_bars()
     trainer: Any = SimpleNamespace(_tokenizer=tokenizer)
@@ -96,7 +96,7 @@ def trl_tokens(
 
 
 def trl_rows(kind: Any, columns: dict[str, list[Any]], tokenizer: Any) -> list[dict[str, Any]]:
-    """What TRL's trainer of single responses makes of a data set."""
+    """A data set as TRL's trainer of single responses prepares it."""
     PartialState()
     datasets.disable_progress_bars()
     trainer: Any = SimpleNamespace(

@@ -324,7 +324,7 @@ def test_a_training_that_cannot_be_resumed_exactly_is_refused(tmp_path):
 
 
 def rows(directory: Path) -> list[dict[str, Any]]:
-    """What a stage has logged, without the time."""
+    """The log of a stage, without the time."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "time"} for line in lines]
 

@@ -179,7 +179,7 @@ def _differing(run: Params, runs: Sequence[Params], group: str) -> list[str]:
 
 
 def _measured(run: Params, runs: Sequence[Params], declarations: Mapping[str, Declaration]) -> list[str]:
-    """How the run was measured, where runs differ in it: their numbers must not be pooled."""
+    """The options of measurement in which runs differ: their numbers must not be pooled."""
     differences = []
     for key in run:
         group, _, rest = key.partition(".")

@@ -47,7 +47,7 @@ class Frame:
     rank: int | None = None  # of the directions, those with an eigenvalue above 1e-6 of the largest
 
     def directions(self, k: int) -> int:
-        """How many of the first k directions there are: no more than the rank."""
+        """The number of directions: k, or the rank where that is less."""
         return k if self.rank is None else max(1, min(k, self.rank))
 
     @property

@@ -387,7 +387,7 @@ def interaction(trials: Sequence[Trial], evaluation: Evaluation) -> Iterator[Row
 
 
 def filled(sums: Float[Tensor, " d"], energy: float) -> tuple[int, float]:
-    """How many directions hold this energy, and the length of the last of them; `sums` are cumulative.
+    """The number of directions that hold this energy, and the length of the last; `sums` are cumulative.
 
     A column b of length c adds the part c² b bᵀ, and so c⁴ times the energy of its direction.
     """

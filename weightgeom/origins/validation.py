@@ -1,4 +1,4 @@
-"""How often the origin of an update is wrong, unknown or missed, in settings that no training had."""
+"""Error rates of the origin of an update, in settings that no training had."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false

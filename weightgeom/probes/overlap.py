@@ -76,7 +76,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How close any two k-dimensional subspaces U and V of the residual stream are, at every checkpoint.
+    """The overlap of any two k-dimensional subspaces U and V of the residual stream, at every checkpoint.
 
     A pair is `one:other`, in the column `subspace`. The subspaces: `delta`, `weight` and `gradient` are
     the top singular directions, on the residual stream's side, of the update since the start, of the

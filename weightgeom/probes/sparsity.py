@@ -1,4 +1,4 @@
-"""How many entries of a matrix an update leaves unmoved, and whether the moved ones are the small ones."""
+"""The share of entries that an update leaves unmoved, and the overlap of the moved with the small ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass as plain_dataclass
@@ -74,14 +74,14 @@ class Sparsity:
         return quantities
 
     def _relative(self, start: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-        """How far an entry may fall and rise before it has moved by η of the larger of the two."""
+        """The fall and the rise by which an entry has moved by η of the larger of its two values."""
         towards, away = self.eta * start.abs(), self.eta / (1 - self.eta) * start.abs()
         return torch.where(start > 0, towards, away), torch.where(start > 0, away, towards)
 
 
 @plain_dataclass(frozen=True, eq=False)
 class Cells:
-    """How far each entry may fall or rise before it is rounded to another value of a grid."""
+    """The fall and the rise beyond which each entry is rounded to another value of a grid."""
 
     grid: torch.dtype
     below: Float[Tensor, " n"]

@@ -247,7 +247,7 @@ def gaussian_null(small: int, large: int, seed: int) -> Mapping[str, Float[Tenso
 
 
 def spikes(squares: Float[Tensor, " index"], shape: tuple[int, int]) -> int:
-    """How many squared singular values, in descending order, exceed the edge that noise alone would have.
+    """The number of squared singular values, in descending order, above the edge of noise alone.
 
     Entries that are iid of variance σ² have singular values up to σ (√rows + √columns); σ is estimated
     from the median s of those given, zeros included, as s / √(n μ), n the larger side and μ the median

@@ -125,7 +125,7 @@ def report(outputs: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """What a page loads and links to, and the text that it shows."""
+    """The files that a page loads, its links, and the text that it shows."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a sweep says of itself in words."""
+"""The note of a sweep, in words."""
 
 from pathlib import Path
 
