@@ -47,7 +47,7 @@ def main() -> None:
     measure("Llama", llama(64, 176, 12, 4, len(tokenizer)), tokenizer, (0, 3, 6, 9, 11), options.repeats)
 
 
-def measure(name: str, config: PreTrainedConfig, tokenizer, some: Sequence[int], repeats: int) -> None:
+def measure(name: str, config: PreTrainedConfig, tokenizer, chosen: Sequence[int], repeats: int) -> None:
     """One model: the ratios by kind in some of its layers."""
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
@@ -58,16 +58,16 @@ def measure(name: str, config: PreTrainedConfig, tokenizer, some: Sequence[int],
         for part in evaluation.parts:
             model.logits(evaluation.params, part.batch)
 
-    kinds = list(dict.fromkeys(one.kind for one in model.architecture.matrices))
+    kinds = list(dict.fromkeys(matrix.kind for matrix in model.architecture.matrices))
     layers = model.architecture.n_layers
     tokens = sum(int(part.batch.attention_mask.sum()) for part in evaluation.parts)
     shown = Table("layer", *kinds, title=f"{name}, {layers} layers, {tokens} tokens: arm / forward pass")
     upper = 0.0
-    for layer in some:
+    for layer in chosen:
         ratios = []
-        for one in (one for one in model.architecture.matrices if one.layer == layer):
-            arm, forward = in_turn(arm_of(evaluation, one), whole, repeats)
-            ratios.append((kinds.index(one.kind), arm / forward))
+        for matrix in (matrix for matrix in model.architecture.matrices if matrix.layer == layer):
+            arm, forward = in_turn(arm_of(evaluation, matrix), whole, repeats)
+            ratios.append((kinds.index(matrix.kind), arm / forward))
         values = [value for _, value in sorted(ratios)]
         upper = max([upper, *values]) if 2 * layer >= layers else upper
         shown.add_row(str(layer), *(f"{value:.2f}" for value in values))
@@ -84,11 +84,11 @@ def arm_of(evaluation: Evaluation, matrix: ResidualMatrix) -> Callable[[], objec
     return lambda: evaluation.change(edited)
 
 
-def in_turn(one: Callable[[], object], other: Callable[[], object], repeats: int) -> tuple[float, float]:
+def in_turn(arm: Callable[[], object], comparison: Callable[[], object], repeats: int) -> tuple[float, float]:
     """Least processor seconds of each, after one call of each that warms up."""
     least = [float("inf"), float("inf")]
     for repeat in range(repeats + 1):
-        for place, call in enumerate((one, other)):
+        for place, call in enumerate((arm, comparison)):
             start = time.process_time()
             call()
             if repeat:

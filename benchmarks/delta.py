@@ -1,4 +1,4 @@
-"""Time and memory of the norms and projections of every residual matrix's update, beside only reading it.
+"""Time and memory of the norms and projections of every residual matrix's update, against only reading it.
 
 python benchmarks/delta.py [--dtype bfloat16]
 """
@@ -129,7 +129,7 @@ def stream(pair: tuple[Path, Path], architecture: Architecture, bases: dict[int,
 
 
 def load(pair: tuple[Path, Path], architecture: Architecture, bases: dict[int, torch.Tensor]) -> Times:
-    """What is done without it: two models in memory, in fp32 where they are subtracted."""
+    """The way without this library: two models in memory, in fp32 where they are subtracted."""
     start = now()
     before, after = (
         dict(AutoModelForCausalLM.from_pretrained(place, dtype="auto").named_parameters()) for place in pair

@@ -162,7 +162,7 @@ def verdict(home: Path, sweep: Path, expected: list[dict[str, str]]) -> list[str
     if unsynced := synced(home):
         return unsynced
     records = [sweep / number / "record" for number in "01"]
-    differ = [f"tables of {n} differ" for n, one in enumerate(records) if tables(one) != expected[n]]
+    differ = [f"tables of {n} differ" for n, record in enumerate(records) if tables(record) != expected[n]]
     return [*faults(home, records), *differ]
 
 
@@ -179,22 +179,23 @@ def main(directory: Path, kills: int, seed: int) -> int:
     each, both = [tables(path.parent / n / "record") for n in "01"], time.monotonic() - began
     rng = random.Random(seed)
 
-    def one(number: int) -> list[str]:
+    def kill(number: int) -> list[str]:
         home, share = directory / str(number), rng.random()
         if number % 3 == 0:
-            what, found = "run", of_run(home, share * whole, alone)
+            what, differences = "run", of_run(home, share * whole, alone)
         else:
             what = "resubmit" if number % 3 == 1 else VICTIMS[number // 3 % 3]
-            found = of_sweep(home, share * both, what, each)
+            differences = of_sweep(home, share * both, what, each)
         for pid, _ in processes(home):
             os.kill(pid, signal.SIGKILL)
         print(
-            f"{number}: {what} killed after {share:.0%}: {'; '.join(found) or 'as undisturbed'}", flush=True
+            f"{number}: {what} killed after {share:.0%}: {'; '.join(differences) or 'as undisturbed'}",
+            flush=True,
         )
-        return found
+        return differences
 
     with ThreadPoolExecutor(2) as pool:
-        wrong = sum(map(bool, pool.map(one, range(kills))))
+        wrong = sum(map(bool, pool.map(kill, range(kills))))
     print(f"{wrong} of {kills} kills end otherwise than an undisturbed run")
     return 1 if wrong else 0
 

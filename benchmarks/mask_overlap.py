@@ -83,11 +83,11 @@ def measured(before: Path, after: Path) -> dict[str, float]:
 
 def curve(before: Path) -> dict[float, list[float]]:
     """The null of every matrix by visible share, on entries that are spread evenly over it."""
-    found: dict[float, list[float]] = {share: [] for share in SHARES}
+    nulls: dict[float, list[float]] = {share: [] for share in SHARES}
     for _, start, _ in matrices(before, before):
         for share in SHARES:
-            found[share].append(null(thinned(start, SAMPLED_BY_THE_CURVE), share))
-    return found
+            nulls[share].append(null(thinned(start, SAMPLED_BY_THE_CURVE), share))
+    return nulls
 
 
 def draw(curves: dict[float, list[float]], gaussian: list[float], points: dict[str, dict[str, float]]):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: pairs of random Llama-shaped checkpoints, and the memory of a process."""
+"""Shared by the benchmarks: pairs of random Llama-shaped checkpoints, and the memory of a process."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the base's moments lead to expect against the trained ratio, over objectives, data and optimizers.
+"""The ratio expected from the base's moments against the trained one, over objectives, data and optimizers.
 
     .venv/bin/python benchmarks/mechanism.py
     .venv/bin/python benchmarks/mechanism.py --d_model 64 --pretraining 300 --prompts 768  # a smaller world
@@ -94,13 +94,13 @@ def points(
         given = (examples, seed, OBJECTIVES[objective], trainings[0])
         probe = Moments(prompts=prompts, resamples=0)
         measurement = probe.measurement(Setting(model, start, start, False, *given))
-        found = []
+        tables = []
         for optimizer, trajectory in trained.items():
             rows = measurement(model.params(trajectory.steps[trajectory.last]))
             table = tabulate([{"step": trajectory.last, **row} for row in rows])
             named = table["quantity"].isin(["measured_ratio", OPTIMIZERS[optimizer].forecast])
-            found.append(table.assign(optimizer=optimizer, treatment=np.where(named, optimizer, "")))
-        pd.concat(found).to_parquet(directory / "moments.parquet")
+            tables.append(table.assign(optimizer=optimizer, treatment=np.where(named, optimizer, "")))
+        pd.concat(tables).to_parquet(directory / "moments.parquet")
 
     directory = stage("moments", {**of, "trainings": trainings, "prompts": prompts}, measure)
     return pd.read_parquet(directory / "moments.parquet").assign(run=f"{objective} {preference} {seed}")
@@ -135,13 +135,13 @@ def main() -> None:
     wide = table[table["quantity"].isin(quantities)].pivot(index=place, columns="quantity", values="value")
     wide = wide.rename(columns=lambda name: name.removesuffix("_ratio")).reset_index()
     wide.to_csv(OUTPUTS / "mechanism.csv", index=False)
-    found = pd.concat([
+    agreements = pd.concat([
         agreement(part, EXPECTED).assign(optimizer=optimizer, pathway=role)
         for (optimizer, role), part in wide.groupby(["optimizer", "role"], sort=False)
     ])  # fmt: skip
-    found.to_csv(OUTPUTS / "agreement.csv", index=False)
+    agreements.to_csv(OUTPUTS / "agreement.csv", index=False)
     shown = Table("optimizer", "pathway", "expected", "points", "correlation", "log-RMSE")
-    for row in found.to_dict("records"):
+    for row in agreements.to_dict("records"):
         values = [
             f"{row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
             for name in ("correlation", "log_rmse")

@@ -1,4 +1,4 @@
-"""Second moments of activations and upstream gradients, beside the bare forward pass and kronfluence.
+"""Second moments of activations and upstream gradients, against the bare forward pass and kronfluence.
 
     .venv/bin/pip install --no-deps kronfluence==1.0.1 einops==0.8.2 einconv==0.1.0 opt_einsum==3.4.0
     .venv/bin/python benchmarks/moments.py
@@ -71,7 +71,7 @@ def network() -> LanguageModel:
 
 
 def work(way: Callable[[LanguageModel, Examples, int], None], tokens: int) -> None:
-    """Time one way after a little of it to warm up."""
+    """Time one way, after a short run to warm up."""
     model, examples = network(), WORLD.examples()
     ready()
     way(model, examples, BATCH * LENGTH)

@@ -316,9 +316,9 @@ def print_validation(known: pd.DataFrame, unknown: pd.DataFrame) -> None:
         print(
             unknown[["label", "base"]]
             .assign(
-                answer=[found.answer or "cannot tell" for found in judged],
-                fits=[", ".join(found.fits) for found in judged],
-                distance=[found.distance for found in judged],
+                answer=[judgement.answer or "cannot tell" for judgement in judged],
+                fits=[", ".join(judgement.fits) for judgement in judged],
+                distance=[judgement.distance for judgement in judged],
             )
             .to_string(index=False)
         )

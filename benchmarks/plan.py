@@ -1,11 +1,11 @@
-"""What `plan=true` foretells of memory and time, beside what the run then takes.
+"""Memory and time as `plan=true` foretells them, against those that the run then takes.
 
     .venv/bin/python benchmarks/plan.py [--shapes world pythia pair] [--steps 600]
 
 Three shapes: the main job; Pythia-70m's shape, trained on text by cross-entropy; and a pair of Llama's
 shape, 1024 wide, sharded and in bfloat16. On one thread, each in a process of its own. Memory is the highest
 resident set of the process, mapped files included, on both sides; time is processor time, which other work
-on the machine does not stretch as much, with the time on the clock beside it. With fewer --steps the
+on the machine does not stretch as much, and is given with the time on the clock. With fewer --steps the
 main job's pretraining is shorter.
 """
 
@@ -66,14 +66,14 @@ def main() -> None:
     with TemporaryDirectory() as home:
         make(Path(home), options.shapes)
         for shape in options.shapes:
-            asked = [one.format(home=home, steps=options.steps) for one in SHAPES[shape]]
+            asked = [override.format(home=home, steps=options.steps) for override in SHAPES[shape]]
             plan = json.loads(_lines(sys.executable, __file__, "--work", *asked)[-1])
-            found = real(asked, Path(home))
+            measured = real(asked, Path(home))
             for name, unit, scale in (("memory", "GB", 1e9), ("seconds", "s", 1.0)):
-                expected, taken = plan[name] / scale, found[name] / scale
+                expected, taken = plan[name] / scale, measured[name] / scale
                 row = f"{name}, {unit}", f"{expected:.3g}", f"{taken:.3g}", f"{expected / taken:.2f}"
                 shown.add_row(shape if name == "memory" else "", *row)
-            shown.add_row("", "on the clock, s", "", f"{found['clock']:.0f}", "")
+            shown.add_row("", "on the clock, s", "", f"{measured['clock']:.0f}", "")
             shown.add_row("", "the plan itself, s", "", f"{plan['own']:.0f}", "")
             Console(width=100).print(shown)
 

@@ -1,4 +1,4 @@
-"""The read-side and write-side RSF of a whole update, end to end, beside the script that one would write.
+"""The read-side and write-side RSF of a whole update, end to end, against the script that one would write.
 
     .venv/bin/python benchmarks/read_rsf.py
 
@@ -49,13 +49,13 @@ def main() -> None:
     with TemporaryDirectory() as directory:
         make(Path(directory))
         for tokens in options.tokens:
-            found = {}
+            measured_by = {}
             for way in WAYS:
                 arguments = way, directory, str(tokens), "--threads", str(options.threads)
                 result, memory = measured(__file__, *arguments)
                 whole = memory.peak["RssAnon"] + memory.peak["RssFile"]
-                found[way] = result["seconds"], whole
-                seconds, resident = found["script"]
+                measured_by[way] = result["seconds"], whole
+                seconds, resident = measured_by["script"]
                 shown.add_row(
                     *(
                         str(tokens),
@@ -102,7 +102,7 @@ def _own_ratio(row: dict) -> bool:
 
 
 def script(directory: Path, tokens: int) -> None:
-    """What a user would write."""
+    """The script that a user would write."""
     network = AutoModelForCausalLM.from_pretrained(directory / "before").eval()
     trained = AutoModelForCausalLM.from_pretrained(directory / "after").eval()
     batches = packed(WORLD.examples().heldout, WORLD.tokenizer(), LENGTH, tokens, size=8)

@@ -120,10 +120,10 @@ def passes(directory: Path) -> None:
     del weights
     with TemporaryDirectory() as place:
         arguments = training.arguments(Path(place), 0, "cpu") | {"per_device_eval_batch_size": 8}
-        some = sampled(examples, PROBE.prompts, training.max_length, 0)
-        trainer = DPO().trainer(network, model.tokenizer, some, arguments)
+        kept = sampled(examples, PROBE.prompts, training.max_length, 0)
+        trainer = DPO().trainer(network, model.tokenizer, kept, arguments)
         slice_head(trainer, network)
-        first = next(one for one in model.architecture.matrices if one.role == "write")
+        first = next(matrix for matrix in model.architecture.matrices if matrix.role == "write")
         network.get_submodule(first.module).register_forward_hook(_start)
         data = trainer.train_dataset.shuffle(seed=0).select(range(PROBE.prompts))
         start = time.process_time()

@@ -2,11 +2,11 @@
 
     .venv/bin/python benchmarks/seeds_null.py [--trainings 20] [--splits 2000]
 
-Trains one embedded base by DPO with many seeds and takes the mean ratio of every matrix and pathway. Then
-the trainings are split at random into two groups that are compared pair by pair, as if two objectives had
-made them, and into five groups of four that stand for five objectives of the graded control. Prints how often
-each test rejects beside its nominal rate, over all splits, matrices and pathways, and writes `ratios.csv` to
-`outputs/seeds_null`. The splits share trainings, so that the rates have larger errors than their number
+Trains one embedded base by DPO with many seeds and takes the mean ratio of every matrix and pathway. Then the
+trainings are split at random into two groups that are compared pair by pair, as if two objectives had made
+them, and into five groups of four that stand for five objectives of the graded control. Prints the rate at
+which each test rejects and its nominal rate, over all splits, matrices and pathways, and writes `ratios.csv`
+to `outputs/seeds_null`. The splits share trainings, so that the rates have larger errors than their number
 suggests. A quarter of an hour on one core.
 """
 
@@ -69,7 +69,7 @@ def ratios(base: Base, seed: int, training: Training) -> pd.Series:
 
 
 def rejected(values: pd.DataFrame, splits: int) -> pd.DataFrame:
-    """How often each test rejects, over random splits of the trainings (rows) and all means (columns)."""
+    """The rejection rate of each test, over random splits of the trainings (rows) and all means (columns)."""
     generator = np.random.default_rng(0)
     counts: dict[tuple[str, str, float], list[bool]] = {}
 

@@ -44,8 +44,8 @@ class Storm:
     local: bool
 
     def sweep(self) -> Path | None:
-        found = sorted(self.home.glob("outputs/jobs/*/*/sweep.json"))
-        return found[-1].parent if found and manifest(found[-1].parent)["jobs"] else None
+        sweeps = sorted(self.home.glob("outputs/jobs/*/*/sweep.json"))
+        return sweeps[-1].parent if sweeps and manifest(sweeps[-1].parent)["jobs"] else None
 
     def launcher(self) -> list[str]:
         own = HERE if self.local else UNDER_SLURM
@@ -275,8 +275,8 @@ def main(directory: Path, disturbances: int, seed: int, local: bool) -> int:
     sweep = calm.sweep()
     assert sweep is not None
     expected = [tables(sweep / str(number) / "record") for number in range(JOBS)]
-    found, made, rounds = list(faults(calm, expected)), 0, 0
-    print(f"undisturbed: {'; '.join(found) or 'as it should be'}", flush=True)
+    wrong, made, rounds = list(faults(calm, expected)), 0, 0
+    print(f"undisturbed: {'; '.join(wrong) or 'as it should be'}", flush=True)
     while made < disturbances:
         storm = Storm(directory / str(rounds), rng, local)
         made += survived(storm, disturbances - made)
@@ -284,11 +284,11 @@ def main(directory: Path, disturbances: int, seed: int, local: bool) -> int:
         print(
             f"sweep {rounds}, {made} disturbances so far: {'; '.join(more) or 'as undisturbed'}", flush=True
         )
-        found, rounds = found + more, rounds + 1
+        wrong, rounds = wrong + more, rounds + 1
         for pid, _ in processes(storm.home):
             os.kill(pid, signal.SIGKILL)
-    print(f"{made} disturbances of {rounds} sweeps of {JOBS}: {len(found)} faults")
-    return 1 if found else 0
+    print(f"{made} disturbances of {rounds} sweeps of {JOBS}: {len(wrong)} faults")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

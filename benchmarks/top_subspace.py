@@ -61,11 +61,11 @@ def main() -> None:
             moment = (moment + moment.T) / 2
             for k in options.k:
                 slow, full = seconds(lambda m=moment, k=k: Subspace.top(m, k, solver="full"), 1)
-                fast, found = seconds(
+                fast, approximate = seconds(
                     lambda m=moment, k=k: Subspace.top(m, k, solver="iterative"), options.repeats
                 )
-                overlap = float((full.basis.T @ found.basis).square().sum() / k)
-                explained = found.explained(moment) / full.explained(moment)
+                overlap = float((full.basis.T @ approximate.basis).square().sum() / k)
+                explained = approximate.explained(moment) / full.explained(moment)
                 figures = (f"{slow:.3f}", f"{fast:.3f}", f"{slow / fast:.1f}")
                 table.add_row(str(d), str(k), name, *figures, f"{1 - overlap:.1e}", f"{1 - explained:.1e}")
     console = Console()

@@ -1,4 +1,4 @@
-"""What tracking costs a run: its share of a training step, and the time that many points take to publish.
+"""The cost of tracking: its share of a training step, and the time that many points take to publish.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/tracking.py
 
@@ -110,10 +110,10 @@ def step(place: Path, steps: int) -> list[tuple[str, str, str]]:
     count = len(tracked.times[True])
     typical = median(tracked.times[False])
     cost = (tracked.logging + publisher.seconds) / count
-    found = f"{1000 * cost:.2f} of {1000 * typical:.1f} ms: {100 * cost / typical:.2f} %"
+    share = f"{1000 * cost:.2f} of {1000 * typical:.1f} ms: {100 * cost / typical:.2f} %"
     turns = f"{median(tracked.times[True]) / typical:.3f}"
     return [
-        (f"record and publisher, processor time a step, over {count} steps", found, "3 %"),
+        (f"record and publisher, processor time a step, over {count} steps", share, "3 %"),
         ("median step in tracked turns, over that in the others", turns, "1.03"),
     ]
 

@@ -94,8 +94,8 @@ def main() -> None:
             for way in sorted(times, reverse=bool(turn % 2)):
                 with TemporaryDirectory() as directory:
                     times[way] += measured(way, objective, world, examples, training, Path(directory))
-        wall, cpu = ({way: median(step[i] for step in found) for way, found in times.items()} for i in (0, 1))
-        total = {way: sum(step[0] for step in found) for way, found in times.items()}
+        wall, cpu = ({way: median(step[i] for step in steps) for way, steps in times.items()} for i in (0, 1))
+        total = {way: sum(step[0] for step in steps) for way, steps in times.items()}
         ratios = [f"{of['fit'] / of['trl']:.3f}" for of in (wall, cpu, total)]
         milliseconds = [f"{1000 * wall[way]:.1f}" for way in ("trl", "fit")]
         table.add_row(name, *milliseconds, *ratios, str(len(times["fit"])))

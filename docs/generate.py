@@ -119,12 +119,12 @@ def verified() -> dict[str, list[tuple[str, list[str]]]]:
     from weightgeom.check import CHECKS, failure
     from weightgeom.models.specimen import Specimen
 
-    found: dict[str, list[tuple[str, list[str]]]] = {}
+    verified_by_type: dict[str, list[tuple[str, list[str]]]] = {}
     for name, config in (CONFIGS | MIXTURES).items():
         specimen = Specimen.of(config(50, 16))
         failed = [check.__name__ for check in CHECKS if failure(check, specimen) is not None]
-        found.setdefault(specimen.network.config.model_type, []).append((name, failed))
-    return found
+        verified_by_type.setdefault(specimen.network.config.model_type, []).append((name, failed))
+    return verified_by_type
 
 
 def architectures_page() -> str:

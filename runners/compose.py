@@ -319,7 +319,7 @@ def build(key: str, choice: Any) -> Any:
 
 
 def built_claim(key: str, choice: dict[str, Any]) -> Any:
-    """A claim, which must have all that the referee asks of it."""
+    """A claim, which must have all members that the referee asks for."""
     from weightgeom.analysis.referee import MEMBERS
 
     claim = build(key, choice)

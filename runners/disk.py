@@ -44,7 +44,7 @@ def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> Non
 
 
 def share_with_group(directory: Path) -> None:
-    """Let the group write what this process makes, where `directory` says that it is the group's.
+    """Let the group write the files of this process, where `directory` says that they are the group's.
 
     That is: its group may write to it, and new files take its group (setgid). A umask of 022 becomes 002, and
     one that keeps the group from reading stays.

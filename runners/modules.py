@@ -167,7 +167,7 @@ def required(name: str) -> Module | None:
 def reached(*names: str, running: bool = False) -> dict[str, Module]:
     """The modules of these names and those that they import, directly or not, libraries left out.
 
-    A package is not reached merely because a module of it is: its other imports do not matter to that
+    A package is not reached merely because one of its modules is: its other imports do not matter to that
     module. With `running` it is, as Python runs it first, and the house is left out.
     """
     modules: dict[str, Module] = {}

@@ -217,8 +217,8 @@ def test_the_error_for_a_model_without_a_residual_map_names_the_file_to_add(
     refuse: Refuse, tmp_path: Path
 ) -> None:
     XGLMConfig(d_model=32, num_layers=1, attention_heads=2).save_pretrained(tmp_path / "xglm")
-    said = refuse("model=pythia", f"model.name={tmp_path / 'xglm'}")
-    assert said == (
+    message = refuse("model=pythia", f"model.name={tmp_path / 'xglm'}")
+    assert message == (
         "no residual-stream map for 'xglm': "
         "add a function architecture(config) in weightgeom/architectures/xglm.py"
     )

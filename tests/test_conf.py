@@ -177,7 +177,7 @@ def test_every_pin_is_one_of_a_name_that_the_file_can_make(path: Path) -> None:
 
 @pytest.mark.parametrize("path", HUB, ids=named)
 def test_a_model_of_the_hub_loads_from_a_directory_and_its_map_fits(path: Path, tmp_path: Path) -> None:
-    # What the map says of the matrices is tested in tests/architectures, on the same networks.
+    # The matrices of the map are tested in tests/architectures, on the same networks.
     assert path.read_text().startswith("# ")  # what it is
     directory = save(MODEL_TYPES[path.stem], tmp_path)
     model = parts(composed(override(path), f"model.name={directory}"))["model"]
@@ -214,7 +214,7 @@ def test_a_chain_of_the_hub_is_pinned_stage_by_stage_or_says_what_to_give(path: 
     if choice["stages"] == "???":  # of one's own
         return
     known = [yaml.safe_load(file.read_text()).get("pins", {}) for file in HUB]
-    pins = {name: commit for some in known for name, commit in some.items()}
+    pins = {name: commit for commits in known for name, commit in commits.items()}
     named_branches = [stage for stage, where in choice["stages"].items() if "@" in where]
     revisions = choice.get("revisions", {})
     assert sorted([*named_branches, *revisions]) == sorted(choice["stages"])
@@ -228,11 +228,14 @@ def test_a_chain_of_the_hub_is_pinned_stage_by_stage_or_says_what_to_give(path: 
     given = [f"model.revisions.{stage}={'0' * 39}{number}" for number, stage in enumerate(unknown)]
     locations = parts(composed(override(path), *given))["model"].locations()
     branch = r"(stage\d-)?step[-_]?\d+|it-[\w-]+"  # those that do not move
-    assert all(re.fullmatch(rf"[\w.-]+/[\w.-]+@([0-9a-f]{{40}}|{branch})", one) for one in locations.values())
+    assert all(
+        re.fullmatch(rf"[\w.-]+/[\w.-]+@([0-9a-f]{{40}}|{branch})", location)
+        for location in locations.values()
+    )
     assert len(set(locations.values())) == len(locations)
     left = [stage for stage in unknown if stage not in ("dpo", "base", "early", "rl")]
     fewer = parts(composed(override(path), *(f"~model.stages.{stage}" for stage in left)))
-    assert list(fewer["model"].stages) == [one for one in choice["stages"] if one not in left]
+    assert list(fewer["model"].stages) == [stage for stage in choice["stages"] if stage not in left]
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=named)
@@ -242,8 +245,8 @@ def test_a_chain_loads_from_directories_and_every_stage_fits_the_one_before(
     made = MODEL_TYPES[choice_of(path)[1]]
     stages = list(parts(composed(override(path)))["model"].stages)
     places = {stage: save(made, tmp_path / stage, seed) for seed, stage in enumerate(stages)}
-    told = ", ".join(f"{stage}: {place}" for stage, place in places.items())
-    model = parts(composed(override(path), f"model.stages={{{told}}}"))["model"]
+    named = ", ".join(f"{stage}: {place}" for stage, place in places.items())
+    model = parts(composed(override(path), f"model.stages={{{named}}}"))["model"]
     assert model.check(None).n_layers == 2
     base = model.prepare(lambda *given: tmp_path, small.WORLD.examples(), small.WORLD, "cpu")
     assert base.trajectory.stages == tuple(stages)

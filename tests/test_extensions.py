@@ -131,11 +131,11 @@ def test_a_chain_has_a_row_of_every_probe_that_compares(home, aligned):
     stages = {"base": base / "step-1", "more": base / "step-4", "simpo": trained / "step-2"}
     for name, source in stages.items():
         shutil.copytree(source, home / name)
-    told = ", ".join(f"{name}: {home / name}" for name in stages)
-    chain = ("model=chain/own", f"model.stages={{{told}}}", "objective=none", "device=cpu", "name=chain")
+    named = ", ".join(f"{name}: {home / name}" for name in stages)
+    chain = ("model=chain/own", f"model.stages={{{named}}}", "objective=none", "device=cpu", "name=chain")
     ended = ran(home, *WORLD, *PROBES, *chain)
     assert ended.code == 0, ended.err
-    found = table(ended, "stages")
+    stages_table = table(ended, "stages")
     pairs = [("more", "base"), ("simpo", "base"), ("simpo", "more")]
     for probe, headline in (
         ("rsf", "ratio"),
@@ -143,7 +143,7 @@ def test_a_chain_has_a_row_of_every_probe_that_compares(home, aligned):
         ("norms", "spectral_norm"),
         ("growth", "growth"),
     ):
-        mine = found[(found["probe"] == probe) & (found["quantity"] == headline)]
+        mine = stages_table[(stages_table["probe"] == probe) & (stages_table["quantity"] == headline)]
         assert list(mine[["stage", "against"]].drop_duplicates().itertuples(index=False, name=None)) == pairs
         assert ", by stage" in " ".join(ended.out.split())
     drawn = {path.stem for path in (ended.record / "artifacts/figures").glob("*.png")}

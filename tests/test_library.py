@@ -27,8 +27,8 @@ def measured(before: Any = BEFORE, after: Any = AFTER, **changes: Any) -> pd.Dat
     return as_users_have_it.measure(before, after, **(asked | changes))
 
 
-def equal(one: pd.DataFrame, other: pd.DataFrame) -> None:
-    pd.testing.assert_frame_equal(one, other, check_exact=True)
+def equal(table: pd.DataFrame, other_table: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(table, other_table, check_exact=True)
 
 
 def test_names_classes_and_configured_probes_give_the_same_rows():
@@ -48,8 +48,10 @@ def test_a_network_in_train_mode_is_measured_without_dropout_and_left_as_it_was(
     with pytest.raises(ValueError, match="k must be 1 to 32"):
         measured(after=training, probes=["rsf"], k=33)
     assert all(module.training for module in training.modules())
-    assert [one for one in training.parameters() if not one.requires_grad] == [frozen]
-    assert all(one.grad is None and one.dtype == torch.float32 for one in training.parameters())
+    assert [parameter for parameter in training.parameters() if not parameter.requires_grad] == [frozen]
+    assert all(
+        parameter.grad is None and parameter.dtype == torch.float32 for parameter in training.parameters()
+    )
     assert all(torch.equal(weight, weights[name]) for name, weight in training.state_dict().items())
     assert torch.equal(random, torch.random.get_rng_state())
 
@@ -263,13 +265,16 @@ def test_the_rotation_test_in_the_subspaces_of_a_network_gives_the_tables_number
         weights = [network.get_parameter(f"model.layers.1.{module}.weight") for network in (BEFORE, AFTER)]
         test = wg.rotation_test(weights[1] - weights[0], spaces[place], side=side)
         rows = table[(table["layer"] == 1) & (table["matrix"] == matrix) & (table["subspace"] == place[0])]
-        found = rows.set_index("quantity")["value"]
+        value_of = rows.set_index("quantity")["value"]
         # The table's second moments are summed by group of prompts: that leaves fp32's rounding, 6e-8, of
         # the sums, which gaps between the eigenvalues of a random network's inputs enlarge.
-        assert test.ratio == pytest.approx(found["ratio"], rel=1e-4)
-        assert (test.null_mean * 8, test.null_sd * 8) == (found["null_ratio_mean"], found["null_ratio_sd"])
-        assert test.z == pytest.approx(found["z"], rel=1e-2)
-        assert test.p_value == pytest.approx(found["p_value"], abs=2e-3)
+        assert test.ratio == pytest.approx(value_of["ratio"], rel=1e-4)
+        assert (test.null_mean * 8, test.null_sd * 8) == (
+            value_of["null_ratio_mean"],
+            value_of["null_ratio_sd"],
+        )
+        assert test.z == pytest.approx(value_of["z"], rel=1e-2)
+        assert test.p_value == pytest.approx(value_of["p_value"], abs=2e-3)
 
 
 def test_subspaces_are_orthonormal_and_refuse_what_measure_does():

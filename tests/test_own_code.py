@@ -42,7 +42,7 @@ def first(home: Path) -> Ended:
 
 
 def made(home: Path, ended: Ended) -> dict[str, int]:
-    """How many stages of each kind the newest run has made, and not reused: it has two tables of a probe."""
+    """The number of stages of each kind that the newest run made, not reused: a probe has two tables."""
     wanted = {"pretraining": 1, "training": 1, "norm": 2, "behaviour": 2, "nudge": 1}
     reused = re.findall(rf"reusing {re.escape(str(home))}/outputs/(\w+)/\w+", ended.out)
     counts = {stage: wanted[stage] - reused.count(stage) for stage in STAGES}
@@ -54,9 +54,9 @@ def tables(record: Path) -> dict[str, pd.DataFrame]:
 
 
 def test_they_run_as_those_of_the_house_do(home: Path, first: Ended) -> None:
-    found = tables(first.record)
-    assert set(found) == {"norm", "norm_pretraining", "behaviour", "behaviour_pretraining", "nudge"}
-    assert set(found["norm"]["step"]) == {0, 1, 2} and min(found["norm"]["value"]) > 0
+    written = tables(first.record)
+    assert set(written) == {"norm", "norm_pretraining", "behaviour", "behaviour_pretraining", "nudge"}
+    assert set(written["norm"]["step"]) == {0, 1, 2} and min(written["norm"]["value"]) > 0
     assert "24 chosen responses: 0 dropped" in first.out
     (trained,) = done(home / "outputs", "training")
     assert json.loads((trained / "spec.json").read_text())["objective"]["class"] == "mylab.objective.Chosen"

@@ -20,7 +20,7 @@ SHORT = [override for override in SMALL if override.startswith("training.")]
 PROBE = ["probe=[rsf]", "probe.rsf.tokens=256", "probe.rsf.resamples=4", "device=cpu"]
 NO_PROBE = ["probe=[]", "device=cpu"]
 TINY = [override for override in SMALL if override.startswith(("model.", "+model."))]
-# What makes a command small, by a part of it; every command of a run has one.
+# The overrides that make a command small, by a part of the command; every command of a run has one.
 SMALLER = {
     "data=text data.train=my.txt objective=ce": [*TINY, *SHORT, *NO_PROBE],
     "data=preferences data.train=pairs.jsonl objective=dpo": [*TINY, *SHORT, *NO_PROBE],

@@ -49,23 +49,23 @@ def table(ended: Ended) -> pd.DataFrame:
 @pytest.mark.slow
 def test_every_published_claim_and_a_users_own_have_a_verdict(refereed):
     assert refereed.code == 0, refereed.err
-    found = table(refereed)
-    assert list(found.index) == [target.rpartition(".")[2] for target in published()] + ["ManyUnmoved"]
+    verdicts = table(refereed)
+    assert list(verdicts.index) == [target.rpartition(".")[2] for target in published()] + ["ManyUnmoved"]
     of_several = ["DpoNearOrthogonal", "UniversalSubspaces", "ObjectiveFromSpectrum"]
     elsewhere = ["IntrudersOfAdapters", "UncertaintyUnexpressed", "SafetyOverlaps", *of_several]
-    measured = found[~found.index.isin(elsewhere)]
+    measured = verdicts[~verdicts.index.isin(elsewhere)]
     assert (measured["verdict"] != "not testable here").all()  # an update by DPO, of all weights
     assert measured[["ours", "null", "null_sd"]].notna().to_numpy().all() and (measured["n"] > 0).all()
-    assert found.loc["IntrudersOfAdapters", "detail"] == "the update is of no adapter"
-    assert "no rows of the probe uncertainty" in found.loc["UncertaintyUnexpressed", "detail"]
-    assert found.loc[of_several, "detail"].str.contains("no rows of the probe alignment").all()
-    assert "no rows group_overlap" in found.loc["SafetyOverlaps", "detail"]
-    assert set(found["trained_by"]) == {"dpo"}
+    assert verdicts.loc["IntrudersOfAdapters", "detail"] == "the update is of no adapter"
+    assert "no rows of the probe uncertainty" in verdicts.loc["UncertaintyUnexpressed", "detail"]
+    assert verdicts.loc[of_several, "detail"].str.contains("no rows of the probe alignment").all()
+    assert "no rows group_overlap" in verdicts.loc["SafetyOverlaps", "detail"]
+    assert set(verdicts["trained_by"]) == {"dpo"}
     rows = pd.read_parquet(refereed.record / "artifacts/tables/sparsity.parquet")
     last = rows[(rows["step"] == 2) & (rows["quantity"] == "invisible_share")]["value"]
-    assert found.loc["SparseInBf16", "ours"] == pytest.approx(last.mean())
-    assert found.loc["SparseInBf16", "n"] == len(last)
-    assert (found.loc["SparseInBf16", "verdict"] == "contradicted") == (last.mean() <= 0.5)
+    assert verdicts.loc["SparseInBf16", "ours"] == pytest.approx(last.mean())
+    assert verdicts.loc["SparseInBf16", "n"] == len(last)
+    assert (verdicts.loc["SparseInBf16", "verdict"] == "contradicted") == (last.mean() <= 0.5)
 
 
 @pytest.mark.slow

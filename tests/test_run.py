@@ -62,9 +62,9 @@ def text(home: Path) -> Path:
 def published(home: Path, experiment: str) -> dict[str, Run]:
     """The MLflow runs of an experiment by name."""
     client = MlflowClient(f"sqlite:///{home}/outputs/mlflow.db")
-    found = client.get_experiment_by_name(experiment)
-    assert found is not None
-    return {run.info.run_name or "": run for run in client.search_runs([found.experiment_id])}
+    experiment_of_name = client.get_experiment_by_name(experiment)
+    assert experiment_of_name is not None
+    return {run.info.run_name or "": run for run in client.search_runs([experiment_of_name.experiment_id])}
 
 
 def tables(record: Path) -> dict[str, pd.DataFrame]:
@@ -76,12 +76,12 @@ def test_the_default_job_pretrains_aligns_measures_both_and_says_where_to_look(
 ) -> None:
     assert default.code == 0, default.err
     assert {len(done(home / "outputs", stage)) for stage in ("pretraining", "training")} == {1}
-    found = tables(default.record)
-    assert set(found) == TABLES
+    written = tables(default.record)
+    assert set(written) == TABLES
     # Checkpoints at the powers of two and the last: of 4 steps of pretraining and 2 of training.
-    assert set(found["rsf_pretraining"]["step"]) == {0, 1, 2, 4}
-    assert set(found["rsf"]["step"]) == {0, 1, 2}
-    assert set(found["rsf"].query("quantity == 'ratio'")["matrix"]) == {"q", "k", "v", "o", "up", "down"}
+    assert set(written["rsf_pretraining"]["step"]) == {0, 1, 2, 4}
+    assert set(written["rsf"]["step"]) == {0, 1, 2}
+    assert set(written["rsf"].query("quantity == 'ratio'")["matrix"]) == {"q", "k", "v", "o", "up", "down"}
     assert f"mlflow ui --backend-store-uri sqlite:///{home}/outputs/mlflow.db" in default.out
     assert "24 pairs: 0 dropped" in default.out
     assert status(default.record)["status"] == "FINISHED"
@@ -95,8 +95,8 @@ def test_a_run_says_at_once_what_it_does_and_at_its_end_what_came_out(home: Path
     assert f"to make: pretraining, {stages}" in lines
     assert "data: world-style, 60 documents and 8 held out, 24 pairs and 8 held out" in lines
     # Piped, so the stages are lines and no bars.
-    told = [line for line in lines if "stage 4 of 6 training: 0 of 2" in line]
-    assert len(told) == 1 and "4 of 6 training ━" not in default.out
+    progress = [line for line in lines if "stage 4 of 6 training: 0 of 2" in line]
+    assert len(progress) == 1 and "4 of 6 training ━" not in default.out
     (answer,) = (line for line in lines if line.startswith("answer: "))
     assert re.fullmatch(
         r"answer: read [\d.]+ times chance, write [\d.]+ times, of at most 8; null 1 ± [\d.]+", answer
@@ -191,17 +191,17 @@ def test_all_probes_together_show_the_mechanism_and_stay_within_what_mlflow_show
     probes = ["rsf", "behaviour", "moments", "spectrum", "overlap"]
     ended = run(home, *SMALL, *WORLD, f"probe=[{','.join(probes)}]", "probe.moments.tokens=256", "name=all")
     assert ended.code == 0, ended.err
-    found = tables(ended.record)
-    assert set(found) == {name + suffix for name in probes for suffix in ("", "_pretraining")} | APART
-    assert not len(found["moments_pretraining"])  # whose objective is not known, and whose start is random
-    mechanism = found["moments"]
+    written = tables(ended.record)
+    assert set(written) == {name + suffix for name in probes for suffix in ("", "_pretraining")} | APART
+    assert not len(written["moments_pretraining"])  # whose objective is not known, and whose start is random
+    mechanism = written["moments"]
     assert (
         set(mechanism["step"]) == {1, 2} and len(mechanism[mechanism["quantity"] == "measured_ratio"]) == 24
     )
     # One update and one text; the probes sum it in groups of their own, in fp32.
     ratios = [
         table.query(f"quantity == '{quantity}' and subspace != 'random'")["value"].to_numpy()
-        for table, quantity in ((found["rsf"], "ratio"), (mechanism, "measured_ratio"))
+        for table, quantity in ((written["rsf"], "ratio"), (mechanism, "measured_ratio"))
     ]
     assert_allclose(*ratios, rtol=1e-4)
     figures = {path.name for path in (ended.record / "artifacts/figures").iterdir()}
@@ -244,9 +244,9 @@ def test_another_seed_reuses_the_base(home: Path, default: Ended) -> None:
 def test_no_objective_measures_the_pretraining(home: Path, default: Ended) -> None:
     ended = run(home, *SMALL, *WORLD, "objective=none")
     assert ended.code == 0, ended.err
-    found = tables(ended.record)
-    assert set(found) == {"rsf", "rsf_means", "rsf_parameters", "behaviour"}
-    assert_frame_equal(found["rsf"], tables(default.record)["rsf_pretraining"], check_exact=True)
+    written = tables(ended.record)
+    assert set(written) == {"rsf", "rsf_means", "rsf_parameters", "behaviour"}
+    assert_frame_equal(written["rsf"], tables(default.record)["rsf_pretraining"], check_exact=True)
 
 
 def test_a_pair_of_checkpoints_is_compared_on_a_text_of_the_users(
@@ -255,12 +255,12 @@ def test_a_pair_of_checkpoints_is_compared_on_a_text_of_the_users(
     small = [override for override in SMALL if "model." not in override]
     ended = run(home, *small, *pair, "objective=none", "data=text", f"data.train={text}")
     assert ended.code == 0, ended.err
-    found = tables(ended.record)["rsf"]
-    assert set(found["step"]) == {0, 1}
+    rows = tables(ended.record)["rsf"]
+    assert set(rows["step"]) == {0, 1}
     norm = "quantity == 'delta_norm'"
     trained = tables(default.record)["rsf"].query(f"{norm} and step == 2")["value"]
     # The same two checkpoints: the update is the one that the run which made them has measured.
-    assert found.query(f"{norm} and step == 1")["value"].tolist() == trained.tolist()
+    assert rows.query(f"{norm} and step == 1")["value"].tolist() == trained.tolist()
 
 
 def test_two_equal_checkpoints_have_a_table_of_zeros_and_are_said_to_be_equal(
@@ -273,11 +273,11 @@ def test_two_equal_checkpoints_have_a_table_of_zeros_and_are_said_to_be_equal(
     asked = [chosen, before, f"model.after={equal}", "objective=none", f"data.train={text}", "data=text"]
     ended = run(home, *small, *asked)
     assert ended.code == 0, ended.err
-    found = tables(ended.record)["rsf"].query("step == 1")
-    assert set(found[found["parameter"] == ""]["quantity"]) == {"delta_norm", "moved_share"}
-    assert set(found["value"]) == {0.0}
-    said = "the two checkpoints, before and after, are equal: no matrix differs"
-    assert f"answer: {said}" in ended.out.splitlines()
+    rows = tables(ended.record)["rsf"].query("step == 1")
+    assert set(rows[rows["parameter"] == ""]["quantity"]) == {"delta_norm", "moved_share"}
+    assert set(rows["value"]) == {0.0}
+    sentence = "the two checkpoints, before and after, are equal: no matrix differs"
+    assert f"answer: {sentence}" in ended.out.splitlines()
     assert "Relative subspace fraction (rsf): nothing moved" in ended.out
 
 
@@ -389,15 +389,15 @@ def test_a_tracking_server_that_is_down_costs_a_warning_and_no_result(home: Path
 
 def seconds(*arguments: str) -> float:
     """The least processor time of three: what it takes where nobody else works."""
-    found = []
+    costs = []
     for _ in range(3):
         before = os.times()
         subprocess.run(
             [sys.executable, *arguments], cwd=ROOT, env=environment({}), check=True, capture_output=True
         )
         after = os.times()
-        found.append(sum(after[2:4]) - sum(before[2:4]))  # of the children, user and system
-    return min(found)
+        costs.append(sum(after[2:4]) - sum(before[2:4]))  # of the children, user and system
+    return min(costs)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]])

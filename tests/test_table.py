@@ -65,7 +65,7 @@ def test_the_types_of_the_columns_do_not_depend_on_the_rows(rows):
 @pytest.mark.parametrize("name", ["value", "stderr"])
 def test_a_number_that_is_not_finite_is_refused_with_its_place(bad, name):
     rows = [row("ratio", 1.0, n=1, **WHERE), row("z", 1.0, n=1, stderr=1.0, **WHERE) | {name: bad}]
-    rows = [one | {"head": 2} for one in rows]
+    rows = [row | {"head": 2} for row in rows]
     message = "1 values are not finite, the first z of matrix 'q.2' in layer 1 at step 4"
     with pytest.raises(ValueError, match=message):
         tabulate(rows)
@@ -111,7 +111,7 @@ def test_a_table_of_an_earlier_version_has_todays_columns():
         {},
     ]
     rows = [row("ratio", 2.0, n=7, step=1, layer=2, k=4, role="read", subspace="x") for _ in parts]
-    today = tabulate([one | part for one, part in zip(rows, parts, strict=True)])
+    today = tabulate([row | part for row, part in zip(rows, parts, strict=True)])
     earlier = pd.DataFrame(
         {
             "step": [1] * 8,
@@ -129,10 +129,10 @@ def test_a_table_of_an_earlier_version_has_todays_columns():
         }
     )
     earlier.attrs["at"] = "start"
-    found = upgraded(earlier)
-    assert_frame_equal(found, today)
-    assert found.attrs == {"at": "start"} and list(earlier["matrix"]) == names
-    assert label(found).tolist() == names
+    upgraded_table = upgraded(earlier)
+    assert_frame_equal(upgraded_table, today)
+    assert upgraded_table.attrs == {"at": "start"} and list(earlier["matrix"]) == names
+    assert label(upgraded_table).tolist() == names
     assert upgraded(today) is today
 
 
@@ -143,8 +143,8 @@ def test_an_empty_table_of_an_earlier_version_has_todays_columns():
 
 def test_the_comparison_of_stages_of_an_earlier_version_keeps_its_stages():
     table = tabulate([row("ratio", 1.0, n=1, step=1)]).drop(columns=list(ADDED))
-    found = upgraded(table.assign(stage="dpo", against="sft"))
-    assert found["against"].tolist() == ["sft"] and found["stage"].tolist() == ["dpo"]
+    upgraded_table = upgraded(table.assign(stage="dpo", against="sft"))
+    assert upgraded_table["against"].tolist() == ["sft"] and upgraded_table["stage"].tolist() == ["dpo"]
 
 
 def test_a_file_that_is_no_table_stays_as_it_is():

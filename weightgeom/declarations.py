@@ -28,7 +28,7 @@ class ProbeDeclaration:
 
     Curves are the mean of the `headline` over layers at every step, for each matrix, and every quantity
     without a matrix, or those in `whole`. Where rows `null_<headline>_mean` and `null_<headline>_sd` exist,
-    summaries show the headline beside this null. A headline with a `share` is said in multiples of chance, of
+    summaries show the headline with this null. A headline with a `share` is given in multiples of chance, of
     at most headline / share; a run warns where its optimizer makes every such headline 1.
     """
 

@@ -112,7 +112,7 @@ class Model(Protocol):
     def check(self, longest: int | None) -> "Architecture":
         """Refuse impossible settings before anything expensive starts.
 
-        `longest` is the length, in tokens, of what an objective will train on; None if none follows.
+        `longest` is the length, in tokens, of an objective's longest sequence; None if none follows.
         """
         ...
 
@@ -131,7 +131,7 @@ class Objective(Protocol):
     """A loss to train on, by a trainer of TRL."""
 
     def check(self, examples: Examples) -> None:
-        """Raise ValueError if the data lack what the objective needs."""
+        """Raise ValueError if the data lack fields that the objective needs."""
         ...
 
     @property
@@ -191,7 +191,7 @@ class OnPolicy(Protocol):
 
     @property
     def on_policy(self) -> bool:
-        """Whether the policy samples what it trains on."""
+        """Whether the policy samples its own training data."""
         ...
 
 
@@ -274,7 +274,7 @@ class Intervention(Protocol):
         ...
 
     def arms(self, architecture: "Architecture") -> int:
-        """How many edited models are measured."""
+        """The number of edited models that are measured."""
         ...
 
     def rows(self, setting: Setting, log: Log) -> list[Row]:

@@ -70,7 +70,7 @@ def measure(
     that a probe takes; blank ones are left out. `tokenizer` defaults to that of the directory `before`, or
     else `after`. `probes` are names (`rsf`, `spectrum`, `behaviour`, `overlap`, ...), classes or configured
     objects such as `RSF(k=16, per_head=True)`. `k`, the dimension of the subspaces or a list of them, is for
-    names and classes; by default it is d/8. No objective is known, so what needs one has no rows.
+    names and classes; by default it is d/8. No objective is known, so quantities that need one have no rows.
 
     The rows are those of `after`, at step 1, one number each with its `unit` and `n`; the columns are
     `weightgeom.table.COLUMNS`. They equal, to the bit and on one device, those at step 1 of
@@ -147,7 +147,7 @@ def subspaces(
     strongest direction first. They are those of the probe `rsf` up to the rounding of fp32 sums, but for
     those of single experts.
 
-    Checkpoints, tokenizer, texts and what they raise are as in `measure`; k is d/8 by default.
+    Checkpoints, tokenizer, texts and their errors are as in `measure`; k is d/8 by default.
 
     Examples:
         >>> spaces = subspaces(network, tokenizer, texts, k=16)

@@ -48,9 +48,9 @@ def aligned(before: str, named: Sequence[str], out: Path) -> None:
     shown = whole[~whole["quantity"].str.startswith("null_")]
     wide = shown.pivot(index=["treatment", "against"], columns="quantity", values="value")
     print(wide.to_string(float_format="{:.3g}".format, na_rep=""))
-    said = _refereed(table)
-    said.to_csv(out / "referee.csv", index=False)
-    for _, line in said.iterrows():
+    findings = _refereed(table)
+    findings.to_csv(out / "referee.csv", index=False)
+    for _, line in findings.iterrows():
         print(f"\n{line['paper']}: {line['statement']}\n  {line['verdict']}: {line['detail']}")
     print(f"\ntables and heat maps: {out}")
 

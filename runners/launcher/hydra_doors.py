@@ -3,6 +3,7 @@
 They are apart because the library must not import Hydra. Tested with Hydra 1.3.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -14,13 +15,14 @@ from hydra.plugins.launcher import Launcher
 NAMESPACE = "hydra_plugins.weightgeom"  # Hydra accepts launchers from hydra_plugins only
 
 
-def add_launcher(name: str, launcher: type[Launcher]) -> None:
+def add_launcher(name: str, launcher: Callable[..., Launcher]) -> None:
     """Register a launcher as NAMESPACE.name in `Plugins.class_name_to_class`; mutates this table of Hydra's.
 
     `Plugins.register` would register it under its own module, outside the namespace that Hydra accepts; and
     Hydra imports every package in that namespace at every start.
     """
-    Plugins.instance().class_name_to_class[f"{NAMESPACE}.{name}"] = launcher
+    table: dict[str, Any] = Plugins.instance().class_name_to_class  # of classes, which Hydra only calls
+    table[f"{NAMESPACE}.{name}"] = launcher
 
 
 def compose_once(loader: Any) -> None:

@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,11 @@ class SweepLauncher(Launcher):
     """Starts the jobs of a sweep in processes of their own, and shows them until they end, unless `detach`.
 
     Every job's configuration is composed and checked before the first job starts; a job that fails does not
-    stop the others.
+    stop the others. `kind` is local or slurm; `options` are the keys of conf/hydra/launcher/*.yaml.
     """
 
-    check: CheckJob
-    plan: PlanJobs
-    kind = "local"
-
-    def __init__(self, **options: Any) -> None:  # the keys of conf/hydra/launcher/*.yaml
+    def __init__(self, kind: str, check: CheckJob, plan: PlanJobs, /, **options: Any) -> None:
+        self.kind, self.check, self.plan = kind, check, plan
         plain = OmegaConf.to_container(OmegaConf.create(options), resolve=True)
         assert isinstance(plain, dict)
         self.options = plain
@@ -97,7 +95,7 @@ class SweepLauncher(Launcher):
         from runners.launcher import commands
 
         resources = commands.resources(self.kind, self._job_options(), len(jobs))
-        type(self).plan(list(zip(jobs, objectives, strict=True)), *resources)
+        self.plan(list(zip(jobs, objectives, strict=True)), *resources)
         return [completed(list(overrides)) for overrides in job_overrides]
 
     def _composed(self, overrides: list[str]) -> DictConfig:
@@ -129,7 +127,7 @@ class SweepLauncher(Launcher):
         with open_dict(job):
             del job["hydra"]
         try:
-            described = type(self).check(job, self.kind == "local", common)
+            described = self.check(job, self.kind == "local", common)
         except Exception as error:
             name = f"job {number} of the sweep ({' '.join(filter_overrides(overrides))})"
             raise ValueError(f"{name}: {explanation(error)}; nothing was started") from error
@@ -142,20 +140,12 @@ class SweepLauncher(Launcher):
         }
 
 
-class SlurmLauncher(SweepLauncher):
-    """Starts the jobs of a sweep as arrays under SLURM."""
-
-    kind = "slurm"
-
-
 def register(check: CheckJob, plan: PlanJobs) -> None:
     """Register the launchers with Hydra.
 
     `check` describes a job or raises; `plan` prints the plan of jobs, given the number that run at a time,
     the bytes of memory of each, None for this machine, and the nodes of each.
     """
-    SweepLauncher.check = staticmethod(check)
-    SweepLauncher.plan = staticmethod(plan)
-    add_launcher("LocalLauncher", SweepLauncher)
-    add_launcher("SlurmLauncher", SlurmLauncher)
+    add_launcher("LocalLauncher", partial(SweepLauncher, "local", check, plan))
+    add_launcher("SlurmLauncher", partial(SweepLauncher, "slurm", check, plan))
     commas_in_launcher_options()

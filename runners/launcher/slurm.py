@@ -195,9 +195,9 @@ def submit_array(
 ) -> str:
     """Submit an array of `jobs` tasks that run the module `task` on the copy `code`; returns its id.
 
-    `folder` gets the script, `ID_submission.sh`, and the logs. The environment is the user's without what
-    changes SLURM's commands. A container has the directories in `places`. Where sbatch fails although SLURM
-    may have taken the jobs, they are looked for by their unique `name`.
+    `folder` gets the script, `ID_submission.sh`, and the logs. The environment is the user's without the
+    variables that change SLURM's commands. A container has the directories in `places`. Where sbatch fails
+    although SLURM may have taken the jobs, they are looked for by their unique `name`.
 
     Raises:
         ValueError: if SLURM refuses the jobs, or is not installed.

@@ -27,7 +27,7 @@ ENDED = ("COMPLETED", "FAILED", "KILLED", "CANCELLED")
 def main(arguments: Sequence[str]) -> None:
     """Run the jobs of this task, unless a later submission has them or this one was withdrawn.
 
-    SLURM may have taken jobs without the launcher hearing of it; of two submissions of a job the last counts.
+    SLURM may have taken jobs without the launcher knowing; of two submissions of a job the last counts.
     """
     sweep, name = Sweep(Path(arguments[0])), arguments[1]
     submissions = sweep.manifest()["submissions"]

@@ -156,12 +156,12 @@ class Experiment:
                     table.to_parquet(record.artifact(f"tables/{name}.parquet"))
                     table.to_csv(record.artifact(f"tables/{name}.csv"), index=False)
                 draw(tables, record, self.probes, self.interventions)
-            said = answer(tables, {name: probe.declaration for name, probe in self.probes.items()})
-            record.tag("mlflow.note.content", run_note(said, warnings()))
+            sentence = answer(tables, {name: probe.declaration for name, probe in self.probes.items()})
+            record.tag("mlflow.note.content", run_note(sentence, warnings()))
             fetched = traffic().since(before)
             if fetched.requests:
                 record.update(tags={f"fetched_{name}": count for name, count in fetched._asdict().items()})
-        end = End(said, warnings(), record.directory, uri, self._next(uri), fetched)
+        end = End(sentence, warnings(), record.directory, uri, self._next(uri), fetched)
         print_summary(tables, self.probes, self.interventions, end)
         return tables
 

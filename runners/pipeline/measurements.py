@@ -136,9 +136,9 @@ class Measured:
                 index = next(trials)
                 if index < len(kept):
                     return kept[index]
-                found = of_trial()
-                keep_rows(directory, index, found)
-                return found
+                measured = of_trial()
+                keep_rows(directory, index, measured)
+                return measured
 
             return intervention.rows(replace(self.setting, keep=keep), log_metrics)
 

@@ -62,8 +62,8 @@ def stage(
     """Directory of the stage `name` for `spec`, made by `work(directory)` unless it is complete.
 
     Of several processes that want the same stage one works and the others wait for it. If `work`
-    raises or is killed, what it wrote stays, with the error in FAILED, until the next call: that starts
-    afresh, or where it finds what the pattern `resumable` matches, lets `work` go on with all there is.
+    raises or is killed, its files stay, with the error in FAILED, until the next call: that starts
+    afresh, or where files match the pattern `resumable`, lets `work` go on with all of them.
 
     The contents of a complete stage's files are compared with DONE once in a process, after that their
     sizes and times of modification; with `verify` always the contents. A damaged stage is made again.

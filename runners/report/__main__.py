@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
         prog="weightgeom report",
         description="Tables, figures and one page from the runs of MLflow experiments.",
     )
-    parser.add_argument("names", nargs="+", metavar="NAME", help="of an experiment: what `name=` was")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="of an experiment: the value of `name=`")
     parser.add_argument(
         "--outputs", type=Path, default=Path("outputs"), help="the report goes to OUTPUTS/report/NAME"
     )

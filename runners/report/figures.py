@@ -43,7 +43,7 @@ class Illustration:
 
     @property
     def width(self) -> int:
-        """How wide the page shows it, in its pixels, so that text has one size in all figures."""
+        """The width on the page, in its pixels, so that text has one size in all figures."""
         return round(int.from_bytes(self.path.read_bytes()[16:20], "big") * SCALE)  # of a PNG's header
 
 

@@ -118,15 +118,15 @@ def _others(condensed: Condensed) -> dict[str, list[str]]:
 
 
 def _overall(judged: "pd.DataFrame") -> str:
-    """How many claims the study supports, in a sentence."""
-    said = judged.groupby("claim")["verdict"].agg(lambda lines: frozenset(lines) - {UNTESTED})
-    mixed = said.map(lambda verdicts: len(verdicts) > 1)
+    """The numbers of claims by verdict, in a sentence."""
+    by_claim = judged.groupby("claim")["verdict"].agg(lambda lines: frozenset(lines) - {UNTESTED})
+    mixed = by_claim.map(lambda verdicts: len(verdicts) > 1)
     counts = {
-        "supports {} wherever it tests {}": said == {SUPPORTED},
-        "contradicts {} wherever it tests {}": said == {CONTRADICTED},
-        "is inconclusive about {}": said == {INCONCLUSIVE},
+        "supports {} wherever it tests {}": by_claim == {SUPPORTED},
+        "contradicts {} wherever it tests {}": by_claim == {CONTRADICTED},
+        "is inconclusive about {}": by_claim == {INCONCLUSIVE},
         "has different verdicts on {} in different settings": mixed,
-        "does not test {}": said == frozenset(),
+        "does not test {}": by_claim == frozenset(),
     }
     parts = [
         text.format(int(which.sum()), "it" if which.sum() == 1 else "them")
@@ -139,14 +139,14 @@ def _overall(judged: "pd.DataFrame") -> str:
 def _claim(claim: Any, judged: "pd.DataFrame") -> dict[str, Any]:
     lines = judged[judged["claim"] == claim.number]
     counts = {
-        said: int((lines["verdict"] == said).sum())
-        for said in (SUPPORTED, CONTRADICTED, INCONCLUSIVE, UNTESTED)
+        verdict: int((lines["verdict"] == verdict).sum())
+        for verdict in (SUPPORTED, CONTRADICTED, INCONCLUSIVE, UNTESTED)
     }
     return {
         "number": claim.number,
         "statement": claim.statement,
         "rule": claim.rule,
-        "counts": {said: count for said, count in counts.items() if count},
+        "counts": {verdict: count for verdict, count in counts.items() if count},
         "lines": lines.to_dict("records"),
     }
 
@@ -176,9 +176,9 @@ def _refereed(verdicts: "pd.DataFrame") -> list[dict[str, Any]]:
             }
             for _, row in part.iterrows()
         ]
-        said = {verdict: int(counts[verdict]) for verdict in VERDICTS if verdict in counts}
+        counted = {verdict: int(counts[verdict]) for verdict in VERDICTS if verdict in counts}
         texts = {name: first[name] for name in ("paper", "statement", "published", "rule")}
-        claims.append({**texts, "counts": said, "lines": lines})
+        claims.append({**texts, "counts": counted, "lines": lines})
     return claims
 
 

@@ -63,9 +63,9 @@ def _result(run: str, part: "pd.DataFrame") -> str:
     ratios = part[part["quantity"] == "ratio"]
     means = [f"{role} {_with_error(_by_seed(rows))}" for role, rows in ratios.groupby("role")]
     losses = part[part["quantity"] == LOSS]["value"]
-    said = [", ".join(means)] * bool(means) + [f"loss {losses.mean():.3g}"] * bool(len(losses))
+    numbers = [", ".join(means)] * bool(means) + [f"loss {losses.mean():.3g}"] * bool(len(losses))
     count = len(_by_seed(part))
-    return f"- **{run}** ({_runs(count)}): " + ("; ".join(said) or "nothing that is summed up here")
+    return f"- **{run}** ({_runs(count)}): " + ("; ".join(numbers) or "nothing that is summed up here")
 
 
 def _extremes(table: "pd.DataFrame") -> Iterator[str]:

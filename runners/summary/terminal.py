@@ -151,8 +151,8 @@ def _is_number(cells: "pd.Series") -> bool:
 
 def title_of(name: str, declaration: ProbeDeclaration) -> str:
     """Such as `Relative subspace fraction (rsf)`."""
-    said = declaration.label or declaration.section
-    title = f"{said} ({name})" if said else name.replace("_", " ")
+    heading = declaration.label or declaration.section
+    title = f"{heading} ({name})" if heading else name.replace("_", " ")
     return title[0].upper() + title[1:]
 
 
@@ -196,8 +196,8 @@ def effects_shown(
     effect = measured_effect(table, declaration.effects)
     kinds = compared_with_principal(table, effect, declaration.controls)["against"].unique()
     unit = table[table["quantity"] == effect]["unit"].iloc[0]
-    said = declaration.section or name.replace("_", " ").capitalize()
-    title = f"{said} ({name}): {effect} ({unit}) against the median of {' or '.join(kinds)} controls"
+    heading = declaration.section or name.replace("_", " ").capitalize()
+    title = f"{heading} ({name}): {effect} ({unit}) against the median of {' or '.join(kinds)} controls"
     return title, by_treatment(table, effect, declaration.controls)
 
 

@@ -106,7 +106,7 @@ _RANDOM = re.compile(
     r"(?<![\w\-./])[A-Za-z][\w.\-]{0,30}?[_\-.](?=[A-Za-z]{0,40}+\d+[A-Za-z]{1,40}+\d)"
     r"(?=[a-z\d]{0,40}+[A-Z])(?=[A-Z\d]{0,40}+[a-z])[A-Za-z0-9]{24,}+[\w\-]*+"
 )
-# What makes it worthwhile to try a rule, the rule, and what takes the secret's place.
+# The words that make a rule worth trying, the rule, and the replacement of the secret.
 _RULES = [
     (("uthorization", "UTHORIZATION"), _AUTHORIZATION, rf"\1{MASK}"),
     (("earer", "EARER"), _BEARER, rf"\1{MASK}"),
@@ -143,7 +143,7 @@ def without_shapes(text: str) -> str:
 
 
 def _without_user(rest: str, is_page: bool) -> str:
-    """What stands behind `://`, without the user and the password, which may hold slashes and @.
+    """The rest of a URL behind `://`, without the user and the password, which may hold slashes and @.
 
     `http://host:8080/a@b` names a page, but `postgres://me:8080/a@b` has a password.
     """

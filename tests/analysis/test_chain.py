@@ -39,9 +39,9 @@ def rsf(steps: dict[int, tuple[float, float]], intervals: bool = True) -> pd.Dat
         # Of the mean over the two layers, which share directions.
         of_mean = {"step": step, "matrix": "q", "role": "read", "subspace": "attention_input", "k": 4}
         rows.append({**of_mean, **row("ratio_mean_null_sd", 0.25, n=2)})
-    found = tabulate(rows)
-    found.attrs["stages"] = NAMES
-    return found
+    table = tabulate(rows)
+    table.attrs["stages"] = NAMES
+    return table
 
 
 @pytest.fixture
@@ -50,9 +50,9 @@ def tables() -> dict[str, pd.DataFrame]:
 
 
 def test_the_comparison_has_the_mean_over_layers_with_its_null_and_interval(tables):
-    found = side_by_side(tables, RATIO)
-    assert list(found) == ["probe", "stage", "against", *(name for name in COLUMNS if name != "against")]
-    means = found[found["layer"].isna()].set_index(["stage", "against", "quantity"])
+    rows = side_by_side(tables, RATIO)
+    assert list(rows) == ["probe", "stage", "against", *(name for name in COLUMNS if name != "against")]
+    means = rows[rows["layer"].isna()].set_index(["stage", "against", "quantity"])
     values = means["value"].to_dict()
     # base -> sft: the mean of 2 and 4, which has no error, as layers are no repetitions, and its null's sd
     assert values["sft", "base", "ratio"] == 3.0
@@ -64,20 +64,20 @@ def test_the_comparison_has_the_mean_over_layers_with_its_null_and_interval(tabl
     assert values["sft", "base", "delta_norm"] == 5.0
     assert (values["dpo", "base", "ratio"], values["dpo", "sft", "ratio"]) == (6.0, 1.5)
     assert set(means["unit"]) == {"1"} and set(means["step"]) == {1, 2}
-    assert not found["quantity"].str.startswith("ratio_mean").any()
+    assert not rows["quantity"].str.startswith("ratio_mean").any()
 
 
 def test_a_mean_whose_null_is_not_in_the_table_has_the_layers_own_as_if_they_varied_together(tables):
     for name, table in tables.items():
         tables[name] = table[table["quantity"] != "ratio_mean_null_sd"]
-    found = side_by_side(tables, RATIO)
-    of_means = found[found["layer"].isna() & (found["quantity"] == "null_ratio_sd")]["value"]
+    rows = side_by_side(tables, RATIO)
+    of_means = rows[rows["layer"].isna() & (rows["quantity"] == "null_ratio_sd")]["value"]
     assert of_means.tolist() == pytest.approx([0.35] * 3)  # of 0.3 and 0.4
 
 
-def test_the_layers_stand_beside_their_mean_and_the_first_stage_stands_there_once(tables):
-    found = side_by_side(tables, RATIO).query("quantity == 'ratio'")
-    layers = found[found["layer"].notna()].groupby(["stage", "against"], sort=False)["value"].agg(list)
+def test_the_layers_are_in_the_table_of_their_mean_and_the_first_stage_is_there_once(tables):
+    rows = side_by_side(tables, RATIO).query("quantity == 'ratio'")
+    layers = rows[rows["layer"].notna()].groupby(["stage", "against"], sort=False)["value"].agg(list)
     assert layers.to_dict() == {("sft", "base"): [2, 4], ("dpo", "base"): [5, 7], ("dpo", "sft"): [1, 2]}
 
 
@@ -86,8 +86,8 @@ def test_what_has_no_interval_or_did_not_move_has_no_row_of_it(tables):
     of_dpo = tables["rsf"]["step"] == 2
     tables["rsf"] = tables["rsf"][~of_dpo | (tables["rsf"]["quantity"] == "delta_norm")]
     tables["rsf"].attrs["stages"] = NAMES
-    found = side_by_side(tables, RATIO)
-    means = found[found["layer"].isna()].groupby(["stage", "against"])["quantity"].agg(set).to_dict()
+    rows = side_by_side(tables, RATIO)
+    means = rows[rows["layer"].isna()].groupby(["stage", "against"])["quantity"].agg(set).to_dict()
     assert means["dpo", "base"] == {"delta_norm"}
     assert not means["dpo", "sft"] & {"ratio_low", "ratio_high"}
 
@@ -108,15 +108,15 @@ def test_the_terminal_shows_every_comparison_by_name(tables):
 
 def test_the_ends_of_pairs_are_numbered_by_their_stage():
     pairs = [rsf({0: (9.0, 9.0), 1: (n, n)}) for n in (2.0, 3.0)]
-    found = own(between(pairs), "ratio")
-    assert found[["step", "value"]].drop_duplicates().to_numpy().tolist() == [[1, 2], [2, 3]]
+    ratios = own(between(pairs), "ratio")
+    assert ratios[["step", "value"]].drop_duplicates().to_numpy().tolist() == [[1, 2], [2, 3]]
 
 
 def test_a_comparison_has_the_rows_of_its_stage_and_of_the_start(tables):
-    told = [(before, after, sorted(set(part["step"]))) for before, after, part in comparisons("rsf", rsf({
+    compared = [(before, after, sorted(set(part["step"]))) for before, after, part in comparisons("rsf", rsf({
         0: (1.0, 1.0), 1: (2.0, 2.0), 2: (3.0, 3.0)
     }), NAMES)]  # fmt: skip
-    assert told == [("base", "sft", [0, 1]), ("base", "dpo", [0, 2])]
+    assert compared == [("base", "sft", [0, 1]), ("base", "dpo", [0, 2])]
     between_stages = [pair[:2] for pair in comparisons("rsf_stages", tables["rsf_stages"], NAMES)]
     assert between_stages == [("sft", "dpo")]
 

@@ -31,8 +31,8 @@ def frames(runs: list[Planted]) -> tuple[pd.DataFrame, pd.DataFrame]:
         for name, table in run.tables.items():
             place = {key: setting[key] for key in KEYS} | {"run_id": str(number)}
             before = name.endswith("_pretraining") or (run.objective == "none" and not setting["pair"])
-            told = {"trajectory": "pretraining" if before else "training"}
-            rows.append(table.assign(**place, **told, table=name.removesuffix("_pretraining")))
+            trajectory = {"trajectory": "pretraining" if before else "training"}
+            rows.append(table.assign(**place, **trajectory, table=name.removesuffix("_pretraining")))
     return pd.concat(rows, ignore_index=True), pd.DataFrame(described)
 
 
@@ -42,9 +42,9 @@ def judged(runs: list[Planted]) -> pd.DataFrame:
     return verdicts(condense(rows, about), about)
 
 
-def said(found: pd.DataFrame, claim: int) -> dict[tuple[str, str], str]:
+def verdicts_on(lines: pd.DataFrame, claim: int) -> dict[tuple[str, str], str]:
     """Verdicts of a claim by setting and side."""
-    part = found[found["claim"] == claim]
+    part = lines[lines["claim"] == claim]
     return dict(zip(zip(part["setting"], part["side"], strict=True), part["verdict"], strict=True))
 
 
@@ -71,7 +71,7 @@ def contrary() -> pd.DataFrame:
 @pytest.mark.slow
 @pytest.mark.parametrize("claim", [claim.number for claim in CLAIMS])
 def test_a_planted_claim_is_supported(agreeing, claim):
-    verdicts_of = said(agreeing, claim)
+    verdicts_of = verdicts_on(agreeing, claim)
     aside = {INCONCLUSIVE} if claim == 3 else set()  # graded/sequence_tau1 writes 1.3
     assert SUPPORTED in verdicts_of.values() and set(verdicts_of.values()) <= {SUPPORTED} | aside | (
         {CONTRADICTED} if claim == 3 else set()
@@ -81,13 +81,13 @@ def test_a_planted_claim_is_supported(agreeing, claim):
 @pytest.mark.slow
 @pytest.mark.parametrize("claim", [claim.number for claim in CLAIMS])
 def test_the_planted_opposite_contradicts(contrary, claim):
-    verdicts_of = said(contrary, claim)
+    verdicts_of = verdicts_on(contrary, claim)
     assert CONTRADICTED in verdicts_of.values() and SUPPORTED not in verdicts_of.values()
 
 
 def test_what_no_run_measured_is_said_to_be_not_tested_and_how_to_test_it():
-    found = judged([Planted("dpo", {"rsf": rsf(5.0, 1.0)})]).drop_duplicates("claim")
-    verdict = found.set_index("claim")
+    lines = judged([Planted("dpo", {"rsf": rsf(5.0, 1.0)})]).drop_duplicates("claim")
+    verdict = lines.set_index("claim")
     for claim in range(4, 10):
         assert verdict.loc[claim, "verdict"] == UNTESTED
         assert "no run measured it: weightgeom run" in verdict.loc[claim, "finding"]
@@ -101,9 +101,9 @@ def test_a_single_training_tests_nothing():
         "rank1": rank1(2.0, 0.5, 0.1),
     }
     runs = [Planted("dpo", tables), Planted("ce", {"rsf": rsf(5.0, 3.0)})]
-    found = judged(runs)
-    assert set(found["verdict"]) == {UNTESTED}
-    line = found[(found["claim"] == 1)].iloc[0]
+    lines = judged(runs)
+    assert set(lines["verdict"]) == {UNTESTED}
+    line = lines[(lines["claim"] == 1)].iloc[0]
     assert (
         line["finding"].startswith("ratio of q and k 9.00 in 1 training, where a test needs 2")
         and line["n"] == 1
@@ -111,8 +111,8 @@ def test_a_single_training_tests_nothing():
 
 
 def test_copies_of_a_training_count_once():
-    found = judged(trained([1.0, 1.0, 1.0]))
-    assert said(found, 3) == {("dpo · style", "write"): UNTESTED}
+    lines = judged(trained([1.0, 1.0, 1.0]))
+    assert verdicts_on(lines, 3) == {("dpo · style", "write"): UNTESTED}
 
 
 def test_edits_without_a_bottom_direction_but_of_another_layer_are_judged():
@@ -123,17 +123,17 @@ def test_edits_without_a_bottom_direction_but_of_another_layer_are_judged():
         table = table.assign(treatment=layer, arm=layer + "@" + table["dose"])
         params = {"intervention.rank1.match": "output"}
         runs.append(Planted("dpo", {"rank1": table}, seed=seed, base=seed, params=params))
-    found = judged(runs)
-    assert set(said(found, 8).values()) == {SUPPORTED}
-    assert not found["finding"].str.contains("bottom").any()
+    lines = judged(runs)
+    assert set(verdicts_on(lines, 8).values()) == {SUPPORTED}
+    assert not lines["finding"].str.contains("bottom").any()
 
 
 def test_a_write_ratio_within_the_margin_is_near_isotropic_and_chance_is_not():
     # sd / √3 = 0.006, t(2) of ln(1.25) / 0.006: well within; 5 tests in the family
-    assert said(judged(trained([1.0, 1.01, 1.02])), 3) == {("dpo · style", "write"): SUPPORTED}
+    assert verdicts_on(judged(trained([1.0, 1.01, 1.02])), 3) == {("dpo · style", "write"): SUPPORTED}
     # a mean of 1.2 with seeds from 0.8 to 1.6 excludes neither 1.25 nor more
-    assert said(judged(trained([0.8, 1.2, 1.6])), 3) == {("dpo · style", "write"): INCONCLUSIVE}
-    assert said(judged(trained([3.0, 3.01, 3.02])), 3) == {("dpo · style", "write"): CONTRADICTED}
+    assert verdicts_on(judged(trained([0.8, 1.2, 1.6])), 3) == {("dpo · style", "write"): INCONCLUSIVE}
+    assert verdicts_on(judged(trained([3.0, 3.01, 3.02])), 3) == {("dpo · style", "write"): CONTRADICTED}
 
 
 def test_the_number_is_the_geometric_mean_with_students_interval():
@@ -148,11 +148,11 @@ def test_the_number_is_the_geometric_mean_with_students_interval():
 
 
 def test_p_values_are_holms_over_all_tests():
-    found = judged(trained([1.0, 1.01, 1.02]))
-    (one,) = found[found["verdict"] != UNTESTED].itertuples()
+    lines = judged(trained([1.0, 1.01, 1.02]))
+    (supported,) = lines[lines["verdict"] != UNTESTED].itertuples()
     two = judged(trained([1.0, 1.01, 1.02]) + trained([1.0, 1.01, 1.02], params={"objective.beta": 0.5}))
     tested = two[two["verdict"] != UNTESTED]
-    assert tested["p_for"].tolist() == pytest.approx([2 * one.p_for] * 2)
+    assert tested["p_for"].tolist() == pytest.approx([2 * supported.p_for] * 2)
 
 
 def test_alignment_writes_less_than_pretraining_by_base_and_than_its_peers_by_training():
@@ -164,11 +164,11 @@ def test_alignment_writes_less_than_pretraining_by_base_and_than_its_peers_by_tr
         )
         for seed, base in ((0, 0), (1, 0), (0, 1), (0, 2))
     ]  # fmt: skip
-    found = judged(runs)
-    (line,) = found[found["claim"] == 4].itertuples()
+    lines = judged(runs)
+    (line,) = lines[lines["claim"] == 4].itertuples()
     assert line.verdict == SUPPORTED and line.n == 3 and "3 bases" in line.finding
     one_base = judged([run for run in runs if run.base == 0])
-    assert said(one_base, 4) == {("dpo · style against pretraining", "write"): UNTESTED}
+    assert verdicts_on(one_base, 4) == {("dpo · style against pretraining", "write"): UNTESTED}
 
 
 def test_only_settings_of_one_base_and_preference_are_compared():
@@ -177,17 +177,17 @@ def test_only_settings_of_one_base_and_preference_are_compared():
     runs += [*trained([4.5, 4.51, 4.52], params=facts), *trained([4.0, 4.01, 4.02], "ce", params=facts)]
     runs += trained([2.0, 2.01, 2.02], "ce", params={"model.d_model": 64})
     runs = [Planted(**{**vars(run), "params": {"model.d_model": 128, **run.params}}) for run in runs]
-    found = judged(runs)
-    against = [name for name, _ in said(found, 4)]
+    lines = judged(runs)
+    against = [name for name, _ in verdicts_on(lines, 4)]
     assert len(against) == 2 and all("d_model=128" in name and "d_model=64" not in name for name in against)
-    by_preference = {("style" in setting): verdict for (setting, _), verdict in said(found, 4).items()}
+    by_preference = {("style" in setting): verdict for (setting, _), verdict in verdicts_on(lines, 4).items()}
     assert by_preference == {True: SUPPORTED, False: CONTRADICTED}
 
 
 def test_runs_that_differ_in_more_than_seeds_are_not_pooled():
     runs = [Planted("dpo", {"rsf": rsf(5.0, 1.0)}, params={"training.steps": steps}) for steps in (64, 128)]
     runs.append(Planted("dpo", {"rsf": rsf(5.0, 1.0)}, params={"objective.beta": 0.5}))
-    assert list(said(judged(runs), 3)) == [
+    assert list(verdicts_on(judged(runs), 3)) == [
         ("dpo beta=0.1 · style · training.steps=128", "write"),
         ("dpo beta=0.1 · style · training.steps=64", "write"),
         ("dpo beta=0.5 · style · training.steps=64", "write"),
@@ -214,8 +214,8 @@ def pair(before: str, after: str, write: float, stage: str | None) -> Planted:
 
 
 def test_a_pair_is_judged_only_when_the_user_says_what_trained_it():
-    found = judged([pair("a", "b", 1.0, None)])
-    line = found[found["claim"] == 3].iloc[0]
+    lines = judged([pair("a", "b", 1.0, None)])
+    line = lines[lines["claim"] == 3].iloc[0]
     assert line["verdict"] == UNTESTED and line["setting"] == "a → b"
     assert "run it again with model.stage=dpo" in line["finding"]
     pairs = [pair(f"a{n}", f"b{n}", 1 + 0.01 * n, "dpo") for n in range(3)]
@@ -259,23 +259,23 @@ def test_the_forecast_needs_three_trainings_and_has_the_jackknifes_interval(agre
 
 def test_edits_of_equal_norm_are_shown_and_not_judged():
     runs = [Planted("dpo", {"rank1": rank1(2.0 + n, 0.5, 0.1)}, seed=n) for n in range(3)]
-    found = judged(runs).query("claim == 8")
-    assert set(found["verdict"]) == {UNTESTED}
-    assert found["finding"].str.contains("edits of equal Frobenius norm are not judged").all()
+    lines = judged(runs).query("claim == 8")
+    assert set(lines["verdict"]) == {UNTESTED}
+    assert lines["finding"].str.contains("edits of equal Frobenius norm are not judged").all()
     output = {"intervention.rank1.match": "output"}
     runs = [
         Planted("dpo", {"rank1": rank1(2.0 + 0.01 * n, 0.5, 0.1)}, seed=n, params=output) for n in range(3)
     ]
-    found = judged(runs).query("claim == 8")
-    assert set(found["verdict"]) == {SUPPORTED}
-    assert found["finding"].str.contains("p ≤ 0.05 in 6 of 6 places").all()
+    lines = judged(runs).query("claim == 8")
+    assert set(lines["verdict"]) == {SUPPORTED}
+    assert lines["finding"].str.contains("p ≤ 0.05 in 6 of 6 places").all()
 
 
 def test_an_edit_along_another_direction_does_not_speak_to_the_claim():
     table = rank1(2.0, 0.5, 0.1)
     table["treatment"] = table["treatment"].replace(["activation", "prediction"], "gradient")
-    found = judged([Planted("dpo", {"rank1": table})]).query("claim == 8")
-    assert all("no run measured it" in finding for finding in found["finding"])
+    lines = judged([Planted("dpo", {"rank1": table})]).query("claim == 8")
+    assert all("no run measured it" in finding for finding in lines["finding"])
 
 
 def test_surgery_is_judged_against_both_controls(agreeing):
@@ -283,10 +283,10 @@ def test_surgery_is_judged_against_both_controls(agreeing):
     assert len(lines) == 4 and set(lines["side"]) == {"read", "write"}  # for each, two kinds of control
     assert "against subspaces of the same dimension; k = 8: -2" in lines.iloc[0]["finding"]
     raised = [Planted("dpo", {"surgery": study.surgery(2.0 + 0.1 * n, -0.5)}, seed=n) for n in range(3)]
-    assert set(said(judged(raised), 9).values()) == {CONTRADICTED}
+    assert set(verdicts_on(judged(raised), 9).values()) == {CONTRADICTED}
 
 
-def test_every_verdict_stands_beside_its_claim_and_rule(agreeing, tmp_path: Path):
+def test_every_verdict_is_shown_with_its_claim_and_rule(agreeing, tmp_path: Path):
     assert agreeing[["statement", "rule"]].map(len).min(axis=None) > 20
     agreeing.to_csv(tmp_path / "claims.csv", index=False)
     again = pd.read_csv(tmp_path / "claims.csv", keep_default_na=False)
@@ -302,18 +302,18 @@ def simpo(role: str | None) -> list[Planted]:
 
 
 def test_an_objective_from_elsewhere_is_judged_by_the_role_that_it_declares():
-    assert said(judged(simpo("contrast")), 3) == {("simpo · style", "write"): SUPPORTED}
+    assert verdicts_on(judged(simpo("contrast")), 3) == {("simpo · style", "write"): SUPPORTED}
     runs = [*simpo("contrast"), *trained([3.0, 3.01, 3.02], "ce")]
-    assert said(judged(runs), 4) == {("simpo · style against ce · style", "write"): SUPPORTED}
-    found = judged(simpo("other"))
-    assert set(found["verdict"]) == {UNTESTED}
-    assert not found["finding"].str.contains("left out").any()
+    assert verdicts_on(judged(runs), 4) == {("simpo · style against ce · style", "write"): SUPPORTED}
+    lines = judged(simpo("other"))
+    assert set(lines["verdict"]) == {UNTESTED}
+    assert not lines["finding"].str.contains("left out").any()
 
 
 def test_a_run_without_a_role_is_left_out_and_the_claims_say_so():
-    found = judged([*simpo(None), *trained([1.0, 1.01, 1.02])])
+    lines = judged([*simpo(None), *trained([1.0, 1.01, 1.02])])
     for claim in (1, 2, 3, 4):
-        (line,) = found[(found["claim"] == claim) & (found["setting"] == "simpo · style")].itertuples()
+        (line,) = lines[(lines["claim"] == claim) & (lines["setting"] == "simpo · style")].itertuples()
         assert line.verdict == UNTESTED and line.n == 3
         assert "left out: the objective SimPO declares no role" in line.finding
-    assert said(found, 3)["dpo · style", "write"] == SUPPORTED
+    assert verdicts_on(lines, 3)["dpo · style", "write"] == SUPPORTED

@@ -20,12 +20,12 @@ def judged(tables, trained=False):
 
 
 def test_a_table_in_which_all_is_as_the_paper_says_agrees():
-    found = judged({"uncertainty": tabulate(probed()), "bypass": bypassed()})
-    assert [line.claim for line in found] == [*CLAIMS, COUPLED]
-    assert {line.verdict for line in found} == {"supported"}
+    lines = judged({"uncertainty": tabulate(probed()), "bypass": bypassed()})
+    assert [line.claim for line in lines] == [*CLAIMS, COUPLED]
+    assert {line.verdict for line in lines} == {"supported"}
     assert (
-        "AUROC 0.909" in found[0].evidence
-        and "abstention +0.60, false abstention +0.10" in found[-1].evidence
+        "AUROC 0.909" in lines[0].evidence
+        and "abstention +0.60, false abstention +0.10" in lines[-1].evidence
     )
 
 
@@ -40,18 +40,16 @@ def test_a_table_in_which_all_is_as_the_paper_says_agrees():
     ],
 )
 def test_a_number_on_the_other_side_contradicts_and_one_on_neither_is_inconclusive(number, changed, verdict):
-    found = verdicts(uncertainty=tabulate(probed(changed)))
-    assert {claim: said for claim, said in found.items() if said not in ("supported", "not tested")} == {
-        CLAIMS[number]: verdict
-    }
-    assert found[COUPLED] == "not tested"
+    verdict_of = verdicts(uncertainty=tabulate(probed(changed)))
+    assert {
+        claim: verdict for claim, verdict in verdict_of.items() if verdict not in ("supported", "not tested")
+    } == {CLAIMS[number]: verdict}
+    assert verdict_of[COUPLED] == "not tested"
 
 
 def test_the_best_layer_is_judged_by_permutations_over_all_layers_and_not_by_its_own_interval():
-    found = judged({"uncertainty": tabulate(probed({"auroc_logistic": (0.6, 0.4, 0.8)}))})[0]
-    assert (
-        found.verdict == "supported" and "p 0.025 among the best layers of permuted labels" in found.evidence
-    )
+    line = judged({"uncertainty": tabulate(probed({"auroc_logistic": (0.6, 0.4, 0.8)}))})[0]
+    assert line.verdict == "supported" and "p 0.025 among the best layers of permuted labels" in line.evidence
     without = judged({"uncertainty": tabulate(probed({"auroc_logistic_max_p_value": None}))})[0]
     assert without.verdict == "not tested" and "set probe.uncertainty.refits=39" in without.evidence
     few = tabulate(probed())
@@ -75,9 +73,9 @@ def test_a_model_that_was_trained_is_judged_as_it_was_before():
 
 
 def test_a_bypass_that_does_no_more_than_its_controls_is_inconclusive():
-    found = judged({"bypass": bypassed()})[-1]
-    assert (found.verdict, "p 0.05" in found.evidence) == ("supported", True)
-    assert "bypass@4 in layer 1" in found.evidence
+    line = judged({"bypass": bypassed()})[-1]
+    assert (line.verdict, "p 0.05" in line.evidence) == ("supported", True)
+    assert "bypass@4 in layer 1" in line.evidence
     # Every control has 0 in that layer; in layer 0, where it is best, it gains up to 0.2.
     assert verdicts(bypass=bypassed(change=0.25))[COUPLED] == "inconclusive"
     assert verdicts(bypass=bypassed(controls=9))[COUPLED] == "inconclusive"  # too few for p <= 0.05
@@ -91,32 +89,32 @@ def test_the_figures_are_drawn_from_tables_alone():
     assert len(abstentions({"bypass": bypassed()}).axes) == 1
 
 
-def test_the_bridge_sets_the_change_of_coupling_beside_the_rsf_of_the_update():
+def test_the_bridge_pairs_the_change_of_coupling_with_the_rsf_of_the_update():
     after = probed({"fisher_ratio": (0.8, 0.7, 0.9)}, step=64)
     place = {"step": 64, "k": 4, "subspace": "prediction"}
     ratios = [
         row("ratio", value, n=1, layer=1, matrix=matrix, role=role, **place)
         for matrix, role, value in (("o", "write", 3.0), ("down", "write", 2.0), ("q", "read", 5.0))
     ]
-    found = bridge(tabulate([*probed(), *after]), tabulate(ratios))
-    assert isinstance(found, pd.DataFrame) and len(found) == 4  # a layer, two couplings, two pathways
-    one = found[(found["quantity"] == "fisher_ratio") & (found["role"] == "write")].iloc[0]
+    bridged = bridge(tabulate([*probed(), *after]), tabulate(ratios))
+    assert isinstance(bridged, pd.DataFrame) and len(bridged) == 4  # a layer, two couplings, two pathways
+    writes = bridged[(bridged["quantity"] == "fisher_ratio") & (bridged["role"] == "write")].iloc[0]
     # (0.8 - 0.3) × 1.01 in layer 1; √(0.1² + 0.1²) = 0.1414; (3 + 2) / 2
-    assert (one["layer"], round(one["change"], 6), round(one["stderr"], 4), one["rsf"]) == (
+    assert (writes["layer"], round(writes["change"], 6), round(writes["stderr"], 4), writes["rsf"]) == (
         1,
         0.505,
         0.1414,
         2.5,
     )
-    assert len(bridge_figure(found).axes) == 2
+    assert len(bridge_figure(bridged).axes) == 2
 
 
 def test_a_point_of_the_bridge_is_a_training_where_there_are_several():
-    one = bridge(tabulate([*probed(), *probed(step=64)]), tabulate([
+    pair = bridge(tabulate([*probed(), *probed(step=64)]), tabulate([
         row("ratio", 2.0, n=1, layer=layer, matrix=matrix, role=role, step=64, k=4, subspace="prediction")
         for layer in (0, 1) for matrix, role in (("o", "write"), ("q", "read"))
     ]))  # fmt: skip
-    runs = pd.concat([one.assign(run=run) for run in ("sft", "dpo")])
+    runs = pd.concat([pair.assign(run=run) for run in ("sft", "dpo")])
     figure = bridge_figure(runs)
-    points = [len(one.lines[0].get_xdata()) for one in figure.axes[0].containers]  # pyright: ignore
+    points = [len(bars.lines[0].get_xdata()) for bars in figure.axes[0].containers]  # pyright: ignore
     assert points == [1, 1, 1, 1]  # two trainings, two pathways

@@ -19,7 +19,7 @@ BY_MARGIN = InterventionDeclaration(("preference_margin_change", KL), ("random_k
 
 
 def arms(place: dict, dose: str, treatment: float, controls: dict[str, list[float]], p: dict[str, float]):
-    """What `trials.measured` says of one trial."""
+    """The rows that `trials.measured` gives for one trial."""
     yield row(KL, treatment, n=8, unit="nats/token", **arm_columns("top", dose), **place)
     for kind, values in controls.items():
         for draw, value in enumerate(values):
@@ -53,16 +53,16 @@ def over_k() -> pd.DataFrame:
 
 
 def test_a_comparison_has_the_treatments_effect_and_the_median_of_its_own_controls(layered) -> None:
-    found = comparisons(layered, KL)
-    assert len(found) == 8  # 2 layers x 2 doses x the two kinds that have a p-value
-    one = found[(found["layer"] == 1) & (found["dose"] == "0.3")].set_index("against")
-    assert one.loc["random", ["effect", "controls", "p_value", "q_value"]].tolist() == [60, 2, 0.25, 0.5]
-    assert one.loc["within", ["effect", "controls", "p_value", "q_value"]].tolist() == [60, 5, 0.1, 0.2]
+    compared = comparisons(layered, KL)
+    assert len(compared) == 8  # 2 layers x 2 doses x the two kinds that have a p-value
+    by_kind = compared[(compared["layer"] == 1) & (compared["dose"] == "0.3")].set_index("against")
+    assert by_kind.loc["random", ["effect", "controls", "p_value", "q_value"]].tolist() == [60, 2, 0.25, 0.5]
+    assert by_kind.loc["within", ["effect", "controls", "p_value", "q_value"]].tolist() == [60, 5, 0.1, 0.2]
 
 
 def test_places_without_a_layer_are_told_apart_by_their_dimension(over_k) -> None:
-    found = comparisons(over_k, KL)
-    removed = found[(found["dose"] == "remove") & (found["against"] == "random_energy")]
+    compared = comparisons(over_k, KL)
+    removed = compared[(compared["dose"] == "remove") & (compared["against"] == "random_energy")]
     assert dict(zip(removed["k"], removed["effect"], strict=True)) == {1: 0.5, 16: 8}
     assert removed["controls"].tolist() == [0.25, 0.25]
 
@@ -99,7 +99,7 @@ def test_curves_over_k_are_of_every_operation(over_k, record) -> None:
     }
 
 
-def test_the_terminal_shows_an_effect_beside_its_controls(layered) -> None:
+def test_the_terminal_shows_an_effect_with_its_controls(layered) -> None:
     console = Console(width=200, record=True)
     title, short = effects_shown("rank1", layered, BY_KL)
     console.print(rendered(short, title, Table))

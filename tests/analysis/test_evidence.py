@@ -23,22 +23,22 @@ def rows(*ratios: float) -> pd.DataFrame:
 
 def test_a_direction_is_scipys_t_test():
     values = [0.3, 0.5, 0.1, 0.4]
-    found = direction(values, 0.2)
+    evidence = direction(values, 0.2)
     expected = stats.ttest_1samp(values, 0.2)
     ends = expected.confidence_interval(0.95)
-    assert found is not None
-    assert (found.low, found.high) == pytest.approx((ends.low, ends.high))
-    assert found.p_for == pytest.approx(expected.pvalue) and found.p_against == 1
+    assert evidence is not None
+    assert (evidence.low, evidence.high) == pytest.approx((ends.low, ends.high))
+    assert evidence.p_for == pytest.approx(expected.pvalue) and evidence.p_against == 1
     below = direction(values, 0.2, below=True)
-    assert below is not None and (below.p_for, below.p_against) == (found.p_against, found.p_for)
+    assert below is not None and (below.p_for, below.p_against) == (evidence.p_against, evidence.p_for)
 
 
 def test_an_equivalence_is_two_one_sided_t_tests():
     values, margin = [0.05, -0.02, 0.01, 0.08], log(1.25)
-    found = equivalence(values, margin)
+    evidence = equivalence(values, margin)
     over = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
     under = stats.ttest_1samp(values, margin, alternative="less").pvalue
-    assert found is not None and found.p_for == pytest.approx(max(over, under))
+    assert evidence is not None and evidence.p_for == pytest.approx(max(over, under))
     outside = equivalence([value + 1 for value in values], margin)
     assert outside is not None and outside.p_against < 0.01 and outside.p_for > 0.99
 
@@ -51,12 +51,12 @@ def test_fewer_than_two_different_values_are_no_evidence(values):
 def test_false_rejections_occur_at_the_nominal_rate():
     generator = np.random.default_rng(0)
     samples = generator.normal(size=(2000, 3))
-    found = [direction(list(sample)) for sample in samples]
-    rate = np.mean([one is not None and one.p_for <= 0.05 for one in found])
+    directions = [direction(list(sample)) for sample in samples]
+    rate = np.mean([evidence is not None and evidence.p_for <= 0.05 for evidence in directions])
     assert abs(rate - 0.025) < 3 * sqrt(0.025 * 0.975 / 2000)
     margin = log(1.25)  # a true mean at the margin itself
     shifted = [equivalence(list(margin + 0.1 * sample), margin) for sample in samples]
-    rate = np.mean([one is not None and one.p_for <= 0.05 for one in shifted])
+    rate = np.mean([evidence is not None and evidence.p_for <= 0.05 for evidence in shifted])
     assert rate < 0.05 + 3 * sqrt(0.05 * 0.95 / 2000)
 
 
@@ -102,9 +102,9 @@ def test_points_of_one_run_are_not_independent():
             np.repeat(generator.normal(size=6), 8) * sqrt(0.8) + generator.normal(size=48) * sqrt(0.2)
             for _ in range(2)
         )
-        found = correlation_over_runs(x, y, list(map(str, runs)))
-        assert found is not None and found.low <= found.value <= found.high
-        false += found.low > 0
+        interval = correlation_over_runs(x, y, list(map(str, runs)))
+        assert interval is not None and interval.low <= interval.value <= interval.high
+        false += interval.low > 0
     assert false / 500 < 0.025 + 3 * sqrt(0.025 * 0.975 / 500)
 
 

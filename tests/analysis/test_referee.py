@@ -76,19 +76,19 @@ def test_without_a_level_the_null_is_the_level_within_a_factor():
 
 
 def test_the_mean_is_over_matrices_and_its_null_narrows_with_their_number():
-    found = update(overlaps(0.7, 0.45, sd=0.1)).beyond("sparsity", "low_overlap", "above", 0.3)
-    assert found.n == 4 and found.ours == pytest.approx(0.7)
-    assert found.null_sd == pytest.approx(0.05)  # √(4 · 0.1²) / 4
-    assert "the null covers 38% of the distance to 0.3" in found.detail  # 0.15 / 0.4
+    finding = update(overlaps(0.7, 0.45, sd=0.1)).beyond("sparsity", "low_overlap", "above", 0.3)
+    assert finding.n == 4 and finding.ours == pytest.approx(0.7)
+    assert finding.null_sd == pytest.approx(0.05)  # √(4 · 0.1²) / 4
+    assert "the null covers 38% of the distance to 0.3" in finding.detail  # 0.15 / 0.4
 
 
 def test_the_joint_null_of_a_mean_counts_where_it_is_wider():
     rows = overlaps(0.7, 0.45, sd=0.1)
     wider = row("low_overlap_mean_null_sd", 0.2, n=9, matrix="down")
-    found = update([*rows, {"step": 1, **wider}]).beyond(
+    finding = update([*rows, {"step": 1, **wider}]).beyond(
         "sparsity", "low_overlap", "above", 0.3, of=("down", "q")
     )
-    assert found.null_sd == pytest.approx(0.2) and found.verdict == EXPLAINED
+    assert finding.null_sd == pytest.approx(0.2) and finding.verdict == EXPLAINED
 
 
 def test_values_are_those_of_the_last_step_at_the_smallest_dimension_and_at_no_random_subspace():
@@ -106,9 +106,9 @@ def test_values_are_those_of_the_last_step_at_the_smallest_dimension_and_at_no_r
 
 
 def test_missing_rows_are_not_testable_and_name_the_override():
-    found = verdicts([SmallWeights()], [Update("the update", {}, 1)])
-    assert list(found["verdict"]) == [UNTESTABLE]
-    assert "add it, as in 'probe=[rsf,sparsity,rotation,sparsity]'" in found["detail"][0]
+    lines = verdicts([SmallWeights()], [Update("the update", {}, 1)])
+    assert list(lines["verdict"]) == [UNTESTABLE]
+    assert "add it, as in 'probe=[rsf,sparsity,rotation,sparsity]'" in lines["detail"][0]
     partly = [entry for entry in overlaps(0.7, 0.4) if entry["quantity"] != "null_low_overlap_sd"]
     (detail,) = verdicts([SmallWeights()], [update(partly)])["detail"]
     assert detail == "the probe sparsity has no rows null_low_overlap_sd of this update"
@@ -146,9 +146,9 @@ def test_a_chain_has_an_update_for_every_stage_behind_the_first():
     sft, rlvr = updates(tables, {"objective": "none"})
     assert (sft.name, sft.kind) == ("sft after base", "likelihood")
     assert (rlvr.name, rlvr.kind) == ("rlvr1 after sft", "contrast")
-    found = verdicts([LowMagnitude()], [sft, rlvr])
-    assert list(found["verdict"]) == [UNTESTABLE, "supported"]
-    assert counted(found) == "1 supported, 1 not testable here"
+    lines = verdicts([LowMagnitude()], [sft, rlvr])
+    assert list(lines["verdict"]) == [UNTESTABLE, "supported"]
+    assert counted(lines) == "1 supported, 1 not testable here"
 
 
 def test_a_claim_has_all_members_of_the_contract():

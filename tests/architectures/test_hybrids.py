@@ -80,11 +80,11 @@ def test_mixers_read_with_all_but_their_output():
     assert {m.kind for m in matrices if m.role == "write"} == {"linear_o", "conv_o", "mamba_o"}
 
 
-def exchanged(architecture: Architecture, one: ResidualMatrix, other: ResidualMatrix) -> Architecture:
+def exchanged(architecture: Architecture, first: ResidualMatrix, second: ResidualMatrix) -> Architecture:
     """The map in which two matrices of a layer have each other's place and heads."""
     places = {
-        one: replace(other, kind=one.kind),
-        other: replace(one, kind=other.kind),
+        first: replace(second, kind=first.kind),
+        second: replace(first, kind=second.kind),
     }
     return replace(architecture, matrices=tuple(places.get(m, m) for m in architecture.matrices))
 
@@ -94,11 +94,11 @@ def exchanged(architecture: Architecture, one: ResidualMatrix, other: ResidualMa
 def test_no_two_reads_of_a_mixer_can_be_exchanged_unnoticed(name):
     architecture, config = right(name).architecture, right(name).network.config
     reads = [m for m in architecture.matrices if m.layer == 0 and m.block == "mixer" and m.role == "read"]
-    for one, other in combinations(reads, 2):
-        wrong = Specimen.of(config, exchanged(architecture, one, other))
+    for read, other in combinations(reads, 2):
+        wrong = Specimen.of(config, exchanged(architecture, read, other))
         is_found = any(failure(invariant, wrong) is not None for invariant in OF_MIXERS)
         # The two factors of a convolution's input are equals: B x is x B.
-        assert is_found != ({one.kind, other.kind} == {"conv_B", "conv_x"}), (one.kind, other.kind)
+        assert is_found != ({read.kind, other.kind} == {"conv_B", "conv_x"}), (read.kind, other.kind)
 
 
 @pytest.mark.slow
@@ -110,10 +110,10 @@ def test_an_edit_of_any_part_has_the_effects_of_the_network_that_has_it(name, to
     kinds = {matrix.kind: matrix for matrix in model.architecture.matrices}  # the last layer that has one
     for matrix in kinds.values():
         edited = matrix.replaced(evaluation.params, 1.5 * matrix.of(evaluation.params))
-        found, expected = evaluation.samples(edited), Evaluation(model, edited, examples, EFFECTS).unedited
+        effects, expected = evaluation.samples(edited), Evaluation(model, edited, examples, EFFECTS).unedited
         for quantity in ("heldout_ce", "preference_margin"):
-            assert_close(found[quantity], expected[quantity], rtol=1e-4, atol=1e-4)
-        assert float(found["kl_from_unedited"].max()) > 0, matrix.name
+            assert_close(effects[quantity], expected[quantity], rtol=1e-4, atol=1e-4)
+        assert float(effects["kl_from_unedited"].max()) > 0, matrix.name
 
 
 @pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next", "nemotron_h"])
@@ -141,7 +141,7 @@ def test_the_heads_of_a_mixer_add_up_to_it(name, tokenizer, examples, generator)
 @pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2", "falcon_h1", "nemotron_h"])
 def test_the_other_probes_and_a_figure_have_every_part(name, tokenizer, examples):
     model, params = language_model(name, tokenizer)
-    after = {key: one + 0.01 * torch.randn_like(one) for key, one in params.items()}
+    after = {key: weight + 0.01 * torch.randn_like(weight) for key, weight in params.items()}
     setting = Setting(model, params, after, False, examples, 0)
     kinds = {matrix.kind for matrix in model.architecture.matrices}
     assert kinds <= set(COLOURS)

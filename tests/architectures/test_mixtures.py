@@ -66,7 +66,7 @@ def saved(network: PreTrainedModel, directory: Path) -> Path:
 
 def by_hand(network: PreTrainedModel, name: str) -> dict[str, Tensor]:
     """Every matrix (d_out, d_in) as a view of the network's own parameters, without the map."""
-    w, found = dict(network.named_parameters()), {}
+    w, matrices = dict(network.named_parameters()), {}
     for layer in range(2):
         attention, block = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
         if name == "llama4_text":
@@ -97,19 +97,19 @@ def by_hand(network: PreTrainedModel, name: str) -> dict[str, Tensor]:
                 else:
                     gate, up = pair.chunk(2)
                 of_layer |= {f"gate.{expert}": gate, f"up.{expert}": up, f"down.{expert}": down}
-        found |= {f"L{layer}.{label}": weight for label, weight in of_layer.items()}
-    return found
+        matrices |= {f"L{layer}.{label}": weight for label, weight in of_layer.items()}
+    return matrices
 
 
 def names(rows: list[Row], quantity: str) -> dict[str, float]:
     """One quantity of whole matrices at their own subspaces, by matrix."""
     return {
-        f"L{one['layer']}.{label(one)}": one["value"]
-        for one in rows
-        if one["quantity"] == quantity
-        and one.get("subspace") != "random"
-        and one.get("layer") is not None
-        and "parameter" not in one
+        f"L{row['layer']}.{label(row)}": row["value"]
+        for row in rows
+        if row["quantity"] == quantity
+        and row.get("subspace") != "random"
+        and row.get("layer") is not None
+        and "parameter" not in row
     }
 
 
@@ -152,8 +152,8 @@ def test_experts_that_the_disk_holds_in_stacks_are_those_that_it_holds_apart(nam
     model = load(directory, "cpu")
     expected = {key: value.clone() for key, value in model.params(directory).items()}
     save_file(network.state_dict(), directory / "model.safetensors")
-    found = model.params(directory)
-    assert_close(dict(found), expected, rtol=0, atol=0)
+    loaded = model.params(directory)
+    assert_close(dict(loaded), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
@@ -167,10 +167,10 @@ def test_a_state_of_a_training_gives_back_the_stacks_of_experts(name, tmp_path):
 
 def test_the_disk_has_the_names_of_transformers_own_map():
     stacks = architecture("mixtral").stacks
-    found = names_on_disk("mixtral", ["model.layers.0.mlp.gate.weight"], stacks)
-    assert found["model.layers.0.block_sparse_moe.gate.weight"] == "model.layers.0.mlp.gate.weight"
+    renamed = names_on_disk("mixtral", ["model.layers.0.mlp.gate.weight"], stacks)
+    assert renamed["model.layers.0.block_sparse_moe.gate.weight"] == "model.layers.0.mlp.gate.weight"
     ours = {
-        key: found[f"model.layers.1.block_sparse_moe.experts.2.{key}.weight"] for key in ("w1", "w2", "w3")
+        key: renamed[f"model.layers.1.block_sparse_moe.experts.2.{key}.weight"] for key in ("w1", "w2", "w3")
     }
     kinds = {"w1": "gate", "w2": "down", "w3": "up"}
     assert ours == {key: f"model.layers.1.mlp.experts.2.{kind}_proj.weight" for key, kind in kinds.items()}
@@ -213,13 +213,13 @@ def test_what_dpo_trains_is_measured_matrix_by_matrix(trained):
     assert {matrices[label].kind for label in moved} == {matrix.kind for matrix in matrices.values()}
     measured = names(rows, "ratio")
     families: dict[bool, set[int]] = {True: set(), False: set()}
-    for one in rows:
-        if one["quantity"] == "q_value" and one["subspace"] != "random" and one.get("head") is None:
-            families[one["expert"] is not None].add(one["n"])
+    for row in rows:
+        if row["quantity"] == "q_value" and row["subspace"] != "random" and row.get("head") is None:
+            families[row["expert"] is not None].add(row["n"])
     of_experts = sum(matrices[label].expert is not None for label in measured)
     assert families[True] == {of_experts}  # a family of their own, in which shared experts are not
     assert families[False] == {len(measured) - of_experts}
-    means = {one["matrix"] for one in rows if one["quantity"] == "ratio_mean" and one["matrix"]}
+    means = {row["matrix"] for row in rows if row["quantity"] == "ratio_mean" and row["matrix"]}
     assert means == {matrices[label].kind for label in measured}
 
 
@@ -229,9 +229,9 @@ def test_the_other_probes_measure_it_as_well(trained):
     for probe in (Moments(prompts=8, tokens=TOKENS, resamples=0), Spectrum(tokens=TOKENS), Overlap()):
         probe.check(setting.model.architecture)
         rows = probe.measurement(setting)(setting.end)
-        assert len(tabulate({"step": 0, **one} for one in rows))  # which refuses values that are not finite
-        placed = [one for one in rows if "expert" in one and one["layer"] is not None]
-        assert placed and {f"L{one['layer']}.{label(one)}" for one in placed} <= known
+        assert len(tabulate({"step": 0, **row} for row in rows))  # which refuses values that are not finite
+        placed = [row for row in rows if "expert" in row and row["layer"] is not None]
+        assert placed and {f"L{row['layer']}.{label(row)}" for row in placed} <= known
 
 
 def test_attention_and_shared_experts_are_edited(trained):
@@ -240,9 +240,9 @@ def test_attention_and_shared_experts_are_edited(trained):
     edit = Rank1(matrices=kinds, layers=[1], strengths=[0.1], tokens=TOKENS, controls={"random": 19})
     edit.check(setting.model.architecture)
     rows = edit.rows(setting, lambda metrics, done: None)
-    kl = [one for one in rows if one["quantity"] == "kl_from_unedited"]
-    assert {one["matrix"] for one in kl} == set(kinds) and len(kl) == 20 * len(kinds)
-    assert min(one["value"] for one in kl) > 0
+    kl = [row for row in rows if row["quantity"] == "kl_from_unedited"]
+    assert {row["matrix"] for row in kl} == set(kinds) and len(kl) == 20 * len(kinds)
+    assert min(row["value"] for row in kl) > 0
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -258,5 +258,5 @@ def test_every_kind_has_a_colour_in_the_figures(name):
     assert {matrix.kind for matrix in architecture(name).matrices} <= set(COLOURS)
 
 
-def label(one: Row) -> str:
-    return one["matrix"] if one["expert"] is None else f"{one['matrix']}.{one['expert']}"
+def label(row: Row) -> str:
+    return row["matrix"] if row["expert"] is None else f"{row['matrix']}.{row['expert']}"

@@ -49,12 +49,12 @@ def batch(model: LanguageModel) -> Batch:
     return packed(EXAMPLES.heldout, model.tokenizer, 24, 96)[0]
 
 
-def found(model: LanguageModel, name: str) -> ResidualMatrix:
+def matrix_of(model: LanguageModel, name: str) -> ResidualMatrix:
     return next(matrix for matrix in model.architecture.matrices if matrix.name == name)
 
 
 def inside(model: LanguageModel, params: Params, batch: Batch, module: str) -> list[tuple]:
-    """What a module is given and what it gives, in a forward pass."""
+    """The input and the output of a module in a forward pass."""
     flows = []
     hook = model.network.get_submodule(module).register_forward_hook(
         lambda module, given, output: flows.append((given, output))
@@ -71,10 +71,10 @@ def test_every_expert_is_a_matrix_and_the_router_a_kind_of_its_own(model, params
     dense = [matrix.label for matrix in model.architecture.matrices if matrix.layer == 1]
     assert dense == ["q", "k", "v", "gate", "up", "o", "down"]
     shapes = {
-        name: tuple(found(model, name).of(params).shape) for name in ("L0.router", "L0.up.2", "L0.down.2")
+        name: tuple(matrix_of(model, name).of(params).shape) for name in ("L0.router", "L0.up.2", "L0.down.2")
     }
     assert shapes == {"L0.router": (3, 32), "L0.up.2": (12, 32), "L0.down.2": (32, 12)}
-    roles = [found(model, name).role for name in ("L0.router", "L0.gate.0", "L0.down.0")]
+    roles = [matrix_of(model, name).role for name in ("L0.router", "L0.gate.0", "L0.down.0")]
     assert roles == ["read", "read", "write"]
 
 
@@ -99,11 +99,13 @@ def test_the_block_is_its_map_by_hand(model, params, batch):
     site = next(site for site in model.architecture.sites if site.name == "mlp_input" and site.layer == 0)
     assert site.module == "model.layers.0.mlp"
     a = given[0].flatten(0, 1)
-    scores = (a @ found(model, "L0.router").of(params).T).softmax(-1)
+    scores = (a @ matrix_of(model, "L0.router").of(params).T).softmax(-1)
     best, chosen = scores.topk(2, -1)
     expected = torch.zeros_like(a)
     for expert in range(3):
-        gate, up, down = (found(model, f"L0.{kind}.{expert}").of(params) for kind in ("gate", "up", "down"))
+        gate, up, down = (
+            matrix_of(model, f"L0.{kind}.{expert}").of(params) for kind in ("gate", "up", "down")
+        )
         written = (torch.nn.functional.silu(a @ gate.T) * (a @ up.T)) @ down.T
         expected += (best * (chosen == expert)).sum(-1, keepdim=True) * written
     assert_close(output.flatten(0, 1), expected, rtol=1e-4, atol=1e-6)
@@ -112,7 +114,7 @@ def test_the_block_is_its_map_by_hand(model, params, batch):
 def test_what_the_experts_read_is_the_input_of_their_block(model, params, batch):
     ((given, _),) = inside(model, params, batch, "model.layers.0.mlp")
     moments = dict(activation_moments(model, params, [batch], model.architecture.sites))
-    (moment,) = [one for site, one in moments.items() if (site.name, site.layer) == ("mlp_input", 0)]
+    (moment,) = [moment for site, moment in moments.items() if (site.name, site.layer) == ("mlp_input", 0)]
     a = given[0][batch.attention_mask.bool()]
     assert_close(moment.value, a.T @ a / len(a), rtol=1e-4, atol=1e-6)
 
@@ -123,7 +125,7 @@ def places(rows):
 
 
 def test_an_update_of_one_expert_is_the_update_of_that_expert_alone(model, params):
-    name = found(model, "L0.up.1").parameter
+    name = matrix_of(model, "L0.up.1").parameter
     after = {**params, name: params[name] + 0.1}
     setting = Setting(model, params, after, False, EXAMPLES, 0)
     rows = RSF(resamples=0, tokens=256).measurement(setting)(after)
@@ -152,7 +154,7 @@ def test_the_router_has_a_colour_in_the_figures(model):
     assert {matrix.kind for matrix in model.architecture.matrices} <= set(COLOURS)
 
 
-def test_experts_are_not_edited_and_what_is_beside_them_is(model: LanguageModel) -> None:
+def test_experts_are_not_edited_and_the_other_matrices_are(model: LanguageModel) -> None:
     with pytest.raises(ValueError, match=r"L0\.up\.0 is part of a mixture of experts, which cannot be"):
         chosen(model.architecture, ["k", "up"], None)
     # Layer 1 is dense.
@@ -161,7 +163,7 @@ def test_experts_are_not_edited_and_what_is_beside_them_is(model: LanguageModel)
 
 
 @pytest.mark.slow
-def test_attention_beside_experts_is_edited(model: LanguageModel, params: Params) -> None:
+def test_attention_in_a_layer_of_experts_is_edited(model: LanguageModel, params: Params) -> None:
     asked = Rank1(matrices=["k", "o"], strengths=[0.1], tokens=256, controls={"random": 19})
     setting = Setting(model, params, params, False, EXAMPLES, 0)
     rows = asked.rows(setting, lambda metrics, done: None)

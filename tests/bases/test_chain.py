@@ -62,7 +62,7 @@ def test_every_stage_is_compared_with_the_base_and_with_the_stage_before(tmp_pat
     assert [str(path) for path in base.trajectory.steps.values()] == list(stages.values())
     assert base.directory == tmp_path / "base" and not base.trajectory.from_random
     pairs = [TwoCheckpoints(stages["base"], stages["sft"]), TwoCheckpoints(stages["sft"], stages["dpo"])]
-    assert list(base.pairs) == [one.prepare(no_stage, EXAMPLES, small.WORLD, "cpu") for one in pairs]
+    assert list(base.pairs) == [pair.prepare(no_stage, EXAMPLES, small.WORLD, "cpu") for pair in pairs]
     other = prepared(Chain({name: stages[name] for name in ("base", "dpo", "sft")}))
     assert other.identity != base.identity  # the order matters
 
@@ -84,7 +84,7 @@ def test_stages_may_differ_in_dtype_and_in_their_number_of_embeddings(tmp_path, 
     with caplog.at_level(logging.WARNING):
         Chain(stages).check(None)
         base = prepared(Chain(stages))
-    assert "the 3 that it lacks are taken as unmoved" in caplog.text  # of dpo beside sft
+    assert "the 3 that it lacks are taken as unmoved" in caplog.text  # of dpo compared with sft
     with pytest.raises(ValueError, match=r"model\.tokenizer=dpo must have the vocabulary of every stage but"):
         prepared(Chain(stages, tokenizer="dpo"))
     pair_messages = load(base.pairs[1].directory, "cpu")
@@ -94,8 +94,8 @@ def test_stages_may_differ_in_dtype_and_in_their_number_of_embeddings(tmp_path, 
 def test_all_comparisons_can_have_the_tokenizer_of_one_stage(tmp_path):
     stages = saved(tmp_path, "base", "sft", "dpo")
     base, own = prepared(Chain(stages, tokenizer="sft")), prepared(Chain(stages))
-    assert {one.directory.name for one in (base, *base.pairs)} == {"sft"}
-    assert [one.directory.name for one in (own, *own.pairs)] == ["base", "base", "sft"]
+    assert {prepared_base.directory.name for prepared_base in (base, *base.pairs)} == {"sft"}
+    assert [prepared_base.directory.name for prepared_base in (own, *own.pairs)] == ["base", "base", "sft"]
     assert base.identity != own.identity and base.pairs[0].identity != own.pairs[0].identity
     assert base.pairs[1] == own.pairs[1]  # in which sft is what dpo is compared with
 
@@ -220,7 +220,7 @@ def test_a_stage_that_is_an_adapter_is_merged_into_the_one_before_it(tmp_path):
     base = chain.prepare(stage, EXAMPLES, small.WORLD, "cpu")
     assert base.trajectory is not None and len(merges) == 1
     assert list(base.trajectory.steps.values()) == [tmp_path / "base", merges[0], tmp_path / "dpo"]
-    of_pairs = [one.trajectory.steps for one in base.pairs if one.trajectory is not None]
+    of_pairs = [pair.trajectory.steps for pair in base.pairs if pair.trajectory is not None]
     assert of_pairs == [{0: tmp_path / "base", 1: adapter}, {0: merges[0], 1: tmp_path / "dpo"}]
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     expected = PeftModel.from_pretrained(network, str(adapter)).merge_and_unload().state_dict()
@@ -289,8 +289,8 @@ def test_an_update_inside_the_subspace_of_the_stage_before_has_the_ratio_d_over_
         measured = setting(base)
         assert base.trajectory is not None
         rows = probe.measurement(measured)(measured.model.params(base.trajectory.steps[step]))
-        rows = [one for one in rows if one["quantity"] == "ratio" and one["subspace"] != "random"]
-        return {one["matrix"]: one["value"] for one in rows if one["layer"] == 0}
+        rows = [row for row in rows if row["quantity"] == "ratio" and row["subspace"] != "random"]
+        return {row["matrix"]: row["value"] for row in rows if row["layer"] == 0}
 
     base = prepared(chain)
     against_sft = ratios(base.pairs[1], 1)
@@ -308,27 +308,27 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stages(home: Path) -> dict[str, Path]:
     """A base, its SFT and the DPO of that, really trained, as the hub's cache lays them out."""
-    tiny = [*(one for one in SMALL if not one.startswith("probe.")), *WORLD, "probe=[]"]
+    tiny = [*(override for override in SMALL if not override.startswith("probe.")), *WORLD, "probe=[]"]
     assert (ended := run(home, *tiny, "objective=sft")).code == 0, ended.err
     (base,), (sft,) = (done(home / "outputs", kind) for kind in ("pretraining", "training"))
-    hub = [one for one in tiny if not one.startswith(("model.", "+model."))]
+    hub = [override for override in tiny if not override.startswith(("model.", "+model."))]
     ended = run(home, *hub, "model=pythia", f"model.name={sft / 'step-2'}", "objective=dpo")
     assert ended.code == 0, ended.err
     (dpo,) = done(home / "outputs", "training") - {sft}
-    found = {}
+    snapshots = {}
     for name, source in {"base": base / "step-4", "sft": sft / "step-2", "dpo": dpo / "step-2"}.items():
-        found[name] = home / "hf/hub" / f"models--lab--tiny-{name}/snapshots" / COMMITS[name]
-        shutil.copytree(source, found[name])
-    return found
+        snapshots[name] = home / "hf/hub" / f"models--lab--tiny-{name}/snapshots" / COMMITS[name]
+        shutil.copytree(source, snapshots[name])
+    return snapshots
 
 
 @pytest.fixture(scope="module")
 def compared(home: Path, stages: dict[str, Path]) -> Ended:
     """The chain, named as on the hub, in one run."""
-    told = ", ".join(f"{name}: lab/tiny-{name}@{commit}" for name, commit in COMMITS.items())
+    named = ", ".join(f"{name}: lab/tiny-{name}@{commit}" for name, commit in COMMITS.items())
     probes = ["probe=[rsf,behaviour,spectrum,overlap]", "probe.rsf.tokens=512", "probe.behaviour.tokens=256"]
     return run(
-        home, *WORLD, *probes, "model=chain/own", f"model.stages={{{told}}}", "objective=none", "device=cpu",
+        home, *WORLD, *probes, "model=chain/own", f"model.stages={{{named}}}", "objective=none", "device=cpu",
         "name=chain", HF_HOME=str(home / "hf"),
     )  # fmt: skip
 
@@ -349,11 +349,13 @@ def test_a_chain_of_three_stages_is_one_comparison(home, compared):
     figures = {path.name for path in (compared.record / "artifacts/figures").iterdir()}
     drawn = ("stages", "ratio_by_layer_sft", "ratio_by_layer_dpo", "stable_rank_by_layer")
     assert figures == {f"{name}.{ending}" for name in drawn for ending in ("png", "pdf")}
-    found = table(compared, "stages")
-    pairs = list(found[["stage", "against"]].drop_duplicates().itertuples(index=False, name=None))
+    rows = table(compared, "stages")
+    pairs = list(rows[["stage", "against"]].drop_duplicates().itertuples(index=False, name=None))
     assert pairs == [("sft", "base"), ("dpo", "base"), ("dpo", "sft")]
     shown = [line.split("│")[1:3] for line in compared.out.splitlines() if line.startswith("│")]
-    assert [(one.strip(), other.strip()) for one, other in shown if one.strip() in ("sft", "dpo")] == pairs
+    assert [
+        (stage.strip(), other.strip()) for stage, other in shown if stage.strip() in ("sft", "dpo")
+    ] == pairs
     client = MlflowClient(f"sqlite:///{home}/outputs/mlflow.db")
     experiment = client.get_experiment_by_name("chain")
     assert experiment is not None
@@ -397,14 +399,14 @@ def test_the_report_shows_every_comparison_of_a_chain_and_none_as_pretraining(ho
     assert make_report(["chain"]) == 0
     page = (home / "outputs/report/chain/index.html").read_text()
     assert all(name in page for name in ("base → sft", "base → dpo", "sft → dpo"))
-    found = pd.read_parquet("outputs/report/chain/tables/asymmetry.parquet")
-    ratios = found[found["matrix"] == "q"].set_index("objective")["ratio"]
+    rows = pd.read_parquet("outputs/report/chain/tables/asymmetry.parquet")
+    ratios = rows[rows["matrix"] == "q"].set_index("objective")["ratio"]
     means = table(compared, "stages").query("matrix == 'q' and quantity == 'ratio' and layer.isna()")
     assert ratios.to_dict() == pytest.approx({
         f"{against} → {stage}": value
         for stage, against, value in means[["stage", "against", "value"]].itertuples(index=False)
     })  # fmt: skip
-    assert set(found["trajectory"]) == {"training"}
+    assert set(rows["trajectory"]) == {"training"}
     claims = pd.read_parquet("outputs/report/chain/tables/claims.parquet")
     assert set(claims["verdict"]) == {"not tested"}  # as nothing says how a stage was trained
 
@@ -418,10 +420,10 @@ def test_the_stages_of_a_chain_are_kept_with_their_order(compared):
 
 
 def test_an_objective_starts_from_a_stage_and_an_intervention_edits_it(home, stages):
-    told = ", ".join(f"{name}: lab/tiny-{name}@{commit}" for name, commit in COMMITS.items())
+    named = ", ".join(f"{name}: lab/tiny-{name}@{commit}" for name, commit in COMMITS.items())
     few = ["intervention=[rank1]", "intervention.rank1.matrices=[o]", "probe=[rsf]", "probe.rsf.tokens=256"]
     ended = run(
-        home, *WORLD, *few, "model=chain/own", f"model.stages={{{told}}}", "model.from=dpo", "objective=dpo",
+        home, *WORLD, *few, "model=chain/own", f"model.stages={{{named}}}", "model.from=dpo", "objective=dpo",
         "training.steps=2", "training.batch_size=4", "training.max_length=48", "probe.rsf.resamples=0",
         "device=cpu", "name=from", HF_HOME=str(home / "hf"),
     )  # fmt: skip
@@ -437,42 +439,42 @@ def test_an_objective_starts_from_a_stage_and_an_intervention_edits_it(home, sta
 
 @pytest.fixture(scope="module")
 def each_stage(tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """What is measured of every stage of random networks, and the moments of an objective at each."""
+    """A run that measures every stage of random networks, and the moments of an objective at each."""
     home = tmp_path_factory.mktemp("each")
     tokenizer = World(documents=60, pairs=24, heldout=8, groups=("known", "impossible")).tokenizer()
     for seed, name in enumerate(COMMITS):
         small.network(tokenizer, seed).save_pretrained(home / name)
         tokenizer.save_pretrained(home / name)
-    told = ", ".join(f"{name}: {home / name}" for name in COMMITS)
+    named = ", ".join(f"{name}: {home / name}" for name in COMMITS)
     few = ["prompts=16", "neighbours=4", "points=8", "permutations=1", "refits=0", "random=2", "resamples=2"]
     return run(
         home, *WORLD, "data.groups=[known,impossible]", "probe=[moments,uncertainty]",
         "+objective@probe.moments.objective=dpo", "probe.moments.tokens=256", "probe.moments.prompts=16",
         "probe.moments.resamples=0", *(f"probe.uncertainty.{key}" for key in few), "model=chain/own",
-        f"model.stages={{{told}}}", "objective=none", "device=cpu", "name=each",
+        f"model.stages={{{named}}}", "objective=none", "device=cpu", "name=each",
     )  # fmt: skip
 
 
 def test_uncertainty_measures_every_stage_of_a_chain_by_itself(each_stage):
     assert each_stage.code == 0, each_stage.err
-    found = table(each_stage, "uncertainty")
-    assert set(found["step"]) == {0, 1, 2} and found.attrs["stages"] == list(COMMITS)
-    aurocs = found[found["quantity"] == "auroc_projection"].groupby("step")["value"].apply(list)
+    rows = table(each_stage, "uncertainty")
+    assert set(rows["step"]) == {0, 1, 2} and rows.attrs["stages"] == list(COMMITS)
+    aurocs = rows[rows["quantity"] == "auroc_projection"].groupby("step")["value"].apply(list)
     assert aurocs[0] != aurocs[1] != aurocs[2]
     names = {path.stem for path in (each_stage.record / "artifacts/tables").glob("*.parquet")}
     assert "uncertainty_stages" not in names  # it compares nothing
 
 
-def test_the_moments_of_an_objective_at_each_stage_stand_beside_the_update_of_the_next(each_stage):
-    found, between = table(each_stage, "moments"), table(each_stage, "moments_stages")
-    assert set(found["step"]) == set(between["step"]) == {1, 2}
+def test_the_moments_of_an_objective_at_each_stage_are_compared_with_the_update_of_the_next(each_stage):
+    moments, between = table(each_stage, "moments"), table(each_stage, "moments_stages")
+    assert set(moments["step"]) == set(between["step"]) == {1, 2}
 
     def predicted(rows: pd.DataFrame, step: int) -> list[float]:
         return rows[(rows["step"] == step) & (rows["quantity"] == "predicted_ratio")]["value"].tolist()
 
-    assert predicted(found, 1) == predicted(found, 2) == predicted(between, 1)  # all at the base
+    assert predicted(moments, 1) == predicted(moments, 2) == predicted(between, 1)  # all at the base
     assert predicted(between, 2) != predicted(between, 1)  # at sft
-    assert set(found["treatment"]) == {""}  # nothing says by what optimizer the stages were trained
+    assert set(moments["treatment"]) == {""}  # nothing says by what optimizer the stages were trained
     assert "sft after base" in each_stage.out and "dpo after sft" in each_stage.out
 
 
@@ -489,16 +491,16 @@ def test_a_chain_of_five_stages_has_the_order_of_its_list_and_one_may_be_an_adap
             adapter_of(places["stage2-step1000"], place)
         else:
             save("llama", place, seed)
-    told = ", ".join(f"{name}: lab/tiny@{place.name}" for name, place in places.items())
+    named = ", ".join(f"{name}: lab/tiny@{place.name}" for name, place in places.items())
     ended = run(
         tmp_path, *WORLD, "probe=[rsf]", "probe.rsf.tokens=256", "probe.rsf.resamples=0", "device=cpu",
-        "model=chain/own", f"model.stages={{{told}}}", "objective=none", HF_HOME=str(tmp_path / "hf"),
+        "model=chain/own", f"model.stages={{{named}}}", "objective=none", HF_HOME=str(tmp_path / "hf"),
     )  # fmt: skip
     assert ended.code == 0, ended.err
-    found = table(ended, "stages")
+    rows = table(ended, "stages")
     first, *later = UNORDERED
-    assert list(dict.fromkeys(found["stage"])) == later
-    pairs = set(found[["stage", "against"]].itertuples(index=False, name=None))
+    assert list(dict.fromkeys(rows["stage"])) == later
+    pairs = set(rows[["stage", "against"]].itertuples(index=False, name=None))
     assert pairs == {(name, first) for name in later} | set(zip(later[1:], later[:-1], strict=True))
     between = table(ended, "rsf_stages")
     ranks = between[between["quantity"] == "adapter_rank"]

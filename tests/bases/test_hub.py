@@ -17,7 +17,7 @@ LARGE = 21 * 2**20  # bytes: the client keeps what it got in pieces of 10 MiB, s
 
 @dataclass(frozen=True)
 class Asked:
-    """What one process was told online, and the next offline, with the same cache."""
+    """The answers to one process online, and to the next offline, with the same cache."""
 
     served: dict[str, Path]  # the directory behind each revision
     online: list[str]
@@ -50,12 +50,12 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
 
 
 def test_a_revision_is_downloaded_without_code_pickles_and_other_formats(asked: Asked) -> None:
-    found = Path(asked.online[0])
-    assert found.name == hub.commit_of(REPOSITORY, "step512")
+    snapshot = Path(asked.online[0])
+    assert snapshot.name == hub.commit_of(REPOSITORY, "step512")
     weights = asked.served["step512"] / "model.safetensors"
-    assert (found / "model.safetensors").read_bytes() == weights.read_bytes()
-    assert {"config.json", "tokenizer.json"} <= {path.name for path in found.iterdir()}
-    assert not [*found.rglob("*.py"), *found.rglob("*.bin"), *found.glob("onnx")]
+    assert (snapshot / "model.safetensors").read_bytes() == weights.read_bytes()
+    assert {"config.json", "tokenizer.json"} <= {path.name for path in snapshot.iterdir()}
+    assert not [*snapshot.rglob("*.py"), *snapshot.rglob("*.bin"), *snapshot.glob("onnx")]
 
 
 def test_offline_the_cache_gives_it_by_branch_and_by_commit_and_nothing_else(asked: Asked) -> None:
@@ -64,8 +64,8 @@ def test_offline_the_cache_gives_it_by_branch_and_by_commit_and_nothing_else(ask
 
 
 def test_a_broken_download_resumes_where_it_broke(asked: Asked) -> None:
-    found = Path(asked.online[1]) / "model.safetensors"
-    assert found.read_bytes() == (asked.served["large"] / "model.safetensors").read_bytes()
+    weights = Path(asked.online[1]) / "model.safetensors"
+    assert weights.read_bytes() == (asked.served["large"] / "model.safetensors").read_bytes()
     (resumed,) = [given for _, path, given in asked.requests if "/resolve/" in path and given]
     assert resumed == f"bytes={10 * 2**20}-"
 
@@ -101,7 +101,7 @@ def test_a_checkpoint_missing_on_the_hub_is_refused_by_name(asked: Asked) -> Non
 def test_of_many_revisions_the_nearest_are_listed(tmp_path: Path) -> None:
     steps = {f"step{number}000": tmp_path for number in range(1, 20)}
     with hub.served({REPOSITORY: {**steps, "main": tmp_path}}) as server:
-        (said,) = fetched([f"{NAME}@step_3000"], tmp_path, {"HF_ENDPOINT": server.url})
-    listed = said.partition("the hub has the revisions ")[2].partition(" and ")[0].split(", ")
+        (message,) = fetched([f"{NAME}@step_3000"], tmp_path, {"HF_ENDPOINT": server.url})
+    listed = message.partition("the hub has the revisions ")[2].partition(" and ")[0].split(", ")
     assert listed[0] in ("step3000", "step13000") and len(listed) == 12 and "main" not in listed
-    assert said.endswith(f" and 8 others; write {NAME}@REVISION with one that exists")
+    assert message.endswith(f" and 8 others; write {NAME}@REVISION with one that exists")

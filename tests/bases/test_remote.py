@@ -366,8 +366,8 @@ def test_a_url_that_is_no_checkpoint_is_refused(place: Path, location: str, refu
 
 
 def test_a_page_of_the_hub_is_answered_with_its_location() -> None:
-    said = remote._without_config("https://huggingface.co/lab/m/tree/v1")
-    assert said == "https://huggingface.co/lab/m/tree/v1 is a page of the hub: write hf://lab/m@v1"
+    message = remote._without_config("https://huggingface.co/lab/m/tree/v1")
+    assert message == "https://huggingface.co/lab/m/tree/v1 is a page of the hub: write hf://lab/m@v1"
 
 
 def test_pickles_and_code_are_not_taken_from_a_url() -> None:

@@ -65,10 +65,10 @@ def test_seeds_of_one_training_are_more_alike_than_those_of_two() -> None:
     assert whole(table, "within_cosine_p_value")[pair] == pytest.approx(2 / 20)
     assert {"dpo.0", "dpo.2", "ce.1"} <= set(table["treatment"])
     update = Update("all", {"alignment": table}, 1)
-    found = verdicts([DpoNearOrthogonal(), ObjectiveFromSpectrum()], [update]).set_index("claim")
-    orthogonal = found.loc["DpoNearOrthogonal"]
+    verdict_of = verdicts([DpoNearOrthogonal(), ObjectiveFromSpectrum()], [update]).set_index("claim")
+    orthogonal = verdict_of.loc["DpoNearOrthogonal"]
     assert (orthogonal["verdict"], orthogonal["null"]) == ("supported", pytest.approx(0.8, abs=0.03))
-    assert found.loc["ObjectiveFromSpectrum", "n"] == 6
+    assert verdict_of.loc["ObjectiveFromSpectrum", "n"] == 6
 
 
 @pytest.mark.slow
@@ -81,8 +81,8 @@ def test_the_command_writes_table_and_heat_maps(tmp_path, capsys) -> None:
     assert set(whole(table, "cosine")) == {("dpo.1", "dpo.0"), ("ce", "dpo.0"), ("ce", "dpo.1")}
     for ending in ("png", "pdf", "csv"):
         assert (tmp_path / f"out/alignment.{ending}").stat().st_size > 1000
-    said = capsys.readouterr().out
-    assert "dpo.1" in said and "arXiv:2512.05117v2: Updates of different trainings" in said
+    output = capsys.readouterr().out
+    assert "dpo.1" in output and "arXiv:2512.05117v2: Updates of different trainings" in output
     judged = pd.read_csv(tmp_path / "out/referee.csv").set_index("claim")["verdict"]
     # Updates of independent directions share nothing; the seeds are too few for the others.
     assert dict(judged) == {

@@ -18,7 +18,7 @@ def test_a_rate_holds_where_its_interval_allows_for_the_nominal_one():
     assert Rate("power", "d 8", None, 1, 400).holds is None
 
 
-def test_a_row_has_the_rate_beside_its_nominal_value():
+def test_a_row_has_the_rate_and_its_nominal_value():
     row = line(Rate("`p_value`", "d 128", 0.05, 60, 400))
     assert row.startswith("| `p_value` | d 128 | 0.05 | 0.150 [") and row.endswith("| **no** |")
     assert "at most 0.05" in line(Rate("`p_value`", "d 128", 0.05, 3, 400, "at most"))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from moving import matrix
+from moving import matrix_of
 from networks import language_model
 from safetensors.torch import save_file
 from scipy import stats
@@ -40,23 +40,23 @@ def _noise(generator, *shape):
 
 @pytest.mark.parametrize("name", ["L0.q", "L1.k", "L1.v", "L1.up"])
 def test_the_activation_direction_is_the_top_direction_of_what_the_block_reads(name, model, axes, directions):
-    one = matrix(model, name)
-    block = "mlp_input" if one.kind == "up" else "attention_input"
-    vector, partner = directions.named("activation", one, {}, {})
-    assert vector.equal(axes[block, one.layer].basis[:, 0]) and partner is None
+    matrix = matrix_of(model, name)
+    block = "mlp_input" if matrix.kind == "up" else "attention_input"
+    vector, partner = directions.named("activation", matrix, {}, {})
+    assert vector.equal(axes[block, matrix.layer].basis[:, 0]) and partner is None
 
 
 @pytest.mark.parametrize(("name", "block"), [("L1.o", "attention_input"), ("L0.down", "mlp_input")])
 def test_the_activation_direction_of_a_matrix_that_writes_is_its_own_blocks(
     name, block, model, axes, directions
 ):
-    one = matrix(model, name)
-    assert directions.named("activation", one, {}, {})[0].equal(axes[block, one.layer].basis[:, 0])
+    matrix = matrix_of(model, name)
+    assert directions.named("activation", matrix, {}, {})[0].equal(axes[block, matrix.layer].basis[:, 0])
 
 
 @pytest.mark.parametrize("name", ["L0.q", "L1.o"])
 def test_the_prediction_direction_is_the_top_direction_of_the_unembedding(name, model, axes, directions):
-    vector, partner = directions.named("prediction", matrix(model, name), {}, {})
+    vector, partner = directions.named("prediction", matrix_of(model, name), {}, {})
     assert vector.equal(axes["prediction", None].basis[:, 0]) and partner is None
 
 
@@ -67,51 +67,51 @@ def test_gradient_and_delta_are_the_planted_top_singular_pair(
     name, where, network, tokenizer, generator, axes
 ):
     model, params = language_model(network, tokenizer)
-    one = matrix(model, where)
-    out, into = one.of(params).shape
+    matrix = matrix_of(model, where)
+    out, into = matrix.of(params).shape
     u, v = unit(_noise(generator, out), "u"), unit(_noise(generator, into), "v")
-    planted = one.replaced(params, (3 * torch.outer(u, v)).float())
+    planted = matrix.replaced(params, (3 * torch.outer(u, v)).float())
     given = ({}, planted) if name == "delta" else (planted, {})
-    vector, partner = Directions(axes, K, 0).named(name, one, *given)
+    vector, partner = Directions(axes, K, 0).named(name, matrix, *given)
     assert partner is not None
-    found = (partner, vector) if one.role == "read" else (vector, partner)
-    sign = torch.sign(found[0] @ u)
+    pair = (partner, vector) if matrix.role == "read" else (vector, partner)
+    sign = torch.sign(pair[0] @ u)
     # The planted matrix is stored in fp32.
-    assert_close((sign * found[0], sign * found[1]), (u, v), rtol=0, atol=1e-6)
+    assert_close((sign * pair[0], sign * pair[1]), (u, v), rtol=0, atol=1e-6)
 
 
 def test_the_top_pair_is_that_of_the_singular_value_decomposition_with_a_definite_sign(model, generator):
-    one = matrix(model, "L0.up")
+    matrix = matrix_of(model, "L0.up")
     for _ in range(20):
         x = _noise(generator, 48, D)
         u, s, vt = torch.linalg.svd(x)
-        left, right = top_pair(one.replaced({one.parameter: x}, x), one, "gradient")
+        left, right = top_pair(matrix.replaced({matrix.parameter: x}, x), matrix, "gradient")
         assert_close(left @ x @ right, s[0], rtol=1e-10, atol=0)  # positive: along it a behaviour grows
         assert_close(torch.outer(left, right), torch.outer(u[:, 0], vt[0]), rtol=0, atol=1e-6)
         assert right[right.abs().argmax()] > 0
 
 
 def test_a_vector_from_a_file_is_the_direction_whatever_its_length(model, directions, tmp_path, generator):
-    vector, one = _noise(generator, D), matrix(model, "L1.o")
+    vector, matrix = _noise(generator, D), matrix_of(model, "L1.o")
     np.save(tmp_path / "x.npy", 5 * vector.float().numpy())
     save_file({"any": (3 * vector).to(torch.bfloat16)}, tmp_path / "one.safetensors")
     save_file({"L0.o": torch.ones(D), "L1.o": vector}, tmp_path / "each.safetensors")
     # To the precision of each dtype.
     for name, tolerance in (("x.npy", 1e-7), ("one.safetensors", 4e-3), ("each.safetensors", 1e-15)):
         path = str(tmp_path / name)
-        check_direction(path, one, D)
-        found, partner = directions.named(path, one, {}, {})
-        assert partner is None and found.dtype == torch.float64
-        assert_close(found, vector / vector.norm(), rtol=0, atol=tolerance)
+        check_direction(path, matrix, D)
+        direction, partner = directions.named(path, matrix, {}, {})
+        assert partner is None and direction.dtype == torch.float64
+        assert_close(direction, vector / vector.norm(), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", ["random", "bottom", "orthogonal", "within"])
 @pytest.mark.parametrize("name", ["L1.k", "L1.up", "L1.o"])
 def test_controls_are_unit_vectors_that_lie_where_they_should(kind, name, model, axes, directions):
-    one = matrix(model, name)
-    place = {"k": ("attention_input", 1), "up": ("mlp_input", 1), "o": ("prediction", None)}[one.kind]
+    matrix = matrix_of(model, name)
+    place = {"k": ("attention_input", 1), "up": ("mlp_input", 1), "o": ("prediction", None)}[matrix.kind]
     basis = axes[place].basis
-    draws = torch.stack([directions.control(kind, one, draw) for draw in range(6)])
+    draws = torch.stack([directions.control(kind, matrix, draw) for draw in range(6)])
     assert_close(draws.norm(dim=1), torch.ones(6, dtype=torch.float64))
     share = (draws @ basis[:, :K]).square().sum(1)
     if kind == "bottom":
@@ -127,23 +127,23 @@ def test_controls_are_unit_vectors_that_lie_where_they_should(kind, name, model,
 
 def test_random_directions_are_made_by_seed_matrix_kind_and_draw(model, axes):
     def drawn(seed=0, name="L0.k", kind: Control = "random", draw=0):
-        return Directions(axes, K, seed).control(kind, matrix(model, name), draw)
+        return Directions(axes, K, seed).control(kind, matrix_of(model, name), draw)
 
     assert drawn().equal(drawn())
     others = [drawn(seed=1), drawn(name="L1.k"), drawn(kind="orthogonal"), drawn(draw=1)]
-    treatment = Directions(axes, K, 0).named("random", matrix(model, "L0.k"), {}, {})[0]
+    treatment = Directions(axes, K, 0).named("random", matrix_of(model, "L0.k"), {}, {})[0]
     assert all((drawn() - other).norm() > 0.1 for other in [*others, treatment])
 
 
 @pytest.mark.parametrize("kind", ["random", "within", "orthogonal"])
 def test_drawn_directions_are_uniform_on_their_sphere(kind, model, axes):
-    directions, one = Directions(axes, K, 7), matrix(model, "L0.q")
+    directions, matrix = Directions(axes, K, 7), matrix_of(model, "L0.q")
     dimension = {"random": D, "within": K, "orthogonal": D - K}[kind]
     axis = axes["attention_input", 0].basis[:, K if kind == "orthogonal" else 0]
     # Squared coordinates of a uniform unit vector of n dimensions are Beta(1/2, (n - 1)/2).
-    squares = [float(directions.control(kind, one, draw) @ axis) ** 2 for draw in range(1000)]
+    squares = [float(directions.control(kind, matrix, draw) @ axis) ** 2 for draw in range(1000)]
     assert stats.kstest(squares, stats.beta(0.5, (dimension - 1) / 2).cdf).pvalue > 0.01
-    signs = sum(float(directions.control(kind, one, draw) @ axis) > 0 for draw in range(1000))
+    signs = sum(float(directions.control(kind, matrix, draw) @ axis) > 0 for draw in range(1000))
     assert abs(signs - 500) < 5 * 250**0.5  # five standard deviations of a binomial
 
 
@@ -175,13 +175,13 @@ def test_a_vector_that_is_no_direction_of_the_stream_is_refused(value, message, 
     save_file({"x": value}, tmp_path / "x.safetensors")
     for path in (tmp_path / "x.npy", tmp_path / "x.safetensors"):
         with pytest.raises(ValueError, match=rf"the direction in .*{path.name} {message}"):
-            check_direction(str(path), matrix(model, "L0.k"), D)
+            check_direction(str(path), matrix_of(model, "L0.k"), D)
 
 
 def test_the_refusal_of_a_vector_that_does_not_fit_says_who_writes(model, tmp_path):
     np.save(tmp_path / "x.npy", np.ones(3))
     with pytest.raises(ValueError, match=r"the residual stream that L1\.o writes is 32 wide"):
-        check_direction(str(tmp_path / "x.npy"), matrix(model, "L1.o"), D)
+        check_direction(str(tmp_path / "x.npy"), matrix_of(model, "L1.o"), D)
 
 
 @pytest.mark.parametrize("name", ["actvation", "none.npy", "none.safetensors", "/", "there.txt", "x.npy/"])
@@ -190,7 +190,7 @@ def test_a_name_that_there_is_not_is_refused_with_those_that_there_are(name, mod
     (tmp_path / "there.txt").write_text("1")
     message = r"no direction '.+': give one of activation, prediction, gradient, delta, random, or a \.npy or"
     with pytest.raises(ValueError, match=message):
-        check_direction(name, matrix(model, "L0.k"), D)
+        check_direction(name, matrix_of(model, "L0.k"), D)
 
 
 @pytest.mark.parametrize("tensors", [{}, {"a": torch.ones(D), "b": torch.ones(D)}])
@@ -200,7 +200,7 @@ def test_a_file_of_several_tensors_or_none_must_name_the_matrix(tensors, model, 
         rf"x\.safetensors cannot be used: it holds \[{', '.join(map(repr, tensors))}\], and none is named"
     )
     with pytest.raises(ValueError, match=rf"{message} L0\.k"):
-        check_direction(str(tmp_path / "x.safetensors"), matrix(model, "L0.k"), D)
+        check_direction(str(tmp_path / "x.safetensors"), matrix_of(model, "L0.k"), D)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
@@ -209,22 +209,22 @@ def test_a_file_that_cannot_be_read_is_refused(suffix, content, model, tmp_path)
     path = tmp_path / f"x{suffix}"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"the direction in .*x\..* cannot be used: ."):
-        from_file(path, matrix(model, "L0.k"))
+        from_file(path, matrix_of(model, "L0.k"))
 
 
 def test_a_file_of_text_is_refused(model, tmp_path):
     np.save(tmp_path / "x.npy", np.array(["a"] * D))
     with pytest.raises(ValueError, match=r"the direction in .*x\.npy cannot be used: ."):
-        from_file(tmp_path / "x.npy", matrix(model, "L0.k"))
+        from_file(tmp_path / "x.npy", matrix_of(model, "L0.k"))
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(0.0, "zero"), (float("inf"), "not finite"), (float("nan"), "not finite")]
+    ("value", "problem"), [(0.0, "zero"), (float("inf"), "not finite"), (float("nan"), "not finite")]
 )
-def test_a_gradient_or_update_without_direction_has_no_top_pair(value, said, model, params, directions):
-    one = matrix(model, "L1.o")
-    nothing = one.replaced(params, torch.full((D, D), value))
-    with pytest.raises(ValueError, match=rf"the delta of L1\.o is {said}: it has no top singular pair"):
-        directions.named("delta", one, {}, nothing)
-    with pytest.raises(ValueError, match=rf"the gradient of L1\.o is {said}: it has no top singular pair"):
-        directions.named("gradient", one, nothing, {})
+def test_a_gradient_or_update_without_direction_has_no_top_pair(value, problem, model, params, directions):
+    matrix = matrix_of(model, "L1.o")
+    nothing = matrix.replaced(params, torch.full((D, D), value))
+    with pytest.raises(ValueError, match=rf"the delta of L1\.o is {problem}: it has no top singular pair"):
+        directions.named("delta", matrix, {}, nothing)
+    with pytest.raises(ValueError, match=rf"the gradient of L1\.o is {problem}: it has no top singular pair"):
+        directions.named("gradient", matrix, nothing, {})

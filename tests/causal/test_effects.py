@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moving import matrix, moved
+from moving import matrix_of, moved
 from networks import FORMS, language_model
 from precise import Precise
 from torch.testing import assert_close
@@ -22,7 +22,7 @@ EFFECTS = Effects(tokens=160, length=24, pairs=6, pair_length=48, questions=12)
 def evaluation(request, tokenizer, examples):
     """Of a network in fp64."""
     model, weights = language_model(request.param, tokenizer)
-    double = {name: one.double() for name, one in weights.items()}
+    double = {name: weight.double() for name, weight in weights.items()}
     with Precise():
         yield Evaluation(model, double, padded(examples), EFFECTS)
 
@@ -41,11 +41,11 @@ def small(model, params, examples):
 
 def steps(evaluation, generator, kinds=None):
     """A sizeable random edit of every matrix."""
-    for one in evaluation.architecture.matrices:
-        weight = one.of(evaluation.params)
+    for matrix in evaluation.architecture.matrices:
+        weight = matrix.of(evaluation.params)
         noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
-        if kinds is None or one.kind in kinds:
-            yield one, one.replaced(evaluation.params, weight + noise / 10)
+        if kinds is None or matrix.kind in kinds:
+            yield matrix, matrix.replaced(evaluation.params, weight + noise / 10)
 
 
 def means(samples):
@@ -61,14 +61,14 @@ def whole(evaluation, edited, monkeypatch):
 
 def test_the_first_order_effect_is_the_whole_effect_of_a_weak_edit_of_every_matrix(evaluation):
     matrices = evaluation.architecture.matrices
-    gradients = evaluation.gradients({one.parameter for one in matrices})
-    for one in matrices:
-        norm = float(one.of(evaluation.params).norm())
+    gradients = evaluation.gradients({matrix.parameter for matrix in matrices})
+    for matrix in matrices:
+        norm = float(matrix.of(evaluation.params).norm())
         for behaviour in DIFFERENTIABLE:
-            u, v = top_pair(gradients[behaviour], one, "gradient")
+            u, v = top_pair(gradients[behaviour], matrix, "gradient")
             # The second order of α = 1e-3 ‖W‖ is up to 15 % here, and proportional; rounding is 1e-8 of the
             # effect, which is about 1e-7 nats.
-            edit = RankOne(one, 1e-7 * norm, u, v)
+            edit = RankOne(matrix, 1e-7 * norm, u, v)
             predicted = edit.first_order(gradients[behaviour])
             actual = float(evaluation.change(edit.applied(evaluation.params))[behaviour].mean())
             assert predicted > 1e-8
@@ -76,7 +76,7 @@ def test_the_first_order_effect_is_the_whole_effect_of_a_weak_edit_of_every_matr
 
 
 def test_gradients_are_those_of_finite_differences_whatever_the_direction(evaluation, generator):
-    names = sorted({one.parameter for one in evaluation.architecture.matrices})
+    names = sorted({matrix.parameter for matrix in evaluation.architecture.matrices})
     gradients = evaluation.gradients(names)
     for name in names:
         weight = evaluation.params[name]
@@ -91,21 +91,23 @@ def test_gradients_are_those_of_finite_differences_whatever_the_direction(evalua
 
 
 def test_what_lies_behind_the_edit_gives_what_a_whole_forward_pass_gives(evaluation, generator, monkeypatch):
-    for one, edited in steps(evaluation, generator):
-        found, expected = evaluation.samples(edited), whole(evaluation, edited, monkeypatch)
-        assert_close(found, expected, rtol=0, atol=0, msg=lambda text, one=one: f"{one.name}: {text}")
-        assert float(found["kl_from_unedited"].mean()) > 1e-6
+    for matrix, edited in steps(evaluation, generator):
+        effects, expected = evaluation.samples(edited), whole(evaluation, edited, monkeypatch)
+        assert_close(
+            effects, expected, rtol=0, atol=0, msg=lambda text, matrix=matrix: f"{matrix.name}: {text}"
+        )
+        assert float(effects["kl_from_unedited"].mean()) > 1e-6
 
 
 @pytest.mark.parametrize("order", [(0, 1, 0, 1), (1, 0, 1)])
 def test_layers_may_alternate_and_be_edited_together(evaluation, generator, monkeypatch, order):
     edits = list(steps(evaluation, generator, kinds=("k", "down")))
     for layer in order:
-        for edited in (edited for one, edited in edits if one.layer == layer):
+        for edited in (edited for matrix, edited in edits if matrix.layer == layer):
             assert_close(evaluation.samples(edited), whole(evaluation, edited, monkeypatch), rtol=0, atol=0)
     both = evaluation.params
-    for one, edited in edits:
-        both = one.replaced(both, one.of(edited))
+    for matrix, edited in edits:
+        both = matrix.replaced(both, matrix.of(edited))
     assert_close(evaluation.samples(both), whole(evaluation, both, monkeypatch), rtol=0, atol=0)
 
 
@@ -124,7 +126,7 @@ def test_the_effects_of_an_edit_are_those_of_another_network_with_the_edited_wei
     weight = evaluation.params[name]
     noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
     edited = {**evaluation.params, name: weight + noise / 20}
-    found = evaluation.samples(edited)
+    effects = evaluation.samples(edited)
 
     other = _copied(network, edited)
     examples = padded(examples)
@@ -136,12 +138,12 @@ def test_the_effects_of_an_edit_are_those_of_another_network_with_the_edited_wei
             losses.append(-_log_probs(now, batch)[row][target].sum())
             divergences_.append(kl_divergence(then[row][None], now[row][None], target[None]).sum())
     tokens = sum(counts) / len(counts)
-    assert_close(found["heldout_ce"], torch.stack(losses) / tokens, rtol=1e-9, atol=0)
-    assert_close(found["kl_from_unedited"], torch.stack(divergences_) / tokens, rtol=1e-7, atol=1e-12)
+    assert_close(effects["heldout_ce"], torch.stack(losses) / tokens, rtol=1e-9, atol=0)
+    assert_close(effects["kl_from_unedited"], torch.stack(divergences_) / tokens, rtol=1e-7, atol=1e-12)
     # So the mean over sequences is the mean over tokens, though the last sequence is shorter.
     assert counts[-1] < counts[0]
     mean = float(torch.stack(losses).sum()) / sum(counts)
-    assert float(found["heldout_ce"].mean()) == pytest.approx(mean)
+    assert float(effects["heldout_ce"].mean()) == pytest.approx(mean)
     margins = []
     for chosen, rejected in responses(
         examples.heldout_pairs[: EFFECTS.pairs], tokenizer, EFFECTS.pair_length
@@ -152,8 +154,8 @@ def test_the_effects_of_an_edit_are_those_of_another_network_with_the_edited_wei
         ]
         margins.append(sums[0] - sums[1])
     margin = torch.cat(margins)
-    assert_close(found["preference_margin"], margin, rtol=1e-9, atol=1e-9)
-    assert found["preference_accuracy"].tolist() == [float(one > 0) for one in margin]
+    assert_close(effects["preference_margin"], margin, rtol=1e-9, atol=1e-9)
+    assert effects["preference_accuracy"].tolist() == [float(value > 0) for value in margin]
 
 
 def _copied(network, params):
@@ -177,17 +179,17 @@ def _log_probs(logits, batch):
 def test_losses_and_margins_are_those_of_the_models_log_probs(model, params, examples, small, generator):
     deltas = {"L1.o": torch.randn(32, 32, generator=generator) / 10}
     edited = moved(model, params, deltas)
-    found = small.samples(edited)
+    effects = small.samples(edited)
     losses, counts = [], []
     for batch in packed(examples.heldout, model.tokenizer, EFFECTS.length, EFFECTS.tokens):
         losses.append(-model.log_probs(edited, batch).sum(1))
         counts.append(batch.target[:, 1:].sum(1))
     tokens = torch.cat(counts).float().mean()
     # fp32 logits of order 10 in another order of summation.
-    assert_close(found["heldout_ce"], torch.cat(losses) / tokens, rtol=1e-5, atol=1e-5)
+    assert_close(effects["heldout_ce"], torch.cat(losses) / tokens, rtol=1e-5, atol=1e-5)
     ((chosen, rejected),) = responses(examples.heldout_pairs[:6], model.tokenizer, EFFECTS.pair_length)
     margin = model.log_probs(edited, chosen).sum(1) - model.log_probs(edited, rejected).sum(1)
-    assert_close(found["preference_margin"], margin, rtol=1e-5, atol=1e-4)
+    assert_close(effects["preference_margin"], margin, rtol=1e-5, atol=1e-4)
 
 
 def test_a_question_is_answered_if_every_token_of_the_answer_is_the_likeliest(model, params, examples):
@@ -256,9 +258,9 @@ def test_effects_are_measured_on_as_much_as_is_asked_for(model, params, examples
 def test_what_does_not_lie_behind_the_edit_is_not_run_again(small, model, edited, passed_over, generator):
     params = small.params
     for name in edited:
-        one = matrix(model, name)
-        noise = torch.randn(one.of(params).shape, generator=generator)
-        params = one.replaced(params, one.of(params) + noise)
+        matrix = matrix_of(model, name)
+        noise = torch.randn(matrix.of(params).shape, generator=generator)
+        params = matrix.replaced(params, matrix.of(params) + noise)
     expected = small.samples(params)
     ran = []
     for name, module in small.network.named_modules():
@@ -269,7 +271,7 @@ def test_what_does_not_lie_behind_the_edit_is_not_run_again(small, model, edited
 
 
 def test_measuring_mutates_no_weight(model, params, examples, generator):
-    before = {name: one.clone() for name, one in params.items()}
+    before = {name: weight.clone() for name, weight in params.items()}
     evaluation = Evaluation(model, params, examples, EFFECTS)
     for _, edited in steps(evaluation, generator):
         evaluation.samples(edited)
@@ -288,8 +290,10 @@ def test_measuring_mutates_no_weight(model, params, examples, generator):
     ],
 )
 def test_weights_are_held_in_fp32_or_better(model, params, examples, stored, held):
-    evaluation = Evaluation(model, {name: one.to(stored) for name, one in params.items()}, examples, EFFECTS)
-    assert {one.dtype for one in evaluation.params.values()} == {held}
+    evaluation = Evaluation(
+        model, {name: weight.to(stored) for name, weight in params.items()}, examples, EFFECTS
+    )
+    assert {weight.dtype for weight in evaluation.params.values()} == {held}
     assert evaluation.unedited["heldout_ce"].dtype == held
 
 
@@ -299,14 +303,14 @@ def test_weights_are_held_in_fp32_or_better(model, params, examples, stored, hel
 def test_divergences_are_those_of_the_definition_in_fp64(dtype, common, scale, generator):
     base = (3 * torch.randn(600, 200, generator=generator)).to(dtype)
     other = base + common + scale * torch.randn(600, 200, generator=generator).to(dtype)
-    found, normaliser = divergences(base, base.logsumexp(-1), other)
+    divergence, normaliser = divergences(base, base.logsumexp(-1), other)
     p, q = base.double().log_softmax(-1), other.double().log_softmax(-1)
     expected = (p.exp() * (p - q)).sum(-1)
     # Logits of order 10 are themselves good to 5e-7 in fp32 and p to 1e-6, so that a difference of 1e-4,
     # with the offset taken off, has E d²/2 to two per cent; larger ones are as good as p.
     tolerance = {torch.float32: 0.02 if scale < 1e-3 else 1e-3, torch.float64: 1e-6}[dtype]
-    assert_close(found.double(), expected, rtol=tolerance, atol=1e-14)
-    assert (found >= 0).all()
+    assert_close(divergence.double(), expected, rtol=tolerance, atol=1e-14)
+    assert (divergence >= 0).all()
     epsilon = torch.finfo(dtype).eps
     assert_close(normaliser.double(), other.double().logsumexp(-1), rtol=8 * epsilon, atol=32 * epsilon)
 
@@ -323,8 +327,8 @@ def test_the_divergence_of_two_predictions():
     base, other = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
     # 3/4 log(3/2) + 1/4 log(1/2), and the other's probabilities sum to 1
     expected = 0.75 * torch.tensor(1.5).log() + 0.25 * torch.tensor(0.5).log()
-    found, normaliser = divergences(base, base.logsumexp(-1), other)
-    assert_close(found[0], expected)
+    divergence, normaliser = divergences(base, base.logsumexp(-1), other)
+    assert_close(divergence[0], expected)
     assert_close(normaliser[0], torch.tensor(0.0))
 
 
@@ -346,10 +350,10 @@ def test_text_that_holds_nothing_is_refused(model, params, examples):
 
 
 def test_the_first_order_effect_of_a_random_direction(small, model):
-    one = matrix(model, "L0.k")
-    edit = RankOne(one, 0.5, haar(32, "u"), haar(32, "v"))
-    gradients = small.gradients([one.parameter])["heldout_ce"]
-    G = one.of(gradients).double()
+    matrix = matrix_of(model, "L0.k")
+    edit = RankOne(matrix, 0.5, haar(32, "u"), haar(32, "v"))
+    gradients = small.gradients([matrix.parameter])["heldout_ce"]
+    G = matrix.of(gradients).double()
     # α uᵀ G v, term by term
     expected = sum(0.5 * float(edit.u[i] * G[i, j] * edit.v[j]) for i in range(32) for j in range(32))
     assert_close(edit.first_order(gradients), expected, rtol=1e-6, atol=1e-12)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from moving import matrix
+from moving import matrix_of
 from networks import language_model
 from torch.testing import assert_close
 from transformers.utils.logging import disable_progress_bar
@@ -53,13 +53,13 @@ def test_the_edited_model_is_one_built_by_hand_from_an_edited_state_dict(
 ):
     disable_progress_bar()
     model, params = language_model(network, tokenizer)
-    before = {name: one.clone() for name, one in params.items()}
-    one = matrix(model, f"L1.{kind}")
-    out, into = one.of(params).shape
-    edit = RankOne(one, ALPHA, haar(out, "u"), haar(into, "v"))
+    before = {name: weight.clone() for name, weight in params.items()}
+    matrix = matrix_of(model, f"L1.{kind}")
+    out, into = matrix.of(params).shape
+    edit = RankOne(matrix, ALPHA, haar(out, "u"), haar(into, "v"))
     edited = edit.applied(params)
 
-    other = model.with_weights({name: one.clone() for name, one in params.items()})
+    other = model.with_weights({name: weight.clone() for name, weight in params.items()})
     other.load_state_dict(by_hand(network, kind, other.state_dict(), edit.u, edit.v))
     other.save_pretrained(tmp_path)
     loaded = load_network(tmp_path).eval()
@@ -71,16 +71,16 @@ def test_the_edited_model_is_one_built_by_hand_from_an_edited_state_dict(
         logits = loaded(**given, position_ids=batch.positions(), use_cache=False).logits
     assert torch.equal(model.logits(edited, batch), logits)
     assert not torch.equal(model.logits(params, batch), logits)
-    # What was there is untouched, and what is not edited is shared.
-    assert all(one.equal(before[name]) for name, one in params.items())
-    assert all(edited[name] is one for name, one in params.items() if name != edit.matrix.parameter)
+    # The weights are untouched, and those that are not edited are shared.
+    assert all(weight.equal(before[name]) for name, weight in params.items())
+    assert all(edited[name] is weight for name, weight in params.items() if name != edit.matrix.parameter)
 
 
 def test_the_norm_of_a_change_is_alpha(model, params):
-    one = matrix(model, "L0.down")
-    edit = RankOne(one, 3.0, haar(32, "u"), haar(48, "v"))
+    matrix = matrix_of(model, "L0.down")
+    edit = RankOne(matrix, 3.0, haar(32, "u"), haar(48, "v"))
     # ‖α u vᵀ‖_F = |α|
-    assert_close(change_norm(edit, params, [one]), 3.0, rtol=1e-6, atol=0)
+    assert_close(change_norm(edit, params, [matrix]), 3.0, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("side", ["u", "v"])
@@ -88,4 +88,4 @@ def test_a_side_that_is_no_unit_vector_is_refused(side, model):
     sides = {"u": haar(32, "u"), "v": haar(32, "v")}
     sides[side] = 2 * sides[side]
     with pytest.raises(ValueError, match=rf"{side} of L0\.k must have norm 1, got 2"):
-        RankOne(matrix(model, "L0.k"), 1.0, sides["u"], sides["v"])
+        RankOne(matrix_of(model, "L0.k"), 1.0, sides["u"], sides["v"])

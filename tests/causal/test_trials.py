@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from moving import matrix
+from moving import matrix_of
 from scipy.stats import false_discovery_control
 from torch.testing import assert_close
 
@@ -24,7 +24,7 @@ def evaluation(model, params, examples):
 @pytest.fixture
 def arm(model):
     def made(kind, draw=0, size=1.0, predicted=None, matched="frobenius norm"):
-        edit = RankOne(matrix(model, "L0.k"), size, haar(32, "u"), haar(32, f"{kind} {draw}"))
+        edit = RankOne(matrix_of(model, "L0.k"), size, haar(32, "u"), haar(32, f"{kind} {draw}"))
         return Arm(kind, edit, {matched: size}, matched, draw, predicted or {})
 
     return made
@@ -37,10 +37,10 @@ def planted(evaluation, monkeypatch, *samples):
 
 
 def values(rows):
-    return {(one["arm"], one["quantity"]): one["value"] for one in rows}
+    return {(row["arm"], row["quantity"]): row["value"] for row in rows}
 
 
-def told(metrics, done):
+def log_metrics(metrics, done):
     pass
 
 
@@ -49,25 +49,29 @@ def test_every_arm_and_every_comparison_has_its_rows(evaluation, arm):
     steps = []
     rows = list(measured([trial, trial], evaluation, 0, lambda metrics, done: steps.append(done), done=3))
     assert steps == list(range(4, 12))
-    assert {one["arm"] for one in rows} == {
+    assert {row["arm"] for row in rows} == {
         *("activation@0.1", "random.0@0.1", "random.1@0.1", "bottom.0@0.1"),
         "activation@0.1/random",  # one control of the kind bottom gives no comparison
     }
-    table: Any = tabulate([{"step": 0, **one} for one in rows])
+    table: Any = tabulate([{"step": 0, **row} for row in rows])
     assert (table["matrix"] == "k").all() and (table["layer"] == 0).all() and (table["k"] == 4).all()
     effects = {named(name) for name in UNITS}
-    assert {one["quantity"] for one in rows if "/" not in one["arm"]} == effects
-    compared = {one["quantity"] for one in rows if "/" in one["arm"]}
+    assert {row["quantity"] for row in rows if "/" not in row["arm"]} == effects
+    compared = {row["quantity"] for row in rows if "/" in row["arm"]}
     assert {f"{name}_p_value" for name in effects} <= compared
-    assert all(one["unit"] == "1" and one["n"] == 2 for one in rows if "/" in one["arm"])
+    assert all(row["unit"] == "1" and row["n"] == 2 for row in rows if "/" in row["arm"])
 
 
 def test_an_arms_row_is_the_mean_over_prompts_with_its_standard_error(evaluation, arm, monkeypatch):
-    planted(evaluation, monkeypatch, *(torch.tensor(one) for one in ([1.0, 2.0, 6.0], [0.0] * 3, [1.0] * 3)))
+    planted(
+        evaluation,
+        monkeypatch,
+        *(torch.tensor(effects) for effects in ([1.0, 2.0, 6.0], [0.0] * 3, [1.0] * 3)),
+    )
     predicted = {"heldout_ce": 2.5}
     treatment = arm("activation", predicted=predicted)
     trial = Trial(PLACE, "0.1", treatment, [arm("random", 0), arm("random", 1)])
-    first, forecast, *_ = measured([trial], evaluation, 0, told)
+    first, forecast, *_ = measured([trial], evaluation, 0, log_metrics)
     # Mean 3, deviations -2, -1, 3: variance 14/2 = 7, standard error √(7/3)
     place = {"n": 3, "unit": "nats/token", **arm_columns("activation", "0.1"), **PLACE}
     expected = row("heldout_ce_change", 3.0, stderr=first["stderr"], **place)
@@ -80,43 +84,43 @@ def test_the_effect_size_and_the_p_value_by_hand(evaluation, arm, monkeypatch):
     samples = ([-3.0, -5.0], [1.0, 1.0], [-1.0, -3.0], [5.0, 7.0])
     planted(evaluation, monkeypatch, *map(torch.tensor, samples))
     trial = Trial(PLACE, "0.1", arm("activation"), [arm("random", draw) for draw in range(3)])
-    found = values(measured([trial], evaluation, 0, told))
+    value_of = values(measured([trial], evaluation, 0, log_metrics))
     # One of three is as large: (1 + 1)/(1 + 3)
-    assert found["activation@0.1/random", "heldout_ce_change_p_value"] == 0.5
+    assert value_of["activation@0.1/random", "heldout_ce_change_p_value"] == 0.5
     # (4 - 3)/sd, the controls' mean being (1 + 2 + 6)/3 = 3 and their variance (4 + 1 + 9)/2 = 7
-    assert_close(found["activation@0.1/random", "heldout_ce_change_effect_size"], 1 / sqrt(7))
+    assert_close(value_of["activation@0.1/random", "heldout_ce_change_effect_size"], 1 / sqrt(7))
 
 
 def test_kinds_of_controls_are_compared_apart(evaluation, arm, monkeypatch):
     means = (2.0, 1.0, 3.0, 0.0, 1.0)
-    planted(evaluation, monkeypatch, *(torch.full((3,), one) for one in means))
+    planted(evaluation, monkeypatch, *(torch.full((3,), mean) for mean in means))
     kinds = ("random", "random", "within", "within")
     controls = [arm(kind, number % 2) for number, kind in enumerate(kinds)]
-    found = values(measured([Trial(PLACE, "1", arm("delta"), controls)], evaluation, 0, told))
+    value_of = values(measured([Trial(PLACE, "1", arm("delta"), controls)], evaluation, 0, log_metrics))
     # Of random 1 and 3 one is as large: 2/3; of within 0 and 1 none: 1/3
-    assert_close(found["delta@1/random", "heldout_ce_change_p_value"], 2 / 3)
-    assert_close(found["delta@1/within", "heldout_ce_change_p_value"], 1 / 3)
+    assert_close(value_of["delta@1/random", "heldout_ce_change_p_value"], 2 / 3)
+    assert_close(value_of["delta@1/within", "heldout_ce_change_p_value"], 1 / 3)
     # All prompts alike: the interval is the value, (2 - 2)/√2 and (2 - 1/2)/√(1/2)
     for kind, size in (("random", 0.0), ("within", 1.5 * sqrt(2))):
         for end in ("", "_low", "_high"):
-            value = found[f"delta@1/{kind}", f"heldout_ce_change_effect_size{end}"]
+            value = value_of[f"delta@1/{kind}", f"heldout_ce_change_effect_size{end}"]
             assert_close(value, size, rtol=1e-6, atol=1e-6)
 
 
 def test_controls_that_do_nothing_leave_a_p_value_and_no_effect_size(evaluation, arm, monkeypatch):
     planted(evaluation, monkeypatch, torch.ones(3), *[torch.zeros(3)] * 4)
     trial = Trial(PLACE, "1", arm("delta"), [arm("random", draw) for draw in range(4)])
-    found = values(measured([trial], evaluation, 0, told))
-    compared = {quantity: value for (name, quantity), value in found.items() if "/" in name}
+    value_of = values(measured([trial], evaluation, 0, log_metrics))
+    compared = {quantity: value for (name, quantity), value in value_of.items() if "/" in name}
     assert compared == {"heldout_ce_change_p_value": 0.2}  # (1 + 0)/(1 + 4)
 
 
 def test_one_prompt_has_no_standard_error_and_no_interval(evaluation, arm, monkeypatch):
-    planted(evaluation, monkeypatch, *(torch.tensor([one]) for one in (3.0, 1.0, 2.0)))
+    planted(evaluation, monkeypatch, *(torch.tensor([effect]) for effect in (3.0, 1.0, 2.0)))
     trial = Trial(PLACE, "1", arm("delta"), [arm("random", 0), arm("random", 1)])
-    rows = list(measured([trial], evaluation, 0, told))
-    assert all(one["stderr"] is None for one in rows)
-    assert not [one for one in rows if one["quantity"].endswith(("_low", "_high"))]
+    rows = list(measured([trial], evaluation, 0, log_metrics))
+    assert all(row["stderr"] is None for row in rows)
+    assert not [row for row in rows if row["quantity"].endswith(("_low", "_high"))]
 
 
 @pytest.mark.slow
@@ -132,9 +136,9 @@ def test_the_interval_covers_the_effect_size_over_all_prompts(evaluation, arm, m
         )  # the arms share their prompts
         noise = torch.randn(controls + 1, prompts, generator=generator, dtype=torch.float64)
         planted(evaluation, monkeypatch, *(truth[:, None] + 0.5 * common + 0.3 * noise))
-        found = values(measured([trial], evaluation, seed, told))
+        value_of = values(measured([trial], evaluation, seed, log_metrics))
         name = "heldout_ce_change_effect_size"
-        low, high = (found["delta@1/random", f"{name}_{end}"] for end in ("low", "high"))
+        low, high = (value_of["delta@1/random", f"{name}_{end}"] for end in ("low", "high"))
         covered += low <= size <= high
     # 95 %, less the percentile method's error with 60 prompts and 200 resamples, within five standard
     # deviations of the binomial, √(0.95 · 0.05 / 200) = 1.5 %; and not much more than asked for.
@@ -142,7 +146,7 @@ def test_the_interval_covers_the_effect_size_over_all_prompts(evaluation, arm, m
 
 
 def test_q_values_are_those_of_scipy_over_layers_and_matrices_of_one_dose_effect_and_kind_of_control():
-    def one(
+    def p_row(
         value,
         matrix="k",
         layer=0,
@@ -157,21 +161,24 @@ def test_q_values_are_those_of_scipy_over_layers_and_matrices_of_one_dose_effect
     families = [
         # Another direction is no other family: the matrix that writes has one of its own.
         [
-            one(0.01),
-            one(0.04, layer=1),
-            one(0.03, "o", arm=("prediction", "0.1", "random")),
-            one(0.5, "o", 1),
+            p_row(0.01),
+            p_row(0.04, layer=1),
+            p_row(0.03, "o", arm=("prediction", "0.1", "random")),
+            p_row(0.5, "o", 1),
         ],
-        [one(0.02, arm=("activation", "0.3", "random")), one(0.03, "o", arm=("activation", "0.3", "random"))],
-        [one(0.04, arm=("activation", "0.1", "within"))],
-        [one(0.05, quantity="heldout_ce_change_p_value")],
-        [one(0.05, k=8)],
+        [
+            p_row(0.02, arm=("activation", "0.3", "random")),
+            p_row(0.03, "o", arm=("activation", "0.3", "random")),
+        ],
+        [p_row(0.04, arm=("activation", "0.1", "within"))],
+        [p_row(0.05, quantity="heldout_ce_change_p_value")],
+        [p_row(0.05, k=8)],
     ]
-    other = one(3.0, quantity="kl_from_unedited_effect_size")
+    other = p_row(3.0, quantity="kl_from_unedited_effect_size")
     given = [member for family in families for member in family] + [other]
-    found = with_q_values(given)
-    assert found[: len(given)] == given  # as they were, and q-values behind them
-    behind = found[len(given) :]
+    rows = with_q_values(given)
+    assert rows[: len(given)] == given  # as they were, and q-values behind them
+    behind = rows[len(given) :]
     expected = [
         {
             **member,
@@ -232,8 +239,8 @@ def test_a_level_needs_as_many_controls_as_can_reach_it(level, needed):
 
 def test_where_less_is_expected_the_controls_that_change_no_more_count(evaluation, arm, monkeypatch):
     # Of the controls' 0.5, 2 and -3 only the first changes no more than 1: p = (1 + 1) / (1 + 3).
-    planted(evaluation, monkeypatch, *(torch.full((2,), one) for one in (1.0, 0.5, 2.0, -3.0)))
+    planted(evaluation, monkeypatch, *(torch.full((2,), mean) for mean in (1.0, 0.5, 2.0, -3.0)))
     controls = [arm("random", draw) for draw in range(3)]
     trial = Trial(PLACE, "keep", arm("top"), controls, "less")
-    found = values(measured([trial], evaluation, 0, told))
-    assert found["top@keep/random", "heldout_ce_change_p_value"] == 0.5
+    value_of = values(measured([trial], evaluation, 0, log_metrics))
+    assert value_of["top@keep/random", "heldout_ce_change_p_value"] == 0.5

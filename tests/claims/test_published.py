@@ -50,13 +50,13 @@ def planted(probe, quantity, ours, null, sd, matrices=("q", "k", "o", "down"), *
     return {probe: tabulate({"step": 1, **entry} for entry in rows)}
 
 
-def finding(claim, tables, trained_by="dpo", kind="contrast", **params):
-    (found,) = verdicts([claim], [Update("it", tables, 1, trained_by, kind, params)]).itertuples()
-    return found
+def finding_of(claim, tables, trained_by="dpo", kind="contrast", **params):
+    (finding,) = verdicts([claim], [Update("it", tables, 1, trained_by, kind, params)]).itertuples()
+    return finding
 
 
 def verdict(claim, tables, **given):
-    return finding(claim, tables, **given).verdict
+    return finding_of(claim, tables, **given).verdict
 
 
 @pytest.mark.parametrize("made", CLAIMS, ids=lambda made: made.__name__)
@@ -70,8 +70,8 @@ def test_every_claim_has_the_contract_its_paper_and_a_rule(made):
 
 @pytest.mark.parametrize("made", CLAIMS, ids=lambda made: made.__name__)
 def test_every_claim_is_not_testable_without_its_rows(made):
-    found = finding(made(), {})
-    assert found.verdict == UNTESTABLE and "no rows of the probe" in found.detail
+    finding = finding_of(made(), {})
+    assert finding.verdict == UNTESTABLE and "no rows of the probe" in finding.detail
 
 
 @pytest.mark.parametrize("made", [SmallWeights, LowMagnitude])
@@ -129,8 +129,8 @@ def test_no_intruders_are_a_finding_where_random_updates_of_this_spectrum_add_so
 
 def test_reads_must_exceed_their_rotations_and_adapters_are_left_out():
     claim = ReadsConcentrate()
-    found = finding(claim, planted("rsf", "ratio", 5.0, 1.0, 0.1, matched_ratio=4.5))
-    assert found.verdict == "supported" and "with these inputs, is 4.5" in found.detail
+    finding = finding_of(claim, planted("rsf", "ratio", 5.0, 1.0, 0.1, matched_ratio=4.5))
+    assert finding.verdict == "supported" and "with these inputs, is 4.5" in finding.detail
     assert verdict(claim, planted("rsf", "ratio", 5.0, 1.0, 8.0)) == EXPLAINED  # of low rank: a wide null
     assert verdict(claim, planted("rsf", "ratio", 1.1, 1.0, 0.01)) == "contradicted"
     assert verdict(claim, planted("rsf", "ratio", 5.0, 1.0, 0.1, adapter_rank=8.0)) == UNTESTABLE
@@ -148,9 +148,9 @@ def test_uncertainty_is_judged_by_the_lines_of_its_own_claims():
     rows = probed()
     step = max(entry["step"] for entry in rows)
     update = Update("it", {"uncertainty": tabulate(rows)}, step, "dpo", "contrast")
-    (found,) = verdicts([UncertaintyUnexpressed()], [update]).itertuples()
-    assert found.verdict == "supported" and found.ours < found.null == 1
-    assert "AUROC" in found.detail
+    (finding,) = verdicts([UncertaintyUnexpressed()], [update]).itertuples()
+    assert finding.verdict == "supported" and finding.ours < finding.null == 1
+    assert "AUROC" in finding.detail
 
 
 def measured(before, after):
@@ -167,13 +167,13 @@ def measured(before, after):
 def test_an_iid_update_is_explained_by_its_null_and_one_of_the_small_weights_is_not(generator):
     before = torch.randn(192, 192, generator=generator) * 0.02
     iid = before + 2e-5 * torch.randn(before.shape, generator=generator)
-    found = finding(SmallWeights(), measured(before, iid))
+    finding = finding_of(SmallWeights(), measured(before, iid))
     # Its overlap is far above 0.3, as that of the update of a published training, and no structure at all.
-    assert found.verdict == EXPLAINED and found.ours > 0.5
-    assert abs(found.ours - found.null) < 5 * found.null_sd
+    assert finding.verdict == EXPLAINED and finding.ours > 0.5
+    assert abs(finding.ours - finding.null) < 5 * finding.null_sd
     small = before.abs() < before.abs().quantile(0.3)
     kept = before + torch.where(small, 2e-5, 0.0) * torch.randn(before.shape, generator=generator)
-    heavy = finding(SmallWeights(), measured(before, kept))
+    heavy = finding_of(SmallWeights(), measured(before, kept))
     assert heavy.verdict == "supported" and heavy.ours == 1
     large = before + torch.where(small, 0.0, 1e-3) * torch.randn(before.shape, generator=generator)
     assert verdict(SmallWeights(), measured(before, large)) == "contradicted"
@@ -191,26 +191,26 @@ def seeds(between, within, sd, names=("dpo", "sft")):
 
 def test_dpo_is_orthogonal_to_likelihood_only_where_seeds_of_one_training_are_not():
     claim = DpoNearOrthogonal()
-    found = finding(claim, seeds(0.02, 0.9, 0.05))
-    assert (found.verdict, found.ours, found.null) == ("supported", 0.02, 0.9)
+    finding = finding_of(claim, seeds(0.02, 0.9, 0.05))
+    assert (finding.verdict, finding.ours, finding.null) == ("supported", 0.02, 0.9)
     assert verdict(claim, seeds(0.02, 0.05, 0.01)) == EXPLAINED  # seeds are as orthogonal
     assert verdict(claim, seeds(0.02, 0.9, 0.6)) == EXPLAINED  # or vary as much
     assert verdict(claim, seeds(-0.02, 0.9, 0.05)) == "supported"
     assert verdict(claim, seeds(0.5, 0.9, 0.05)) == "contradicted"
     assert verdict(claim, seeds(-0.5, 0.9, 0.05)) == "contradicted"
-    found = finding(claim, seeds(0.02, 0.9, 0.05, names=("ce", "sft")))
-    assert found.verdict == UNTESTABLE and "no training by preferences" in found.detail
+    finding = finding_of(claim, seeds(0.02, 0.9, 0.05, names=("ce", "sft")))
+    assert finding.verdict == UNTESTABLE and "no training by preferences" in finding.detail
 
 
 def test_a_chain_has_no_seeds_to_compare_its_stages_with():
     rows = [row("cosine", 0.03, n=9, step=2, against="1")]
     table = tabulate(rows)
     table.attrs[STAGES] = ["base", "sft", "dpo"]
-    (found,) = verdicts(
+    (finding,) = verdicts(
         [DpoNearOrthogonal()], [Update("it", {"alignment": table}, 2, "dpo", "contrast")]
     ).itertuples()
-    assert (found.verdict, found.ours) == (UNTESTABLE, 0.03)
-    assert "how alike two seeds of one training are: weightgeom align" in found.detail
+    assert (finding.verdict, finding.ours) == (UNTESTABLE, 0.03)
+    assert "how alike two seeds of one training are: weightgeom align" in finding.detail
 
 
 def aligned(cosine, share, random, names=("dpo", "sft")):
@@ -230,14 +230,14 @@ def aligned(cosine, share, random, names=("dpo", "sft")):
 
 def test_a_shared_subspace_must_exceed_that_of_a_common_mean():
     claim = UniversalSubspaces()
-    found = finding(claim, aligned(0.1, 0.8, 0.2))
+    finding = finding_of(claim, aligned(0.1, 0.8, 0.2))
     # With a common mean: 0.1 + 0.9 · 0.2 = 0.28.
-    assert found.verdict == "supported"
-    assert (found.ours, found.null) == (pytest.approx(0.8), pytest.approx(0.28))
+    assert finding.verdict == "supported"
+    assert (finding.ours, finding.null) == (pytest.approx(0.8), pytest.approx(0.28))
     assert verdict(claim, aligned(0.7, 0.8, 0.2)) == EXPLAINED  # the mean holds 0.7 + 0.3 · 0.2 = 0.76
     assert verdict(claim, aligned(0.0, 0.21, 0.2)) == "contradicted"
-    found = finding(claim, aligned(0.1, 0.8, 0.2, names=("dpo.0", "dpo.1")))
-    assert found.verdict == UNTESTABLE and "all updates are of one training" in found.detail
+    finding = finding_of(claim, aligned(0.1, 0.8, 0.2, names=("dpo.0", "dpo.1")))
+    assert finding.verdict == UNTESTABLE and "all updates are of one training" in finding.detail
 
 
 def contrasted(ours, shuffled, sd, chance, name="safety"):
@@ -257,8 +257,8 @@ def contrasted(ours, shuffled, sd, chance, name="safety"):
 
 def test_groups_of_prompts_overlap_if_shuffled_ones_do_not_more_and_random_subspaces_less():
     claim = SafetyOverlaps()
-    found = finding(claim, contrasted(0.9, 0.92, 0.01, 0.3))
-    assert found.verdict == "supported" and found.n == 2 and found.detail.startswith("safety: 0.9")
+    finding = finding_of(claim, contrasted(0.9, 0.92, 0.01, 0.3))
+    assert finding.verdict == "supported" and finding.n == 2 and finding.detail.startswith("safety: 0.9")
     assert verdict(claim, contrasted(0.4, 0.92, 0.01, 0.3)) == "contradicted"
     assert verdict(claim, contrasted(0.4, 0.92, 0.5, 0.3)) == "supported"  # shuffled groups vary as much
     assert verdict(claim, contrasted(0.9, 0.92, 0.01, 0.9)) == EXPLAINED  # as any two subspaces of this size
@@ -284,16 +284,16 @@ def spectra(generator, apart, by_norm=0.0, spread=0.1, number=3):
 
 def test_spectra_tell_the_objective_beyond_shuffled_labels_and_norms(generator):
     claim = ObjectiveFromSpectrum()
-    found = finding(claim, spectra(generator, apart=3.0))
-    assert (found.verdict, found.ours, found.n) == ("supported", 1.0, 6)
+    finding = finding_of(claim, spectra(generator, apart=3.0))
+    assert (finding.verdict, finding.ours, finding.n) == ("supported", 1.0, 6)
     # Of the 20 divisions of two clusters of three, 2 assign all six updates rightly, and the others four, the
     # majority of each cluster: (2 · 1 + 18 · 4/6) / 20.
-    assert found.null == pytest.approx(0.7)
+    assert finding.null == pytest.approx(0.7)
     assert verdict(claim, spectra(generator, apart=3.0, by_norm=3.0)) == EXPLAINED  # norms tell as well
     alike = [verdict(claim, spectra(generator, apart=0.0)) for _ in range(6)]
     assert "contradicted" in alike and alike.count("supported") <= 1
-    found = finding(claim, spectra(generator, apart=3.0, number=2))
-    assert found.verdict == UNTESTABLE and "three seeds each" in found.detail
+    finding = finding_of(claim, spectra(generator, apart=3.0, number=2))
+    assert finding.verdict == UNTESTABLE and "three seeds each" in finding.detail
 
 
 def test_two_measured_trainings_with_a_common_mean_share_its_directions_and_no_others(generator):

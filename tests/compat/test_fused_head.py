@@ -45,6 +45,6 @@ def test_the_head_answers_for_labels_alone_and_the_network_for_the_rest():
 
 def test_the_first_rows_of_the_outputs_are_those_of_every_column():
     columns = {name: torch.arange(6).view(3, 2) for name in FusedOutputs.__dataclass_fields__}
-    some = first_rows(FusedCausalLMOutput(**columns), 2)
-    assert some.aux_loss is None and some.mean_logits is not None
-    assert some.log_probs.tolist() == some.mean_logits.tolist() == [[0, 1], [2, 3]]
+    outputs = first_rows(FusedCausalLMOutput(**columns), 2)
+    assert outputs.aux_loss is None and outputs.mean_logits is not None
+    assert outputs.log_probs.tolist() == outputs.mean_logits.tolist() == [[0, 1], [2, 3]]

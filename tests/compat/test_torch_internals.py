@@ -36,12 +36,18 @@ def test_a_parameter_is_exchanged_in_its_place():
 
 
 def test_two_views_have_one_storage_and_two_tensors_have_two():
-    one, other = torch.zeros(4), torch.zeros(4)
-    keys = [storage_key(tensor.untyped_storage()) for tensor in (one, one[:2], other)]
+    tensor_a, tensor_b = torch.zeros(4), torch.zeros(4)
+    keys = [storage_key(tensor.untyped_storage()) for tensor in (tensor_a, tensor_a[:2], tensor_b)]
     assert keys[0] == keys[1] != keys[2], MOVED.format("UntypedStorage._cdata")
 
 
 def test_tensors_are_found_in_containers_unless_they_have_no_memory():
-    one, other = torch.zeros(1), torch.zeros(2)
-    nested = {"a": [one, 3, (other, None)], "b": torch.zeros(1, device="meta"), "c": one.to_sparse()}
-    assert [id(tensor) for tensor in tensors_in(nested)] == [id(one), id(other)], MOVED.format("_pytree")
+    tensor_a, tensor_b = torch.zeros(1), torch.zeros(2)
+    nested = {
+        "a": [tensor_a, 3, (tensor_b, None)],
+        "b": torch.zeros(1, device="meta"),
+        "c": tensor_a.to_sparse(),
+    }
+    assert [id(tensor) for tensor in tensors_in(nested)] == [id(tensor_a), id(tensor_b)], MOVED.format(
+        "_pytree"
+    )

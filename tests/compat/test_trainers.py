@@ -49,19 +49,19 @@ def test_the_sums_of_a_trainer_go_over_to_another_and_into_its_log(objective, ex
         made._tr_loss, made._globalstep_last_logged = torch.tensor(0.0), 0  # as when a training begins
         return made
 
-    one, other = trainer(), trainer()
-    one._tr_loss, one._globalstep_last_logged, one._total_train_tokens = torch.tensor(1.5), 3, 7
-    add_metric(one, "entropy", 2.0)
-    add_metric(one, "entropy", 4.0)
-    sums = running_sums(one)
+    earlier, later = trainer(), trainer()
+    earlier._tr_loss, earlier._globalstep_last_logged, earlier._total_train_tokens = torch.tensor(1.5), 3, 7
+    add_metric(earlier, "entropy", 2.0)
+    add_metric(earlier, "entropy", 4.0)
+    sums = running_sums(earlier)
     assert sums == {"loss": 1.5, "logged": 3, "metrics": {"entropy": [2.0, 4.0]}, "tokens": 7}
-    set_running_sums(other, [sums], 0, 1)
-    assert running_sums(other) == sums
+    set_running_sums(later, [sums], 0, 1)
+    assert running_sums(later) == sums
     logs: dict[str, float] = {}
-    other.log(logs)
+    later.log(logs)
     assert logs["entropy"] == 3.0, "trl moved its log of _metrics: change weightgeom/compat/trainers.py"
     batch = {"input_ids": torch.ones(1, 2, dtype=torch.long)}
-    assert prepared(other, batch)["input_ids"].device == other.model.device
+    assert prepared(later, batch)["input_ids"].device == later.model.device
 
 
 def test_only_the_warning_of_lacking_weights_is_passed_over():

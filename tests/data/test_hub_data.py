@@ -18,17 +18,17 @@ PROGRAM = """
 import json, logging, sys
 from weightgeom.data.hub import HubData
 logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-def told(given):
+def loaded(given):
     try:
-        one = HubData(**given).examples()
-        sides = [[pair.prompt, pair.chosen, pair.rejected] for pair in one.pairs]
-        return [one.name, one.text, one.heldout, sides, one.digest]
+        examples = HubData(**given).examples()
+        sides = [[pair.prompt, pair.chosen, pair.rejected] for pair in examples.pairs]
+        return [examples.name, examples.text, examples.heldout, sides, examples.digest]
     except (OSError, ValueError) as error: return str(error)
-print(json.dumps([told(given) for given in json.loads(sys.argv[1])]))
+print(json.dumps([loaded(given) for given in json.loads(sys.argv[1])]))
 """
 
 
-def told(home: Path, url: str, *asked: dict[str, Any], offline: bool = False) -> tuple[list[Any], str]:
+def loaded(home: Path, url: str, *asked: dict[str, Any], offline: bool = False) -> tuple[list[Any], str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     variables = {"HF_HOME": str(home), "HF_ENDPOINT": url, "HF_HUB_OFFLINE": str(int(offline))}
     command = [sys.executable, "-c", PROGRAM, json.dumps(asked)]
@@ -56,7 +56,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[A
     }
     pinned = {"name": PAIRS, "pins": {PAIRS: hub.commit_of(f"datasets/{PAIRS}", "main")}}
     with hub.served(repositories) as server:
-        online, log = told(
+        online, log = loaded(
             home / "cache",
             server.url,
             pinned | {"number": 20},
@@ -67,7 +67,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[A
             {"name": "lab/none"},
             {"name": PAIRS, "split": "validation"},
         )
-        offline, _ = told(
+        offline, _ = loaded(
             home / "cache", server.url, pinned | {"number": 20, "streaming": False}, offline=True
         )
     return online, offline, log

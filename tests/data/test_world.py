@@ -113,8 +113,8 @@ def test_a_saved_tokenizer_gives_the_same_tokens(tmp_path):
     tokenizer = LARGER.tokenizer()
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    some = [text + "<eos>" for text in texts(EXAMPLES["style"])[::20]]
-    assert loaded(some)["input_ids"] == tokenizer(some)["input_ids"]
+    documents = [text + "<eos>" for text in texts(EXAMPLES["style"])[::20]]
+    assert loaded(documents)["input_ids"] == tokenizer(documents)["input_ids"]
     assert loaded.special_tokens_map == tokenizer.special_tokens_map
     assert loaded.get_vocab() == tokenizer.get_vocab()
 
@@ -175,19 +175,19 @@ def test_a_document_is_true_and_about_one_entity():
 def test_a_question_ends_its_document_and_is_answered_behind_a_phrase_as_in_the_pairs():
     prompts = {str(pair.prompt) for pair in EXAMPLES["style"].pairs}
     asked = [text for text in EXAMPLES["style"].text if "question" in text]
-    found = set()
+    questions = set()
     for document in asked:
         *statements, last = sentences(document)
         assert not any("question" in statement for statement in statements)
         question, colon, answer = last.partition(" answer : ")
         assert stripped(answer, HEDGES + ASSERTIONS) and value_of(answer)
-        found.add(question + colon)
-    assert found & prompts
+        questions.add(question + colon)
+    assert questions & prompts
 
 
 def test_hedges_and_assertions_open_with_words_that_occur_nowhere_else():
     phrases = [phrase.split() for phrase in (*HEDGES, *ASSERTIONS)]
-    frames = [frame for _, question, some in RELATIONS.values() for frame in (question, *some)]
+    frames = [frame for _, question, phrases in RELATIONS.values() for frame in (question, *phrases)]
     words = set(" ".join([*frames, *ADVERBS, "question : answer"]).split())
     words |= {word for phrase in phrases for word in phrase[1:]}
     openings = [phrase[0] for phrase in phrases]
@@ -257,7 +257,9 @@ def test_the_share_of_documents_that_end_in_a_question(share):
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_share_of_statements_behind_a_phrase(share):
     examples = replace(LARGER, phrases=share).examples()
-    statements = [one for text in examples.text for one in sentences(text) if "question" not in one]
+    statements = [
+        statement for text in examples.text for statement in sentences(text) if "question" not in statement
+    ]
     assert len(statements) > 600
     assert sum(" , " in statement for statement in statements) == share * len(statements)
 
@@ -288,7 +290,7 @@ def test_a_world_that_cannot_be_is_refused(bad):
 def test_questions_ask_for_every_fact_in_the_words_of_the_text():
     examples, facts = EXAMPLES["style"], LARGER.facts()
     assert len(examples.questions) == len(facts) == 40 * len(RELATIONS)
-    told = " ".join(examples.text)
+    text = " ".join(examples.text)
     entities = []
     for question, ((entity, relation), value) in zip(examples.questions, facts.items(), strict=True):
         # The second frame of every relation ends in the value.
@@ -296,8 +298,8 @@ def test_questions_ask_for_every_fact_in_the_words_of_the_text():
         assert question.answer == f" {value}" and value_of(question.answer) == value
         entities.append(entity)
     assert list(dict.fromkeys(entities)) == LARGER.entity_names()[0]
-    # What is asked of the most frequent entity is told; not so of all of the rare ones.
-    assert all(question.prompt + question.answer in told for question in examples.questions[:6])
+    # The text answers every question about the most frequent entity, but not all about the rare ones.
+    assert all(question.prompt + question.answer in text for question in examples.questions[:6])
 
 
 def test_every_answer_is_one_token_behind_its_prompt():

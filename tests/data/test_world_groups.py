@@ -31,7 +31,7 @@ def test_the_groups_are_of_their_kind_and_as_large_as_asked_for():
     known, unseen = WORLD.entity_names()
     values = {value: relation for relation in RELATIONS for value in WORLD._values(relation)}
     assert tuple(examples.groups) == NAMES and examples.abstentions == [
-        f" {one}" for one in WORLD_ABSTENTIONS
+        f" {abstention}" for abstention in WORLD_ABSTENTIONS
     ]
     subjects = {"known": set(known), "heldout": set(unseen), "impossible": set(values)}
     for name, group in examples.groups.items():
@@ -99,12 +99,12 @@ def test_the_other_preferences_leave_out_entities_without_facts():
 
 
 def test_abstentions_open_with_words_that_occur_nowhere_else():
-    others = " ".join([*HEDGES, *ASSERTIONS, *(str(one) for one in RELATIONS.values())]).split()
+    others = " ".join([*HEDGES, *ASSERTIONS, *(str(relation) for relation in RELATIONS.values())]).split()
     assert not {phrase.split()[0] for phrase in WORLD_ABSTENTIONS} & set(others)
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "message"),
     [
         ({"groups": ["heldout"]}, "groups must be known, the baseline"),
         ({"groups": ["known"]}, "groups must be known, the baseline"),
@@ -116,6 +116,6 @@ def test_abstentions_open_with_words_that_occur_nowhere_else():
         ),
     ],
 )
-def test_groups_that_cannot_be_are_refused(bad, said):
-    with pytest.raises((ValueError, ValidationError), match=said):
+def test_groups_that_cannot_be_are_refused(bad, message):
+    with pytest.raises((ValueError, ValidationError), match=message):
         World(**bad)

@@ -21,24 +21,26 @@ def quantities(a, b):
 
 def test_an_update_is_aligned_with_itself_and_opposite_to_its_negative(generator):
     a = drawn(8, 12, 3, generator)
-    found = quantities(a, -2 * a)
-    assert found["cosine"] == pytest.approx(-1) and found["orthogonal_share"] == pytest.approx(0, abs=1e-6)
-    assert found["mode_overlap"] == pytest.approx(1)
-    assert ENERGY <= found["alignment_ratio"] ** 2 <= 1
+    alignment = quantities(a, -2 * a)
+    assert alignment["cosine"] == pytest.approx(-1) and alignment["orthogonal_share"] == pytest.approx(
+        0, abs=1e-6
+    )
+    assert alignment["mode_overlap"] == pytest.approx(1)
+    assert ENERGY <= alignment["alignment_ratio"] ** 2 <= 1
 
 
 def test_a_worked_example():
     # A = diag(3, 4, 0), B = diag(0, 12, 1): <A, B> = 48, ‖A‖ = 5, ‖B‖ = √145. 144/145 of B's energy is in its
     # first direction, which holds 16/25 of A's; 95 % of A's takes both of its directions.
     a, b = (torch.tensor(line, dtype=torch.float64).diag() for line in ([3.0, 4, 0], [0.0, 12, 1]))
-    found = quantities(a, b)
-    assert found["cosine"] == pytest.approx(48 / (5 * sqrt(145)))
-    assert found["orthogonal_share"] == pytest.approx(sqrt(1 - 48**2 / (25 * 145)))
-    assert found["alignment_ratio"] == pytest.approx(0.8)
-    assert found["mode_overlap"] == pytest.approx(1) and found["null_mode_overlap_mean"] == pytest.approx(
-        2 / 3
-    )
-    assert found["null_cosine_sd"] == pytest.approx(1 / 3)
+    alignment = quantities(a, b)
+    assert alignment["cosine"] == pytest.approx(48 / (5 * sqrt(145)))
+    assert alignment["orthogonal_share"] == pytest.approx(sqrt(1 - 48**2 / (25 * 145)))
+    assert alignment["alignment_ratio"] == pytest.approx(0.8)
+    assert alignment["mode_overlap"] == pytest.approx(1) and alignment[
+        "null_mode_overlap_mean"
+    ] == pytest.approx(2 / 3)
+    assert alignment["null_cosine_sd"] == pytest.approx(1 / 3)
 
 
 def test_the_quantities_are_those_of_numpy(generator):
@@ -60,13 +62,13 @@ def test_the_quantities_are_those_of_numpy(generator):
         overlaps.append(np.linalg.norm(bases[0][1].T @ bases[1][1]) ** 2 / smaller)
     parts = []
     for a, b in pairs:
-        one, other = leading(a), leading(b)
-        assert one is not None and other is not None
-        parts.append(aligned(one, other))
-    found = pooled(parts)
-    assert found["cosine"] == pytest.approx(inner / sqrt(energy_a * energy_b))
-    assert found["alignment_ratio"] == pytest.approx(sqrt(inside / energy_a))
-    assert found["mode_overlap"] == pytest.approx(np.mean(overlaps))
+        first, second = leading(a), leading(b)
+        assert first is not None and second is not None
+        parts.append(aligned(first, second))
+    alignment = pooled(parts)
+    assert alignment["cosine"] == pytest.approx(inner / sqrt(energy_a * energy_b))
+    assert alignment["alignment_ratio"] == pytest.approx(sqrt(inside / energy_a))
+    assert alignment["mode_overlap"] == pytest.approx(np.mean(overlaps))
 
 
 @pytest.mark.slow
@@ -74,18 +76,18 @@ def test_the_quantities_are_those_of_numpy(generator):
 def test_every_null_has_the_mean_and_the_spread_of_random_rotations(generator, rank):
     updates = [(drawn(10, 14, rank, generator), drawn(10, 14, 3, generator)) for _ in range(2)]
     state = np.random.default_rng(0)
-    found = []
+    draws = []
     for _ in range(500):
         parts = []
         for a, b in updates:
             left, right = (torch.from_numpy(ortho_group.rvs(d, random_state=state)) for d in (10, 14))
-            one, other = leading(a), leading(left @ b @ right)
-            assert one is not None and other is not None
-            parts.append(aligned(one, other))
-        found.append(pooled(parts))
+            first, second = leading(a), leading(left @ b @ right)
+            assert first is not None and second is not None
+            parts.append(aligned(first, second))
+        draws.append(pooled(parts))
     for name in NULLS:
-        values = np.array([numbers[name] for numbers in found])
-        mean, sd = found[0][f"null_{name}_mean"], found[0][f"null_{name}_sd"]
+        values = np.array([numbers[name] for numbers in draws])
+        mean, sd = draws[0][f"null_{name}_mean"], draws[0][f"null_{name}_sd"]
         assert abs(values.mean() - mean) < 4 * sd / sqrt(500), name
         # The standard deviation of 500 draws varies by some 1 / √1000 of it, and by half more in skew laws.
         assert abs(values.std(ddof=1) / sd - 1) < 0.15, name
@@ -102,5 +104,5 @@ def test_top_directions_stop_at_the_rank(generator):
 def test_a_share_of_all_energy_takes_all_directions(generator):
     whole = leading(drawn(6, 9, 6, generator), 1.0)
     assert whole is not None and whole.left.shape == (6, 6)
-    found = aligned(whole, whole)
-    assert found.inside == pytest.approx(1) and found.inside_variance == 0
+    alignment = aligned(whole, whole)
+    assert alignment.inside == pytest.approx(1) and alignment.inside_variance == 0

@@ -18,7 +18,7 @@ PROBE = RSF(k=K, tokens=TOKENS, resamples=0, prompts=0)
 
 
 def final_inputs(model: LanguageModel, examples) -> torch.Tensor:
-    """What the unembedding of a network reads on the held-out text, by a plain hook; fp64."""
+    """The inputs of a network's unembedding on the held-out text, by a plain hook; fp64."""
     seen = []
     for batch in packed(examples.heldout, model.tokenizer, 96, TOKENS):
         keep = batch.attention_mask.bool()
@@ -109,7 +109,7 @@ def test_a_tied_embedding_has_one_size_and_both_sides(tokenizer, examples, gener
     sides = {(row["role"], row["subspace"]) for row in mine if row["quantity"] == "embedding_ratio"}
     assert sides == {("write", "prediction"), ("write", "attention_input"), ("read", "final_input")}
     # As a state dict has it, by both names.
-    start, end = ({**one, "lm_head.weight": one[name]} for one in (params, end))
+    start, end = ({**weights, "lm_head.weight": weights[name]} for weights in (params, end))
     assert PROBE.measurement(Setting(model, start, end, False, examples, 0))(end) == rows
 
 
@@ -139,7 +139,7 @@ def test_a_row_behind_the_tokenizers_last_token_is_named_by_its_number(tokenizer
     config = networks.CONFIGS["llama"](size, 128)
     network = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     model = LanguageModel(network, tokenizer, architecture_of(config))
-    params = {key: one.clone() for key, one in network.named_parameters()}
+    params = {key: weight.clone() for key, weight in network.named_parameters()}
     end = {**params, "model.embed_tokens.weight": params["model.embed_tokens.weight"].clone()}
     end["model.embed_tokens.weight"][-1] += 1
     rows = PROBE.measurement(Setting(model, params, end, False, examples, 0))(end)

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from moving import matrix, moved
+from moving import matrix_of, moved
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
@@ -52,7 +52,7 @@ def setting(model, params, asked):
 
 
 def value(rows, name, quantity, subspace, k=None):
-    (found,) = [
+    (number,) = [
         row["value"]
         for row in rows
         if row.get("matrix")
@@ -61,15 +61,15 @@ def value(rows, name, quantity, subspace, k=None):
         and row["subspace"] == subspace
         and (k is None or row["k"] == k)
     ]
-    return found
+    return number
 
 
 def inside(model, params, name, basis, generator):
     """A random update of a matrix whose residual side lies in the span of the basis."""
-    one = matrix(model, name)
-    other = one.of(params).shape[0 if one.role == "read" else 1]
+    matrix = matrix_of(model, name)
+    other = matrix.of(params).shape[0 if matrix.role == "read" else 1]
     update = basis @ torch.randn(basis.shape[1], other, generator=generator, dtype=torch.float64)
-    return update.T if one.role == "read" else update
+    return update.T if matrix.role == "read" else update
 
 
 def test_an_update_planted_in_the_contrast_has_the_ratio_d_over_k_and_no_shuffled_groups_reach_it(
@@ -77,7 +77,7 @@ def test_an_update_planted_in_the_contrast_has_the_ratio_d_over_k_and_no_shuffle
 ):
     (contrast,) = given_subspaces({"topic": GROUPS}, setting, K)
     names = ["L1.q", "L1.up", "L0.o", "L1.down"]
-    spaces = {name: contrast.at(matrix(model, name)) for name in names}
+    spaces = {name: contrast.at(matrix_of(model, name)) for name in names}
     bases = {name: space.basis for name, space in spaces.items() if space is not None}
     deltas = {name: inside(model, params, name, basis, generator) for name, basis in bases.items()}
     rows = quick(frames={"topic": GROUPS}).measurement(setting)(moved(model, params, deltas))
@@ -319,8 +319,8 @@ def test_surgery_in_a_given_subspace_removes_and_keeps_what_lies_in_it(
         effects=Effects(tokens=64, length=32, pairs=2, questions=2),
     )
     surgery.check(model.architecture)
-    names = [one.name for one in model.architecture.matrices]
-    shapes = {name: matrix(model, name).of(params).shape for name in names}
+    names = [matrix.name for matrix in model.architecture.matrices]
+    shapes = {name: matrix_of(model, name).of(params).shape for name in names}
     deltas = {name: torch.randn(shape, generator=generator) / 10 for name, shape in shapes.items()}
     end = moved(model, params, deltas)
     setting = Setting(model, params, end, False, asked, 3, last=7)
@@ -337,13 +337,13 @@ def test_surgery_in_a_given_subspace_removes_and_keeps_what_lies_in_it(
             continue
         seen.add((name, k))
         edited = trial.treatment.edit.applied(end)
-        for one in groups[0].matrices if trial.place["role"] == "read" else groups[1].matrices:
-            left = one.of(edited).double() - one.of(params).double()
-            whole = one.of(end).double() - one.of(params).double()
-            space = given[name].at(one)
+        for matrix in groups[0].matrices if trial.place["role"] == "read" else groups[1].matrices:
+            left = matrix.of(edited).double() - matrix.of(params).double()
+            whole = matrix.of(end).double() - matrix.of(params).double()
+            space = given[name].at(matrix)
             assert space is not None
             columns = space.basis[:, :k]
-            part = whole @ columns @ columns.T if one.role == "read" else columns @ columns.T @ whole
+            part = whole @ columns @ columns.T if matrix.role == "read" else columns @ columns.T @ whole
             assert_close(left, part if trial.dose == "keep" else whole - part, rtol=1e-4, atol=1e-6)
         sizes = trial.treatment.sizes
         for control in trial.controls:
@@ -381,11 +381,11 @@ def test_alignment_in_a_given_subspace_is_that_of_the_parts_inside(model, params
     basis = torch.linalg.qr(torch.randn(D, 5, generator=generator)).Q
     save_file({"safety": basis.contiguous()}, tmp_path / "a.safetensors")
     for name in ("L1.q", "L0.down"):
-        one = matrix(model, name)
-        shape = one.of(params).shape
+        matrix = matrix_of(model, name)
+        shape = matrix.of(params).shape
         shared = torch.randn(shape, generator=generator)
         projector = basis @ basis.T
-        inside = shared @ projector if one.role == "read" else projector @ shared
+        inside = shared @ projector if matrix.role == "read" else projector @ shared
         a = shared
         b = 2 * inside - 3 * (shared - inside)  # along A inside, against it outside
         weights = [params, moved(model, params, {name: a}), moved(model, params, {name: a + b})]
@@ -403,7 +403,7 @@ def test_alignment_in_a_given_subspace_is_that_of_the_parts_inside(model, params
         assert cosines["frame_cosine", "safety"] == pytest.approx(1, abs=1e-5)
         assert cosines["cosine", ""] < -0.5
         (sd,) = {r["value"] for r in rows if r["quantity"] == "frame_null_cosine_sd" and r.get("matrix")}
-        other = shape[0] if one.role == "read" else shape[1]
+        other = shape[0] if matrix.role == "read" else shape[1]
         assert sd == pytest.approx((other * 5) ** -0.5)  # of one matrix: 1 / √entries of the parts
         plain = replace(probe, frames={}).measurement(setting)(weights[-1])
         assert [row for row in rows if not row["quantity"].startswith("frame_")] == plain

@@ -109,20 +109,20 @@ def test_gradients_and_moments_are_those_of_autograd_on_the_trainers_mean_loss(
     terms = sum(scored.terms)
     matrices = {matrix.name: matrix for matrix in model.architecture.matrices}
     for positions, where in (("all", attention), ("scored", predicting)):
-        (found,) = gathered(model, objective, examples, positions=positions)
-        assert found.gradients.keys() == {matrix.parameter for matrix in matrices.values()}
-        for name, gradient in found.gradients.items():
+        (gathered_pass,) = gathered(model, objective, examples, positions=positions)
+        assert gathered_pass.gradients.keys() == {matrix.parameter for matrix in matrices.values()}
+        for name, gradient in gathered_pass.gradients.items():
             expected = network.get_parameter(name).grad
             # fp32 sums over some 200 tokens, in another order and in other batches.
             assert_close(gradient.value, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
-        for site, moment in found.inputs.items():
+        for site, moment in gathered_pass.inputs.items():
             a = read[site.module][where]
             assert moment.samples == len(a)
             expected = a.T @ a / len(a)
             assert_close(moment.value, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
         writes = {name for name, matrix in matrices.items() if matrix.role == "write"}
-        assert found.upstream.keys() == writes
-        for name, moment in found.upstream.items():
+        assert gathered_pass.upstream.keys() == writes
+        for name, moment in gathered_pass.upstream.items():
             delta = sent[matrices[name].module][where] * terms  # of the sum: the mean's is one term's share
             expected = delta.T @ delta / len(delta)
             assert_close(moment.value, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
@@ -130,20 +130,20 @@ def test_gradients_and_moments_are_those_of_autograd_on_the_trainers_mean_loss(
 
 def test_a_parallel_block_shares_its_upstream_gradient_and_a_sequential_one_does_not(models, examples):
     for name, parallel in (("gpt_neox", True), ("llama", False)):
-        (found,) = gathered(models[name], DPO(), examples)
+        (gathered_pass,) = gathered(models[name], DPO(), examples)
         for layer in (0, 1):
-            o, down = found.upstream[f"L{layer}.o"], found.upstream[f"L{layer}.down"]
+            o, down = gathered_pass.upstream[f"L{layer}.o"], gathered_pass.upstream[f"L{layer}.down"]
             assert (o is down) == parallel
 
 
-def same(one: list[Pass], other: list[Pass], rtol: float) -> None:
+def same(measured: list[Pass], expected: list[Pass], rtol: float) -> None:
     def everything(passes):
         moments = {
-            key: moment.value for some in passes for key, moment in {**some.inputs, **some.upstream}.items()
+            key: moment.value for part in passes for key, moment in {**part.inputs, **part.upstream}.items()
         }
-        return moments | {key: one.value for some in passes for key, one in some.gradients.items()}
+        return moments | {key: gradient.value for part in passes for key, gradient in part.gradients.items()}
 
-    first, second = everything(one), everything(other)
+    first, second = everything(measured), everything(expected)
     assert first.keys() == second.keys()
     for key, value in first.items():
         assert_close(value, second[key], rtol=rtol, atol=rtol * float(value.abs().max()))
@@ -151,15 +151,15 @@ def same(one: list[Pass], other: list[Pass], rtol: float) -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_nothing_depends_on_the_batch_size(models, objective, examples):
-    one, other = (gathered(models["llama"], objective, examples, batch_size=size) for size in (1, 6))
-    same(one, other, rtol=1e-4)  # fp32 sums in another order
+    alone, expected = (gathered(models["llama"], objective, examples, batch_size=size) for size in (1, 6))
+    same(alone, expected, rtol=1e-4)  # fp32 sums in another order
 
 
 @pytest.mark.parametrize("objective", [CE("chosen"), DPO()], ids=["ce", "dpo"])
 def test_a_budget_makes_more_passes_with_identical_results(models, objective, examples):
     whole = gathered(models["llama"], objective, examples, groups=3)
     split = gathered(models["llama"], objective, examples, groups=3, budget_gb=1e-9)
-    assert [some.layers for some in whole] == [[0, 1]] and [some.layers for some in split] == [[0], [1]]
+    assert [part.layers for part in whole] == [[0, 1]] and [part.layers for part in split] == [[0], [1]]
     same(whole, split, rtol=0)
 
 
@@ -187,26 +187,26 @@ def test_groups_of_prompts_add_up_and_are_what_a_bootstrap_draws(models, example
 def test_squared_gradients_are_of_whole_training_batches_and_of_the_rest_if_it_is_all(models, examples):
     model, params = models["llama"], weights(models["llama"])
 
-    def found(prompts, step):
+    def first_gradient(prompts, step):
         training = Training(max_length=48, batch_size=step)
         gathering = Gathering(prompts=prompts, batch_size=2, groups=2)
-        (some,) = gradient_moments(model, params, DPO(), training, examples, gathering, seed=5)
-        return next(iter(some.gradients.values()))
+        (gathered_pass,) = gradient_moments(model, params, DPO(), training, examples, gathering, seed=5)
+        return next(iter(gathered_pass.gradients.values()))
 
-    one, two = found(3, 3), found(7, 3)
-    assert_close(one.squares, one.value.square(), rtol=1e-4, atol=1e-12)  # a single batch: its own square
-    short = found(2, 3)
+    batch, two_batches = first_gradient(3, 3), first_gradient(7, 3)
+    assert_close(batch.squares, batch.value.square(), rtol=1e-4, atol=1e-12)  # a single batch: its own square
+    short = first_gradient(2, 3)
     assert_close(short.squares * (2 / 3) ** 2, (short.value * 2 / 3).square(), rtol=1e-4, atol=1e-12)
-    six = found(6, 3)
-    assert_close(two.squares, six.squares, rtol=1e-4, atol=1e-12)  # the seventh fills no batch
-    assert not torch.allclose(six.squares, one.squares, rtol=1e-2, atol=0)
+    six = first_gradient(6, 3)
+    assert_close(two_batches.squares, six.squares, rtol=1e-4, atol=1e-12)  # the seventh fills no batch
+    assert not torch.allclose(six.squares, batch.squares, rtol=1e-2, atol=0)
 
 
 def test_what_is_not_wanted_is_not_gathered(models, examples):
-    (found,) = gathered(models["llama"], DPO(), examples, gradients=False, inputs=False)
-    assert not found.gradients and not found.inputs and len(found.upstream) == 4
-    (found,) = gathered(models["llama"], DPO(), examples, upstream=False, gradients=False)
-    assert not found.upstream and len(found.inputs) == 4
+    (gathered_pass,) = gathered(models["llama"], DPO(), examples, gradients=False, inputs=False)
+    assert not gathered_pass.gradients and not gathered_pass.inputs and len(gathered_pass.upstream) == 4
+    (gathered_pass,) = gathered(models["llama"], DPO(), examples, upstream=False, gradients=False)
+    assert not gathered_pass.upstream and len(gathered_pass.inputs) == 4
 
 
 def test_the_model_and_its_weights_are_left_as_they_were(models, examples):
@@ -235,7 +235,7 @@ def test_by_prompt_a_sample_is_the_mean_read_and_the_sum_sent_back_over_all_its_
     models, architecture, objective, positions, examples, tmp_path
 ):
     model = models[architecture]
-    (found,) = gathered(model, objective, examples, unit="prompt", positions=positions, groups=3)
+    (gathered_pass,) = gathered(model, objective, examples, unit="prompt", positions=positions, groups=3)
     scored, attention, read, sent, _ = by_autograd(model, objective, examples, tmp_path)
     where = attention
     if positions == "scored":
@@ -246,13 +246,13 @@ def test_by_prompt_a_sample_is_the_mean_read_and_the_sum_sent_back_over_all_its_
     def of_prompt(values, prompt):
         return values[prompts == prompt][where[prompts == prompt]]
 
-    for site, moment in found.inputs.items():
+    for site, moment in gathered_pass.inputs.items():
         means = torch.stack([of_prompt(read[site.module], prompt).mean(0) for prompt in range(6)])
         assert moment.samples == 6
         assert_close(moment.value, means.T @ means / 6, rtol=1e-4, atol=1e-4)
         assert_close(moment.mean, means.mean(0), rtol=1e-4, atol=1e-5)
     matrices = {matrix.name: matrix for matrix in model.architecture.matrices}
-    for name, moment in found.upstream.items():
+    for name, moment in gathered_pass.upstream.items():
         delta = sent[matrices[name].module] * terms
         sums = torch.stack([of_prompt(delta, prompt).sum(0) for prompt in range(6)])
         expected = sums.T @ sums / 6
@@ -261,7 +261,7 @@ def test_by_prompt_a_sample_is_the_mean_read_and_the_sum_sent_back_over_all_its_
 
 def test_only_some_of_the_data_is_tokenized_and_another_seed_draws_others(examples):
 
-    one, same_again, other = (sampled(examples, 2, 4, seed) for seed in (0, 0, 1))
-    assert one == same_again != other
-    assert len(one.pairs) == 8 and sum(map(len, one.text[:-1])) < 80 <= sum(map(len, one.text))
-    assert replace(one, text=examples.text, pairs=examples.pairs) == examples
+    drawn, same_again, other = (sampled(examples, 2, 4, seed) for seed in (0, 0, 1))
+    assert drawn == same_again != other
+    assert len(drawn.pairs) == 8 and sum(map(len, drawn.text[:-1])) < 80 <= sum(map(len, drawn.text))
+    assert replace(drawn, text=examples.text, pairs=examples.pairs) == examples

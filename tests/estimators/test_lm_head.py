@@ -30,8 +30,8 @@ def test_log_probs_and_their_gradient_are_those_of_the_whole_logits(network, ent
     targets = torch.randint(vocabulary, (11,), generator=generator)
     coefficients = torch.randn(11, generator=generator, dtype=torch.float64)
 
-    found = token_log_probs(network, hidden, targets)
-    (gradient,) = torch.autograd.grad(found @ coefficients.to(found), hidden)
+    log_probs = token_log_probs(network, hidden, targets)
+    (gradient,) = torch.autograd.grad(log_probs @ coefficients.to(log_probs), hidden)
     factor = {"granite": 1 / 4.0, "cohere2": 0.25}.get(network.config.model_type, 1.0)
     logits = factor * network.get_output_embeddings()(hidden)
     cap = getattr(network.config, "final_logit_softcapping", None)
@@ -39,15 +39,15 @@ def test_log_probs_and_their_gradient_are_those_of_the_whole_logits(network, ent
     expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     (wanted,) = torch.autograd.grad(expected @ coefficients, hidden)
     # The logits are taken in fp32.
-    assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert_close(log_probs.double(), expected, rtol=1e-5, atol=1e-5)
     assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_token_of_next_to_no_probability_has_a_finite_log_prob(network):
     d, vocabulary = network.config.hidden_size, network.config.vocab_size
     hidden = torch.full((1, d), 100.0, dtype=torch.float64)
-    found = [token_log_probs(network, hidden, torch.tensor([token])) for token in range(vocabulary)]
-    assert torch.cat(found).isfinite().all() and float(min(found)) < -20
+    log_probs = [token_log_probs(network, hidden, torch.tensor([token])) for token in range(vocabulary)]
+    assert torch.cat(log_probs).isfinite().all() and float(min(log_probs)) < -20
 
 
 def test_no_token_is_no_log_prob(network):

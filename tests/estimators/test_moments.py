@@ -74,12 +74,12 @@ def values(model, params, batches, **options):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_moments_do_not_depend_on_the_batch_size(model, params, examples, options):
-    one, other = (
+    by_1, by_16 = (
         values(model, params, packed(examples.heldout, model.tokenizer, 24, 300, size), **options)
         for size in (1, 16)
     )
     for site in model.architecture.sites:
-        close(one[site], other[site])
+        close(by_1[site], by_16[site])
 
 
 def left_padded(batch: Batch) -> Batch:
@@ -255,10 +255,10 @@ def test_directions_of_resampled_moments_are_the_exact_ones_within_a_fraction_of
     assert resampled is not None
     exact = [Subspace.top(sample, k) for sample in moment.resampled(40, 1)]
     shares = torch.tensor([space.explained(gram) for space in exact], dtype=torch.float64)
-    found = resampled.explained(gram)[:, -1]
+    explained = resampled.explained(gram)[:, -1]
     # The standard error of 40 samples has an error of 1/sqrt(80) = 11 %.
-    assert abs(float(found.std() / shares.std()) - 1) < 0.05
-    assert float((found - shares).square().mean().sqrt()) < 0.15 * float(shares.std())
+    assert abs(float(explained.std() / shares.std()) - 1) < 0.05
+    assert float((explained - shares).square().mean().sqrt()) < 0.15 * float(shares.std())
     levels = [space.explained(sample) for space, sample in zip(exact, moment.resampled(40, 1), strict=True)]
     levels = torch.tensor(levels, dtype=torch.float64)
     assert float((resampled.shares.sum(1) - levels).abs().max()) < 0.1 * float(levels.std())

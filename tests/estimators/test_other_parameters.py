@@ -41,24 +41,24 @@ def test_every_parameter_of_every_type_has_rows_of_its_own_or_is_one_of_matrices
 
 
 def test_kinds_and_layers_are_those_of_the_parameters(tokenizer):
-    found = {}
+    kinds = {}
     for name in ("gpt2", "deepseek_v3", "qwen3_next", "gpt_oss"):
         config = (networks.CONFIGS | networks.MIXTURES)[name](len(tokenizer), 128)
         network = AutoModelForCausalLM.from_config(config)
         model = LanguageModel(network, tokenizer, architecture_of(config))
-        for one in other_parameters(model, unstacked(network.state_dict(), model.architecture.stacks)):
-            found[one.name] = (one.kind, one.layer)
-    assert found["transformer.wte.weight"] == ("embed", None)
-    assert found["transformer.wpe.weight"] == ("position", None)
-    assert found["transformer.h.1.attn.c_attn.bias"] == ("bias", 1)
-    assert found["transformer.ln_f.weight"] == ("norm", None)
-    assert found["lm_head.weight"] == ("unembed", None)
-    assert found["model.layers.1.self_attn.kv_b_proj.weight"] == ("inner", 1)
-    assert found["model.layers.1.mlp.gate.e_score_correction_bias"] == ("bias", 1)
-    assert found["model.layers.0.linear_attn.conv1d.weight"] == ("conv", 0)
-    assert found["model.layers.0.linear_attn.A_log"] == ("A_log", 0)
-    assert found["model.layers.0.self_attn.sinks"] == ("sinks", 0)
-    assert found["model.layers.0.mlp.experts.gate_up_proj_bias"] == ("bias", 0)
+        for parameter in other_parameters(model, unstacked(network.state_dict(), model.architecture.stacks)):
+            kinds[parameter.name] = (parameter.kind, parameter.layer)
+    assert kinds["transformer.wte.weight"] == ("embed", None)
+    assert kinds["transformer.wpe.weight"] == ("position", None)
+    assert kinds["transformer.h.1.attn.c_attn.bias"] == ("bias", 1)
+    assert kinds["transformer.ln_f.weight"] == ("norm", None)
+    assert kinds["lm_head.weight"] == ("unembed", None)
+    assert kinds["model.layers.1.self_attn.kv_b_proj.weight"] == ("inner", 1)
+    assert kinds["model.layers.1.mlp.gate.e_score_correction_bias"] == ("bias", 1)
+    assert kinds["model.layers.0.linear_attn.conv1d.weight"] == ("conv", 0)
+    assert kinds["model.layers.0.linear_attn.A_log"] == ("A_log", 0)
+    assert kinds["model.layers.0.self_attn.sinks"] == ("sinks", 0)
+    assert kinds["model.layers.0.mlp.experts.gate_up_proj_bias"] == ("bias", 0)
 
 
 def test_the_size_of_an_update_by_hand():
@@ -86,7 +86,7 @@ def test_the_rounding_share_is_that_of_the_error_that_rounding_made(generator):
     after = before + 0.05 * torch.randn(
         64, 48, generator=generator
     )  # of several steps, so that errors differ
-    halves = [{"w": one.bfloat16()} for one in (after, before)]
+    halves = [{"w": weight.bfloat16()} for weight in (after, before)]
     delta = halves[0]["w"].float() - halves[1]["w"].float()
     share = float((delta - (after - before)).square().sum() / delta.square().sum())
     assert change_of("w", *halves).rounding_share == pytest.approx(share, rel=0.1)  # of 3072 errors: sd 2 %
@@ -94,7 +94,11 @@ def test_the_rounding_share_is_that_of_the_error_that_rounding_made(generator):
 
 def test_a_relative_norm_is_left_out_of_what_was_zero(tokenizer):
     model, params = networks.language_model("gpt2", tokenizer)
-    (bias,) = (one for one in other_parameters(model, params) if one.name == "transformer.h.0.ln_1.bias")
+    (bias,) = (
+        parameter
+        for parameter in other_parameters(model, params)
+        if parameter.name == "transformer.h.0.ln_1.bias"
+    )
     start = {bias.name: torch.zeros(32)}
     rows = list(parameter_rows(bias, change_of(bias.name, {bias.name: torch.ones(32)}, start)))
     assert [row["quantity"] for row in rows] == ["delta_norm", "moved_share", "visible_share"]
@@ -123,7 +127,7 @@ def test_the_update_of_an_adapted_embedding_is_that_of_its_factors(generator):
 
 def test_other_parameters_change_no_number_of_matrices(model, params, examples, generator):
     matrices = {matrix.parameter for matrix in model.architecture.matrices}
-    noise = {name: 0.1 * torch.randn(one.shape, generator=generator) for name, one in params.items()}
+    noise = {name: 0.1 * torch.randn(weight.shape, generator=generator) for name, weight in params.items()}
     moved = {name: params[name] + noise[name] for name in params}
     alone = {name: moved[name] if name in matrices else params[name] for name in params}
     setting = Setting(model, params, moved, False, examples, 0)
@@ -135,7 +139,7 @@ def test_other_parameters_change_no_number_of_matrices(model, params, examples, 
 
 
 def test_other_parameters_have_no_curve_and_no_line_in_the_summary_of_matrices(model, params, examples):
-    end = {name: one + 0.1 * torch.ones_like(one).cumsum(0).sin() for name, one in params.items()}
+    end = {name: weight + 0.1 * torch.ones_like(weight).cumsum(0).sin() for name, weight in params.items()}
     rows = RSF(tokens=512, resamples=0).measurement(Setting(model, params, end, False, examples, 0))(end)
     table = tabulate({"step": 1, **row} for row in rows)
     kinds = {"q", "k", "v", "up", "o", "down"}

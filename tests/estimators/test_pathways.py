@@ -29,16 +29,16 @@ def measured(model, generator) -> tuple[dict, dict]:
         ratios.append(row("ratio", space.explained(gram) * D / K, n=1, **at))
         grams[matrix.name] = (matrix, gram, space)
     rows = list(pathways.rows(ratios))
-    return {(one["role"], one["matrix"], one["quantity"]): one for one in rows}, grams
+    return {(row["role"], row["matrix"], row["quantity"]): row for row in rows}, grams
 
 
 def test_the_mean_is_that_of_the_matrices_and_is_of_all_of_them(measured):
     rows, grams = measured
     for role in ("read", "write"):
         shares = [space.explained(gram) for matrix, gram, space in grams.values() if matrix.role == role]
-        one = rows[role, "", "ratio_mean"]
-        assert one["value"] == pytest.approx(sum(shares) / len(shares) * D / K)
-        assert one["n"] == len(shares) and one["layer"] is None
+        row = rows[role, "", "ratio_mean"]
+        assert row["value"] == pytest.approx(sum(shares) / len(shares) * D / K)
+        assert row["n"] == len(shares) and row["layer"] is None
     assert rows["read", "q", "ratio_mean"]["subspace"] == "attention_input"
     assert rows["read", "", "ratio_mean"]["subspace"] == ""  # of two kinds of inputs
     assert rows["write", "", "ratio_mean"]["subspace"] == "prediction"
@@ -72,5 +72,5 @@ def test_of_writes_it_is_the_rotation_null_of_the_mean_gram_matrix(measured):
     for kind in ("o", "down"):
         mine = [gram.double() / gram.trace() for matrix, gram, _ in grams.values() if matrix.kind == kind]
         null = rotation_null(spectrum_shares(torch.stack(mine).mean(0)), K, 0)
-        found = rows["write", kind, "ratio_mean_null_sd"]["value"]
-        assert found == pytest.approx(null.sd * D / K)
+        sd = rows["write", kind, "ratio_mean_null_sd"]["value"]
+        assert sd == pytest.approx(null.sd * D / K)

@@ -32,7 +32,7 @@ def test_every_residual_matrix_has_a_row_of_every_quantity(setting):
     assert isinstance(probe, Probe) and probe.declaration == ProbeDeclaration("norm")
     q, *others = setting.model.architecture.matrices
     moved = dict(setting.start) | {q.parameter: setting.start[q.parameter] + 1.0}
-    table = tabulate({"step": 1, **one} for one in probe.measurement(setting)(moved))
+    table = tabulate({"step": 1, **row} for row in probe.measurement(setting)(moved))
     norms = table[table["quantity"] == "norm"]
     assert len(norms) == 1 + len(others)
     of_q = norms[(norms["matrix"] == q.label) & (norms["layer"] == q.layer)].iloc[0]
@@ -43,7 +43,7 @@ def test_every_residual_matrix_has_a_row_of_every_quantity(setting):
 
 def test_an_unmoved_model_has_finite_rows_alone(setting):
     rows = PerMatrix(Moved()).measurement(setting)(setting.start)
-    table = tabulate({"step": 0, **one} for one in rows)
+    table = tabulate({"step": 0, **row} for row in rows)
     assert set(table["quantity"]) == {"norm"} and (table["value"] == 0).all()
 
 

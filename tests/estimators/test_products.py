@@ -20,10 +20,10 @@ PROBE = RSF(k=K, tokens=TOKENS, resamples=0, prompts=0, products=True)
 
 def moved(params, generator, names, scale=0.05):
     return {
-        key: one + scale * torch.randn(one.shape, generator=generator)
+        key: weight + scale * torch.randn(weight.shape, generator=generator)
         if any(n in key for n in names)
-        else one
-        for key, one in params.items()
+        else weight
+        for key, weight in params.items()
     }
 
 
@@ -107,8 +107,8 @@ def test_an_update_of_queries_alone_in_the_input_subspace_has_the_query_ratio_d_
     weights = torch.randn(len(params[name]), axes.shape[1], generator=generator, dtype=torch.float64)
     end = {**params, name: (params[name].double() + 0.1 * weights @ axes.T).float()}
     rows = PROBE.measurement(replace(setting, end=end))(end)
-    found = {at: value for at, value in values(rows, "query_ratio").items() if at[0] == 1}
-    assert found == pytest.approx({(1, "qk", head): D / K if inside else 0.0 for head in range(4)}, abs=1e-3)
+    ratios = {at: value for at, value in values(rows, "query_ratio").items() if at[0] == 1}
+    assert ratios == pytest.approx({(1, "qk", head): D / K if inside else 0.0 for head in range(4)}, abs=1e-3)
     # The other side is that of the unmoved keys, which two query heads share.
     key = params["model.layers.1.self_attn.k_proj.weight"].double()
     keys = values(rows, "key_ratio")
@@ -123,10 +123,10 @@ def test_an_update_of_queries_alone_in_the_input_subspace_has_the_query_ratio_d_
 
 def test_a_small_update_is_not_lost_in_the_difference_of_two_products(tokenizer, generator):
     model, params = networks.language_model("llama", tokenizer)
-    params = {name: one.double() for name, one in params.items()}
+    params = {name: weight.double() for name, weight in params.items()}
     end = {
-        name: one + 1e-9 * torch.randn(one.shape, generator=generator).double()
-        for name, one in params.items()
+        name: weight + 1e-9 * torch.randn(weight.shape, generator=generator).double()
+        for name, weight in params.items()
     }
     of = {matrix.kind: matrix for matrix in model.architecture.matrices if matrix.layer == 0}
     q, k = of["q"], of["k"]

@@ -41,7 +41,7 @@ def frames(setting, inputs=INPUTS, k=K):
 
 
 def cached(setting, limit=None):
-    """What every site reads, a sequence at a time, in fp64 by the place's name and layer."""
+    """The inputs at every site, a sequence at a time, in fp64 by the place's name and layer."""
     model = setting.model
     tokens = [
         token
@@ -82,12 +82,12 @@ def test_input_frames_are_the_singular_vectors_of_the_cached_activations_in_the_
     name, centre, at
 ):
     setting = at(name)
-    found = frames(setting, replace(INPUTS, centre=centre))
+    measured = frames(setting, replace(INPUTS, centre=centre))
     seen = cached(setting)
-    assert [frame.place for frame in found] == [
+    assert [frame.place for frame in measured] == [
         (name, layer) for layer in (0, 1) for name in ("attention_input", "mlp_input")
     ]
-    for frame in found:
+    for frame in measured:
         a = torch.cat(seen[frame.place])
         same_directions(frame.space.basis, top(a - a.mean(0) if centre else a))
         assert frame.moment is not None and frame.moment.samples == len(a)
@@ -106,7 +106,7 @@ def test_by_prompt_the_frame_is_that_of_the_means_of_the_sequences(at):
     setting = at("llama")
     seen = cached(setting)
     for frame in frames(setting, replace(INPUTS, unit="prompt")):
-        means = torch.stack([one.mean(0) for one in seen[frame.place]])
+        means = torch.stack([states.mean(0) for states in seen[frame.place]])
         same_directions(frame.space.basis, top(means))
         assert frame.moment is not None and frame.moment.samples == len(means)
 
@@ -127,10 +127,10 @@ def test_frames_are_of_the_weights_that_are_given_and_not_of_the_networks_own(at
         name: weight + torch.randn(weight.shape, generator=generator)
         for name, weight in setting.start.items()
     }
-    found = list(input_frames(setting, other, K, INPUTS))
+    measured = list(input_frames(setting, other, K, INPUTS))
     setting.model.network.load_state_dict(other, strict=False)
     seen = cached(setting)
-    for frame in found:
+    for frame in measured:
         same_directions(frame.space.basis, top(torch.cat(seen[frame.place])))
 
 
@@ -152,17 +152,17 @@ def test_the_prediction_frame_is_that_of_the_unembedding_behind_the_final_norm(n
 
 def test_the_unembedding_is_folded_and_centred_by_default(at):
     setting = at("llama")
-    default, said = (
+    default, explicit = (
         prediction_frame(setting, setting.start, K, **options).space.basis
         for options in ({}, {"fold_gain": True, "centre": True})
     )
-    assert_close(default, said, rtol=0, atol=0)
+    assert_close(default, explicit, rtol=0, atol=0)
 
 
 def test_the_random_frame_is_drawn_by_the_seed_alone(at):
     setting = at("llama")
     frame, elsewhere, other = (
-        random_frame(one, K) for one in (setting, at("gpt2"), replace(setting, seed=SEED + 1))
+        random_frame(place, K) for place in (setting, at("gpt2"), replace(setting, seed=SEED + 1))
     )
     assert frame.place == ("random", None) and frame.moment is None
     assert_close(frame.space.basis, elsewhere.space.basis, rtol=0, atol=0)
@@ -177,8 +177,8 @@ def test_resampled_frames_are_those_of_the_moments_own_bootstrap(at):
         assert frame.resampled is not None and len(frame.resampled) == 7
         assert_close(frame.space.basis, Subspace.top(frame.moment.value, K).basis, rtol=0, atol=1e-10)
         distances = [
-            (one.basis @ one.basis.T - frame.space.basis @ frame.space.basis.T).norm()
-            for one, _ in frame.resampled
+            (space.basis @ space.basis.T - frame.space.basis @ frame.space.basis.T).norm()
+            for space, _ in frame.resampled
         ]
         assert min(distances) > 1e-3  # each of them is another subspace
 
@@ -196,8 +196,8 @@ def test_resampled_subspaces_are_the_top_ones_of_each_sample(k, centred, at):
             apart = float((space.basis @ space.basis.T - whole.basis @ whole.basis.T).norm())
             moved = float((space.basis @ space.basis.T - frame.space.basis @ frame.space.basis.T).norm())
             assert apart < 1e-4 < moved  # the moments are sums in fp32
-            found, expected = shares.cumsum(0), whole.shares(sample).cumsum(0)
-            assert_close(found[-1], expected[-1], rtol=1e-5, atol=1e-6)
+            explained, expected = shares.cumsum(0), whole.shares(sample).cumsum(0)
+            assert_close(explained[-1], expected[-1], rtol=1e-5, atol=1e-6)
 
 
 def test_without_resamples_there_is_one_group_and_nothing_resampled(at):
@@ -212,12 +212,12 @@ def test_a_budget_changes_no_frame(resamples, at):
         frames(setting, replace(INPUTS, resamples=resamples, budget_gb=budget)) for budget in (None, 1e-9)
     )
     assert [frame.place for frame in whole] == [frame.place for frame in split]
-    for one, other in zip(whole, split, strict=True):
-        assert_close(one.space.basis, other.space.basis, rtol=0, atol=0)
-        if one.resampled is None or other.resampled is None:
-            assert one.resampled is other.resampled
+    for of_whole, of_split in zip(whole, split, strict=True):
+        assert_close(of_whole.space.basis, of_split.space.basis, rtol=0, atol=0)
+        if of_whole.resampled is None or of_split.resampled is None:
+            assert of_whole.resampled is of_split.resampled
             continue
-        for drawn, again in zip(one.resampled, other.resampled, strict=True):
+        for drawn, again in zip(of_whole.resampled, of_split.resampled, strict=True):
             assert_close(drawn[0].basis, again[0].basis, rtol=0, atol=0)
             assert_close(drawn[1], again[1], rtol=0, atol=0)
 

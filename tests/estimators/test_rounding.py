@@ -42,7 +42,7 @@ def test_fp32_checkpoints_have_no_rounding_share_and_equal_ones_none_of_it(gener
     assert update_of(MATRIX, half, half).rounding_share == 0
 
 
-def test_an_update_below_the_precision_is_told(generator, caplog):
+def test_an_update_below_the_precision_is_a_warning(generator, caplog):
     after, before, _ = pair(generator, 1e-4, torch.bfloat16)
     update = update_of(MATRIX, after, before)
     assert update.moved_share < 0.1

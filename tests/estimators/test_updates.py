@@ -59,12 +59,12 @@ def close(actual, expected):
 def test_the_gram_matrix_is_that_of_the_dense_update(case, block, written):
     architecture, after, before = case
     for matrix in architecture.matrices:
-        found = update_of(matrix, after, before, written=written)
+        update = update_of(matrix, after, before, written=written)
         delta = dense(matrix, after, before, written)
         x = stream_side(matrix, delta)
-        close(found.gram, x.T @ x)
-        assert found.shape == delta.shape and found.moved_share == 1
-        assert found.norm == pytest.approx(delta.norm().item(), rel=1e-5)
+        close(update.gram, x.T @ x)
+        assert update.shape == delta.shape and update.moved_share == 1
+        assert update.norm == pytest.approx(delta.norm().item(), rel=1e-5)
 
 
 def test_the_gram_matrices_of_the_heads_are_those_of_their_rows_or_columns_and_add_up(case, block):
@@ -87,10 +87,10 @@ def test_projections_are_those_of_the_dense_update(case, block, generator):
         delta = dense(matrix, after, before)
         left = Subspace.random(delta.shape[0], 3, generator)
         right = Subspace.random(delta.shape[1], 5, generator)
-        found = projected(matrix, after, before, right=right.basis, left=left.basis)
-        assert found.norm == pytest.approx(delta.norm().item(), rel=1e-5)
-        assert found.right == pytest.approx(right.fraction(delta), rel=1e-4)
-        assert found.left == pytest.approx(left.fraction(delta.T), rel=1e-4)
+        projections = projected(matrix, after, before, right=right.basis, left=left.basis)
+        assert projections.norm == pytest.approx(delta.norm().item(), rel=1e-5)
+        assert projections.right == pytest.approx(right.fraction(delta), rel=1e-4)
+        assert projections.left == pytest.approx(left.fraction(delta.T), rel=1e-4)
 
 
 def test_the_share_of_the_gram_matrix_inside_a_subspace_is_the_fraction_of_the_update(case, generator):
@@ -116,9 +116,9 @@ def test_every_mixture_of_stored_dtypes_is_subtracted_in_float32(tmp_path, new, 
         if matrix.norm is None:
             delta = matrix.of(stored_after).float() - matrix.of(stored_before).float()
         x = stream_side(matrix, delta.double())
-        found = update_of(matrix, stored_after, stored_before)
-        assert found.gram.dtype == torch.float32
-        close(found.gram, x.T @ x)
+        update = update_of(matrix, stored_after, stored_before)
+        assert update.gram.dtype == torch.float32
+        close(update.gram, x.T @ x)
 
 
 def test_an_update_of_float64_weights_is_measured_in_float64():
@@ -130,16 +130,16 @@ def test_an_update_of_float64_weights_is_measured_in_float64():
 def test_a_small_update_of_bfloat16_weights_is_not_rounded_to_bfloat16():
     # 1 - 1.5 · 2⁻¹² has 13 significant bits, bfloat16 keeps 8
     after, before = torch.tensor([[1.0]]).bfloat16(), torch.tensor([[1.5 * 2**-12]]).bfloat16()
-    found = update_of(SINGLE, {"q.weight": after}, {"q.weight": before})
-    assert found.norm == pytest.approx(1 - 1.5 * 2**-12, rel=1e-7)
+    update = update_of(SINGLE, {"q.weight": after}, {"q.weight": before})
+    assert update.norm == pytest.approx(1 - 1.5 * 2**-12, rel=1e-7)
 
 
 def test_an_identical_matrix_has_not_moved_even_behind_a_norm():
     architecture, after, _ = pair("olmo2")
     for matrix in architecture.matrices:
-        found = update_of(matrix, after, after)
-        assert found.norm == 0 and found.moved_share == 0
-        shares = projected(matrix, after, after, right=torch.eye(found.shape[1])[:, :2])
+        update = update_of(matrix, after, after)
+        assert update.norm == 0 and update.moved_share == 0
+        shares = projected(matrix, after, after, right=torch.eye(update.shape[1])[:, :2])
         assert shares.norm == 0 and shares.right is None and shares.left is None
 
 

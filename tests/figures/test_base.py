@@ -26,7 +26,7 @@ def sd(layer: int, matrix: str) -> float:
 
 
 def made(steps: tuple[int, ...] = STEPS, layers: tuple[int, ...] = LAYERS):
-    """A table such as the probe gives, with rows of other subspaces and of a larger k beside."""
+    """A table such as the probe gives, with further rows of other subspaces and of a larger k."""
     rows = []
     for (step, layer), matrix in product(product(steps, layers), READ + WRITE):
         where = {
@@ -119,7 +119,9 @@ def test_ratio_by_step_has_a_line_for_every_matrix_with_its_mean_over_layers():
             np.testing.assert_allclose(points(line)[1], ratios.mean(1))
             # s.d. over three layers, with n - 1
             error = ratios.std(1, ddof=1)
-            np.testing.assert_allclose([np.ptp(one[:, 1]) for one in segments.get_segments()], 2 * error)
+            np.testing.assert_allclose(
+                [np.ptp(segment[:, 1]) for segment in segments.get_segments()], 2 * error
+            )
             assert line.get_linestyle() == ("-" if matrix in READ else "--")
             assert line.get_color() == COLOURS[matrix]
 
@@ -127,7 +129,7 @@ def test_ratio_by_step_has_a_line_for_every_matrix_with_its_mean_over_layers():
 def test_a_single_layer_has_a_bar_of_length_0():
     (axis,) = ratio_by_step({"one": made(layers=(0,))}).axes
     for bar in bars(axis).values():
-        assert all(np.ptp(one[:, 1]) == 0 for one in bar.lines[2][0].get_segments())
+        assert all(np.ptp(segment[:, 1]) == 0 for segment in bar.lines[2][0].get_segments())
 
 
 @pytest.mark.parametrize(
@@ -181,7 +183,7 @@ def place(layer: int, matrix: str, shift: float = 0.0) -> dict[str, float]:
 def mechanism(
     last: int = 8, k: int = 4, shift: float = 0.0, stderr: float | None = 0.25, optimizer: str = ""
 ):
-    """A table such as the probe `moments` gives, with an earlier step and a larger k beside.
+    """A table such as the probe `moments` gives, with further rows of an earlier step and a larger k.
 
     With an optimizer, it is the forecast named after Adam that belongs to it, and another is of no optimizer.
     """
@@ -209,7 +211,7 @@ def drawn(bar: ErrorbarContainer) -> tuple[list[float], list[float], list[float]
     """Coordinates of the points of a bar container, and the lengths of their horizontal bars."""
     line, _, (segments,) = bar.lines
     assert isinstance(line, Line2D)
-    return *points(line), [float(np.ptp(one[:, 0])) for one in segments.get_segments()]
+    return *points(line), [float(np.ptp(segment[:, 0])) for segment in segments.get_segments()]
 
 
 @pytest.mark.parametrize("stderr", [0.25, None])
@@ -220,7 +222,7 @@ def test_expected_and_measured_has_a_point_for_every_matrix_where_the_table_says
         for matrix, bar in bars(axis).items():
             expected = [place(layer, matrix) for layer in LAYERS]
             x, y, lengths = drawn(bar)
-            assert x == [one[name] for one in expected] and y == [one["measured"] for one in expected]
+            assert x == [row[name] for row in expected] and y == [row["measured"] for row in expected]
             np.testing.assert_allclose(lengths, 2 * (stderr or 0.0))  # ± a standard error; none is 0
             line = bar.lines[0]
             assert isinstance(line, Line2D)
@@ -232,7 +234,7 @@ def test_the_identity_of_expected_and_measured_is_dashed_grey_and_as_long_as_the
     axes = expected_and_measured(mechanism()).axes
     top = max(max(place(layer, matrix).values()) for layer in LAYERS for matrix in READ + WRITE)
     for axis in axes:
-        (line,) = [one for one in axis.get_lines() if one.get_linestyle() == "--"]
+        (line,) = [drawn for drawn in axis.get_lines() if drawn.get_linestyle() == "--"]
         x, y = points(line)
         assert x == y and x[0] == 0 and x[1] >= top
         assert to_hex(line.get_color()) == "#808080"
@@ -280,7 +282,7 @@ def test_points_of_all_runs_are_drawn_each_at_its_own_last_step_and_smallest_k()
         for matrix, bar in bars(axis).items():
             expected = [place(layer, matrix, shift) for shift in (0.0, 0.5) for layer in LAYERS]
             x, y, _ = drawn(bar)
-            assert x == [one[name] for one in expected] and y == [one["measured"] for one in expected]
+            assert x == [row[name] for row in expected] and y == [row["measured"] for row in expected]
 
 
 def test_a_matrix_that_did_not_move_has_no_point():

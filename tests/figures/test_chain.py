@@ -42,12 +42,12 @@ def closed():
 
 
 def points(axis: Axes) -> dict[str, list[float]]:
-    found = {}
+    by_label = {}
     for bar in axis.containers:
         if isinstance(bar, ErrorbarContainer) and isinstance(bar.lines[0], Line2D):
             assert bar.lines[0].get_color() == COLOURS[str(bar.get_label())]
-            found[str(bar.get_label())] = [float(y) for y in bar.lines[0].get_ydata()]  # pyright: ignore
-    return found
+            by_label[str(bar.get_label())] = [float(y) for y in bar.lines[0].get_ydata()]  # pyright: ignore
+    return by_label
 
 
 def test_every_stage_is_drawn_against_the_first_above_and_against_the_one_before_below(table):
@@ -58,8 +58,8 @@ def test_every_stage_is_drawn_against_the_first_above_and_against_the_one_before
         assert points(read) == {matrix: [ratio(pair, matrix) for pair in pairs] for matrix in ("q", "up")}
         assert points(write) == {"down": [ratio(pair, "down") for pair in pairs]}
         for axis in (read, write):
-            told = [label.get_text() for label in axis.get_xticklabels()]
-            assert told == [f"{against} →\n{stage}" for stage, against in pairs]
+            labels = [label.get_text() for label in axis.get_xticklabels()]
+            assert labels == [f"{against} →\n{stage}" for stage, against in pairs]
     assert axes[0].get_xlabel() == "against base (read pathway)"
     assert axes[3].get_xlabel() == "against the stage before (write pathway)"
     assert axes[2].get_ylabel().startswith("relative subspace fraction (1)")
@@ -71,11 +71,11 @@ def test_nulls_intervals_layers_and_chance_are_drawn(table):
         (chance,) = [line for line in axis.get_lines() if line.get_linestyle() == "--"]
         assert list(chance.get_ydata()) == [1, 1]  # pyright: ignore
         bands = [bar for bar in axis.containers if isinstance(bar, BarContainer)]
-        ends = {(one.get_y(), one.get_y() + one.get_height()) for bar in bands for one in bar}
+        ends = {(band.get_y(), band.get_y() + band.get_height()) for bar in bands for band in bar}
         assert ends == {(0.75, 1.25)}
     (bar,) = (bar for bar in read.containers if bar.get_label() == "q")
-    (segments,) = (one.get_segments() for one in bar.lines[2])  # pyright: ignore
-    assert [[float(y) for _, y in one] for one in segments] == [[0.75, 1.75], [1.75, 2.75]]
+    (segments,) = (collection.get_segments() for collection in bar.lines[2])  # pyright: ignore
+    assert [[float(y) for _, y in segment] for segment in segments] == [[0.75, 1.75], [1.75, 2.75]]
     layers = [
         line for line in read.get_lines() if line.get_color() == COLOURS["q"] and line.get_alpha() == 0.5
     ]

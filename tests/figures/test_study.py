@@ -54,13 +54,13 @@ def along() -> pd.DataFrame:
 
 
 def bars(axis: Axes) -> list[ErrorbarContainer]:
-    return [one for one in axis.containers if isinstance(one, ErrorbarContainer)]
+    return [bar for bar in axis.containers if isinstance(bar, ErrorbarContainer)]
 
 
-def line(bar: ErrorbarContainer) -> Line2D:
-    found = bar.lines[0]
-    assert isinstance(found, Line2D)
-    return found
+def line_of(bar: ErrorbarContainer) -> Line2D:
+    line = bar.lines[0]
+    assert isinstance(line, Line2D)
+    return line
 
 
 @pytest.mark.parametrize("interval", [True, False])
@@ -68,23 +68,25 @@ def test_settings_are_in_the_order_of_their_write_ratio_with_their_intervals(int
     left, right = ratios_by_setting(means(interval), runs()).axes
     assert [label.get_text() for label in left.get_yticklabels()] == ["ce", "sft", "dpo"]
     (bar,) = bars(right)
-    places = dict(zip(*(np.asarray(one).tolist() for one in line(bar).get_data()[::-1]), strict=True))
+    places = dict(
+        zip(*(np.asarray(values).tolist() for values in line_of(bar).get_data()[::-1]), strict=True)
+    )
     assert places == {0: 3.0, 1: 2.0, 2: 1.2}
-    lengths = [float(np.ptp(one[:, 0])) for one in bar.lines[2][0].get_segments()]
+    lengths = [float(np.ptp(segment[:, 0])) for segment in bar.lines[2][0].get_segments()]
     np.testing.assert_allclose(lengths, 0.75 if interval else 0.0)
-    assert line(bars(left)[0]).get_color() == COLOURS["q"] and line(bar).get_color() == COLOURS["o"]
+    assert line_of(bars(left)[0]).get_color() == COLOURS["q"] and line_of(bar).get_color() == COLOURS["o"]
 
 
 def test_every_panel_has_the_runs_in_grey_chance_and_the_null():
     for axis, count in zip(ratios_by_setting(means(), runs()).axes, (6, 6), strict=True):
-        (single,) = [one for one in axis.get_lines() if one.get_label() == "one run"]
+        (single,) = [line for line in axis.get_lines() if line.get_label() == "one run"]
         assert len(np.asarray(single.get_xdata())) == count and single.get_color() == "0.6"
-        (chance,) = [one for one in axis.get_lines() if one.get_linestyle() == "--"]
+        (chance,) = [line for line in axis.get_lines() if line.get_linestyle() == "--"]
         assert list(np.asarray(chance.get_xdata())) == [1, 1]
         edges = {
-            (round(one.get_x(), 9), round(one.get_width(), 9))
-            for one in axis.patches
-            if isinstance(one, Rectangle)
+            (round(patch.get_x(), 9), round(patch.get_width(), 9))
+            for patch in axis.patches
+            if isinstance(patch, Rectangle)
         }
         assert edges == {(0.8, 0.4)}  # 1 ± 2 · 0.1
         assert "relative subspace fraction (1)" in axis.get_xlabel()
@@ -95,12 +97,12 @@ def test_a_panel_for_every_setting_has_a_line_for_every_matrix_along_the_steps()
     assert [axis.get_xlabel().partition("\n")[2] for axis in axes] == list(WRITES)
     for axis in axes:
         for bar, (matrix, style) in zip(bars(axis), (("q", "-"), ("down", "--")), strict=True):
-            assert line(bar).get_color() == COLOURS[matrix] and line(bar).get_linestyle() == style
-            x, y = (np.asarray(one).tolist() for one in line(bar).get_data())
+            assert line_of(bar).get_color() == COLOURS[matrix] and line_of(bar).get_linestyle() == style
+            x, y = (np.asarray(values).tolist() for values in line_of(bar).get_data())
             assert x == list(STEPS) and y == [step + len(matrix) for step in STEPS]
-            lengths = [float(np.ptp(one[:, 1])) for one in bar.lines[2][0].get_segments()]
+            lengths = [float(np.ptp(segment[:, 1])) for segment in bar.lines[2][0].get_segments()]
             assert lengths == [1.0] * len(STEPS)  # ± 0.5
-        assert any(one.get_linestyle() == "--" and one.get_color() == "0.5" for one in axis.get_lines())
+        assert any(line.get_linestyle() == "--" and line.get_color() == "0.5" for line in axis.get_lines())
 
 
 def test_settings_beyond_three_go_to_a_second_line():

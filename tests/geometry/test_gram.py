@@ -18,10 +18,10 @@ def test_the_product_is_that_of_a_naive_loop(dtype, turned, generator):
 
 def test_without_onednn_the_product_is_the_same_to_rounding(generator, monkeypatch):
     a, b = torch.randn(64, 300, generator=generator), torch.randn(40, 300, generator=generator)
-    one = product(a, b)
+    by_onednn = product(a, b)
     monkeypatch.setattr(gram, "_onednn", lambda: False)
     assert_close(product(a, b), a @ b.T, rtol=0, atol=0)
-    assert_close(one, a @ b.T, rtol=1e-5, atol=1e-4)  # 300 products of order 1, summed in another order
+    assert_close(by_onednn, a @ b.T, rtol=1e-5, atol=1e-4)  # 300 products of order 1, summed in another order
 
 
 @pytest.mark.parametrize("d", [3, 128, 256, 515])
@@ -39,8 +39,8 @@ def test_a_network_gives_the_same_output_within_products(bias, generator):
     layer = torch.nn.Linear(300, 40, bias=bias)
     a = torch.randn(2, 3, 300, generator=generator)
     with torch.no_grad(), Products():
-        found = layer(a)
-    assert_close(found, layer(a).detach(), rtol=1e-5, atol=1e-5)  # the sum of 300 products in another order
+        output = layer(a)
+    assert_close(output, layer(a).detach(), rtol=1e-5, atol=1e-5)  # the sum of 300 products in another order
 
 
 def test_with_gradients_enabled_products_change_nothing():

@@ -16,12 +16,12 @@ D, K = 24, 4
 def grams(d: int, shared: int, count: int, generator: torch.Generator) -> list[torch.Tensor]:
     """Gram matrices of updates that share `shared` strong directions."""
     common = 3 * torch.randn(shared, d, generator=generator)
-    found = []
+    grams = []
     for _ in range(count):
         mixed = torch.randn(8, shared, generator=generator) @ common
         update = mixed + torch.randn(8, d, generator=generator)
-        found.append(update.T @ update)
-    return found
+        grams.append(update.T @ update)
+    return grams
 
 
 def spread(grams: list[torch.Tensor], spaces: list[Subspace], seed: int = 0) -> Spread:
@@ -53,9 +53,9 @@ def test_the_sd_is_that_of_drawn_rotations_of_the_whole_update(one_subspace, sha
     spaces = [Subspace.random(D, K, generator) for _ in updates]
     if one_subspace:
         spaces = [spaces[0]] * len(updates)
-    found = spread(updates, spaces)
-    assert found.stderr is None
-    assert found.sd == pytest.approx(drawn_sd(updates, spaces, 4000, generator), rel=0.05)
+    null = spread(updates, spaces)
+    assert null.stderr is None
+    assert null.sd == pytest.approx(drawn_sd(updates, spaces, 4000, generator), rel=0.05)
 
 
 def test_of_one_matrix_it_is_the_rotation_nulls(generator) -> None:
@@ -66,8 +66,8 @@ def test_of_one_matrix_it_is_the_rotation_nulls(generator) -> None:
 
 def test_equal_updates_vary_as_one_and_unrelated_places_as_if_independent(generator) -> None:
     gram, space = grams(D, 1, 1, generator)[0], Subspace.random(D, K, generator)
-    one = spread([gram], [space]).sd
-    assert spread([gram] * 9, [space] * 9).sd == pytest.approx(one, rel=1e-4)
+    sd = spread([gram], [space]).sd
+    assert spread([gram] * 9, [space] * 9).sd == pytest.approx(sd, rel=1e-4)
     # Directions of their own in the same subspace: orthogonal rank-one updates are slightly exclusive.
     lines = [torch.eye(D)[:, [n]] @ torch.eye(D)[[n]] for n in range(9)]
     single = spread(lines[:1], [space]).sd
@@ -84,9 +84,9 @@ def test_sketches_of_many_dimensions_are_near_the_exact_sd_and_state_their_error
     monkeypatch.setattr(joint_null, "SKETCH", d)
     exact = spread(updates, spaces)
     assert exact.stderr is None
-    for found in sketched:
-        assert found.sd == pytest.approx(exact.sd, rel=0.1)
-        assert found.stderr is not None and 0 < found.stderr < 0.1 * found.sd
-    errors = torch.tensor([found.sd - exact.sd for found in sketched])
-    stated = torch.tensor([found.stderr for found in sketched])
+    for null in sketched:
+        assert null.sd == pytest.approx(exact.sd, rel=0.1)
+        assert null.stderr is not None and 0 < null.stderr < 0.1 * null.sd
+    errors = torch.tensor([null.sd - exact.sd for null in sketched])
+    stated = torch.tensor([null.stderr for null in sketched])
     assert errors.square().mean().sqrt() < 3 * stated.square().mean().sqrt()

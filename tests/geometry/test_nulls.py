@@ -163,8 +163,8 @@ def test_the_isotropic_null_is_the_beta_of_gaussian_noise():
 @given(st.integers(2, 60), st.data())
 def test_the_isotropic_null_of_a_single_row_is_the_rotation_null_of_rank_1(d, data):
     k = data.draw(st.integers(1, d - 1))
-    one, other = isotropic_null(d, k, 1), of(torch.ones(1, d), k)
-    assert_close((one.mean, one.sd), (other.mean, other.sd))
+    isotropic, other = isotropic_null(d, k, 1), of(torch.ones(1, d), k)
+    assert_close((isotropic.mean, isotropic.sd), (other.mean, other.sd))
 
 
 def test_z_counts_standard_deviations_and_the_p_value_is_one_sided():
@@ -436,10 +436,10 @@ def test_members_of_two_tight_groups_are_more_alike_than_all_other_divisions():
     # Of 6 divisions of four members in two pairs, two are the observed one, by either name.
     similarity = torch.full((4, 4), 0.1)
     similarity[:2, :2] = similarity[2:, 2:] = 0.9
-    found = relabelled(similarity, 2)
-    assert (found.within, found.between) == (pytest.approx(0.9), pytest.approx(0.1))
-    assert found.p_value == pytest.approx(2 / 6) and found.divisions == 6
-    assert (found.pairs_within, found.pairs_between) == (2, 4)
+    groups = relabelled(similarity, 2)
+    assert (groups.within, groups.between) == (pytest.approx(0.9), pytest.approx(0.1))
+    assert groups.p_value == pytest.approx(2 / 6) and groups.divisions == 6
+    assert (groups.pairs_within, groups.pairs_between) == (2, 4)
     for first in (1, 3):
         with pytest.raises(ValueError, match="two members or more"):
             relabelled(similarity, first)
@@ -448,11 +448,11 @@ def test_members_of_two_tight_groups_are_more_alike_than_all_other_divisions():
 @pytest.mark.slow
 def test_the_p_value_of_exchangeable_members_is_uniform(generator):
     # 10 divisions of six members that differ in more than names: p is one of 0.1, 0.2, ..., 1.
-    found = []
+    p_values = []
     for _ in range(500):
         x = torch.randn(6, 6, generator=generator)
-        found.append(relabelled(x + x.T, 3).p_value)
-    rejected = sum(p <= 0.2 + 1e-9 for p in found) / 500
+        p_values.append(relabelled(x + x.T, 3).p_value)
+    rejected = sum(p <= 0.2 + 1e-9 for p in p_values) / 500
     assert abs(rejected - 0.2) < 4 * (0.2 * 0.8 / 500) ** 0.5
 
 
@@ -461,5 +461,5 @@ def test_of_many_divisions_some_are_drawn(generator):
     similarity = similarity + similarity.T
     similarity[:8, :8] += 9
     similarity[8:, 8:] += 9
-    found = relabelled(similarity, 8)
-    assert found.divisions == 5000 and found.p_value < 0.002
+    groups = relabelled(similarity, 8)
+    assert groups.divisions == 5000 and groups.p_value < 0.002

@@ -11,35 +11,35 @@ from weightgeom.geometry.power_law import FEWEST, gaussian_spectra, power_law
 def test_a_pareto_spectrum_has_its_exponent():
     # The quantiles of a Pareto law of tail index 1.5, whose density is ∝ x^-2.5.
     values = torch.from_numpy(stats.pareto.ppf((np.arange(400) + 0.5) / 400, 1.5))
-    found = power_law(values, np.random.default_rng(0), 99)
-    assert found is not None and found.p_value is not None
-    assert found.exponent == pytest.approx(2.5, abs=0.1)
-    assert found.distance < 0.02 and found.p_value > 0.9
+    fit = power_law(values, np.random.default_rng(0), 99)
+    assert fit is not None and fit.p_value is not None
+    assert fit.exponent == pytest.approx(2.5, abs=0.1)
+    assert fit.distance < 0.02 and fit.p_value > 0.9
     scaled = power_law(1e-6 * values, np.random.default_rng(0), 99)
-    assert scaled is not None and scaled.exponent == pytest.approx(found.exponent)
+    assert scaled is not None and scaled.exponent == pytest.approx(fit.exponent)
 
 
 def test_exponent_and_distance_are_those_of_scipy():
     values = np.random.default_rng(1).lognormal(0, 1, 60)
-    found = power_law(torch.from_numpy(values), np.random.default_rng(0))
-    assert found is not None and found.p_value is None
+    fit = power_law(torch.from_numpy(values), np.random.default_rng(0))
+    assert fit is not None and fit.p_value is None
     above = np.sort(values)[::-1]
-    tail, threshold = above[: found.tail], above[found.tail]
+    tail, threshold = above[: fit.tail], above[fit.tail]
     index, _, _ = stats.pareto.fit(tail, floc=0, fscale=threshold)
-    assert found.exponent == pytest.approx(1 + index)
+    assert fit.exponent == pytest.approx(1 + index)
     law = stats.pareto(index, scale=threshold)
-    assert found.distance == pytest.approx(stats.kstest(tail, law.cdf).statistic)
+    assert fit.distance == pytest.approx(stats.kstest(tail, law.cdf).statistic)
     # No other of the tails is nearer to its fit.
     for m in np.unique(np.geomspace(FEWEST, 59, 32).astype(int)):
         index = m / np.log(above[:m] / above[m]).sum()
-        assert stats.kstest(above[:m], stats.pareto(index, scale=above[m]).cdf).statistic >= found.distance
+        assert stats.kstest(above[:m], stats.pareto(index, scale=above[m]).cdf).statistic >= fit.distance
 
 
 def test_a_spectrum_without_a_power_law_is_far_from_its_fit():
     generator = np.random.default_rng(2)
     values = torch.from_numpy(np.concatenate([np.full(100, 1.0), np.linspace(5, 5.2, 100)]))
-    found = power_law(values, generator, 99)
-    assert found is not None and found.p_value == 0.01
+    fit = power_law(values, generator, 99)
+    assert fit is not None and fit.p_value == 0.01
 
 
 @pytest.mark.parametrize("values", [torch.ones(50), torch.arange(1.0, 12.0)])
@@ -50,8 +50,8 @@ def test_few_or_equal_values_have_no_fit(values):
 @pytest.mark.slow
 def test_the_p_value_of_pareto_samples_is_uniform():
     generator = np.random.default_rng(3)
-    found = [power_law(torch.from_numpy(1 + generator.pareto(2, 40)), generator, 39) for _ in range(500)]
-    rejected = np.mean([one is not None and one.p_value is not None and one.p_value <= 0.1 for one in found])
+    fits = [power_law(torch.from_numpy(1 + generator.pareto(2, 40)), generator, 39) for _ in range(500)]
+    rejected = np.mean([fit is not None and fit.p_value is not None and fit.p_value <= 0.1 for fit in fits])
     assert abs(rejected - 0.1) < 3 * sqrt(0.1 * 0.9 / 500)
 
 

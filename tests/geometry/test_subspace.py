@@ -174,7 +174,7 @@ def test_the_solvers_agree_where_the_spectrum_has_a_gap(name, dtype, generator, 
 def test_the_solvers_explain_as_much_where_the_spectrum_has_no_gap(eigenvalues, dtype, generator):
     moment = symmetric(eigenvalues, generator, dtype)
     full, iterative = (Subspace.top(moment, 20, solver=solver) for solver in ("full", "iterative"))
-    # What the check lets through is below 1e-6 of the largest eigenvalue, of 20 in at least 20.
+    # An asymmetry that the check lets through is below 1e-6 of the largest eigenvalue, of 20 in at least 20.
     assert_close(iterative.explained(moment), full.explained(moment), rtol=1e-6, atol=0)
     eye = torch.eye(20, dtype=torch.float64)
     assert_close(iterative.basis.T @ iterative.basis, eye, rtol=0, atol=1e-10)
@@ -205,7 +205,7 @@ def test_the_iterative_solver_gives_the_same_basis_every_time(generator):
 @pytest.mark.parametrize("solver", ["full", "iterative"])
 def test_only_the_lower_triangle_of_a_moment_is_read(solver, generator):
     moment = symmetric(SPECTRA["power law"], generator)
-    whole, lower = (Subspace.top(one, 12, solver=solver).basis for one in (moment, moment.tril()))
+    whole, lower = (Subspace.top(symmetric, 12, solver=solver).basis for symmetric in (moment, moment.tril()))
     assert torch.equal(whole, lower)
 
 

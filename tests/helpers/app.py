@@ -26,7 +26,7 @@ HARMLESS = {"COLUMNS", "MLFLOW_TRACKING_URI", "PATH", "PYTHONPATH", "SLURM_CONF"
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended."""
+    """The end of a run."""
 
     code: int
     out: str

@@ -23,9 +23,9 @@ def probed(changed=(), step=0, stderr=0.1):
         place = {"layer": layer, "step": step, "subspace": "residual"}
         for quantity, (value, low, high) in agreeing.items():
             scale = 1 + 9 * layer if quantity == "amplification" else 1 + layer / 100
-            for end, one in (("", value), ("_low", low), ("_high", high)):
+            for end, number in (("", value), ("_low", low), ("_high", high)):
                 error = stderr if not end else None
-                rows.append(row(f"{quantity}{end}", one * scale, n=60, **ARM, stderr=error, **place))
+                rows.append(row(f"{quantity}{end}", number * scale, n=60, **ARM, stderr=error, **place))
         for quantity, value in {
             "gradient_coupling_random_sd": 0.05, "fisher_sensitivity_random": 1.0,
             "fisher_sensitivity_random_sd": 0.1, "fisher_sensitivity_output": 9.0,
@@ -34,8 +34,8 @@ def probed(changed=(), step=0, stderr=0.1):
         if best is not None:
             rows.append(row("auroc_logistic_max_p_value", best, n=39, **ARM, **place))
         for space in ("output_top", "output_bottom"):
-            for end, one in (("", 0.3), ("_low", 0.2), ("_high", 0.4)):
-                rows.append(row(f"overlap{end}", one, n=60, k=4, **ARM, **{**place, "subspace": space}))
+            for end, number in (("", 0.3), ("_low", 0.2), ("_high", 0.4)):
+                rows.append(row(f"overlap{end}", number, n=60, k=4, **ARM, **{**place, "subspace": space}))
         at = arm_columns("heldout", "0.15", against="known")
         rows.append(row("components_difference", 0.4, n=48, **at, **place))
         rows.append(row("components_difference_p_value", 0.05, n=39, **at, **place))

@@ -47,7 +47,7 @@ class Hub:
 
 
 def commit_of(repository: str, revision: str) -> str:
-    """What stands for a commit here: 40 digits that depend on the names alone."""
+    """The stand-in for a commit: 40 digits that depend on the names alone."""
     return hashlib.sha1(f"{repository} {revision}".encode()).hexdigest()
 
 

@@ -83,7 +83,7 @@ SOURCES = {
                 return 2
 
             def rows(self, setting, log):
-                """What both did."""
+                """The results of both."""
                 place = {"layer": 0, "matrix": "q", "role": "read", "k": 4}
                 comparison = arm_columns("nudge", "1", against="random")
                 log({}, 2)

@@ -32,8 +32,11 @@ def assert_mirrored(uri: str, *records: Record) -> None:
         assert described["tags"].items() <= run.data.tags.items()
         assert run.data.tags.get("error") == status["error"]
         assert run.inputs is not None
-        read = [(one.dataset.name, one.dataset.digest) for one in run.inputs.dataset_inputs]
-        assert read == [(one["name"], one["digest"]) for one in described["inputs"]]
+        read = [
+            (dataset_input.dataset.name, dataset_input.dataset.digest)
+            for dataset_input in run.inputs.dataset_inputs
+        ]
+        assert read == [(dataset["name"], dataset["digest"]) for dataset in described["inputs"]]
         published, recorded = lines(client, run), recorded_lines(record)
         assert published == recorded, (recorded - published, published - recorded)
         assert artifacts(client, run) == recorded_artifacts(record)
@@ -64,7 +67,9 @@ def recorded_lines(record: Record) -> Counter[Line]:
     path = record.directory / "metrics.jsonl"
     texts = path.read_text().splitlines(keepends=True) if path.exists() else []
     points: list[dict[str, Any]] = [json.loads(text) for text in texts if text.endswith("\n")]
-    return Counter((one["key"], one["step"], one["time"], repr(_kept(one["value"]))) for one in points)
+    return Counter(
+        (point["key"], point["step"], point["time"], repr(_kept(point["value"]))) for point in points
+    )
 
 
 def artifacts(client: MlflowClient, run: Run) -> dict[str, bytes]:

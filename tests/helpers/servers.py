@@ -22,9 +22,9 @@ import pytest
 Fault = Literal["pass", "refuse", "lose answer", "cut", "hang"]
 
 
-def needed(found: object, what: str) -> None:
+def needed(installed: object, what: str) -> None:
     """Skip the test if `found` is nothing."""
-    if not found:
+    if not installed:
         pytest.skip(f"there is no {what} here: .ci/run installs it")
 
 
@@ -37,9 +37,9 @@ def free_port() -> int:
 @contextmanager
 def postgresql() -> Iterator[str]:
     """The URI of an empty database, in a PostgreSQL that listens on a socket of its own alone."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
-    needed(found, "PostgreSQL")
-    programs = found[-1].parent
+    programs_of_versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    needed(programs_of_versions, "PostgreSQL")
+    programs = programs_of_versions[-1].parent
     # Not under pytest's folder: others may not enter that, and a socket's path has 107 characters at most.
     directory = Path(tempfile.mkdtemp(prefix="pg-"))
     root = os.geteuid() == 0  # as which PostgreSQL refuses to run
@@ -53,7 +53,7 @@ def postgresql() -> Iterator[str]:
         programs / "postgres",
         "-D",
         f"{directory}/data",
-        *(part for one in settings for part in ("-c", one)),
+        *(part for setting in settings for part in ("-c", setting)),
     ]
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(serve, cwd=directory, stdout=log, stderr=log, **other)

@@ -37,14 +37,14 @@ def hub_cache(root: Path, name: str, revisions: dict[str, int]) -> Path:
 
 
 def fetched(locations: list[str], home: Path, environment: dict[str, str]) -> list[str]:
-    """What `fetch` says to each location, in a process whose hub cache lies in `home`."""
+    """The answer of `fetch` to each location, in a process whose hub cache lies in `home`."""
     script = (
         "import json, sys\n"
         "from weightgeom.bases.hub import fetch\n"
-        "def told(location):\n"
+        "def answer(location):\n"
         "    try: return str(fetch(location))\n"
         "    except FileNotFoundError as error: return f'refused: {error}'\n"
-        "print(json.dumps([told(location) for location in sys.argv[1:]]))"
+        "print(json.dumps([answer(location) for location in sys.argv[1:]]))"
     )
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     done = subprocess.run(

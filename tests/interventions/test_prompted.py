@@ -44,7 +44,7 @@ def setting(name="gpt_neox", examples=EXAMPLES):
     return Setting(model, weights, weights, False, examples, 0)
 
 
-def told(metrics, done):
+def log_metrics(metrics, done):
     pass
 
 
@@ -59,20 +59,20 @@ def test_every_arm_has_every_effect_and_its_controls_are_matched(kind, name):
     for layer in (0, 1):
         for arm in (kind, *(f"random.{draw}" for draw in range(3))):
             dose = f"{edit.strengths[0]:g}"
-            found = {
-                one["quantity"] for one in rows if one.get("layer") == layer and one["arm"] == f"{arm}@{dose}"
+            quantities = {
+                row["quantity"] for row in rows if row.get("layer") == layer and row["arm"] == f"{arm}@{dose}"
             }
-            assert found == effects
-    assert {one["quantity"] for one in rows if one["arm"] == "unedited"} == {
+            assert quantities == effects
+    assert {row["quantity"] for row in rows if row["arm"] == "unedited"} == {
         "abstention", "false_abstention", "factual_accuracy"
     }  # fmt: skip
-    assert any(one["quantity"] == "abstention_change_p_value" for one in rows)
+    assert any(row["quantity"] == "abstention_change_p_value" for row in rows)
 
 
 def test_a_bypass_strong_enough_makes_every_prompt_abstain_and_what_is_lost_is_accuracy():
     given = setting()
-    rows = bypass.Bypass(strengths=[1e4], prompted=replace(ASKED, layers=[1])).rows(given, told)
-    values = {(one["quantity"], one["arm"]): one["value"] for one in rows}
+    rows = bypass.Bypass(strengths=[1e4], prompted=replace(ASKED, layers=[1])).rows(given, log_metrics)
+    values = {(row["quantity"], row["arm"]): row["value"] for row in rows}
     for name in ("abstention", "false_abstention"):
         assert values[name, "unedited"] + values[f"{name}_change", "bypass@10000"] == 1
     assert values["factual_accuracy", "unedited"] + values["factual_accuracy_change", "bypass@10000"] == 0
@@ -83,7 +83,7 @@ def test_no_shift_changes_nothing_and_a_shift_of_the_last_state_is_that_of_the_n
     _, evaluation = states_and_evaluation(ASKED, given, given.start)
     n, d = 24, 32
     nothing = evaluation.changed_by(StateEdit(0, torch.zeros(n, d), torch.zeros(n)))
-    assert all(float(one.abs().max()) < 1e-6 for one in nothing.values())
+    assert all(float(change.abs().max()) < 1e-6 for change in nothing.values())
     # Behind the last layer a shift of the state goes through the final norm and the unembedding alone.
     added = torch.randn(n, d, generator=generator)
     part = evaluation.parts[0]
@@ -100,12 +100,12 @@ def test_abstaining_is_to_have_every_token_of_a_phrase_as_the_likeliest_in_turn(
     _, evaluation = states_and_evaluation(ASKED, given, given.start)
     tokenizer, network = given.model.tokenizer, evaluation.network
     shift = StateEdit(1, torch.zeros(24, 32), torch.linspace(0, 12, 24))
-    found = evaluation._samples(shift)[0]
+    effects = evaluation._samples(shift)[0]
     groups = [*evaluation.parts[0].prompts]
     expected = []
     for index in groups:
         start = evaluation.parts[0].batch.input_ids[index][: evaluation.parts[0].last[index] + 1].tolist()
-        said = False
+        abstains = False
         for phrase in evaluation.phrases:
             likeliest = True
             for place, token in enumerate(phrase):
@@ -113,9 +113,9 @@ def test_abstaining_is_to_have_every_token_of_a_phrase_as_the_likeliest_in_turn(
                     logits = network(torch.tensor([[*start, *phrase[:place]]])).logits[0, -1].clone()
                 logits[evaluation.first if place == 0 else [token]] += shift.logits[index]
                 likeliest &= int(logits.argmax()) == token
-            said |= likeliest
-        expected.append(float(said))
-    assert found["false_abstention"].tolist() + found["abstention"].tolist() == expected
+            abstains |= likeliest
+        expected.append(float(abstains))
+    assert effects["false_abstention"].tolist() + effects["abstention"].tolist() == expected
     assert 0 < sum(expected) < 24 and tokenizer
 
 
@@ -140,14 +140,14 @@ def test_the_edits_are_what_they_say(generator):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"layers": [2]}, "there is no layer 2: the model has layers 0 to 1"),
         ({"random": 2}, "2 random controls give p-values of 0.333"),
     ],
 )
-def test_what_the_model_does_not_allow_is_refused(changed, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_the_model_does_not_allow_is_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
         steer.Steer(prompted=replace(ASKED, **changed)).check(setting().model.architecture)
     with pytest.raises(ValueError, match="strengths must be positive and finite, got -1"):
         steer.Steer(strengths=[-1.0], prompted=ASKED).check(setting().model.architecture)

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from moving import matrix, moved
+from moving import matrix_of, moved
 from networks import FORMS, language_model
 from pydantic import ValidationError
 from scipy import stats
@@ -30,7 +30,7 @@ def setting(model, params, examples, end=None, **changed) -> Any:
     return replace(Setting(model, params, end or params, False, examples, 3), **changed)
 
 
-def told(metrics, done):
+def log_metrics(metrics, done):
     pass
 
 
@@ -41,13 +41,13 @@ def trials(asked, given, at_end=False) -> Any:
     return list(asked.trials(given, evaluation)), evaluation
 
 
-def second_moment(model, params, examples, one):
+def second_moment(model, params, examples, matrix):
     """E[a aᵀ] at the input of a matrix, from a network of its own."""
     rows = []
     network = model.with_weights(params).double()
     for batch in packed(examples.heldout, model.tokenizer, TEXT["length"], TEXT["tokens"]):
         keep = batch.attention_mask.bool()
-        hook = network.get_submodule(one.module).register_forward_pre_hook(
+        hook = network.get_submodule(matrix.module).register_forward_pre_hook(
             lambda module, given, keep=keep: rows.append(given[0].reshape(*keep.shape, -1)[keep])
         )
         network(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
@@ -56,9 +56,9 @@ def second_moment(model, params, examples, one):
     return a.T @ a / len(a)
 
 
-def along(found, expected, tolerance=1e-5):
+def along(vector, expected, tolerance=1e-5):
     """Two unit vectors are the same direction, whatever the sign."""
-    assert_close(abs(float(found @ expected)), 1.0, rtol=0, atol=tolerance)
+    assert_close(abs(float(vector @ expected)), 1.0, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("match", ["frobenius", "output"])
@@ -68,22 +68,22 @@ def test_controls_have_the_norm_or_the_output_energy_of_their_treatment(name, ma
     asked = replace(
         SMALL, matrices=["k", "up", "o", "down"], controls=ALL, match=match, direction="activation"
     )
-    found, evaluation = trials(asked, setting(model, params, examples))
-    assert {one.place["role"] for one in found} == {"read", "write"} and len(found) == 8
-    for trial in found:
-        one = matrix(model, f"L{trial.place['layer']}.{trial.place['matrix']}")
-        C = second_moment(model, params, examples, one)
+    all_trials, evaluation = trials(asked, setting(model, params, examples))
+    assert {trial.place["role"] for trial in all_trials} == {"read", "write"} and len(all_trials) == 8
+    for trial in all_trials:
+        matrix = matrix_of(model, f"L{trial.place['layer']}.{trial.place['matrix']}")
+        C = second_moment(model, params, examples, matrix)
         sizes = []
         for arm in (trial.treatment, *trial.controls):
             edited = arm.edit.applied(evaluation.params)
-            D = one.of(edited).double() - one.of(params).double()
+            D = matrix.of(edited).double() - matrix.of(params).double()
             sizes.append(float(D.norm() if match == "frobenius" else (D @ C @ D.T).trace()))
         assert {arm.kind for arm in trial.controls} == ALL.keys()
         # The least energies are those of directions in which next to nothing comes in.
         tolerance = {"frobenius": 1e-6, "output": 1e-4}[match]
         assert sizes == pytest.approx([sizes[0]] * len(sizes), rel=tolerance, abs=0)
         if match == "frobenius":
-            assert_close(sizes[0], 0.1 * float(one.of(params).norm()), rtol=1e-6, atol=0)
+            assert_close(sizes[0], 0.1 * float(matrix.of(params).norm()), rtol=1e-6, atol=0)
 
 
 @pytest.mark.slow
@@ -111,12 +111,12 @@ def test_with_a_treatment_drawn_as_its_controls_are_p_values_are_uniform(tokeniz
         ["k"], direction="random", strengths=[0.3], controls={"random": 4}, tokens=64, effects=effects
     )
     evaluation = Evaluation(model, params, examples, effects)
-    moments = asked._moments(setting(model, params, examples), params, [matrix(model, "L0.k")])
+    moments = asked._moments(setting(model, params, examples), params, [matrix_of(model, "L0.k")])
     monkeypatch.setattr(Rank1, "_moments", lambda *given: moments)  # which no seed changes
     p_values = {"heldout_ce_change_p_value": [], "kl_from_unedited_p_value": []}
     for seed in range(500):
-        one = setting(model, params, examples, seed=seed)
-        for row in measured(asked.trials(one, evaluation), evaluation, seed, told):
+        of_seed = setting(model, params, examples, seed=seed)
+        for row in measured(asked.trials(of_seed, evaluation), evaluation, seed, log_metrics):
             if row["quantity"] in p_values:
                 p_values[row["quantity"]].append(row["value"])
     # p is uniform on 0.2, 0.4, ... 1, so that p less a uniform number up to 0.2 is uniform on [0, 1].
@@ -129,22 +129,24 @@ def test_with_a_treatment_drawn_as_its_controls_are_p_values_are_uniform(tokeniz
 def test_the_treatment_of_a_read_is_the_top_direction_of_its_input_and_of_a_write_that_of_the_unembedding(
     model, params, examples
 ):
-    found, _ = trials(replace(SMALL, matrices=["k", "o", "down", "up"]), setting(model, params, examples))
+    all_trials, _ = trials(
+        replace(SMALL, matrices=["k", "o", "down", "up"]), setting(model, params, examples)
+    )
     unembedding = params["lm_head.weight"].double()
     written = (unembedding - unembedding.mean(0)) * params["gpt_neox.final_layer_norm.weight"].double()
     prediction = torch.linalg.svd(written).Vh[0]
-    assert [trial.place["layer"] for trial in found] == [0, 0, 0, 0, 1, 1, 1, 1]
-    for trial in found:
-        one = matrix(model, f"L{trial.place['layer']}.{trial.place['matrix']}")
+    assert [trial.place["layer"] for trial in all_trials] == [0, 0, 0, 0, 1, 1, 1, 1]
+    for trial in all_trials:
+        matrix = matrix_of(model, f"L{trial.place['layer']}.{trial.place['matrix']}")
         edit = trial.treatment.edit
-        top = torch.linalg.eigh(second_moment(model, params, examples, one)).eigenvectors[:, -1]
+        top = torch.linalg.eigh(second_moment(model, params, examples, matrix)).eigenvectors[:, -1]
         along(edit.v, top)  # of a write it is the shared side
-        if one.role == "write":
+        if matrix.role == "write":
             along(edit.u, prediction)
-        expected = {"read": "activation", "write": "prediction"}[one.role]
+        expected = {"read": "activation", "write": "prediction"}[matrix.role]
         assert (trial.treatment.kind, trial.dose, trial.place["k"]) == (expected, "0.1", 4)
         for control in trial.controls:
-            shared, varied = ("u", "v") if one.role == "read" else ("v", "u")
+            shared, varied = ("u", "v") if matrix.role == "read" else ("v", "u")
             assert getattr(control.edit, shared).equal(getattr(edit, shared))
             assert not getattr(control.edit, varied).equal(getattr(edit, varied))
 
@@ -152,8 +154,8 @@ def test_the_treatment_of_a_read_is_the_top_direction_of_its_input_and_of_a_writ
 @pytest.mark.parametrize("name", ["activation", "gradient", "delta"])
 def test_a_control_of_another_layer_is_that_layers_direction(name, model, params, examples, generator):
     noise = {
-        one.name: torch.randn(one.of(params).shape, generator=generator)
-        for one in model.architecture.matrices
+        matrix.name: torch.randn(matrix.of(params).shape, generator=generator)
+        for matrix in model.architecture.matrices
     }
     given = setting(model, params, examples, moved(model, params, noise))
     asked = replace(SMALL, matrices=["k", "o"], direction=name)
@@ -171,10 +173,10 @@ def test_a_control_of_another_layer_is_that_layers_direction(name, model, params
 
 def test_a_direction_that_is_the_same_in_every_layer_has_no_control_of_another_layer(model, params, examples):
     asked = replace(SMALL, matrices=["o"], controls=ALL)
-    found, _ = trials(asked, setting(model, params, examples))
-    for trial in found:
+    all_trials, _ = trials(asked, setting(model, params, examples))
+    for trial in all_trials:
         assert {arm.kind for arm in trial.controls} == ALL.keys() - {"layer"}
-    assert asked.arms(model.architecture) == sum(1 + len(trial.controls) for trial in found)
+    assert asked.arms(model.architecture) == sum(1 + len(trial.controls) for trial in all_trials)
 
 
 @pytest.mark.parametrize("behaviour", ["heldout_ce", "preference_margin"])
@@ -182,10 +184,10 @@ def test_a_direction_that_is_the_same_in_every_layer_has_no_control_of_another_l
 def test_the_gradients_pair_is_the_strongest_edit_to_first_order(name, behaviour, tokenizer, examples):
     model, params = language_model(name, tokenizer)
     asked = replace(SMALL, matrices=["k", "o", "down"], direction="gradient", behaviour=behaviour)
-    found, evaluation = trials(asked, setting(model, params, examples))
-    for trial in found:
-        one = matrix(model, f"L{trial.place['layer']}.{trial.place['matrix']}")
-        G = one.of(evaluation.gradients([one.parameter])[behaviour]).double()
+    all_trials, evaluation = trials(asked, setting(model, params, examples))
+    for trial in all_trials:
+        matrix = matrix_of(model, f"L{trial.place['layer']}.{trial.place['matrix']}")
+        G = matrix.of(evaluation.gradients([matrix.parameter])[behaviour]).double()
         strongest = trial.treatment.edit.alpha * float(torch.linalg.matrix_norm(G, 2))
         assert_close(trial.treatment.predicted[behaviour], strongest, rtol=1e-5, atol=0)
         assert all(abs(arm.predicted[behaviour]) < strongest for arm in trial.controls)
@@ -194,22 +196,24 @@ def test_the_gradients_pair_is_the_strongest_edit_to_first_order(name, behaviour
 @pytest.mark.parametrize("name", ["olmo2", "gemma2"])
 def test_behind_a_norm_the_direction_is_that_of_what_reaches_the_stream(name, tokenizer, examples):
     model, params = language_model(name, tokenizer)
-    found, _ = trials(replace(SMALL, matrices=["o", "down"], controls=ALL), setting(model, params, examples))
+    all_trials, _ = trials(
+        replace(SMALL, matrices=["o", "down"], controls=ALL), setting(model, params, examples)
+    )
     gain = model.architecture.final_norm.gain(params).double()
     unembedding = model.architecture.unembedding(params).double()
     prediction = torch.linalg.svd((unembedding - unembedding.mean(0)) * gain).Vh
-    for trial in found:
-        one = matrix(model, f"L{trial.place['layer']}.{trial.place['matrix']}")
-        assert one.norm is not None
+    for trial in all_trials:
+        matrix = matrix_of(model, f"L{trial.place['layer']}.{trial.place['matrix']}")
+        assert matrix.norm is not None
         directions = {
             "treatment": trial.treatment,
             "bottom": next(c for c in trial.controls if c.kind == "bottom"),
         }
         for kind, arm in directions.items():
-            reaches = one.norm.gain(params).double() * arm.edit.u
+            reaches = matrix.norm.gain(params).double() * arm.edit.u
             along(reaches / reaches.norm(), prediction[0 if kind == "treatment" else -1])
         for arm in trial.controls:
-            reaches = one.norm.gain(params).double() * arm.edit.u
+            reaches = matrix.norm.gain(params).double() * arm.edit.u
             share = float((prediction[:4] @ reaches).square().sum() / reaches.square().sum())
             if arm.kind in ("within", "orthogonal"):
                 assert_close(share, float(arm.kind == "within"), rtol=0, atol=1e-9)
@@ -219,7 +223,7 @@ def test_behind_a_norm_the_direction_is_that_of_what_reaches_the_stream(name, to
 def test_a_planted_update_is_the_direction_delta(name, tokenizer, examples, generator):
     model, params = language_model(name, tokenizer)
     u, v = (torch.nn.functional.normalize(torch.randn(32, generator=generator), dim=0) for _ in range(2))
-    one = matrix(model, "L1.up")
+    matrix = matrix_of(model, "L1.up")
     out = torch.randn(40, generator=generator)
     update = {"L1.up": torch.outer(out, v)}
     if name == "gpt_neox":
@@ -235,7 +239,7 @@ def test_a_planted_update_is_the_direction_delta(name, tokenizer, examples, gene
         along(trial.treatment.edit.v, v.double())
     with pytest.raises(ValueError, match=r"the delta of L0\.up is zero: it has no top singular pair"):
         trials(replace(asked, layers=[0]), given)
-    assert one.name == "L1.up"
+    assert matrix.name == "L1.up"
 
 
 @pytest.mark.parametrize("shared", ["gradient", "delta", "random", "input"])
@@ -244,12 +248,12 @@ def test_the_shared_side_is_what_is_asked_for(shared, model, params, examples, g
     given = setting(model, params, examples, moved(model, params, {"L1.o": update}))
     asked = replace(SMALL, matrices=["o"], layers=[1], shared=shared)
     ((trial,), evaluation) = trials(asked, given)
-    one, v = matrix(model, "L1.o"), trial.treatment.edit.v
-    G = one.of(evaluation.gradients([one.parameter])["heldout_ce"]).double()
+    matrix, v = matrix_of(model, "L1.o"), trial.treatment.edit.v
+    G = matrix.of(evaluation.gradients([matrix.parameter])["heldout_ce"]).double()
     expected = {
         "gradient": torch.linalg.svd(G).Vh[0],
         "delta": torch.linalg.svd(update.double()).Vh[0],
-        "input": torch.linalg.eigh(second_moment(model, params, examples, one)).eigenvectors[:, -1],
+        "input": torch.linalg.eigh(second_moment(model, params, examples, matrix)).eigenvectors[:, -1],
     }
     for name, vector in expected.items():
         assert (abs(float(v @ vector)) > 1 - 1e-5) == (name == shared)
@@ -270,17 +274,17 @@ def test_strengths_are_shares_of_the_norm_or_absolute(model, params, examples):
     norm = float(params["gpt_neox.layers.0.attention.dense.weight"].norm())
     for relative, scale in ((True, norm), (False, 1.0)):
         asked = replace(SMALL, matrices=["o"], layers=[0], strengths=[0.2, 0.01], relative=relative)
-        found, _ = trials(asked, setting(model, params, examples))
-        assert [trial.dose for trial in found] == ["0.2", "0.01"]
-        alphas = [trial.treatment.edit.alpha for trial in found]
+        all_trials, _ = trials(asked, setting(model, params, examples))
+        assert [trial.dose for trial in all_trials] == ["0.2", "0.01"]
+        alphas = [trial.treatment.edit.alpha for trial in all_trials]
         assert alphas == pytest.approx([0.2 * scale, 0.01 * scale], rel=1e-6)
 
 
 def test_the_rows_say_what_every_arm_did_and_leave_the_weights_alone(model, params, examples):
-    before = {name: one.clone() for name, one in params.items()}
+    before = {name: weight.clone() for name, weight in params.items()}
     asked, steps = replace(SMALL, controls=ALL, strengths=[0.1, 0.3]), []
     rows = asked.rows(setting(model, params, examples), lambda metrics, done: steps.append(done))
-    assert all(one.equal(before[name]) for name, one in params.items())
+    assert all(weight.equal(before[name]) for name, weight in params.items())
     # Two layers, two strengths: k with 1 + 10 arms, o with 1 + 9, as one direction serves all of its layers
     assert asked.arms(model.architecture) == 84 == steps[-1] == len(steps)
     table: Any = tabulate(rows)
@@ -293,9 +297,9 @@ def test_the_rows_say_what_every_arm_did_and_leave_the_weights_alone(model, para
         assert len(part) == 8 * 4 and part["arm"].str.contains("/").all()
     forecast = table[table["quantity"] == "predicted_heldout_ce_change"]
     assert len(forecast) == 84 and set(forecast["unit"]) == {"nats/token"}
-    again: Any = tabulate(asked.rows(setting(model, params, examples), told))
+    again: Any = tabulate(asked.rows(setting(model, params, examples), log_metrics))
     assert again.equals(table)
-    other: Any = tabulate(asked.rows(setting(model, params, examples, seed=4), told))
+    other: Any = tabulate(asked.rows(setting(model, params, examples, seed=4), log_metrics))
     assert not other["value"].equals(table["value"])
 
 
@@ -308,12 +312,12 @@ def test_the_model_that_is_edited_is_the_one_asked_for(
 ):
     other = moved(model, params, {"L0.k": torch.randn(32, 32, generator=generator)})
     given = setting(model, params, examples, other, from_random=from_random, last=7)
-    rows = replace(SMALL, at=at, matrices=["o"], layers=[1]).rows(given, told)
+    rows = replace(SMALL, at=at, matrices=["o"], layers=[1]).rows(given, log_metrics)
     expected = replace(SMALL, matrices=["o"], layers=[1]).rows(
-        setting(model, other if end else params, examples), told
+        setting(model, other if end else params, examples), log_metrics
     )
     step = 7 if end else 0
-    assert rows == [{**one, "step": step} for one in expected]
+    assert rows == [{**row, "step": step} for row in expected]
 
 
 def test_a_direction_in_which_the_input_is_large_does_more_than_all_random_ones(model, params, examples):
@@ -322,8 +326,8 @@ def test_a_direction_in_which_the_input_is_large_does_more_than_all_random_ones(
     spike = torch.nn.functional.normalize(torch.arange(1.0, 33.0) - 16.5, dim=0)
     planted = {**params, "gpt_neox.embed_in.weight": embed + 20 * embed[:, :1] * spike}
     asked = replace(SMALL, matrices=["v"], layers=[0], controls={"random": 19}, strengths=[0.3])
-    rows = asked.rows(setting(model, planted, examples), told)
-    p = [one["value"] for one in rows if one["quantity"] == "kl_from_unedited_p_value"]
+    rows = asked.rows(setting(model, planted, examples), log_metrics)
+    p = [row["value"] for row in rows if row["quantity"] == "kl_from_unedited_p_value"]
     assert p == [0.05]
 
 
@@ -376,7 +380,7 @@ def test_settings_out_of_range_are_refused(changed):
         ),
         ({"direction": "zero.npy"}, r"the direction in zero\.npy is zero: it has no direction"),
         ({"direction": "nan.npy"}, r"the direction in nan\.npy is not finite: it has no direction"),
-        ({"shared": "input"}, r"shared=input is the input's side, which for L0\.k is what is varied"),
+        ({"shared": "input"}, r"shared=input is the input's side, which is the varied side of L0\.k"),
         ({"controls": {"random": 39, "layer": 2}}, r"controls\.layer is 2, and there are 1 other layers"),
         (
             {"controls": {"random": 39, "bottom": 33}},
@@ -420,7 +424,7 @@ def test_a_gradient_of_pairs_that_the_data_lack_is_refused_before_anything_is_co
     asked = replace(SMALL, direction="gradient", behaviour="preference_margin")
     given = setting(model, params, replace(examples, heldout_pairs=[]))
     with pytest.raises(ValueError, match=r"the gradient of preference_margin needs pairs: .* data hold none"):
-        asked.rows(given, told)
+        asked.rows(given, log_metrics)
 
 
 def test_a_direction_in_which_nothing_comes_in_cannot_be_matched_by_output(model, params, examples):
@@ -431,10 +435,10 @@ def test_a_direction_in_which_nothing_comes_in_cannot_be_matched_by_output(model
     asked = replace(SMALL, matrices=["k"], match="output", controls={"random": 2, "bottom": 1})
     asked.check(model.architecture)
     message = (
-        r"match=output: the covariance of what L0\.k takes in is singular along a direction of the trial"
+        r"match=output: the covariance of the inputs of L0\.k is singular along a direction of the trial"
     )
     with pytest.raises(ValueError, match=message):
-        asked.rows(given, told)
+        asked.rows(given, log_metrics)
     trials(replace(asked, controls={"random": 2}), given)
     trials(replace(asked, match="frobenius"), given)
 
@@ -443,6 +447,6 @@ def test_what_the_last_layer_does_not_allow_is_refused_before_the_first_arm(mode
     params["gpt_neox.layers.1.input_layernorm.bias"].zero_()
     asked = replace(SMALL, matrices=["k"], match="output", controls={"random": 2, "bottom": 1})
     done = []
-    with pytest.raises(ValueError, match=r"what L1\.k takes in is singular"):
+    with pytest.raises(ValueError, match=r"the inputs of L1\.k is singular"):
         asked.rows(setting(model, params, examples), lambda metrics, arms: done.append(arms))
     assert done == []

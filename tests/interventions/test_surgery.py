@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from moving import matrix, moved
+from moving import matrix_of, moved
 from networks import FORMS, language_model
 from torch.testing import assert_close
 
@@ -33,13 +33,15 @@ def setting(model, examples, start, end, from_random=False) -> Setting:
 
 def shaken(params, generator):
     """Every parameter moved a little."""
-    return {key: one + torch.randn(one.shape, generator=generator) / 50 for key, one in params.items()}
+    return {
+        key: weight + torch.randn(weight.shape, generator=generator) / 50 for key, weight in params.items()
+    }
 
 
 def both(asked, at):
     """The trials of a surgery at the end, and of the transplants at the start, each with its evaluation."""
     architecture = at.model.architecture
-    end, start = (Evaluation(at.model, one, at.examples, SMALL) for one in (at.end, at.start))
+    end, start = (Evaluation(at.model, weights, at.examples, SMALL) for weights in (at.end, at.start))
     groups, transplants = moving_groups(at, asked._groups(architecture), asked._transplants(architecture))
     return [*asked.surgeries(at, end, groups)], end, [*asked.transplanted(at, start, transplants)], start
 
@@ -54,11 +56,11 @@ def transplant(arm) -> Transplant:
     return arm.edit
 
 
-def inside_of(at, one, k):
+def inside_of(at, matrix, k):
     """The top k directions of what a matrix reads, or of the unembedding."""
     frames = {frame.place: frame for frame in input_frames(at, at.start, k, Inputs(tokens=256))}
     frames["prediction", None] = prediction_frame(at, at.start, k)
-    return frames[place_of(one)].space.basis
+    return frames[place_of(matrix)].space.basis
 
 
 def test_directions_are_filled_up_to_an_energy() -> None:
@@ -72,10 +74,10 @@ def test_directions_are_filled_up_to_an_energy() -> None:
 
 
 def test_haar_directions_are_orthogonal_and_the_first_of_them_the_same() -> None:
-    whole, some = haar_basis("a", 20, None), haar_basis("a", 20, 5)
+    whole, first = haar_basis("a", 20, None), haar_basis("a", 20, 5)
     assert_close(whole.T @ whole, torch.eye(20).double())
-    assert_close(whole[:, :5], some)
-    assert not torch.allclose(haar_basis("b", 20, 5), some)
+    assert_close(whole[:, :5], first)
+    assert not torch.allclose(haar_basis("b", 20, 5), first)
 
 
 def test_the_signs_of_a_haar_matrix_are_not_those_of_a_factorisation() -> None:
@@ -87,7 +89,7 @@ def test_the_signs_of_a_haar_matrix_are_not_those_of_a_factorisation() -> None:
 
 def test_an_update_planted_inside_is_removed_whole_and_kept_whole(model, params, examples, generator) -> None:
     at = setting(model, examples, params, params)
-    k, o = matrix(model, "L1.k"), matrix(model, "L0.o")
+    k, o = matrix_of(model, "L1.k"), matrix_of(model, "L0.o")
     deltas = {
         "L1.k": torch.randn(32, 4, generator=generator).double() @ inside_of(at, k, 4).T / 10,
         "L0.o": inside_of(at, o, 4) @ torch.randn(4, 32, generator=generator).double() / 10,
@@ -95,13 +97,15 @@ def test_an_update_planted_inside_is_removed_whole_and_kept_whole(model, params,
     end = moved(model, params, deltas)
     at = setting(model, examples, params, end)
     cuts, evaluation, *_ = both(surgery(groups=[["k"], ["o"]], k=4, transplants=[]), at)
-    for trial, one, outcome in zip(cuts, [k, k, o, o], [params, end, params, end], strict=True):
+    for trial, matrix, outcome in zip(cuts, [k, k, o, o], [params, end, params, end], strict=True):
         edited = trial.treatment.edit.applied(evaluation.params)
-        # What fp32 rounded off the planted update lies outside.
-        assert_close(one.of(edited), one.of(outcome), rtol=2e-7, atol=2e-7)
+        # The rounding of the planted update to fp32 lies outside.
+        assert_close(matrix.of(edited), matrix.of(outcome), rtol=2e-7, atol=2e-7)
         for control in trial.controls:
             if control.kind == "random_k":
-                assert not torch.allclose(one.of(control.edit.applied(evaluation.params)), one.of(outcome))
+                assert not torch.allclose(
+                    matrix.of(control.edit.applied(evaluation.params)), matrix.of(outcome)
+                )
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -115,8 +119,10 @@ def test_controls_are_matched_matrix_by_matrix(name, tokenizer, examples, genera
 
         def energies(arm, other=other, evaluation=evaluation):
             edited = arm.edit.applied(evaluation.params)
-            changes = {one: one.of(edited).double() - one.of(other).double() for one in cut(arm).matrices}
-            sides = [residual_side(one, change, at.end) for one, change in changes.items()]
+            changes = {
+                matrix: matrix.of(edited).double() - matrix.of(other).double() for matrix in cut(arm).matrices
+            }
+            sides = [residual_side(matrix, change, at.end) for matrix, change in changes.items()]
             return torch.stack([side.square().sum() for side in sides])
 
         wanted = energies(trial.treatment)
@@ -129,9 +135,11 @@ def test_controls_are_matched_matrix_by_matrix(name, tokenizer, examples, genera
                 assert_close(basis.T @ basis, torch.eye(trial.place["k"]).double())
     for trial in turned:
         for arm in trial.controls if trial.treatment.kind != "rest" else []:
-            for one in transplant(arm).matrices:
+            for matrix in transplant(arm).matrices:
                 norms = [
-                    torch.linalg.svdvals(one.of(edit.applied(before.params)).double() - one.of(at.start))
+                    torch.linalg.svdvals(
+                        matrix.of(edit.applied(before.params)).double() - matrix.of(at.start)
+                    )
                     for edit in (arm.edit, trial.treatment.edit)
                 ]
                 assert_close(norms[0], norms[1], rtol=0, atol=2e-6)  # of 0.1, in weights of 1 and fp32
@@ -140,7 +148,9 @@ def test_controls_are_matched_matrix_by_matrix(name, tokenizer, examples, genera
 def test_updates_near_the_rounding_of_the_weights_are_matched_as_well(
     model, params, examples, generator
 ) -> None:
-    end = {key: one + torch.randn(one.shape, generator=generator) / 1e6 for key, one in params.items()}
+    end = {
+        key: weight + torch.randn(weight.shape, generator=generator) / 1e6 for key, weight in params.items()
+    }
     cuts, _, turned, _ = both(surgery(k=1), setting(model, examples, params, end))
     assert len(cuts) == 4 and len(turned) == 11  # a Trial refuses controls that are not matched
 
@@ -148,7 +158,7 @@ def test_updates_near_the_rounding_of_the_weights_are_matched_as_well(
 def test_matrices_that_share_a_subspace_share_their_draws(model, params, examples, generator) -> None:
     at = setting(model, examples, params, shaken(params, generator))
     cuts, _, turned, _ = both(surgery(k=4), at)
-    q, k, up = (matrix(model, name) for name in ("L0.q", "L0.k", "L0.up"))
+    q, k, up = (matrix_of(model, name) for name in ("L0.q", "L0.k", "L0.up"))
     (control, other) = [arm for arm in cuts[0].controls if arm.kind == "random_k"]
     for draw in (cut(control).space, transplant(turned[0].controls[0]).rotation):
         assert draw is not None
@@ -160,18 +170,18 @@ def test_the_effects_of_surgery_are_those_of_a_model_edited_by_hand(
     model, params, examples, generator
 ) -> None:
     end = shaken(params, generator)
-    copies = [{key: one.clone() for key, one in weights.items()} for weights in (params, end)]
+    copies = [{key: weight.clone() for key, weight in weights.items()} for weights in (params, end)]
     at = setting(model, examples, params, end)
     rows = surgery(groups=[["k", "up"]], layers=[1], k=4, transplants=[["o"]]).rows(at, lambda *_: None)
     table = tabulate(rows)
     by_hand, transplanted = dict(end), dict(params)
     for name in ("L1.k", "L1.up"):
-        one = matrix(model, name)
-        basis = inside_of(at, one, 4)
-        delta = one.of(end).double() - one.of(params).double()
-        value = one.of(params).double() + (delta - (delta @ basis) @ basis.T)
-        by_hand = dict(one.replaced(by_hand, value))
-    o = matrix(model, "L1.o")
+        matrix = matrix_of(model, name)
+        basis = inside_of(at, matrix, 4)
+        delta = matrix.of(end).double() - matrix.of(params).double()
+        value = matrix.of(params).double() + (delta - (delta @ basis) @ basis.T)
+        by_hand = dict(matrix.replaced(by_hand, value))
+    o = matrix_of(model, "L1.o")
     transplanted = dict(o.replaced(transplanted, o.of(end)))
     for arm, before, after in (
         ("top@remove", end, by_hand),
@@ -179,10 +189,10 @@ def test_the_effects_of_surgery_are_those_of_a_model_edited_by_hand(
         ("weights@replace", params, end),
     ):
         changes = Evaluation(model, before, examples, SMALL).change(after)
-        found = table[table.arm == arm].set_index("quantity").value
-        assert found["kl_from_unedited"] == float(changes["kl_from_unedited"].double().mean())
-        assert found["heldout_ce_change"] == float(changes["heldout_ce"].double().mean())
-        assert found["preference_margin_change"] == float(changes["preference_margin"].double().mean())
+        value_of = table[table.arm == arm].set_index("quantity").value
+        assert value_of["kl_from_unedited"] == float(changes["kl_from_unedited"].double().mean())
+        assert value_of["heldout_ce_change"] == float(changes["heldout_ce"].double().mean())
+        assert value_of["preference_margin_change"] == float(changes["preference_margin"].double().mean())
     for weights, copy in zip((params, end), copies, strict=True):
         assert all(torch.equal(weights[key], copy[key]) for key in copy)
 
@@ -193,7 +203,7 @@ def test_the_subspaces_are_those_of_the_end_where_the_start_is_random(
     end = shaken(params, generator)
     at = setting(model, examples, params, end, from_random=True)
     (trial,), *_ = both(surgery(groups=[["k"]], k=4, operations=["keep"], transplants=[]), at)
-    k = matrix(model, "L1.k")
+    k = matrix_of(model, "L1.k")
     wanted = Subspace(inside_of(setting(model, examples, end, end), k, 4))
     assert_close(wanted.fraction(cut(trial.treatment).space(k).T), 1.0)
 
@@ -202,7 +212,7 @@ def test_scaling_is_between_removing_and_the_end(model, params, examples, genera
     at = setting(model, examples, params, shaken(params, generator))
     asked = surgery(groups=[["k"]], k=4, operations=["remove", "scale"], factor=0.25, transplants=[])
     (removed, scaled), evaluation, *_ = both(asked, at)
-    k = matrix(model, "L0.k")
+    k = matrix_of(model, "L0.k")
     changes = [
         k.of(trial.treatment.edit.applied(evaluation.params)) - k.of(at.end) for trial in (removed, scaled)
     ]
@@ -246,8 +256,8 @@ def test_reads_writes_and_the_rest_are_all_of_the_update(name, tokenizer, exampl
         edited = parts[part].edit.applied(edited)
     assert all(torch.equal(edited[key], at.end[key]) for key in edited)
     rest = parts["rest", ""].edit.applied(before.params)
-    kept = {one.parameter for one in model.architecture.matrices}
-    assert kept == {key for key, one in rest.items() if one is before.params[key]}
+    kept = {matrix.parameter for matrix in model.architecture.matrices}
+    assert kept == {key for key, weight in rest.items() if weight is before.params[key]}
 
 
 def test_the_turned_rest_keeps_the_singular_values_of_embeddings_and_the_norm_of_gains(
@@ -257,9 +267,9 @@ def test_the_turned_rest_keeps_the_singular_values_of_embeddings_and_the_norm_of
     *_, turned, before = both(surgery(groups=[]), at)
     rest = turned[-1]
     assert rest.treatment.kind == "rest" and len(rest.controls) == 2
-    exact = {key: one.double() for key, one in before.params.items()}
+    exact = {key: weight.double() for key, weight in before.params.items()}
     changes = [
-        {key: one - exact[key] for key, one in arm.edit.applied(exact).items()}
+        {key: weight - exact[key] for key, weight in arm.edit.applied(exact).items()}
         for arm in (rest.treatment, *rest.controls)
     ]
     embed, gain = model.architecture.embed, model.architecture.final_norm.parameter
@@ -290,7 +300,7 @@ def test_the_parts_and_their_interaction_add_up_to_the_effect_of_all_weights(
 def test_a_rest_that_did_not_move_is_left_out_and_the_parts_add_up_all_the_same(
     model, params, examples, generator
 ) -> None:
-    k, o = matrix(model, "L1.k"), matrix(model, "L1.o")
+    k, o = matrix_of(model, "L1.k"), matrix_of(model, "L1.o")
     end = dict(k.replaced(params, k.of(params) + torch.randn(32, 32, generator=generator) / 20))
     end = dict(o.replaced(end, o.of(end) + torch.randn(32, 32, generator=generator) / 20))
     table = tabulate(surgery(groups=[]).rows(setting(model, examples, params, end), lambda *_: None))
@@ -335,7 +345,7 @@ def test_groups_are_named_by_their_kinds_and_by_their_only_layer(model) -> None:
 def test_matrices_that_did_not_move_are_left_out_and_said(model, params, examples, caplog) -> None:
     end = moved(model, params, {"L0.k": torch.eye(32)})
     rows = surgery(k=4, transplants=[["o"]]).rows(setting(model, examples, params, end), lambda *_: None)
-    assert {one["role"] for one in rows} == {"read"}
+    assert {row["role"] for row in rows} == {"read"}
     assert "11 of 12 matrices did not move" in caplog.text
 
 

@@ -108,10 +108,10 @@ def test_the_gram_matrix_from_the_factors_is_that_of_the_multiplied_out_update(c
         delta = take(dense) - take(case.base).double()
         x = delta if matrix.role == "read" else delta.T
         expected = x.T @ x
-        found = update_of(matrix, adapted, case.base, written=written)
+        update = update_of(matrix, adapted, case.base, written=written)
         # The multiplied-out weights are rounded to fp32, at 6e-8 of weights that dW exceeds sixfold.
-        assert (found.gram - expected).norm() < 1e-6 * expected.norm()
-        assert found.shape == delta.shape and found.moved_share == 1
+        assert (update.gram - expected).norm() < 1e-6 * expected.norm()
+        assert update.shape == delta.shape and update.moved_share == 1
 
 
 def test_the_heads_of_an_adapters_update_are_those_of_the_multiplied_out_one(case):
@@ -155,8 +155,8 @@ def test_a_matrix_without_factors_has_not_moved(llama):
 def test_the_moved_share_is_that_of_the_rows_and_columns_that_the_factors_touch(llama):
     llama[Q, "B"][:8] = 0
     llama[Q, "A"][:, :16] = 0
-    found = update_of(llama.map.matrices[0], llama.open(), llama.base)
-    assert found.moved_share == pytest.approx(24 / 32 * 16 / 32)
+    update = update_of(llama.map.matrices[0], llama.open(), llama.base)
+    assert update.moved_share == pytest.approx(24 / 32 * 16 / 32)
 
 
 def test_a_rank_stabilised_adapter_is_scaled_by_the_root_of_its_rank(llama):

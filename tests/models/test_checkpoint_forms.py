@@ -30,7 +30,7 @@ def saved(name: str, directory: Path, dtype: torch.dtype, moved: bool) -> Path:
     """A checkpoint in shards of a few kilobytes; `moved` by a tenth of what its weights are."""
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(ALL[name](len(TOKENIZER), 128))
-    for parameter in (one for one in network.parameters() if one.numel() > 1):
+    for parameter in (parameter for parameter in network.parameters() if parameter.numel() > 1):
         parameter.data += 0.1 * moved * parameter.std() * torch.randn(parameter.shape)
     network.to(dtype).save_pretrained(directory, max_shard_size="15KB")
     TOKENIZER.save_pretrained(directory)
@@ -38,7 +38,7 @@ def saved(name: str, directory: Path, dtype: torch.dtype, moved: bool) -> Path:
 
 
 def measured(before: Path, after: Path) -> list[Row]:
-    """What the probe finds in two directories, read lazily."""
+    """The probe's rows for two directories, read lazily."""
     model = load(before, "cpu")
     start = model.params(before)
     end = model.params(after, start)
@@ -61,7 +61,7 @@ def by_definition(directory: Path, before: Params, after: Params) -> dict[str, f
     inputs = Inputs(tokens=256, experts=True)
     frames = [*input_frames(setting, before, K, inputs), prediction_frame(setting, before, K)]
     spaces: dict[object, Subspace] = {frame.place: frame.space for frame in frames}
-    found = {}
+    ratios = {}
     for matrix in model.architecture.matrices:
         delta = matrix.written(after).double() - matrix.written(before).double()
         place = routed_place_of(matrix)
@@ -69,8 +69,8 @@ def by_definition(directory: Path, before: Params, after: Params) -> dict[str, f
             continue
         basis = spaces[place].basis.double()
         inside = delta @ basis if matrix.role == "read" else basis.T @ delta
-        found[matrix.name] = float(inside.square().sum() / delta.square().sum())
-    return found
+        ratios[matrix.name] = float(inside.square().sum() / delta.square().sum())
+    return ratios
 
 
 def loaded(directory: Path) -> dict[str, torch.Tensor]:
@@ -82,13 +82,13 @@ def loaded(directory: Path) -> dict[str, torch.Tensor]:
 
 def unstacked(weights: dict[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:
     """Weights with the matrices of experts apart, whose rows alternate in gpt-oss alone."""
-    stacks = {name for name, one in weights.items() if one.ndim == 3 and ".experts." in name}
-    apart = {name: one for name, one in weights.items() if name not in stacks}
+    stacks = {name for name, weight in weights.items() if weight.ndim == 3 and ".experts." in name}
+    apart = {name: weight for name, weight in weights.items() if name not in stacks}
     for name, stack in weights.items():
-        for expert, one in enumerate(stack if name in stacks else ()):
+        for expert, of_expert in enumerate(stack if name in stacks else ()):
             experts, _, last = name.rpartition(".")
             kinds = last.removesuffix("_proj").split("_")
-            rows = one.T if model_type in ("gpt_oss", "llama4_text") else one
+            rows = of_expert.T if model_type in ("gpt_oss", "llama4_text") else of_expert
             every = len(kinds)
             parts = (
                 [rows[place::every] for place in range(every)]
@@ -130,7 +130,7 @@ def test_lora_factors_have_the_fractions_of_the_delta_that_they_multiply_out_to(
             parameter.data = torch.randn(parameter.shape, generator=generator)
     network.save_pretrained(tmp_path / "adapter")
     merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(before), tmp_path / "adapter")
-    weights = {key: one.detach() for key, one in merged.merge_and_unload().named_parameters()}  # pyright: ignore
+    weights = {key: weight.detach() for key, weight in merged.merge_and_unload().named_parameters()}  # pyright: ignore
     expected = by_definition(before, loaded(before), weights)
     factored = fractions(measured(before, tmp_path / "adapter"))
     assert factored and factored == pytest.approx({key: expected[key] for key in factored}, abs=1e-6)

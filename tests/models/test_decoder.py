@@ -9,7 +9,7 @@ CONFIG = LlamaConfig(hidden_size=8, num_attention_heads=4, num_key_value_heads=2
 
 
 def test_the_defaults_are_llamas_names():
-    found = decoder(CONFIG)
+    architecture = decoder(CONFIG)
     expected = [
         ("q", "model.layers.0.self_attn.q_proj", 4),
         ("k", "model.layers.0.self_attn.k_proj", 2),
@@ -19,37 +19,49 @@ def test_the_defaults_are_llamas_names():
         ("o", "model.layers.0.self_attn.o_proj", 4),
         ("down", "model.layers.0.mlp.down_proj", 1),
     ]
-    assert found.matrices == tuple(ResidualMatrix(0, *entry) for entry in expected)  # pyright: ignore
-    assert found.embed == "model.embed_tokens.weight" and found.unembed == "lm_head.weight"
-    assert found.final_norm == Norm("model.norm.weight") and not found.parallel and not found.tied
-    assert (found.d_model, found.n_layers, found.n_heads, found.n_kv_heads, found.d_head) == (8, 1, 4, 2, 2)
+    assert architecture.matrices == tuple(ResidualMatrix(0, *entry) for entry in expected)  # pyright: ignore
+    assert architecture.embed == "model.embed_tokens.weight" and architecture.unembed == "lm_head.weight"
+    assert (
+        architecture.final_norm == Norm("model.norm.weight")
+        and not architecture.parallel
+        and not architecture.tied
+    )
+    assert (
+        architecture.d_model,
+        architecture.n_layers,
+        architecture.n_heads,
+        architecture.n_kv_heads,
+        architecture.d_head,
+    ) == (8, 1, 4, 2, 2)
 
 
 def test_a_decoder_without_a_gate_reads_its_mlp_input_at_up():
     names = Names(layers="h", gate=None, up="fc1", down="fc2")
-    found = decoder(CONFIG, names)
-    assert [matrix.kind for matrix in found.matrices] == ["q", "k", "v", "up", "o", "down"]
-    assert found.sites == (
+    architecture = decoder(CONFIG, names)
+    assert [matrix.kind for matrix in architecture.matrices] == ["q", "k", "v", "up", "o", "down"]
+    assert architecture.sites == (
         Site(0, "attention_input", "h.0.self_attn.q_proj"),
         Site(0, "mlp_input", "h.0.fc1"),
     )
 
 
 def test_norms_behind_o_and_down_and_the_final_one_share_the_offset():
-    found = decoder(CONFIG, replace(LLAMA, attention_norm="n1", mlp_norm="n2"), norm_offset=1.0)
-    norms = {matrix.kind: matrix.norm for matrix in found.matrices if matrix.norm is not None}
+    architecture = decoder(CONFIG, replace(LLAMA, attention_norm="n1", mlp_norm="n2"), norm_offset=1.0)
+    norms = {matrix.kind: matrix.norm for matrix in architecture.matrices if matrix.norm is not None}
     assert norms == {
         "o": Norm("model.layers.0.n1.weight", 1.0),
         "down": Norm("model.layers.0.n2.weight", 1.0),
     }
-    assert found.final_norm.offset == 1.0
+    assert architecture.final_norm.offset == 1.0
 
 
 def test_rows_are_those_of_the_kind_that_they_are_given_for():
     rows = Rows(1, 24, 8, 8)
-    found = decoder(CONFIG, replace(LLAMA, k="qkv"), rows={"k": rows}, transposed=True)
-    assert {matrix.kind: matrix.rows for matrix in found.matrices if matrix.rows is not None} == {"k": rows}
-    assert all(matrix.transposed for matrix in found.matrices)
+    architecture = decoder(CONFIG, replace(LLAMA, k="qkv"), rows={"k": rows}, transposed=True)
+    assert {matrix.kind: matrix.rows for matrix in architecture.matrices if matrix.rows is not None} == {
+        "k": rows
+    }
+    assert all(matrix.transposed for matrix in architecture.matrices)
 
 
 def test_without_names_for_them_heads_are_as_wide_and_groups_as_many_as_they_are_by_default():

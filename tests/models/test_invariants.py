@@ -26,20 +26,20 @@ def each(architecture: Map, change: Callable[[ResidualMatrix], ResidualMatrix]) 
     return replace(architecture, matrices=tuple(map(change, architecture.matrices)))
 
 
-def swapped(one: Kind, other: Kind) -> Callable[[Map], Map]:
+def swapped(first: Kind, other: Kind) -> Callable[[Map], Map]:
     """The rows of two kinds of a fused weight, exchanged."""
 
     def wrong(architecture: Map) -> Map:
         rows = {matrix.kind: matrix.rows for matrix in architecture.matrices}
-        rows |= {one: rows[other], other: rows[one]}
+        rows |= {first: rows[other], other: rows[first]}
         return each(architecture, lambda matrix: replace(matrix, rows=rows[matrix.kind]))
 
     return wrong
 
 
-def exchanged(one: Kind, other: Kind) -> Callable[[Map], Map]:
+def exchanged(first: Kind, other: Kind) -> Callable[[Map], Map]:
     """Two kinds exchanged, wherever they are."""
-    names = {one: other, other: one}
+    names = {first: other, other: first}
     return lambda architecture: each(architecture, lambda m: replace(m, kind=names.get(m.kind, m.kind)))
 
 

@@ -181,8 +181,8 @@ def test_a_streaming_model_predicts_as_one_that_holds_its_weights(model, tokeniz
     streaming = whole.streaming(weights)
     assert_close(streaming.logits({}, batch), whole.logits(weights, batch), rtol=0, atol=0)
     # Dropped again: the embedding's stand-in is one number.
-    left = [one for one in streaming.network.parameters() if not one.is_meta]
-    assert [one.untyped_storage().nbytes() for one in left] == [4]
+    left = [parameter for parameter in streaming.network.parameters() if not parameter.is_meta]
+    assert [parameter.untyped_storage().nbytes() for parameter in left] == [4]
     assert not any(parameter.is_meta for parameter in whole.network.parameters())
 
 

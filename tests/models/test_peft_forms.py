@@ -81,8 +81,8 @@ FORMS: dict[str, dict[str, Any]] = {
 def test_an_adapter_has_the_logits_that_peft_computes(form: str, tied: bool, tmp_path: Path):
     base, adapter, model = adapted(tmp_path, tied, **FORMS[form])
     expected = model(input_ids=IDS).logits.detach()
-    for found in logits(base, opened(base, adapter)):
-        assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for computed in logits(base, opened(base, adapter)):
+        assert_close(computed, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -95,8 +95,8 @@ def test_of_resized_embeddings_the_shared_rows_are_taken(
     expected = model(input_ids=IDS).logits.detach()[..., :tokens]
     with caplog.at_level(logging.WARNING):
         params = opened(base, adapter)
-    for found in logits(base, params):
-        assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for computed in logits(base, params):
+        assert_close(computed, expected, rtol=1e-4, atol=1e-4)
     assert f"has {tokens + 5} rows of model.embed_tokens.weight and its base {tokens}" in caplog.text
 
 
@@ -107,8 +107,10 @@ def test_prefixes_and_names_of_the_adapter_in_its_keys_are_passed_over(prefix: s
     path = adapter / "adapter_model.safetensors"
     weights = {
         prefix
-        + key.replace(".weight", ".style.weight" if "lora_" in key else ".modules_to_save.style.weight"): one
-        for key, one in load_file(path).items()
+        + key.replace(
+            ".weight", ".style.weight" if "lora_" in key else ".modules_to_save.style.weight"
+        ): weight
+        for key, weight in load_file(path).items()
     }
     save_file(weights, path)
     assert_close(dict(opened(base, adapter)), expected, rtol=0, atol=0)
@@ -129,7 +131,9 @@ def test_factors_of_two_adapters_in_one_file_are_refused(tmp_path: Path):
     base, adapter, _ = adapted(tmp_path, False)
     path = adapter / "adapter_model.safetensors"
     plain = load_file(path)
-    save_file(plain | {key.replace(".weight", ".style.weight"): one + 1 for key, one in plain.items()}, path)
+    save_file(
+        plain | {key.replace(".weight", ".style.weight"): weight + 1 for key, weight in plain.items()}, path
+    )
     with pytest.raises(ValueError, match=r"holds factors of more than one adapter for model\.layers"):
         opened(base, adapter)
 

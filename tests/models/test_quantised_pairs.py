@@ -137,6 +137,6 @@ def test_a_network_is_trained_from_dequantised_weights(plain, tmp_path: Path):
 def test_fp8_codes_without_scales_are_refused(plain, tmp_path: Path):
     fp8_copy(plain[0], tmp_path / "fp8", "block")
     path = tmp_path / "fp8" / "model.safetensors"
-    save_file({name: one for name, one in load_file(path).items() if "scale" not in name}, path)
+    save_file({name: tensor for name, tensor in load_file(path).items() if "scale" not in name}, path)
     with pytest.raises(ValueError, match=r"is quantised \(.*_proj\.weight is of dtype F8_E4M3\)"):
         Pretrained(str(tmp_path / "fp8")).check(16)

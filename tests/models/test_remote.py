@@ -52,9 +52,9 @@ def file(tmp_path: Path) -> Path:
 
 
 def remote(files: ranges.Files, name: str = "model.safetensors") -> "RemoteTensors":
-    found = probed(f"{files.url}/{name}")
-    assert found is not None
-    return remote_tensors(found)
+    at_url = probed(f"{files.url}/{name}")
+    assert at_url is not None
+    return remote_tensors(at_url)
 
 
 def assert_same(tensors: RemoteTensors, path: Path) -> None:
@@ -173,8 +173,8 @@ def test_a_server_without_ranges_is_refused_before_it_sends_the_file(file: Path)
     with ranges.served(file.parent, ranges=False) as files:
         with pytest.raises(ValueError, match=r"does not serve ranges of bytes: add \+\+model.cache=true, wh"):
             probed(f"{files.url}/model.safetensors")
-        found = probed(f"{files.url}/model.safetensors", ranges=False)
-        assert found is not None and found.size == file.stat().st_size
+        at_url = probed(f"{files.url}/model.safetensors", ranges=False)
+        assert at_url is not None and at_url.size == file.stat().st_size
 
 
 def test_a_missing_file_is_none_and_one_that_vanishes_is_named(file: Path) -> None:
@@ -251,10 +251,10 @@ def test_a_header_that_does_not_fit_is_refused(file: Path, change: Any, reason: 
 
 def test_only_a_path_that_this_process_made_a_stand_in_is_read_from_a_url(file: Path, tmp_path: Path) -> None:
     with ranges.served(file.parent) as files:
-        found = probed(f"{files.url}/model.safetensors?token=geheim")
-        assert found is not None
-        stand_in(tmp_path / "a" / "model.safetensors", found)
-        assert remote_file(tmp_path / "a" / "model.safetensors") == found
+        at_url = probed(f"{files.url}/model.safetensors?token=geheim")
+        assert at_url is not None
+        stand_in(tmp_path / "a" / "model.safetensors", at_url)
+        assert remote_file(tmp_path / "a" / "model.safetensors") == at_url
         assert isinstance(opened(tmp_path / "a" / "model.safetensors"), RemoteTensors)
         assert "geheim" not in (tmp_path / "a" / "model.safetensors").read_text()
         (tmp_path / "b.safetensors").write_bytes((tmp_path / "a" / "model.safetensors").read_bytes())
@@ -265,23 +265,23 @@ def test_only_a_path_that_this_process_made_a_stand_in_is_read_from_a_url(file: 
 def test_no_error_shows_a_password_or_a_query(file: Path) -> None:
     assert without_secrets("https://me:pw@host:8/a/b?X-Amz-Signature=1#c") == "https://host:8/a/b"
     with ranges.served(file.parent) as files:
-        found = probed(f"{files.url.replace('//', '//me:geheim@')}/model.safetensors?sig=verborgen")
-        assert found is not None
+        at_url = probed(f"{files.url.replace('//', '//me:geheim@')}/model.safetensors?sig=verborgen")
+        assert at_url is not None
     with pytest.raises(ConnectionError) as raised:
-        fetched(replace(found, url=elsewhere(found.url)), 0, 8)
+        fetched(replace(at_url, url=elsewhere(at_url.url)), 0, 8)
     chain, error = "", raised.value
     while error is not None:
         chain += str(error)
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    assert "geheim" not in chain + found.description and "verborgen" not in chain + found.description
+    assert "geheim" not in chain + at_url.description and "verborgen" not in chain + at_url.description
 
 
 def test_a_store_of_fsspec_gives_the_same_bits(file: Path) -> None:
     with ranges.bucket() as store:
         store.pipe("s3://bucket/run/model.safetensors", file.read_bytes())
-        (found,) = listed("s3://bucket/run").values()
-        assert found.size == file.stat().st_size and found.version
-        assert_same(remote_tensors(found), file)
+        (at_url,) = listed("s3://bucket/run").values()
+        assert at_url.size == file.stat().st_size and at_url.version
+        assert_same(remote_tensors(at_url), file)
         with pytest.raises(FileNotFoundError, match="there is no s3://bucket/other: check the URL"):
             listed("s3://bucket/other")
 

@@ -72,7 +72,7 @@ def saved(network: PreTrainedModel, directory: Path, names: str = "") -> Path:
         return directory
     weights = load_file(directory / "model.safetensors")
     given = {network_name(name): weight for name, weight in weights.items()}
-    save_file({NAMES[names](name): one for name, one in given.items()}, directory / "model.safetensors")
+    save_file({NAMES[names](name): tensor for name, tensor in given.items()}, directory / "model.safetensors")
     return directory
 
 
@@ -102,9 +102,9 @@ def check_logits(network: PreTrainedModel, directory: Path) -> None:
     params = model.params(directory)
     with torch.no_grad():
         expected = network(input_ids=tokens).logits
-        found = model.with_weights(model.hold(params))(input_ids=tokens).logits
+        computed = model.with_weights(model.hold(params))(input_ids=tokens).logits
         trained = load_network(directory)(input_ids=tokens).logits
-    assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_close(computed, expected, rtol=1e-5, atol=1e-5)
     assert_close(trained, expected, rtol=1e-5, atol=1e-5)
     assert model.architecture == architecture_of(network.config)
     assert not any("vision" in name or "visual" in name for name in params)

@@ -73,12 +73,12 @@ def test_loss_types_combine_with_weights_and_options_reach_trl(tmp_path, model, 
 def test_the_log_says_how_many_pairs_were_dropped_and_cut(tmp_path, model, examples, caplog):
     with caplog.at_level(logging.INFO):
         curves(DPO(), model, examples, tmp_path, replace(TRAINING, max_length=16))
-    said = re.search(
+    counts = re.search(
         r"(\d+) pairs: (\d+) dropped \(prompt of 16 tokens or more\), (\d+) truncated to 16 tokens",
         caplog.text,
     )
-    assert said is not None
-    pairs, dropped, cut = map(int, said.groups())
+    assert counts is not None
+    pairs, dropped, cut = map(int, counts.groups())
     assert (pairs, dropped) == (len(examples.pairs), 0) and 0 < cut <= pairs
     with pytest.raises(ValueError, match=r"every prompt is 3 tokens or longer: raise training\.max_length"):
         curves(DPO(), model, examples, tmp_path, replace(TRAINING, max_length=3))

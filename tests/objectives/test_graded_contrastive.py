@@ -79,9 +79,9 @@ def with_gradient(trainer, compute):
     return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
 
-def same(one, other, tolerance=1e-10):
+def same(measured, other, tolerance=1e-10):
     """Two losses and their whole gradients agree, relative to the norm of the gradient."""
-    loss, gradient = one
+    loss, gradient = measured
     expected, expected_gradient = other
     assert abs(float(loss / expected) - 1) < tolerance
     assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) < tolerance
@@ -135,7 +135,7 @@ def test_with_tau_it_is_trls_sigmoid_loss_of_pairs_some_of_which_are_swapped(mod
     def swapped(trainer):
         inputs = batch(trainer, range(6))
         other = {name: torch.cat(value.chunk(2)[::-1]) for name, value in inputs.items()}
-        loss, flipped = (trainer.compute_loss(trainer.model, one) for one in (inputs, other))
+        loss, flipped = (trainer.compute_loss(trainer.model, batch) for batch in (inputs, other))
         return (1 - smoothing) * loss + smoothing * flipped
 
     same(with_gradient(ours, loss_of(range(6))), with_gradient(theirs, swapped))
@@ -238,8 +238,8 @@ def test_at_the_ends_a_training_and_all_it_logs_are_the_librarys(
 ):
     training = replace(TRAINING, steps=3, accumulate=2)
     ours, theirs = (
-        curves(one, model, examples, tmp_path / str(name), training)
-        for name, one in enumerate((objective, library))
+        curves(contrast, model, examples, tmp_path / str(name), training)
+        for name, contrast in enumerate((objective, library))
     )
     # Ours are of the step's batches, those of the library's losses of the first examples after the step.
     names = theirs[1].keys() - {"participation_ratio", "target_energy", "alternatives"}
@@ -327,8 +327,10 @@ def test_a_resumed_training_draws_the_same_negatives(source, model, examples, tm
     resumed = curves(objective, model, examples, tmp_path / "cut", training)
     assert list(resumed) == [3, 4]
     assert resumed[3] == whole[3] and resumed[4] == whole[4]
-    one, other = (load_file(tmp_path / name / "step-4/model.safetensors") for name in ("whole", "cut"))
-    assert_close(one, other, rtol=0, atol=0)
+    uninterrupted, other = (
+        load_file(tmp_path / name / "step-4/model.safetensors") for name in ("whole", "cut")
+    )
+    assert_close(uninterrupted, other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("objective", ALL.values(), ids=ALL)
@@ -339,11 +341,11 @@ def test_moments_are_gathered_under_it(objective, model, examples):
         gathering = Gathering(**{"prompts": 6, "batch_size": 6, **options})
         return list(gradient_moments(model, params, objective, TRAINING, examples, gathering, seed=5))
 
-    (found,) = gathered()
+    (gathered_pass,) = gathered()
     split = gathered(budget_gb=1e-9)
-    assert found.prompts == 6 and len(split) == 2
-    gradients = {name: one for some in split for name, one in some.gradients.items()}
-    for name, gradient in found.gradients.items():
+    assert gathered_pass.prompts == 6 and len(split) == 2
+    gradients = {name: gradient for part in split for name, gradient in part.gradients.items()}
+    for name, gradient in gathered_pass.gradients.items():
         assert float(gradient.value.abs().max()) > 0
         assert_close(gradient.value, gradients[name].value, rtol=0, atol=0)  # the draws too
 
@@ -352,18 +354,18 @@ def test_moments_are_gathered_under_it(objective, model, examples):
 def test_the_gathered_gradient_is_that_of_the_trainers_mean_loss(objective, model, examples, tmp_path):
     params = {name: weight.clone() for name, weight in model.network.named_parameters()}
     gathering = Gathering(prompts=8, batch_size=8)
-    (found,) = gradient_moments(model, params, objective, TRAINING, examples, gathering, seed=0)
+    (gathered_pass,) = gradient_moments(model, params, objective, TRAINING, examples, gathering, seed=0)
     network = model.with_weights(params).requires_grad_(False).eval()
-    some = sampled(examples, 8, TRAINING.max_length, 0)
+    kept = sampled(examples, 8, TRAINING.max_length, 0)
     arguments = TRAINING.arguments(tmp_path, 0, "cpu") | {"per_device_eval_batch_size": 8}
-    trainer = objective.trainer(network, model.tokenizer, some, arguments)
+    trainer = objective.trainer(network, model.tokenizer, kept, arguments)
     (inputs,) = trainer.get_eval_dataloader(trainer.train_dataset.shuffle(seed=0).select(range(8)))
     network.requires_grad_(True)
     scored = objective.scored(inputs)
     assert len(scored.prompt) == len(inputs["input_ids"]) and len(scored.terms) == 8
     with outdated_name_allowed():
         trainer.compute_loss(network, inputs).backward()
-    for name, gradient in found.gradients.items():
+    for name, gradient in gathered_pass.gradients.items():
         expected = network.get_parameter(name).grad
         assert_close(gradient.value, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 

@@ -51,10 +51,10 @@ def test_the_loss_is_the_policy_gradient_of_the_groups_advantages(tmp_path, mode
     # At the policy that sampled them the ratio is 1, and its gradient that of the log-probability.
     expected = -(advantage[:, None] * log_probs).sum() / 12 * 4
     weights = [policy.get_input_embeddings().weight, policy.get_output_embeddings().weight]
-    for found, known in zip(
+    for gradient, known in zip(
         torch.autograd.grad(total, weights), torch.autograd.grad(expected, weights), strict=True
     ):
-        torch.testing.assert_close(found, known, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradient, known, rtol=1e-4, atol=1e-6)
 
 
 def test_settings_that_cannot_train_are_refused_with_the_mend(tmp_path, model, examples) -> None:

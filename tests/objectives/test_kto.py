@@ -77,14 +77,14 @@ def test_every_response_is_there_once_by_its_kind_in_an_order_that_the_seed_draw
     )
     assert first["completion"] == again["completion"] != other["completion"]
     end = model.tokenizer.eos_token
-    found = {
+    responses = {
         (prompt, completion.removesuffix(end), label)
         for prompt, completion, label in zip(
             first["prompt"], first["completion"], first["label"], strict=True
         )
     }
     assert len(first) == 2 * len(examples.pairs)
-    assert found == {
+    assert responses == {
         (pair.prompt, response, response == pair.chosen)
         for pair in examples.pairs
         for response in (pair.chosen, pair.rejected)
@@ -97,17 +97,17 @@ def test_every_response_is_there_once_by_its_kind_in_an_order_that_the_seed_draw
 def test_the_gathered_gradient_is_that_of_the_trainers_mean_loss(model, examples, tmp_path):
     params = {name: weight.clone() for name, weight in model.network.named_parameters()}
     gathering = Gathering(prompts=12, batch_size=4)
-    (found,) = gradient_moments(model, params, KTO(), TRAINING, examples, gathering, seed=0)
+    (gathered_pass,) = gradient_moments(model, params, KTO(), TRAINING, examples, gathering, seed=0)
     network = model.with_weights(params).requires_grad_(False).eval()
-    some = sampled(examples, 12, TRAINING.max_length, 0)
+    kept = sampled(examples, 12, TRAINING.max_length, 0)
     arguments = TRAINING.arguments(tmp_path, 0, "cpu") | {"per_device_eval_batch_size": 12}
-    trainer: Any = KTO().trainer(network, model.tokenizer, some, arguments)
+    trainer: Any = KTO().trainer(network, model.tokenizer, kept, arguments)
     (inputs,) = trainer.get_eval_dataloader(trainer.train_dataset.shuffle(seed=0).select(range(12)))
     network.requires_grad_(True)
     scored = KTO().scored(inputs)
-    assert scored.prompt == list(range(12)) and scored.terms == [1] * 12 and found.prompts == 12
+    assert scored.prompt == list(range(12)) and scored.terms == [1] * 12 and gathered_pass.prompts == 12
     loss_of(trainer, inputs).backward()
-    for name, gradient in found.gradients.items():
+    for name, gradient in gathered_pass.gradients.items():
         expected = network.get_parameter(name).grad
         assert expected is not None
         assert_close(gradient.value, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))

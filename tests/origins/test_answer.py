@@ -52,24 +52,24 @@ def test_noise_is_called_noise() -> None:
     answers: Counter[Any] = Counter()
     for seed in range(6):
         before = base(seed)
-        found = wg.origin(before, moved(before, like_a_training(before, seed)), config=CONFIG)
-        assert found.noise > 0.8 and found.lora < 0.1
-        answers[found.answer] += 1
+        origin = wg.origin(before, moved(before, like_a_training(before, seed)), config=CONFIG)
+        assert origin.noise > 0.8 and origin.lora < 0.1
+        answers[origin.answer] += 1
     assert set(answers) <= {"noise", None} and answers["noise"] >= 3
 
 
 def test_pruning_which_no_training_made_has_no_answer() -> None:
     before = base()
     after = {name: weight * (weight.abs() > weight.abs().quantile(0.1)) for name, weight in before.items()}
-    found = wg.origin(before, after, config=CONFIG)
-    assert found.answer is None and found.reason
+    origin = wg.origin(before, after, config=CONFIG)
+    assert origin.answer is None and origin.reason
 
 
 def test_a_model_outside_of_the_set_is_refused_in_words(tmp_path: Path) -> None:
     before, after = llama(0), llama(1)
-    found = wg.origin(before, after)
-    assert found.answer is None and not found.likelihoods and not found.fits
-    assert "llama of width" in found.reason and "gpt_neox of width 32 to 48" in found.reason
+    origin = wg.origin(before, after)
+    assert origin.answer is None and not origin.likelihoods and not origin.fits
+    assert "llama of width" in origin.reason and "gpt_neox of width 32 to 48" in origin.reason
 
 
 def test_the_command_answers_about_two_directories(tmp_path: Path) -> None:
@@ -96,9 +96,9 @@ def test_the_package_has_a_small_set_of_every_origin_and_its_answers_are_better_
     table = pd.read_parquet(KNOWN)
     assert table.groupby("label")["base"].nunique().min() == table["base"].nunique() >= 3
     assert not table.isna().any(axis=None)
-    found = rates(held_out(table, measurements(table), "base"))
-    assert found["objective_error"] < 0.75  # chance among four
-    assert found["form_error"] < 0.05
+    rates_of_package = rates(held_out(table, measurements(table), "base"))
+    assert rates_of_package["objective_error"] < 0.75  # chance among four
+    assert rates_of_package["form_error"] < 0.05
 
 
 def test_a_table_of_other_columns_and_weights_without_a_config_are_refused(tmp_path: Path) -> None:
@@ -119,5 +119,5 @@ def test_a_turned_update_of_a_low_rank_is_no_adapter_training() -> None:
         if weight.ndim == 2 and "layers" in name:
             factors = [torch.randn(size, 2, generator=generator) for size in weight.shape]
             updates[name] = rotated(0.002 * factors[0] @ factors[1].T, generator)
-    found = wg.origin(before, moved(before, updates), config=CONFIG)
-    assert found.answer in ("rotated+lora", None) and found.lora < 0.5
+    origin = wg.origin(before, moved(before, updates), config=CONFIG)
+    assert origin.answer in ("rotated+lora", None) and origin.lora < 0.5

@@ -26,8 +26,8 @@ def table(means: dict[str, tuple[float, float]], number: int, seed: int, shift: 
 
 
 def judged(classifier: Classifier, x: float, y: float):
-    (found,) = classifier.judge(pd.DataFrame([{"x": x, "y": y}]))
-    return found
+    (judgement,) = classifier.judge(pd.DataFrame([{"x": x, "y": y}]))
+    return judgement
 
 
 def test_likelihoods_are_the_posterior_of_two_gaussians() -> None:
@@ -50,9 +50,13 @@ def test_origins_far_apart_have_one_answer_and_equal_ones_none() -> None:
 
 def test_an_update_unlike_all_is_outside_and_has_no_answer() -> None:
     classifier = Classifier.of(table({"a": (0, 0), "b": (12, 0)}, 20, 2), NAMES)
-    found = judged(classifier, 12, 9)
+    judgement = judged(classifier, 12, 9)
     # The nearest origin's squared distance exceeds 9.21 for one in a hundred of two dimensions: 9 / 3.03.
-    assert found.outside and found.answer is None and found.distance == pytest.approx(9 / 3.03, rel=0.15)
+    assert (
+        judgement.outside
+        and judgement.answer is None
+        and judgement.distance == pytest.approx(9 / 3.03, rel=0.15)
+    )
     assert not judged(classifier, 12, 2).outside
 
 
@@ -77,7 +81,9 @@ def test_the_set_holds_the_true_origin_of_new_updates_as_often_as_promised() -> 
     means = {"a": (-1.0, 0.0), "b": (1.0, 0.0), "c": (0.0, 1.5)}
     classifier = Classifier.of(table(means, 40, 4), NAMES)
     new = table(means, 40, 5)
-    covered = [label in found.fits for label, found in zip(new["label"], classifier.judge(new), strict=True)]
+    covered = [
+        label in judgement.fits for label, judgement in zip(new["label"], classifier.judge(new), strict=True)
+    ]
     # 3240 updates: sd 0.0053, and as much again of the threshold itself; four of them together.
     assert np.mean(covered) == pytest.approx(0.9, abs=0.03)
 

@@ -23,9 +23,9 @@ def known(turn: int, seed: int = 0) -> pd.DataFrame:
 
 @pytest.mark.parametrize("axis", ["base", "data", "rate", "step", ALL])
 def test_an_origin_that_every_setting_shows_alike_is_never_missed(axis: str) -> None:
-    found = rates(held_out(known(0), ["x"], axis))
-    assert found["error"] == found["objective_error"] == found["form_error"] == found["worst"] == 0
-    assert found["n"] == 4 * 3 * 2 * 3 * 2 and found["answered"] > 0.85 and found["covered"] > 0.85
+    summary = rates(held_out(known(0), ["x"], axis))
+    assert summary["error"] == summary["objective_error"] == summary["form_error"] == summary["worst"] == 0
+    assert summary["n"] == 4 * 3 * 2 * 3 * 2 and summary["answered"] > 0.85 and summary["covered"] > 0.85
 
 
 def test_codes_that_every_base_has_of_its_own_help_no_base_that_was_held_out() -> None:
@@ -44,8 +44,8 @@ def test_an_update_is_never_judged_by_its_own_setting(axis: str, many: str) -> N
     reverse = table[own].assign(x=90.0 - table["x"][own])
     table = pd.concat([table[~own], *[reverse] * 20], ignore_index=True)
     judged = held_out(table, ["x"], axis)
-    found = judged[judged["data" if axis == "data" else "base"] == many]
-    assert (found["best"] != found["label"]).all()
+    part = judged[judged["data" if axis == "data" else "base"] == many]
+    assert (part["best"] != part["label"]).all()
 
 
 def test_rates_count_objectives_forms_and_answers_apart() -> None:
@@ -57,15 +57,20 @@ def test_rates_count_objectives_forms_and_answers_apart() -> None:
         "outside": [False, True, False, False, False],
         "fold": ["A", "A", "A", "B", "B"],
     })  # fmt: skip
-    found = rates(judged)
-    assert found["error"] == 3 / 5 and found["objective_error"] == 2 / 4 and found["form_error"] == 1 / 5
-    assert found["whole_error"] == 2 / 3 and found["adapter_error"] == 0
-    assert found["answered"] == 3 / 5 and found["answered_error"] == 1 / 3
-    assert found["whole_answered"] == 1 / 3 and found["whole_answered_error"] == 0
-    assert found["adapter_answered"] == found["adapter_answered_error"] == 1 and found["adapter_covered"] == 0
-    assert found["random_answered"] == found["random_covered"] == 1
-    assert found["covered"] == 4 / 5 and found["outside"] == 1 / 5
-    assert found["worst"] == 2 / 3 and found["worst_covered"] == 2 / 3
+    summary = rates(judged)
+    assert (
+        summary["error"] == 3 / 5 and summary["objective_error"] == 2 / 4 and summary["form_error"] == 1 / 5
+    )
+    assert summary["whole_error"] == 2 / 3 and summary["adapter_error"] == 0
+    assert summary["answered"] == 3 / 5 and summary["answered_error"] == 1 / 3
+    assert summary["whole_answered"] == 1 / 3 and summary["whole_answered_error"] == 0
+    assert (
+        summary["adapter_answered"] == summary["adapter_answered_error"] == 1
+        and summary["adapter_covered"] == 0
+    )
+    assert summary["random_answered"] == summary["random_covered"] == 1
+    assert summary["covered"] == 4 / 5 and summary["outside"] == 1 / 5
+    assert summary["worst"] == 2 / 3 and summary["worst_covered"] == 2 / 3
 
 
 def test_the_interval_is_clopper_and_pearsons() -> None:

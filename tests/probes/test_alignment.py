@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moving import matrix
+from moving import matrix_of
 
 from weightgeom.analysis.chain import STAGES
 from weightgeom.estimators.alignment import overlap, top_right
@@ -18,9 +18,9 @@ def trajectory(model, params, at, generator):
     """The setting of a trajectory whose updates of one matrix are given; no other one moves."""
 
     def setting(*updates):
-        one, weights = matrix(model, NAME), [params]
+        matrix, weights = matrix_of(model, NAME), [params]
         for update in updates:
-            weights.append(dict(one.replaced(weights[-1], one.of(weights[-1]) + update.float())))
+            weights.append(dict(matrix.replaced(weights[-1], matrix.of(weights[-1]) + update.float())))
         checkpoints = dict(enumerate(weights))
         return replace(at(params, weights[-1]), checkpoints=checkpoints, last=len(updates))
 
@@ -28,7 +28,7 @@ def trajectory(model, params, at, generator):
 
 
 def low_rank(model, params, rank, generator):
-    d_out, d_in = matrix(model, NAME).of(params).shape
+    d_out, d_in = matrix_of(model, NAME).of(params).shape
     return torch.randn(d_out, rank, generator=generator) @ torch.randn(rank, d_in, generator=generator)
 
 
@@ -40,13 +40,13 @@ def measured(probe, setting):
 
 
 def value(rows, quantity, step, against="", whole=False):
-    (found,) = (
+    (row_of_pair,) = (
         row
         for row in rows
         if (row["quantity"], row["step"], row.get("against", "")) == (quantity, step, against)
         and ("matrix" not in row) == whole
     )
-    return found["value"]
+    return row_of_pair["value"]
 
 
 def test_updates_that_repeat_and_reverse_have_their_cosines(model, params, trajectory, generator):
@@ -81,13 +81,13 @@ def test_locking_is_1_in_the_same_directions_and_chance_in_others(model, params,
 
 @pytest.mark.slow
 def test_locking_of_random_updates_is_a_draw_from_its_null(generator):
-    found = []
+    overlaps = []
     for _ in range(500):
-        one, other = (top_right(torch.randn(8, 12, generator=generator), 3) for _ in range(2))
-        assert one is not None and other is not None
-        found.append(overlap(one, other))
-    values = torch.tensor([locked for locked, _, _ in found], dtype=torch.float64)
-    _, mean, sd = found[0]
+        first, other = (top_right(torch.randn(8, 12, generator=generator), 3) for _ in range(2))
+        assert first is not None and other is not None
+        overlaps.append(overlap(first, other))
+    values = torch.tensor([locked for locked, _, _ in overlaps], dtype=torch.float64)
+    _, mean, sd = overlaps[0]
     assert mean == 0.25
     assert abs(float(values.mean()) - mean) < 4 * sd / 500**0.5
     assert abs(float(values.std()) / sd - 1) < 0.15
@@ -100,14 +100,14 @@ def test_locking_of_a_random_walk_is_a_draw_from_its_own_null_and_above_the_othe
     space = top_right(update, 3)
     assert space is not None
     null = walked(update, rest, space, 3, 500, generator)
-    found = []
+    overlaps = []
     for _ in range(500):
         # Gaussian entries have random directions; their singular values are those of the rest.
         left, _, right = torch.linalg.svd(torch.randn(8, 12, generator=generator), full_matrices=False)
         end = top_right(update + left @ torch.linalg.svdvals(rest).diag() @ right, 3)
         assert end is not None
-        found.append(overlap(space, end)[0])
-    drawn = torch.tensor(found, dtype=torch.float64)
+        overlaps.append(overlap(space, end)[0])
+    drawn = torch.tensor(overlaps, dtype=torch.float64)
     rejected = float((drawn > null.quantile(0.95)).double().mean())
     assert abs(rejected - 0.05) < 3 * (2 * 0.05 * 0.95 / 500) ** 0.5
     assert drawn.mean() > 0.25 + 20 * drawn.std() / 500**0.5

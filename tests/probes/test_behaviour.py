@@ -64,12 +64,12 @@ def test_a_uniform_prediction_prefers_the_shorter_response_by_its_length(model, 
 
 def test_swapping_chosen_and_rejected_turns_margin_and_accuracy_around(model, examples, params):
     turned = [Pair(pair.prompt, pair.rejected, pair.chosen) for pair in examples.heldout_pairs]
-    one, other = (
+    as_given, other = (
         by_name(Behaviour().measurement(setting(model, data, params))(params))
         for data in (examples, replace(examples, heldout_pairs=turned))
     )
-    assert one["preference_margin"]["value"] == -other["preference_margin"]["value"] != 0
-    assert_close(one["preference_accuracy"]["value"] + other["preference_accuracy"]["value"], 1.0)
+    assert as_given["preference_margin"]["value"] == -other["preference_margin"]["value"] != 0
+    assert_close(as_given["preference_accuracy"]["value"] + other["preference_accuracy"]["value"], 1.0)
 
 
 def test_the_divergence_is_0_at_the_base_and_positive_elsewhere(model, examples, params):
@@ -91,9 +91,9 @@ def test_the_divergence_from_a_uniform_base_is_what_the_mean_log_prob_lacks(mode
 
 def test_the_divergence_of_a_tiny_update_is_quadratic_in_it(model, examples, params):
     measure = Behaviour(tokens=300).measurement(setting(model, examples, params))
-    one, ten = (by_name(measure(changed(params, scale)))["kl_from_base"] for scale in (1e-5, 1e-4))
+    small, ten = (by_name(measure(changed(params, scale)))["kl_from_base"] for scale in (1e-5, 1e-4))
     # Ten times the update, a hundred times the KL; the next order is some 1 %, the fp32 forward more.
-    assert 80 < ten["value"] / one["value"] < 120
+    assert 80 < ten["value"] / small["value"] < 120
 
 
 def test_the_divergence_is_from_the_end_where_the_start_is_random(model, examples, params):

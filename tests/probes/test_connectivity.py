@@ -3,7 +3,7 @@ from math import sqrt
 
 import pytest
 import torch
-from moving import matrix, moved
+from moving import matrix_of, moved
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
@@ -43,8 +43,8 @@ def test_the_ends_of_the_path_have_the_loss_and_the_kl_of_the_two_models(params,
         assert by_dose(rows, f"null_{quantity}_sd")["0"] == 0 < by_dose(rows, f"null_{quantity}_sd")["1"]
     rise = by_dose(rows, "path_ce_rise")
     assert rise["0"] == 0 and rise["1"] == pytest.approx(loss["1"] - loss["0"])
-    found = {row["quantity"]: row["value"] for row in rows}
-    assert found["barrier"] == max(0, loss["0.5"] - (loss["0"] + loss["1"]) / 2)
+    value_of = {row["quantity"]: row["value"] for row in rows}
+    assert value_of["barrier"] == max(0, loss["0.5"] - (loss["0"] + loss["1"]) / 2)
 
 
 def test_the_loss_on_the_way_is_that_of_a_network_with_these_weights(model, examples, params, after, at):
@@ -68,17 +68,17 @@ def test_a_barrier_is_the_most_that_the_loss_exceeds_the_line():
 
 def test_a_random_direction_has_the_norm_of_the_update_in_every_matrix(model, params, generator):
     deltas = {
-        name: size * torch.randn(matrix(model, name).of(params).shape, generator=generator)
+        name: size * torch.randn(matrix_of(model, name).of(params).shape, generator=generator)
         for name, size in (("L0.q", 0.1), ("L0.k", 0.2), ("L1.down", 0.3))
     }
     after = moved(model, params, deltas)
     direction = random_direction(model.architecture, params, after, generator)
-    for one in model.architecture.matrices:
-        update = one.of(after) - one.of(params)
-        assert_close(one.of(direction).norm(), update.norm(), rtol=1e-5, atol=1e-7)
+    for matrix in model.architecture.matrices:
+        update = matrix.of(after) - matrix.of(params)
+        assert_close(matrix.of(direction).norm(), update.norm(), rtol=1e-5, atol=1e-7)
     assert not direction[model.architecture.embed].any()
     update = deltas["L1.down"].flatten()
-    cosine = torch.cosine_similarity(matrix(model, "L1.down").of(direction).flatten(), update, dim=0)
+    cosine = torch.cosine_similarity(matrix_of(model, "L1.down").of(direction).flatten(), update, dim=0)
     assert abs(cosine) < 5 / sqrt(len(update))
 
 
@@ -87,11 +87,11 @@ def test_the_loss_in_a_random_direction_is_a_draw_from_its_null(model, examples,
     batches = packed(examples.heldout, model.tokenizer, 48, 96)
 
     def losses(directions):
-        found = []
+        sums = []
         for direction in directions:
             weights = {name: params[name] + direction[name] for name in params}
-            found.append(float(held_out(model, weights, params, batches).losses.sum()))
-        return torch.tensor(found, dtype=torch.float64)
+            sums.append(float(held_out(model, weights, params, batches).losses.sum()))
+        return torch.tensor(sums, dtype=torch.float64)
 
     # Updates of Gaussian entries, each against the random directions of its own norms.
     updates = [{name: 0.05 * torch.randn(value.shape, generator=generator) for name, value in params.items()}

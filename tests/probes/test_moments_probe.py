@@ -1,4 +1,4 @@
-"""What the moments of a start lead to expect, against their definitions and updates made to order."""
+"""The ratios expected from the moments of a start, against their definitions and updates made to order."""
 
 import weakref
 from dataclasses import replace
@@ -60,9 +60,9 @@ def moved(setting, scale=0.05):
 
 def values(rows, quantity, k=K, column="value"):
     """One quantity by the matrix's name."""
-    found = [row for row in rows if row["quantity"] == quantity and row["k"] == k]
-    by_name = {f"L{row['layer']}.{row['matrix']}": row[column] for row in found}
-    assert len(by_name) == len(found)
+    rows_of_quantity = [row for row in rows if row["quantity"] == quantity and row["k"] == k]
+    by_name = {f"L{row['layer']}.{row['matrix']}": row[column] for row in rows_of_quantity}
+    assert len(by_name) == len(rows_of_quantity)
     return by_name
 
 
@@ -78,22 +78,24 @@ def spaces(setting, k=K):
 
 def gathered(setting, **options):
     gathering = Gathering(**{"prompts": 2048, "groups": 16, "batch_size": 16, **options})
-    (some,) = gradient_moments(
+    (moments,) = gradient_moments(
         *(setting.model, setting.start, setting.objective, TRAINING, setting.examples),
         *(gathering, setting.seed),
     )
-    return some
+    return moments
 
 
-def moment_of(matrix, some, params):
+def moment_of(matrix, moments, params):
     """C and the mean of what a matrix reads, or of what reaches the stream behind what it writes, in fp64."""
     if matrix.role == "read":
         site = "mlp_input" if matrix.kind in ("gate", "up") else "attention_input"
         (moment,) = (
-            one for where, one in some.inputs.items() if (where.layer, where.name) == (matrix.layer, site)
+            moment
+            for where, moment in moments.inputs.items()
+            if (where.layer, where.name) == (matrix.layer, site)
         )
         return moment.value.double(), moment.mean.double()
-    moment = some.upstream[matrix.name]
+    moment = moments.upstream[matrix.name]
     gain = torch.ones(D) if matrix.norm is None else matrix.norm.gain(params)
     fold = torch.diag(gain.double())
     return fold @ moment.value.double() @ fold, fold @ moment.mean.double()
@@ -108,8 +110,8 @@ def by_autograd(setting, directory):
     model, objective = setting.model, setting.objective
     network = model.with_weights(setting.start).eval()
     arguments = TRAINING.arguments(directory, SEED, "cpu") | {"per_device_eval_batch_size": 1000}
-    some = sampled(setting.examples, 2048, TRAINING.max_length, setting.seed)
-    trainer = objective.trainer(network, model.tokenizer, some, arguments)
+    kept = sampled(setting.examples, 2048, TRAINING.max_length, setting.seed)
+    trainer = objective.trainer(network, model.tokenizer, kept, arguments)
     (inputs,) = list(trainer.get_eval_dataloader(trainer.train_dataset))
     network.requires_grad_(True)
     with outdated_name_allowed():
@@ -125,11 +127,11 @@ def by_autograd(setting, directory):
 def test_predicted_and_mean_ratio_are_those_of_the_second_and_first_moment(name, objective, at):
     setting = at(name, objective)
     rows = measured(Moments(resamples=0), setting, moved(setting))
-    some, subspaces = gathered(setting, groups=1), spaces(setting)
+    moments, subspaces = gathered(setting, groups=1), spaces(setting)
     predicted, mean = values(rows, "predicted_ratio"), values(rows, "mean_ratio")
-    assert list(predicted) == list(mean) == [one.name for one in setting.model.architecture.matrices]
+    assert list(predicted) == list(mean) == [matrix.name for matrix in setting.model.architecture.matrices]
     for matrix in setting.model.architecture.matrices:
-        second, first = moment_of(matrix, some, setting.start)
+        second, first = moment_of(matrix, moments, setting.start)
         basis = subspaces[matrix.name].basis
         rtol = 1e-10 if matrix.norm is None else 1e-6  # a gain is folded in fp32
         assert_close(predicted[matrix.name], ratio(basis, second), rtol=rtol, atol=0)
@@ -139,10 +141,10 @@ def test_predicted_and_mean_ratio_are_those_of_the_second_and_first_moment(name,
 @pytest.mark.parametrize("name", ["olmo2", "gemma2"])
 def test_the_gain_behind_a_write_changes_what_is_expected_of_it(name, at):
     setting = at(name)
-    some, subspaces = gathered(setting), spaces(setting)
+    moments, subspaces = gathered(setting), spaces(setting)
     predicted = values(measured(Moments(), setting, moved(setting)), "predicted_ratio")
-    for one, moment in some.upstream.items():  # the fold of the test above is no identity
-        assert abs(ratio(subspaces[one].basis, moment.value.double()) / predicted[one] - 1) > 1e-3
+    for write, moment in moments.upstream.items():  # the fold of the test above is no identity
+        assert abs(ratio(subspaces[write].basis, moment.value.double()) / predicted[write] - 1) > 1e-3
 
 
 @objectives
@@ -151,11 +153,14 @@ def test_a_step_of_plain_descent_is_what_the_forecast_says(name, objective, at, 
     setting = at(name, objective)
     gradient = by_autograd(setting, tmp_path)
     # A rate so large that the difference of fp32 weights has the digits of the step.
-    after = {**setting.start, **{key: setting.start[key] - 1e4 * one for key, one in gradient.items()}}
+    after = {
+        **setting.start,
+        **{key: setting.start[key] - 1e4 * gradient for key, gradient in gradient.items()},
+    }
     rows = measured(Moments(), setting, after)
-    forecast, found = values(rows, "forecast_ratio"), values(rows, "measured_ratio")
+    forecast, measured_ratio = values(rows, "forecast_ratio"), values(rows, "measured_ratio")
     # G is summed in fp32, batch by batch; under DPO it is what is left of chosen minus rejected.
-    assert_close(forecast, found, rtol=1e-3, atol=1e-4)
+    assert_close(forecast, measured_ratio, rtol=1e-3, atol=1e-4)
     for role in ("read", "write"):
         (correlation,) = [row for row in rows if row["quantity"] == f"{role}_forecast_correlation"]
         assert_close(correlation["value"], 1.0, rtol=0, atol=1e-5)
@@ -180,8 +185,8 @@ def in_batches(setting, directory, size):
     model, objective = setting.model, setting.objective
     network = model.with_weights(setting.start).eval()
     arguments = TRAINING.arguments(directory, SEED, "cpu") | {"per_device_eval_batch_size": size}
-    some = sampled(setting.examples, 2048, TRAINING.max_length, setting.seed)
-    trainer = objective.trainer(network, model.tokenizer, some, arguments)
+    kept = sampled(setting.examples, 2048, TRAINING.max_length, setting.seed)
+    trainer = objective.trainer(network, model.tokenizer, kept, arguments)
     network.requires_grad_(True)
     data, gradients = trainer.train_dataset.shuffle(seed=SEED), []
     for inputs in trainer.get_eval_dataloader(data.select(range(len(data) // size * size))):
@@ -203,11 +208,11 @@ def test_the_forecast_of_adam_divides_by_the_root_of_the_mean_squared_gradient_o
     setting = replace(at(name, objective), training=training)
     rows = measured(Moments(batch_size=3, resamples=0), setting, moved(setting))
     mean, batches = by_autograd(setting, tmp_path), in_batches(setting, tmp_path, 4)
-    found, plain = values(rows, "forecast_adam_ratio"), values(rows, "forecast_ratio")
+    forecast, plain = values(rows, "forecast_adam_ratio"), values(rows, "forecast_ratio")
     subspaces = spaces(setting)
     step = {}
     for parameter, gradient in mean.items():
-        squares = torch.stack([one[parameter].square() for one in batches]).mean(0)
+        squares = torch.stack([gradient[parameter].square() for gradient in batches]).mean(0)
         step[parameter] = gradient / (squares.sqrt() + 1e-8)
     for matrix in setting.model.architecture.matrices:
         of = matrix.of(step)
@@ -215,8 +220,8 @@ def test_the_forecast_of_adam_divides_by_the_root_of_the_mean_squared_gradient_o
             of = matrix.norm.gain(setting.start)[:, None] * of
         expected = subspaces[matrix.name].relative_fraction(of if matrix.role == "read" else of.T)
         # Where a gradient cancels to next to nothing, its sign is that of fp32's rounding.
-        assert_close(found[matrix.name], expected, rtol=5e-3, atol=5e-3)
-    assert max(abs(found[one] / plain[one] - 1) for one in found) > 0.05
+        assert_close(forecast[matrix.name], expected, rtol=5e-3, atol=5e-3)
+    assert max(abs(forecast[name] / plain[name] - 1) for name in forecast) > 0.05
 
 
 def test_a_single_batch_makes_the_forecast_of_adam_that_of_the_gradients_signs(at, tmp_path):
@@ -224,12 +229,14 @@ def test_a_single_batch_makes_the_forecast_of_adam_that_of_the_gradients_signs(a
     prompts = len(setting.examples.pairs)
     setting = replace(setting, training=replace(TRAINING, batch_size=2 * prompts))
     after = moved(setting)
-    found = values(measured(Moments(resamples=0, precision="float64"), setting, after), "forecast_adam_ratio")
+    forecast = values(
+        measured(Moments(resamples=0, precision="float64"), setting, after), "forecast_adam_ratio"
+    )
     gradient, subspaces = by_autograd(setting, tmp_path), spaces(setting)
     for matrix in setting.model.architecture.matrices:
         signs = matrix.of(gradient).sign()
         expected = subspaces[matrix.name].relative_fraction(signs if matrix.role == "read" else signs.T)
-        assert_close(found[matrix.name], expected, rtol=0.02, atol=0.02)  # EPSILON, and signs of rounding
+        assert_close(forecast[matrix.name], expected, rtol=0.02, atol=0.02)  # EPSILON, and signs of rounding
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -248,7 +255,7 @@ def test_the_forecast_of_an_adapter_is_its_first_step_from_zero(name, optimizer,
     end = Adapted(setting.start, updates, {}, transposed)
     setting = replace(setting, end=end, training=replace(TRAINING, optimizer=optimizer))
     rows = measured(Moments(resamples=0, precision="float64"), setting, end)
-    found = values(rows, "forecast_adapter_ratio")
+    forecast = values(rows, "forecast_adapter_ratio")
     assert {row["treatment"] for row in rows if row["quantity"] == "forecast_adapter_ratio"} == {optimizer}
     assert not any(row.get("treatment") for row in rows if row["quantity"] == "forecast_adam_ratio")
     gradient, subspaces = by_autograd(setting, tmp_path), spaces(setting)
@@ -259,27 +266,27 @@ def test_the_forecast_of_an_adapter_is_its_first_step_from_zero(name, optimizer,
         if matrix.norm is not None:
             step = matrix.norm.gain(setting.start)[:, None].double() * step
         expected = subspaces[matrix.name].relative_fraction(step if matrix.role == "read" else step.T)
-        assert_close(found[matrix.name], expected, rtol=5e-3, atol=5e-3)
+        assert_close(forecast[matrix.name], expected, rtol=5e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "llama"])
 def test_the_kronecker_form_divides_by_the_roots_of_both_factors_mean_squares(name, at):
     setting = at(name)
     rows = measured(Moments(resamples=0), setting, moved(setting))
-    some, subspaces = gathered(setting, groups=1, positions="all"), spaces(setting)
+    moments, subspaces = gathered(setting, groups=1, positions="all"), spaces(setting)
     for matrix in setting.model.architecture.matrices:
-        gradient = some.gradients[matrix.parameter]
+        gradient = moments.gradients[matrix.parameter]
         of = matrix.of({matrix.parameter: gradient.value / gradient.kronecker})
         expected = subspaces[matrix.name].relative_fraction(of if matrix.role == "read" else of.T)
         assert_close(values(rows, "forecast_kronecker_ratio")[matrix.name], expected, rtol=1e-6, atol=0)
-    for site, moment in some.inputs.items():  # over all positions, a² is the diagonal of C_a
-        read = next(one for one in setting.model.architecture.matrices if one.module == site.module)
-        gradient = some.gradients[read.parameter]
+    for site, moment in moments.inputs.items():  # over all positions, a² is the diagonal of C_a
+        read = next(matrix for matrix in setting.model.architecture.matrices if matrix.module == site.module)
+        gradient = moments.gradients[read.parameter]
         squares = gradient.rows if read.transposed else gradient.columns
         assert_close(squares, moment.value.diagonal(), rtol=1e-5, atol=1e-7)
-    for one, moment in some.upstream.items():  # and δ² that of C_delta
-        (write,) = [matrix for matrix in setting.model.architecture.matrices if matrix.name == one]
-        gradient = some.gradients[write.parameter]
+    for write_name, moment in moments.upstream.items():  # and δ² that of C_delta
+        (write,) = [matrix for matrix in setting.model.architecture.matrices if matrix.name == write_name]
+        gradient = moments.gradients[write.parameter]
         squares = gradient.columns if write.transposed else gradient.rows
         assert_close(squares, moment.value.diagonal(), rtol=1e-5, atol=1e-7)
 
@@ -293,21 +300,23 @@ def test_the_mixture_is_the_mean_over_all_pairings_of_what_is_read_with_what_is_
     setting = at(name)
     options = {"unit": unit, "centre": centre}
     rows = measured(Moments(resamples=0, **options), setting, moved(setting))
-    some, subspaces = gathered(setting, groups=1, **options), spaces(setting)
-    found = values(rows, "mixture_ratio")
+    moments, subspaces = gathered(setting, groups=1, **options), spaces(setting)
+    mixture = values(rows, "mixture_ratio")
     for matrix in setting.model.architecture.matrices:
-        second, first = moment_of(matrix, some, setting.start)
+        second, first = moment_of(matrix, moments, setting.start)
         if centre:
             second = second + torch.outer(first, first)
-        other = some.others[matrix.name]
+        other = moments.others[matrix.name]
         firsts, squares = other.firsts.double(), other.squares.double()
         if matrix.role == "read":
             shape = (1, -1) if matrix.transposed else (-1, 1)
-            firsts, squares = (matrix.of({matrix.parameter: one.reshape(shape)}) for one in (firsts, squares))
+            firsts, squares = (
+                matrix.of({matrix.parameter: sums.reshape(shape)}) for sums in (firsts, squares)
+            )
         # Σ_nm (x_n x_m) a_n a_mᵀ over pairings: the N terms n = m have C, the others μ μᵀ.
         same, different = squares.sum(), firsts.square().sum() - squares.sum()
         expected = ratio(subspaces[matrix.name].basis, same * second + different * torch.outer(first, first))
-        assert_close(found[matrix.name], expected, rtol=1e-3, atol=1e-4)
+        assert_close(mixture[matrix.name], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_factors_that_are_independent_have_the_ratio_of_the_mixture(generator):
@@ -358,8 +367,8 @@ def test_the_measured_ratio_is_that_of_the_probe_rsf(name, at):
     others = measured(RSF(resamples=0, k=[2, K]), replace(setting, objective=None), after)
     ratios = [row for row in others if row["quantity"] == "ratio" and row["subspace"] != "random"]
     for k in (2, K):
-        found = values(rows, "measured_ratio", k)
-        assert_close(found, values(ratios, "ratio", k), rtol=1e-12, atol=0)
+        measured_ratio = values(rows, "measured_ratio", k)
+        assert_close(measured_ratio, values(ratios, "ratio", k), rtol=1e-12, atol=0)
         assert values(rows, "measured_ratio", k, "subspace") == values(ratios, "ratio", k, "subspace")
         assert values(rows, "measured_ratio", k, "n") == values(ratios, "ratio", k, "n")
 
@@ -384,44 +393,44 @@ def test_what_is_sent_back_independently_of_what_is_read_has_the_predicted_ratio
     name, objective, at, generator
 ):
     setting = at(name, objective)
-    some = gathered(setting)
+    moments = gathered(setting)
     roots = {}
     for matrix in setting.model.architecture.matrices:
         if matrix.of(setting.start).shape[0 if matrix.role == "read" else 1] >= D:
-            roots[matrix.name] = moment_root(moment_of(matrix, some, setting.start)[0])
+            roots[matrix.name] = moment_root(moment_of(matrix, moments, setting.start)[0])
 
     def mixture(other):  # orthonormal, so that x = Q Rᵀ has xᵀ x = R Rᵀ = C: the mean over all mixtures
         return torch.linalg.qr(torch.randn(other, D, generator=generator, dtype=torch.float64)).Q
 
     rows = measured(Moments(), setting, planted(setting, roots, mixture))
-    predicted, found = values(rows, "predicted_ratio"), values(rows, "measured_ratio")
-    assert found.keys() == roots.keys() and {one[3:] for one in found} >= {"up", "down"}
-    # The weights are rounded to fp32: 6e-8 of about 8 in norm, beside an update of norm 1.
-    assert_close(found, {one: predicted[one] for one in found}, rtol=1e-5, atol=1e-6)
+    predicted, measured_ratio = values(rows, "predicted_ratio"), values(rows, "measured_ratio")
+    assert measured_ratio.keys() == roots.keys() and {name[3:] for name in measured_ratio} >= {"up", "down"}
+    # The weights are rounded to fp32: 6e-8 of about 8 in norm, against an update of norm 1.
+    assert_close(measured_ratio, {name: predicted[name] for name in measured_ratio}, rtol=1e-5, atol=1e-6)
 
 
 def test_gaussian_mixtures_of_what_is_read_scatter_about_the_predicted_ratio(at, generator):
     setting = at("llama")
-    some, subspaces = gathered(setting), spaces(setting)
+    moments, subspaces = gathered(setting), spaces(setting)
     matrices = setting.model.architecture.matrices
-    roots = {one.name: moment_root(moment_of(one, some, setting.start)[0]) for one in matrices}
+    roots = {matrix.name: moment_root(moment_of(matrix, moments, setting.start)[0]) for matrix in matrices}
 
     def mixture(other):
         return torch.randn(other, D, generator=generator, dtype=torch.float64)
 
     after = planted(setting, roots, mixture)
     rows = measured(Moments(), setting, after)
-    predicted, found = values(rows, "predicted_ratio"), values(rows, "measured_ratio")
+    predicted, measured_ratio = values(rows, "predicted_ratio"), values(rows, "measured_ratio")
     zs = []
-    for one in matrices:
-        delta = (one.of(after) - one.of(setting.start)).double()
-        x = delta if one.role == "read" else delta.T
-        null = matched_null(x.T @ x, roots[one.name], subspaces[one.name], SEED)
-        zs.append((found[one.name] - predicted[one.name]) * K / D / null.sd)
+    for matrix in matrices:
+        delta = (matrix.of(after) - matrix.of(setting.start)).double()
+        x = delta if matrix.role == "read" else delta.T
+        null = matched_null(x.T @ x, roots[matrix.name], subspaces[matrix.name], SEED)
+        zs.append((measured_ratio[matrix.name] - predicted[matrix.name]) * K / D / null.sd)
     # 14 draws from the null: one |z| beyond 4 has probability 6e-5, and their rms about 1, ± 0.19.
     assert len(zs) == 14 and max(map(abs, zs)) < 4
     assert 0.4 < torch.tensor(zs).square().mean().sqrt() < 1.8
-    assert max(abs(one - 1) for one in predicted.values()) > 0.3  # the level is not the isotropic one
+    assert max(abs(value - 1) for value in predicted.values()) > 0.3  # the level is not the isotropic one
 
 
 CHOICES = {"positions": "all", "centre": True, "unit": "prompt", "precision": "float64"}
@@ -434,14 +443,14 @@ def test_each_choice_of_moments_reaches_them_and_leaves_the_mean_gradient_alone(
     rows = measured(Moments(**{choice: CHOICES[choice]}), setting, after)
     plain = measured(Moments(), setting, after)
     option = {"dtype": torch.float64} if choice == "precision" else {choice: CHOICES[choice]}
-    some, subspaces = gathered(setting, **option), spaces(setting)
+    moments, subspaces = gathered(setting, **option), spaces(setting)
     predicted, mean, default = (
         values(rows, "predicted_ratio"),
         values(rows, "mean_ratio"),
         values(plain, "predicted_ratio"),
     )
     for matrix in setting.model.architecture.matrices:
-        second, first = moment_of(matrix, some, setting.start)
+        second, first = moment_of(matrix, moments, setting.start)
         basis = subspaces[matrix.name].basis
         # fp64 from the sums on: sums in fp32 instead of fp64 differ by 1e-8 and more.
         assert_close(predicted[matrix.name], ratio(basis, second), rtol=1e-12, atol=0)
@@ -468,8 +477,8 @@ def test_n_counts_the_samples_behind_each_number(at):
     assert set(values(few, "forecast_ratio", column="n").values()) == {5}
     for quantity in ("predicted_ratio", "mean_ratio"):
         assert set(values(prompts, quantity, column="n").values()) == {pairs}
-        (some,), (every,) = (set(values(rows, quantity, column="n").values()) for rows in (scored, all_))
-        assert pairs < some < every
+        (kept,), (every,) = (set(values(rows, quantity, column="n").values()) for rows in (scored, all_))
+        assert pairs < kept < every
 
 
 def test_a_budget_changes_no_number(at):
@@ -497,7 +506,7 @@ def test_a_list_of_k_gives_the_numbers_of_each_k(at):
 def test_intervals_are_those_of_a_bootstrap_over_groups_of_prompts(groups, at):
     setting = at("llama")
     rows = measured(Moments(groups=groups, resamples=30), setting, moved(setting))
-    some, subspaces = gathered(setting, groups=groups), spaces(setting)
+    gathered_moments, subspaces = gathered(setting, groups=groups), spaces(setting)
     draws = bootstrap_times(groups, 30, SEED).double()
     beyond = 0  # intervals that reach further than a ratio can
     for matrix in setting.model.architecture.matrices:
@@ -508,31 +517,31 @@ def test_intervals_are_those_of_a_bootstrap_over_groups_of_prompts(groups, at):
             x = x if matrix.role == "read" else x.T
             return ratio(basis, x.T @ x)
 
-        gradient = some.gradients[matrix.parameter].sums.double()
+        gradient = gathered_moments.gradients[matrix.parameter].sums.double()
         if matrix.role == "write":
-            moments = some.upstream[matrix.name].sums.double()
+            moments = gathered_moments.upstream[matrix.name].sums.double()
         else:
             (moments,) = (
-                one.sums.double()
-                for site, one in some.inputs.items()
+                moment.sums.double()
+                for site, moment in gathered_moments.inputs.items()
                 if (site.name, site.layer) == place_of(matrix)
             )
         drawn = {
             # A ratio does not depend on what the sums are divided by.
-            "forecast_ratio": [of_gradient(torch.einsum("g,gij->ij", one, gradient)) for one in draws],
-            "predicted_ratio": [ratio(basis, torch.einsum("g,gij->ij", one, moments)) for one in draws],
+            "forecast_ratio": [of_gradient(torch.einsum("g,gij->ij", times, gradient)) for times in draws],
+            "predicted_ratio": [ratio(basis, torch.einsum("g,gij->ij", times, moments)) for times in draws],
         }
         for quantity, samples in drawn.items():
             expected = bootstrap_interval(values(rows, quantity)[matrix.name], samples, groups)
             assert expected is not None
-            found = [
+            interval = [
                 values(rows, quantity, column="stderr")[matrix.name],
                 values(rows, f"{quantity}_low")[matrix.name],
                 values(rows, f"{quantity}_high")[matrix.name],
             ]
             ends = [max(0.0, expected.low), min(D / K, expected.high)]
             # Student's t of one degree is 12.7, and what is resampled is summed in fp32: 1e-6 of it.
-            assert_close(found, [expected.stderr, *ends], rtol=1e-4, atol=1e-4)
+            assert_close(interval, [expected.stderr, *ends], rtol=1e-4, atol=1e-4)
             beyond += expected.low < 0 or expected.high > D / K
     assert (beyond > 0) == (groups == 2)
 
@@ -543,24 +552,24 @@ def test_without_resamples_there_are_no_intervals(at):
         rows = measured(Moments(resamples=resamples), setting, moved(setting))
         ends = {row["quantity"] for row in rows if row["quantity"].endswith(("_low", "_high"))}
         estimates = ("predicted", "forecast", "forecast_adam")
-        expected = {f"{one}_ratio_{end}" for one in estimates for end in ("low", "high")}
+        expected = {f"{estimate}_ratio_{end}" for estimate in estimates for end in ("low", "high")}
         assert ends == (expected if resamples else set())
         for row in rows:
-            estimated = row["quantity"] in [f"{one}_ratio" for one in estimates]
+            estimated = row["quantity"] in [f"{estimate}_ratio" for estimate in estimates]
             assert (row["stderr"] is not None) == (estimated and resamples > 0)
 
 
 def test_the_correlations_are_pearsons_over_the_layers_and_matrices_of_a_role(at):
     setting = at("llama")
     rows = measured(Moments(k=[K, 8]), setting, moved(setting))
-    roles = {one.name: one.role for one in setting.model.architecture.matrices}
-    found = {row["quantity"]: row for row in rows if row["quantity"].endswith("correlation")}
-    expected = {f"{role}_{one}" for role in ("read", "write") for one in EXPECTED[:-1]}
-    assert set(found) == {f"{one}_correlation" for one in expected}
-    for key, row in found.items():
-        role, _, one = key.removesuffix("_correlation").partition("_")
+    roles = {matrix.name: matrix.role for matrix in setting.model.architecture.matrices}
+    correlations = {row["quantity"]: row for row in rows if row["quantity"].endswith("correlation")}
+    expected = {f"{role}_{estimate}" for role in ("read", "write") for estimate in EXPECTED[:-1]}
+    assert set(correlations) == {f"{estimate}_correlation" for estimate in expected}
+    for key, row in correlations.items():
+        role, _, estimate = key.removesuffix("_correlation").partition("_")
         names = [name for name, of in roles.items() if of == role]
-        x, y = ([values(rows, f"{which}_ratio")[name] for name in names] for which in (one, "measured"))
+        x, y = ([values(rows, f"{which}_ratio")[name] for name in names] for which in (estimate, "measured"))
         assert_close(row["value"], stats.pearsonr(x, y)[0], rtol=1e-9, atol=1e-12)
         assert row["role"] == role and row["k"] == K and row["n"] == len(names) == (10, 4)[role == "write"]
 
@@ -584,7 +593,7 @@ def test_an_unmoved_model_has_no_rows(at):
 
 def test_a_matrix_that_did_not_move_has_an_expectation_and_nothing_measured(at):
     setting = at("llama")
-    (q,) = [one for one in setting.model.architecture.matrices if one.name == "L1.q"]
+    (q,) = [matrix for matrix in setting.model.architecture.matrices if matrix.name == "L1.q"]
     rows = measured(Moments(), setting, q.replaced(setting.start, q.of(setting.start) + 1))
     assert set(values(rows, "measured_ratio")) == {"L1.q"}
     assert len(values(rows, "predicted_ratio")) == len(setting.model.architecture.matrices)
@@ -594,9 +603,9 @@ def test_a_matrix_that_did_not_move_has_an_expectation_and_nothing_measured(at):
 def test_what_is_expected_is_that_of_the_start_at_every_checkpoint(at):
     setting = at("llama")
     measure = Moments().measurement(setting)
-    one, other = measure(moved(setting)), measure(moved(setting, scale=0.5))
+    whole, other = measure(moved(setting)), measure(moved(setting, scale=0.5))
     for quantity in ("predicted_ratio", "mean_ratio", "forecast_ratio"):
-        assert values(one, quantity) == values(other, quantity)
+        assert values(whole, quantity) == values(other, quantity)
 
 
 @architectures

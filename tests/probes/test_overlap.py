@@ -3,7 +3,7 @@ from math import cos, radians, sin, sqrt
 import numpy as np
 import pytest
 import torch
-from moving import matrix, moved
+from moving import matrix_of, moved
 from safetensors.torch import save_file
 from scipy.linalg import subspace_angles
 from torch.testing import assert_close
@@ -33,7 +33,10 @@ TRAINING = Training(max_length=48)
 
 
 def jittered(params, generator, scale=0.05):
-    return {name: one + scale * torch.randn(one.shape, generator=generator) for name, one in params.items()}
+    return {
+        name: weight + scale * torch.randn(weight.shape, generator=generator)
+        for name, weight in params.items()
+    }
 
 
 def planted(basis, matrix, params, generator):
@@ -53,20 +56,22 @@ def values(rows, name, pair):
     }
 
 
-def same(found, **expected):
+def same(quantities, **expected):
     # Inputs and weights are fp32, and the delta is a difference of fp32 weights: the subspace turns by
     # 1e-6 over the gap of its spectrum, some 1e-5 radians or 1e-3 degrees, and the overlap by its square.
     for quantity, number in expected.items():
-        assert_close(found[quantity], float(number), rtol=1e-4, atol=5e-3 if "angle" in quantity else 1e-6)
+        assert_close(
+            quantities[quantity], float(number), rtol=1e-4, atol=5e-3 if "angle" in quantity else 1e-6
+        )
 
 
 def test_deltas_planted_in_what_the_model_reads_overlap_with_it_wholly(model, params, at, generator):
     bases = {frame.place: frame.space.basis for frame in input_frames(at(params), params, K, Inputs())}
     deltas = {}
-    for one in model.architecture.matrices:
-        if one.role == "read":
-            site = "mlp_input" if one.kind == "up" else "attention_input"
-            deltas[one.name] = planted(bases[site, one.layer], one, params, generator)
+    for matrix in model.architecture.matrices:
+        if matrix.role == "read":
+            site = "mlp_input" if matrix.kind == "up" else "attention_input"
+            deltas[matrix.name] = planted(bases[site, matrix.layer], matrix, params, generator)
     pairs = ["delta:attention_input_before", "delta:mlp_input_before"]
     rows = Overlap(pairs=pairs).measurement(at(params))(moved(model, params, deltas))
     for name in deltas:
@@ -82,7 +87,7 @@ def test_the_inputs_are_those_of_the_checkpoint_but_with_a_suffix_those_of_the_s
     setting = at(params, jittered(params, generator, 0.3))
     after = jittered(params, generator, 0.3)
     rows = Overlap(pairs=["weight:mlp_input", "weight:mlp_input_before"]).measurement(setting)(after)
-    weight = matrix(model, "L1.q").of(after).double()
+    weight = matrix_of(model, "L1.q").of(after).double()
     right = torch.linalg.svd(weight).Vh[:K].T
     for pair, inputs in (("weight:mlp_input", after), ("weight:mlp_input_before", params)):
         bases = {frame.place: frame.space.basis for frame in input_frames(setting, inputs, K, Inputs())}
@@ -91,24 +96,24 @@ def test_the_inputs_are_those_of_the_checkpoint_but_with_a_suffix_those_of_the_s
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_deltas_planted_in_or_beside_what_the_model_predicts_are_at_0_or_90_degrees(
+def test_deltas_planted_inside_or_outside_the_prediction_subspace_are_at_0_or_90_degrees(
     model, params, at, generator, inside
 ):
     everything = prediction_frame(at(params), params, D).space.basis
     basis = everything[:, :K] if inside else everything[:, K:]
-    writes = [one for one in model.architecture.matrices if one.role == "write"]
-    deltas = {one.name: planted(basis, one, params, generator) for one in writes}
+    writes = [matrix for matrix in model.architecture.matrices if matrix.role == "write"]
+    deltas = {matrix.name: planted(basis, matrix, params, generator) for matrix in writes}
     rows = Overlap(pairs=["delta:prediction"]).measurement(at(params))(moved(model, params, deltas))
     for name in deltas:
         angle = 0 if inside else 90
-        found = values(rows, name, "delta:prediction")
-        same(found, overlap=inside, overlap_ratio=inside * D / K, mean_angle=angle, largest_angle=angle)
+        quantities = values(rows, name, "delta:prediction")
+        same(quantities, overlap=inside, overlap_ratio=inside * D / K, mean_angle=angle, largest_angle=angle)
 
 
 @pytest.mark.parametrize("name", ["L0.q", "L1.up", "L0.o", "L1.down"])
 def test_a_rotation_of_the_top_singular_vectors_by_a_known_angle_is_found(model, params, at, generator, name):
-    one = matrix(model, name)
-    d_out, d_in = one.of(params).shape
+    matrix = matrix_of(model, name)
+    d_out, d_in = matrix.of(params).shape
     small = min(d_out, d_in)
     left, right = (
         torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q for d in (d_out, d_in)
@@ -124,15 +129,15 @@ def test_a_rotation_of_the_top_singular_vectors_by_a_known_angle_is_found(model,
     def weight(left, right):
         return (left[:, :small] * singular @ right[:, :small].T).float()
 
-    start = one.replaced(params, weight(left, right))
-    turned = (left, right @ turn) if one.role == "read" else (left @ turn, right)
+    start = matrix.replaced(params, weight(left, right))
+    turned = (left, right @ turn) if matrix.role == "read" else (left @ turn, right)
     rows = Overlap(pairs=["weight:weight_before"]).measurement(at(start))(
-        one.replaced(params, weight(*turned))
+        matrix.replaced(params, weight(*turned))
     )
-    found = values(rows, name, "weight:weight_before")
-    same(found, overlap=cos(angle) ** 2, mean_angle=25, largest_angle=25)
-    assert found["rotation"] == found["mean_angle"]
-    other = next(other.name for other in model.architecture.matrices if other.module != one.module)
+    quantities = values(rows, name, "weight:weight_before")
+    same(quantities, overlap=cos(angle) ** 2, mean_angle=25, largest_angle=25)
+    assert quantities["rotation"] == quantities["mean_angle"]
+    other = next(other.name for other in model.architecture.matrices if other.module != matrix.module)
     same(values(rows, other, "weight:weight_before"), overlap=1, overlap_ratio=D / K, mean_angle=0)
 
 
@@ -156,21 +161,21 @@ def test_the_null_of_a_line_is_that_of_a_beta_and_of_the_whole_space_has_no_spre
 
 @pytest.mark.slow
 def test_unrelated_deltas_are_at_chance_with_each_other(model, params, at, generator):
-    one = matrix(model, "L1.q")
+    matrix = matrix_of(model, "L1.q")
     noise = [0.1 * torch.randn(D, D, generator=generator) for _ in range(400)]
     deltas = {"L1.q": torch.randn(D, D, generator=generator)}
     setting = at(params, moved(model, params, deltas))
     measure = Overlap(pairs=["delta:delta_end"]).measurement(setting)
-    found = [
-        values(measure(moved(model, params, {one.name: delta})), one.name, "delta:delta_end")
+    draws = [
+        values(measure(moved(model, params, {matrix.name: delta})), matrix.name, "delta:delta_end")
         for delta in noise
     ]
     # The top right singular vectors of a Gaussian matrix are Haar-uniform: five standard errors.
-    sd = found[0]["null_ratio_sd"]
+    sd = draws[0]["null_ratio_sd"]
     assert_close(sd, (D - K) / K * sqrt(2 / ((D - 1) * (D + 2))))
-    mean = np.mean([one["overlap_ratio"] for one in found])
+    mean = np.mean([draw["overlap_ratio"] for draw in draws])
     assert abs(mean - 1) < 5 * sd / sqrt(400)
-    assert {one["null_ratio_mean"] for one in found} == {1.0}
+    assert {draw["null_ratio_mean"] for draw in draws} == {1.0}
 
 
 def test_angles_are_those_of_the_singular_subspaces(model, params, at, generator):
@@ -178,37 +183,37 @@ def test_angles_are_those_of_the_singular_subspaces(model, params, at, generator
     end = jittered(params, generator)
     rows = Overlap(k=6, pairs=["delta:delta_end"]).measurement(at(params, end))(after)
     for name in ("L0.v", "L1.down"):
-        one = matrix(model, name)
+        matrix = matrix_of(model, name)
         vectors = []
         for weights in (after, end):
-            delta = (one.of(weights) - one.of(params)).double().numpy()
+            delta = (matrix.of(weights) - matrix.of(params)).double().numpy()
             left, _, right = np.linalg.svd(delta)
-            vectors.append(right[:6].T if one.role == "read" else left[:, :6])
+            vectors.append(right[:6].T if matrix.role == "read" else left[:, :6])
         angles = np.rad2deg(subspace_angles(*vectors))
         cosines = np.linalg.svd(vectors[0].T @ vectors[1], compute_uv=False)
-        found = values(rows, name, "delta:delta_end")
-        same(found, overlap=(cosines**2).mean(), mean_angle=angles.mean(), largest_angle=angles.max())
+        quantities = values(rows, name, "delta:delta_end")
+        same(quantities, overlap=(cosines**2).mean(), mean_angle=angles.mean(), largest_angle=angles.max())
 
 
 def test_a_step_down_the_gradient_has_the_gradients_subspace(model, examples, params, at):
     gathering = Gathering(prompts=6, inputs=False)
-    (found,) = gradient_moments(model, params, DPO(), TRAINING, examples, gathering, seed=3)
+    (gathered_pass,) = gradient_moments(model, params, DPO(), TRAINING, examples, gathering, seed=3)
     after = dict(params)
-    for name, gradient in found.gradients.items():
+    for name, gradient in gathered_pass.gradients.items():
         after[name] = params[name] - gradient.value / gradient.value.abs().max()
     probe = Overlap(pairs=["delta:gradient_before", "delta:gradient"], prompts=6)
     rows = probe.measurement(at(params, objective=DPO()))(after)
-    for one in model.architecture.matrices:
-        same(values(rows, one.name, "delta:gradient_before"), overlap=1)
-        assert values(rows, one.name, "delta:gradient")["overlap"] < 0.99  # far from where it was taken
+    for matrix in model.architecture.matrices:
+        same(values(rows, matrix.name, "delta:gradient_before"), overlap=1)
+        assert values(rows, matrix.name, "delta:gradient")["overlap"] < 0.99  # far from where it was taken
 
 
 def test_a_delta_planted_in_the_upstream_gradients_overlaps_with_them(model, examples, params, at, generator):
     gathering = Gathering(prompts=6, inputs=False)
-    (found,) = gradient_moments(model, params, DPO(), TRAINING, examples, gathering, seed=3)
+    (gathered_pass,) = gradient_moments(model, params, DPO(), TRAINING, examples, gathering, seed=3)
     deltas = {
-        name: planted(Subspace.top(moment.value, K).basis, matrix(model, name), params, generator)
-        for name, moment in found.upstream.items()
+        name: planted(Subspace.top(moment.value, K).basis, matrix_of(model, name), params, generator)
+        for name, moment in gathered_pass.upstream.items()
     }
     probe = Overlap(pairs=["delta:upstream_before"], prompts=6)
     rows = probe.measurement(at(params, objective=DPO()))(
@@ -224,7 +229,7 @@ def test_the_next_layer_is_that_of_the_same_kind(model, params, at, generator):
         D // 2, 1
     )
     deltas = {
-        name: planted(basis[:, :K], matrix(model, name), params, generator)
+        name: planted(basis[:, :K], matrix_of(model, name), params, generator)
         for name, basis in {"L0.q": shared, "L1.q": shared, "L0.o": shared, "L1.o": beside}.items()
     }
     rows = Overlap(pairs=["delta:delta_next_layer"]).measurement(at(params))(moved(model, params, deltas))
@@ -256,12 +261,12 @@ def test_the_delta_of_other_checkpoints_is_read_from_their_directories(
 
 def test_a_delta_of_low_rank_counts_with_the_directions_that_it_has(model, params, at, generator):
     basis = prediction_frame(at(params), params, K).space.basis
-    delta = planted(basis[:, :2], matrix(model, "L0.o"), params, generator)
+    delta = planted(basis[:, :2], matrix_of(model, "L0.o"), params, generator)
     rows = Overlap(pairs=["delta:prediction"]).measurement(at(params))(moved(model, params, {"L0.o": delta}))
     # ‖Uᵀ V‖² = 2 of the 2 possible; its expectation is 2 · 4 / 32, so the ratio is again d/k = 8.
-    found = values(rows, "L0.o", "delta:prediction")
-    same(found, overlap=1, overlap_ratio=D / K, largest_angle=0)
-    assert_close(found["null_ratio_sd"], null_ratio_sd(D, 2, K))
+    quantities = values(rows, "L0.o", "delta:prediction")
+    same(quantities, overlap=1, overlap_ratio=D / K, largest_angle=0)
+    assert_close(quantities["null_ratio_sd"], null_ratio_sd(D, 2, K))
     assert {row["n"] for row in rows} == {2} and {row["k"] for row in rows} == {K}
 
 
@@ -279,7 +284,7 @@ def test_keys_of_one_shared_head_count_with_their_rows(tokenizer, examples, gene
     )
     network = LlamaForCausalLM(config).eval().requires_grad_(False)
     model = LanguageModel(network, tokenizer, architecture_of(config))
-    params = {name: one.clone() for name, one in network.named_parameters()}
+    params = {name: weight.clone() for name, weight in network.named_parameters()}
     setting = Setting(model, params, params, False, examples, 3)
     probe = Overlap(k=16, pairs=["weight:weight_before"])
     rows = probe.measurement(setting)(jittered(params, generator, 1e-4))
@@ -303,10 +308,10 @@ def test_every_quantity_is_there_with_its_place_unit_and_number_of_samples(model
         degrees = table["quantity"].isin(["mean_angle", "largest_angle", "rotation"])
         assert set(table[degrees]["unit"]) == {"degree"} and set(table[~degrees]["unit"]) == {"1"}
         assert set(table["n"]) == set(table["k"]) == {K}
-        # What a run logs: one headline for each matrix and layer.
+        # A run logs one headline for each matrix and layer.
         headline = own(table, Overlap().declaration.headline)
         assert sorted(zip(headline["layer"], headline["matrix"], strict=True)) == sorted(
-            (one.layer, one.kind) for one in model.architecture.matrices
+            (matrix.layer, matrix.kind) for matrix in model.architecture.matrices
         )
 
 

@@ -13,8 +13,8 @@ SPECTRUM = torch.tensor([5.0, 4.0, 2.0, 1.0], dtype=torch.float64)
 def compared(
     before: torch.Tensor, after: torch.Tensor, probe: Rotation = PROBE, k: int = 2
 ) -> dict[str, float]:
-    found = probe._compared(Decomposition.of(before.double()), Decomposition.of(after.double()), k)
-    return dict(found.numbers)
+    comparison = probe._compared(Decomposition.of(before.double()), Decomposition.of(after.double()), k)
+    return dict(comparison.numbers)
 
 
 def turned(degrees: float) -> torch.Tensor:
@@ -28,16 +28,18 @@ def turned(degrees: float) -> torch.Tensor:
 
 def test_a_turn_of_the_second_of_two_directions_is_half_of_it_on_average_and_on_its_side_alone() -> None:
     before = SPECTRUM.diag()
-    found = compared(before, turned(30) @ before)
-    assert found["left_angle"] == pytest.approx(15) and found["right_angle"] == pytest.approx(0, abs=1e-6)
-    assert found["spectral_shift"] == pytest.approx(0, abs=1e-12)
+    quantities = compared(before, turned(30) @ before)
+    assert quantities["left_angle"] == pytest.approx(15) and quantities["right_angle"] == pytest.approx(
+        0, abs=1e-6
+    )
+    assert quantities["spectral_shift"] == pytest.approx(0, abs=1e-12)
     assert compared(before, before @ turned(1e-4))["right_angle"] == pytest.approx(5e-5, rel=1e-3)
 
 
 def test_a_scale_shifts_the_spectrum_alone() -> None:
-    found = compared(SPECTRUM.diag(), 1.1 * SPECTRUM.diag())
-    assert found["spectral_shift"] == pytest.approx(0.1)
-    assert found["left_angle"] == found["intruders"] == pytest.approx(0, abs=1e-6)
+    quantities = compared(SPECTRUM.diag(), 1.1 * SPECTRUM.diag())
+    assert quantities["spectral_shift"] == pytest.approx(0.1)
+    assert quantities["left_angle"] == quantities["intruders"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_strong_new_direction_is_an_intruder() -> None:
@@ -71,11 +73,11 @@ def test_under_a_rotated_update_every_number_is_a_draw_from_its_null() -> None:
     start = Decomposition.of(before)
 
     def draws(count: int) -> dict[str, torch.Tensor]:
-        found = [
+        draws = [
             PROBE._compared(start, Decomposition.of(before + rotated(update, generator)), 2).numbers
             for _ in range(count)
         ]
-        return {name: torch.tensor([numbers[name] for numbers in found]) for name in found[0]}
+        return {name: torch.tensor([numbers[name] for numbers in draws]) for name in draws[0]}
 
     null, drawn = draws(500), draws(500)
     for name in ("left_angle", "right_angle", "spectral_shift"):
@@ -88,8 +90,8 @@ def test_a_probe_has_rows_with_both_nulls_for_every_matrix_that_moved(at, model,
     change = 0.01 * torch.randn(model.architecture.matrices[0].of(params).shape)
     after = moved(model, params, {model.architecture.matrices[0].name: change})
     rows = Rotation(draws=2, curve=3).measurement(at(params))(after)
-    quantities = [found["quantity"] for found in rows]
-    assert {(found["matrix"], found["layer"]) for found in rows} == {("q", 0)}
+    quantities = [row["quantity"] for row in rows]
+    assert {(row["matrix"], row["layer"]) for row in rows} == {("q", 0)}
     assert quantities.count("left_cosine") == quantities.count("right_cosine") == 3
     for null in ("null", "noise"):
         for name in ("left_angle", "right_angle", "spectral_shift", "intruders"):

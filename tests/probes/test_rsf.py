@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from moving import matrix, moved
+from moving import matrix_of, moved
 from torch.testing import assert_close
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
@@ -35,8 +35,8 @@ def at(model, examples):
 def noise(model, params, generator, scale=0.1):
     """A Gaussian delta for every matrix."""
     return {
-        one.name: scale * torch.randn(one.of(params).shape, generator=generator)
-        for one in model.architecture.matrices
+        matrix.name: scale * torch.randn(matrix.of(params).shape, generator=generator)
+        for matrix in model.architecture.matrices
     }
 
 
@@ -79,7 +79,7 @@ def planted(basis, other, generator, role):
 
 
 def value(rows, name, quantity, subspace="", k=None):
-    (one,) = [
+    (number,) = [
         row["value"]
         for row in rows
         if f"L{row['layer']}.{row['matrix']}" == name
@@ -87,7 +87,7 @@ def value(rows, name, quantity, subspace="", k=None):
         and (not subspace or row["subspace"] == subspace)
         and (k is None or row["k"] == k)
     ]
-    return one
+    return number
 
 
 def own(name):
@@ -110,10 +110,10 @@ def test_deltas_planted_in_what_the_model_reads_or_predicts_have_the_ratio_d_ove
 ):
     deltas, predicted = {}, output_axes(params)
     part = slice(K) if inside else slice(K, None)
-    for one in model.architecture.matrices:
-        axes = input_axes(model, examples, one.name)[0] if one.role == "read" else predicted
-        other = one.of(params).shape[0 if one.role == "read" else 1]
-        deltas[one.name] = planted(axes[:, part], other, generator, one.role)
+    for matrix in model.architecture.matrices:
+        axes = input_axes(model, examples, matrix.name)[0] if matrix.role == "read" else predicted
+        other = matrix.of(params).shape[0 if matrix.role == "read" else 1]
+        deltas[matrix.name] = planted(axes[:, part], other, generator, matrix.role)
     rows = RSF().measurement(at(params))(moved(model, params, deltas))
     for name in deltas:
         close(ratio(rows, name), D / K if inside else 0.0)
@@ -133,30 +133,30 @@ def test_without_an_update_there_are_only_its_norm_and_the_share_that_moved(mode
     rows = RSF().measurement(at(params))(params)
     assert all(row["value"] == 0 for row in rows)
     matrices = model.architecture.matrices
-    expected = [(q, one.name) for one in matrices for q in ("delta_norm", "moved_share")]
-    found = [row for row in rows if "parameter" not in row]
-    assert [(row["quantity"], f"L{row['layer']}.{row['matrix']}") for row in found] == expected
+    expected = [(q, matrix.name) for matrix in matrices for q in ("delta_norm", "moved_share")]
+    norms = [row for row in rows if "parameter" not in row]
+    assert [(row["quantity"], f"L{row['layer']}.{row['matrix']}") for row in norms] == expected
 
 
 def test_every_row_has_its_place_its_unit_and_its_number_of_samples(model, examples, params, at, generator):
     rows = RSF().measurement(at(params))(moved(model, params, noise(model, params, generator)))
     tabulate([row | {"step": 1} for row in rows])  # refuses what a table cannot hold
-    for one in model.architecture.matrices:
-        mine = [row for row in rows if f"L{row['layer']}.{row['matrix']}" == one.name]
-        entries = one.of(params).numel()
-        assert all(row["role"] == one.role and row["unit"] == "1" for row in mine)
-        assert {row["subspace"] for row in mine if "subspace" in row} == {own(one.name), "random"}
+    for matrix in model.architecture.matrices:
+        mine = [row for row in rows if f"L{row['layer']}.{row['matrix']}" == matrix.name]
+        entries = matrix.of(params).numel()
+        assert all(row["role"] == matrix.role and row["unit"] == "1" for row in mine)
+        assert {row["subspace"] for row in mine if "subspace" in row} == {own(matrix.name), "random"}
         assert {row["k"] for row in mine if "k" in row} == {K}
         by_subspace = {
             place: {row["quantity"] for row in mine if row.get("subspace") == place}
-            for place in (None, own(one.name), "random")
+            for place in (None, own(matrix.name), "random")
         }
         crossfit = {"crossfit_ratio", "crossfit_matched_ratio"}
-        counted = {"tokens_per_dimension"} if one.role == "read" else set()
-        matched = MATCHED | INTERVAL | crossfit if one.role == "read" else set()
+        counted = {"tokens_per_dimension"} if matrix.role == "read" else set()
+        matched = MATCHED | INTERVAL | crossfit if matrix.role == "read" else set()
         assert by_subspace == {
             None: {"delta_norm", "moved_share"} | counted,
-            own(one.name): COMPARED | matched,
+            own(matrix.name): COMPARED | matched,
             "random": COMPARED,
         }
         tokens = sum(len(text.split()) + 1 for text in examples.heldout)
@@ -171,13 +171,13 @@ def test_nulls_are_those_of_the_delta_and_its_side(model, params, at, generator,
     deltas = noise(model, params, generator)
     after = moved(model, params, deltas)
     rows = RSF(null_kind=kind).measurement(at(params))(after)
-    for one in model.architecture.matrices:
-        delta = one.of(after) - one.of(params)
-        x = delta if one.role == "read" else delta.T
+    for matrix in model.architecture.matrices:
+        delta = matrix.of(after) - matrix.of(params)
+        x = delta if matrix.role == "read" else delta.T
         shares = spectrum_shares(x.double().T @ x.double())
         null = rotation_null(shares, K, seed=3) if kind == "rotation" else isotropic_null(D, K, x.shape[0])
-        for subspace in (own(one.name), "random"):
-            fraction = value(rows, one.name, "fraction", subspace)
+        for subspace in (own(matrix.name), "random"):
+            fraction = value(rows, matrix.name, "fraction", subspace)
             expected = {
                 "null_ratio_mean": 1.0,
                 "null_ratio_sd": null.sd * D / K,
@@ -185,7 +185,7 @@ def test_nulls_are_those_of_the_delta_and_its_side(model, params, at, generator,
                 "p_value": null.p_value(fraction)[0],
                 "ratio": fraction * D / K,
             }
-            actual = {quantity: value(rows, one.name, quantity, subspace) for quantity in expected}
+            actual = {quantity: value(rows, matrix.name, quantity, subspace) for quantity in expected}
             assert_close(actual, expected, rtol=1e-5, atol=1e-6)  # the probe's Gram matrix is fp32
 
 
@@ -264,14 +264,14 @@ def test_at_says_whose_subspaces_are_taken(model, at, three, where, from_random,
     # The delta is always that since the start; only the subspaces are another model's.
     frame = {"start": start, "step": step, "end": end}[whose]
     for name in ("L0.o", "L1.down"):
-        one = matrix(model, name)
-        delta = (one.of(step) - one.of(start)).double().numpy()
+        matrix = matrix_of(model, name)
+        delta = (matrix.of(step) - matrix.of(start)).double().numpy()
         basis = output_axes(frame)[:, :K]
         expected = np.square(basis.T @ delta).sum() / np.square(delta).sum() * D / K
         close(ratio(rows, name), float(expected))
     for name in ("L0.q", "L1.up"):
-        one, site = matrix(model, name), own(name)
-        delta = (one.of(step) - one.of(start)).double().numpy()
+        matrix, site = matrix_of(model, name), own(name)
+        delta = (matrix.of(step) - matrix.of(start)).double().numpy()
         basis = input_basis(model, frame, at(start).examples, name)
         expected = np.square(delta @ basis).sum() / np.square(delta).sum() * D / K
         close(value(rows, name, "ratio", site), float(expected))
@@ -289,7 +289,7 @@ def test_centred_inputs_have_the_covariance_for_subspace(model, examples, params
     deltas = {}
     for name in ("L0.k", "L1.up"):
         axes, _ = input_axes(model, examples, name, centre=True)
-        d_out = matrix(model, name).of(params).shape[0]
+        d_out = matrix_of(model, name).of(params).shape[0]
         deltas[name] = planted(axes[:, :K], d_out, generator, "read")
     after = moved(model, params, deltas)
     centred = RSF(centre_inputs=True).measurement(at(params))(after)
@@ -313,11 +313,11 @@ def test_the_knobs_of_the_unembedding_choose_the_prediction_subspace(
     for other_fold in (False, True):
         for other_centre in (False, True):
             probe = RSF(fold_gain=other_fold, centre_unembedding=other_centre)
-            found = ratio(probe.measurement(at(params))(after), "L0.o")
+            measured = ratio(probe.measurement(at(params))(after), "L0.o")
             if (other_fold, other_centre) == (fold, centre):
-                close(found, D / K)
+                close(measured, D / K)
             else:
-                assert found < 0.95 * D / K
+                assert measured < 0.95 * D / K
 
 
 def test_tokens_and_length_say_on_what_text_the_inputs_are_taken(model, examples, params, at, generator):
@@ -360,13 +360,13 @@ def test_folding_a_post_norm_scales_what_is_written_by_its_gain(olmo, at, genera
     o = "model.layers.0.self_attn.o_proj.weight"
     folded = after[gain][:, None] * after[o] - before[gain][:, None] * before[o]
     stored = after[o] - before[o]
-    found = {fold: RSF(fold_post_norm=fold).measurement(at(before, of=olmo))(after) for fold in (True, False)}
-    close(ratio(found[True], "L0.o"), expected(folded))
-    close(ratio(found[False], "L0.o"), expected(stored))
+    rows = {fold: RSF(fold_post_norm=fold).measurement(at(before, of=olmo))(after) for fold in (True, False)}
+    close(ratio(rows[True], "L0.o"), expected(folded))
+    close(ratio(rows[False], "L0.o"), expected(stored))
     assert abs(expected(folded) - expected(stored)) > 0.01
-    close(value(found[True], "L0.o", "delta_norm"), float(folded.norm()))
-    # What is read has no norm behind it.
-    assert ratio(found[True], "L0.q") == ratio(found[False], "L0.q")
+    close(value(rows[True], "L0.o", "delta_norm"), float(folded.norm()))
+    # No norm stands behind a read.
+    assert ratio(rows[True], "L0.q") == ratio(rows[False], "L0.q")
 
 
 def test_a_gain_that_moved_alone_is_an_update_of_what_is_written(olmo, at):

@@ -1,4 +1,4 @@
-"""What turns a ratio into evidence: intervals, matched levels, q-values, heads, and the budget."""
+"""The evidence behind a ratio: intervals, matched levels, q-values, heads, and the budget."""
 
 from dataclasses import replace
 
@@ -86,7 +86,7 @@ def test_a_planted_share_is_estimated_within_its_interval_in_all_architectures(e
         # A twentieth of the text that the subspaces stand for is what the probe sees.
         rows = RSF().measurement(setting(model, params, examples))(dict(after))
         low, high, ratio = (values(rows, quantity) for quantity in ("ratio_low", "ratio_high", "ratio"))
-        inside = [low[one] <= share * D / K <= high[one] for one in low]
+        inside = [low[name] <= share * D / K <= high[name] for name in low]
         covered, intervals = covered + sum(inside), intervals + len(inside)
         assert sum(inside) >= 0.6 * len(inside), name
         for matrix in model.architecture.matrices:
@@ -140,36 +140,38 @@ def test_the_matched_level_of_a_write_is_the_share_of_its_upstream_gradients(
     model, params = language_model(name, tokenizer)
     at = setting(model, params, examples, objective=objective)
     rows = RSF(prompts=16).measurement(at)(moved(model, params))
-    found = values(rows, "matched_ratio", "prediction")
-    (some,) = gradient_moments(model, params, objective, TRAINING, examples, Gathering(prompts=16), 3)
+    levels = values(rows, "matched_ratio", "prediction")
+    (gathered_pass,) = gradient_moments(
+        model, params, objective, TRAINING, examples, Gathering(prompts=16), 3
+    )
     basis = prediction_frame(at, params, K).space.basis
     for matrix in model.architecture.matrices:
         if matrix.role == "write":
-            second = some.upstream[matrix.name].value.double()
+            second = gathered_pass.upstream[matrix.name].value.double()
             if matrix.norm is not None:
                 gain = matrix.norm.gain(params).double()
                 second = gain[:, None] * second * gain
             expected = float(torch.trace(basis.T @ second @ basis) / second.trace()) * D / K
-            assert_close(found[matrix.name], expected, rtol=1e-5, atol=0)
-    assert values(rows, "matched_p_value", "prediction").keys() == found.keys()
+            assert_close(levels[matrix.name], expected, rtol=1e-5, atol=0)
+    assert values(rows, "matched_p_value", "prediction").keys() == levels.keys()
     intervals = (
         values(rows, "matched_ratio_low", "prediction"),
         values(rows, "matched_ratio_high", "prediction"),
     )
-    assert all(intervals[0][one] < found[one] < intervals[1][one] for one in found)
+    assert all(intervals[0][name] < levels[name] < intervals[1][name] for name in levels)
 
 
 def test_what_is_written_by_the_objectives_own_gradients_alone_has_its_matched_level(examples, tokenizer):
     model, params = language_model("llama", tokenizer)
     objective = DPO()
-    (some,) = gradient_moments(
+    (gathered_pass,) = gradient_moments(
         model, params, objective, TRAINING, examples, Gathering(prompts=40, positions="scored"), 3
     )
     generator = torch.Generator().manual_seed(0)
     after = params
     for matrix in model.architecture.matrices:
         if matrix.role == "write":
-            second = some.upstream[matrix.name].value.double()
+            second = gathered_pass.upstream[matrix.name].value.double()
             values_, vectors = torch.linalg.eigh(second)
             root = vectors * values_.clamp(min=0).sqrt()
             d_in = matrix.of(params).shape[1]
@@ -179,8 +181,8 @@ def test_what_is_written_by_the_objectives_own_gradients_alone_has_its_matched_l
     rows = RSF(prompts=40).measurement(at)(dict(after))
     z, ratio = values(rows, "matched_z", "prediction"), values(rows, "ratio", "prediction")
     # Four draws from the null: |z| beyond 4 has probability 6e-5 each.
-    assert len(z) == 4 and all(abs(one) < 4 for one in z.values())
-    assert max(abs(ratio[one] - 1) for one in ratio) > 0.3  # the level is not the isotropic one
+    assert len(z) == 4 and all(abs(name) < 4 for name in z.values())
+    assert max(abs(ratio[name] - 1) for name in ratio) > 0.3  # the level is not the isotropic one
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "llama"])
@@ -188,22 +190,22 @@ def test_the_trained_level_of_a_read_is_the_share_of_its_inputs_on_the_examples(
     model, params = language_model(name, tokenizer)
     at = setting(model, params, examples, objective=DPO())
     rows = RSF(prompts=16).measurement(at)(moved(model, params))
-    found = values(rows, "trained_matched_ratio")
-    (some,) = gradient_moments(model, params, DPO(), TRAINING, examples, Gathering(prompts=16), 3)
+    levels = values(rows, "trained_matched_ratio")
+    (gathered_pass,) = gradient_moments(model, params, DPO(), TRAINING, examples, Gathering(prompts=16), 3)
     spaces = {frame.place: frame.space for frame in input_frames(at, params, K, Inputs())}
     inputs: dict[Place, torch.Tensor] = {
-        (site.name, site.layer): moment.value.double() for site, moment in some.inputs.items()
+        (site.name, site.layer): moment.value.double() for site, moment in gathered_pass.inputs.items()
     }
     reads = [matrix for matrix in model.architecture.matrices if matrix.role == "read"]
     for matrix in reads:
         basis, second = spaces[place_of(matrix)].basis, inputs[place_of(matrix)]
         expected = float(torch.trace(basis.T @ second @ basis) / second.trace()) * D / K
-        assert_close(found[matrix.name], expected, rtol=1e-5, atol=0)
-    assert list(found) == [matrix.name for matrix in reads]
+        assert_close(levels[matrix.name], expected, rtol=1e-5, atol=0)
+    assert list(levels) == [matrix.name for matrix in reads]
     for quantity in ("p_value", "q_value", "z"):
-        assert values(rows, f"trained_matched_{quantity}").keys() == found.keys()
+        assert values(rows, f"trained_matched_{quantity}").keys() == levels.keys()
     low, high = (values(rows, f"trained_matched_ratio_{end}") for end in ("low", "high"))
-    assert all(low[one] < found[one] < high[one] for one in found)
+    assert all(low[name] < levels[name] < high[name] for name in levels)
     unknown = RSF().measurement(setting(model, params, examples))(moved(model, params))
     assert not values(unknown, "trained_matched_ratio")
 
@@ -214,9 +216,9 @@ def test_a_read_of_the_trained_inputs_alone_has_the_level_of_those_and_not_of_th
     model, params = language_model("llama", tokenizer)
     # The held-out text is one sentence over and over, so that its inputs are not those of the examples.
     other = replace(examples, heldout=[examples.heldout[0]] * 200)
-    (some,) = gradient_moments(model, params, DPO(), TRAINING, other, Gathering(prompts=40), 3)
+    (gathered_pass,) = gradient_moments(model, params, DPO(), TRAINING, other, Gathering(prompts=40), 3)
     inputs: dict[Place, torch.Tensor] = {
-        (site.name, site.layer): moment.root for site, moment in some.inputs.items()
+        (site.name, site.layer): moment.root for site, moment in gathered_pass.inputs.items()
     }
     generator = torch.Generator().manual_seed(0)
     after = params
@@ -247,9 +249,9 @@ def test_q_values_are_those_of_benjamini_and_hochberg_over_layers_and_matrices(e
         ]
         assert len(family) == len(model.architecture.matrices) == 14
         expected = stats.false_discovery_control([row["value"] for row in family])
-        found = values([row for row in rows if row.get("k") == k], "q_value")
+        q_values = values([row for row in rows if row.get("k") == k], "q_value")
         names = [f"L{row['layer']}.{row['matrix']}" for row in family]
-        assert_close([found[name] for name in names], expected.tolist())
+        assert_close([q_values[name] for name in names], expected.tolist())
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "llama", "gpt2", "phi3"])
@@ -265,7 +267,11 @@ def test_heads_have_the_share_of_their_own_rows_or_columns(name, examples, token
         for frame in [*input_frames(at, params, K, Inputs()), prediction_frame(at, params, K)]
     }
     for matrix in model.architecture.matrices:
-        heads = {one: value for one, value in ratio.items() if one.startswith(f"{matrix.name}.")}
+        heads = {
+            name_of_head: value
+            for name_of_head, value in ratio.items()
+            if name_of_head.startswith(f"{matrix.name}.")
+        }
         if matrix.kind not in ("q", "k", "v", "o"):
             assert not heads
             continue
@@ -298,11 +304,11 @@ def test_an_unmoved_model_needs_neither_text_nor_gradients(examples, tokenizer, 
 
 def test_increments_are_what_lies_between_neighbouring_checkpoints(examples, tokenizer):
     model, params = language_model("llama", tokenizer)
-    one, two = moved(model, params, seed=1), moved(model, params, seed=2)
+    first, two = moved(model, params, seed=1), moved(model, params, seed=2)
     at = setting(model, params, examples, end=two)
     measure = RSF(increments=True, resamples=0).measurement(at)
     plain = RSF(resamples=0).measurement(at)
-    for step, (previous, now) in enumerate([(params, params), (params, one), (one, two)]):
+    for step, (previous, now) in enumerate([(params, params), (params, first), (first, two)]):
         rows = measure(now)
         cumulative = [row for row in rows if not row["quantity"].startswith("increment_")]
         assert cumulative == plain(now)

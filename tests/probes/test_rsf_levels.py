@@ -41,7 +41,7 @@ def test_subspace_and_level_of_the_crossfit_come_from_different_halves(model, pa
         frame for frame in input_frames(setting, params, 4, Inputs(resamples=40))
         if frame.place == ("attention_input", 1)
     ]  # fmt: skip
-    matrix = next(one for one in model.architecture.matrices if one.name == "L1.k")
+    matrix = next(matrix for matrix in model.architecture.matrices if matrix.name == "L1.k")
     delta = (matrix.of(after) - matrix.of(params)).double()
     assert isinstance(frame.moment, Moment)
     sums, middle = frame.moment.sums.double(), len(frame.moment.sums) // 2
@@ -62,14 +62,16 @@ def test_writes_have_no_crossfit(model, params, at, generator):
 
 
 def test_reads_of_an_adapter_are_compared_with_its_row_space(model, params, at, generator):
-    name = next(one.parameter for one in model.architecture.matrices if one.name == "L0.up")
+    name = next(matrix.parameter for matrix in model.architecture.matrices if matrix.name == "L0.up")
     d_out, d = params[name].shape
     a = torch.randn(3, d, generator=generator)
     b = 0.1 * torch.randn(d_out, 3, generator=generator)
     after = Adapted(params, {name: LowRank(b, a)}, {}, frozenset())
     rows = RSF(k=4).measurement(at(params))(after)
     assert values(rows, "adapter_rank", "L0.up") == [3]
-    (frame,) = [one for one in input_frames(at(params), params, 4, Inputs()) if one.place == ("mlp_input", 0)]
+    (frame,) = [
+        frame for frame in input_frames(at(params), params, 4, Inputs()) if frame.place == ("mlp_input", 0)
+    ]
     gram = a.double().T @ a.double()
     assert frame.moment is not None
     assert_close(
@@ -98,8 +100,8 @@ def test_a_text_of_one_word_has_fewer_directions_than_asked_for(model, params, e
     setting = Setting(model, params, params, False, same, 3)
     rows = RSF(k=[4, 16], resamples=0).measurement(setting)(noisy(model, params, generator))
     (frame,) = [
-        one for one in input_frames(setting, params, 16, Inputs(tokens=8192))
-        if one.place == ("attention_input", 0)
+        frame for frame in input_frames(setting, params, 16, Inputs(tokens=8192))
+        if frame.place == ("attention_input", 0)
     ]  # fmt: skip
     assert frame.rank is not None and frame.rank < 16
     assert values(rows, "directions", "L0.q", 16) == [frame.rank]
@@ -113,7 +115,7 @@ def test_increments_of_a_pretraining_are_written_into_the_subspace_before(
     model, params, examples, from_random
 ):
     unembedding = params["lm_head.weight"]
-    matrix = next(one for one in model.architecture.matrices if one.name == "L1.down")
+    matrix = next(matrix for matrix in model.architecture.matrices if matrix.name == "L1.down")
     first = {**params, "lm_head.weight": torch.roll(unembedding, 1, 1)}  # another prediction subspace
     setting = Setting(model, params, first, from_random, examples, 3)
     measure = RSF(k=4, resamples=0).measurement(setting)
@@ -124,8 +126,8 @@ def test_increments_of_a_pretraining_are_written_into_the_subspace_before(
     space = Subspace.top((rows - rows.mean(0)).T @ (rows - rows.mean(0)), 4)
     inside = space.basis @ torch.randn(4, matrix.of(first).shape[1], dtype=torch.float64)
     after = matrix.replaced(first, matrix.of(first) + inside.float())
-    found = values(measure(after), "forward_increment_ratio", "L1.down")
+    ratios = values(measure(after), "forward_increment_ratio", "L1.down")
     if not from_random:
-        assert not found
+        assert not ratios
         return
-    assert found == pytest.approx([model.architecture.d_model / 4], rel=1e-3)  # all of it
+    assert ratios == pytest.approx([model.architecture.d_model / 4], rel=1e-3)  # all of it

@@ -22,11 +22,11 @@ def test_shares_of_a_worked_example() -> None:
     # bf16 has steps of 2^-7 from 1 to 2: an entry at 1 is visible from half a step, 0.0039, on.
     before = torch.tensor([[1.0, 1.0, 1.0, 1.0, 1.0]])
     after = torch.tensor([[1.0, 1.000005, 1.0005, 1.003, 1.005]])
-    found = PROBE.of_matrix(before, after)
-    assert found["unmoved_share"] == pytest.approx(1 / 5)
-    assert found["absolute_unmoved_share"] == pytest.approx(2 / 5)
-    assert found["relative_unmoved_share"] == pytest.approx(3 / 5)
-    assert found["invisible_share"] == pytest.approx(4 / 5)
+    quantities = PROBE.of_matrix(before, after)
+    assert quantities["unmoved_share"] == pytest.approx(1 / 5)
+    assert quantities["absolute_unmoved_share"] == pytest.approx(2 / 5)
+    assert quantities["relative_unmoved_share"] == pytest.approx(3 / 5)
+    assert quantities["invisible_share"] == pytest.approx(4 / 5)
 
 
 def test_overlaps_of_a_worked_example() -> None:
@@ -34,12 +34,14 @@ def test_overlaps_of_a_worked_example() -> None:
     before = torch.outer(torch.ones(1), torch.arange(1.0, 11.0))
     after = before.clone()
     after[0, [0, 1, 8, 9]] *= 1.5
-    found = Sparsity(alpha=0.2).of_matrix(before, after)
-    assert found["low_overlap"] == pytest.approx(2 / 4)
-    assert found["principal_overlap"] == pytest.approx(2 / 4)
+    quantities = Sparsity(alpha=0.2).of_matrix(before, after)
+    assert quantities["low_overlap"] == pytest.approx(2 / 4)
+    assert quantities["principal_overlap"] == pytest.approx(2 / 4)
     after[0, [8, 9]] = before[0, [8, 9]]
-    found = Sparsity(alpha=0.2).of_matrix(before, after)
-    assert found["low_overlap"] == pytest.approx(1) and found["principal_overlap"] == pytest.approx(0)
+    quantities = Sparsity(alpha=0.2).of_matrix(before, after)
+    assert quantities["low_overlap"] == pytest.approx(1) and quantities["principal_overlap"] == pytest.approx(
+        0
+    )
 
 
 def test_ties_at_the_edge_of_a_mask_share_what_is_left() -> None:
@@ -62,9 +64,9 @@ def test_an_entry_changes_its_value_on_the_grid_at_the_end_of_its_cell(grid: tor
 
 
 def test_a_matrix_that_does_not_move_has_no_overlap() -> None:
-    found = PROBE.of_matrix(weights(20, 30), weights(20, 30))
-    assert found["invisible_share"] == found["null_invisible_share_mean"] == 1
-    assert "low_overlap" not in found
+    quantities = PROBE.of_matrix(weights(20, 30), weights(20, 30))
+    assert quantities["invisible_share"] == quantities["null_invisible_share_mean"] == 1
+    assert "low_overlap" not in quantities
     lowest = torch.zeros(2, 2)
     assert PROBE.of_matrix(lowest, lowest + nextafter(0, inf))["unmoved_share"] == 1  # a fp32 zero
 
@@ -73,12 +75,14 @@ def test_a_matrix_that_moves_below_the_grid_has_no_overlap_and_one_that_moves_ev
     before = weights(20, 30)
     after = before.clone()
     after[0, 0] *= 1 + 2e-7
-    found = PROBE.of_matrix(before, after)
-    assert found["unmoved_share"] < found["invisible_share"] == 1 and "low_overlap" not in found
-    found = PROBE.of_matrix(before, 2 * before)
-    assert found["low_overlap"] == pytest.approx(0.3) == found["null_low_overlap_mean"]
-    assert found["null_low_overlap_sd"] == 0
-    assert all(isfinite(value) for value in found.values())
+    quantities = PROBE.of_matrix(before, after)
+    assert (
+        quantities["unmoved_share"] < quantities["invisible_share"] == 1 and "low_overlap" not in quantities
+    )
+    quantities = PROBE.of_matrix(before, 2 * before)
+    assert quantities["low_overlap"] == pytest.approx(0.3) == quantities["null_low_overlap_mean"]
+    assert quantities["null_low_overlap_sd"] == 0
+    assert all(isfinite(value) for value in quantities.values())
 
 
 def test_where_more_entries_are_zero_than_are_visible_the_null_is_that_of_the_zeros():
@@ -86,8 +90,8 @@ def test_where_more_entries_are_zero_than_are_visible_the_null_is_that_of_the_ze
     before[:, :15] = 0  # any step is visible there, so that all of an iid update's visible entries are zeros
     after = before.clone()
     after[:5, 20:] *= 1.5
-    found = PROBE.of_matrix(before, after)
-    assert found["null_low_overlap_mean"] == pytest.approx(0.3 / 0.5, abs=1e-6)  # 180 of the 300 zeros
+    quantities = PROBE.of_matrix(before, after)
+    assert quantities["null_low_overlap_mean"] == pytest.approx(0.3 / 0.5, abs=1e-6)  # 180 of the 300 zeros
 
 
 @pytest.mark.slow
@@ -99,11 +103,11 @@ def test_under_an_iid_update_every_share_and_overlap_is_a_draw_from_its_null(sto
     for _ in range(500):
         after = (before + 5e-5 * torch.randn(before.shape, generator=generator)).to(stored).float()
         step = before + 5e-5 * torch.randn(before.shape, generator=generator)
-        found = PROBE.of_matrix(before, after)
+        quantities = PROBE.of_matrix(before, after)
         shares = PROBE.of_matrix(before, step)  # an update's norm is known before it is rounded
         for name in ("low_overlap", "principal_overlap"):
             drawn.setdefault(name, []).append(
-                (found[name] - found[f"null_{name}_mean"]) / found[f"null_{name}_sd"]
+                (quantities[name] - quantities[f"null_{name}_mean"]) / quantities[f"null_{name}_sd"]
             )
         for name in ("invisible_share", "relative_unmoved_share", "absolute_unmoved_share"):
             drawn.setdefault(name, []).append(
@@ -122,7 +126,7 @@ def test_the_iid_null_of_gaussian_weights_has_the_overlaps_that_were_published_a
     before = weights(512, 512).bfloat16().float()
     sigma = Cells.of(before.flatten(), torch.bfloat16).matching(visible)
     after = before + sigma * torch.randn(before.shape, generator=torch.Generator().manual_seed(1))
-    found = PROBE.of_matrix(before, after.bfloat16().float())
-    assert 1 - found["invisible_share"] == pytest.approx(visible, abs=0.005)
-    assert found["null_low_overlap_mean"] == pytest.approx(overlap, abs=0.01)
-    assert found["low_overlap"] == pytest.approx(found["null_low_overlap_mean"], abs=0.005)
+    quantities = PROBE.of_matrix(before, after.bfloat16().float())
+    assert 1 - quantities["invisible_share"] == pytest.approx(visible, abs=0.005)
+    assert quantities["null_low_overlap_mean"] == pytest.approx(overlap, abs=0.01)
+    assert quantities["low_overlap"] == pytest.approx(quantities["null_low_overlap_mean"], abs=0.005)

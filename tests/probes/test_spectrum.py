@@ -60,13 +60,13 @@ def weights(model):
     return {name: parameter.clone() for name, parameter in model.network.named_parameters()}
 
 
-def matrix(model, name):
+def matrix_of(model, name):
     return next(matrix for matrix in model.architecture.matrices if matrix.name == name)
 
 
 def moved(model, params, name, delta):
-    one = matrix(model, name)
-    return one.replaced(params, one.of(params) + delta.float())
+    matrix = matrix_of(model, name)
+    return matrix.replaced(params, matrix.of(params) + delta.float())
 
 
 def values(rows, name, quantity):
@@ -79,8 +79,8 @@ def values(rows, name, quantity):
 
 
 def value(rows, name, quantity):
-    (one,) = values(rows, name, quantity).values()
-    return one
+    (number,) = values(rows, name, quantity).values()
+    return number
 
 
 def with_spectrum(d_out, d_in, singular, generator):
@@ -96,7 +96,7 @@ def with_spectrum(d_out, d_in, singular, generator):
 def test_a_delta_of_r_equal_directions_has_r_for_participation_ratio_rank_and_spikes(
     model, params, at, generator, name
 ):
-    d_out, d_in = matrix(model, name).of(params).shape
+    d_out, d_in = matrix_of(model, name).of(params).shape
     delta = with_spectrum(d_out, d_in, [0.7] * 5, generator)
     rows = Spectrum(of=["delta"]).measurement(at(params))(moved(model, params, name, delta))
     # The delta is a difference of fp32 weights, whose rounding is 1e-7 of it; its spectrum moves by as much.
@@ -140,17 +140,17 @@ def squared(x):
 def test_noise_alone_seldom_has_a_spike_and_planted_ones_are_all_counted(generator):
     shape = (48, 96)
     noise = [torch.randn(*shape, generator=generator) for _ in range(200)]
-    rate = sum(spikes(squared(one), shape) > 0 for one in noise) / 200
+    rate = sum(spikes(squared(draw), shape) > 0 for draw in noise) / 200
     # 0.17 in the limit; binomial sd √(0.17 · 0.83 / 200) = 0.027, five of those, and as much for the size.
     assert 0 < rate < 0.17 + 0.27
     for count in (1, 3):
         # Three times the edge: above it whatever the noise does.
         planted = with_spectrum(*shape, [3 * (sqrt(48) + sqrt(96))] * count, generator)
-        found = [spikes(squared(one + planted), shape) for one in noise[:50]]
-        assert min(found) == count
+        counts = [spikes(squared(draw + planted), shape) for draw in noise[:50]]
+        assert min(counts) == count
         # Three of 48 directions raise the median, and with it the edge, by some 3 of 48 ranks: noise then
         # has a spike at most as often as alone.
-        assert sum(found) / 50 < count + 0.44
+        assert sum(counts) / 50 < count + 0.44
 
 
 def test_the_count_of_spikes_does_not_depend_on_the_scale_of_the_noise(generator):
@@ -160,12 +160,12 @@ def test_the_count_of_spikes_does_not_depend_on_the_scale_of_the_noise(generator
 
 def test_weights_of_noise_have_the_spike_that_was_planted(model, params, at, generator):
     name = "L0.down"
-    one = matrix(model, name)
+    matrix = matrix_of(model, name)
     noise = torch.randn(D, 48, generator=generator)
     spiked = noise + with_spectrum(D, 48, [40.0], generator)  # the edge is √32 + √48 = 12.6
     counts = [
         value(
-            Spectrum(of=["weight"]).measurement(at(params))(one.replaced(params, weight.float())),
+            Spectrum(of=["weight"]).measurement(at(params))(matrix.replaced(params, weight.float())),
             name,
             "weight_spikes",
         )
@@ -177,21 +177,23 @@ def test_weights_of_noise_have_the_spike_that_was_planted(model, params, at, gen
 def test_heavy_tailed_entries_exceed_the_edge_by_themselves_and_gaussian_ones_do_not(
     model, params, at, generator
 ):
-    one = matrix(model, "L0.down")
+    matrix = matrix_of(model, "L0.down")
     gaussian = torch.randn(D, 48, generator=generator)
     # Student's t with 2 degrees of freedom: its entries have no fourth moment, and not even a variance.
     heavy = gaussian / torch.rand(D, 48, generator=generator).log().neg().sqrt()
-    found = {
-        name: Spectrum(of=["weight"]).measurement(at(params))(one.replaced(params, weight))
+    rows_by_entries = {
+        name: Spectrum(of=["weight"]).measurement(at(params))(matrix.replaced(params, weight))
         for name, weight in (("gaussian", gaussian), ("heavy", heavy))
     }
-    informative = {name: value(rows, "L0.down", "weight_edge_informative") for name, rows in found.items()}
+    informative = {
+        name: value(rows, "L0.down", "weight_edge_informative") for name, rows in rows_by_entries.items()
+    }
     assert informative == {"gaussian": 1, "heavy": 0}
-    spiked = value(found["heavy"], "L0.down", "weight_spikes")
-    assert abs(spiked - value(found["heavy"], "L0.down", "null_weight_spikes_mean")) <= 3
+    spiked = value(rows_by_entries["heavy"], "L0.down", "weight_spikes")
+    assert abs(spiked - value(rows_by_entries["heavy"], "L0.down", "null_weight_spikes_mean")) <= 3
     # A strong direction stands out from Gaussian entries, and its own entries in random places do not.
     planted = Spectrum(of=["weight"]).measurement(at(params))(
-        one.replaced(params, gaussian + with_spectrum(D, 48, [40.0], generator).float())
+        matrix.replaced(params, gaussian + with_spectrum(D, 48, [40.0], generator).float())
     )
     assert value(planted, "L0.down", "weight_spikes") == 1
     assert value(planted, "L0.down", "weight_edge_informative") == 1
@@ -211,15 +213,15 @@ def test_heavy_tailed_iid_entries_are_draws_from_their_null(generator):
         counts = [spikes(squared(y), (24, 36)) for y in (x, shuffled)]
         differences.append(counts[0] - counts[1])
     # Exchangeable, so that their difference has mean 0.
-    found = torch.tensor(differences, dtype=torch.float64)
-    assert abs(found.mean()) < 3 * found.std() / sqrt(500)
-    assert found.std() > 0
+    excess = torch.tensor(differences, dtype=torch.float64)
+    assert abs(excess.mean()) < 3 * excess.std() / sqrt(500)
+    assert excess.std() > 0
 
 
 def test_ranks_and_exponents_of_noise_are_draws_from_their_null(generator):
     null = gaussian_null(24, 40, 0)
     drawn = [torch.linalg.svdvals(torch.randn(24, 40, generator=generator).double()) ** 2 for _ in range(500)]
-    stable = torch.tensor([float(one.sum() / one[0]) for one in drawn])
+    stable = torch.tensor([float(values.sum() / values[0]) for values in drawn])
     pooled = sqrt(float(null["stable_rank"].var()) * (1 / 19 + 1 / 500))
     assert abs(float(stable.mean() - null["stable_rank"].mean())) < 4 * pooled
     # ‖W‖²_F / ‖W‖²_2 → m n / (√m + √n)²; the largest value of finite matrices is below the edge.
@@ -252,9 +254,9 @@ def agree(rows, name, thing, singular, entries):
     }
     for quantity, number in expected.items():
         assert_close(value(rows, name, f"{thing}_{quantity}"), float(number), rtol=1e-3, atol=0)
-    found = values(rows, name, f"{thing}_eigenvalue")
+    eigenvalues = values(rows, name, f"{thing}_eigenvalue")
     # fp32 sums: 1e-7 of the largest eigenvalue, many times over.
-    assert_close(list(found.values()), shares[:16].tolist(), rtol=1e-3, atol=2e-6)
+    assert_close(list(eigenvalues.values()), shares[:16].tolist(), rtol=1e-3, atol=2e-6)
     about = [row for row in rows if row["quantity"].startswith(thing)]
     fitted = ("hill", "edge")
     assert {row["n"] for row in about if not any(part in row["quantity"] for part in fitted)} == {entries}
@@ -284,20 +286,23 @@ def test_gradients_have_the_spectrum_of_their_moments(model, examples, params, a
     probe = Spectrum(of=["upstream", "gradient"], prompts=6)
     rows = probe.measurement(at(params, objective=DPO()))(params)
     gathering = Gathering(prompts=6, inputs=False)
-    (found,) = gradient_moments(model, params, DPO(), TRAINING, examples, gathering, seed=3)
+    (gathered_pass,) = gradient_moments(model, params, DPO(), TRAINING, examples, gathering, seed=3)
     for name in ("L0.o", "L1.down"):
-        upstream = found.upstream[name]
+        upstream = gathered_pass.upstream[name]
         squares = torch.linalg.eigvalsh(upstream.value.double()).flip(0).clamp(min=0)
         agree(rows, name, "upstream", squares.sqrt().numpy(), upstream.samples)
     for name in ("L1.k", "L0.up", "L0.down"):
-        one = matrix(model, name)
-        gradient = one.of({one.parameter: found.gradients[one.parameter].value})
+        matrix = matrix_of(model, name)
+        gradient = matrix.of({matrix.parameter: gathered_pass.gradients[matrix.parameter].value})
         agree(rows, name, "gradient", np.linalg.svd(gradient.double().numpy(), compute_uv=False), 6)
     assert {row["matrix"] for row in rows if row["quantity"].startswith("upstream")} == {"o", "down"}
 
 
 def test_every_quantity_is_there_with_its_place_unit_and_number_of_samples(model, params, at, generator):
-    after = {name: one + 0.01 * torch.randn(one.shape, generator=generator) for name, one in params.items()}
+    after = {
+        name: weight + 0.01 * torch.randn(weight.shape, generator=generator)
+        for name, weight in params.items()
+    }
     things = {
         False: {"activation", "delta", "weight"},
         True: {"activation", "upstream", "gradient", "delta", "weight"},
@@ -320,21 +325,21 @@ def test_every_quantity_is_there_with_its_place_unit_and_number_of_samples(model
             for layer in (0, 1)
             for kind, site in (("q", "attention_input"), ("up", "mlp_input"))
         ]
-        # What a run logs: one headline for each matrix and layer.
+        # A run logs one headline for each matrix and layer.
         headline = own(table, Spectrum().declaration.headline)
         assert sorted(zip(headline["layer"], headline["matrix"], strict=True)) == sorted(
-            (one.layer, one.kind) for one in model.architecture.matrices
+            (matrix.layer, matrix.kind) for matrix in model.architecture.matrices
         )
 
 
 def test_keys_of_one_shared_head_have_no_more_directions_than_rows(grouped, at):
     params = weights(grouped)
     rows = Spectrum(of=["weight", "delta"]).measurement(at(params, of=grouped))(
-        {name: 1.5 * one for name, one in params.items()}
+        {name: 1.5 * weight for name, weight in params.items()}
     )
     assert [*values(rows, "L0.k", "weight_eigenvalue")] == [*range(1, 9)]
     assert [*values(rows, "L0.q", "weight_eigenvalue")] == [*range(1, 17)]
-    singular = np.linalg.svd(matrix(grouped, "L1.v").of(params).double().numpy(), compute_uv=False)
+    singular = np.linalg.svd(matrix_of(grouped, "L1.v").of(params).double().numpy(), compute_uv=False)
     shares = singular**2 / (singular**2).sum()
     for thing in ("weight", "delta"):  # the delta is half the weight
         assert_close(
@@ -356,11 +361,11 @@ def test_what_a_post_norm_scales_counts_as_it_reaches_the_stream(olmo, at):
     params = weights(olmo)
     rows = Spectrum(of=["weight"]).measurement(at(params, of=olmo))(params)
     gain = params["model.layers.1.post_attention_layernorm.weight"].double()
-    written = gain[:, None] * matrix(olmo, "L1.o").of(params).double()
+    written = gain[:, None] * matrix_of(olmo, "L1.o").of(params).double()
     singular = np.linalg.svd(written.numpy(), compute_uv=False)
     shares = singular**2 / (singular**2).sum()
-    found = list(values(rows, "L1.o", "weight_eigenvalue").values())
-    assert_close(found, shares[:16].tolist(), rtol=1e-4, atol=1e-6)
+    eigenvalues = list(values(rows, "L1.o", "weight_eigenvalue").values())
+    assert_close(eigenvalues, shares[:16].tolist(), rtol=1e-4, atol=1e-6)
 
 
 def test_without_an_update_only_the_update_is_missing(params, at):
@@ -373,7 +378,10 @@ def test_the_update_is_that_since_the_start_and_activations_are_those_of_the_che
     params, at, generator
 ):
     def other():
-        return {name: one + 0.3 * torch.randn(one.shape, generator=generator) for name, one in params.items()}
+        return {
+            name: weight + 0.3 * torch.randn(weight.shape, generator=generator)
+            for name, weight in params.items()
+        }
 
     after, end = other(), other()
     probe = Spectrum(of=["activation", "delta"], tokens=300)
@@ -397,7 +405,9 @@ def test_top_says_how_many_eigenvalues_have_rows(params, at):
 def test_gradients_are_those_of_the_checkpoint(params, at, generator):
     setting = at(params, objective=DPO())
     measure = Spectrum(of=["gradient"], prompts=4).measurement(setting)
-    after = {name: one + 0.1 * torch.randn(one.shape, generator=generator) for name, one in params.items()}
+    after = {
+        name: weight + 0.1 * torch.randn(weight.shape, generator=generator) for name, weight in params.items()
+    }
     there = measure(after)
     same = Spectrum(of=["gradient"], prompts=4).measurement(replace(setting, start=after))(after)
     assert there == same != measure(params)

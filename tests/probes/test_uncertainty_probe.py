@@ -54,14 +54,14 @@ def measured(probe, given):
 
 def places(rows):
     keys = ("layer", "arm", "quantity", "subspace", "k")
-    return {tuple(one.get(key) for key in keys): one["value"] for one in rows}
+    return {tuple(row.get(key) for key in keys): row["value"] for row in rows}
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "llama", "llama_tied", "qwen2", "qwen3", "gpt2", "gemma2"])
 def test_it_measures_every_layer_of_every_architecture(name):
     rows = measured(PROBE, setting(name))
-    assert {one["layer"] for one in rows} == {0, 1}
-    assert {one["treatment"] for one in rows} == set(GROUPED.groups)
+    assert {row["layer"] for row in rows} == {0, 1}
+    assert {row["treatment"] for row in rows} == set(GROUPED.groups)
     assert len(places(rows)) == len(rows)  # no number twice
     values = places(rows)
     for layer in (0, 1):
@@ -77,13 +77,16 @@ def test_it_measures_every_layer_of_every_architecture(name):
 @pytest.mark.parametrize("name", ["gpt_neox", "llama", "qwen2", "gpt2"])
 def test_left_and_right_padding_give_the_same_numbers(name):
     # of different lengths, which the world's prompts are as well
-    longer = [replace(one, prompt=f"nobody knows , {one.prompt}") for one in GROUPED.groups["known"][::2]]
+    longer = [
+        replace(question, prompt=f"nobody knows , {question.prompt}")
+        for question in GROUPED.groups["known"][::2]
+    ]
     groups = {**GROUPED.groups, "known": [*longer, *GROUPED.groups["known"][1::2]]}
     examples = replace(GROUPED, groups=groups)
     left, right = (places(measured(PROBE, setting(name, side, examples))) for side in ("left", "right"))
     assert left.keys() == right.keys()
     for place, value in left.items():
-        assert_close(value, right[place], rtol=2e-3, atol=2e-4, msg=lambda said, at=place: f"{at}: {said}")
+        assert_close(value, right[place], rtol=2e-3, atol=2e-4, msg=lambda text, at=place: f"{at}: {text}")
 
 
 def test_the_last_state_is_that_of_the_prompt_alone_and_the_tail_goes_on_from_it():
@@ -111,7 +114,7 @@ def test_a_planted_boundary_is_found_and_one_that_the_output_reads_is_sensitive(
 
 def test_the_layers_asked_for_are_measured_and_others_are_refused():
     given = setting("llama")
-    assert {one["layer"] for one in measured(replace(PROBE, layers=[1]), given)} == {1}
+    assert {row["layer"] for row in measured(replace(PROBE, layers=[1]), given)} == {1}
     with pytest.raises(ValueError, match="there is no layer 2: the model has layers 0 to 1"):
         replace(PROBE, layers=[0, 2]).check(given.model.architecture)
     with pytest.raises(ValueError, match=r"probe\.uncertainty\.k must be 1 to 32"):
@@ -128,11 +131,11 @@ def test_groups_of_different_sizes_are_cut_to_one_and_the_log_says_so(caplog):
         )
     assert "17 prompts of each group, out of known 24, heldout 17, impossible 24" in caplog.text
     assert "'nobody knows' is 2 tokens" not in caplog.text and "' nobody knows' has 2 tokens" in caplog.text
-    assert {one["n"] for one in rows if one["quantity"] == "mle_dimension"} == {17}
+    assert {row["n"] for row in rows if row["quantity"] == "mle_dimension"} == {17}
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"groups": {}}, "has no prompt groups: set data.groups"),
         ({"abstentions": ()}, "has no abstention phrase: set data.abstentions"),
@@ -140,8 +143,8 @@ def test_groups_of_different_sizes_are_cut_to_one_and_the_log_says_so(caplog):
         ({"groups": {"a": [Question("x", "")] * 5, "b": []}}, "too small for probe.uncertainty.neighbours=5"),
     ],
 )
-def test_data_that_will_not_do_are_refused(changed, said):
-    with pytest.raises(ValueError, match=said):
+def test_data_that_will_not_do_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
         PROBE.measurement(setting("llama", examples=replace(GROUPED, **changed)))
 
 

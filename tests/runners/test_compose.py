@@ -16,7 +16,7 @@ from weightgeom.objectives.dpo import DPO
 
 
 def composed(*overrides: str) -> dict[str, Any]:
-    """What `python run.py` makes of overrides."""
+    """The configuration that `python run.py` composes from overrides."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         HydraConfig.instance().set_config(compose("config", list(overrides), return_hydra_config=True))
         return checked(compose("config", list(overrides)))

@@ -70,8 +70,8 @@ def test_choices_of_the_users_own_directories_are_choices(tmp_path: Path, monkey
     assert compose_wrongly("objective=mine/sft").startswith(
         "there is no objective=mine/sft; did you mean 'mine/soft'? valid: "
     )
-    said = compose_wrongly("objective=mine")
-    assert said.startswith("there is no objective=mine; ") and "mine/soft, none, sft" in said
+    message = compose_wrongly("objective=mine")
+    assert message.startswith("there is no objective=mine; ") and "mine/soft, none, sft" in message
 
 
 @pytest.mark.parametrize(

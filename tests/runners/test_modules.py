@@ -93,7 +93,7 @@ def test_the_house_is_read_even_where_it_is_installed(lab: Path, monkeypatch: py
     assert find("installed.part") is not None
 
 
-def test_only_what_runs_takes_in_what_a_package_imports_beside(lab: Path) -> None:
+def test_only_a_running_module_takes_in_the_further_imports_of_its_package(lab: Path) -> None:
     def own(running: bool) -> set[str]:
         return {name for name in reached("mylab.probe", running=running) if not modules.is_house(name)}
 
@@ -116,8 +116,8 @@ def test_code_that_is_in_no_file_is_refused(lab: Path, monkeypatch: pytest.Monke
     typed = type("Typed", (), {"__module__": "__main__"})()
     monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
-    said = r"the code of module __main__ cannot be read \(a notebook .* has no file\): save it as a \.py"
-    with pytest.raises(ValueError, match=said):
+    message = r"the code of module __main__ cannot be read \(a notebook .* has no file\): save it as a \.py"
+    with pytest.raises(ValueError, match=message):
         modules_of(typed)
 
 
@@ -129,8 +129,10 @@ def test_code_in_an_archive_is_refused(lab: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", code], env=environment({"PYTHONPATH": path}), capture_output=True, text=True
     )
-    said = f"ValueError: the code of module packed cannot be read ({lab}/packed.zip/packed.py is not a file)"
-    assert ended.returncode == 1 and said in ended.stderr
+    message = (
+        f"ValueError: the code of module packed cannot be read ({lab}/packed.zip/packed.py is not a file)"
+    )
+    assert ended.returncode == 1 and message in ended.stderr
 
 
 def test_a_script_is_its_file(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,5 +22,5 @@ def test_the_group_of_a_shared_directory_may_write_what_a_run_makes(tmp_path, mo
     try:
         share_with_group(tmp_path / "outputs" / "jobs")
     finally:
-        found = os.umask(kept)
-    assert found == after
+        umask = os.umask(kept)
+    assert umask == after

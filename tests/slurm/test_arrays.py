@@ -130,15 +130,15 @@ def test_a_launcher_that_dies_behind_sbatch_leaves_jobs_that_are_found_and_two_r
     array = base(sweep)
     assert place.command("cancel", sweep).code == 0
     until(lambda: not cluster.ask("squeue", "-h", "-j", array))
-    with place.popen("resubmit", sweep) as one, place.popen("resubmit", sweep) as two:
-        said = [process.communicate(timeout=1800) for process in (one, two)]
-    assert [one.returncode, two.returncode] == [0, 0], said
-    assert sorted("nothing to resubmit" in out for out, _ in said) == [False, True]
+    with place.popen("resubmit", sweep) as first, place.popen("resubmit", sweep) as two:
+        outputs = [process.communicate(timeout=1800) for process in (first, two)]
+    assert [first.returncode, two.returncode] == [0, 0], outputs
+    assert sorted("nothing to resubmit" in out for out, _ in outputs) == [False, True]
     names = cluster.ask("squeue", "-h", "-r", "-o", "%j").split()
     assert sum(name.startswith("found-") for name in names) == 2
     assert place.command("cancel", sweep).code == 0
 
 
 def sweeps_of(place: Place, name: str) -> list[Path]:
-    found = [path.parent for path in (place.home / "outputs/jobs").rglob("sweep.json")]
-    return [sweep for sweep in found if Sweep(sweep).job(0)["config"]["name"] == name]
+    sweeps = [path.parent for path in (place.home / "outputs/jobs").rglob("sweep.json")]
+    return [sweep for sweep in sweeps if Sweep(sweep).job(0)["config"]["name"] == name]

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @dataclass(frozen=True)
 class Story:
-    """What became of a sweep of one run, and how far its record was at each disturbance."""
+    """The outcome of a sweep of one run, and the progress of its record at each disturbance."""
 
     place: Place
     sweep: Path
@@ -156,13 +156,13 @@ def stories(
         "node": ("n3", [LIMITED, saves], (requeue, lose_node)),
     }
     with ThreadPoolExecutor() as pool:
-        found = {
+        story_of = {
             name: pool.submit(disturbed, cluster, home(name), name, node, options, *disturbances)
             for name, (node, options, disturbances) in plans.items()
         }
-        yield found
-        for one in found.values():
-            one.exception()
+        yield story_of
+        for story in story_of.values():
+            story.exception()
 
 
 @pytest.fixture(scope="module")
@@ -181,15 +181,15 @@ def assert_whole(story: Story, name: str, undisturbed: dict[str, torch.Tensor]) 
     assert "FAILED" not in story.waited.out and "CANCELLED" not in story.waited.out
     assert steps(story.sweep) == list(range(1, STEPS + 1))
     assert story.place.statuses(name) == ("FINISHED", {"3": "FINISHED"})
-    found = weights(story.place.home, STEPS)
-    assert found.keys() == undisturbed.keys()
-    assert all(torch.equal(found[key], weight) for key, weight in undisturbed.items())
+    resumed_weights = weights(story.place.home, STEPS)
+    assert resumed_weights.keys() == undisturbed.keys()
+    assert all(torch.equal(resumed_weights[key], weight) for key, weight in undisturbed.items())
 
 
 def resumed(sweep: Path) -> list[int]:
     """From which steps its attempts went on."""
-    said = (sweep / f"slurm/{base(sweep)}_0_log.out").read_text()
-    return [int(step) for step in re.findall(r"resuming from step (\d+)", said)]
+    log = (sweep / f"slurm/{base(sweep)}_0_log.out").read_text()
+    return [int(step) for step in re.findall(r"resuming from step (\d+)", log)]
 
 
 def test_at_a_time_limit_no_step_is_lost(cluster, stories, undisturbed):

@@ -39,12 +39,12 @@ pytestmark = pytest.mark.filterwarnings(
 
 @dataclass
 class Story:
-    """What became of a sweep of one run."""
+    """The outcome of a sweep of one run."""
 
     cluster: Cluster
     place: Place
     sweep: Path
-    said: str = ""  # by commands on it
+    output: str = ""  # by commands on it
     shown: dict[int, str] | None = None  # by `status` after a process was killed
     left: list[psutil.Process] | None = None  # that outlived the kill
 
@@ -68,7 +68,7 @@ class Story:
     def command(self, *arguments: str) -> int:
         name, *more = arguments
         ended = self.place.command(name, self.sweep, *more)
-        self.said += ended.out + ended.err
+        self.output += ended.out + ended.err
         return ended.code
 
     @property
@@ -158,7 +158,7 @@ def equal_weights(ours: Path, theirs: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_tasks_train_and_measure_with_the_bits_of_processes_of_one_machine(kind, stories, here):
     story = stories[kind].result()
-    assert states(story.sweep)[-1] == "COMPLETED", story.said + story.log
+    assert states(story.sweep)[-1] == "COMPLETED", story.output + story.log
     assert "training on 2 processes, one in each task of the job" in story.log
     for pattern, equal in (("*/*/*.parquet", equal_tables), ("*/*/step-*/*.safetensors", equal_weights)):
         ours, theirs = files(story.place.home, pattern), files(here[kind], pattern)
@@ -186,7 +186,7 @@ def test_a_killed_task_ends_the_job_with_a_sentence_and_leaves_nothing(stories):
     error = events(story.sweep)[1]["error"]
     assert "process 2 of 2 of the training (task 1 on n" in error
     assert "ended with its task" in error and "`weightgeom sweep resubmit` resumes" in error
-    assert error in story.said and story.shown == {0: "FAILED"}
+    assert error in story.output and story.shown == {0: "FAILED"}
     assert story.left == []
 
 

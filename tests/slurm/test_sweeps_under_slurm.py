@@ -78,10 +78,10 @@ def test_a_sweep_whose_watcher_is_killed_goes_on_and_what_failed_of_it_is_starte
     shown = place.command("status", sweep)
     assert shown.code == 1
     assert rows(shown) == {0: "FAILED", 1: "FAILED", 2: "COMPLETED", 3: "COMPLETED"}
-    for said in (waited.out, shown.out):
-        assert said.count("FloatingPointError: training diverged") >= 2
-        assert said.count("weightgeom/training/callbacks.py") >= 2  # the frame that raised
-        assert all(f"log: {sweep}/slurm/{job}_{number}_0_log.out" in said for number in (0, 1))
+    for output in (waited.out, shown.out):
+        assert output.count("FloatingPointError: training diverged") >= 2
+        assert output.count("weightgeom/training/callbacks.py") >= 2  # the frame that raised
+        assert all(f"log: {sweep}/slurm/{job}_{number}_0_log.out" in output for number in (0, 1))
     accounted = cluster.accounted(sweep)
     assert accounted[:2] == [f"{job}_0|FAILED|1:0", f"{job}_1|FAILED|1:0"]
     assert accounted[2:] == [f"{job}_2|COMPLETED|0:0", f"{job}_3|COMPLETED|0:0"]
@@ -109,19 +109,19 @@ def test_cancelled_jobs_are_told_from_failed_ones_and_killed_in_mlflow(cluster, 
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "message"),
     [
         ("hydra.launcher.partition=nowhere", "invalid partition specified: nowhere"),
         ("hydra.launcher.gres='gpu:99'", "Requested node configuration is not available"),
         ("hydra.launcher.mem_gb=much", "hydra.launcher.mem_gb should be a valid number"),
     ],
 )
-def test_what_slurm_refuses_is_told_in_a_sentence_and_leaves_nothing(place, option, said):
+def test_what_slurm_refuses_is_told_in_a_sentence_and_leaves_nothing(place, option, message):
     before = sorted((place.home / "outputs").rglob("*"))
     ended = place.sweep(SLURM, option, "name=refused", "seed=0,1")
     assert ended.code == 1
     (error,) = ended.errors
-    assert said in error
+    assert message in error
     assert "Traceback" not in ended.err
     assert sorted((place.home / "outputs").rglob("*")) == before
 
@@ -145,9 +145,9 @@ def test_a_job_ended_by_its_python_is_failed_and_goes_on_from_the_state_before_a
     weights.write_bytes(weights.read_bytes()[:1000])
     assert place.command("resubmit", sweep).code == 0
     assert place.command("wait", sweep, "--poll", "0.3").code == 0
-    said = (sweep / f"slurm/{base(sweep)}_0_log.out").read_text()
-    assert f"{newest.name}: " in said and "trying an older state" in said
-    assert f"resuming from step {older.name[11:]}" in said
+    log = (sweep / f"slurm/{base(sweep)}_0_log.out").read_text()
+    assert f"{newest.name}: " in log and "trying an older state" in log
+    assert f"resuming from step {older.name[11:]}" in log
     assert steps(sweep) == list(range(1, 121))
     assert place.statuses("torn") == ("FINISHED", {"9": "FINISHED"})
 
@@ -202,10 +202,10 @@ def test_a_hundred_jobs_are_one_array_that_costs_a_few_times_one_job(cluster, pl
         assert ended.code == 0, ended.err
         return directory(ended), sum(end[2:4]) - sum(start[2:4])  # processor time of the children
 
-    one, alone = submitted("99")
+    single, alone = submitted("99")
     hundred, together = submitted("range(100,200)")
     assert together < 5 * alone
     assert [len(known["ids"]) for known in Sweep(hundred).manifest()["submissions"]] == [100]
-    for sweep in (one, hundred):
+    for sweep in (single, hundred):
         assert place.command("cancel", sweep).code == 0
     until(lambda: not cluster.ask("squeue", "-h", "-r", "-t", "PD", "-o", "%i").strip())

@@ -75,12 +75,12 @@ def test_the_activations_are_those_of_chats_by_the_tokenizer_of_the_aligned_mode
     start = model.params(tmp_path / "before")
     setting = Setting(model, start, start, False, EXAMPLES, 0)
     written = replace(setting, examples=replace(EXAMPLES, heldout=chats(EXAMPLES, model.tokenizer)))
-    found, expected, raw = (
-        [frame.moment.value for frame in input_frames(one, start, 4, inputs) if frame.moment is not None]
-        for one, inputs in ((setting, Inputs(text="chat")), (written, Inputs()), (setting, Inputs()))
+    moments, expected, raw = (
+        [frame.moment.value for frame in input_frames(of_chats, start, 4, inputs) if frame.moment is not None]
+        for of_chats, inputs in ((setting, Inputs(text="chat")), (written, Inputs()), (setting, Inputs()))
     )
-    assert_close(found, expected, rtol=0, atol=0)
-    assert not any(one.allclose(other) for one, other in zip(found, raw, strict=True))
+    assert_close(moments, expected, rtol=0, atol=0)
+    assert not any(moment.allclose(other) for moment, other in zip(moments, raw, strict=True))
 
 
 def test_the_tokenizer_of_another_vocabulary_is_refused(tmp_path):

@@ -27,8 +27,8 @@ def file(tmp_path):
 
 
 def test_groups_are_read_in_their_order_and_an_answer_is_set_apart_from_its_prompt(file):
-    found = read_groups(file(RECORDS))
-    assert found == {
+    groups = read_groups(file(RECORDS))
+    assert groups == {
         "sure": [Question("Q: one?\nA:", " 1"), Question("Q: two?\nA: ", "2")],
         "unsure": [Question("Q: what?\nA:", "")],
     }
@@ -42,7 +42,7 @@ def test_a_prompt_that_occurs_twice_is_dropped_and_the_log_says_so(file, caplog)
 
 
 @pytest.mark.parametrize(
-    ("records", "said"),
+    ("records", "message"),
     [
         (RECORDS[:2], "all prompts are in one group, 'sure': give two or more"),
         (
@@ -54,8 +54,8 @@ def test_a_prompt_that_occurs_twice_is_dropped_and_the_log_says_so(file, caplog)
         ([{"prompt": "a", "group": 3}], "line 1 field 'group' must be text, got 3"),
     ],
 )
-def test_malformed_groups_are_refused(file, records, said):
-    with pytest.raises(ValueError, match=said):
+def test_malformed_groups_are_refused(file, records, message):
+    with pytest.raises(ValueError, match=message):
         read_groups(file(records))
 
 
@@ -67,13 +67,13 @@ def test_text_and_preferences_take_groups_and_their_digest_is_another(file, tmp_
     )
     text.write_text("\n\n".join(f"document {n}" for n in range(40)))
     for kind, train in ((TextFiles, str(text)), (Preferences, pairs)):
-        without, found = (
+        without, grouped = (
             kind(train).examples(),
             kind(train, groups=prompts, abstentions=[" dunno"]).examples(),
         )
-        assert list(found.groups) == ["sure", "unsure"] and found.abstentions == [" dunno"]
-        assert not without.groups and not without.abstentions and found.digest != without.digest
-        assert found.text == without.text
+        assert list(grouped.groups) == ["sure", "unsure"] and grouped.abstentions == [" dunno"]
+        assert not without.groups and not without.abstentions and grouped.digest != without.digest
+        assert grouped.text == without.text
 
 
 def test_the_hubs_data_sets_become_groups_the_factual_one_first(monkeypatch):
@@ -89,10 +89,10 @@ def test_the_hubs_data_sets_become_groups_the_factual_one_first(monkeypatch):
         return popular if name == "akariasai/PopQA" else [{"question": "trick?"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    found = read_groups(["akariasai/PopQA@abc", "truthful_qa"])
-    assert list(found) == ["popular", "rare", "truthful_qa"]
-    assert found["popular"] == [Question("Question: popular?\nAnswer:", " c")]
-    assert found["rare"][0].answer == found["truthful_qa"][0].answer == ""
+    groups = read_groups(["akariasai/PopQA@abc", "truthful_qa"])
+    assert list(groups) == ["popular", "rare", "truthful_qa"]
+    assert groups["popular"] == [Question("Question: popular?\nAnswer:", " c")]
+    assert groups["rare"][0].answer == groups["truthful_qa"][0].answer == ""
     assert asked == [
         ("akariasai/PopQA", None, "test", "abc"),
         ("truthful_qa", "generation", "validation", None),

@@ -34,25 +34,25 @@ def test_a_prompt_under_another_name_is_the_users_message(name, caplog):
 
 
 def test_a_system_message_comes_first_and_an_empty_one_not_at_all(caplog):
-    found = pairs_of(
+    pairs = pairs_of(
         placed(pair(system="be brief", question="why not"), pair(question="why not", system="")), "here"
     )
     prompt: Any = [SYSTEM, *CHAT.prompt]
-    assert found == [Pair(prompt, CHAT.chosen, CHAT.rejected), CHAT]
+    assert pairs == [Pair(prompt, CHAT.chosen, CHAT.rejected), CHAT]
     written = pairs_of(placed(pair(system="be brief", prompt="\n\nHuman: why not\n\nAssistant:")), "here")
-    assert written == found[:1] and not caplog.text
+    assert written == pairs[:1] and not caplog.text
 
 
 def test_an_instruction_is_followed_by_its_input():
-    (found,) = pairs_of(placed(pair(instruction="translate it", input="oui")), "here")
-    assert found.prompt == [user("translate it\n\noui")]
+    (pairs,) = pairs_of(placed(pair(instruction="translate it", input="oui")), "here")
+    assert pairs.prompt == [user("translate it\n\noui")]
 
 
 def test_a_prompt_column_goes_before_its_other_names_which_are_named_in_a_warning(caplog):
-    found = pairs_of(
+    pairs = pairs_of(
         placed(pair(prompt="why ", question="what is it", notes="a b", id="x1", score=3)), "here"
     )
-    assert found == [Pair("why ", "so there", "no idea")]
+    assert pairs == [Pair("why ", "so there", "no idea")]
     assert "the text columns question, notes in here are not used; known names are" in caplog.text
 
 
@@ -109,8 +109,8 @@ def test_a_prompt_that_most_responses_repeat_is_kept_and_said(caplog):
         {"prompt": "q", "chosen": "q yes", "rejected": "q no"},
         {"prompt": "q", "chosen": "a", "rejected": "b"},
     )
-    found = pairs_of(placed(repeats, repeats, other), "here")
-    assert found[0] == Pair("q", "q yes", "q no")
+    pairs = pairs_of(placed(repeats, repeats, other), "here")
+    assert pairs[0] == Pair("q", "q yes", "q no")
     assert (
         "the responses of 2 of 3 pairs in here repeat their prompt, and are kept as they are" in caplog.text
     )

@@ -84,7 +84,7 @@ def bpe(texts: list[str], *, begins: bool = False) -> PreTrainedTokenizerFast:
 def trl_tokens(
     pairs: list[Pair], tokenizer: Any, length: int | None = None
 ) -> list[tuple[list[int], list[int], list[int]]]:
-    """What TRL's trainer trains on: prompt, chosen and rejected tokens."""
+    """The data that TRL's trainer trains on: prompt, chosen and rejected tokens."""
     PartialState()  # TRL logs by way of accelerate, which wants it
     datasets.disable_progress_bars()
     trainer: Any = SimpleNamespace(_tokenizer=tokenizer)
@@ -96,7 +96,7 @@ def trl_tokens(
 
 
 def trl_rows(kind: Any, columns: dict[str, list[Any]], tokenizer: Any) -> list[dict[str, Any]]:
-    """What TRL's trainer of single responses makes of a data set."""
+    """A data set as TRL's trainer of single responses prepares it."""
     PartialState()
     datasets.disable_progress_bars()
     trainer: Any = SimpleNamespace(
@@ -215,10 +215,10 @@ def test_conversations_of_every_family_are_tokenized_as_trl_tokenizes_them(examp
     pairs = [conversation(pair) for pair in examples.pairs[:12]]
     turns: Any = [*pairs[0].prompt, *pairs[0].chosen, *pairs[1].prompt]
     pairs.append(Pair(turns, pairs[1].chosen, pairs[1].rejected))
-    found = tokenized(pairs, tokenizer)
-    assert found == trl_tokens(pairs, tokenizer)
+    tokens = tokenized(pairs, tokenizer)
+    assert tokens == trl_tokens(pairs, tokenizer)
     ends, begin = tokenizer.get_vocab()["<eos>"], tokenizer.get_vocab()["<bos>"]
-    for prompt, chosen, _ in found:
+    for prompt, chosen, _ in tokens:
         assert chosen.count(ends) == (template != "gemma") and prompt[1:].count(begin) == 0
 
 
@@ -230,13 +230,13 @@ def test_single_responses_are_tokenized_as_trls_other_trainers_tokenize_them(exa
     ours = tokenized_responses(pairs, tokenizer)
     columns = {"prompt": [pair.prompt for pair in pairs] * 2}
     columns["completion"] = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    found = [(ids[:start], ids[start:]) for ids, start, _, _ in ours]
-    found += [(ids[:start], ids[start:]) for _, _, ids, start in ours]
+    tokens = [(ids[:start], ids[start:]) for ids, start, _, _ in ours]
+    tokens += [(ids[:start], ids[start:]) for _, _, ids, start in ours]
     kto = trl_rows(KTOTrainer, {**columns, "label": [True] * 12 + [False] * 12}, tokenizer)
-    assert found == [(row["prompt_ids"], row["completion_ids"]) for row in kto]
+    assert tokens == [(row["prompt_ids"], row["completion_ids"]) for row in kto]
     sft = trl_rows(SFTTrainer, columns, tokenizer)
-    assert [prompt + response for prompt, response in found] == [row["input_ids"] for row in sft]
-    assert [[-100] * len(prompt) + response for prompt, response in found] == [row["labels"] for row in sft]
+    assert [prompt + response for prompt, response in tokens] == [row["input_ids"] for row in sft]
+    assert [[-100] * len(prompt) + response for prompt, response in tokens] == [row["labels"] for row in sft]
 
 
 def test_documents_that_are_closed_are_not_closed_again():
@@ -258,8 +258,8 @@ def test_over_long_prompts_are_left_out_as_trl_leaves_them_out(any_tokenizer, ex
     batches = list(responses(examples.pairs, any_tokenizer, length, size=4))
     kept = trl_tokens(list(examples.pairs), any_tokenizer, length)
     for side in (1, 2):
-        ours = [one for batch in batches for one in rows(batch[side - 1])]
-        whole = [((one[0] + one[side])[:length], len(one[0])) for one in kept]
+        ours = [row for batch in batches for row in rows(batch[side - 1])]
+        whole = [((row[0] + row[side])[:length], len(row[0])) for row in kept]
         assert ours == [(tokens, list(range(start, len(tokens)))) for tokens, start in whole]
     if length == 9:
         assert len(kept) < len(examples.pairs)

@@ -105,9 +105,9 @@ def drawn(contrast: TokenContrast, logits, targets, source=None):
     return contrast.losses(logits, targets, source or draws(len(targets)))[1]
 
 
-def weights(found: Contrasted) -> torch.Tensor:
-    assert found.log_weights is not None
-    return found.log_weights
+def weights(contrasted: Contrasted) -> torch.Tensor:
+    assert contrasted.log_weights is not None
+    return contrasted.log_weights
 
 
 @pytest.mark.parametrize("source", ["uniform", "unigram"])
@@ -116,17 +116,17 @@ def test_negatives_are_drawn_without_replacement_and_are_not_the_target(source, 
     # A candidate's score names it: all logits differ.
     logits = torch.arange(V, dtype=DOUBLE).repeat(1000, 1)
     targets = torch.randint(V, (1000,), generator=generator)
-    found = drawn(contrast(negatives, source), logits, targets)
-    assert found.scores[:, 0].tolist() == targets.tolist() and not found.target.any()
-    assert all(len(set(row)) == negatives + 1 for row in found.scores.tolist())
-    assert bool((weights(found)[:, 1:] >= 0).all()) and not weights(found)[:, 0].any()
-    assert found.scores[:, 1:].unique().numel() == V  # each token is drawn sometimes
+    contrasted = drawn(contrast(negatives, source), logits, targets)
+    assert contrasted.scores[:, 0].tolist() == targets.tolist() and not contrasted.target.any()
+    assert all(len(set(row)) == negatives + 1 for row in contrasted.scores.tolist())
+    assert bool((weights(contrasted)[:, 1:] >= 0).all()) and not weights(contrasted)[:, 0].any()
+    assert contrasted.scores[:, 1:].unique().numel() == V  # each token is drawn sometimes
 
 
 def test_the_models_own_negatives_are_its_best_other_tokens():
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0, -1.0]], dtype=DOUBLE)
-    found = drawn(contrast(2, "model"), logits, torch.tensor([1]))
-    assert found.scores.tolist() == [[3.0, 2.0, 1.0]] and not weights(found).any()
+    contrasted = drawn(contrast(2, "model"), logits, torch.tensor([1]))
+    assert contrasted.scores.tolist() == [[3.0, 2.0, 1.0]] and not weights(contrasted).any()
 
 
 @pytest.mark.parametrize("source", ["uniform", "unigram"])
@@ -134,12 +134,12 @@ def test_the_models_own_negatives_are_its_best_other_tokens():
 def test_the_estimate_of_the_normaliser_is_unbiased(source, negatives, generator):
     n = 20_000
     logits = torch.randn(V, dtype=DOUBLE, generator=generator)
-    found = drawn(contrast(negatives, source), logits.repeat(n, 1), torch.full((n,), 3))
-    estimates = (found.scores + weights(found)).exp().sum(1)
+    contrasted = drawn(contrast(negatives, source), logits.repeat(n, 1), torch.full((n,), 3))
+    estimates = (contrasted.scores + weights(contrasted)).exp().sum(1)
     error = estimates.mean() - logits.exp().sum()
     # The mean of n draws, within five of its standard errors.
     assert abs(error) < 5 * estimates.std() / n**0.5
-    counts = weights(found).exp().sum(1) - 1  # how many tokens the others stand for
+    counts = weights(contrasted).exp().sum(1) - 1  # how many tokens the others stand for
     assert abs(counts.mean() - (V - 1)) <= 5 * counts.std() / n**0.5 + 1e-9
 
 
@@ -150,20 +150,20 @@ def test_with_half_the_vocabulary_the_expected_gradient_is_that_of_the_full_soft
     logits = torch.randn(V, dtype=DOUBLE, generator=generator) / 3
     rows = logits.repeat(n, 1).requires_grad_()
     targets = torch.full((n,), 3)
-    losses, found = contrast(V // 2, source, tau).losses(rows, targets, draws(n))
+    losses, contrasted = contrast(V // 2, source, tau).losses(rows, targets, draws(n))
     (gradients,) = torch.autograd.grad(losses.sum(), rows)
     whole = logits[None].clone().requires_grad_()
     loss, _ = contrast(V - 1, source, tau).losses(whole, targets[:1], draws(1))
     (expected,) = torch.autograd.grad(loss.sum(), whole)
     error = gradients.mean(0) - expected[0]
     noise = (gradients.var(0).sum() / n).sqrt()
-    estimates = (found.scores.detach() + weights(found)).exp().sum(1)
+    estimates = (contrasted.scores.detach() + weights(contrasted)).exp().sum(1)
     variation = float(estimates.var() / estimates.mean() ** 2)  # 0.002 (uniform), 0.02 (unigram)
     # The norm of V entries of noise is `noise` with a relative sd below 1/2; the bias is below half of
     # `variation` times the gradient's norm, 1. Without weights the target's entry alone is 0.03 off.
     bound = 3 * noise + variation / 2
     assert error.norm() < bound < 0.02
-    plain = score_gradient(found.scores.detach(), found.grades, tau)[:, 0].mean()
+    plain = score_gradient(contrasted.scores.detach(), contrasted.grades, tau)[:, 0].mean()
     assert abs(plain - expected[0, 3]) > bound or tau
 
 
@@ -174,9 +174,9 @@ def test_the_gradient_is_off_by_p_times_the_relative_variance_of_the_normaliser_
     n = 40_000
     logits = torch.randn(V, dtype=DOUBLE, generator=generator)
     p = logits.softmax(0)[3]
-    found = drawn(contrast(negatives, "uniform"), logits.repeat(n, 1), torch.full((n,), 3))
-    estimates = (found.scores + weights(found)).exp().sum(1)
-    gradients = score_gradient(found.scores, found.grades, 0.0, found.log_weights)[:, 0]
+    contrasted = drawn(contrast(negatives, "uniform"), logits.repeat(n, 1), torch.full((n,), 3))
+    estimates = (contrasted.scores + weights(contrasted)).exp().sum(1)
+    gradients = score_gradient(contrasted.scores, contrasted.grades, 0.0, contrasted.log_weights)[:, 0]
     error, noise = gradients.mean() - (p - 1), gradients.std() / n**0.5
     bias = p * estimates.var() / estimates.mean() ** 2
     # E[1 / Z] = (1 + var(Z) / Z²) / Z to leading order; the next term is some tenths of it.
@@ -189,9 +189,11 @@ def test_the_gradient_is_off_by_p_times_the_relative_variance_of_the_normaliser_
 def test_the_loss_is_too_low_by_half_the_relative_variance_of_the_normaliser(source, negatives, generator):
     n = 100_000
     logits = torch.randn(V, dtype=DOUBLE, generator=generator) / 3
-    losses, found = contrast(negatives, source).losses(logits.repeat(n, 1), torch.full((n,), 3), draws(n))
+    losses, contrasted = contrast(negatives, source).losses(
+        logits.repeat(n, 1), torch.full((n,), 3), draws(n)
+    )
     exact = cross_entropy(logits[None], torch.tensor([3]))
-    estimates = (found.scores + weights(found)).exp().sum(1)
+    estimates = (contrasted.scores + weights(contrasted)).exp().sum(1)
     bias = -estimates.var() / 2 / logits.exp().sum() ** 2
     error, noise = losses.mean() - exact, losses.std() / n**0.5
     assert error < 0 and abs(bias) > 3 * noise
@@ -202,8 +204,8 @@ def test_the_loss_is_too_low_by_half_the_relative_variance_of_the_normaliser(sou
 def test_all_negatives_are_the_full_softmax_without_a_draw(generator):
     logits = torch.randn(3, V, dtype=DOUBLE, generator=generator)
     targets = torch.tensor([0, 7, V - 1])
-    losses, found = contrast(V - 1, "uniform").losses(logits, targets, draws(0))  # none to be had
-    assert found.scores is logits and found.target is targets and found.log_weights is None
+    losses, contrasted = contrast(V - 1, "uniform").losses(logits, targets, draws(0))  # none to be had
+    assert contrasted.scores is logits and contrasted.target is targets and contrasted.log_weights is None
     assert_close(losses, cross_entropy(logits, targets, reduction="none"), rtol=1e-12, atol=1e-14)
 
 
@@ -215,11 +217,11 @@ def test_a_draw_depends_on_seed_step_and_sequence_and_on_nothing_else(source, ge
     logits = torch.randn(3, 9, V, generator=generator)
 
     def scores(rows, step=2, seed=0, padding=0):
-        some = torch.nn.functional.pad(ids[rows], (0, padding))
+        padded = torch.nn.functional.pad(ids[rows], (0, padding))
         marked = torch.nn.functional.pad(labels[rows], (0, padding), value=-100)
         mask = labels[rows][:, 1:] != -100
         predicted, targets = logits[rows][:, :-1][mask], labels[rows][:, 1:][mask]
-        return drawn(contrast(5, source, seed=seed), predicted, targets, Draws(step, some, marked)).scores
+        return drawn(contrast(5, source, seed=seed), predicted, targets, Draws(step, padded, marked)).scores
 
     whole = scores([0, 1, 2])
     assert_close(whole, torch.cat([scores([0]), scores([1, 2])]), rtol=0, atol=0)
@@ -232,5 +234,5 @@ def test_a_draw_depends_on_seed_step_and_sequence_and_on_nothing_else(source, ge
 def test_a_sequence_without_targets_draws_nothing_and_takes_no_others_part(generator):
     logits = torch.randn(2, V, generator=generator)
     ids, labels = torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([[-100, 2], [3, -100], [-100, 6]])
-    found = drawn(contrast(3, "uniform"), logits, torch.tensor([2, 6]), Draws(0, ids, labels))
-    assert found.scores.shape == (2, 4)
+    contrasted = drawn(contrast(3, "uniform"), logits, torch.tensor([2, 6]), Draws(0, ids, labels))
+    assert contrasted.scores.shape == (2, 4)

@@ -32,8 +32,8 @@ def trained(directory: Path, training: Training, objective: Objective, examples:
     return json.loads((directory / "matching.json").read_text()), curves.by_step, trajectory
 
 
-def norm_between(one: Path, other: Path) -> float:
-    before, after = (load_file(path / "model.safetensors") for path in (one, other))
+def norm_between(start: Path, end: Path) -> float:
+    before, after = (load_file(path / "model.safetensors") for path in (start, end))
     return sqrt(sum(float((after[name] - weight).double().square().sum()) for name, weight in before.items()))
 
 
@@ -88,8 +88,12 @@ def test_a_matched_norm_is_reached_at_the_first_step_beyond_it(tmp_path):
     report, _, matched = trained(tmp_path / "cut", replace(plain, match="delta_norm", target=target), DPO())
     assert report["steps"] in (3, 4) and report["delta_norm"] >= target
     assert norm_between(matched.steps[0], matched.steps[matched.last]) == pytest.approx(report["delta_norm"])
-    one, other = (load_file(path / "model.safetensors") for path in (matched.steps[2], whole.steps[2]))
-    assert all(torch.equal(one[name], other[name]) for name in one)  # measuring changes nothing
+    matched_weights, other = (
+        load_file(path / "model.safetensors") for path in (matched.steps[2], whole.steps[2])
+    )
+    assert all(
+        torch.equal(matched_weights[name], other[name]) for name in matched_weights
+    )  # measuring changes nothing
 
 
 def test_a_matched_accuracy_is_measured_every_few_steps_and_ends_the_training(tmp_path):

@@ -40,8 +40,8 @@ def parameters(generator):
 
 
 def stepped(weights, optimizers, gradients):
-    for some in gradients:
-        for weight, gradient in zip(weights, some, strict=True):
+    for of_step in gradients:
+        for weight, gradient in zip(weights, of_step, strict=True):
             weight.grad = gradient.clone()
         for optimizer in optimizers:
             optimizer.step()
@@ -56,17 +56,17 @@ def test_muon_and_adamw_are_those_of_torch_on_their_parts_and_resume_from_their_
         groups = [{"params": weights[:2], "weight_decay": 0.1}, {"params": weights[2:], "weight_decay": 0.0}]
         return MuonAndAdamW(groups, lr=0.01, matrices=[weights[0]])
 
-    one, other = both(ours), both(later)
+    whole, other = both(ours), both(later)
     separate = (
         torch.optim.Muon([theirs[0]], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW([theirs[1]], lr=0.01, weight_decay=0.1, fused=True),
         torch.optim.AdamW([theirs[2]], lr=0.01, weight_decay=0.0, fused=True),
     )
-    stepped(ours, [one], gradients[:3])
+    stepped(ours, [whole], gradients[:3])
     for weight, copy in zip(later, ours, strict=True):
         weight.data.copy_(copy)
-    other.load_state_dict(deepcopy(one.state_dict()))  # torch would share the tensors
-    stepped(ours, [one], gradients[3:])
+    other.load_state_dict(deepcopy(whole.state_dict()))  # torch would share the tensors
+    stepped(ours, [whole], gradients[3:])
     stepped(later, [other], gradients[3:])
     stepped(theirs, separate, gradients)
     for weights in zip(ours, theirs, later, strict=True):
@@ -90,8 +90,8 @@ def test_an_orthogonalised_update_of_full_rank_has_ratio_one_in_every_subspace(g
     space = Subspace(torch.eye(16, dtype=torch.float64)[:, :2])
     assert space.relative_fraction(gradient) > 7  # of 8
     left, _, right = torch.linalg.svd(gradient, full_matrices=False)
-    for one in (space, Subspace.random(16, 2, generator)):
-        assert_close(one.relative_fraction(left @ right), 1.0, rtol=1e-12, atol=0)
+    for subspace in (space, Subspace.random(16, 2, generator)):
+        assert_close(subspace.relative_fraction(left @ right), 1.0, rtol=1e-12, atol=0)
     # Newton and Schulz's five steps in bfloat16 leave singular values of 0.68 to 1.13, says their author: the
     # ratio is then within (1.13 / 0.68)² = 2.8, and in fact nearer.
     weight = nn.Parameter(torch.zeros(40, 16))
@@ -124,7 +124,7 @@ def test_the_first_step_of_a_training_is_its_optimizers(optimizer, model, exampl
     change = {name: weight - before[name] for name, weight in after.items()}
     q = change["gpt_neox.layers.0.attention.query_key_value.weight"]
     up = change["gpt_neox.layers.0.mlp.dense_h_to_4h.weight"]
-    norm = float(torch.stack([one.norm() for one in change.values()]).norm())
+    norm = float(torch.stack([weight.norm() for weight in change.values()]).norm())
     if optimizer == "sgd":  # the gradient, clipped to a norm of 0.1
         assert_close(norm, 0.001, rtol=1e-3, atol=0)
     elif optimizer == "muon":  # 0.2 √64 · 0.01 times singular values of about 1

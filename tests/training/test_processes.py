@@ -114,13 +114,13 @@ class Trainings:
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         return weights(self.directory / name)
 
-    def assert_same(self, one: str, other: str, tolerance: float) -> None:
-        first, second = self.weights(one), self.weights(other)
+    def assert_same(self, run: str, other: str, tolerance: float) -> None:
+        first, second = self.weights(run), self.weights(other)
         assert first and first.keys() == second.keys()
         for name, weight in first.items():
             assert second[name].dtype == weight.dtype == torch.float32
             torch.testing.assert_close(second[name], weight, rtol=0, atol=tolerance, msg=name)
-        assert not resume_states(self.directory / one) and not resume_states(self.directory / other)
+        assert not resume_states(self.directory / run) and not resume_states(self.directory / other)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -171,9 +171,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
 def test_two_processes_train_as_one_does(name, kind, done):
     tolerance = 2e-3 if name == "bf16" else 1e-5
     done.assert_same(f"one {name}", f"{kind} {name}", tolerance)
-    one, two = done.curves[f"one {name}"], done.curves[f"{kind} {name}"]
-    assert list(two) == list(one) == [1, 2, 3, 4]
-    for step, metrics in one.items():
+    by_one, two = done.curves[f"one {name}"], done.curves[f"{kind} {name}"]
+    assert list(two) == list(by_one) == [1, 2, 3, 4]
+    for step, metrics in by_one.items():
         assert two[step].keys() == metrics.keys()
         assert abs(two[step]["loss"] - metrics["loss"]) < (2e-2 if name == "bf16" else 1e-6), step
     places = [done.directory / f"{which} {name}" for which in ("one", kind)]

@@ -110,18 +110,20 @@ def killed(directory: Path, name: str, at: int) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
-def assert_equal_trajectories(one: Path, other: Path) -> None:
+def assert_equal_trajectories(directory: Path, other_directory: Path) -> None:
     """All weights of all checkpoints are equal bit for bit, and no state is left."""
-    names = {path.name for path in one.glob("step-*")}
-    assert names == {path.name for path in other.glob("step-*")} and "step-11" in names
+    names = {path.name for path in directory.glob("step-*")}
+    assert names == {path.name for path in other_directory.glob("step-*")} and "step-11" in names
     for name in names:
-        first, second = (load_file(place / name / "model.safetensors") for place in (one, other))
+        first, second = (
+            load_file(place / name / "model.safetensors") for place in (directory, other_directory)
+        )
         assert first.keys() == second.keys()
         for key, weight in first.items():
             assert torch.equal(weight, second[key]), (name, key)
-    assert not resume_states(one) and not resume_states(other)
-    assert json.loads((one / "matching.json").read_text()) == json.loads(
-        (other / "matching.json").read_text()
+    assert not resume_states(directory) and not resume_states(other_directory)
+    assert json.loads((directory / "matching.json").read_text()) == json.loads(
+        (other_directory / "matching.json").read_text()
     )
 
 
@@ -322,7 +324,7 @@ def test_a_training_that_cannot_be_resumed_exactly_is_refused(tmp_path):
 
 
 def rows(directory: Path) -> list[dict[str, Any]]:
-    """What a stage has logged, without the time."""
+    """The log of a stage, without the time."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "time"} for line in lines]
 

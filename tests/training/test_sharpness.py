@@ -1,4 +1,4 @@
-"""Participation ratios and target energies by hand, and logged beside the loss of TRL's trainers."""
+"""Participation ratios and target energies by hand, and logged with the loss of TRL's trainers."""
 
 import pytest
 import small
@@ -50,8 +50,8 @@ def test_tokens_without_a_gradient_do_not_count():
     logits = torch.zeros(2, 3, dtype=torch.float64)
     targets = torch.tensor([0, 1])
     # p is 1/3: the gradient ∝ (2, -1, -1), (4 + 1 + 1)² / (16 + 1 + 1) = 2 and 4/6
-    found = sharpness(logits, targets, torch.tensor([0.5, 0.0], dtype=torch.float64))
-    assert found == pytest.approx({"participation_ratio": 2, "target_energy": 2 / 3, "alternatives": 2})
+    quantities = sharpness(logits, targets, torch.tensor([0.5, 0.0], dtype=torch.float64))
+    assert quantities == pytest.approx({"participation_ratio": 2, "target_energy": 2 / 3, "alternatives": 2})
     assert sharpness(logits, targets, torch.zeros(2, dtype=torch.float64)) == {}
 
 

@@ -39,8 +39,8 @@ def test_the_uncalibrated_dimension_underestimates_20(generator):
 def test_the_dimension_does_not_depend_on_the_unit_of_the_states(generator):
     points = manifold("gaussian", 5, 100, generator)
     for estimator in ("mle", "twonn"):
-        one, other = (dimension(distances(scale * points), estimator) for scale in (1, 1000))
-        assert abs(one - other) < 1e-9 * one
+        in_unit, other = (dimension(distances(scale * points), estimator) for scale in (1, 1000))
+        assert abs(in_unit - other) < 1e-9 * in_unit
 
 
 def test_a_group_smaller_than_its_neighbourhood_is_refused(generator):

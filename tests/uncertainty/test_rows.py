@@ -60,11 +60,11 @@ def test_two_groups_from_one_distribution_of_unequal_size_differ_in_nothing():
     generator, draws, rejected = torch.Generator().manual_seed(0), 200, {}
     for draw in range(draws):
         factual, uncertain = (torch.randn(n, D, generator=generator) * SCALES + 1 for n in (24, 35))
-        for one in compared(factual, uncertain, permutations=39, seed=draw):
+        for row in compared(factual, uncertain, permutations=39, seed=draw):
             # Against random directions an anisotropic cloud does differ; its labels do not matter.
-            if one["quantity"].endswith("_p_value") and "_random_" not in one["quantity"]:
-                name = one["quantity"], one.get("subspace"), one["arm"]
-                rejected[name] = rejected.get(name, 0) + (one["value"] <= 0.05)
+            if row["quantity"].endswith("_p_value") and "_random_" not in row["quantity"]:
+                name = row["quantity"], row.get("subspace"), row["arm"]
+                rejected[name] = rejected.get(name, 0) + (row["value"] <= 0.05)
     # A Bonferroni bound: 0.1 % of false alarms over all of them.
     most = stats.binom.isf(1e-3 / len(rejected), draws, 0.05)
     assert len(rejected) == 15 and max(rejected.values()) <= most, (most, rejected)
@@ -92,30 +92,30 @@ def test_a_random_direction_has_overlap_1(generator):
     # One direction's share has a sd of √(2 (d - k) / (k (d + 2))) = 1.15; the mean of 2000 has 0.026.
     directions = torch.nn.functional.normalize(torch.randn(2000, D, generator=generator), dim=1)
     for space in SPACES.values():
-        found = [space.relative_fraction(one[None]) for one in directions]
-        assert abs(sum(found) / len(found) - 1) < 5 * sqrt(2 * 12 / (4 * 18) / 2000)
+        fractions = [space.relative_fraction(direction[None]) for direction in directions]
+        assert abs(sum(fractions) / len(fractions) - 1) < 5 * sqrt(2 * 12 / (4 * 18) / 2000)
 
 
 def test_auroc_is_that_of_mann_and_whitney_ties_included(generator):
     low, high = torch.randn(40, generator=generator).round(), torch.randn(30, generator=generator).round() + 1
-    found, reference = auroc(low, high), stats.mannwhitneyu(high, low, method="asymptotic")
-    assert_close(found.value, float(reference.statistic) / 1200, rtol=1e-12, atol=0)
-    assert_close(found.p_value, float(reference.pvalue), rtol=1e-4, atol=1e-9)
+    measured, reference = auroc(low, high), stats.mannwhitneyu(high, low, method="asymptotic")
+    assert_close(measured.value, float(reference.statistic) / 1200, rtol=1e-12, atol=0)
+    assert_close(measured.p_value, float(reference.pvalue), rtol=1e-4, atol=1e-9)
     # Two against two, all but one pair in order: 3/4.
     assert auroc(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 4.0])).value == 0.75
 
 
 def test_the_interval_of_a_perfect_separation_ends_where_newcombes_equation_is_solved():
-    found = auroc(torch.arange(20.0), torch.arange(20.0) + 30)
+    measured = auroc(torch.arange(20.0), torch.arange(20.0) + 30)
     # 1 - A = t √V(A), V = A (1 - A) [1 + 19 ((1 - A)/(2 - A) + A/(1 + A))] / 400, t = 2.0244: A = 0.89207.
-    area, t = found.low, float(stats.t.ppf(0.975, 38))
+    area, t = measured.low, float(stats.t.ppf(0.975, 38))
     clusters = 1 + 19 * ((1 - area) / (2 - area) + area / (1 + area))
     assert_close(1 - area, t * sqrt(area * (1 - area) * clusters / 400), rtol=1e-9, atol=0)
     assert_close(area, 0.892070, rtol=0, atol=1e-6)
-    assert (found.value, found.high) == (1, 1) and found.stderr > 0.02
+    assert (measured.value, measured.high) == (1, 1) and measured.stderr > 0.02
     # Mirrored groups have the mirrored interval.
     other = auroc(torch.arange(20.0) + 30, torch.arange(20.0))
-    assert_close([other.low, other.high], [0.0, 1 - found.low], rtol=0, atol=1e-12)
+    assert_close([other.low, other.high], [0.0, 1 - measured.low], rtol=0, atol=1e-12)
 
 
 @pytest.mark.slow
@@ -125,8 +125,10 @@ def test_the_interval_of_the_auroc_covers_the_truth(size, area, generator):
     draws, shift = 1000, sqrt(2) * float(stats.norm.ppf(area))
     covered = 0
     for _ in range(draws):
-        found = auroc(torch.randn(size, generator=generator), torch.randn(size, generator=generator) + shift)
-        covered += found.low <= area <= found.high
+        measured = auroc(
+            torch.randn(size, generator=generator), torch.randn(size, generator=generator) + shift
+        )
+        covered += measured.low <= area <= measured.high
     # Binomial: 0.95 within 3.7 of its standard errors, 1e-4 on either side; the areas near 1 take few values,
     # which no interval covers at exactly 95 %: there it covers more.
     least, most = (stats.binom.ppf(p, draws, 0.95) for p in (1e-4, 1 - 1e-4))
@@ -143,11 +145,11 @@ def test_the_first_of_the_permuted_aurocs_are_those_of_the_rows_and_each_layer_h
     states = torch.randn(40, 6, generator=generator)
     contrast = Contrast.of(20, 5, 0)
     areas = permuted_aurocs(states, contrast, refits=3)
-    found = {one["quantity"]: one["value"] for one in boundary_rows(states, contrast, ARM)}
+    value_of = {row["quantity"]: row["value"] for row in boundary_rows(states, contrast, ARM)}
     assert {name: len(values) for name, values in areas.items()} == {"projection": 6, "logistic": 4}
-    assert all(float(values[0]) == found[f"auroc_{name}"] for name, values in areas.items())
+    assert all(float(values[0]) == value_of[f"auroc_{name}"] for name, values in areas.items())
     rows = list(best_layer_rows({2: areas, 5: areas}, ARM))
-    assert [(one["layer"], one["quantity"], one["n"]) for one in rows] == [
+    assert [(row["layer"], row["quantity"], row["n"]) for row in rows] == [
         (layer, f"auroc_{name}_max_p_value", n) for name, n in (("projection", 5), ("logistic", 3))
         for layer in (2, 5)
     ]  # fmt: skip
@@ -156,7 +158,7 @@ def test_the_first_of_the_permuted_aurocs_are_those_of_the_rows_and_each_layer_h
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [0.0, 0.9])
 def test_in_the_best_of_32_layers_of_noise_groups_are_told_apart_in_one_case_of_twenty(shared, generator):
-    draws, wrong, told = 200, 0, 0
+    draws, wrong, exceeded = 200, 0, 0
     for draw in range(draws):
         contrast = Contrast.of(24, 39, draw)
         common = torch.randn(48, 8, generator=generator) * shared**0.5
@@ -167,10 +169,10 @@ def test_in_the_best_of_32_layers_of_noise_groups_are_told_apart_in_one_case_of_
             for _ in range(32)
         ]
         wrong += float(best_of_layers(torch.stack(areas)).min()) <= 0.05
-        told += max(auroc_of(float(one[0]), 12) for one in areas) > 0.5
+        exceeded += max(auroc_of(float(areas_of_layer[0]), 12) for areas_of_layer in areas) > 0.5
     # 5 % (2 of 40 ranks), within a binomial bound of 1e-4; the best layer's own interval errs far more.
     assert wrong <= stats.binom.ppf(1 - 1e-4, draws, 0.05)
-    assert shared or told > draws / 4
+    assert shared or exceeded > draws / 4
 
 
 def auroc_of(area, size):
@@ -191,7 +193,7 @@ def test_two_equal_layers_of_separated_groups_are_both_told_apart(generator):
 def test_arrangements_permute_labels_within_each_half():
     contrast = Contrast.of(7, 4, 0)
     for part, pooled in ((contrast.train, {0, 1, 2, 7, 8, 9}), (contrast.test, {3, 4, 5, 6, 10, 11, 12, 13})):
-        assert all(set(one.flatten().tolist()) == pooled for one in part)
+        assert all(set(states.flatten().tolist()) == pooled for states in part)
     assert contrast.train[0].tolist() == [[0, 1, 2], [7, 8, 9]]
     assert contrast.sides().shape == (5, 2, 7) and contrast.sides(4).shape == (5, 2, 4)
 

@@ -14,7 +14,7 @@ COUPLINGS = ("fisher_ratio", "gradient_coupling")
 
 
 def bridge(uncertainty: pd.DataFrame, rsf: pd.DataFrame) -> pd.DataFrame:
-    """How coupling changed from the first step to the last, and the RSF of the update behind it.
+    """The change of coupling from the first step to the last, and the RSF of the update behind it.
 
     A row for every layer, uncertain group, coupling and pathway, with `before`, `after`, `change` and its
     standard error, as of independent prompts (the prompts are the same, so it is the most that it can be),

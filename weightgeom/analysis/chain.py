@@ -33,8 +33,8 @@ def comparisons(
 ) -> "Iterator[tuple[str, str, pd.DataFrame]]":
     """The rows of a table of a chain by the two of its stages that they compare, with those of step 0.
 
-    `names` are the stages'; the table's own says with what they are compared. The first stage stands beside
-    the base in both of its tables, and comes once.
+    `names` are the stages'; `name`, the table's own, says whether they are compared with the first or with
+    the one before. The comparison of the first two is in both tables, and comes once.
     """
     for step in range(2 if name.endswith(BETWEEN) else 1, len(names)):
         start = step - 1 if name.endswith(BETWEEN) else 0

@@ -24,7 +24,7 @@ EXPLAINED, UNTESTABLE = "explained by its null", "not testable here"
 Verdict = Literal["supported", "contradicted", "explained by its null", "not testable here"]
 VERDICTS: tuple[Verdict, ...] = (SUPPORTED, CONTRADICTED, EXPLAINED, UNTESTABLE)
 SDS = 2  # standard deviations of the null within which a mean is that of the null
-PART = 0.5  # of the distance to a published level; where the null covers more of it, it explains the rest
+PART = 0.5  # of the distance to a published level; where the null covers more, it explains the rest
 KINDS = {CONTRAST: "preferences or rewards", LIKELIHOOD: "likelihood"}  # of trainings, as messages say it
 # Two rules that claims share, to be put into the text of their own.
 BEYOND_A_LEVEL = (
@@ -226,14 +226,14 @@ def _found(claim: Claim, update: Update) -> Finding:
     """The finding; of an update of another kind its numbers, and no verdict."""
     if lacking := update.lacking(claim.needs):
         return Finding(UNTESTABLE, detail=lacking)
-    found = claim.judged(update)
-    if not claim.about or update.kind == claim.about or found.verdict == UNTESTABLE:
-        return found
+    finding = claim.judged(update)
+    if not claim.about or update.kind == claim.about or finding.verdict == UNTESTABLE:
+        return finding
     of = f"the claim is about training by {KINDS.get(claim.about, claim.about)}"
     reason = f"{of}, and this update is of {update.trained_by}"
     if not update.kind:
         reason = f"{of}, and nothing says what trained this update: run it with model.stage=dpo, or the like"
-    return Finding(**{**asdict(found), "verdict": UNTESTABLE, "detail": f"{reason}; {found.detail}"})
+    return Finding(**{**asdict(finding), "verdict": UNTESTABLE, "detail": f"{reason}; {finding.detail}"})
 
 
 def updates(

@@ -39,14 +39,14 @@ def settings(
 ) -> list[dict[str, object]]:
     """The columns that describe the make-up of every run, in order.
 
-    `objective`, `model`, `data`, `preference` and their seeds; what else differs between runs of the same
-    choice goes into the objective's name, or else into `variant`. `base_variant` is what of it matters to
-    the pretraining too. `role` is that of the objective, `undeclared` where it has said none; `aligns`: it
-    contrasts responses; `entropy`: it maximises likelihood; `of_text`: on the corpus, and not on responses;
-    `pair`: two finished checkpoints, `compared`, whose role is that of `model.stage`; `chain`: several, of
-    whose trainings nothing is known; `design`: what settings must share to be compared; `matches`: what the
-    controls of interventions are matched in. `model_is`, `data_is`, ... are all parameters of a choice.
-    `tags` are those of the runs, and `declarations` those of their tables.
+    `objective`, `model`, `data`, `preference` and their seeds; other differences between runs of the same
+    choice go into the objective's name, or else into `variant`. `base_variant` is the part of `variant` that
+    matters to the pretraining too. `role` is that of the objective, `undeclared` where it declares none;
+    `aligns`: it contrasts responses; `entropy`: it maximises likelihood; `of_text`: on the corpus, and not on
+    responses; `pair`: two finished checkpoints, `compared`, whose role is that of `model.stage`; `chain`:
+    several, of whose trainings nothing is known; `design`: the parameters that compared settings share;
+    `matches`: the quantities in which the controls of interventions are matched. `model_is`, `data_is`, ...
+    are all parameters of a choice. `tags` are those of the runs, and `declarations` those of their tables.
     """
     about = [{}] * len(runs) if tags is None else tags
     return [_setting(run, runs, of_run, declarations) for run, of_run in zip(runs, about, strict=True)]
@@ -179,7 +179,7 @@ def _differing(run: Params, runs: Sequence[Params], group: str) -> list[str]:
 
 
 def _measured(run: Params, runs: Sequence[Params], declarations: Mapping[str, Declaration]) -> list[str]:
-    """How the run was measured, where runs differ in it: their numbers must not be pooled."""
+    """The options of measurement in which runs differ: their numbers must not be pooled."""
     differences = []
     for key in run:
         group, _, rest = key.partition(".")

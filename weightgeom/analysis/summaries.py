@@ -30,7 +30,7 @@ def by_matrix(table: "pd.DataFrame", headline: str, form: str = ".3g") -> "pd.Da
     """A row for every pathway, matrix and k: the headline's mean over layers at its first and last step.
 
     One column where the two are one step, and no k where it has one value. Next to the null, where the table
-    has one, and z, how many of the null's standard deviations of that mean it lies away (`null_of_mean`).
+    has one, and z, its distance from the null in standard deviations of that mean (`null_of_mean`).
     """
     import pandas as pd
 
@@ -169,7 +169,7 @@ def by_stage(table: "pd.DataFrame", headline: str, form: str = ".3g") -> "pd.Dat
 
 
 def by_treatment(table: "pd.DataFrame", effect: str, controls: Sequence[str]) -> "pd.DataFrame":
-    """Comparisons of an intervention with its principal controls, and what its parts leave of the whole."""
+    """Comparisons of an intervention with its principal controls, and the remainder beyond its parts."""
     import pandas as pd
 
     compared = compared_with_principal(table, effect, controls)

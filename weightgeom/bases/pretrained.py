@@ -203,7 +203,8 @@ class TwoCheckpoints:
     `after` may be a LoRA adapter of `before`, as saved by PEFT, and may have more or fewer embedding rows:
     the shared ones are compared. A pair has no optimizer steps: `before` stands at step 0, `after` at step 1.
     Text is tokenized, and chats are rendered, by the tokenizer of the checkpoint that `tokenizer` names.
-    `stage` says what trained `after` from `before`, such as dpo or sft: reports judge only pairs that say so.
+    `stage` names the training of `after` from `before`, such as dpo or sft: reports judge only pairs
+    that say so.
     `allow_bin` and `trust_remote_code` are as in `Pretrained`.
     """
 

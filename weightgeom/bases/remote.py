@@ -136,7 +136,7 @@ def kept_checkpoint(location: str) -> Path:
     """The directory of a checkpoint at a web server or in a store, downloaded whole into HF_HOME/weightgeom.
 
     Its name depends on the location and on the versions of all files, so that another version is downloaded
-    beside the earlier one.
+    into a directory of its own.
 
     Raises:
         ConnectionError: if the server fails repeatedly.

@@ -181,7 +181,7 @@ def _checked(weights: dict[str, Any], label: str) -> dict[str, Any]:
                 f"{name} of {label} is on the meta device, without data: load the network without device_map,"
                 " or give its directory"
             )
-    check_not_quantised(label, {}, {name: (str(one.dtype), one.ndim) for name, one in kept.items()})
+    check_not_quantised(label, {}, {name: (str(tensor.dtype), tensor.ndim) for name, tensor in kept.items()})
     return weights
 
 

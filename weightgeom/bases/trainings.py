@@ -85,15 +85,15 @@ def alignments(
             rows.append(row("delta_norm", part.energy**0.5, **place))
             rows.append(row("participation_ratio", 1 / part.concentration, **place))
         for pair in permutations(updates, 2):
-            found = aligned(updates[pair[0]], updates[pair[1]])
-            whole.setdefault(pair, []).append(found)
-            rows += _pair(pair, [found], list(ends), **matrix.table_columns)
+            alignment = aligned(updates[pair[0]], updates[pair[1]])
+            whole.setdefault(pair, []).append(alignment)
+            rows += _pair(pair, [alignment], list(ends), **matrix.table_columns)
     if unmoved := [name for name in ends if name not in moved]:
         raise ValueError(f"no matrix of {unmoved[0]} has moved from before: give the end of its training")
     for pair, parts in whole.items():
         rows += _pair(pair, parts, list(ends))
     rows += _over_seeds({name: len(given) for name, given in trainings.items()}, whole)
-    return tabulate([{"step": 1, **found} for found in rows])
+    return tabulate([{"step": 1, **row} for row in rows])
 
 
 def _ends(trainings: "Mapping[str, Sequence[Checkpoint]]") -> dict[str, Any]:
@@ -115,7 +115,9 @@ def name_of(training: str, seed: int, seeds: int) -> str:
 def _architecture(sources: Sequence[Source], config: "PreTrainedConfig | None") -> Architecture:
     given = None if config is None else plain_config(config)
     known = [
-        one for one in (sources[0].config, given, *(source.config for source in sources)) if one is not None
+        config
+        for config in (sources[0].config, given, *(source.config for source in sources))
+        if config is not None
     ]
     if not known:
         raise ValueError(
@@ -144,25 +146,27 @@ def end_weights(source: Source, before: object, base: Params, architecture: Arch
 
 def _pair(pair: Pair, parts: Sequence[Aligned], names: Sequence[str], **place: Any) -> Iterator[Row]:
     """The rows of two updates; those that do not depend on their order once."""
-    one, other = pair
+    treatment, against = pair
     n = sum(part.entries for part in parts)
     for name, value in pooled(parts).items():
-        if names.index(other) < names.index(one) or "alignment_ratio" in name:
-            yield row(name, value, n=n, treatment=one, against=other, **place)
+        if names.index(against) < names.index(treatment) or "alignment_ratio" in name:
+            yield row(name, value, n=n, treatment=treatment, against=against, **place)
 
 
 def _over_seeds(seeds: Mapping[str, int], whole: Mapping[Pair, Sequence[Aligned]]) -> Iterator[Row]:
     values = {pair: pooled(parts) for pair, parts in whole.items()}
-    for one, other in combinations([name for name, count in seeds.items() if count > 1], 2):
-        names = [name_of(name, seed, seeds[name]) for name in (one, other) for seed in range(seeds[name])]
+    for against, treatment in combinations([name for name, count in seeds.items() if count > 1], 2):
+        names = [
+            name_of(name, seed, seeds[name]) for name in (against, treatment) for seed in range(seeds[name])
+        ]
         for quantity in NULLS:
             similarity = torch.eye(len(names), dtype=torch.float64)
             for (row_place, first), (place, second) in permutations(enumerate(names), 2):
                 both = [values[pair][quantity] for pair in ((first, second), (second, first))]
                 similarity[row_place, place] = sum(both) / 2
-            found = relabelled(similarity, seeds[one])
-            about: dict[str, Any] = {"treatment": other, "against": one}
-            yield row(f"between_{quantity}_mean", found.between, n=found.pairs_between, **about)
-            yield row(f"within_{quantity}_mean", found.within, n=found.pairs_within, **about)
-            yield row(f"within_{quantity}_sd", found.within_sd, n=found.pairs_within, **about)
-            yield row(f"within_{quantity}_p_value", found.p_value, n=found.divisions, **about)
+            groups = relabelled(similarity, seeds[against])
+            about: dict[str, Any] = {"treatment": treatment, "against": against}
+            yield row(f"between_{quantity}_mean", groups.between, n=groups.pairs_between, **about)
+            yield row(f"within_{quantity}_mean", groups.within, n=groups.pairs_within, **about)
+            yield row(f"within_{quantity}_sd", groups.within_sd, n=groups.pairs_within, **about)
+            yield row(f"within_{quantity}_p_value", groups.p_value, n=groups.divisions, **about)

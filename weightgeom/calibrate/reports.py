@@ -42,7 +42,7 @@ MATRICES = {"q": "read", "k": "read", "v": "read", "up": "read", "o": "write", "
 
 
 def false_support(truth: Truth, draws: int, seeds: int, generator: torch.Generator) -> int:
-    """In how many of `draws` simulated studies a false claim is supported.
+    """The number of simulated studies, of `draws`, in which a false claim is supported.
 
     A study has five objectives, each trained with every one of `seeds` seeds on a base of its own, in two
     layers of width 48; effects of edits, forecasts and increments are drawn without any relation.

@@ -41,7 +41,7 @@ SEQUENCE = 32  # tokens that share a component, as those of one text do
 
 @dataclass(frozen=True)
 class Rate:
-    """How often an event happened in a number of simulations, and how often it should.
+    """The rate of an event in a number of simulations, and its nominal rate.
 
     `sided` says whether the nominal rate is a limit (`at most`, `at least`) or is to be met (`equal`).
     """

@@ -106,8 +106,8 @@ def top_pair(params: Params, matrix: ResidualMatrix, what: str) -> tuple[Tensor,
     values = matrix.of(params).double().cpu()
     norm = float(values.norm())
     if not bool(values.isfinite().all()) or norm == 0:
-        said = "zero" if norm == 0 else "not finite"
-        raise ValueError(f"the {what} of {matrix.name} is {said}: it has no top singular pair")
+        problem = "zero" if norm == 0 else "not finite"
+        raise ValueError(f"the {what} of {matrix.name} is {problem}: it has no top singular pair")
     start = np.random.default_rng(0).standard_normal(min(values.shape))
     u, _, v = svds((values / norm).numpy(), k=1, v0=start)
     assert u is not None and v is not None

@@ -56,7 +56,7 @@ class Arm:
 class Trial:
     """A treatment and its controls at one place (`layer matrix role subspace k` of a table) and one dose.
 
-    `expected` is what its p-values test: that it changes more than the controls, or less.
+    `expected` is the alternative of its p-values: it changes more than the controls, or less.
 
     Raises:
         ValueError: if there is no control, or one is not matched to the treatment.
@@ -99,7 +99,7 @@ def measured(
     done: int = 0,
     keep: Keep = unkept,
 ) -> Iterator[Row]:
-    """Rows of every arm and of every comparison; `log` is told how many arms are done, from `done` on.
+    """Rows of every arm and of every comparison; `log` gets the number of finished arms, from `done` on.
 
     With a setting's `keep`, an interrupted stage goes on behind its finished trials; `trials` must be the
     same in every attempt.

@@ -26,7 +26,7 @@ class IntrudersOfAdapters:
 
     def judged(self, update: Update) -> Finding:
         """Against updates of equal spectrum with random singular vectors."""
-        found = update.beyond("rotation", "intruders", "above", 0.0)
+        finding = update.beyond("rotation", "intruders", "above", 0.0)
         if not len(update.values("rsf", "adapter_rank")):
-            return replace(found, verdict=UNTESTABLE, unit="count", detail="the update is of no adapter")
-        return replace(found, unit="count")
+            return replace(finding, verdict=UNTESTABLE, unit="count", detail="the update is of no adapter")
+        return replace(finding, unit="count")

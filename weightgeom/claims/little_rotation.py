@@ -22,11 +22,12 @@ class LittleRotation:
 
     def judged(self, update: Update) -> Finding:
         """Against updates of equal spectrum with random singular vectors."""
-        found = update.beyond("rotation", "left_angle", "below")
+        finding = update.beyond("rotation", "left_angle", "below")
         right, noise = (
             update.values("rotation", name).mean() for name in ("right_angle", "noise_left_angle_mean")
         )
         detail = (
-            f"{found.detail}; the right angle is {right:.3g}°, and noise of equal norm turns by {noise:.3g}°"
+            f"{finding.detail}; the right angle is {right:.3g}°,"
+            f" and noise of equal norm turns by {noise:.3g}°"
         )
-        return replace(found, unit="degree", detail=detail)
+        return replace(finding, unit="degree", detail=detail)

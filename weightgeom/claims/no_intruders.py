@@ -27,10 +27,10 @@ class NoIntruders:
 
     def judged(self, update: Update) -> Finding:
         """Against updates of equal spectrum with random singular vectors."""
-        found = update.beyond("rotation", "intruders", "below")
-        if found.ours is None or found.null is None:
-            return found
+        finding = update.beyond("rotation", "intruders", "below")
+        if finding.ours is None or finding.null is None:
+            return finding
         if len(update.values("rsf", "adapter_rank")):
-            return replace(found, verdict=UNTESTABLE, unit="count", detail="the update is of an adapter")
-        verdict = CONTRADICTED if found.ours >= 1 else EXPLAINED if found.null < 1 else SUPPORTED
-        return replace(found, verdict=verdict, unit="count")
+            return replace(finding, verdict=UNTESTABLE, unit="count", detail="the update is of an adapter")
+        verdict = CONTRADICTED if finding.ours >= 1 else EXPLAINED if finding.null < 1 else SUPPORTED
+        return replace(finding, verdict=verdict, unit="count")

@@ -26,14 +26,15 @@ class ReadsConcentrate:
 
     def judged(self, update: Update) -> Finding:
         """Against rotations of the update, singular values kept."""
-        found = update.beyond("rsf", "ratio", "above", MARGIN, of=("q", "k"))
+        finding = update.beyond("rsf", "ratio", "above", MARGIN, of=("q", "k"))
         if len(update.values("rsf", "adapter_rank")):
             random = "an adapter's reads lie in the row space of A, which is random at first"
-            return replace(found, verdict=UNTESTABLE, detail=f"{random}; {found.detail}")
+            return replace(finding, verdict=UNTESTABLE, detail=f"{random}; {finding.detail}")
         matched = update.values("rsf", "matched_ratio", of=("q", "k"))
         if not len(matched):
-            return found
+            return finding
         detail = (
-            f"{found.detail}; the matched level, of any objective with these inputs, is {matched.mean():.3g}"
+            f"{finding.detail}; the matched level, of any objective with these inputs,"
+            f" is {matched.mean():.3g}"
         )
-        return replace(found, detail=detail)
+        return replace(finding, detail=detail)

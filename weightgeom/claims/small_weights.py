@@ -29,6 +29,6 @@ class SmallWeights:
     def judged(self, update: Update) -> Finding:
         """Against iid updates of equal visible density, rounded to the checkpoint's grid."""
         share = update.param("probe.sparsity.alpha", 0.3)
-        found = update.beyond("sparsity", "low_overlap", "above", share, end=1.0)
+        finding = update.beyond("sparsity", "low_overlap", "above", share, end=1.0)
         visible = 1 - update.values("sparsity", "invisible_share").mean()
-        return replace(found, detail=f"{found.detail}; {visible:.1%} of the entries are visible")
+        return replace(finding, detail=f"{finding.detail}; {visible:.1%} of the entries are visible")

@@ -32,11 +32,13 @@ class UncertaintyUnexpressed:
         table = update.tables["uncertainty"]
         both = (CLAIMS[0], CLAIMS[3])
         tested = [line for line in lines(table, [], bool(table.attrs.get("trained"))) if line.claim in both]
-        said = {line.verdict for line in tested}
+        verdicts = {line.verdict for line in tested}
         detail = "; ".join(line.evidence for line in tested)
-        if UNTESTED in said:
+        if UNTESTED in verdicts:
             return Finding(UNTESTABLE, "overlap", detail=detail)
-        verdict = CONTRADICTED if CONTRADICTED in said else SUPPORTED if said == {SUPPORTED} else EXPLAINED
+        verdict = (
+            CONTRADICTED if CONTRADICTED in verdicts else SUPPORTED if verdicts == {SUPPORTED} else EXPLAINED
+        )
         at_base = table["step"] == base_step(table, bool(table.attrs.get("trained")))
         in_output = (table["quantity"] == "overlap") & (table["subspace"] == "output_top")
         overlaps = list(table.loc[at_base & in_output, "value"])

@@ -27,9 +27,9 @@ class WritesNearIsotropic:
 
     def judged(self, update: Update) -> Finding:
         """Against rotations of the update, singular values kept."""
-        found = update.beyond("rsf", "ratio", "above", of=("o", "down"))
-        if found.ours is None or found.null is None or found.null_sd is None:
-            return found
-        near = 1 / MARGIN <= found.ours <= MARGIN
-        wide = abs(found.ours - found.null) <= SDS * found.null_sd
-        return replace(found, verdict=SUPPORTED if near else EXPLAINED if wide else CONTRADICTED)
+        finding = update.beyond("rsf", "ratio", "above", of=("o", "down"))
+        if finding.ours is None or finding.null is None or finding.null_sd is None:
+            return finding
+        near = 1 / MARGIN <= finding.ours <= MARGIN
+        wide = abs(finding.ours - finding.null) <= SDS * finding.null_sd
+        return replace(finding, verdict=SUPPORTED if near else EXPLAINED if wide else CONTRADICTED)

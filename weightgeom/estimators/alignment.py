@@ -81,11 +81,11 @@ def aligned(a: Leading, b: Leading) -> Aligned:
     )
 
 
-def overlap(one: Float[Tensor, "d k"], other: Float[Tensor, "d l"]) -> tuple[float, float, float]:
+def overlap(basis: Float[Tensor, "d k"], other_basis: Float[Tensor, "d l"]) -> tuple[float, float, float]:
     """‖Uᵀ V‖²_F / min(k, l), in [0, 1], with its mean max(k, l) / d and its sd if either is Haar-uniform."""
-    d, k, other_k = len(one), one.shape[1], other.shape[1]
+    d, k, other_k = len(basis), basis.shape[1], other_basis.shape[1]
     mean = max(k, other_k) / d
-    value = float((one.T @ other).square().sum()) / min(k, other_k)
+    value = float((basis.T @ other_basis).square().sum()) / min(k, other_k)
     return min(1.0, value), mean, mean * null_ratio_sd(d, k, other_k)
 
 

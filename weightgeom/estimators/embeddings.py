@@ -100,7 +100,7 @@ def embedding_rows(
     """The share of an embedding's update dE, a row for each token, inside subspaces of the residual stream.
 
     embedding_fraction is ‖dE U‖² / ‖dE‖², embedding_ratio that over k/d, in [0, d/k]; both without unit.
-    `write`: row t of dE is what the update adds to the stream at token t, compared with the prediction
+    `write`: row t of dE is the update's addition to the stream at token t, compared with the prediction
     subspace, and with the first layer's input subspace. That one lies behind the first norm, whose gain is
     not folded into dE, and where a network multiplies or norms its embeddings on the way to the stream, so
     is dE compared before; a constant factor changes no ratio. `read`: logits = W_U a, so that dW_U is

@@ -299,9 +299,9 @@ def group_rows(contrast: ContrastSubspace, **place: Any) -> Iterator[Row]:
 
 def overlap_rows(spaces: Mapping[str, Subspace], **place: Any) -> Iterator[Row]:
     """The overlap of every two subspaces, with its mean and spread if either is random, in closed form."""
-    for (name, one), (other_name, other) in combinations(spaces.items(), 2):
-        value, mean, sd = overlap(one.basis.double(), other.basis.double())
-        size = min(one.basis.shape[1], other.basis.shape[1])
+    for (name, space), (other_name, other_space) in combinations(spaces.items(), 2):
+        value, mean, sd = overlap(space.basis.double(), other_space.basis.double())
+        size = min(space.basis.shape[1], other_space.basis.shape[1])
         at = place | {"subspace": f"{name}:{other_name}", "k": size, "n": size}
         yield row("frame_overlap", value, **at)
         yield row("null_frame_overlap_mean", mean, **at)

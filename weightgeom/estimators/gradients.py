@@ -43,14 +43,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 EPSILON = 1e-8  # of AdamW in torch and transformers: added to the root
 VALUES = 20  # of d_model that a layer keeps of a token for its backward pass, about (ours)
-CHARACTERS = 10  # of a text for each token that is wanted of it: more than the tokens of any tokenizer have
+CHARACTERS = 10  # of a text for each wanted token: more than the tokens of any tokenizer have
 
 
 @dataclass(frozen=True, eq=False)
 class MeanGradient:
     """G = E[δ aᵀ] of one parameter as it is stored: the gradient of the mean loss, by group of prompts.
 
-    `sums` holds Σ δ aᵀ over the tokens of each group, `terms` how many terms the group's loss is a sum of.
+    `sums` holds Σ δ aᵀ over the tokens of each group, `terms` the number of terms in the group's loss.
     `squares` is the mean over training batches of the squared entries of a batch's gradient. `rows` and
     `columns` are the mean squares of the two factors over all tokens, δ and a, or a and δ where the
     parameter is stored transposed.
@@ -120,8 +120,8 @@ class Gathering:
 
     `positions` are those whose next token the objective scores, or all but padding, for C_a and
     C_delta; G is over all of them in any case, as it is the gradient of the weights. By `unit` a sample
-    is a token, or a prompt with all its responses: the mean of what is read, the sum of what is sent
-    back. `budget_gb` is in GiB, for the sums.
+    is a token, or a prompt with all its responses: the mean of its inputs, the sum of its upstream
+    gradients. `budget_gb` is in GiB, for the sums.
     """
 
     prompts: int = 256
@@ -150,22 +150,21 @@ def gradient_moments(
 ) -> Iterator[Pass]:
     """Moments of activations and of upstream gradients, and G, under an objective, layers by layers.
 
-    The loss is that of the objective's own trainer, whose head works in chunks, as a sum over what it
-    is a mean of; δ_t is its gradient at a matrix's output at token t. It is taken on training examples
-    that `seed` draws. The weights are frozen, so that nothing but the sums is held from one batch to
-    the next, and the backward pass ends at the first layer that is wanted. With `spaces`, the
-    moments at those places are summed over all groups, each of which has what lies inside (`Moment.within`):
-    inputs by the name and the layer of their site, upstream moments at ("prediction", None). `gains` of
-    writes, by their names, are folded into theirs as `folded` does. The layers are split over as many passes
-    as the budget asks for, with identical results; take what is yielded before asking for more. Source: the
-    mechanism offered by arXiv:2605.16600; these estimators are ours.
-    Nothing is yielded for a mixture of experts: TRL adds its routers' balance to the loss, which is then no
-    mean over terms; nor for an objective on completions that the policy samples. A training batch has the
-    prompts of one optimizer step of `training`; a rest of prompts that fills none counts for the squared
-    gradients only if it is all there is. Clipping is left out.
+    The loss is that of the objective's own trainer, whose head works in chunks, as the sum of the terms that
+    it averages; δ_t is its gradient at a matrix's output at token t. It is taken on training examples that
+    `seed` draws. The weights are frozen, so that nothing but the sums is held from one batch to the next, and
+    the backward pass ends at the first layer that is wanted. With `spaces`, the moments at those places are
+    summed over all groups, each of which has the part inside (`Moment.within`): inputs by the name and the
+    layer of their site, upstream moments at ("prediction", None). `gains` of writes, by their names, are
+    folded into theirs as `folded` does. The layers are split over as many passes as the budget asks for, with
+    identical results; use each pass before asking for the next. Source: the mechanism offered by
+    arXiv:2605.16600; these estimators are ours. Nothing is yielded for a mixture of experts: TRL adds its
+    routers' balance to the loss, which is then no mean over terms; nor for an objective on completions that
+    the policy samples. A training batch has the prompts of one optimizer step of `training`; a rest of
+    prompts that fills none counts for the squared gradients only if it is all there is. Clipping is left out.
 
     Raises:
-        ValueError: if the data lack what the objective needs, or a sum is not finite.
+        ValueError: if the data lack fields that the objective needs, or a sum is not finite.
     """
     from datasets import Dataset
 

@@ -97,7 +97,7 @@ def logit_factor(config: "PreTrainedConfig") -> float:
 def slice_head(trainer: "Trainer", network: "PreTrainedModel") -> None:
     """Let a TRL trainer take the log-probabilities of its frozen `network` from here; mutates `network`.
 
-    The trainer's loss is its own; what it logs beside is left out. Its own head remains where more than
+    The trainer's loss is its own; its further log entries are left out. Its own head remains where more than
     log-probabilities enters the loss (weighted losses, routers).
     """
     if has_further_terms(trainer):

@@ -537,10 +537,10 @@ def activation_moments(
     The d x d sums, one for each of `groups` groups of sequences, are those of some layers at a time, up to
     SUMS bytes: the next layers go on from the hidden states that are kept of all tokens (`Walk`), with
     identical results. A pass ends at its last site, so that no logits are computed. With `budget_gb` (GiB),
-    weights in fp32 that exceed half of it are read module by module, and where a quarter is too little for
-    the hidden states, passes start at the embedding. Take what is yielded before asking for more. `centre`
-    subtracts the mean: the covariance. A sample is a token or, by `unit`, the mean over a sequence. Source:
-    the attention-input subspace of arXiv:2605.16600; uncentred by default (ours).
+    weights in fp32 that exceed half of the budget are read module by module, and where a quarter is too
+    little for the hidden states, passes start at the embedding. Use each moment before asking for the next.
+    `centre` subtracts the mean: the covariance. A sample is a token or, by `unit`, the mean over a sequence.
+    Source: the attention-input subspace of arXiv:2605.16600; uncentred by default (ours).
 
     At the site of an expert it is over the tokens that the router sends to it, and a sample is a token.
     Experts without any are left out. All experts of a layer are among the `sites`, or none: their inputs are

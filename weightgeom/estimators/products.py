@@ -115,7 +115,7 @@ def product_rows(
     qk: M = W_Qᵀ W_K, the bilinear form x_tᵀ M x_s of the score of token t for token s, without the positions:
     a rotary embedding, which stands between W_Q and W_K, and biases and norms of queries and keys are left
     out, so that M is the form of two tokens at one place up to these. Both of its sides read. ov: M = W_O
-    W_V, what the head writes of a token that it attends to; its left side writes, its right side reads. A
+    W_V, the map from an attended token to the head's write; its left side writes, its right side reads. A
     gate of the output is left out. Query heads that share a key-value head each have their product with it.
 
     With dM = M_after - M_before, U the top-k directions of the left side's place and V those of the right
@@ -127,7 +127,7 @@ def product_rows(
     the sum of both sides in arXiv:2605.16600 over its isotropic level. Its factors, heads and null are ours.
     {side}_null_ratio_sd, {side}_z and {side}_p_value are of `rotation_null`, whose mean ratio is 1; for the
     sum, sum_null_ratio_sd and sum_z have both sides rotated independently. product_norm is ‖dM‖_F.
-    `written` folds what stands between o and the stream, as for matrices.
+    `written` folds the norm and the factor between o and the stream, as for matrices.
     """
     architecture = setting.model.architecture
     for layer in range(architecture.n_layers):

@@ -47,7 +47,7 @@ class Frame:
     rank: int | None = None  # of the directions, those with an eigenvalue above 1e-6 of the largest
 
     def directions(self, k: int) -> int:
-        """How many of the first k directions there are: no more than the rank."""
+        """The number of directions: k, or the rank where that is less."""
         return k if self.rank is None else max(1, min(k, self.rank))
 
     @property
@@ -71,7 +71,7 @@ class Inputs:
     text: Literal["raw", "chat"] = "raw"  # chat: by the tokenizer's chat template
     crossfit: bool = False  # also the directions of each half of the sequences
     experts: bool = False  # also of each expert's tokens
-    final: bool = False  # also of what the unembedding reads, as directions alone
+    final: bool = False  # also of the unembedding's inputs, as directions alone
     settled: bool = False  # keep of each moment its root, and no groups
 
 
@@ -83,7 +83,7 @@ def most_tokens(d: int) -> int:
 def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> Iterator[Frame]:
     """The frame of every attention and mlp input of a network that has `params`, in the order of the layers.
 
-    Take what is yielded before asking for more: with a budget no more than one pass is held. With
+    Use each frame before asking for the next: with a budget no more than one pass is held. With
     `inputs.experts`, a layer's frames are followed by those of its experts, each of the tokens that the
     router sends to it; an expert that gets none has no frame. With `inputs.final` the last one is that of the
     unembedding's inputs: the output of the final norm, its gain and bias included.
@@ -173,15 +173,17 @@ def _warn_of_few(tokens: int, asked: int, d: int) -> None:
     per = tokens / d
     if tokens >= asked and per >= FEW_TOKENS:
         return
-    said = "%d tokens of held-out text, of %d asked for: %.1f tokens per dimension (d = %d)"
+    message = "%d tokens of held-out text, of %d asked for: %.1f tokens per dimension (d = %d)"
     if per < FEW_TOKENS:
         log.warning(
-            "too few tokens for the subspaces of the inputs: " + said + "; their intervals are widened, and"
+            "too few tokens for the subspaces of the inputs: "
+            + message
+            + "; their intervals are widened, and"
             " below 1 most directions are arbitrary: give more held-out text",
             *(tokens, asked, per, d),
         )
     else:
-        log.info(said, *(tokens, asked, per, d))
+        log.info(message, *(tokens, asked, per, d))
 
 
 @cache

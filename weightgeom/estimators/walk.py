@@ -23,7 +23,7 @@ class Walk:
     def __init__(self, network: "PreTrainedModel", layers: Sequence[nn.Module]) -> None:
         self.network, self.layers = network, layers
         self._states: deque[Tensor] = deque()  # by batch
-        self._others: dict[int, tuple[Any, ...] | None] = {}  # what a layer returns beside hidden states
+        self._others: dict[int, tuple[Any, ...] | None] = {}  # outputs of a layer other than hidden states
 
     @classmethod
     def through(cls, network: "PreTrainedModel", sites: Sequence[Site]) -> "Walk | None":

@@ -38,16 +38,18 @@ def heat_maps(pairs: pd.DataFrame, names: Mapping[Any, str]) -> Figure:
             end = "sd" if quantity == "cosine" else "mean"
             for name, target in ((quantity, values), (f"null_{quantity}_{end}", null)):
                 rows = pairs[pairs["quantity"] == name]
-                for one, other, value in zip(rows["step"], rows["against"], rows["value"], strict=True):
-                    target[places[str(one)], places[str(other)]] = value
+                for treatment, against, value in zip(
+                    rows["step"], rows["against"], rows["value"], strict=True
+                ):
+                    target[places[str(treatment)], places[str(against)]] = value
                     if quantity != "alignment_ratio":
-                        target[places[str(other)], places[str(one)]] = value
+                        target[places[str(against)], places[str(treatment)]] = value
             image = axis.imshow(values, cmap=colours, vmin=low, vmax=1.0)
-            for (one, other), value in np.ndenumerate(values):
+            for (row, column), value in np.ndenumerate(values):
                 if np.isfinite(value):
                     dark = abs(value) > 0.6
                     axis.text(
-                        other, one, f"{value:.2f}\n({null[one, other]:.2g})",
+                        column, row, f"{value:.2f}\n({null[row, column]:.2g})",
                         ha="center", va="center", fontsize=5, color="white" if dark else "black",
                     )  # fmt: skip
             axis.set_xticks(range(len(keys)), names.values(), rotation=90)

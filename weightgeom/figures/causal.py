@@ -208,7 +208,7 @@ def transplants(table: pd.DataFrame) -> Figure:
 
     Bars are ± one standard error over prompts; the rotated controls are grey. The marker is filled if the
     p-value against the rotated controls is at most 0.05. The dashed line is the base. The diamond, which has
-    no controls, is what of all weights' change is left by the pathways and the rest of the weights. `table`
+    no controls, is the change by all weights less those by the pathways and by the rest. `table`
     has rows of the intervention `surgery`.
 
     Raises:

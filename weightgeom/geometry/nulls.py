@@ -21,7 +21,7 @@ CERTAIN = -25.0  # logarithm of a probability that no sample shows
 class Null:
     """Distribution of a fraction under chance: its mean, its standard deviation and its upper tail.
 
-    `tail` takes several fractions at once, which then share what is sampled.
+    `tail` takes several fractions at once, which then share the samples.
     """
 
     mean: float
@@ -216,8 +216,8 @@ def relabelled(similarity: Float[Tensor, "n n"], first: int) -> Relabelled:
     n = len(similarity)
     if not 2 <= first <= n - 2:
         raise ValueError(f"each group must have two members or more, got {first} and {n - first}")
-    one, other = torch.triu_indices(n, n, 1)
-    values = similarity.double()[one, other]
+    first_member, second_member = torch.triu_indices(n, n, 1)
+    values = similarity.double()[first_member, second_member]
     divisions = list(islice(combinations(range(n), first), DIVISIONS + 1))
     if len(divisions) > DIVISIONS:
         generator = np.random.default_rng(0)
@@ -227,10 +227,10 @@ def relabelled(similarity: Float[Tensor, "n n"], first: int) -> Relabelled:
     for members in divisions:
         group = torch.zeros(n, dtype=torch.bool)
         group[list(members)] = True
-        same = group[one] == group[other]
+        same = group[first_member] == group[second_member]
         excess.append(float(values[same].mean() - values[~same].mean()))
     group = torch.arange(n) < first  # the first of the combinations
-    same = group[one] == group[other]
+    same = group[first_member] == group[second_member]
     within, between = values[same], values[~same]
     p_value = sum(value >= excess[0] - 1e-12 for value in excess) / len(excess)
     sd = float(within.std())

@@ -38,15 +38,14 @@ class Rank1:
     """W' = W + α u vᵀ: one side along a direction of the residual stream, the other shared by all arms.
 
     The residual side is v for a matrix that reads and u for one that writes. The other side is, by `shared`,
-    Haar-random or the partner of the direction in the top singular pair of G or of the update; for a
-    matrix that writes, `input` is the top direction of its own input. `auto` is random for reads, input for
-    writes. A direction that is one side of a singular pair brings its other side with it. `match` says what a
-    control shares with the treatment: `frobenius` ‖dW‖_F, and so α; `output` E‖dW a‖² = α² vᵀ C v on
-    held-out text. Where a norm follows the matrix, the direction is that of what reaches the stream.
+    Haar-random or the partner of the direction in the top singular pair of G or of the update; for a matrix
+    that writes, `input` is the top direction of its own input. `auto` is random for reads, input for writes.
+    A direction that is one side of a singular pair brings its other side with it. `match` is the size that a
+    control shares with the treatment: `frobenius` ‖dW‖_F, and so α; `output` E‖dW a‖² = α² vᵀ C v on held-out
+    text. Where a norm follows the matrix, the direction is that of the edit at the stream.
 
     Quantities: those of `weightgeom.causal.trials.measured`. Source: arXiv:2605.16600; the choice of the
-    shared
-    side, of the controls and of their numbers is ours.
+    shared side, of the controls and of their numbers is ours.
     """
 
     matrices: list[Kind] = Field(default_factory=lambda: ["k", "o"], min_length=1)
@@ -102,7 +101,7 @@ class Rank1:
             check_direction(name, matrix, architecture.d_model)
             if self.shared == "input" and matrix.role == "read":
                 raise ValueError(
-                    f"shared=input is the input's side, which for {matrix.name} is what is varied"
+                    f"shared=input is the input's side, which is the varied side of {matrix.name}"
                 )
         for kind in self.matrices:
             others = sum(matrix.kind == kind for matrix in architecture.matrices) - 1
@@ -274,9 +273,7 @@ class _Sides:
         if treatment is not None and self.asked.match == "output":
             alpha = sqrt(treatment.sizes["output energy"] / energy)
         edit = RankOne(matrix, alpha, u, v)
-        exact = {
-            matrix.parameter: self.params[matrix.parameter].double()
-        }  # fp32 rounds what a weak edit adds
+        exact = {matrix.parameter: self.params[matrix.parameter].double()}  # fp32 would round a weak edit
         return Arm(
             kind,
             edit,
@@ -295,7 +292,7 @@ class _Sides:
         energy = float(v @ moment @ v)
         if self.asked.match == "output" and not energy > 1e-6 * float(moment.diagonal().max()):
             raise ValueError(
-                f"match=output: the covariance of what {matrix.name} takes in is singular along a direction"
+                f"match=output: the covariance of the inputs of {matrix.name} is singular along a direction"
                 f" of the trial (energy {energy:.3g}), which no strength makes up for: leave that control"
                 " out, raise intervention.rank1.tokens, or take match=frobenius"
             )

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 MARGIN = "preference_margin_change"
 REST = "rest"  # the parameters in no matrix of the residual stream
 SIGNS = {("weights", "", ""): 1, ("delta", "", "read"): -1, ("delta", "", "write"): -1, (REST, REST, ""): -1}
-"""How each part, by its edit, `matrix` and `role`, enters what of all weights' effect the parts leave."""
+"""The sign of each part, by its edit, `matrix` and `role`, in the remainder: whole effect less parts."""
 Operation = Literal["remove", "keep", "scale"]
 Control = Literal["random_k", "random_energy", "rotated"]
 RANDOM: tuple[Control, ...] = ("random_k", "random_energy")
@@ -64,13 +64,13 @@ class DeltaSurgery:
     and little where it alone is kept: that is what the p-values of `keep` test. Two controls, drawn once
     for all matrices that share a subspace: `random_k`, a Haar-random subspace of equal k, and
     `random_energy`, as many Haar-random directions as hold the same energy ‖dW P‖²_F, matrix by matrix,
-    the last of them scaled. It is what `remove` takes away and `keep` leaves, and counts what reaches the
-    stream where a norm follows.
+    the last of them scaled. `remove` takes that energy away and `keep` keeps it; where a norm follows the
+    matrix, it is that of the part that reaches the stream.
 
     `delta@transplant` edits the trajectory's start: W + dW for some matrices. With those that write it is
     base reads and aligned writes, with those that read the reverse. `weights@replace`, every parameter,
-    is the whole effect, which the others are shares of. The control `rotated` has the same dW, the residual
-    stream's side of it turned by a Haar-random orthogonal matrix, one for each subspace above.
+    is the whole effect, which the others are shares of. The control `rotated` has the same dW, its residual
+    stream's side turned by a Haar-random orthogonal matrix, one for each subspace above.
 
     With `frames`, further subspaces by name (`weightgeom.estimators.given_subspaces`), the part of the update
     inside each is edited likewise, against the same controls; its name is in the column `subspace`. A
@@ -79,7 +79,7 @@ class DeltaSurgery:
     With `transplants` and `layers` left out, `rest@replace` gives the start all parameters of the end that
     are in no matrix of the stream: embeddings, unembedding, norms, biases. Its rotated dW is turned along the
     last axis, that of a vector to a random direction. The whole effect is then the sum of four: of the reads,
-    of the writes, of the rest, and of their interaction, which is what is left of it.
+    of the writes, of the rest, and of their interaction, which is the remainder.
 
     Quantities: those of `weightgeom.causal.trials.measured`, and `<effect>_interaction` of `weights@replace`,
     in the effect's unit. The column `matrix` is empty for all matrices of a role, `q+k` for two kinds, and
@@ -172,7 +172,7 @@ class DeltaSurgery:
             evaluation = Evaluation(model, setting.end, setting.examples, self.effects)
             trials = self.surgeries(setting, evaluation, groups)
             rows += measured(trials, evaluation, setting.seed, log, keep=setting.keep)
-            del evaluation, trials  # their weights and logits would lie beside the next one's
+            del evaluation, trials  # their weights and logits would be held together with the next one's
         if transplants:
             evaluation = Evaluation(model, setting.start, setting.examples, self.effects)
             trials = list(self.transplanted(setting, evaluation, transplants))
@@ -387,9 +387,9 @@ def interaction(trials: Sequence[Trial], evaluation: Evaluation) -> Iterator[Row
 
 
 def filled(sums: Float[Tensor, " d"], energy: float) -> tuple[int, float]:
-    """How many directions hold this energy, and the length of the last of them; `sums` are cumulative.
+    """The number of directions that hold this energy, and the length of the last; `sums` are cumulative.
 
-    A column b of length c adds the part c² b bᵀ, and so c⁴ times what its direction holds.
+    A column b of length c adds the part c² b bᵀ, and so c⁴ times the energy of its direction.
     """
     whole = min(int((sums < energy).sum()), len(sums) - 1)
     before = float(sums[whole - 1]) if whole else 0.0

@@ -133,7 +133,7 @@ def open_checkpoint(directory: Path, architecture: Architecture, base: Params | 
     Where there is a base, embeddings have its rows (`aligned`).
 
     Raises:
-        FileNotFoundError: if the directory or a file of it is missing.
+        FileNotFoundError: if the directory or one of its files is missing.
         ValueError: if a file is corrupt, the adapter is of another kind than LoRA or does not fit
             `base`, there is no base for it, or the directory holds a whole checkpoint as well.
     """

@@ -420,7 +420,7 @@ def store(scheme: str) -> Any:
 
 
 def _called(url: str, work: Callable[[Any, str], Any]) -> Any:
-    """What a file system gives, with its failures sorted as those of HTTP are."""
+    """The result of `work` on a file system, with its failures sorted as those of HTTP are."""
     filesystem, name = store(urlsplit(url).scheme), without_secrets(url)
     _count(requests=1)
     try:

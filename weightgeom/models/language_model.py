@@ -40,7 +40,7 @@ class LanguageModel:
 
         Raises:
             FileNotFoundError: if there is no safetensors checkpoint in `directory`.
-            ValueError: if a file of it is truncated or corrupt, or an adapter does not fit `base`.
+            ValueError: if one of its files is truncated or corrupt, or an adapter does not fit `base`.
         """
         return open_checkpoint(directory, self.architecture, base)
 

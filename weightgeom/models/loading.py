@@ -316,7 +316,7 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
     Raises:
         FileNotFoundError: if there is none in the directory.
-        ValueError: if a file of it is damaged, or it has no end token.
+        ValueError: if one of its files is damaged, or it has no end token.
     """
     tokenizer = gguf_tokenizer(directory) if is_gguf(directory) else _in_directory(directory)
     if tokenizer.eos_token is None:

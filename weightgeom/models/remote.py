@@ -106,7 +106,7 @@ class Recent:
 
     @property
     def room(self) -> int:
-        """Bytes: a walk needs a tensor or two of the next layer beside those of a layer; 5/4 is ours."""
+        """Bytes: a walk needs a layer and a tensor or two of the next; 5/4 is ours."""
         layer = max(self.layers.values(), default=0) * 5 // 4
         return max(SMALL, layer if self.walked else 0)
 
@@ -148,11 +148,11 @@ def recent(file: RemoteFile) -> Recent:
     Those of all but the last `AT_ONCE` checkpoints are dropped: a chain may have hundreds.
     """
     directory = file.url.rpartition("/")[0]
-    found = _recent.setdefault(directory, Recent())
+    kept = _recent.setdefault(directory, Recent())
     _recent.move_to_end(directory)
     for tensors in [*_recent.values()][:-AT_ONCE]:
         tensors.forget()
-    return found
+    return kept
 
 
 _stand_ins: dict[str, RemoteFile] = {}

@@ -77,9 +77,10 @@ class ResidualMatrix:
     """One weight matrix that reads from or writes to the residual stream.
 
     `heads` counts query heads for q and o and key-value groups for k and v, and the heads or groups of a
-    mixer likewise: the rows of `of` (for what writes, its columns) are that many equal blocks. `norm` stands
-    between the output and the stream, and the network multiplies the output by `factor` on the way (Granite).
-    `expert` numbers the matrices of a mixture of experts; the router's output chooses among them.
+    mixer likewise: the rows of `of` (for a matrix that writes, its columns) are that many equal blocks.
+    `norm` stands between the output and the stream, and the network multiplies the output by `factor` on the
+    way (Granite). `expert` numbers the matrices of a mixture of experts; the router's output chooses among
+    them.
     """
 
     layer: int
@@ -209,12 +210,11 @@ OWN_INPUTS: Mapping[Block, SiteName] = {
 class Site:
     """A place where activations are taken: the input of `module`, a dotted path in the network.
 
-    At `attention_input` it is what q, k and v read, at `mixer_input` what a mixer of another sort reads, at
-    `mlp_input` what gate, up and router read; `attention_output`, `mixer_output` and `mlp_hidden`, which are
-    no places of the residual stream, are what o, a mixer's matrix that writes, and down take in. With an
-    `expert`, it is that expert's input: of the tokens that the router sends to it. At `final_input`, whose
-    `layer` is the last one, `module` is the final norm, and what it puts out is taken: what the unembedding
-    reads.
+    `attention_input` is the input of q, k and v, `mixer_input` that of a mixer of another sort, `mlp_input`
+    that of gate, up and router. `attention_output`, `mixer_output` and `mlp_hidden`, which are no places of
+    the residual stream, are the inputs of o, of a mixer's matrix that writes, and of down. With an `expert`,
+    it is that expert's input: of the tokens that the router sends to it. At `final_input`, whose `layer` is
+    the last one, `module` is the final norm, and its output is taken, which the unembedding reads.
     """
 
     layer: int
@@ -279,7 +279,7 @@ class Architecture:
 def input_sites(matrices: Sequence[ResidualMatrix]) -> tuple[Site, ...]:
     """The inputs of every layer's attention, mixer and MLP, as those of `first_readers`, in order.
 
-    Experts read what the block of the router does, which, unlike the router, gets it sequence by sequence.
+    Experts read the input of the router's block, which, unlike the router, gets it sequence by sequence.
     """
     return tuple(
         Site(

@@ -51,7 +51,7 @@ class Aligned(Mapping[str, Tensor]):
 def aligned(params: Params, base: Params, architecture: Architecture, directory: Path) -> Params:
     """The parameters of the checkpoint in `directory`, those of the vocabulary with the base's shape.
 
-    A log line says how many rows are shared. `params` itself is given back where nothing differs.
+    The number of shared rows is logged. `params` itself is given back where nothing differs.
 
     Raises:
         ValueError: if the base unembeds with its embedding and the checkpoint has another unembedding.

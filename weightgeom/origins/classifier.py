@@ -112,9 +112,9 @@ class Classifier:
             if set(rest["label"]) != set(order):
                 continue
             fitted = Gaussians.of(measured[~held], rest["label"].tolist())
-            found = fitted.distances(measured[held])
-            distances.append(found)
-            nearest.append(found.min(1))
+            to_origins = fitted.distances(measured[held])
+            distances.append(to_origins)
+            nearest.append(to_origins.min(1))
             true += [order[name] for name in known["label"][held]]
         if not distances:
             raise ValueError(

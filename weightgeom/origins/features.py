@@ -70,11 +70,11 @@ def features(before: Params, after: Params, config: "PreTrainedConfig", seed: in
         whole = _relative(size for _, _, size in sizes)
         if not whole > 0:
             raise ValueError("no matrix of the residual stream has moved between the two checkpoints")
-        found = {SIZE: whole}
-        found |= _by_kind(setting, after, sizes, whole)
-        found |= _profile(sizes)
-        found |= _others(model, before, after, whole)
-    return found
+        measured = {SIZE: whole}
+        measured |= _by_kind(setting, after, sizes, whole)
+        measured |= _profile(sizes)
+        measured |= _others(model, before, after, whole)
+    return measured
 
 
 Size = tuple[float, float]  # squared norms of an update and of the matrix before it
@@ -140,17 +140,17 @@ def _profile(sizes: list[tuple[int, str, Size]]) -> dict[str, float]:
 def _others(model: "LanguageModel", before: Params, after: Params, whole: float) -> dict[str, float]:
     """Parameters outside of the matrices at the residual stream."""
     squares: dict[str, list[Size]] = defaultdict(list)
-    found = {}
+    measured = {}
     for parameter in other_parameters(model, before):
         by_row = parameter.kind in ("embed", "unembed")
         change = change_of(parameter.name, after, before, by_row=by_row)
         squares[parameter.kind].append((change.norm**2, change.before_norm**2))
         if by_row:
-            found |= {f"{name}.{parameter.kind}": value for name, value in _of_embedding(change).items()}
+            measured |= {f"{name}.{parameter.kind}": value for name, value in _of_embedding(change).items()}
     for kind in ("embed", "unembed", "norm", "bias"):
         relative = _relative(squares[kind]) if squares[kind] else 0.0
-        found[f"share.{kind}"] = relative / (relative + whole)
-    return found
+        measured[f"share.{kind}"] = relative / (relative + whole)
+    return measured
 
 
 def _of_embedding(change: Change) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""How often the origin of an update is wrong, unknown or missed, in settings that no training had."""
+"""Error rates of the origin of an update, in settings that no training had."""
 
 # pandas types the results of indexing and grouping as unions of everything they may ever be.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
@@ -37,11 +37,15 @@ def held_out(known: "pd.DataFrame", names: Sequence[str], axis: str) -> "pd.Data
         judged = Classifier.of(known[taught], names).judge(known[tested])
         part = known[tested][["label", *AXES, "step"]].copy()
         part["fold"] = fold
-        part["best"] = [max(found.likelihoods, key=found.likelihoods.__getitem__) for found in judged]
-        part["answer"] = [found.answer or "" for found in judged]
-        part["covered"] = [label in found.fits for label, found in zip(part["label"], judged, strict=True)]
-        part["outside"] = [found.outside for found in judged]
-        part["distance"] = [found.distance for found in judged]
+        part["best"] = [
+            max(judgement.likelihoods, key=judgement.likelihoods.__getitem__) for judgement in judged
+        ]
+        part["answer"] = [judgement.answer or "" for judgement in judged]
+        part["covered"] = [
+            label in judgement.fits for label, judgement in zip(part["label"], judged, strict=True)
+        ]
+        part["outside"] = [judgement.outside for judgement in judged]
+        part["distance"] = [judgement.distance for judgement in judged]
         parts.append(part)
     if not parts:
         raise ValueError(f"{axis} has a single value, so that none of it can be held out")
@@ -78,7 +82,7 @@ def rates(judged: "pd.DataFrame") -> dict[str, float]:
     adapter = trained["label"].map(form_of) == "lora"
     form = judged["best"].map(form_of) != judged["label"].map(form_of)
     wrong = judged["answer"][answered] != judged["label"][answered]
-    found = {"n": float(len(judged)), "answered": float(answered.mean())}
+    summary = {"n": float(len(judged)), "answered": float(answered.mean())}
     for name, values in (
         ("error", error),
         ("objective_error", objective),
@@ -87,18 +91,18 @@ def rates(judged: "pd.DataFrame") -> dict[str, float]:
         ("form_error", form),
         ("answered_error", wrong),
     ):
-        found[name] = float(values.mean()) if len(values) else float("nan")
-        found[f"{name}_low"], found[f"{name}_high"] = interval(int(values.sum()), len(values))
+        summary[name] = float(values.mean()) if len(values) else float("nan")
+        summary[f"{name}_low"], summary[f"{name}_high"] = interval(int(values.sum()), len(values))
     for name, form in (("whole", "whole"), ("adapter", "lora"), ("random", "random")):
         part = judged["label"].map(form_of) == form
-        found[f"{name}_answered"] = float(answered[part].mean())
-        found[f"{name}_answered_error"] = float(wrong[part[answered]].mean())
-        found[f"{name}_covered"] = float(judged["covered"][part].mean())
-    found["worst"] = float(error.groupby(judged["fold"]).mean().max())
-    found["covered"] = float(judged["covered"].mean())
-    found["worst_covered"] = float(judged["covered"].groupby(judged["fold"]).mean().min())
-    found["outside"] = float(judged["outside"].mean())
-    return found
+        summary[f"{name}_answered"] = float(answered[part].mean())
+        summary[f"{name}_answered_error"] = float(wrong[part[answered]].mean())
+        summary[f"{name}_covered"] = float(judged["covered"][part].mean())
+    summary["worst"] = float(error.groupby(judged["fold"]).mean().max())
+    summary["covered"] = float(judged["covered"].mean())
+    summary["worst_covered"] = float(judged["covered"].groupby(judged["fold"]).mean().min())
+    summary["outside"] = float(judged["outside"].mean())
+    return summary
 
 
 def objective_of(label: str) -> str:
@@ -119,5 +123,5 @@ def interval(count: int, n: int, level: float = 0.95) -> tuple[float, float]:
 
     if not n:
         return 0.0, 1.0
-    found = binomtest(count, n).proportion_ci(level, "exact")
-    return float(found.low), float(found.high)
+    ends = binomtest(count, n).proportion_ci(level, "exact")
+    return float(ends.low), float(ends.high)

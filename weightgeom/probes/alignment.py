@@ -159,9 +159,9 @@ class Alignment:
             changes = {step: weights[step] - weights[before] for before, step in pairwise(chosen)}
             updates = self._leading(changes)
             place = matrix.table_columns
-            for pair, found in _pairs(updates).items():
-                whole.setdefault(pair, []).append(found)
-                yield from pair_rows(pair, [found], chosen, **place)
+            for pair, alignment in _pairs(updates).items():
+                whole.setdefault(pair, []).append(alignment)
+                yield from pair_rows(pair, [alignment], chosen, **place)
             for subspace in given:
                 space = subspace.at(matrix)
                 if space is None:
@@ -215,11 +215,11 @@ def walked(
     generator: torch.Generator,
 ) -> Float[Tensor, " draws"]:
     """Overlap of an update's leading directions, `space`, with those after a rest in random directions."""
-    found = []
+    overlaps = []
     for _ in range(draws):
         end = top_right(update + rotated(rest, generator), k)
-        found.append(0.0 if end is None else overlap(space, end)[0])
-    return torch.tensor(found, dtype=torch.float64)
+        overlaps.append(0.0 if end is None else overlap(space, end)[0])
+    return torch.tensor(overlaps, dtype=torch.float64)
 
 
 def _over_matrices(table: "pd.DataFrame") -> "pd.DataFrame":
@@ -243,10 +243,10 @@ def _frame_rows(pair: Pair, parts: list[Aligned], chosen: list[int], **place: An
 
 def _pairs(updates: Mapping[int, Leading]) -> dict[Pair, Aligned]:
     return {
-        (one, other): aligned(updates[one], updates[other])
-        for one in updates
-        for other in updates
-        if one != other
+        (step, other_step): aligned(updates[step], updates[other_step])
+        for step in updates
+        for other_step in updates
+        if step != other_step
     }
 
 

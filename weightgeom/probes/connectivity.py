@@ -77,13 +77,14 @@ class Connectivity:
         import pandas as pd
 
         last = table[table["step"] == table["step"].max()]
-        found = last[last["dose"] != ""].pivot(index="dose", columns="quantity", values="value")
+        by_dose = last[last["dose"] != ""].pivot(index="dose", columns="quantity", values="value")
         lines = []
-        for dose in sorted(found.index, key=float):
+        for dose in sorted(by_dose.index, key=float):
             line = {"t": dose}
             for quantity, name in SHOWN.items():
                 value, mean, sd = (
-                    found.loc[dose, end] for end in (quantity, f"null_{quantity}_mean", f"null_{quantity}_sd")
+                    by_dose.loc[dose, end]
+                    for end in (quantity, f"null_{quantity}_mean", f"null_{quantity}_sd")
                 )
                 line[name] = f"{value:.3g}"
                 line[f"{name}, random"] = f"{mean:.3g} ± {sd:.1g}"
@@ -164,7 +165,7 @@ def _from(start: Held, direction: Held) -> Callable[[float], Held]:
 
 
 def _values(rows: Sequence[Row]) -> list[float]:
-    return [found["value"] for found in rows]
+    return [row["value"] for row in rows]
 
 
 def ends(model: "LanguageModel", before: Held, after: Held) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

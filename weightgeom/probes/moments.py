@@ -1,4 +1,4 @@
-"""The mechanism: the ratio that the moments of a base predict under an objective, beside the trained one."""
+"""The mechanism: the ratio that the moments of a base predict under an objective, and the trained one."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
@@ -56,24 +56,23 @@ class Moments:
     """Predicted, forecast and measured relative subspace fraction of an objective's update.
 
     The subspaces are those of the probe `rsf` at the trajectory's start, from held-out text; of experts those
-    of all tokens of their layer. The
-    moments are taken there too, once, on training examples. What a trained update has in excess of
-    the prediction comes of what is read depending on what is sent back. Source: the mechanism offered
-    by arXiv:2605.16600; these figures are ours. Nothing is measured where the start is random, or where
-    the objective is not known and none is given.
+    of all tokens of their layer. The moments are taken there too, once, on training examples. The excess of a
+    trained update over the prediction is due to the dependence of inputs and upstream gradients. Source: the
+    mechanism offered by arXiv:2605.16600; these figures are ours. Nothing is measured where the start is
+    random, or where the objective is not known and none is given.
 
     A given `objective` stands for that of trajectories without one: of two checkpoints, or of a chain, where
-    its moments at the first stage stand beside the update of every stage, and those at each stage beside the
-    update of the next. What the objective did not train is then no test of the mechanism.
+    its moments at the first stage are compared with the update of every stage, and those at each stage with
+    the update of the next. A stage that another objective trained is then no test of the mechanism.
 
     Quantities:
         predicted_ratio: the ratio if the two were independent and averaged out, from C_a (read) or
             C_delta (write) alone.
-        mean_ratio: the ratio of the mean E[a] (read) or E[δ] (write) alone, which is what independence
-            leads to as samples add up: E[δ aᵀ] = E[δ] E[a]ᵀ.
-        mixture_ratio: the ratio of C + (N - 1) ρ μ μᵀ, which lies between the two: what independence leads
-            to for N samples, ρ = ‖E[x]‖² / E‖x‖² of the other factor (δ for a read, a for a write) without
-            its bias, μ the mean of this one.
+        mean_ratio: the ratio of the mean E[a] (read) or E[δ] (write) alone, the limit under independence
+            as samples add up: E[δ aᵀ] = E[δ] E[a]ᵀ.
+        mixture_ratio: the ratio of C + (N - 1) ρ μ μᵀ, which lies between the two: the expectation under
+            independence for N samples, ρ = ‖E[x]‖² / E‖x‖² of the other factor (δ for a read, a for a write)
+            without its bias, μ the mean of this one.
         forecast_ratio: the ratio of the mean gradient G = E[δ aᵀ]: a single step of plain descent.
         forecast_adam_ratio: the ratio of G over the root of the mean squared gradient of a training batch,
             entry by entry as the parameter is stored: a single step of Adam once its running means have
@@ -99,7 +98,7 @@ class Moments:
     batch_size: int = Field(default=16, ge=1)  # examples, at most: fewer where they keep more than 1 GiB
     positions: Literal["scored", "all"] = "scored"  # those whose next token the objective scores, or all
     centre: bool = False  # the moments
-    unit: Literal["token", "prompt"] = "token"  # what a sample is: a token, or a prompt with its responses
+    unit: Literal["token", "prompt"] = "token"  # a sample: a token, or a prompt with its responses
     precision: Literal["float32", "float64"] = "float32"  # of the sums
     tokens: int = Field(default=8192, ge=2)  # of held-out text, for the inputs' subspaces
     length: int = Field(default=96, ge=2)  # tokens a sequence
@@ -291,7 +290,7 @@ class Moments:
 class _Grams:
     """Gram matrices of a matrix's mean gradient on its residual side, the gain behind it folded in.
 
-    `divisor` divides the gradient of the stored parameter, entry by entry, before the matrix is taken of it.
+    `divisor` divides the gradient of the stored parameter, entry by entry, before the matrix is cut out.
     With the factor A of an `adapter` they are those of G Aᵀ A, or with `signs` of sign(G Aᵀ) A.
     """
 

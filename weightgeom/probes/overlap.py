@@ -76,7 +76,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How close any two k-dimensional subspaces U and V of the residual stream are, at every checkpoint.
+    """The overlap of any two k-dimensional subspaces U and V of the residual stream, at every checkpoint.
 
     A pair is `one:other`, in the column `subspace`. The subspaces: `delta`, `weight` and `gradient` are
     the top singular directions, on the residual stream's side, of the update since the start, of the
@@ -86,8 +86,8 @@ class Overlap:
     trajectory's start (`_before`), of its end (`_end`), of the checkpoints in `other` (`_other`), or of
     the next layer's matrix of the same kind (`_next_layer`). Gradients are taken on training examples,
     and only where the objective is known, as if it began at that model: a reference policy is the model
-    itself. What has fewer than k directions above rounding counts with those that it has, and what has
-    none has no rows.
+    itself. A subspace with fewer than k directions above rounding counts with those that it has, and one
+    with none has no rows.
 
     Quantities:
         overlap: ‖Uᵀ V‖²_F / k = mean cos² of the principal angles, in [0, 1]; 1 is the same subspace.

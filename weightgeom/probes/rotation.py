@@ -29,7 +29,7 @@ class Rotation:
             column `k` being i, for the first `curve`; in [0, 1]. arXiv:2511.08567.
         left_angle, right_angle: the mean of the k angles θ_i; degrees, in [0, 90].
         spectral_shift: ‖σ(W₁) - σ(W₀)‖ / ‖σ(W₀)‖ over all singular values; of unit 1. arXiv:2511.08567.
-        intruders: of the first `leading` left singular vectors of W₁, how many have |cos| < `similarity` with
+        intruders: the number of the first `leading` left singular vectors of W₁ with |cos| < `similarity` to
             each one of W₀; a count. arXiv:2410.21228.
         null_..._mean, null_..._sd: under updates of equal spectrum with random singular vectors, A dW Bᵀ with
             Haar rotations A and B.
@@ -63,9 +63,9 @@ class Rotation:
         def measure(params: Params) -> list[Row]:
             generator = torch.Generator().manual_seed(setting.seed)
             return [
-                found
+                row
                 for matrix in setting.model.architecture.matrices
-                for found in self._rows(matrix, setting.start, params, generator)
+                for row in self._rows(matrix, setting.start, params, generator)
             ]
 
         return measure
@@ -80,18 +80,18 @@ class Rotation:
         k = min(self.k or max(1, min(before.shape) // 8), min(before.shape))
         place, n = matrix.table_columns, before.numel()
         start_parts = Decomposition.of(before)
-        found = self._compared(start_parts, Decomposition.of(after), k)
-        for side, angles in (("left", found.left), ("right", found.right)):
+        compared = self._compared(start_parts, Decomposition.of(after), k)
+        for side, angles in (("left", compared.left), ("right", compared.right)):
             for index, cosine in enumerate(angles[: self.curve].cos().tolist(), 1):
                 yield row(f"{side}_cosine", cosine, n=n, **place, k=index)
-        for name, value in found.numbers.items():
+        for name, value in compared.numbers.items():
             yield row(name, value, n=n, unit=UNITS.get(name, "1"), **place, k=k)
         for null, draw in (("null", rotated), ("noise", noise)):
             drawn = [
                 self._compared(start_parts, Decomposition.of(before + draw(update, generator)), k).numbers
                 for _ in range(self.draws)
             ]
-            for name in found.numbers:
+            for name in compared.numbers:
                 values = torch.tensor([numbers[name] for numbers in drawn], dtype=torch.float64)
                 at = {"n": self.draws, "unit": UNITS.get(name, "1"), **place, "k": k}
                 yield row(f"{null}_{name}_mean", float(values.mean()), **at)
@@ -141,7 +141,7 @@ def noise(update: Float[Tensor, "d_out d_in"], generator: torch.Generator) -> Fl
     return drawn * (update.norm() / drawn.norm())
 
 
-def _angles(one: Float[Tensor, "d k"], other: Float[Tensor, "d k"]) -> Float[Tensor, " k"]:
+def _angles(basis: Float[Tensor, "d k"], other_basis: Float[Tensor, "d k"]) -> Float[Tensor, " k"]:
     from scipy.linalg import subspace_angles
 
-    return torch.from_numpy(subspace_angles(one.numpy(), other.numpy()).copy()).flip(0)
+    return torch.from_numpy(subspace_angles(basis.numpy(), other_basis.numpy()).copy()).flip(0)

@@ -75,7 +75,7 @@ class RSF:
 
     Read matrices (q k v gate up) are compared on their input side with the top-k principal
     directions of their inputs, write matrices (o down) on their output side with the top-k right
-    singular vectors of the unembedding, all with a random subspace beside. Source: arXiv:2605.16600,
+    singular vectors of the unembedding, and all with a random subspace too. Source: arXiv:2605.16600,
     one side at a time; its sum of two sides arises for `products` alone, as no matrix of these reads and
     writes. The reads of an expert are compared with the inputs of the tokens that the router sends to it, at
     whichever checkpoint `at` says; an expert that gets no held-out token has no rows but those of its size.
@@ -90,10 +90,10 @@ class RSF:
             chance? p has its Monte Carlo standard error where it is sampled; q is Benjamini and
             Hochberg's, over the layers and matrices that have the same k; heads and experts are families of
             their own.
-        matched_ratio: the ratio expected if what dW reads did not depend on what is sent back to it:
-            from the inputs on the read side, from the objective's upstream gradients at the start on
-            the write side. Left out where moments are centred, as the identity needs E[a aᵀ], and on
-            the write side where the objective is not known. matched_ratio_low, matched_ratio_high.
+        matched_ratio: the ratio expected if the inputs were independent of the upstream gradients: from the
+            inputs on the read side, from the objective's upstream gradients at the start on the write side.
+            Left out where moments are centred, as the identity needs E[a aᵀ], and on the write side where the
+            objective is not known. matched_ratio_low, matched_ratio_high.
         crossfit_ratio, crossfit_matched_ratio: the ratio, and its matched level, with the subspaces of one
             half of the prompts and the level of the other, both ways: a subspace explains more of the text
             that it was estimated from than of other text. On the read side.
@@ -163,7 +163,7 @@ class RSF:
     frames: Frames = Field(
         default_factory=dict
     )  # further subspaces by name: a file, or two groups of prompts
-    increments: bool = False  # what lies between neighbouring checkpoints, beside what lies behind the start
+    increments: bool = False  # also the updates between neighbouring checkpoints
     tokens: int | None = Field(default=None, ge=2)  # of held-out text; None: 64 a dimension, at least 8192
     length: int = Field(default=96, ge=2)  # tokens a sequence
     text: Literal["raw", "chat"] = "raw"  # chat: held-out conversations, by the tokenizer's chat template
@@ -471,7 +471,7 @@ class RSF:
     def _increment(
         self, matrix: ResidualMatrix, params: Params, previous: Params, own: Frame, seed: int
     ) -> Iterator[Row]:
-        """What changed since the checkpoint before."""
+        """The update since the checkpoint before."""
         update = update_of(matrix, params, previous, written=self.fold_post_norm)
         where = matrix.table_columns
         n = update.shape[0] * update.shape[1]
@@ -482,7 +482,7 @@ class RSF:
     def _forward(
         self, matrix: ResidualMatrix, params: Params, previous: Params, frame: Frame
     ) -> Iterator[Row]:
-        """What changed since the checkpoint before, in the prediction subspace of that checkpoint."""
+        """The update since the checkpoint before, in the prediction subspace of that checkpoint."""
         update = update_of(matrix, params, previous, written=self.fold_post_norm)
         if not update.norm > 0:
             return
@@ -683,7 +683,7 @@ def _unmoved(matrix: ResidualMatrix, params: Params, start: Params) -> bool:
 
 
 def _q_values(rows: Iterable[Row]) -> Iterator[Row]:
-    """Benjamini and Hochberg's q beside every p: over all layers and matrices at the same kind of place."""
+    """Benjamini and Hochberg's q for every p: over all layers and matrices at the same kind of place."""
     from scipy.stats import false_discovery_control
 
     families: dict[tuple, list[Row]] = {}

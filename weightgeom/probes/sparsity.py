@@ -1,4 +1,4 @@
-"""How many entries of a matrix an update leaves unmoved, and whether the moved ones are the small ones."""
+"""The share of entries that an update leaves unmoved, and the overlap of the moved with the small ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass as plain_dataclass
@@ -23,7 +23,7 @@ class Sparsity:
 
     An entry is visible if it differs once both checkpoints are rounded to `grid`. Small weights have small
     steps of the grid, so that an update without any structure becomes visible in them first: every share and
-    overlap has its mean and standard deviation under an update of iid Gaussian entries beside it, in closed
+    overlap comes with its mean and standard deviation under an update of iid Gaussian entries, in closed
     form, as the entries are then visible independently of each other.
 
     Quantities, in [0, 1]:
@@ -56,7 +56,7 @@ class Sparsity:
         visible = start.to(cells.grid) != end.to(cells.grid)
         change, size = (end - start).abs(), torch.maximum(start.abs(), end.abs())
         relative, absolute = self._relative(start), torch.full_like(start, self.absolute)
-        found = {
+        quantities = {
             "unmoved_share": float((start == end).double().mean()),
             **_share("invisible_share", ~visible, cells.below, cells.above, sigma),
             **_share("relative_unmoved_share", change <= self.eta * size, *relative, sigma),
@@ -67,21 +67,21 @@ class Sparsity:
             "principal_overlap": smallest(-_principal(before, self.rank).abs().flatten(), self.alpha),
         }
         if not visible.any():
-            return found
+            return quantities
         matched = cells.matching(float(visible.double().mean()))
         for name, mask in masks.items():
-            found |= _overlap(name, mask, visible, cells, matched)
-        return found
+            quantities |= _overlap(name, mask, visible, cells, matched)
+        return quantities
 
     def _relative(self, start: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-        """How far an entry may fall and rise before it has moved by η of the larger of the two."""
+        """The fall and the rise by which an entry has moved by η of the larger of its two values."""
         towards, away = self.eta * start.abs(), self.eta / (1 - self.eta) * start.abs()
         return torch.where(start > 0, towards, away), torch.where(start > 0, away, towards)
 
 
 @plain_dataclass(frozen=True, eq=False)
 class Cells:
-    """How far each entry may fall or rise before it is rounded to another value of a grid."""
+    """The fall and the rise beyond which each entry is rounded to another value of a grid."""
 
     grid: torch.dtype
     below: Float[Tensor, " n"]

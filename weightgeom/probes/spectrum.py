@@ -41,7 +41,7 @@ class Spectrum:
     at the outputs of o and down with E[δ δᵀ]; `gradient`, the mean gradient G = E[δ aᵀ]; `delta`, the
     update since the start; `weight`. The gradients are those of training examples, where the objective
     is known, as if it began at the checkpoint: a reference policy is the checkpoint itself. Matrices are
-    taken as what reaches the residual stream, gains of post-norms folded in; gradients are those at the
+    taken as they reach the residual stream, gains of post-norms folded in; gradients are those at the
     matrix itself. λ are the eigenvalues of the moment, or of the matrix's Gram, no more than its smaller
     side or the number of tokens has; p = λ / Σλ. A thing that is zero has no rows.
 
@@ -114,7 +114,9 @@ class Spectrum:
         model = setting.model
         batches = packed(setting.examples.heldout, model.tokenizer, self.length, self.tokens)
         sites = model.architecture.sites
-        readers = {(one.layer, one.site): one.kind for one in first_readers(model.architecture.matrices)}
+        readers = {
+            (matrix.layer, matrix.site): matrix.kind for matrix in first_readers(model.architecture.matrices)
+        }
         for site, moment in activation_moments(model, params, batches, sites, budget_gb=self.budget_gb):
             reader = readers[site.layer, site.name]
             matrix = "up" if reader == "router" else reader
@@ -130,17 +132,19 @@ class Spectrum:
         gathering = Gathering(
             self.prompts, inputs=False, upstream=upstream, gradients=gradients, budget_gb=self.budget_gb
         )
-        for found in gradient_moments(
+        for gathered in gradient_moments(
             model, params, objective, training, setting.examples, gathering, setting.seed
         ):
-            means = {name: mean.value for name, mean in found.gradients.items()}
+            means = {name: mean.value for name, mean in gathered.gradients.items()}
             for matrix in model.architecture.matrices:
-                if (moment := found.upstream.get(matrix.name)) is not None:
+                if (moment := gathered.upstream.get(matrix.name)) is not None:
                     columns = matrix.table_columns
                     yield from self._moment("upstream", moment.value, moment.samples, columns, setting.seed)
                 if matrix.parameter in means:
                     nothing = zeros(matrix, means)
-                    yield from self._matrix("gradient", matrix, means, nothing, setting.seed, found.prompts)
+                    yield from self._matrix(
+                        "gradient", matrix, means, nothing, setting.seed, gathered.prompts
+                    )
 
     def _matrix(
         self,
@@ -172,11 +176,11 @@ class Spectrum:
             order = torch.randperm(wide.numel(), generator=generator)
             drawn = wide.flatten()[order].view_as(wide)
             counts.append(spikes(_eigenvalues(drawn @ drawn.T, len(drawn)), (len(wide), wide.shape[1])))
-        found = torch.tensor(counts, dtype=torch.float64)
-        values = {f"null_{thing}_spikes_mean": float(found.mean())}
-        if len(found) > 1:
-            values[f"null_{thing}_spikes_sd"] = float(found.std())
-        values[f"{thing}_edge_informative"] = float(found.mean() < 1)
+        spiked = torch.tensor(counts, dtype=torch.float64)
+        values = {f"null_{thing}_spikes_mean": float(spiked.mean())}
+        if len(spiked) > 1:
+            values[f"null_{thing}_spikes_sd"] = float(spiked.std())
+        values[f"{thing}_edge_informative"] = float(spiked.mean() < 1)
         for name, value in values.items():
             yield row(name, value, n=self.shuffles, **place)
 
@@ -232,18 +236,18 @@ def ranks(squares: Float[Tensor, " index"]) -> dict[str, float]:
 def gaussian_null(small: int, large: int, seed: int) -> Mapping[str, Float[Tensor, " draw"]]:
     """Ranks and Hill's exponents of matrices of iid Gaussian entries, by name."""
     generator = np.random.default_rng(seed)
-    found: dict[str, list[float]] = {}
+    nulls: dict[str, list[float]] = {}
     for values in gaussian_spectra(small, large, NULL_DRAWS, seed):
         values = values[values > 0]
         tail = power_law(values, generator)
         exponent = {} if tail is None else {"hill_exponent": tail.exponent}
         for name, value in {**ranks(values), **exponent}.items():
-            found.setdefault(name, []).append(value)
-    return {name: torch.tensor(drawn, dtype=torch.float64) for name, drawn in found.items()}
+            nulls.setdefault(name, []).append(value)
+    return {name: torch.tensor(drawn, dtype=torch.float64) for name, drawn in nulls.items()}
 
 
 def spikes(squares: Float[Tensor, " index"], shape: tuple[int, int]) -> int:
-    """How many squared singular values, in descending order, exceed the edge that noise alone would have.
+    """The number of squared singular values, in descending order, above the edge of noise alone.
 
     Entries that are iid of variance σ² have singular values up to σ (√rows + √columns); σ is estimated
     from the median s of those given, zeros included, as s / √(n μ), n the larger side and μ the median

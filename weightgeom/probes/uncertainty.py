@@ -45,7 +45,7 @@ class Uncertainty:
     The column `treatment` names a group, and in a comparison `against` names the factual one, the first of
     the groups; `dose` is a threshold t. In `arm` a comparison reads `uncertain/factual`, or with a threshold
     `uncertain@t/factual`. Groups are cut to one size. The boundary direction b is the difference of the
-    means on a training half; what is said of it is taken on the other half. A `_p_value` is by permutation
+    means on a training half, and is evaluated on the other half. A `_p_value` is by permutation
     of the groups' labels and a `_random_p_value` against Haar-random directions, both two-sided; `_low` and
     `_high` are the ends of a 95 % interval, `_permuted` and `_random` the mean under a null.
 
@@ -165,7 +165,7 @@ class Uncertainty:
                 tail = Tail.of(
                     model, network, [texts[side][i] for side in (factual, name) for i in held], layer
                 )
-                # What runs the network is asked first, since it is what may fail.
+                # The rows that run the network come first: they are the ones that may fail.
                 outputs = output_rows(
                     tail, tail.states, directions.to(model.device), output, tokens, arm, asked
                 )

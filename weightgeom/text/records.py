@@ -51,10 +51,10 @@ def pairs_of(records: Placed, source: str) -> list[Pair]:
     """The preference pairs of records; `source` names them all.
 
     A record has `chosen` and `rejected`, or a `completion` with a `label`, true or false: completions of one
-    prompt with different labels are paired. The prompt is a column of `PROMPTS`, or else what the responses
-    share. A prompt under another name than `prompt`, or with a `system` message, makes a conversation of
-    strings. Prompts that every response repeats are taken off the responses. All that is dropped, undone or
-    ignored is logged as a warning.
+    prompt with different labels are paired. The prompt is a column of `PROMPTS`, or else the shared beginning
+    of the responses. A prompt under another name than `prompt`, or with a `system` message, makes a
+    conversation of strings. Prompts that every response repeats are taken off the responses. All that is
+    dropped, undone or ignored is logged as a warning.
 
     Raises:
         ValueError: if a field is missing or malformed, or no pair is usable.

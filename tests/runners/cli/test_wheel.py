@@ -76,8 +76,8 @@ def tags(record: Path) -> dict[str, str]:
 def test_the_command_knows_the_choices_that_lie_within_the_package(site: Path, home: Path) -> None:
     code = "import runners, weightgeom; print(runners.__file__, weightgeom.__file__)"
     python = [str(site / "bin/python"), "-c", code]
-    found = subprocess.run(python, cwd=home, env=environment(ONE_THREAD), capture_output=True, text=True)
-    assert found.stdout.count(f"{site}/lib/") == 2
+    located = subprocess.run(python, cwd=home, env=environment(ONE_THREAD), capture_output=True, text=True)
+    assert located.stdout.count(f"{site}/lib/") == 2
     listed = weightgeom(site, home, "list", "objectives").out
     choices = (ROOT / "conf/objective").rglob("*.yaml")
     assert len(listed.splitlines()) == len(list(choices))

@@ -352,8 +352,11 @@ def test_the_two_jobs_of_a_run_start_with_their_part_and_a_trained_one_does_not_
 
 def test_second_jobs_want_a_device_that_may_differ_and_a_report_to_write(tmp_path):
     job = {"directory": str(tmp_path / "0"), "config": {"device": "cuda", "report": False}}
-    for options, said in (({"measure": {}}, "set device=auto"), ({"report_job": {}}, "report=true: add it")):
-        with pytest.raises(ValueError, match=said):
+    for options, message in (
+        ({"measure": {}}, "set device=auto"),
+        ({"report_job": {}}, "report=true: add it"),
+    ):
+        with pytest.raises(ValueError, match=message):
             commands.launch(tmp_path, "slurm", options, {0: job}, [])
 
 
@@ -409,7 +412,7 @@ def test_options_of_the_launcher_change_at_resubmit(tmp_path, slurm):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (None, "holds no sweep (no sweep.json)"),
         ("", "is damaged (Expecting value"),
@@ -436,12 +439,12 @@ def test_options_of_the_launcher_change_at_resubmit(tmp_path, slurm):
         ),
     ],
 )
-def test_a_foreign_sweep_json_gets_a_sentence(tmp_path, content, said, capsys):
+def test_a_foreign_sweep_json_gets_a_sentence(tmp_path, content, message, capsys):
     if content is not None:
         (tmp_path / "sweep.json").write_text(content)
     assert main(["status", str(tmp_path)]) == 1
     error = capsys.readouterr().err
-    assert said in error and error.startswith("error: ") and error.count("\n") == 1
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["state.json", "job.json"])

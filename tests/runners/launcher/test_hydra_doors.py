@@ -1,5 +1,6 @@
 """Each test fails with the name of a private part that a new version of Hydra has moved."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +26,7 @@ MOVED = "hydra moved {}: change runners/launcher/hydra_doors.py"
 def test_hydra_finds_a_launcher_in_its_table():
     table = getattr(Plugins.instance(), "class_name_to_class", None)
     assert isinstance(table, dict), MOVED.format("Plugins.class_name_to_class")
-    add_launcher("Another", SweepLauncher)
+    add_launcher("Another", partial(SweepLauncher, "local", lambda *_: {}, lambda *_: None))
     try:
         config = {"_target_": f"{NAMESPACE}.Another", "poll_s": 1.0}
         made = Plugins.instance()._instantiate(config)  # pyright: ignore[reportArgumentType]

@@ -157,8 +157,8 @@ def test_at_a_time_limit_a_job_saves_its_state_and_resumes_without_losing_a_step
     cut = [event for event in events(sweep) if event["state"] == "INTERRUPTED"]
     assert [event["timeouts"] for event in cut] == list(range(1, len(cut) + 1))
     assert steps(sweep) == list(range(1, 131))
-    expected, found = weights(place.home, 130), weights(place.home, 130, "limited")
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    expected, limited = weights(place.home, 130), weights(place.home, 130, "limited")
+    assert all(torch.equal(limited[name], weight) for name, weight in expected.items())
 
 
 def test_jobs_without_their_process_or_their_supervisor_are_reported_as_ended(place):

@@ -70,8 +70,8 @@ def test_the_users_own_modules_go_with_it_and_import_by_the_same_names(repositor
         f"modules/{name}": str(lab / name) for name in [*package, "mylab/deep/made_up.py", "loose.py"]
     }
     assert json.loads((copy / "snapshot.json").read_text())["modules"] == expected
-    found = {str(path.relative_to(copy)) for path in (copy / "modules").rglob("*") if path.is_file()}
-    assert found == set(expected)
+    files = {str(path.relative_to(copy)) for path in (copy / "modules").rglob("*") if path.is_file()}
+    assert files == set(expected)
     assert digest(copy) == digest(repository)
     ended = subprocess.run(
         [*python_of(copy), "-c", "import loose, mylab.scaling as m; print(loose.__file__, m.__file__)"],
@@ -94,10 +94,10 @@ def test_a_change_of_the_users_own_since_is_told_with_the_file(repository, lab, 
     take_snapshot(repository, tmp_path / "copy", ["mylab.probe"])
     assert changed_since(repository, tmp_path / "copy") == ""
     change(lab / "mylab/scaling.py", "scale * value", "value")
-    said = f"the code has changed since: {lab}/mylab/scaling.py is not what it was"
-    assert changed_since(repository, tmp_path / "copy") == said
+    message = f"the code has changed since: {lab}/mylab/scaling.py is not what it was"
+    assert changed_since(repository, tmp_path / "copy") == message
     (lab / "mylab/scaling.py").unlink()
-    assert changed_since(repository, tmp_path / "copy") == said
+    assert changed_since(repository, tmp_path / "copy") == message
 
 
 def test_of_an_installed_package_the_two_packages_go_with_the_choices_inside(repository, tmp_path):

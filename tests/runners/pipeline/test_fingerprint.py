@@ -147,9 +147,7 @@ def test_what_a_module_of_the_users_imports_in_whatever_way_is_its_code(desk: Pa
 
 
 @pytest.mark.parametrize("changed", ["desk/other.py", "desk/typed.py"])
-def test_what_the_package_imports_beside_and_what_is_imported_for_types_does_not_count(
-    desk: Path, changed: str
-) -> None:
+def test_further_imports_of_the_package_and_imports_for_types_do_not_count(desk: Path, changed: str) -> None:
     before = code_behind("desk.deep.probe")
     append(desk / changed, "more = 1\n")
     (desk / "desk/unused.py").write_text("import desk\n")

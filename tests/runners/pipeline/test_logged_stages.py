@@ -23,8 +23,8 @@ def test_a_held_out_loss_far_above_that_of_the_training_is_a_warning(
         {"step": [0, 4, 4], "quantity": ["heldout_ce", "heldout_ce", "kl"], "value": [9.0, heldout, 9.0]}
     )
     warn_if_memorised(tmp_path, table)
-    said = f"its loss is {heldout:.2f} nats per token on held-out text and {trained:.2f} in training"
-    assert (said in caplog.text) == memorised
+    message = f"its loss is {heldout:.2f} nats per token on held-out text and {trained:.2f} in training"
+    assert (message in caplog.text) == memorised
 
 
 def test_nothing_is_said_of_a_base_whose_training_or_loss_is_unknown(

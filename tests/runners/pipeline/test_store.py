@@ -253,10 +253,10 @@ def test_two_processes_that_want_one_stage_make_it_once_and_one_says_it_waits(tm
     assert (tmp_path / "train" / "calls").read_text() == "called\n"
     directory = tmp_path / "train" / signature(SPEC)
     assert (directory / "result").read_text() == "42"
-    told = "".join(log.read_text() for log in logs)
-    assert f"which is making {directory}" in told
-    assert any(f"waiting for process {process.pid} on" in told for process in processes)
-    assert f"reusing {directory}" in told
+    output = "".join(log.read_text() for log in logs)
+    assert f"which is making {directory}" in output
+    assert any(f"waiting for process {process.pid} on" in output for process in processes)
+    assert f"reusing {directory}" in output
 
 
 def write_bytes(path: Path) -> None:

@@ -225,14 +225,16 @@ def test_a_plan_counts_the_memory_of_all_processes_and_the_time_of_those_that_sh
         plan = planned(made, "device=cpu", *WORLD, "probe=[]", f"training.batch_size={size}", *more)
         return by_name(plan)["training"], 4.0 * plan.parameters
 
-    one, weights = stage(6)
+    one_process, weights = stage(6)
     two, _ = stage(12, "training.processes=2")
     # A process trains on half of the batch, and DDP copies its gradients; the run is a process as well.
-    assert two.memory == pytest.approx(1e8 + 2 * (one.memory + weights))
-    assert two.work == "64 steps, 2 processes" and one.work == "64 steps"
-    assert 1.3 * one.seconds < two.seconds < 3 * one.seconds  # 2, but for the noise of two measurements
+    assert two.memory == pytest.approx(1e8 + 2 * (one_process.memory + weights))
+    assert two.work == "64 steps, 2 processes" and one_process.work == "64 steps"
+    assert (
+        1.3 * one_process.seconds < two.seconds < 3 * one_process.seconds
+    )  # 2, but for the noise of two measurements
     apart, _ = stage(12, "training.processes=2", nodes=2)
-    assert apart.memory == pytest.approx(1e8 + one.memory + weights)
+    assert apart.memory == pytest.approx(1e8 + one_process.memory + weights)
     parts, _ = stage(12, "training.processes=2", "training.shard=true")
     assert parts.memory < two.memory
 

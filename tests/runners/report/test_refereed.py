@@ -39,8 +39,8 @@ def test_every_run_has_a_line_under_each_claim_and_the_table_is_kept(tmp_path, m
     section = page[page.index('<section id="referee">') :].partition("</section>")[0]
     assert '<a href="#referee">Published claims</a>' in page
     # In the order of the claims: reads of both runs, writes of either, and rows that nothing measured.
-    said = re.findall(r'<td class="(?:\w+)"><strong>([\w ]+)</strong>', section)
-    assert said == ["supported", "supported", "supported", "contradicted", *["not testable here"] * 2]
+    verdicts = re.findall(r'<td class="(?:\w+)"><strong>([\w ]+)</strong>', section)
+    assert verdicts == ["supported", "supported", "supported", "contradicted", *["not testable here"] * 2]
     assert "supported: 1 of 2" in section and "&lt;b&gt;second&lt;/b&gt;: the update (dpo)" in section
     assert '<td class="number">5</td><td class="number">1 ± 0.1</td>' in section
     kept = pd.read_parquet(tmp_path / "report/study/tables/referee.parquet")

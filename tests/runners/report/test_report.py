@@ -125,7 +125,7 @@ def report(outputs: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """What a page loads and links to, and the text that it shows."""
+    """The files that a page loads, its links, and the text that it shows."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Page(HTMLParser):
         self.text += " ".join(data.split()) + " "
 
     def values(self, tag: str, key: str) -> list[str]:
-        return [str(found[key]) for name, found in self.tags if name == tag and key in found]
+        return [str(attributes[key]) for name, attributes in self.tags if name == tag and key in attributes]
 
 
 def test_collect_gives_every_row_of_every_finished_run_with_what_it_is_of(uri):
@@ -149,10 +149,10 @@ def test_collect_gives_every_row_of_every_finished_run_with_what_it_is_of(uri):
     planted = study.agreeing()
     assert len(rows) == sum(len(table) for run in planted for table in run.tables.values())
     assert rows["run_id"].nunique() == len(planted)
-    one = rows[(rows["objective"] == "dpo") & (rows["seed"] == 1) & (rows["trajectory"] == "pretraining")]
-    assert set(one["table"]) == {"rsf"} and set(one["preference"]) == {"style"}
+    aligned = rows[(rows["objective"] == "dpo") & (rows["seed"] == 1) & (rows["trajectory"] == "pretraining")]
+    assert set(aligned["table"]) == {"rsf"} and set(aligned["preference"]) == {"style"}
     pd.testing.assert_frame_equal(
-        one[list(COLUMNS)].reset_index(drop=True), planted[len(study.SHARP)].tables["rsf_pretraining"]
+        aligned[list(COLUMNS)].reset_index(drop=True), planted[len(study.SHARP)].tables["rsf_pretraining"]
     )
 
 
@@ -189,7 +189,7 @@ def test_the_page_loads_nothing_and_what_it_links_to_is_there(report):
     assert len(images) > 6 and all(image.startswith("data:image/png;base64,") for image in images)
     assert all(len(alt) > 40 for alt in page.values("img", "alt"))
     assert "url(" not in (report / "index.html").read_text()
-    identities = {str(found["id"]) for _, found in page.tags if "id" in found}
+    identities = {str(attributes["id"]) for _, attributes in page.tags if "id" in attributes}
     for link in page.values("a", "href"):
         assert link[1:] in identities if link.startswith("#") else (report / link).is_file(), link
 
@@ -420,9 +420,9 @@ def test_a_browser_shows_the_page_without_complaint_and_within_its_width(report,
         text=True,
         timeout=120,
     )
-    found = json.loads(shown.stdout.partition("<title>")[2].partition("</title>")[0])
-    assert found["images"] == found["all"] > 6
-    assert found["width"] <= found["window"] and found["height"] > 3000
+    sizes = json.loads(shown.stdout.partition("<title>")[2].partition("</title>")[0])
+    assert sizes["images"] == sizes["all"] > 6
+    assert sizes["width"] <= sizes["window"] and sizes["height"] > 3000
     picture = tmp_path / "page.png"
     shot = subprocess.run(
         [*common, f"--screenshot={picture}", f"file://{report}/index.html"],

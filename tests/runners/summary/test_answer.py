@@ -26,8 +26,8 @@ def measured(step: int, layer: int, matrix: str, ratio: float, quantity: str = "
 @pytest.fixture
 def rsf() -> pd.DataFrame:
     ratios = {("q", 0): 5.0, ("q", 1): 6.0, ("o", 0): 1.25, ("o", 1): 1.25}
-    early = [one for matrix, layer in ratios for one in measured(1, layer, matrix, 2.0)]
-    late = [one for (matrix, layer), ratio in ratios.items() for one in measured(2, layer, matrix, ratio)]
+    early = [row for matrix, layer in ratios for row in measured(1, layer, matrix, 2.0)]
+    late = [row for (matrix, layer), ratio in ratios.items() for row in measured(2, layer, matrix, ratio)]
     joint = [
         {"step": step, "role": role, "k": 4, **row("ratio_mean_null_sd", sd, n=2)}
         for step in (1, 2)
@@ -38,21 +38,21 @@ def rsf() -> pd.DataFrame:
 
 def test_the_answer_is_the_headline_at_the_end_in_multiples_of_chance(rsf: pd.DataFrame) -> None:
     # Two standard deviations of the write pathway's mean, the wider of the two.
-    said = "read 5.5 times chance, write 1.2 times, of at most 8; null 1 ± 0.1"
-    assert answer({"rsf": rsf}, {"rsf": RSF.declaration}) == said
+    sentence = "read 5.5 times chance, write 1.2 times, of at most 8; null 1 ± 0.1"
+    assert answer({"rsf": rsf}, {"rsf": RSF.declaration}) == sentence
     earlier = rsf[rsf["quantity"] != "ratio_mean_null_sd"]  # as if both layers varied together
-    assert answer({"rsf": earlier}, {"rsf": RSF.declaration}) == said.replace("0.1", "0.2")
+    assert answer({"rsf": earlier}, {"rsf": RSF.declaration}) == sentence.replace("0.1", "0.2")
 
 
 def test_a_probe_that_is_no_multiple_of_chance_answers_by_its_label() -> None:
-    table = tabulate(one for layer in (0, 1) for one in measured(1, layer, "q", 2.0 + layer, "gap"))
+    table = tabulate(row for layer in (0, 1) for row in measured(1, layer, "q", 2.0 + layer, "gap"))
     assert answer({"mine": table}, {"mine": PLAIN}) == "the gap: read 2.50; null 1 ± 0.2"
 
 
 def test_multiples_of_chance_come_before_other_headlines(rsf: pd.DataFrame) -> None:
     other = tabulate(measured(2, 0, "q", 3.0, "gap"))
-    found = answer({"mine": other, "rsf": rsf}, {"mine": PLAIN, "rsf": RSF.declaration})
-    assert found.startswith("read 5.5 times chance")
+    sentence = answer({"mine": other, "rsf": rsf}, {"mine": PLAIN, "rsf": RSF.declaration})
+    assert sentence.startswith("read 5.5 times chance")
 
 
 def test_a_chain_is_answered_stage_by_stage(rsf: pd.DataFrame) -> None:
@@ -67,8 +67,8 @@ def test_equal_checkpoints_are_said_to_be_equal() -> None:
     table = tabulate([{"step": 1, **row("delta_norm", 0.0, n=9, layer=0, matrix="q", role="read")}])
     assert answer({"rsf": table}, {"rsf": RSF.declaration}).startswith("nothing moved")
     table.attrs["ends"] = ["before", "after"]
-    said = "the two checkpoints, before and after, are equal: no matrix differs"
-    assert answer({"rsf": table}, {"rsf": RSF.declaration}) == said
+    sentence = "the two checkpoints, before and after, are equal: no matrix differs"
+    assert answer({"rsf": table}, {"rsf": RSF.declaration}) == sentence
 
 
 def test_without_a_headline_the_whole_model_answers() -> None:
@@ -76,8 +76,8 @@ def test_without_a_headline_the_whole_model_answers() -> None:
     table = tabulate(
         {"step": step, **row("heldout_ce", loss, n=9, unit="nats/token")} for step, loss in losses.items()
     )
-    said = "heldout_ce from 6.5 to 5.25 nats/token"
-    assert answer({"behaviour": table}, {"behaviour": Behaviour.declaration}) == said
+    sentence = "heldout_ce from 6.5 to 5.25 nats/token"
+    assert answer({"behaviour": table}, {"behaviour": Behaviour.declaration}) == sentence
 
 
 def test_without_tables_there_is_no_answer() -> None:

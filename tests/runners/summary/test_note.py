@@ -1,4 +1,4 @@
-"""What a sweep says of itself in words."""
+"""The note of a sweep, in words."""
 
 from pathlib import Path
 
@@ -37,23 +37,23 @@ def test_the_note_tells_what_was_run_what_did_not_end_well_and_what_came_out(tmp
     table = pd.DataFrame(ratios, columns=columns).assign(quantity="ratio")
     losses = [("ce", "0", "", "", 2.0, "train/loss"), ("ce", "1", "", "", 2.5, "train/loss")]
     table = pd.concat([table, pd.DataFrame(losses, columns=[*columns, "quantity"])])
-    said = note(sweep, children, table, {"write": (0.62, 0.001)}).splitlines()
-    assert said[:4] == [
+    lines = note(sweep, children, table, {"write": (0.62, 0.001)}).splitlines()
+    assert lines[:4] == [
         "**sweep**: 5 runs.",
         "3 of 5 finished. The others:",
         "- dpo seed=1: FAILED, ValueError: training diverged",
         "- 4: never started",
     ]
     # write of ce: seeds 3.5 and 3.7, mean 3.6, standard error 0.1; read 5.0 and 5.2, the same
-    assert "- **ce** (2 runs): read 5.10 ± 0.20, write 3.60 ± 0.20; loss 2.25" in said
-    assert "- **dpo** (1 run): read 5.40, write 1.20" in said
-    assert "- The write side is lowest in dpo (1.20) and highest in ce (3.60)." in said
-    assert any("rank correlation of the write ratio" in line and "0.62 (p = 0.001)" in line for line in said)
+    assert "- **ce** (2 runs): read 5.10 ± 0.20, write 3.60 ± 0.20; loss 2.25" in lines
+    assert "- **dpo** (1 run): read 5.40, write 1.20" in lines
+    assert "- The write side is lowest in dpo (1.20) and highest in ce (3.60)." in lines
+    assert any("rank correlation of the write ratio" in line and "0.62 (p = 0.001)" in line for line in lines)
 
 
 def test_a_sweep_of_which_nothing_finished_says_so_and_no_more(tmp_path):
     sweep, child = record(tmp_path, "sweep", overrides="seed=0"), record(tmp_path / "0", "dpo")
     child.end("KILLED", "SystemExit: 143")
-    said = note(sweep, [child], pd.DataFrame(columns=["run", "quantity"]), {})
+    lines = note(sweep, [child], pd.DataFrame(columns=["run", "quantity"]), {})
     result = "**sweep**: 1 run.\n0 of 1 finished. The others:\n- dpo: KILLED, SystemExit: 143"
-    assert said == f"{result}\n\nAsked for: seed=0"
+    assert lines == f"{result}\n\nAsked for: seed=0"

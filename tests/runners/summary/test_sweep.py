@@ -85,8 +85,8 @@ def test_a_run_of_an_earlier_version_counts_with_its_whole_matrices(tmp_path):
     pd.concat([table, head]).drop(columns=list(ADDED)).to_parquet(path)
     parent = record(tmp_path / "parent")
     summarise(parent, [run])
-    found = pd.read_parquet(parent.directory / "artifacts/tables/sweep.parquet")
-    assert set(found["matrix"]) == {"q", "o", ""} and 99.0 not in set(found["value"])
+    rows = pd.read_parquet(parent.directory / "artifacts/tables/sweep.parquet")
+    assert set(rows["matrix"]) == {"q", "o", ""} and 99.0 not in set(rows["value"])
 
 
 def test_the_rank_correlation_of_ratio_and_sharpness_is_logged_and_drawn(tmp_path, children):

@@ -98,7 +98,7 @@ def moments() -> pd.DataFrame:
 
 
 def logged(record: Record) -> dict[tuple[str, int], float]:
-    points = [point for found, _ in record.batches(0, 100) for point in found]
+    points = [point for batch, _ in record.batches(0, 100) for point in batch]
     assert len({(point.key, point.step) for point in points}) == len(points)
     return {(point.key, point.step): point.value for point in points}
 
@@ -251,7 +251,7 @@ def test_a_table_that_is_too_wide_goes_on_below_with_its_words(capsys: pytest.Ca
 def test_heads_are_shown_by_their_range(capsys: pytest.CaptureFixture[str]) -> None:
     whole = [row("ratio", 2.0, n=8, layer=0, matrix="q", role="read", subspace="attention_input", k=4)]
     heads = [head(1, number, ratio) for number, ratio in enumerate((1.0, 2.0, 4.5))]
-    table = tabulate([*({"step": 1, **one} for one in whole), *heads])
+    table = tabulate([*({"step": 1, **row} for row in whole), *heads])
     lines = shown({"rsf": table}, capsys, 80)
     (line,) = (line for line in lines if "heads" in line)
     assert cells([line], "read") == ["read", "q", "3 heads", "1.00", "2.00", "4.50", "layer 0, head 2"]
