@@ -154,7 +154,8 @@ class Experiment:
             if self.worker is not None:
                 record.tag("piece", f"{self.worker + 1} of {self.workers}")
                 whole = "without probe.worker, the same command makes the tables of all pieces"
-                say([f"piece {self.worker + 1} of {self.workers} is measured; {whole}"])
+                done = f"piece {self.worker + 1} of {self.workers} is measured; {whole}"
+                say([done, f"record: {record.directory}"])
                 return {}
             if self.claims:
                 role = objective_tags(self.objective, examples).get(ROLE, "")
