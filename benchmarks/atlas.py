@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--task-gb", type=float, default=200.0, help="bytes that a task reads, in GB")
+    parser.add_argument("--task-hours", type=float, default=4.0, help="that a task computes")
     parser.add_argument("--cores", type=int, default=8, help="of a task")
     parser.add_argument("--tasks", type=int, default=64, help="that run at a time")
     options = parser.parse_args()
@@ -148,12 +149,14 @@ def main() -> None:
     totals = [0.0] * 5
     for size, revisions in CHAINS:
         moved = revisions * size.bytes
-        tasks = min(revisions - 1, max(1, round(moved / (1e9 * options.task_gb))))
+        hours = revisions * rate.revision_hours(size) / options.cores
+        wanted = max(moved / (1e9 * options.task_gb), hours / options.task_hours)
+        tasks = min(revisions - 1, max(1, round(wanted)))
         core = rate.frames_hours(size) + revisions * rate.revision_hours(size)
         busy = min(tasks, options.tasks) * options.cores
         here = rate.frames_hours(size) / options.cores + revisions * rate.revision_hours(size) / busy
         slow, fast = (moved / (GIGABIT * speed) / 3600 for speed in (1, 10))
-        limit = "network" if slow > fast > here else "cores" if here > slow else "network at 1, cores at 10"
+        limit = "network" if fast > here else "cores" if here > slow else "network at 1, cores at 10"
         print(
             f"| {size.name} | {revisions} | {tasks} | {moved / 1e12:.2f} | {slow:.1f} | {fast:.1f} |"
             f" {core:.0f} | {here:.1f} | {limit} |"
@@ -162,9 +165,7 @@ def main() -> None:
             totals = [one + more for one, more in zip(totals, (tasks, moved, slow, fast, core), strict=True)]
     print("| all of Pythia | 1,232 | {:.0f} | {:.2f} | {:.1f} | {:.1f} | {:.0f} | | |".format(
         totals[0], totals[1] / 1e12, *totals[2:]))  # fmt: skip
-    print(
-        "\n| size | memory, GB | subspaces on disk, GB | core h for them | core h a revision | GB a revision |"
-    )
+    print("\n| size | memory, GB | subspaces, GB | core h for them | core h a revision | GB a revision |")
     print("|---|---|---|---|---|---|")
     for size in SIZES:
         print(

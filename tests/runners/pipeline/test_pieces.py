@@ -1,5 +1,6 @@
 """A table measured in pieces, by several workers, against that of one process."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import small
+import torch
 from app import Ended, run
 from networks import save
 from pandas.testing import assert_frame_equal
+from safetensors.torch import load_file, save_file
 
 from runners.compose import workers_of
 from runners.pipeline.logged_stages import Stages
@@ -98,6 +101,20 @@ def test_a_missing_or_damaged_piece_is_measured_where_the_table_is_made(
     merged = measured(tmp_path / "cut", steps).table("rsf", PROBE, [[0, 1, 2], [3, 4]])
     assert "making it again" in caplog.text
     assert_frame_equal(merged, whole, check_exact=True)
+
+
+def test_a_revision_with_values_that_are_not_finite_is_refused_where_it_is_measured(
+    tmp_path: Path, steps: dict[int, Path]
+) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(steps[1], bad)
+    weights = load_file(bad / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, bad / "model.safetensors", {"format": "pt"})
+    damaged = measured(tmp_path / "outputs", {**steps, 1: bad})
+    damaged.piece("rsf", PROBE, [2, 3, 4])
+    with pytest.raises(ValueError, match=rf"model\.norm\.weight of {bad} has values that are not finite"):
+        damaged.piece("rsf", PROBE, [0, 1])
 
 
 CHAIN = [
