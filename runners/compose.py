@@ -38,6 +38,7 @@ KINDS = {
     dict: "a mapping such as {key: value}",
     list: "a list such as [mylab.*]",
 }
+WORKERS = ("workers", "worker")  # keys of `probe` that are no probes
 CHECKED = {
     **{"name": str, "seed": int, "outputs": str, "tracking_uri": str},
     **{"tags": dict, "only": dict, "report": bool, "verify": bool, "allow_targets": list},
@@ -64,9 +65,12 @@ def parts(config: DictConfig | dict[str, Any], here: bool = True) -> dict[str, A
         **{key: build(key, plain.get(key)) for key in ("model", "data", "training")},
         "objective": build("objective", plain["objective"]) if plain["objective"].get("_target_") else None,
         **{
-            f"{group}s": {key: build(f"{group}.{key}", choice) for key, choice in plain[group].items()}
+            f"{group}s": {
+                key: build(f"{group}.{key}", choice) for key, choice in chosen(plain, group).items()
+            }
             for group in ("probe", "intervention")
         },
+        **workers_of(plain["probe"]),
         "claims": [built_claim(f"referee.claims.{index}", choice) for index, choice in enumerate(claims)],
         "device": device(plain.get("device"), here),
         **{key: plain[key] for key in ("name", "seed", "tracking_uri", "tags", "verify")},
@@ -104,6 +108,25 @@ def checked(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
         if HydraConfig.initialized():
             check_origin(plain["allow_targets"])
     return plain
+
+
+def chosen(plain: dict[str, Any], group: str) -> dict[str, Any]:
+    """The probes or interventions of a configuration by name."""
+    return {key: choice for key, choice in plain[group].items() if group != "probe" or key not in WORKERS}
+
+
+def workers_of(probe: dict[str, Any]) -> dict[str, Any]:
+    """The number of workers that measure, and the one that a run is, None for all of them."""
+    workers, worker = (probe.get(key, default) for key, default in zip(WORKERS, (1, None), strict=True))
+    if type(workers) is not int or workers < 1:
+        raise ValueError(f"probe.workers must be 1 or more, got {workers!r}")
+    if worker is not None and (type(worker) is not int or not 0 <= worker < workers):
+        raise ValueError(
+            f"probe.worker must be null or 0 to {workers - 1}, as probe.workers={workers}, got {worker!r}"
+        )
+    if worker is not None and workers == 1:
+        raise ValueError("probe.worker=0 is one of several workers: set probe.workers to their number")
+    return {"workers": workers, "worker": worker}
 
 
 PUBLISHED = "published"  # in a list of claims, all that are in weightgeom/claims
@@ -262,8 +285,8 @@ def measured(plain: dict[str, Any], objective: str) -> dict[str, Any]:
     """A configuration without the probes and interventions that `only` keeps for other objectives."""
     only = plain["only"]
     sources = search_path() if only else []
-    chosen = [*plain["probe"], *plain["intervention"]]  # a second instance has a name of its own
-    measurements = sorted({*choices("probe", sources), *choices("intervention", sources), *chosen})
+    selected = [*chosen(plain, "probe"), *plain["intervention"]]  # a second instance has a name of its own
+    measurements = sorted({*choices("probe", sources), *choices("intervention", sources), *selected})
     objectives = choices("objective", sources)
     for key, wanted in only.items():
         if key not in measurements:
@@ -352,15 +375,15 @@ def described(config: DictConfig, common: Collection[str] = ()) -> dict[str, Any
     """
     hydra_config = HydraConfig.get()
     plain = checked(config)
-    chosen = {key: hydra_config.runtime.choices[key] for key in ("model", "data", "objective", "training")}
-    plain = measured(plain, chosen["objective"])
+    named = {key: hydra_config.runtime.choices[key] for key in ("model", "data", "objective", "training")}
+    plain = measured(plain, named["objective"])
     asked = [override for override in hydra_config.overrides.task if override not in common]
     changed = [override for override in asked if not override.startswith("objective=")]
     swept = hydra_config.mode == RunMode.MULTIRUN
     return {
-        "run_name": " ".join([chosen["objective"], *changed]),
+        "run_name": " ".join([named["objective"], *changed]),
         "config": plain,
-        "params": {**dict(flattened(plain)), **chosen},
+        "params": {**dict(flattened(plain)), **named},
         "outputs": str(Path(config.outputs).expanduser().resolve()),
         "directory": str(Path(hydra_config.runtime.output_dir).resolve()),
         "parent": str(Path(hydra_config.sweep.dir).resolve() / "record") if swept else None,
@@ -418,9 +441,10 @@ def check(config: DictConfig, here: bool, common: Collection[str]) -> dict[str, 
 
     With `here`, the job runs on this machine. `common` are the overrides that all jobs have.
     """
-    # Checking takes seconds: of jobs that differ only in the seed, the first is checked.
+    # Checking takes seconds: of jobs that differ only in the seed or the worker, the first is checked.
     run = described(config, common)
-    plain = repr({**run["config"], "seed": None})
+    workers_of(run["config"]["probe"])
+    plain = repr({**run["config"], "seed": None, "probe": {**run["config"]["probe"], "worker": None}})
     if plain not in FOUND_RIGHT:
         made = parts(run["config"], here)
         from runners.pipeline.experiment import check_parts

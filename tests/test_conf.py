@@ -17,7 +17,7 @@ from hydra.utils import get_class
 from networks import save
 from pydantic.fields import FieldInfo
 
-from runners.compose import parts
+from runners.compose import chosen, parts
 from weightgeom.estimators.moments import activation_moments
 from weightgeom.models.loading import load
 from weightgeom.text.tokens import packed
@@ -80,8 +80,8 @@ def combinations() -> Iterator[list[Path]]:
     groups: dict[str, list[Path]] = {}
     for path in FILES:
         groups.setdefault(choice_of(path)[0], []).append(path)
-    for chosen in zip_longest(*groups.values()):
-        yield [path for path in chosen if path is not None]
+    for paths in zip_longest(*groups.values()):
+        yield [path for path in paths if path is not None]
 
 
 @pytest.mark.parametrize("paths", list(combinations()), ids=lambda paths: " ".join(map(named, paths)))
@@ -91,7 +91,7 @@ def test_every_choice_composes_and_builds(paths: list[Path]) -> None:
     for path in paths:
         group, _ = choice_of(path)
         if group in LISTS:
-            assert list(config[group]) == [path.stem]  # so that group.choice.key=value reaches it
+            assert list(chosen(config, group)) == [path.stem]  # so that group.choice.key=value reaches it
             assert is_dataclass(made[f"{group}s"][path.stem])
         else:
             assert is_dataclass(made[group]) or path.stem == "none"

@@ -44,6 +44,7 @@ class ProbeDeclaration:
     needs_objective: bool = False  # measures nothing where the objective is not known
     needs_update: bool = True  # says nothing about a single checkpoint
     generic: bool = True  # summaries and figures of the runner's own where the probe brings none
+    divisible: bool = False  # of another checkpoint it needs at most the weights, as `Setting.before`
     harmless: tuple[str, ...] = ()  # fields that change no headline: runs that differ in them are alike
 
 

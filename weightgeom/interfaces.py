@@ -32,6 +32,10 @@ The n-th call of one attempt is the n-th of every other one.
 """
 
 
+Shared = Callable[[Callable[[Path], None]], Path]
+"""Returns the directory that a function has filled, once for all processes that measure a trajectory."""
+
+
 def unkept(rows: Callable[[], list[Row]]) -> list[Row]:
     """The rows of the function, of which nothing is kept."""
     return rows()
@@ -44,6 +48,8 @@ class Setting:
     `objective` is that of the trajectory, None where it is not known, and `training` how it trains; `last`
     is the step of its end. `checkpoints` are all of its weights by step, in order, each opened when it is
     asked for; empty where there is no trajectory. `keep` keeps the rows of an intervention's finished trials.
+    Where a trajectory is measured in pieces, `before` are the weights of the checkpoint before the first one
+    measured, and `shared` keeps what all pieces need.
     """
 
     model: "LanguageModel"
@@ -57,6 +63,8 @@ class Setting:
     last: int = 0
     checkpoints: Mapping[int, Params] = field(default_factory=dict)
     keep: Keep = unkept
+    before: Params | None = None
+    shared: Shared | None = None
 
 
 @dataclass(frozen=True)

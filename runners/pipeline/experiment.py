@@ -21,6 +21,7 @@ from runners.pipeline.fingerprint import code_behind, contents, package
 from runners.pipeline.foresight import PRETRAINING, against, foreseen
 from runners.pipeline.logged_stages import Stages, warn_if_memorised
 from runners.pipeline.measurements import Measured, map_of, module, plain
+from runners.pipeline.pieces import foreseen_of, measure_here, stages_of, steps_of
 from runners.pipeline.progress import Foreseen, Progress, seconds_of
 from runners.pipeline.store import signature
 from runners.signals import Interruption, terminations_as_exceptions
@@ -102,6 +103,8 @@ class Experiment:
     verify: bool = False  # read all files of finished stages before they are used
     trained_on: str | None = None  # the device of the base and the training, if it is another one
     claims: Sequence[Claim] = ()  # of papers, which the referee judges by the tables
+    workers: int = 1  # that share the checkpoints of each trajectory
+    worker: int | None = None  # the one that this run is, which makes its piece and no tables
 
     def train(self) -> None:
         """Make the base and the training, and leave the rest to a later `run` in the same record."""
@@ -148,6 +151,12 @@ class Experiment:
             except (KeyboardInterrupt, SystemExit):
                 say(progress.interrupted("" if self.parent else again()))
                 raise
+            if self.worker is not None:
+                record.tag("piece", f"{self.worker + 1} of {self.workers}")
+                whole = "without probe.worker, the same command makes the tables of all pieces"
+                done = f"piece {self.worker + 1} of {self.workers} is measured; {whole}"
+                say([done, f"record: {record.directory}"])
+                return {}
             if self.claims:
                 role = objective_tags(self.objective, examples).get(ROLE, "")
                 tables[REFEREE] = verdicts(self.claims, updates(tables, self.params, role))
@@ -192,6 +201,11 @@ class Experiment:
             self.tracking_uri,
             self.name,
         )
+        if self.worker is not None and (self.objective is not None or self.interventions):
+            what = "intervention=[]" if self.interventions else "objective=none"
+            raise ValueError(
+                f"probe.worker={self.worker} measures a piece of finished checkpoints: set {what}"
+            )
         examples = self.data.examples()
         if self.objective is not None:
             self.objective.check(examples)
@@ -242,13 +256,20 @@ class Experiment:
 
     def _tables(self, record: Record, examples: Examples, progress: Progress) -> "dict[str, pd.DataFrame]":
         make, base = self._based(record, examples, progress)
+        if self.worker is not None:
+            return self._piece(make, base, examples, self.worker)
         tables, measured = {}, None
-        for trajectory, identity in self._trajectories(make, base, examples):
+        trajectories = self.trajectories(make, base, examples)
+        if self.workers > 1:
+            trajectories = list(trajectories)
+            measure_here(self, base, trajectories, examples)
+        for trajectory, identity in trajectories:
             of = self.suffix(trajectory, base)
             measured = self.measured(make, base, trajectory, identity, examples, of)
             suffix = "_pretraining" if of else ""
             for name, probe in self.probes.items():
-                tables[name + suffix] = self._about(name, trajectory, measured.table(name, probe))
+                table = measured.table(name, probe, self._pieces(trajectory))
+                tables[name + suffix] = self._about(name, trajectory, table)
                 log_table(record, name, suffix, tables[name + suffix], probe.declaration)
                 if trajectory is base.trajectory and trajectory.from_random:
                     warn_if_memorised(base.directory.parent, tables[name + suffix])
@@ -272,6 +293,20 @@ class Experiment:
             if len(table):
                 log_effects(record, name, table, intervention.declaration)
         return tables
+
+    def _piece(self, make: Make, base: Base, examples: Examples, number: int) -> "dict[str, pd.DataFrame]":
+        """The stages of one worker; no tables."""
+        trajectories = list(self.trajectories(make, base, examples))
+        for make_stage in stages_of(self, make, base, trajectories, examples)(number):
+            make_stage()
+        return {}
+
+    def _pieces(self, trajectory: Trajectory) -> list[list[int]]:
+        """The steps of every worker with some; none where one process measures all."""
+        if self.workers == 1:
+            return []
+        steps = list(trajectory.steps)
+        return list(filter(None, (steps_of(steps, number, self.workers) for number in range(self.workers))))
 
     def _based(self, record: Record, examples: Examples, progress: Progress) -> tuple[Make, Base]:
         """The maker of stages, and the base."""
@@ -313,7 +348,8 @@ class Experiment:
                 by_probe[name].append(measured.table(name, self.probes[name]))
         yield from ((name, between(pairs)) for name, pairs in by_probe.items())
 
-    def _trajectories(self, make: Make, base: Base, examples: Examples) -> Iterator[tuple[Trajectory, str]]:
+    def trajectories(self, make: Make, base: Base, examples: Examples) -> Iterator[tuple[Trajectory, str]]:
+        """The trajectories that probes measure, with their identities; a training is made by `make`."""
         if (past := self.past(base)) is not None:
             yield past, base.identity
         if self.objective is not None:
@@ -389,7 +425,11 @@ class Experiment:
     def _foreseen(self, examples: Examples) -> tuple[Sequence[Foreseen], Base | None]:
         """The stages, and the base if it needs none; without them where an earlier stage is damaged."""
         try:
-            return foreseen(self, examples)
+            stages, base = foreseen(self, examples)
+            past = None if base is None else self.past(base)
+            if self.worker is None or base is None or past is None:
+                return stages, base
+            return foreseen_of(self, base, [(past, base.identity)], examples, self.worker), base
         except (OSError, ValueError, KeyError) as error:  # which the run says or mends
             log.debug("the stages are not foreseen: %s", error)
             return (), None

@@ -26,8 +26,8 @@ def foreseen(run: "Experiment", examples: Examples) -> tuple[list[Foreseen], Bas
     Checkpoints of the hub are fetched, which is in any case the first that a run does.
     """
     stages: list[Foreseen] = []
-    make = partial(_foresight, run.outputs, stages, True)
-    look = partial(_foresight, run.outputs, stages, False)
+    make = partial(forecast, run.outputs, stages, True)
+    look = partial(forecast, run.outputs, stages, False)
     base = None
     with suppress(Foretold):
         base = run.prepared(make, examples)
@@ -87,7 +87,8 @@ def _behind_an_unmade_base(run: "Experiment", examples: Examples) -> Iterator[Fo
         yield Foreseen(name, label, made=False, steps=1, specification={})
 
 
-def _foresight(
+def forecast(
     outputs: Path, stages: list[Foreseen], through: bool, prefix: str, code: str, of: str = ""
 ) -> Foresight:
+    """A maker of stages that makes none: with the first three arguments given, as `Foresight` has them."""
     return Foresight(outputs, code, stages, of, through)

@@ -34,7 +34,7 @@ class Stages:
     """Makes stages whose metrics go into the record, live or, for a stage made before, from its log."""
 
     outputs: Path
-    record: Record
+    record: Record | None  # None in a process that has none of its own
     prefix: str  # of the metrics' names
     code: str  # fingerprint of the code that the result depends on
     verify: bool = False  # read all files of a finished stage before it is used, and not once in a process
@@ -79,6 +79,14 @@ class Stages:
                 self._log(row)
         return directory
 
+    def made(self, name: str, specification: Mapping[str, object]) -> bool:
+        """Whether a stage is finished."""
+        return _made(self.outputs, name, _key(specification, self.code))
+
+    def aside(self, name: str, specification: Mapping[str, object], work: Callable[[Path], None]) -> Path:
+        """The finished directory of a stage that another one needs, without metrics and progress."""
+        return stage(self.outputs, name, _key(specification, self.code), work, verify=self.verify)
+
     def _resumed(self, directory: Path, step: int) -> TextIO:
         """The log of a stage's metrics from `step` on, open behind the rows that were before it.
 
@@ -92,6 +100,8 @@ class Stages:
         return path.open("a")
 
     def _log(self, row: dict[str, Any]) -> None:
+        if self.record is None:
+            return
         metrics = {f"{self.prefix}/{name}": value for name, value in row["metrics"].items()}
         self.record.log(metrics, row["step"], row["time"])
 
@@ -121,12 +131,24 @@ class Foresight:
         Raises:
             Foretold: if it is not made yet, and always without `through`.
         """
-        directory = self.outputs / name / signature(_key(specification, self.code))
-        made = (directory / "DONE").exists()
+        key = _key(specification, self.code)
+        directory, made = self.outputs / name / signature(key), _made(self.outputs, name, key)
         self.stages.append(Foreseen(name, name + self.of, made, steps, specification))
         if not (made and self.through):
             raise Foretold(str(directory))
         return directory
+
+    def made(self, name: str, specification: Mapping[str, object]) -> bool:
+        """Whether a stage is finished."""
+        return _made(self.outputs, name, _key(specification, self.code))
+
+    def aside(self, name: str, specification: Mapping[str, object], work: Callable[[Path], None]) -> Path:
+        """No stage that another one needs is looked at."""
+        raise Foretold(name)
+
+
+def _made(outputs: Path, name: str, key: Mapping[str, object]) -> bool:
+    return (outputs / name / signature(key) / "DONE").exists()
 
 
 def _key(specification: Mapping[str, object], code: str) -> dict[str, object]:

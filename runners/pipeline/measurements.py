@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property, partial
 from itertools import count
@@ -16,8 +16,10 @@ import torch
 from runners.disk import write_atomically
 from runners.modules import fields_of, modules_of, required
 from runners.pipeline.fingerprint import code_behind, contents
+from runners.pipeline.logged_stages import Foresight, Stages
 from weightgeom.estimators.per_matrix import PerMatrix
 from weightgeom.interfaces import Intervention, Log, Objective, Probe, Setting, Stage
+from weightgeom.models.weights import check_finite
 from weightgeom.params import Params
 from weightgeom.table import Row
 from weightgeom.text.examples import Examples
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from weightgeom.training.config import Training
 
 log = logging.getLogger(__name__)
+PUBLISHED = ("chain", "revisions")  # trajectories of checkpoints that nobody has looked at before
+PIECES, SHARED = "pieces", "shared"  # stages: checkpoints of a table, and all that its pieces need
 
 
 def kept_rows(directory: Path, most: int) -> list[list[Row]]:
@@ -93,32 +97,79 @@ class Measured:
     identity: str
     examples: Examples
 
-    def table(self, name: str, probe: Probe) -> "pd.DataFrame":
-        """The table of one probe over all checkpoints.
+    def table(self, name: str, probe: Probe, pieces: Sequence[Sequence[int]] = ()) -> "pd.DataFrame":
+        """The table of one probe over all checkpoints, whose rows are in these `pieces` of steps, if any.
 
         The rows of each checkpoint are kept at once, so that an interrupted stage goes on behind the last
-        one. That one is measured again, as a measurement may depend on the checkpoint before it.
+        one.
         """
+        steps = list(self.trajectory.steps)
 
         def rows(directory: Path, log_metrics: Log) -> list[Row]:
-            measure = probe.measurement(self.setting)
-            checkpoints = list(self.trajectory.steps.items())
-            kept = kept_rows(directory, len(checkpoints))
-            measured = [row for part in kept for row in part]
-            for index, (step, checkpoint) in enumerate(checkpoints):
-                last_kept = index == len(kept) - 1
-                if index < len(kept) and not (last_kept and len(kept) < len(checkpoints)):
-                    continue
-                params = self._model.params(checkpoint, self.setting.start)
-                rows = [{"step": step, **row} for row in measure(params)]
-                if not last_kept:
-                    keep_rows(directory, index, rows)
-                    measured += rows
-                log_metrics({}, index + 1)
+            if pieces:
+                found = (
+                    kept_rows(self.piece(name, probe, piece, aside=True), len(piece)) for piece in pieces
+                )
+                measured = [row for piece in found for of_step in piece for row in of_step]
+            else:
+                measured = self._rows(probe, self.setting, steps, directory, log_metrics)
             self._check_headline(name, probe, measured)
             return measured
 
-        return self._made(name, "probe", probe, rows, len(self.trajectory.steps))
+        return self._made(name, "probe", probe, rows, len(steps))
+
+    def piece(self, name: str, probe: Probe, steps: Sequence[int], aside: bool = False) -> Path:
+        """The stage with the rows of some checkpoints, in order and one after the other in the trajectory.
+
+        All that every piece needs, such as reference subspaces, is made once, in a stage `shared`. With
+        `aside` another stage needs it.
+        """
+        specification, stages = self._specification("probe", probe, steps), self._stages_of(name, probe)
+        assert isinstance(stages, Stages | Foresight)
+
+        def work(directory: Path, log_metrics: Log) -> None:
+            about = {key: value for key, value in specification.items() if key != "steps"}
+            setting = replace(self.setting, shared=partial(stages.aside, SHARED, about))
+            self._rows(probe, setting, steps, directory, log_metrics)
+
+        if aside:
+            return stages.aside(PIECES, specification, lambda directory: work(directory, lambda *_: None))
+        return stages(PIECES, specification, work, len(steps))
+
+    def unmade(self, name: str, probe: Probe) -> bool:
+        """Whether the table of a probe is still to be made."""
+        stages = self._stages_of(name, probe)
+        assert isinstance(stages, Stages | Foresight)
+        return not stages.made(name, self._specification("probe", probe, list(self.trajectory.steps)))
+
+    def _rows(
+        self, probe: Probe, setting: Setting, steps: Sequence[int], directory: Path, log_metrics: Log
+    ) -> list[Row]:
+        """The rows of some checkpoints, each kept at once; those that are kept already are not made again.
+
+        Unless the probe is divisible, the checkpoint before the first one to be measured is measured with it.
+        """
+        kept = kept_rows(directory, len(steps))
+        measured = [row for part in kept for row in part]
+        left, order = steps[len(kept) :], list(self.trajectory.steps)
+        if not left:
+            return measured
+        before = order[: order.index(left[0])][-1:]
+        if before and probe.declaration.divisible:
+            setting = replace(setting, before=setting.checkpoints[before[0]])
+        measure = probe.measurement(setting)
+        for step in before if not probe.declaration.divisible else ():
+            measure(setting.checkpoints[step])
+            log_metrics({}, len(kept))
+        for index, step in enumerate(left, len(kept)):
+            params = setting.checkpoints[step]
+            if self.trajectory.name in PUBLISHED:
+                check_finite(params, self._model.architecture, str(self.trajectory.steps[step]))
+            rows = [{"step": step, **row} for row in measure(params)]
+            keep_rows(directory, index, rows)
+            measured += rows
+            log_metrics({}, index + 1)
+        return measured
 
     def effects(self, name: str, intervention: Intervention) -> "pd.DataFrame":
         """The table of one intervention.
@@ -173,7 +224,6 @@ class Measured:
     ) -> "pd.DataFrame":
         import pandas as pd
 
-        from weightgeom.models.loading import load
         from weightgeom.table import tabulate, upgraded
 
         def work(directory: Path, log_metrics: Log) -> None:
@@ -181,9 +231,14 @@ class Measured:
             for path in directory.glob(_kept(directory, "*").name):
                 path.unlink()
 
-        specification = {
+        specification = self._specification(kind, thing, list(self.trajectory.steps))
+        directory = self._stages_of(name, thing)(name, specification, work, steps)
+        return upgraded(pd.read_parquet(directory / f"{name}.parquet"))
+
+    def _specification(self, kind: str, thing: object, steps: Sequence[int]) -> dict[str, object]:
+        return {
             "trajectory": self.identity,
-            "steps": list(self.trajectory.steps),
+            "steps": list(steps),
             "from_random": self.trajectory.from_random,
             "base": self.base.identity,
             kind: plain(thing),
@@ -191,10 +246,12 @@ class Measured:
             "seed": self.seed,
             "device": self.device,
         }
-        code = code_behind(*modules_of(thing, load, tabulate), map_of(self.base))
-        make = self.stages(name, code)
-        directory = make(name, specification, work, steps)
-        return upgraded(pd.read_parquet(directory / f"{name}.parquet"))
+
+    def _stages_of(self, name: str, thing: object) -> Stage:
+        from weightgeom.models.loading import load
+        from weightgeom.table import tabulate
+
+        return self.stages(name, code_behind(*modules_of(thing, load, tabulate), map_of(self.base)))
 
     @cached_property
     def setting(self) -> Setting:

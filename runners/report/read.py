@@ -165,7 +165,7 @@ def _described(
 
 
 def _measures(params: Mapping[str, str]) -> bool:
-    return any(key.startswith(("probe.", "intervention.")) for key in params)
+    return any(key.startswith(("probe.", "intervention.")) and key.count(".") > 1 for key in params)
 
 
 def _downloaded(client: "MlflowClient", run: "Run") -> "dict[str, pd.DataFrame]":

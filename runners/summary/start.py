@@ -111,8 +111,8 @@ def _parts(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         steps = f"{training.get('steps')} steps of {training.get('batch_size')}"
         yield "training", f"{params['training']}, {steps}"
     for key in ("probe", "intervention"):
-        if config[key]:
-            yield f"{key}s", ", ".join(config[key])
+        if names := [name for name, choice in config[key].items() if isinstance(choice, Mapping)]:
+            yield f"{key}s", ", ".join(names)
     device = config.get("device")
     yield "device", "auto: the GPU if there is one, else the CPU" if device == "auto" else str(device)
     yield "outputs", run["outputs"]

@@ -129,7 +129,8 @@ def _rows(child: Record) -> Iterator[dict[str, Any]]:
         for (role, matrix), part in table.groupby(["role", "matrix"]):
             yield {"matrix": matrix, "role": role, "quantity": quantity, "value": part["value"].mean()}
     curves: dict[str, list[float]] = {}
-    for line in (child.directory / "metrics.jsonl").read_text().splitlines():
+    metrics = child.directory / "metrics.jsonl"
+    for line in metrics.read_text().splitlines() if metrics.exists() else ():  # a piece has none
         point = json.loads(line)
         curves.setdefault(point["key"], []).append(point["value"])
     for key in (*LAST, *MEAN):

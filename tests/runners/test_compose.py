@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from runners.compose import checked, parts, renamed
+from runners.compose import checked, chosen, parts, renamed
 from runners.errors import explanation
 from weightgeom.objectives.dpo import DPO
 
@@ -51,7 +51,7 @@ def test_an_experiments_settings_of_a_probe_that_is_not_selected_are_not_used(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         config = composed("experiment=trajectory", "probe=[behaviour]")
-    assert list(config["probe"]) == ["behaviour"]
+    assert list(chosen(config, "probe")) == ["behaviour"]
     assert "probe.rsf is not selected, so its settings (increments) are not used" in caplog.text
 
 

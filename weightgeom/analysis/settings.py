@@ -53,8 +53,9 @@ def settings(
 
 
 def is_run(params: Params) -> bool:
-    """Whether these are parameters of a run and not of a sweep's parent."""
-    return {"model", "data", "objective"} <= params.keys()
+    """Whether these are parameters of a run, and not of a sweep's parent or of one worker's piece."""
+    piece = params.get("probe.worker", "None") != "None"
+    return {"model", "data", "objective"} <= params.keys() and not piece
 
 
 def placed(rows: "pd.DataFrame", runs: "pd.DataFrame") -> "pd.DataFrame":

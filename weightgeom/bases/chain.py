@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -50,11 +51,11 @@ class Chain:
     A stage is a directory, a GGUF file, a URL, or a hub name (with `{size}` filled in, also as `hf://NAME`)
     with `@revision` or with its commit in `revisions`; an unpinned name is refused, because `main` may
     change. It may be a LoRA adapter of the stage before it, into which it is merged for all later
-    comparisons. Every stage is compared with the first stage and with the one before it, in the subspaces of
-    the earlier stage. The stages stand at steps 0, 1, 2, ... Text is tokenized, and chats are rendered, by
-    the tokenizer of the stage named in `tokenizer`; by default by that of the earlier stage of each
-    comparison. Stages may differ in dtype and in their number of embeddings, of which the shared ones are
-    compared. `allow_bin`, `trust_remote_code` and `cache` are as in `Pretrained`.
+    comparisons. Every stage is compared with the first stage and, unless `neighbours` is false, with the one
+    before it, in the subspaces of the earlier stage. The stages stand at steps 0, 1, 2, ... Text is
+    tokenized, and chats are rendered, by the tokenizer of the stage named in `tokenizer`; by default by that
+    of the earlier stage of each comparison. Stages may differ in dtype and in their number of embeddings, of
+    which the shared ones are compared. `allow_bin`, `trust_remote_code` and `cache` are as in `Pretrained`.
 
     With `from_` nothing is compared: the chain stands for that one stage, as a checkpoint that an objective
     starts from and interventions edit. Of the others, only the base of an adapter is fetched.
@@ -64,6 +65,7 @@ class Chain:
     revisions: dict[str, str | None] = Field(default_factory=dict)
     size: str = ""
     tokenizer: str | None = None
+    neighbours: bool = True  # false: every stage is compared with the first alone
     from_: str | None = None  # `from` is a word of Python: in a configuration the key is model.from
     allow_bin: bool = False
     trust_remote_code: bool = False
@@ -112,7 +114,7 @@ class Chain:
         }
         for name, directory in directories.items():
             check_here(self._location(name), directory)
-        needed = list(directories) if self.from_ else list(directories)[:-1]
+        needed = list(directories)[: None if self.from_ else -1 if self.neighbours else 1]
         for name in [self.tokenizer] if self.tokenizer else needed:
             if name in directories:
                 check_tokenizer(directories[name], only_if_there=True)
@@ -141,7 +143,8 @@ class Chain:
                 by_name[name] = self._merged(name, given[name], by_name[before], stage)
         if self.from_ is None:
             self._compare(by_name)
-        for directory in by_name.values():
+        ends = list(by_name.values())  # of the others each is checked when it is measured
+        for directory in ends if self.from_ is not None else (ends[0], ends[-1]):
             architecture = load_architecture(directory)
             check_finite(open_params(directory, architecture), architecture, str(directory))
         if self.from_ is not None:
@@ -161,6 +164,7 @@ class Chain:
             tuple(
                 pair_base(by_name[before], given[after], tokenizer or by_name[before])
                 for before, after in pairwise(by_name)
+                if self.neighbours
             ),
         )
 
@@ -189,7 +193,7 @@ class Chain:
             return outline_of(place, 0, self.allow_bin, self.trust_remote_code, self.cache)
         locations = dict(enumerate(self.locations().values()))
         outline = outline_of(locations, 0, self.allow_bin, self.trust_remote_code, self.cache)
-        return replace(outline, pairs=len(locations) - 1)
+        return replace(outline, pairs=len(locations) - 1 if self.neighbours else 0)
 
     def _location(self, name: str) -> str:
         location = self.stages[name].replace("{size}", self.size)
@@ -245,11 +249,13 @@ class Chain:
     def _compare(self, directories: Mapping[str, Path]) -> None:
         """Refuse two stages that are to be compared but differ in more than their vocabulary."""
         first, *later = directories
-        pairs = [*pairwise(directories), *((first, name) for name in later[1:])]
+        pairs = [(first, name) for name in later[1 if self.neighbours else 0 :]]
+        pairs = [*pairwise(directories), *pairs] if self.neighbours else pairs
         if self.tokenizer is not None:  # every stage but the last must have its vocabulary
             pairs += [(name, self.tokenizer) for name in list(directories)[:-1] if name != self.tokenizer]
+        architecture_of = cache(load_architecture)
         for before, after in pairs:
-            architecture = load_architecture(directories[before])
+            architecture = architecture_of(directories[before])
             try:
                 same = same_vocabulary(directories[before], directories[after], architecture)
             except ValueError as error:

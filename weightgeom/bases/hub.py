@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ DUPLICATE_FORMATS = ["*/*", "consolidated*"]  # copies of the weights in subfold
 
 
 MOVING_REVISIONS = {"main", "master", "HEAD", "refs/heads/main"}
+
+
+SHA256 = re.compile(r"[0-9a-f]{64}")  # the name of a large file in the hub's cache
 
 
 SHOWN = 12  # revisions of a repository, in an error
@@ -181,8 +185,11 @@ def identity(directory: Path) -> str:
 
 
 def _digest(path: Path) -> str:
-    file = remote_file(path)
-    return sha256(path) if file is None or not file.sha256 else file.sha256
+    """The SHA-256 of a file, by its name where it is a large one in the hub's cache."""
+    if (file := remote_file(path)) is not None and file.sha256:
+        return file.sha256
+    blob = path.resolve()
+    return blob.name if blob.parent.name == "blobs" and SHA256.fullmatch(blob.name) else sha256(path)
 
 
 @dataclass(frozen=True)

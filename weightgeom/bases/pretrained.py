@@ -182,7 +182,7 @@ class Pretrained:
             for step, location in self.locations().items()
         }
         last = steps[max(steps)]
-        for directory in dict.fromkeys(steps.values()):
+        for directory in dict.fromkeys((steps[min(steps)], last)):  # the others when they are measured
             architecture = load_architecture(directory)
             check_finite(open_params(directory, architecture), architecture, str(directory))
         check_tokenizer(last)

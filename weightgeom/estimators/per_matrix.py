@@ -35,7 +35,7 @@ class PerMatrix:
     @property
     def declaration(self) -> ProbeDeclaration:
         """All that is generic."""
-        return ProbeDeclaration(self.function.headline)
+        return ProbeDeclaration(self.function.headline, divisible=True)
 
     def check(self, architecture: Architecture) -> None:
         """Every model will do."""

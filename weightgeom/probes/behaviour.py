@@ -41,7 +41,7 @@ class Behaviour:
     """
 
     declaration: ClassVar[ProbeDeclaration] = ProbeDeclaration(
-        headline="", section=BEHAVIOUR, of_pretraining=True, generic=False, needs_update=False
+        headline="", section=BEHAVIOUR, of_pretraining=True, generic=False, needs_update=False, divisible=True
     )
 
     tokens: int = Field(default=4096, ge=2)  # of held-out text

@@ -49,7 +49,7 @@ class Connectivity:
     """
 
     declaration: ClassVar[ProbeDeclaration] = ProbeDeclaration(
-        headline="", section="Connectivity", whole=("barrier",), generic=False
+        headline="", section="Connectivity", whole=("barrier",), generic=False, divisible=True
     )
 
     t: list[float] = Field(default=[0, 0.25, 0.5, 0.75, 1, 1.25, 1.5])

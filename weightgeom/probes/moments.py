@@ -114,6 +114,7 @@ class Moments:
             headline="measured_ratio",
             section=MECHANISM,
             by_layer=False,
+            divisible=True,
             compares=self.objective is not None,
             needs_objective=self.objective is None,
             whole=tuple(f"{role}_{name}_correlation" for role in ("read", "write") for name in SHOWN),

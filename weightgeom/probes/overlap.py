@@ -135,7 +135,9 @@ class Overlap:
     @property
     def declaration(self) -> ProbeDeclaration:
         """The rotation of every matrix, where it is measured."""
-        return ProbeDeclaration("rotation" if ROTATION in self.pairs else "", by_layer=False, generic=False)
+        return ProbeDeclaration(
+            "rotation" if ROTATION in self.pairs else "", by_layer=False, generic=False, divisible=True
+        )
 
     @property
     def _sides(self) -> dict[str, tuple[Side, Side]]:

@@ -39,7 +39,9 @@ class Rotation:
     A matrix that has not moved has no rows.
     """
 
-    declaration: ClassVar[ProbeDeclaration] = ProbeDeclaration("left_angle", label="mean angle, left (°)")
+    declaration: ClassVar[ProbeDeclaration] = ProbeDeclaration(
+        "left_angle", label="mean angle, left (°)", divisible=True
+    )
 
     k: int | None = None  # null: d/8, with d the smaller side
     curve: int = Field(default=16, ge=0)  # angles that have rows of their own

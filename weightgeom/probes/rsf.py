@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -24,6 +25,7 @@ from weightgeom.estimators.given_subspaces import (
     permuted_rows,
 )
 from weightgeom.estimators.gradients import Gathering, gradient_moments
+from weightgeom.estimators.kept_frames import keep_frames, kept_frames
 from weightgeom.estimators.moments import GIB, SUMS, Moment, Settled, groups_size, packs
 from weightgeom.estimators.pathways import Pathways
 from weightgeom.estimators.products import check_products, product_places, product_rows
@@ -152,6 +154,7 @@ class RSF:
         form=".2f",
         section=ASYMMETRY,
         of_pretraining=True,
+        divisible=True,
         harmless=("budget_gb", "products", "frames"),
     )
 
@@ -263,12 +266,15 @@ class RSF:
         given: list[GivenSubspace] = []
         architecture = setting.model.architecture
         matrices = architecture.matrices
-        before: list[Params] = [setting.start]
+        before: list[Params] = [setting.start if setting.before is None else setting.before]
         wanted = places_needed(architecture) | (product_places(architecture) if self.products else set())
 
         def frames(params: Params) -> Iterable[Frame]:
             whose = {"start": setting.start, "step": params, "end": setting.end}[at]
             settled = not isinstance(params, Adapted) and not isinstance(setting.end, Adapted)
+            if setting.shared is not None and settled and at != "step":
+                made = self._frames(setting, whose, settled)
+                return kept_frames(setting.shared(partial(keep_frames, made)))
             # A budget is kept by holding one pass at a time, and so are the frames of many experts; nor are
             # those of two checkpoints asked for twice, unless moments of trained inputs are.
             once = len(setting.checkpoints) <= 2 and setting.objective is None

@@ -82,7 +82,9 @@ class Spectrum:
     def declaration(self) -> ProbeDeclaration:
         """The participation ratio of the update, where it is measured."""
         headline = "delta_participation_ratio" if "delta" in self.of else ""
-        return ProbeDeclaration(headline, section=SPECTRA, by_layer=False, generic=False, needs_update=False)
+        return ProbeDeclaration(
+            headline, section=SPECTRA, by_layer=False, generic=False, needs_update=False, divisible=True
+        )
 
     def check(self, architecture: Architecture) -> None:
         """Every model will do."""

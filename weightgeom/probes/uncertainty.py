@@ -76,6 +76,7 @@ class Uncertainty:
         compares=False,
         needs_update=False,
         generic=False,
+        divisible=True,
     )
 
     layers: list[int] | None = None

@@ -88,10 +88,11 @@ class Interrupted:
 
     probe: RSF
     at: int
+    divisible: bool
 
     @property
     def declaration(self) -> ProbeDeclaration:
-        return self.probe.declaration
+        return replace(self.probe.declaration, divisible=self.divisible)
 
     def check(self, architecture: Architecture) -> None:
         pass
@@ -109,8 +110,20 @@ class Interrupted:
         return counted
 
 
+@pytest.mark.parametrize(
+    ("divisible", "ends", "begun", "all_steps"),
+    [  # one that is not divisible measures the checkpoint before its first new one, too
+        (False, (3, 3), [1, 2, 2, 3], [1, 2, 2, 3, 2, 3, 4]),
+        (True, (3, 2), [1, 2, 3], [1, 2, 3, 3, 4]),
+    ],
+)
 def test_an_interrupted_measurement_goes_on_behind_the_checkpoints_that_it_has_measured(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    divisible: bool,
+    ends: tuple[int, int],
+    begun: list[int],
+    all_steps: list[int],
 ) -> None:
     steps = {step: save("llama", tmp_path / f"step-{step}", seed=step) for step in range(4)}
     examples = small.WORLD.examples()
@@ -131,15 +144,15 @@ def test_an_interrupted_measurement_goes_on_behind_the_checkpoints_that_it_has_m
     probe = RSF(increments=True, tokens=256, length=16, prompts=0, resamples=2)  # reads the checkpoint before
     undisturbed = measured("whole", probe)
     seen.clear()
-    for at in (3, 3):  # the second time at the first new one, behind the one that is measured again
+    for at in ends:  # the second time behind one new one
         with pytest.raises(KeyboardInterrupt):
-            measured("cut", Interrupted(probe, at))
-    assert seen == [1, 2, 2, 3]
+            measured("cut", Interrupted(probe, at, divisible))
+    assert seen == begun
     (kept,) = (tmp_path / "cut/rsf").glob("*/checkpoint-2.rows")
     kept.write_bytes(kept.read_bytes().replace(b"2", b"3", 1))
-    resumed = measured("cut", probe)
+    resumed = measured("cut", Interrupted(probe, 9, divisible))
     assert "checkpoint-2.rows is not the file that was written" in caplog.text
-    assert seen == [1, 2, 2, 3, 2, 3, 4]
+    assert seen == all_steps
     assert_frame_equal(resumed, undisturbed, check_exact=True)
     (done,) = (tmp_path / "cut/rsf").glob("*/DONE")
     assert not list(done.parent.glob("checkpoint-*"))
