@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -98,7 +99,8 @@ def measure_here(
     if not missing:
         return
     threads = torch.get_num_threads()
-    processes = min(len(missing), len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    processes = min(len(missing), cores)
     log.info(
         "%d of %d pieces are still to be measured: now, in %d processes", len(missing), run.workers, processes
     )
