@@ -158,12 +158,12 @@ def main() -> None:
         slow, fast = (moved / (GIGABIT * speed) / 3600 for speed in (1, 10))
         limit = "network" if fast > here else "cores" if here > slow else "network at 1, cores at 10"
         print(
-            f"| {size.name} | {revisions} | {tasks} | {moved / 1e12:.2f} | {slow:.1f} | {fast:.1f} |"
-            f" {core:.0f} | {here:.1f} | {limit} |"
+            f"| {size.name} | {revisions} | {tasks} | {moved / 1e12:.2f} | {slow:.2g} | {fast:.2g} |"
+            f" {core:.3g} | {here:.2g} | {limit} |"
         )
         if size is not OLMO:
             totals = [one + more for one, more in zip(totals, (tasks, moved, slow, fast, core), strict=True)]
-    print("| all of Pythia | 1,232 | {:.0f} | {:.2f} | {:.1f} | {:.1f} | {:.0f} | | |".format(
+    print("| all of Pythia | 1,232 | {:.0f} | {:.2f} | {:.2g} | {:.2g} | {:.3g} | | |".format(
         totals[0], totals[1] / 1e12, *totals[2:]))  # fmt: skip
     print("\n| size | memory, GB | subspaces, GB | core h for them | core h a revision | GB a revision |")
     print("|---|---|---|---|---|---|")

@@ -297,7 +297,7 @@ class Experiment:
     def _piece(self, make: Make, base: Base, examples: Examples, number: int) -> "dict[str, pd.DataFrame]":
         """The stages of one worker; no tables."""
         trajectories = list(self.trajectories(make, base, examples))
-        for make_stage in stages_of(self, make, base, trajectories, examples)(number):
+        for make_stage in stages_of(self, make, base, trajectories, examples, number):
             make_stage()
         return {}
 

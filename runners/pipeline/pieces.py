@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -40,33 +41,33 @@ def steps_of(steps: Sequence[int], number: int, workers: int) -> list[int]:
 
 
 def stages_of(
-    run: "Experiment", make: "Make", base: Base, trajectories: Sequence[Identified], examples: Examples
-) -> "Callable[[int], Iterator[Callable[[], object]]]":
-    """The makers of a worker's stages, by its number: its pieces, and its comparisons of neighbouring stages.
+    run: "Experiment",
+    make: "Make",
+    base: Base,
+    trajectories: Sequence[Identified],
+    examples: Examples,
+    number: int,
+) -> Iterator[Callable[[], object]]:
+    """The makers of a worker's stages: its pieces, and its comparisons of neighbouring stages of a chain.
 
-    Of a chain it has those comparisons whose later stage is in its piece.
+    Of these it has the ones whose later stage is in its piece.
     """
-
-    def of_worker(number: int) -> Iterator[Callable[[], object]]:
-        for trajectory, identity in trajectories:
-            measured = run.measured(make, base, trajectory, identity, examples, run.suffix(trajectory, base))
-            steps = steps_of(list(trajectory.steps), number, run.workers)
+    for trajectory, identity in trajectories:
+        measured = run.measured(make, base, trajectory, identity, examples, run.suffix(trajectory, base))
+        steps = steps_of(list(trajectory.steps), number, run.workers)
+        for name, probe in run.probes.items():
+            if steps and measured.unmade(name, probe):
+                yield partial(measured.piece, name, probe, steps)
+    if base.trajectory is None:
+        return
+    order = list(base.trajectory.steps)
+    mine = steps_of(order, number, run.workers)
+    for step, pair, names in zip(order[1:], base.pairs, pairwise(base.trajectory.stages), strict=False):
+        if step in mine and pair.trajectory is not None:
+            measured = run.measured(make, pair, pair.trajectory, pair.identity, examples, against(*names))
             for name, probe in run.probes.items():
-                if steps and measured.unmade(name, probe):
-                    yield partial(measured.piece, name, probe, steps)
-        if base.trajectory is None:
-            return
-        mine = steps_of(list(base.trajectory.steps), number, run.workers)
-        for step, pair, names in zip(
-            list(base.trajectory.steps)[1:], base.pairs, pairwise(base.trajectory.stages), strict=False
-        ):
-            if step in mine and pair.trajectory is not None:
-                measured = run.measured(make, pair, pair.trajectory, pair.identity, examples, against(*names))
-                for name, probe in run.probes.items():
-                    if probe.declaration.compares:
-                        yield partial(measured.table, name, probe)
-
-    return of_worker
+                if probe.declaration.compares:
+                    yield partial(measured.table, name, probe)
 
 
 def foreseen_of(
@@ -75,7 +76,7 @@ def foreseen_of(
     """The stages of a worker as they are on disk; nothing is made."""
     stages: list[Foreseen] = []
     look = partial(forecast, run.outputs, stages, False)
-    for make_stage in stages_of(run, look, base, trajectories, examples)(number):
+    for make_stage in stages_of(run, look, base, trajectories, examples, number):
         with suppress(Foretold):
             make_stage()
     return stages
@@ -98,7 +99,8 @@ def measure_here(
     if not missing:
         return
     threads = torch.get_num_threads()
-    processes = min(len(missing), len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    processes = min(len(missing), cores)
     log.info(
         "%d of %d pieces are still to be measured: now, in %d processes", len(missing), run.workers, processes
     )
@@ -126,8 +128,8 @@ def _workers(processes: int, threads: int) -> Iterator[ProcessPoolExecutor]:
     # Processes start with the signals blocked that this one has blocked.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        for started in [pool.submit(os.getpid) for _ in range(processes)]:
-            started.result()
+        for _ in range(processes):
+            pool.submit(os.getpid)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     listener.start()
@@ -178,5 +180,5 @@ def _work(run: "Experiment", examples: Examples, number: int) -> None:
     with temporary_directories():
         base = run.prepared(make, examples)
         trajectories = list(run.trajectories(make, base, examples))
-        for make_stage in stages_of(run, make, base, trajectories, examples)(number):
+        for make_stage in stages_of(run, make, base, trajectories, examples, number):
             make_stage()

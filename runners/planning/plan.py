@@ -111,6 +111,8 @@ class _Job:
         self.objective: Objective | None = parts["objective"]
         self.training: Training = parts["training"]
         self.probes, self.interventions = parts["probes"], parts["interventions"]
+        alone = parts.get("worker") is not None  # a job that is one worker
+        self.workers = 1 if alone else min(parts.get("workers", 1), planner.threads)
         self.base = _config_key(config, "model", "data")
         self.seed = json.dumps(parts["seed"])
 
@@ -275,18 +277,18 @@ class _Job:
 
         def memory(thing: Any) -> float:
             shape = replace(self._shape(), compared=compared)
-            return self.machine.baseline + peak_memory(thing, shape, objective)
+            each = self.machine.baseline + peak_memory(thing, shape, objective)
+            workers = min(self.workers, compared) if kind == "probe" else 1
+            return each if workers == 1 else self.machine.baseline + workers * each
 
+        kind, members = (
+            ("probe", self.probes) if thing in self.probes.values() else ("intervention", self.interventions)
+        )
         remedy = None
         if not self._fits(memory(thing)):
-            group, members = (
-                ("probe", self.probes)
-                if thing in self.probes.values()
-                else ("intervention", self.interventions)
-            )
             own_name = next(member for member, other in members.items() if other is thing)
             fitting = (
-                override(f"{group}.{own_name}.{key}", value, self.config)
+                override(f"{kind}.{own_name}.{key}", value, self.config)
                 for key, value in (
                     *(("budget_gb", 2.0**power) for power in range(7, -4, -1) if "budget_gb" in vars(thing)),
                     *(("length", length) for length in (48, 24) if "length" in vars(thing)),
@@ -294,7 +296,7 @@ class _Job:
                 if self._fits(memory(replace(thing, **{key: value})))
             )
             rest = ",".join(member for member in members if member != own_name)
-            remedy = next(fitting, None) or f"{group}=[{rest}], which leaves it out"
+            remedy = next(fitting, None) or f"{kind}=[{rest}], which leaves it out"
         return PlannedStage(name, work, seconds, memory(thing), remedy=remedy)
 
     def _smaller_model(self) -> str | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -262,6 +263,7 @@ class RSF:
         """The measurement of one checkpoint's update since the trajectory's start."""
         at = ("step" if setting.from_random else "start") if self.at == "auto" else self.at
         kept: dict[bool, list[Frame]] = {}
+        shared: list[Path] = []  # the directory of the frames
         upstream: dict[str, Settled | Moment] = {}
         given: list[GivenSubspace] = []
         architecture = setting.model.architecture
@@ -273,8 +275,9 @@ class RSF:
             whose = {"start": setting.start, "step": params, "end": setting.end}[at]
             settled = not isinstance(params, Adapted) and not isinstance(setting.end, Adapted)
             if setting.shared is not None and settled and at != "step":
-                made = self._frames(setting, whose, settled)
-                return kept_frames(setting.shared(partial(keep_frames, made)))
+                if not shared:
+                    shared.append(setting.shared(partial(keep_frames, self._frames(setting, whose, settled))))
+                return kept_frames(shared[0])
             # A budget is kept by holding one pass at a time, and so are the frames of many experts; nor are
             # those of two checkpoints asked for twice, unless moments of trained inputs are.
             once = len(setting.checkpoints) <= 2 and setting.objective is None
