@@ -109,7 +109,8 @@ class Measured:
                 last_kept = index == len(kept) - 1
                 if index < len(kept) and not (last_kept and len(kept) < len(checkpoints)):
                     continue
-                params = self._model.params(checkpoint, self.setting.start)
+                last = step == self.trajectory.last
+                params = self.setting.end if last else self._model.params(checkpoint, self.setting.start)
                 rows = [{"step": step, **row} for row in measure(params)]
                 if not last_kept:
                     keep_rows(directory, index, rows)

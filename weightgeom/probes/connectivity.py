@@ -69,7 +69,7 @@ class Connectivity:
         """Every model will do."""
 
     def held(self, shape: Shape, objective: bool) -> float:
-        """Both ends, a direction and a point, the start's logits, and those of a batch, twice, with slices."""
+        """Both ends, a direction and a point, the logits of the start and, twice, of a batch, and slices."""
         batch = min(self.tokens, max(BATCH_TOKENS, self.length))
         logits = self.tokens + 2 * batch + 4 * min(batch, 256)
         return 4 * shape.weights + shape.logits(logits)

@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.geometry.subspace import Subspace
+from weightgeom.geometry.subspace import leading_eigenpairs
 
 BLOCK = 2**20  # entries that are in fp64 at a time
 MATCHED = 2**18  # entries, evenly spread, on which the null's density is matched
@@ -62,15 +62,13 @@ class Sparsity:
             **_share("relative_unmoved_share", change <= self.eta * size, *relative, sigma),
             **_share("absolute_unmoved_share", change <= self.absolute, absolute, absolute, sigma),
         }
-        masks = {
-            "low_overlap": smallest(start.abs(), self.alpha),
-            "principal_overlap": smallest(-_principal(before, self.rank).abs().flatten(), self.alpha),
-        }
         if not visible.any():
             return found
-        matched = cells.matching(float(visible.double().mean()))
-        for name, mask in masks.items():
-            found |= _overlap(name, mask, visible, cells, matched)
+        p = cells.visible(cells.matching(float(visible.double().mean()), sigma))
+        for name, small in (("low_overlap", start.abs()), ("principal_overlap", None)):
+            if small is None:
+                small = -_principal(before, self.rank).abs().flatten()
+            found |= _overlap(name, smallest(small, self.alpha), visible, p)
         return found
 
     def _relative(self, start: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
@@ -96,9 +94,15 @@ class Cells:
         middle = rounded.float()
         return cls(grid, entries - (middle + down) / 2, (middle + up) / 2 - entries)
 
-    def matching(self, density: float) -> float:
+    def visible(self, sigma: float) -> Float[Tensor, " n"]:
+        """The probability that each entry is visible under an iid Gaussian update."""
+        parts = zip(self.below.split(BLOCK), self.above.split(BLOCK), strict=True)
+        return torch.cat([1 - _inside(low.double(), high.double(), sigma) for low, high in parts])
+
+    def matching(self, density: float, near: float) -> float:
         """The standard deviation of iid entries of which a share of `density` is visible; inf at 1, nan at 0.
 
+        It is looked for near that of the update, `near`, first.
         Any step is visible at an entry of 0: of a density below the share of zeros it is the least one.
         """
         from scipy.optimize import brentq
@@ -115,7 +119,11 @@ class Cells:
         least = log(1e-12)
         if excess(least) <= 0:
             return unit * exp(least)
-        return unit * exp(brentq(excess, least, log(1e12), xtol=1e-4))  # pyright: ignore[reportArgumentType]
+        low, high = least, log(1e12)
+        centre = log(near / unit) if near > 0 and unit > 0 else 0.0
+        if least < centre - 0.2 and excess(centre - 0.2) < 0 < excess(centre + 0.2):
+            low, high = centre - 0.2, centre + 0.2
+        return unit * exp(brentq(excess, low, high, xtol=1e-4))  # pyright: ignore[reportArgumentType]
 
 
 def _inside(below: Float[Tensor, " n"], above: Float[Tensor, " n"], sigma: float) -> Float[Tensor, " n"]:
@@ -137,17 +145,13 @@ def _share(
 
 
 def _overlap(
-    name: str, mask: Float[Tensor, " n"], visible: Tensor, cells: Cells, sigma: float
+    name: str, mask: Float[Tensor, " n"], visible: Tensor, p: Float[Tensor, " n"]
 ) -> dict[str, float]:
     """The share of visible entries in a mask, and its mean and sd where entries are visible at random.
 
     With p_i the probability that entry i is visible and m_i its membership of the mask, the mean is
     Σ m p / Σ p = o and the variance Σ (m - o)² p (1 - p) / (Σ p)², to first order in 1/n.
     """
-    parts = []
-    for low, high in zip(cells.below.split(BLOCK), cells.above.split(BLOCK), strict=True):
-        parts.append(1 - _inside(low.double(), high.double(), sigma))
-    p = torch.cat(parts)
     total = float(p.sum())
     mean = float((mask * p).sum()) / total
     sd = sqrt(float(((mask - mean).square() * p * (1 - p)).sum())) / total
@@ -167,6 +171,6 @@ def smallest(values: Float[Tensor, " n"], share: float) -> Float[Tensor, " n"]:
 def _principal(matrix: Float[Tensor, "d_out d_in"], rank: int) -> Float[Tensor, "d_out d_in"]:
     """The part of a matrix along its top singular directions."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    basis = Subspace.top((wide @ wide.T).double(), min(rank, len(wide))).basis.to(wide)
+    basis = leading_eigenpairs((wide @ wide.T).double(), min(rank, len(wide)))[1].to(wide)
     part = basis @ (basis.T @ wide)
     return part if wide is matrix else part.T
