@@ -79,6 +79,10 @@ class Stages:
                 self._log(row)
         return directory
 
+    def is_made(self, name: str, specification: Mapping[str, object]) -> bool:
+        """Whether the stage is finished already."""
+        return (self.outputs / name / signature(_key(specification, self.code)) / "DONE").exists()
+
     def _resumed(self, directory: Path, step: int) -> TextIO:
         """The log of a stage's metrics from `step` on, open behind the rows that were before it.
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
@@ -16,6 +16,8 @@ import torch
 from runners.disk import write_atomically
 from runners.modules import fields_of, modules_of, required
 from runners.pipeline.fingerprint import code_behind, contents
+from runners.pipeline.logged_stages import Stages
+from weightgeom.estimators.pairs import OfPairs, together
 from weightgeom.estimators.per_matrix import PerMatrix
 from weightgeom.interfaces import Intervention, Log, Objective, Probe, Setting, Stage
 from weightgeom.params import Params
@@ -92,16 +94,18 @@ class Measured:
     trajectory: Trajectory
     identity: str
     examples: Examples
+    probes: Mapping[str, Probe] = field(default_factory=dict)  # that will be asked for, in this order
 
     def table(self, name: str, probe: Probe) -> "pd.DataFrame":
         """The table of one probe over all checkpoints.
 
         The rows of each checkpoint are kept at once, so that an interrupted stage goes on behind the last
-        one. That one is measured again, as a measurement may depend on the checkpoint before it.
+        one. That one is measured again, as a measurement may depend on the checkpoint before it. Probes of
+        pairs of matrices that are asked for later are measured in the same walk.
         """
 
         def rows(directory: Path, log_metrics: Log) -> list[Row]:
-            measure = probe.measurement(self.setting)
+            measure = self._measurement(name, probe)
             checkpoints = list(self.trajectory.steps.items())
             kept = kept_rows(directory, len(checkpoints))
             measured = [row for part in kept for row in part]
@@ -111,7 +115,7 @@ class Measured:
                     continue
                 last = step == self.trajectory.last
                 params = self.setting.end if last else self._model.params(checkpoint, self.setting.start)
-                rows = [{"step": step, **row} for row in measure(params)]
+                rows = [{"step": step, **row} for row in measure(step, params)]
                 if not last_kept:
                     keep_rows(directory, index, rows)
                     measured += rows
@@ -120,6 +124,36 @@ class Measured:
             return measured
 
         return self._made(name, "probe", probe, rows, len(self.trajectory.steps))
+
+    def _measurement(self, name: str, probe: Probe) -> Callable[[int, Params], list[Row]]:
+        """The measurement of a checkpoint, from a walk made for an earlier probe where there was one."""
+        if not isinstance(probe, OfPairs):
+            alone = probe.measurement(self.setting)
+            return lambda step, params: alone(params)
+        names = list(self.probes)
+        behind = names[names.index(name) + 1 :] if name in names else []
+        shared = {
+            other: self.probes[other]
+            for other in behind
+            if isinstance(self.probes[other], OfPairs) and not self._is_made(other, self.probes[other])
+        }
+        walk = together({name: probe, **shared}, self.setting)
+
+        def measure(step: int, params: Params) -> list[Row]:
+            if (name, step) not in self._walked:
+                self._walked.update({(other, step): rows for other, rows in walk(params).items()})
+            return self._walked.pop((name, step))
+
+        return measure
+
+    def _is_made(self, name: str, probe: Probe) -> bool:
+        stages, specification = self._stage(name, "probe", probe)
+        return isinstance(stages, Stages) and stages.is_made(name, specification)
+
+    @cached_property
+    def _walked(self) -> dict[tuple[str, int], list[Row]]:
+        """Rows of probes, by name and step, whose turn is still to come."""
+        return {}
 
     def effects(self, name: str, intervention: Intervention) -> "pd.DataFrame":
         """The table of one intervention.
@@ -174,13 +208,21 @@ class Measured:
     ) -> "pd.DataFrame":
         import pandas as pd
 
-        from weightgeom.models.loading import load
         from weightgeom.table import tabulate, upgraded
 
         def work(directory: Path, log_metrics: Log) -> None:
             tabulate(rows(directory, log_metrics)).to_parquet(directory / f"{name}.parquet")
             for path in directory.glob(_kept(directory, "*").name):
                 path.unlink()
+
+        make, specification = self._stage(name, kind, thing)
+        directory = make(name, specification, work, steps)
+        return upgraded(pd.read_parquet(directory / f"{name}.parquet"))
+
+    def _stage(self, name: str, kind: str, thing: object) -> tuple[Stage, dict[str, object]]:
+        """What makes the stage of a probe or an intervention, and its specification."""
+        from weightgeom.models.loading import load
+        from weightgeom.table import tabulate
 
         specification = {
             "trajectory": self.identity,
@@ -193,9 +235,7 @@ class Measured:
             "device": self.device,
         }
         code = code_behind(*modules_of(thing, load, tabulate), map_of(self.base))
-        make = self.stages(name, code)
-        directory = make(name, specification, work, steps)
-        return upgraded(pd.read_parquet(directory / f"{name}.parquet"))
+        return self.stages(name, code), specification
 
     @cached_property
     def setting(self) -> Setting:

@@ -12,6 +12,7 @@ from torch import Tensor
 from weightgeom.estimators.updates import Update, update_of
 from weightgeom.geometry.subspace import eigenpairs, eigenvalues
 from weightgeom.interfaces import Setting
+from weightgeom.models.adapters import Adapted
 from weightgeom.models.residual import ResidualMatrix
 from weightgeom.params import Params
 from weightgeom.table import Row
@@ -53,8 +54,9 @@ class Decomposition:
 class MatrixPair:
     """A residual matrix before and after an update, as the stream receives it; all is computed once.
 
-    Both are in fp32 (fp64 if stored so) on the CPU; `update` is `update_of`, with its Gram matrix on the
-    residual stream's side. `stored_before` and `stored_after` are without the gain of a norm behind them.
+    Both are in fp32 (fp64 if stored so) on the CPU; `update` is `update_of` without its share of rounding,
+    with its Gram matrix on the residual stream's side. `stored_before` and `stored_after` are without the
+    gain of a norm behind them.
     """
 
     matrix: ResidualMatrix
@@ -62,29 +64,38 @@ class MatrixPair:
     params: Params
 
     @cached_property
+    def _read(self) -> tuple[Params, Params]:
+        """The tensors of the matrix, before and after, each read once."""
+        names = [self.matrix.parameter, *([self.matrix.norm.parameter] if self.matrix.norm else [])]
+        start, params = ({name: params[name] for name in names} for params in (self.start, self.params))
+        return start, params
+
+    @cached_property
     def stored_before(self) -> Float[Tensor, "d_out d_in"]:
         """The matrix at the start."""
-        return _single(self.matrix.of(self.start))
+        return _single(self.matrix.of(self._read[0]))
 
     @cached_property
     def stored_after(self) -> Float[Tensor, "d_out d_in"]:
         """The matrix at the checkpoint."""
-        return _single(self.matrix.of(self.params))
+        return _single(self.matrix.of(self._read[1]))
 
     @cached_property
     def before(self) -> Float[Tensor, "d_out d_in"]:
         """The matrix at the start, with its gain."""
-        return _with_gain(self.stored_before, self.matrix.gain(self.start))
+        return _with_gain(self.stored_before, self.matrix.gain(self._read[0]))
 
     @cached_property
     def after(self) -> Float[Tensor, "d_out d_in"]:
         """The matrix at the checkpoint, with its gain."""
-        return _with_gain(self.stored_after, self.matrix.gain(self.params))
+        return _with_gain(self.stored_after, self.matrix.gain(self._read[1]))
 
     @cached_property
     def update(self) -> Update:
-        """The update between them."""
-        return update_of(self.matrix, self.params, self.start)
+        """The update between them; of an adapter from its factors."""
+        adapted = isinstance(self.params, Adapted) and self.params.base is self.start
+        start, params = (self.start, self.params) if adapted else self._read
+        return update_of(self.matrix, params, start)
 
     @cached_property
     def update_squares(self) -> Float[Tensor, " d"]:
@@ -139,13 +150,16 @@ def alone(probe: OfPairs, setting: Setting) -> Callable[[Params], list[Row]]:
     return lambda params: measure(params)[""]
 
 
-def together(probes: Mapping[str, OfPairs], setting: Setting) -> Callable[[Params], dict[str, list[Row]]]:
-    """The measurement of several probes by name: each matrix is read and decomposed once for all."""
-    by_name = {name: probe.visits(setting) for name, probe in probes.items()}
+def together(probes: Mapping[str, object], setting: Setting) -> Callable[[Params], dict[str, list[Row]]]:
+    """The measurement, by name, of those probes that are `OfPairs`: every matrix is read once for all.
+
+    Its decompositions are made once, too. The rows are those of each probe alone, up to 1e-12.
+    """
+    by_name = {name: probe.visits(setting) for name, probe in probes.items() if isinstance(probe, OfPairs)}
 
     def measure(params: Params) -> dict[str, list[Row]]:
         visits = {name: visit(params) for name, visit in by_name.items()}
-        for matrix in setting.model.architecture.matrices:
+        for matrix in setting.model.architecture.matrices if visits else ():
             pair = MatrixPair(matrix, setting.start, params)
             for see, _ in visits.values():
                 see(pair)

@@ -49,7 +49,7 @@ class Rotation:
     similarity: float = Field(
         default=0.5, gt=0, lt=1
     )  # below it, to all earlier ones, a vector is an intruder
-    draws: int = Field(default=9, ge=2)  # of each null: as many decompositions
+    draws: int = Field(default=5, ge=2)  # of each null: as many decompositions
 
     def check(self, architecture: Architecture) -> None:
         """Raise ValueError if k exceeds the width of the stream."""
