@@ -55,7 +55,7 @@ class Connectivity:
 
     t: list[float] = Field(default=[0, 0.25, 0.5, 0.75, 1, 1.25, 1.5])
     draws: int = Field(default=3, ge=2)  # of random directions
-    tokens: int = Field(default=1024, ge=2)  # of held-out text
+    tokens: int = Field(default=512, ge=2)  # of held-out text
     length: int = Field(default=96, ge=2)  # tokens a sequence
 
     def __post_init__(self) -> None:
