@@ -11,6 +11,8 @@ import torch
 
 from weightgeom import probes as probe_files
 from weightgeom.bases.sources import Source, check_apart, check_fits, plain_config, source_of
+from weightgeom.estimators.pairs import together
+from weightgeom.estimators.per_matrix import as_probe
 from weightgeom.estimators.reference_subspaces import (
     Inputs,
     Place,
@@ -116,8 +118,9 @@ def measure(
     for name, probe in chosen:
         _check(name, probe, k, setting)
     rows: list[dict[str, Any]] = []
-    for name, probe in chosen:
-        measured = probe.measurement(setting)(moved)
+    walked = together({str(place): probe for place, (_, probe) in enumerate(chosen)}, setting)(moved)
+    for place, (name, probe) in enumerate(chosen):
+        measured = walked[str(place)] if str(place) in walked else probe.measurement(setting)(moved)
         if not measured:
             raise ValueError(
                 f"the probe {name} has no rows for two checkpoints alone: it needs an objective, which"
@@ -219,6 +222,7 @@ def _probe(choice: object, k: int | Sequence[int] | None) -> tuple[str, Probe]:
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise ValueError(f"the probe {name} does not take k={k}: {reason.lower()}") from error
+    kind = as_probe(kind)
     if not isinstance(kind, Probe):
         raise TypeError(
             f"a probe is a name, a class or a configured object such as RSF(k=16), got {choice!r}"
@@ -231,7 +235,7 @@ def _takes_k(kind: type) -> bool:
 
 
 def _named(name: str) -> type:
-    """The probe's class, the one in its file that has a declaration."""
+    """The probe's class, the one in its file that has a declaration or is a function of two matrices."""
     names = sorted(module.name for module in iter_modules(probe_files.__path__))
     if name not in names:
         raise KeyError(f"unknown probe {name!r}; choose from {', '.join(names)}")
@@ -239,7 +243,9 @@ def _named(name: str) -> type:
     return next(
         thing
         for thing in vars(module).values()
-        if isinstance(thing, type) and thing.__module__ == module.__name__ and "declaration" in vars(thing)
+        if isinstance(thing, type)
+        and thing.__module__ == module.__name__
+        and {"declaration", "of_matrix"} & vars(thing).keys()
     )
 
 

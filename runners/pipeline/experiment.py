@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -344,6 +344,7 @@ class Experiment:
             log.info("stage %s against %s, the one before it", after, before)
             of = against(before, after)
             measured = self.measured(make, pair, pair.trajectory, pair.identity, examples, of)
+            measured = replace(measured, probes={name: self.probes[name] for name in names})
             for name in names:
                 by_probe[name].append(measured.table(name, self.probes[name]))
         yield from ((name, between(pairs)) for name, pairs in by_probe.items())
@@ -417,7 +418,7 @@ class Experiment:
         """The tables of a trajectory, whose stages `make` makes."""
         stages = partial(make, of=of)
         parts = (self.seed, self.device, self.objective, self.training)
-        return Measured(stages, *parts, base, trajectory, identity, examples)
+        return Measured(stages, *parts, base, trajectory, identity, examples, self.probes)
 
     def _stages(self, record: Record, progress: Progress, prefix: str, code: str, of: str = "") -> Stages:
         return Stages(self.outputs, record, prefix, code, self.verify, self.interruption, progress, of)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
@@ -17,6 +17,7 @@ from runners.disk import write_atomically
 from runners.modules import fields_of, modules_of, required
 from runners.pipeline.fingerprint import code_behind, contents
 from runners.pipeline.logged_stages import Foresight, Stages
+from weightgeom.estimators.pairs import OfPairs, together
 from weightgeom.estimators.per_matrix import PerMatrix
 from weightgeom.interfaces import Intervention, Log, Objective, Probe, Setting, Stage
 from weightgeom.models.weights import check_finite
@@ -96,12 +97,13 @@ class Measured:
     trajectory: Trajectory
     identity: str
     examples: Examples
+    probes: Mapping[str, Probe] = field(default_factory=dict)  # that will be asked for, in this order
 
     def table(self, name: str, probe: Probe, pieces: Sequence[Sequence[int]] = ()) -> "pd.DataFrame":
         """The table of one probe over all checkpoints, whose rows are in these `pieces` of steps, if any.
 
         The rows of each checkpoint are kept at once, so that an interrupted stage goes on behind the last
-        one.
+        one. Probes of pairs of matrices that are asked for later are measured in the same walk.
         """
         steps = list(self.trajectory.steps)
 
@@ -112,7 +114,9 @@ class Measured:
                 )
                 measured = [row for piece in found for of_step in piece for row in of_step]
             else:
-                measured = self._rows(probe, self.setting, steps, directory, log_metrics)
+                measured = self._rows(
+                    name, probe, self.setting, steps, directory, log_metrics, self._behind(name)
+                )
             self._check_headline(name, probe, measured)
             return measured
 
@@ -130,7 +134,7 @@ class Measured:
         def work(directory: Path, log_metrics: Log) -> None:
             about = {key: value for key, value in specification.items() if key != "steps"}
             setting = replace(self.setting, shared=partial(stages.aside, SHARED, about))
-            self._rows(probe, setting, steps, directory, log_metrics)
+            self._rows(name, probe, setting, steps, directory, log_metrics, {})
 
         if aside:
             return stages.aside(PIECES, specification, lambda directory: work(directory, lambda *_: None))
@@ -143,11 +147,19 @@ class Measured:
         return not stages.made(name, self._specification("probe", probe, list(self.trajectory.steps)))
 
     def _rows(
-        self, probe: Probe, setting: Setting, steps: Sequence[int], directory: Path, log_metrics: Log
+        self,
+        name: str,
+        probe: Probe,
+        setting: Setting,
+        steps: Sequence[int],
+        directory: Path,
+        log_metrics: Log,
+        behind: Mapping[str, Probe],
     ) -> list[Row]:
         """The rows of some checkpoints, each kept at once; those that are kept already are not made again.
 
         Unless the probe is divisible, the checkpoint before the first one to be measured is measured with it.
+        Probes `behind` it are measured in the same walk.
         """
         kept = kept_rows(directory, len(steps))
         measured = [row for part in kept for row in part]
@@ -157,19 +169,50 @@ class Measured:
         before = order[: order.index(left[0])][-1:]
         if before and probe.declaration.divisible:
             setting = replace(setting, before=setting.checkpoints[before[0]])
-        measure = probe.measurement(setting)
+        measure = self._measurement(name, probe, setting, behind)
         for step in before if not probe.declaration.divisible else ():
-            measure(setting.checkpoints[step])
+            measure(step, setting.checkpoints[step])
             log_metrics({}, len(kept))
         for index, step in enumerate(left, len(kept)):
-            params = setting.checkpoints[step]
+            params = setting.end if step == self.trajectory.last else setting.checkpoints[step]
             if self.trajectory.name in PUBLISHED:
                 check_finite(params, self._model.architecture, str(self.trajectory.steps[step]))
-            rows = [{"step": step, **row} for row in measure(params)]
+            rows = [{"step": step, **row} for row in measure(step, params)]
             keep_rows(directory, index, rows)
             measured += rows
             log_metrics({}, index + 1)
         return measured
+
+    def _measurement(
+        self, name: str, probe: Probe, setting: Setting, behind: Mapping[str, Probe]
+    ) -> Callable[[int, Params], list[Row]]:
+        """The measurement of a checkpoint, from a walk made for an earlier probe where there was one."""
+        if not isinstance(probe, OfPairs):
+            alone = probe.measurement(setting)
+            return lambda step, params: alone(params)
+        walk = together({name: probe, **behind}, setting)
+
+        def measure(step: int, params: Params) -> list[Row]:
+            if (name, step) not in self._walked:
+                self._walked.update({(other, step): rows for other, rows in walk(params).items()})
+            return self._walked.pop((name, step))
+
+        return measure
+
+    def _behind(self, name: str) -> dict[str, Probe]:
+        """The probes of pairs of matrices whose tables are still to be made after this one's."""
+        names = list(self.probes)
+        later = names[names.index(name) + 1 :] if name in names else []
+        return {
+            other: self.probes[other]
+            for other in later
+            if isinstance(self.probes[other], OfPairs) and self.unmade(other, self.probes[other])
+        }
+
+    @cached_property
+    def _walked(self) -> dict[tuple[str, int], list[Row]]:
+        """Rows of probes, by name and step, whose turn is still to come."""
+        return {}
 
     def effects(self, name: str, intervention: Intervention) -> "pd.DataFrame":
         """The table of one intervention.

@@ -7,7 +7,7 @@ from moving import matrix_of, moved
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from weightgeom.estimators.held_out import held_out
+from weightgeom.estimators.held_out import held_out, predictions
 from weightgeom.probes.behaviour import Behaviour
 from weightgeom.probes.connectivity import Connectivity, barrier, random_direction
 from weightgeom.table import tabulate
@@ -85,12 +85,13 @@ def test_a_random_direction_has_the_norm_of_the_update_in_every_matrix(model, pa
 @pytest.mark.slow
 def test_the_loss_in_a_random_direction_is_a_draw_from_its_null(model, examples, params, after, generator):
     batches = packed(examples.heldout, model.tokenizer, 48, 96)
+    then = [predictions(model, params, batch) for batch in batches]
 
     def losses(directions):
         sums = []
         for direction in directions:
             weights = {name: params[name] + direction[name] for name in params}
-            sums.append(float(held_out(model, weights, params, batches).losses.sum()))
+            sums.append(float(held_out(model, weights, then, batches).losses.sum()))
         return torch.tensor(sums, dtype=torch.float64)
 
     # Updates of Gaussian entries, each against the random directions of its own norms.

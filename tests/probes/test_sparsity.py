@@ -124,7 +124,7 @@ def test_the_iid_null_of_gaussian_weights_has_the_overlaps_that_were_published_a
     visible: float, overlap: float
 ) -> None:
     before = weights(512, 512).bfloat16().float()
-    sigma = Cells.of(before.flatten(), torch.bfloat16).matching(visible)
+    sigma = Cells.of(before.flatten(), torch.bfloat16).matching(visible, 0.0)
     after = before + sigma * torch.randn(before.shape, generator=torch.Generator().manual_seed(1))
     quantities = PROBE.of_matrix(before, after.bfloat16().float())
     assert 1 - quantities["invisible_share"] == pytest.approx(visible, abs=0.005)

@@ -7,6 +7,7 @@ from math import isfinite
 import torch
 
 from weightgeom.declarations import ProbeDeclaration
+from weightgeom.estimators.pairs import MatrixPair, Visit, alone, each_pair
 from weightgeom.interfaces import MatrixFunction, Probe, Setting
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
@@ -42,15 +43,18 @@ class PerMatrix:
 
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement of one checkpoint."""
-        return lambda params: list(self._rows(setting, params))
+        return alone(self, setting)
 
-    def _rows(self, setting: Setting, params: Params) -> Iterator[Row]:
-        for matrix in setting.model.architecture.matrices:
-            before, after = (matrix.of(weights).float() for weights in (setting.start, params))
-            unmoved = torch.equal(before, after)
-            for quantity, value in self.function.of_matrix(before, after).items():
-                if isfinite(value) or not unmoved:
-                    yield row(quantity, float(value), n=after.numel(), **matrix.table_columns)
+    def visits(self, setting: Setting) -> Callable[[Params], Visit]:
+        """The same, for a walk with others."""
+        return lambda params: each_pair(self._rows)
+
+    def _rows(self, pair: MatrixPair) -> Iterator[Row]:
+        before, after = pair.stored_before.float(), pair.stored_after.float()
+        unmoved = torch.equal(before, after)
+        for quantity, value in self.function.of_matrix(before, after).items():
+            if isfinite(value) or not unmoved:
+                yield row(quantity, float(value), n=after.numel(), **pair.matrix.table_columns)
 
 
 def as_probe(thing: object) -> object:

@@ -13,7 +13,7 @@ from torch import Tensor
 from weightgeom.analysis.summaries import by_quantity
 from weightgeom.bases.outline import Shape
 from weightgeom.declarations import BEHAVIOUR, ProbeDeclaration
-from weightgeom.estimators.held_out import held_out
+from weightgeom.estimators.held_out import held_out, predictions
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
@@ -53,9 +53,9 @@ class Behaviour:
         """Every model will do."""
 
     def held(self, shape: Shape, objective: bool) -> float:
-        """Two models, and of a batch of 16 sequences the logits: of both, twice, and a slice in fp64."""
+        """Two models, and of a batch of 16 sequences the logits: of both, of one twice, and slices."""
         tokens = min(self.tokens, 16 * self.length)
-        text = 4 * shape.logits(tokens) + 14 * shape.logits(min(tokens, 256))
+        text = 3 * shape.logits(tokens) + 4 * shape.logits(min(tokens, 256))
         pairs = 2 * shape.logits(16 * min(shape.longest, self.pair_length))
         return 2 * shape.weights + max(text, pairs)
 
@@ -87,7 +87,8 @@ class Behaviour:
 
         def measure(params: Params) -> list[Row]:
             weights = model.hold(params)
-            rows = held_out(model, weights, base, texts).rows() if texts else []
+            then = (predictions(model, base, batch) for batch in texts)
+            rows = held_out(model, weights, then, texts).rows() if texts else []
             margins = [
                 model.log_probs(weights, chosen.to(model.device)).sum(1)
                 - model.log_probs(weights, rejected.to(model.device)).sum(1)

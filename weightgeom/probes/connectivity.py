@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weightgeom.bases.outline import Shape
 from weightgeom.declarations import ProbeDeclaration
-from weightgeom.estimators.held_out import HeldOut, held_out, over_tokens
+from weightgeom.estimators.held_out import HeldOut, held_out, over_tokens, predictions
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture
 from weightgeom.params import Params
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from weightgeom.models.language_model import LanguageModel
 
+BATCH_TOKENS = 512  # whose logits are in memory, beside those of the start at all tokens
 SHOWN = {"path_ce": "loss", "path_ce_rise": "rise", "path_kl": "KL"}  # in the terminal
 Held = Mapping[str, Tensor]
 
@@ -54,7 +55,7 @@ class Connectivity:
 
     t: list[float] = Field(default=[0, 0.25, 0.5, 0.75, 1, 1.25, 1.5])
     draws: int = Field(default=3, ge=2)  # of random directions
-    tokens: int = Field(default=2048, ge=2)  # of held-out text
+    tokens: int = Field(default=512, ge=2)  # of held-out text
     length: int = Field(default=96, ge=2)  # tokens a sequence
 
     def __post_init__(self) -> None:
@@ -68,9 +69,10 @@ class Connectivity:
         """Every model will do."""
 
     def held(self, shape: Shape, objective: bool) -> float:
-        """Both ends, a direction and a point, and of a batch of 16 sequences the logits of two models."""
-        tokens = min(self.tokens, 16 * self.length)
-        return 4 * shape.weights + 4 * shape.logits(tokens) + 14 * shape.logits(min(tokens, 256))
+        """Both ends, a direction and a point, the logits of the start and, twice, of a batch, and slices."""
+        batch = min(self.tokens, max(BATCH_TOKENS, self.length))
+        logits = self.tokens + 2 * batch + 4 * min(batch, 256)
+        return 4 * shape.weights + shape.logits(logits)
 
     def summary(self, table: "pd.DataFrame") -> "pd.DataFrame":
         """Loss and KL at every t of the last step, with their nulls."""
@@ -102,7 +104,10 @@ class Connectivity:
         model = setting.model
         batches = [
             batch.to(model.device)
-            for batch in packed(setting.examples.heldout, model.tokenizer, self.length, self.tokens)
+            for batch in packed(
+                *(setting.examples.heldout, model.tokenizer, self.length, self.tokens),
+                size=max(1, BATCH_TOKENS // self.length),
+            )
         ]
         start = model.hold(setting.start)
 
@@ -117,17 +122,20 @@ class Connectivity:
     def _rows(
         self, model: "LanguageModel", before: Held, after: Held, batches: Sequence[Batch], seed: int
     ) -> Iterator[Row]:
-        line = self._path(
-            model,
-            before,
-            batches,
-            lambda t: {name: torch.lerp(before[name], after[name], t) for name in before},
-        )
+        then = [predictions(model, before, batch) for batch in batches]
+        first = held_out(model, before, then, batches)
+
+        def path(point: Callable[[float], Held]) -> dict[str, list[Row]]:
+            return self._path(
+                [held_out(model, point(t), then, batches) if t else first for t in self.t], first
+            )
+
+        line = path(lambda t: {name: torch.lerp(before[name], after[name], t) for name in before})
         random = []
         generator = torch.Generator().manual_seed(seed)
         for _ in range(self.draws):
             direction = random_direction(model.architecture, before, after, generator)
-            random.append(self._path(model, before, batches, _from(before, direction)))
+            random.append(path(_from(before, direction)))
         losses = line["path_ce"]
         yield row("barrier", barrier(self.t, _values(losses)), n=losses[0]["n"], unit="nats/token")
         yield from _null("barrier", [barrier(self.t, _values(drawn["path_ce"])) for drawn in random])
@@ -137,12 +145,8 @@ class Connectivity:
                 values = [drawn[quantity][index]["value"] for drawn in random]
                 yield from _null(quantity, values, dose=f"{t:g}")
 
-    def _path(
-        self, model: "LanguageModel", base: Held, batches: Sequence[Batch], point: Callable[[float], Held]
-    ) -> dict[str, list[Row]]:
-        """The rows of every quantity, one for each t."""
-        points = [held_out(model, point(t), base, batches) for t in self.t]
-        first = points[self.t.index(0)]
+    def _path(self, points: Sequence[HeldOut], first: HeldOut) -> dict[str, list[Row]]:
+        """The rows of every quantity, one for each t; `first` is at t = 0."""
         return {
             "path_ce": [over_tokens("path_ce", at.losses, at.tokens) for at in points],
             "path_ce_rise": [_rise(at, first) for at in points],

@@ -16,6 +16,7 @@ from weightgeom.bases.hub import fetch
 from weightgeom.bases.remote import is_remote
 from weightgeom.declarations import ProbeDeclaration
 from weightgeom.estimators.gradients import Gathering, gradient_moments
+from weightgeom.estimators.pairs import MatrixPair, Visit, alone
 from weightgeom.estimators.reference_subspaces import (
     Inputs,
     check_dimensions,
@@ -160,6 +161,10 @@ class Overlap:
 
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement of one checkpoint; subspaces of other models are found once."""
+        return alone(self, setting)
+
+    def visits(self, setting: Setting) -> Callable[[Params], Visit]:
+        """The same, for a walk with others."""
         architecture = setting.model.architecture
         (k,) = dimensions(self.k, architecture.d_model)
         fixed = {
@@ -172,17 +177,29 @@ class Overlap:
             )
             fixed["other"] = Spaces(self, setting, k, after, before)
 
-        def measure(params: Params) -> list[Row]:
+        wanted = {side for sides in self._sides.values() for side in sides}
+
+        def visit(params: Params) -> Visit:
             here = Spaces(self, setting, k, params, setting.start)
             models = {**fixed, "here": here, "next_layer": here}
-            return [
-                {**entry, "subspace": pair, "k": k}
-                for pair, sides in self._sides.items()
-                for matrix in _matrices(architecture, sides)
-                for entry in _compared(pair, matrix, [models[side.at].of(side, matrix) for side in sides])
-            ]
+            if params is setting.end:
+                models["end"] = here
 
-        return measure
+            def see(pair: MatrixPair) -> None:
+                for side in wanted:
+                    models[side.at].see(side.thing, pair)
+
+            def rows() -> list[Row]:
+                return [
+                    {**entry, "subspace": pair, "k": k}
+                    for pair, sides in self._sides.items()
+                    for matrix in _matrices(architecture, sides)
+                    for entry in _compared(pair, matrix, [models[side.at].of(side, matrix) for side in sides])
+                ]
+
+            return see, rows
+
+        return visit
 
 
 @plain_dataclass(frozen=True, eq=False)
@@ -209,6 +226,18 @@ class Spaces:
         if place not in self._matrices:
             self._matrices[place] = self._of_matrix(*place)
         return self._matrices[place]
+
+    def see(self, thing: str, pair: MatrixPair) -> None:
+        """Find the basis of an update or a matrix that is one of the pair's, from its decompositions."""
+        place = (thing, pair.matrix.name)
+        if thing not in ("delta", "weight") or place in self._matrices:
+            return
+        if thing == "delta" and self.params is pair.params and self.start is pair.start:
+            self._matrices[place] = _top(pair.update.gram.cpu(), self.k)
+        elif thing == "weight" and (self.params is pair.start or self.params is pair.params):
+            parts = pair.parts_before if self.params is pair.start else pair.parts_after
+            most = _rank(parts.values.square(), pair.after.dtype)
+            self._matrices[place] = parts.top(pair.matrix, min(self.k, most)) if most else None
 
     @cached_property
     def _matrices(self) -> dict[tuple[str, str], Tensor | None]:
@@ -319,6 +348,9 @@ def _top(gram: Float[Tensor, "d d"], k: int) -> Float[Tensor, "d _"] | None:
 
 def _above_rounding(basis: Float[Tensor, "d k"], gram: Float[Tensor, "d d"]) -> Float[Tensor, "d _"]:
     """The leading eigenvectors, without those that only rounding adds to a matrix of lower rank."""
-    values = (basis * (gram.double() @ basis)).sum(0)
-    rank = int((values > ROUNDING * torch.finfo(gram.dtype).eps * values[0]).sum())
-    return basis[:, :rank]
+    return basis[:, : _rank((basis * (gram.double() @ basis)).sum(0), gram.dtype)]
+
+
+def _rank(values: Float[Tensor, " k"], dtype: torch.dtype) -> int:
+    """How many of descending eigenvalues are more than rounding; 0 where all are zero."""
+    return int((values > ROUNDING * torch.finfo(dtype).eps * values[0]).sum())

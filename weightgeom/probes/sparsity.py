@@ -11,9 +11,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from weightgeom.geometry.subspace import Subspace
+from weightgeom.geometry.subspace import leading_eigenpairs
 
-BLOCK = 2**20  # entries that are in fp64 at a time
+BLOCK = 2**20  # entries at a time
 MATCHED = 2**18  # entries, evenly spread, on which the null's density is matched
 
 
@@ -55,22 +55,20 @@ class Sparsity:
         cells = Cells.of(start, getattr(torch, self.grid))
         visible = start.to(cells.grid) != end.to(cells.grid)
         change, size = (end - start).abs(), torch.maximum(start.abs(), end.abs())
-        relative, absolute = self._relative(start), torch.full_like(start, self.absolute)
+        relative, absolute = self._relative(start), start.new_tensor([self.absolute])  # of all
         quantities = {
             "unmoved_share": float((start == end).double().mean()),
             **_share("invisible_share", ~visible, cells.below, cells.above, sigma),
             **_share("relative_unmoved_share", change <= self.eta * size, *relative, sigma),
             **_share("absolute_unmoved_share", change <= self.absolute, absolute, absolute, sigma),
         }
-        masks = {
-            "low_overlap": smallest(start.abs(), self.alpha),
-            "principal_overlap": smallest(-_principal(before, self.rank).abs().flatten(), self.alpha),
-        }
         if not visible.any():
             return quantities
-        matched = cells.matching(float(visible.double().mean()))
-        for name, mask in masks.items():
-            quantities |= _overlap(name, mask, visible, cells, matched)
+        p = cells.visible(cells.matching(float(visible.double().mean()), sigma))
+        for name, small in (("low_overlap", start.abs()), ("principal_overlap", None)):
+            if small is None:
+                small = -_principal(before, self.rank).abs().flatten()
+            quantities |= _overlap(name, smallest(small, self.alpha), visible, p)
         return quantities
 
     def _relative(self, start: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
@@ -96,9 +94,14 @@ class Cells:
         middle = rounded.float()
         return cls(grid, entries - (middle + down) / 2, (middle + up) / 2 - entries)
 
-    def matching(self, density: float) -> float:
+    def visible(self, sigma: float) -> Float[Tensor, " n"]:
+        """The probability that each entry is visible under an iid Gaussian update."""
+        return _outside(self.below, self.above, sigma)
+
+    def matching(self, density: float, near: float) -> float:
         """The standard deviation of iid entries of which a share of `density` is visible; inf at 1, nan at 0.
 
+        It is looked for near that of the update, `near`, first.
         Any step is visible at an entry of 0: of a density below the share of zeros it is the least one.
         """
         from scipy.optimize import brentq
@@ -106,53 +109,58 @@ class Cells:
         if not 0 < density < 1:
             return float("inf") if density == 1 else float("nan")
         stride = max(1, len(self.below) // MATCHED)
-        below, above = self.below[::stride].double(), self.above[::stride].double()
-        unit = float((below + above).mean())
+        below, above = self.below[::stride].contiguous(), self.above[::stride].contiguous()
+        unit = float((below + above).double().mean())
 
         def excess(exponent: float) -> float:
-            return density - float(_inside(below, above, unit * exp(exponent)).neg().add(1).mean())
+            return density - float(_outside(below, above, unit * exp(exponent)).mean(dtype=torch.float64))
 
         least = log(1e-12)
         if excess(least) <= 0:
             return unit * exp(least)
-        return unit * exp(brentq(excess, least, log(1e12), xtol=1e-4))  # pyright: ignore[reportArgumentType]
+        low, high = least, log(1e12)
+        centre = log(near / unit) if near > 0 and unit > 0 else 0.0
+        if least < centre - 0.2 and excess(centre - 0.2) < 0 < excess(centre + 0.2):
+            low, high = centre - 0.2, centre + 0.2
+        return unit * exp(brentq(excess, low, high, xtol=1e-4))  # pyright: ignore[reportArgumentType]
 
 
-def _inside(below: Float[Tensor, " n"], above: Float[Tensor, " n"], sigma: float) -> Float[Tensor, " n"]:
-    """P(-below ≤ e ≤ above) for a Gaussian e."""
-    return torch.special.ndtr(above / sigma) - torch.special.ndtr(-below / sigma)
+def _outside(below: Float[Tensor, " n"], above: Float[Tensor, " n"], sigma: float) -> Float[Tensor, " n"]:
+    """P(e < -below or e > above) for a Gaussian e: a sum of two tails, of which fp32 loses no digits."""
+    return torch.special.ndtr(above / -sigma) + torch.special.ndtr(below / -sigma)
 
 
 def _share(
     name: str, inside: Tensor, below: Float[Tensor, " n"], above: Float[Tensor, " n"], sigma: float
 ) -> dict[str, float]:
-    """A share of entries that stay inside an interval, with its null."""
-    n, total, variance = len(below), 0.0, 0.0
+    """A share of entries that stay inside an interval, their own or that of all, with its null."""
+    n, total, variance = inside.numel(), 0.0, 0.0
     for low, high in zip(below.split(BLOCK), above.split(BLOCK), strict=True):
-        p = _inside(low.double(), high.double(), sigma) if sigma > 0 else torch.ones(len(low))
-        total += float(p.sum())
-        variance += float((p * (1 - p)).sum())
+        out = _outside(low, high, sigma).double() if sigma > 0 else torch.zeros(len(low))
+        total += float(out.sum()) * n / len(below)
+        variance += float((out * (1 - out)).sum()) * n / len(below)
     share = float(inside.double().mean())
-    return {name: share, f"null_{name}_mean": total / n, f"null_{name}_sd": sqrt(variance) / n}
+    return {name: share, f"null_{name}_mean": 1 - total / n, f"null_{name}_sd": sqrt(variance) / n}
 
 
 def _overlap(
-    name: str, mask: Float[Tensor, " n"], visible: Tensor, cells: Cells, sigma: float
+    name: str, mask: Float[Tensor, " n"], visible: Tensor, p: Float[Tensor, " n"]
 ) -> dict[str, float]:
     """The share of visible entries in a mask, and its mean and sd where entries are visible at random.
 
     With p_i the probability that entry i is visible and m_i its membership of the mask, the mean is
     Σ m p / Σ p = o and the variance Σ (m - o)² p (1 - p) / (Σ p)², to first order in 1/n.
     """
-    parts = []
-    for low, high in zip(cells.below.split(BLOCK), cells.above.split(BLOCK), strict=True):
-        parts.append(1 - _inside(low.double(), high.double(), sigma))
-    p = torch.cat(parts)
-    total = float(p.sum())
-    mean = float((mask * p).sum()) / total
-    sd = sqrt(float(((mask - mean).square() * p * (1 - p)).sum())) / total
+    total, inside, variance = float(p.sum(dtype=torch.float64)), 0.0, 0.0
+    blocks = list(zip(mask.split(BLOCK), p.split(BLOCK), strict=True))
+    for members, chance in blocks:
+        inside += float((members * chance).sum(dtype=torch.float64))
+    mean = inside / total
+    for members, chance in blocks:
+        variance += float(((members - mean).square() * chance * (1 - chance)).sum(dtype=torch.float64))
+    sd = sqrt(variance) / total
     count = int(visible.sum())
-    overlap = float(mask[visible].sum()) / count if count else float("nan")
+    overlap = float(mask[visible].sum(dtype=torch.float64)) / count if count else float("nan")
     return {name: overlap, f"null_{name}_mean": mean, f"null_{name}_sd": sd}
 
 
@@ -161,12 +169,12 @@ def smallest(values: Float[Tensor, " n"], share: float) -> Float[Tensor, " n"]:
     size = max(1, round(share * len(values)))
     edge = values.kthvalue(size).values
     below, ties = values < edge, values == edge
-    return below.double() + ties.double() * ((size - int(below.sum())) / int(ties.sum()))
+    return below.float() + ties.float() * ((size - int(below.sum())) / int(ties.sum()))
 
 
 def _principal(matrix: Float[Tensor, "d_out d_in"], rank: int) -> Float[Tensor, "d_out d_in"]:
     """The part of a matrix along its top singular directions."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    basis = Subspace.top((wide @ wide.T).double(), min(rank, len(wide))).basis.to(wide)
+    basis = leading_eigenpairs((wide @ wide.T).double(), min(rank, len(wide)))[1].to(wide)
     part = basis @ (basis.T @ wide)
     return part if wide is matrix else part.T

@@ -15,8 +15,11 @@ from torch import Tensor
 from weightgeom.declarations import SPECTRA, ProbeDeclaration
 from weightgeom.estimators.gradients import Gathering, gradient_moments
 from weightgeom.estimators.moments import activation_moments
+from weightgeom.estimators.pairs import MatrixPair, Visit, alone
 from weightgeom.estimators.updates import update_of, zeros
+from weightgeom.geometry.gram import product
 from weightgeom.geometry.power_law import gaussian_spectra, power_law
+from weightgeom.geometry.subspace import eigenvalues
 from weightgeom.interfaces import Setting
 from weightgeom.models.residual import Architecture, ResidualMatrix, first_readers
 from weightgeom.params import Params
@@ -98,17 +101,35 @@ class Spectrum:
 
     def measurement(self, setting: Setting) -> Callable[[Params], list[Row]]:
         """The measurement of one checkpoint."""
+        return alone(self, setting)
 
-        def measure(params: Params) -> list[Row]:
-            rows = [*self._activations(setting, params), *self._gradients(setting, params)]
-            for matrix in setting.model.architecture.matrices:
-                if "delta" in self.of:
-                    rows += self._matrix("delta", matrix, params, setting.start, setting.seed)
-                if "weight" in self.of:
-                    rows += self._matrix("weight", matrix, params, zeros(matrix, params), setting.seed)
-            return rows
+    def visits(self, setting: Setting) -> Callable[[Params], Visit]:
+        """The same, for a walk with others."""
 
-        return measure
+        def visit(params: Params) -> Visit:
+            rows: list[Row] = []
+
+            def of_checkpoint() -> list[Row]:
+                return [*self._activations(setting, params), *self._gradients(setting, params), *rows]
+
+            return (lambda pair: rows.extend(self._pair(pair, setting.seed))), of_checkpoint
+
+        return visit
+
+    def _pair(self, pair: MatrixPair, seed: int) -> Iterator[Row]:
+        """The rows of an update and of the matrix after it."""
+        matrix, of = pair.matrix, {}
+        if "delta" in self.of:
+            of["delta"] = pair.update_squares, pair.update.gram.dtype, pair.after - pair.before
+        if "weight" in self.of:
+            of["weight"] = pair.squares_after, pair.after.dtype, pair.after
+        for thing, (squares, dtype, whole) in of.items():
+            values = _above_rounding(squares[: min(whole.shape)], dtype)
+            d = whole.shape[1 if matrix.role == "read" else 0]
+            yield from self._rows(thing, values, d, whole.shape, whole.numel(), matrix.table_columns, seed)
+        moved = {thing: whole for thing, (squares, _, whole) in of.items() if bool(squares.any())}
+        if self.shuffles and moved:
+            yield from self._shuffled(matrix, moved, seed)
 
     def _activations(self, setting: Setting, params: Params) -> Iterator[Row]:
         if "activation" not in self.of:
@@ -143,69 +164,67 @@ class Spectrum:
                     columns = matrix.table_columns
                     yield from self._moment("upstream", moment.value, moment.samples, columns, setting.seed)
                 if matrix.parameter in means:
-                    nothing = zeros(matrix, means)
-                    yield from self._matrix(
-                        "gradient", matrix, means, nothing, setting.seed, gathered.prompts
-                    )
+                    yield from self._gradient(matrix, means, setting.seed, gathered.prompts)
 
-    def _matrix(
-        self,
-        thing: Thing,
-        matrix: ResidualMatrix,
-        after: Params,
-        before: Params,
-        seed: int,
-        n: int | None = None,
-    ) -> Iterator[Row]:
-        written = thing != "gradient"
-        update = update_of(matrix, after, before, written=written)
-        d_out, d_in = update.shape
-        count, columns = n or d_out * d_in, matrix.table_columns
-        yield from self._rows(thing, update.gram, update.shape, count, columns, seed)
-        if self.shuffles and bool(update.gram.any()):
-            new, old = (matrix.written(of) if written else matrix.of(of) for of in (after, before))
-            whole = {"subspace": "residual", **columns, "k": len(update.gram)}
-            yield from self._shuffled(thing, new.float() - old.float(), whole, seed)
+    def _gradient(self, matrix: ResidualMatrix, means: Params, seed: int, n: int) -> Iterator[Row]:
+        mean = update_of(matrix, means, zeros(matrix, means), written=False)
+        values = _eigenvalues(mean.gram, min(mean.shape))
+        yield from self._rows("gradient", values, len(mean.gram), mean.shape, n, matrix.table_columns, seed)
+        if self.shuffles and bool(values.any()):
+            yield from self._shuffled(matrix, {"gradient": matrix.of(means).cpu()}, seed)
 
     def _shuffled(
-        self, thing: Thing, delta: Float[Tensor, "d_out d_in"], place: Mapping[str, Any], seed: int
+        self, matrix: ResidualMatrix, things: Mapping[str, Float[Tensor, "d_out d_in"]], seed: int
     ) -> Iterator[Row]:
-        """The rows about the edge: its spikes if the entries stood in random places."""
+        """The rows about the edge: spikes if the entries stood in random places, the same for all things."""
         generator = torch.Generator().manual_seed(seed)
-        wide = delta.cpu() if delta.shape[0] <= delta.shape[1] else delta.T.cpu()
-        counts = []
+        counts: dict[str, list[int]] = {thing: [] for thing in things}
         for _ in range(self.shuffles):
-            order = torch.randperm(wide.numel(), generator=generator)
-            drawn = wide.flatten()[order].view_as(wide)
-            counts.append(spikes(_eigenvalues(drawn @ drawn.T, len(drawn)), (len(wide), wide.shape[1])))
-        spiked = torch.tensor(counts, dtype=torch.float64)
-        values = {f"null_{thing}_spikes_mean": float(spiked.mean())}
-        if len(spiked) > 1:
-            values[f"null_{thing}_spikes_sd"] = float(spiked.std())
-        values[f"{thing}_edge_informative"] = float(spiked.mean() < 1)
-        for name, value in values.items():
-            yield row(name, value, n=self.shuffles, **place)
+            order = None
+            for thing, whole in things.items():
+                wide = whole if whole.shape[0] <= whole.shape[1] else whole.T
+                if order is None:
+                    order = torch.randperm(wide.numel(), generator=generator)
+                drawn = wide.flatten()[order].view_as(wide)
+                gram = product(drawn, drawn) if drawn.dtype == torch.float32 else drawn @ drawn.T
+                values = _eigenvalues(gram, len(drawn))
+                counts[thing].append(spikes(values, (len(wide), wide.shape[1])))
+        for thing, whole in things.items():
+            spiked = torch.tensor(counts[thing], dtype=torch.float64)
+            values = {f"null_{thing}_spikes_mean": float(spiked.mean())}
+            if len(spiked) > 1:
+                values[f"null_{thing}_spikes_sd"] = float(spiked.std())
+            values[f"{thing}_edge_informative"] = float(spiked.mean() < 1)
+            d = whole.shape[1 if matrix.role == "read" else 0]
+            for name, value in values.items():
+                place: dict[str, Any] = {"subspace": "residual", **matrix.table_columns, "k": d}
+                yield row(name, value, n=self.shuffles, **place)
 
     def _moment(
         self, thing: Thing, moment: Float[Tensor, "d d"], tokens: int, place: dict[str, Any], seed: int
     ) -> Iterator[Row]:
-        return self._rows(thing, moment, (tokens, len(moment)), tokens, place, seed)
+        d = len(moment)
+        values = _eigenvalues(moment, min(tokens, d))
+        return self._rows(thing, values, d, (tokens, d), tokens, place, seed)
 
     def _rows(
         self,
         thing: Thing,
-        moment: Float[Tensor, "d d"],
+        values: Float[Tensor, " index"],
+        d: int,
         shape: tuple[int, int],
         n: int,
         place: dict[str, Any],
         seed: int,
     ) -> Iterator[Row]:
-        """The rows of a moment that is, up to a factor, the Gram of a matrix of `shape`."""
-        values = _eigenvalues(moment, min(shape))
+        """The rows of eigenvalues that are, up to a factor, the squared singular values of a matrix.
+
+        It is of `shape`, and d is the dimension of its side in the residual stream.
+        """
         if not values.any():
             return
         shares = values / values.sum()
-        whole: dict[str, Any] = {"subspace": "residual", **place, "k": len(moment)}
+        whole: dict[str, Any] = {"subspace": "residual", **place, "k": d}
         for name, value in ranks(values).items():
             yield row(f"{thing}_{name}", value, n=n, **whole)
         yield row(f"{thing}_top_share", shares[0].item(), n=n, **whole)
@@ -287,6 +306,10 @@ def marchenko_pastur_median(ratio: float) -> float:
 
 def _eigenvalues(moment: Float[Tensor, "d d"], most: int) -> Float[Tensor, " index"]:
     """The `most` largest eigenvalues in descending order, in fp64; those that are rounding are 0."""
-    values = torch.linalg.eigvalsh(moment.cpu().double()).flip(0)[:most]
-    noise = ROUNDING * torch.finfo(moment.dtype).eps * values[0]
+    return _above_rounding(eigenvalues(moment)[:most], moment.dtype)
+
+
+def _above_rounding(values: Float[Tensor, " index"], dtype: torch.dtype) -> Float[Tensor, " index"]:
+    """Descending eigenvalues, those that are rounding in this precision set to 0."""
+    noise = ROUNDING * torch.finfo(dtype).eps * values[0]
     return torch.where(values > noise, values, 0.0)
