@@ -9,10 +9,10 @@ the base is hit too, and half from a store and a base that are there. Afterwards
 points are in a record twice, a job completes twice, or MLflow still has a run RUNNING or SCHEDULED after
 `sync`.
 
-The tables to compare with are those of a sweep in processes of its own. All later runs, launchers, supervisors
-and jobs are forks of this process, which has imported the libraries that the jobs of that sweep have: a kill
-hits our code and not an import, and costs a fraction. A moment is a share of the processor time that the same
-thing takes undisturbed, so that it does not depend on what else the machine does.
+The tables to compare with are those of a sweep in processes of its own. All later runs, launchers,
+supervisors and jobs are forks of this process, which has imported the libraries that the jobs of that sweep
+have: a kill hits our code and not an import, and costs a fraction. A moment is a share of the processor time
+that the same thing takes undisturbed, so that it does not depend on what else the machine does.
 """
 
 import hashlib
@@ -43,9 +43,9 @@ ROOT = Path(__file__).parents[1]
 SMALL = (
     "model.d_model=32 model.d_mlp=64 model.layers=1 model.heads=2 model.vocabulary=512"
     " model.pretraining.steps=4 model.pretraining.batch_size=4 model.pretraining.max_length=32"
-    " training.steps=4 training.batch_size=4 training.max_length=48 training.log_every=1 training.save_every=1"
-    " probe.rsf.tokens=256 probe.rsf.prompts=8 probe.rsf.resamples=2 probe.behaviour.tokens=256 device=cpu"
-    " +data.documents=60 +data.pairs=24 +data.heldout=8 name=kills"
+    " training.steps=4 training.batch_size=4 training.max_length=48 training.log_every=1"
+    " training.save_every=1 probe.rsf.tokens=256 probe.rsf.prompts=8 probe.rsf.resamples=2"
+    " probe.behaviour.tokens=256 device=cpu +data.documents=60 +data.pairs=24 +data.heldout=8 name=kills"
 ).split()
 SWEEP = ["objective=dpo,ce", "-m"]
 RUN, LAUNCHER, SYNC = str(ROOT / "run.py"), "runners.launcher", "runners.tracking"
@@ -96,13 +96,14 @@ def popen(home: Path, command: list[str], *, stdout: Any, env: Any = None, **_: 
 
 @dataclass
 class Clock:
-    """The processor seconds of all processes that have worked in `home`."""
+    """The processor seconds of all processes that have worked in `home`, or of the process `only`."""
 
     home: Path
+    only: int | None = None
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     def __call__(self) -> float:
-        for pid, _ in forks(self.home):
+        for pid in (pid for pid, _ in forks(self.home) if self.only in (None, int(pid))):
             with suppress(OSError):
                 times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
                 self.seconds[pid] = TICK * (int(times[11]) + int(times[12]))
@@ -124,7 +125,8 @@ def alive(home: Path, victim: str = "") -> list[int]:
             return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         return "gone"
 
-    return [int(pid) for pid, command in forks(home) if victim in ("", command) and state(pid) not in "ZXgone"]
+    chosen = [pid for pid, command in forks(home) if victim in ("", command)]
+    return [int(pid) for pid in chosen if state(pid) not in ("Z", "X", "gone")]
 
 
 def ended(home: Path, command: str, *arguments: str) -> tuple[int, str]:
@@ -185,17 +187,18 @@ def verdict(home: Path, records: list[Path], expected: list[dict[str, str]]) -> 
     return [*faults(home, records), *differ]
 
 
-def killed(home: Path, moment: float, victim: str, process: Fork) -> bool:
-    """SIGKILL a process with the command `victim` once `home` has used `moment` processor seconds.
+def killed(clock: Clock, moment: float, victim: str, process: Fork) -> bool:
+    """SIGKILL a process with the command `victim` once the clock shows `moment`.
 
     False if there was none any more.
     """
-    clock = Clock(home)
-    while not (reached := clock() >= moment) or not alive(home, victim):
+    home = clock.home
+    while not (reached := clock() >= moment) or not (there := alive(home, victim)):
         if process.poll() is not None and (reached or not alive(home)):
             return False
         time.sleep(0.01)
-    os.kill(random.choice(alive(home, victim)), signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.kill(random.choice(there), signal.SIGKILL)
     return True
 
 
@@ -218,7 +221,7 @@ class Undisturbed:
 def of_run(home: Path, moment: float, expected: list[dict[str, str]]) -> tuple[bool, list[str]]:
     """Kill a run after `moment` processor seconds, and run it again."""
     process = started(home, RUN, SMALL)
-    hit = killed(home, moment, RUN, process)
+    hit = killed(Clock(home), moment, RUN, process)
     while process.poll() is None:
         time.sleep(0.02)
     code, out = ended(home, RUN, *SMALL)
@@ -230,7 +233,7 @@ def of_sweep(
 ) -> tuple[bool, list[str]]:
     """Kill the `victim` among the processes of a sweep, or of its `resubmit`, and submit it again."""
     process = started(home, RUN, [*SMALL, *SWEEP])
-    hit = killed(home, moment, VICTIMS[-1] if victim == "resubmit" else victim, process)
+    hit = killed(Clock(home), moment, VICTIMS[-1] if victim == "resubmit" else victim, process)
     while process.poll() is None:
         time.sleep(0.02)
     if not sweeps(home):  # nothing was submitted yet
@@ -241,7 +244,7 @@ def of_sweep(
     if victim == "resubmit":
         ended(home, LAUNCHER, "wait", "--poll", "0.1", str(sweep))
         again = started(home, LAUNCHER, ["resubmit", str(sweep)])
-        hit = killed(home, Clock(home)() + later, LAUNCHER, again)
+        hit = killed(Clock(home, again.pid), later, LAUNCHER, again)
         while again.poll() is None:
             time.sleep(0.02)
     out = ""
@@ -255,15 +258,15 @@ def of_sweep(
     return hit, verdict(home, [sweep / number / "record" for number in "01"], expected)
 
 
-def spent(home: Path, command: str, *arguments: str) -> float:
-    """The processor seconds of a command in `home`, with all that it starts."""
-    before = Clock(home)()
-    process, clock = started(home, command, arguments), Clock(home)
+def spent(home: Path, command: str, *arguments: str, alone: bool = False) -> float:
+    """The processor seconds of a command in `home`, with all that it starts or `alone`."""
+    process = started(home, command, arguments)
+    clock = Clock(home, process.pid if alone else None)
     while process.poll() is None or alive(home):
         clock()
         time.sleep(0.01)
     assert process.code == 0, (home / "log.txt").read_text()[-2000:]
-    return clock() - before
+    return clock()
 
 
 def unrendered(figure: object, path: Path | None = None, **_: object) -> None:
@@ -307,10 +310,8 @@ def undisturbed(directory: Path) -> Undisturbed:
     (sweep,) = sweeps(one)
     state = sweep / "0/state.json"
     state.write_text(state.read_text().replace("COMPLETED", "KILLED"))
-    resubmit = spent(one, LAUNCHER, "resubmit", str(sweep))
-    return Undisturbed(
-        expected, begun, (times[0][0], times[1][0]), (times[2][0], times[3][0]), resubmit
-    )
+    resubmit = spent(one, LAUNCHER, "resubmit", str(sweep), alone=True)
+    return Undisturbed(expected, begun, (times[0][0], times[1][0]), (times[2][0], times[3][0]), resubmit)
 
 
 def main(directory: Path, kills: int, seed: int) -> int:
@@ -318,24 +319,26 @@ def main(directory: Path, kills: int, seed: int) -> int:
     os.environ.update(environment())
     given = undisturbed(directory)
     print(f"processor seconds undisturbed: {given.run=} {given.sweep=} {given.resubmit=}", flush=True)
-    rng, wrong = random.Random(seed), 0
+    rng, wrong, hits = random.Random(seed), 0, 0
     random.seed(seed)
     for number in range(kills):
         share, later, begun = rng.random(), rng.random(), bool(number // 3 % 2)
+        shown = later if number % 3 == 1 else share
         home = given.home(directory / str(number), begun)
         if number % 3 == 0:
             what = "run"
             hit, found = of_run(home, share * given.run[begun], given.expected)
         else:
             what = "resubmit" if number % 3 == 1 else VICTIMS[number // 3 % 3]
-            moment = share * given.sweep[begun]
+            moment = share * given.sweep[begun] * (0.7 if what == "resubmit" else 1)  # some job still runs
             hit, found = of_sweep(home, moment, what, later * given.resubmit, given.expected)
         for pid in alive(home):
             os.kill(pid, signal.SIGKILL)
         place = "from a base and a store" if begun else "from nothing"
-        how = f"killed after {share:.0%}" if hit else f"had ended before {share:.0%}"
+        how = f"killed after {shown:.0%}" if hit else f"had ended before {shown:.0%}"
         print(f"{number}: {what} {place} {how}: {'; '.join(found) or 'as undisturbed'}", flush=True)
-        wrong += bool(found)
+        wrong, hits = wrong + bool(found), hits + hit
+    print(f"{hits} of {kills} hit a process")
     print(f"{wrong} of {kills} kills end otherwise than an undisturbed run")
     return 1 if wrong else 0
 
