@@ -6,8 +6,8 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,16 @@ def read_object(path: Path, advice: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): {advice}") from error
     return content
+
+
+def objects_in(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The object in each line of JSON; a line that a kill has cut, or that is damaged, is left out."""
+    for line in lines:
+        content = None
+        with suppress(ValueError, RecursionError):
+            content = json.loads(line)
+        if isinstance(content, dict):
+            yield content
 
 
 def time_at(directory: Path) -> float:

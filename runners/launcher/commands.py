@@ -554,6 +554,8 @@ def resubmit(sweep: Sweep, new_code: bool, options: Mapping[str, Any] = {}) -> N
         code = _snapshot(sweep) if new_code or not sweep.manifest()["submissions"] else sweep.code()
         if changed := changed_since(REPOSITORY, code):
             log.warning("%s; jobs run the submitted code, or the current code with --new-code", changed)
+        if not Record(sweep.directory / "record").described():  # jobs look for that of their sweep
+            _open_record(sweep, sweep.manifest()["overrides"])
         submit(sweep, numbers, code)
         _open_record(sweep, sweep.manifest()["overrides"])
 

@@ -28,6 +28,8 @@ def end_sweep(sweep: Sweep, statuses: Sequence[JobStatus]) -> None:
     if any(job.active for job in statuses):
         return
     record = Record(sweep.directory / "record")
+    if not record.described():  # the launcher was killed before it submitted anything
+        return
     if record.status()["status"] != "RUNNING":
         return
     descriptions = {job.number: sweep.job(job.number) for job in statuses}
@@ -81,7 +83,7 @@ def sweep_report(sweep: Sweep) -> tuple[Path | None, str] | None:
 def _ended_record(job: JobStatus, description: Mapping[str, Any]) -> Record:
     """The record of a run, ended here if the run died before it could end the record itself."""
     record = Record(Path(description["directory"]) / "record")
-    if not (record.directory / "run.json").exists():
+    if not record.described():
         Record.create(
             record.directory,
             experiment=description["config"]["name"],

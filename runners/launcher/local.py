@@ -115,8 +115,9 @@ def _supervised(path: Path) -> bool:
     plan: dict[str, Any] = {}
     with suppress(ValueError):  # a damaged one says nothing; its lock does
         plan = read_object(path, "")
-    if plan.get("host") == socket.gethostname():  # from its first moment, before it holds the lock
-        return process_start(plan["pid"]) == plan["process_start"]
+    pid = plan.get("pid")
+    if plan.get("host") == socket.gethostname() and isinstance(pid, int):
+        return process_start(pid) == plan.get("process_start")  # also before it holds the lock
     return holder_of(lock_of(path)) is not None
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from runners.disk import time_at, write_atomically
+from runners.disk import read_object, time_at, write_atomically
 from runners.signals import process_start
 
 log = logging.getLogger(__name__)
@@ -77,9 +77,9 @@ def holder_of(path: Path) -> dict[str, Any] | None:
 
 def described(holder: Mapping[str, Any] | None) -> str:
     """The holder in words."""
-    if not holder:
+    if not holder or not {"pid", "host"} <= holder.keys():
         return "another process"
-    attempt = f" (attempt {holder['attempt']} of job {holder['id']})" if "attempt" in holder else ""
+    attempt = f" (attempt {holder['attempt']} of job {holder.get('id')})" if "attempt" in holder else ""
     return f"process {holder['pid']} on {holder['host']}{attempt}"
 
 
@@ -161,10 +161,9 @@ def _this_process() -> dict[str, object]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
+    with suppress(OSError, ValueError):
+        return read_object(path, "")
+    return {}
 
 
 def _owner(path: Path) -> Path:

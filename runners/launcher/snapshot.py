@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from filecmp import cmp
 from pathlib import Path
 
+from runners.disk import read_object
 from runners.modules import CODE, is_house, reached
 from runners.tracking.provenance import SNAPSHOT, code_version, is_installed, uncommitted_diff
 
@@ -54,7 +55,13 @@ def changed_since(repository: Path, snapshot: Path) -> str:
 
     The same of the user's own modules, with the first file that has changed.
     """
-    known = json.loads((snapshot / SNAPSHOT).read_text())
+    path = snapshot / SNAPSHOT
+    advice = "copy the current code anew with resubmit --new-code"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}, which describes the submitted code, is missing: {advice}")
+    known = read_object(path, advice)
+    if missing := {"digest", "commit"} - known.keys():
+        raise ValueError(f"{path} is damaged (it has no {min(missing)}): {advice}")
     if digest(repository) == known["digest"]:
         own = {Path(path): snapshot / copy for copy, path in known.get(MODULES, {}).items()}
         other = [

@@ -1,6 +1,5 @@
 """Statuses of a sweep's jobs, from the jobs' own state files and from the supervisor or SLURM."""
 
-import json
 import logging
 import time
 from collections import Counter
@@ -9,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from runners.disk import objects_in
 from runners.launcher import local, queue, slurm
 from runners.launcher.jobs import LOCK, LOG, TRAINED, State
 from runners.launcher.manifest import Sweep
@@ -242,14 +242,13 @@ def job_names(sweep: Sweep) -> dict[int, str]:
 def progress(record: Path) -> str:
     """The last logged step and loss of a run, such as `train step 40, loss 2.31`."""
     path = record / "metrics.jsonl"
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError):
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 20_000))
             lines = file.read().splitlines()
-        for line in reversed(lines):
-            with suppress(ValueError):
-                point = json.loads(line)
-                stage, _, name = point["key"].partition("/")
+        for point in objects_in(reversed(lines)):
+            with suppress(ValueError, TypeError, KeyError):
+                stage, _, name = str(point["key"]).partition("/")
                 if name == "loss":
                     return f"{stage} step {point['step']}, loss {point['value']:.3g}"
     return ""

@@ -1,16 +1,18 @@
 """The time and memory of a sweep's jobs, from SLURM's accounting and the jobs' own events."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runners.disk import objects_in
 from runners.launcher import queue
 from runners.launcher.manifest import Sweep
 
 SAVED = {"COMPLETED", "TRAINED", "INTERRUPTED"}  # the ends of attempts whose work is not done again
+
+EVENT = {"attempt", "id", "state", "time"}  # of a line of events.jsonl that is whole
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,11 @@ def _lost(
 
 def _attempts(events: Path) -> Iterator[tuple[tuple[str, int], Attempt]]:
     """The attempts of a job, each with the id and the number of restarts of its allocation."""
-    lines = events.read_text().splitlines() if events.exists() else []
+    lines = events.read_bytes().splitlines() if events.exists() else []
     by_attempt: dict[int, list[dict[str, Any]]] = {}
-    for event in map(json.loads, lines):
-        by_attempt.setdefault(event["attempt"], []).append(event)
+    for event in objects_in(lines):
+        if EVENT <= event.keys():
+            by_attempt.setdefault(event["attempt"], []).append(event)
     for first, *more in by_attempt.values():
         if first["state"] == "RUNNING":  # not what another process says of a job that did not start
             ended = [event for event in more if event["state"] in SAVED]

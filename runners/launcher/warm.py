@@ -125,7 +125,9 @@ def _become(work: Callable[[], int], log: Path, environment: Mapping[str, str]) 
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), output, output)):
             os.dup2(file, number)
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
+        # Those of a fork of a fork replace others, whose end must not close these.
+        sys.stdin = open(0, closefd=False)
+        sys.stdout, sys.stderr = (open(file, "w", buffering=1, closefd=False) for file in (1, 2))
         os.environ.update(environment)
         code = work()
     finally:

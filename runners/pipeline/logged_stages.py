@@ -166,7 +166,7 @@ def _metrics(directory: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             rows.append({"metrics": dict(row["metrics"]), "step": int(row["step"]), "time": int(row["time"])})
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             if line.endswith(b"\n"):
                 log.warning("%s line %d is damaged and left out of the curves", path, number)
     return rows

@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Event, Thread
 from time import monotonic
 
+from runners.disk import read_object
 from runners.summary.durations import duration
 from runners.tracking.redaction import redacted
 
@@ -106,9 +107,9 @@ def earlier(outputs: Path, stage: Foreseen) -> float | None:
         with suppress(OSError):
             finished[path.parent] = path.stat().st_mtime
     for directory in sorted(finished, key=finished.__getitem__, reverse=True)[:LOOKED_AT]:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, TypeError):  # a damaged one tells no time
             path = directory / "spec.json"
-            spec = json.loads(path.read_text())
+            spec = read_object(path, "")
             if wanted and all(spec.get(key) == value for key, value in wanted.items()):
                 taken = finished[directory] - path.stat().st_mtime
                 return taken * stage.steps / len(spec["steps"]) if "steps" in spec else taken

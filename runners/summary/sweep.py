@@ -4,7 +4,6 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -129,10 +128,16 @@ def _rows(child: Record) -> Iterator[dict[str, Any]]:
         for (role, matrix), part in table.groupby(["role", "matrix"]):
             yield {"matrix": matrix, "role": role, "quantity": quantity, "value": part["value"].mean()}
     curves: dict[str, list[float]] = {}
+<<<<<<< HEAD
     metrics = child.directory / "metrics.jsonl"
     for line in metrics.read_text().splitlines() if metrics.exists() else ():  # a piece has none
         point = json.loads(line)
         curves.setdefault(point["key"], []).append(point["value"])
+=======
+    for points, _ in child.batches(0, 1000):
+        for point in points:
+            curves.setdefault(point.key, []).append(point.value)
+>>>>>>> 22b4cc06257a1ab026d26b9c40269e03140cca1f
     for key in (*LAST, *MEAN):
         if key in curves:
             value = curves[key][-1] if key in LAST else sum(curves[key]) / len(curves[key])
@@ -168,7 +173,7 @@ def _of_text(child: Record) -> bool:
 
 
 def _finished(child: Record) -> bool:
-    return (child.directory / "run.json").exists() and child.status().get("status") == "FINISHED"
+    return child.described() and child.status().get("status") == "FINISHED"
 
 
 def _varied(done: Sequence[Record]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from runners.disk import write_atomically
+from runners.disk import read_object, write_atomically
 from runners.tracking.limits import (
     BATCH_BYTES,
     CONTEXT_LENGTH,
@@ -40,6 +40,7 @@ from runners.tracking.stores import LOCK_PATIENCE, check_tracking_uri, open_stor
 from weightgeom.interruption import Interrupted
 
 log = logging.getLogger(__name__)
+SEAL = "sha256"  # of the other entries, in published.json
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,27 @@ class Published:
 
     @classmethod
     def load(cls, directory: Path) -> "Published | None":
-        """The content of `published.json`, None if there is no readable one."""
+        """The content of `published.json`; None if there is none, or not the one that was written.
+
+        A record without one is sent anew: what MLflow has already changes nothing there.
+        """
         try:
-            return cls(**json.loads((directory / "published.json").read_text()))
-        except (OSError, ValueError, TypeError, RecursionError):
+            content = read_object(directory / "published.json", "")
+            seal = content.pop(SEAL, None)  # earlier versions wrote none
+            known = cls(**content)
+        except (OSError, ValueError, TypeError):
             return None
+        return known if seal in (None, known.seal()) else None
 
     def save(self, directory: Path) -> "Published":
         """Write `published.json`, and return `self`."""
-        write_atomically(directory / "published.json", json.dumps(asdict(self), indent=2) + "\n")
+        content = asdict(self) | {SEAL: self.seal()}
+        write_atomically(directory / "published.json", json.dumps(content, indent=2) + "\n")
         return self
+
+    def seal(self) -> str:
+        """SHA-256 of the content: an offset with another digit would leave out points without a word."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 class Publisher:

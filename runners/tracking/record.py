@@ -170,6 +170,10 @@ class Record:
         self._check_writer()
         self._write_status("SCHEDULED", None, None)
 
+    def described(self) -> bool:
+        """Whether the record has been made: a kill may have left a part of one."""
+        return (self.directory / "run.json").exists()
+
     def description(self) -> dict[str, Any]:
         """The content of run.json: `id experiment name kind params tags inputs parent` and others.
 
@@ -228,7 +232,7 @@ class Record:
                 if not line.endswith(b"\n"):
                     break
                 offset += len(line)
-                with suppress(ValueError, TypeError, KeyError):
+                with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
                     point = json.loads(line)
                     number, step, time = float(point["value"]), int(point["step"]), int(point["time"])
                     points.append(Point(str(point["key"]), number, step, time))

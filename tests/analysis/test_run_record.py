@@ -73,3 +73,12 @@ def test_a_directory_without_a_record_and_a_sweep_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is a sweep: give one of its 2 runs, such as .*/0"):
         read_run(tmp_path)
     assert read_run(tmp_path / "0").config["seed"] == 3
+
+
+@pytest.mark.parametrize("name", ["run.json", "status.json"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000, "\xff"])
+def test_a_damaged_record_is_named(name, content, tmp_path):
+    recorded(tmp_path)
+    (tmp_path / "record" / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"record/{name} is damaged .*: bring it back from a copy"):
+        read_run(tmp_path)

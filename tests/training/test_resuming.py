@@ -247,6 +247,7 @@ DAMAGES = {
     "rng_state.pth is missing": lambda state: (state / "rng_state.pth").unlink(),
     "sealed.json is missing": lambda state: (state / SEAL).unlink(),
     "Expecting value": lambda state: (state / SEAL).write_text(""),
+    "maximum recursion depth": lambda state: (state / SEAL).write_text("[" * 100_000),
     "step-4 is missing": lambda state: shutil.rmtree(state.parent / "step-4"),
 }
 

@@ -60,12 +60,12 @@ def read_run(directory: str | Path) -> Run:
 
     Raises:
         FileNotFoundError: if there is no record.
-        ValueError: if the record is that of a sweep, naming its first run.
+        ValueError: if the record is damaged, or that of a sweep, naming its first run.
     """
     import yaml
 
     record = _record(Path(directory).expanduser())
-    if _json(record / "run.json")["kind"] == "sweep":
+    if _entry(record / "run.json", "kind") == "sweep":
         runs = sorted(path.parents[1] for path in record.parent.glob("*/record/run.json"))
         mend = (
             f"give one of its {len(runs)} runs, such as {runs[0]}" if runs else "none of its runs has begun"
@@ -75,7 +75,7 @@ def read_run(directory: str | Path) -> Run:
     config = artifacts / "config.yaml"
     return Run(
         record,
-        _json(record / "status.json")["status"],
+        _entry(record / "status.json", "status"),
         yaml.safe_load(config.read_text()) if config.is_file() else {},
         _tables(artifacts / "tables"),
     )
@@ -101,5 +101,9 @@ def _tables(directory: Path) -> "dict[str, pd.DataFrame]":
     return dict(sorted(joined(tables).items()))
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+def _entry(path: Path, key: str) -> str:
+    """An entry of a JSON file of the record."""
+    try:
+        return str(json.loads(path.read_bytes())[key])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): bring it back from a copy, or run again") from error

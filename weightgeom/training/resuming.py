@@ -205,7 +205,7 @@ def _flaw(state: Path) -> str:
             opened(path)
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return str(error)
     return "" if step == _step_in_name(state) else f"trainer_state.json records step {step}"
 

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from runners.launcher import commands, jobs, task
+from runners.launcher import commands, jobs, local, task
 from runners.launcher.__main__ import launcher_options, main
 from runners.launcher.jobs import CANCEL, GO_ON, LOCK, TRAINED, Job, State, _out_of_time, _time_is_up
 from runners.launcher.manifest import Sweep
 from runners.launcher.ownership import held
-from runners.launcher.status import StatusPoller
+from runners.launcher.status import StatusPoller, progress
+from runners.launcher.usage import Attempt, _attempts
+from runners.tracking.record import Record
 
 SWEEP_JSON = '{"launcher": "local", "options": {}, "overrides": [], "jobs": %s, "submissions": %s}'
 LIMITS = {"timeout_min": 60, "max_num_timeout": 3, "signal_delay_s": 120}
@@ -564,3 +566,44 @@ def test_the_end_of_the_time_is_told_from_a_preemption_by_the_processs_own_clock
     now = time.monotonic()
     assert _time_is_up(LIMITS, now - 3430) and not _time_is_up(LIMITS, now - 1800)
     assert not _time_is_up({**LIMITS, "timeout_min": None}, now - 3430)
+
+
+def test_a_sweep_whose_launcher_was_killed_before_it_had_a_record_is_shown_and_resubmitted(
+    tmp_path, slurm, capsys
+):
+    sweep = sweep_of(tmp_path / "sweep", 1)
+    sweep.add_job(0, {**sweep.job(0), "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"})
+    record = Record(sweep.directory / "record")
+    for command in ("status", "wait"):
+        assert main([command, str(sweep.directory)]) == 1
+        assert f"weightgeom sweep resubmit {sweep.directory}" in capsys.readouterr().err
+    assert not record.described()
+    record.directory.mkdir()
+    (record.directory / "status.json").write_text("{}")  # the first of its files
+    assert main(["resubmit", str(sweep.directory)]) == 0
+    assert sweep.ids() == {0: "7"} and record.status()["status"] == "RUNNING"
+
+
+DAMAGED = (b"[]", b"3", b"[" * 10_000, b"torn", b"\xff", b"{}", b'{"key": 3, "value": "x", "step": []}')
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_damaged_lines_of_a_job_are_left_out_of_its_progress_and_usage(line, tmp_path):
+    point = json.dumps({"key": "train/loss", "value": 2.5, "step": 3}).encode()
+    (tmp_path / "metrics.jsonl").write_bytes(point + b"\n" + line + b"\n")
+    assert progress(tmp_path) == "train step 3, loss 2.5"
+    begun, ended = ({"id": "7_0", "attempt": 1, "state": state, "time": time} for state, time in EVENTS)
+    lines = (line, json.dumps(begun).encode(), line, json.dumps(ended).encode(), line)
+    (tmp_path / "events.jsonl").write_bytes(b"\n".join(lines))
+    assert list(_attempts(tmp_path / "events.jsonl")) == [(("7_0", 0), Attempt(True, 5.0))]
+
+
+EVENTS = (("RUNNING", 10.0), ("COMPLETED", 15.0))
+
+
+def test_a_damaged_plan_of_a_supervisor_says_nothing_of_its_process(tmp_path):
+    sweep = sweep_of(tmp_path / "sweep", 1, "local")
+    path = sweep.directory / "supervisor.1.json"
+    for plan in ("[]", "{}", json.dumps({"host": socket.gethostname(), "pie": 1}), "torn", "[" * 100_000):
+        path.write_text(plan)
+        assert not local.has_supervisor(sweep)

@@ -106,3 +106,12 @@ def test_where_there_are_no_locks_a_lease_is_held_renewed_and_taken_after_its_ho
     assert holder_of(lock) is not None
     with held(lock, 5):  # after the silence
         assert json.loads(lease.read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "torn", "[" * 100_000, '{"pie": 1, "host": "n1"}'])
+def test_a_damaged_name_of_the_holder_is_that_of_another_process(content, tmp_path):
+    lock = tmp_path / "job.lock"
+    with held(lock):
+        (tmp_path / "job.lock.owner").write_text(content)
+        found = holder_of(lock)
+        assert found is not None and described(found) == "another process"

@@ -136,3 +136,17 @@ def test_python_imports_the_code_of_the_snapshot_rather_than_of_the_working_dire
     )
     assert ended.stdout.strip() == f"{tmp_path}/copy/weightgeom/a.py"
     assert python_of(tmp_path / "copy")[-1] == sys.executable
+
+
+@pytest.mark.parametrize("content", ["[]", "torn", "[" * 100_000, "{}", '{"digest": "1"}'])
+def test_a_copy_whose_description_is_damaged_or_missing_is_named_with_the_way_out(
+    content, repository, tmp_path
+):
+    copy = tmp_path / "copy"
+    take_snapshot(repository, copy)
+    (copy / "snapshot.json").write_text(content)
+    with pytest.raises(ValueError, match=f"{copy}/snapshot.json is damaged .*: .* resubmit --new-code"):
+        changed_since(repository, copy)
+    (copy / "snapshot.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"is missing: .* resubmit --new-code"):
+        changed_since(repository, copy)

@@ -65,3 +65,15 @@ def test_a_fork_has_its_own_session_log_and_variables_and_ends_with_its_code(tmp
         raise MemoryError
 
     assert until(Fork(fail, Path(tmp_path / "log.txt")).poll, 60) == 1
+
+
+def test_a_fork_of_a_fork_keeps_its_output(tmp_path):
+    def inner() -> int:
+        print("from within")
+        return 3
+
+    def outer() -> int:
+        return until(Fork(inner, tmp_path / "inner.txt").poll, 60)
+
+    assert until(Fork(outer, tmp_path / "outer.txt").poll, 60) == 3
+    assert (tmp_path / "inner.txt").read_text() == "from within\n"

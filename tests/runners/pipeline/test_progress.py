@@ -103,3 +103,10 @@ def test_an_interrupted_run_says_what_is_kept_and_how_to_go_on(tmp_path):
         "training goes on from step 16",
         "the same command goes on: python run.py",
     ]
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "torn", "[" * 100_000, '{"steps": 3}'])
+def test_a_damaged_description_of_a_stage_tells_no_time(content, tmp_path):
+    finished(tmp_path, "a", 30.0)
+    (tmp_path / "rsf/a/spec.json").write_text(content)
+    assert earlier(tmp_path, stage(asked={"steps": 3})) is None

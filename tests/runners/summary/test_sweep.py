@@ -63,6 +63,8 @@ def children(tmp_path) -> list[Path]:
 
 def test_the_table_has_what_each_run_came_to_and_how_the_runs_differ(tmp_path, children):
     parent = record(tmp_path / "parent")
+    with (children[0] / "metrics.jsonl").open("a") as file:
+        file.write('[]\n{"key": "train/lo')  # damaged, or cut by a kill
     summarise(parent, children)
     table = pd.read_parquet(parent.directory / "artifacts/tables/sweep.parquet")
     assert {*table.columns} == {"run", "objective", "seed", "matrix", "role", "quantity", "value"}

@@ -1,3 +1,4 @@
+import json
 import logging
 import math
 import multiprocessing
@@ -191,6 +192,23 @@ def test_a_crash_before_the_offset_is_written_duplicates_nothing(tmp_path, uri):
     assert {key: history(uri, run, key) for key in ("loss", "inf")} == before
     assert len(history(uri, run, "nan")) == 3
     assert len(datasets(run)) == 1
+
+
+def test_a_damaged_offset_leaves_out_no_point_and_duplicates_none(tmp_path, uri):
+    record = new(tmp_path / "run", uri)
+    record.log({"loss": 1.0}, step=0, time=1000)
+    publish(record, uri)
+    path = record.directory / "published.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"offset": content["offset"] + 400}))
+    record.log({"loss": 0.5}, step=1, time=2000)
+    record.end("FINISHED")
+    publish(record, uri)
+    assert history(uri, runs(uri)["run"], "loss") == [(0, 1.0, 1000), (1, 0.5, 2000)]
+    assert not publish(record, uri)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({key: content[key] for key in content if key != "sha256"}))  # earlier versions
+    assert not publish(record, uri)
 
 
 def test_more_metrics_than_fit_into_a_batch_all_arrive(tmp_path, uri):

@@ -163,7 +163,9 @@ def test_a_torn_last_line_is_ignored_and_a_damaged_one_skipped(tmp_path):
     record = new(tmp_path)
     record.log({"loss": 1.0}, step=0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"key": "lo\n{"key": "loss", "val')
+        whole = '{"key": "loss", "value": 1.0, "step": 0, "time": 0}'
+        damaged = ["[]", "[" * 100_000, whole.replace('"step": 0', '"step": Infinity'), '{"key": "lo']
+        file.write("\n".join([*damaged, '{"key": "loss", "val']))
     assert [point.step for point in points(record)] == [0]
 
 
