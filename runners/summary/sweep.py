@@ -128,16 +128,9 @@ def _rows(child: Record) -> Iterator[dict[str, Any]]:
         for (role, matrix), part in table.groupby(["role", "matrix"]):
             yield {"matrix": matrix, "role": role, "quantity": quantity, "value": part["value"].mean()}
     curves: dict[str, list[float]] = {}
-<<<<<<< HEAD
-    metrics = child.directory / "metrics.jsonl"
-    for line in metrics.read_text().splitlines() if metrics.exists() else ():  # a piece has none
-        point = json.loads(line)
-        curves.setdefault(point["key"], []).append(point["value"])
-=======
-    for points, _ in child.batches(0, 1000):
+    for points, _ in child.batches(0, 1000):  # none of a piece
         for point in points:
             curves.setdefault(point.key, []).append(point.value)
->>>>>>> 22b4cc06257a1ab026d26b9c40269e03140cca1f
     for key in (*LAST, *MEAN):
         if key in curves:
             value = curves[key][-1] if key in LAST else sum(curves[key]) / len(curves[key])
