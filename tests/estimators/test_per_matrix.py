@@ -29,7 +29,7 @@ class Moved:
 
 def test_every_residual_matrix_has_a_row_of_every_quantity(setting):
     probe = PerMatrix(Moved())
-    assert isinstance(probe, Probe) and probe.declaration == ProbeDeclaration("norm")
+    assert isinstance(probe, Probe) and probe.declaration == ProbeDeclaration("norm", divisible=True)
     q, *others = setting.model.architecture.matrices
     moved = dict(setting.start) | {q.parameter: setting.start[q.parameter] + 1.0}
     table = tabulate({"step": 1, **row} for row in probe.measurement(setting)(moved))
