@@ -15,7 +15,9 @@ from unchecked import unchecked
 import weightgeom as wg
 from weightgeom import library
 from weightgeom.probes.behaviour import Behaviour
+from weightgeom.probes.overlap import Overlap
 from weightgeom.probes.rsf import RSF
+from weightgeom.probes.sparsity import Sparsity
 
 QUICK = RSF(k=4, tokens=FEW, resamples=0)
 BEFORE, AFTER = llama(0), llama(1)
@@ -36,6 +38,13 @@ def test_names_classes_and_configured_probes_give_the_same_rows():
     equal(named, measured(probes=[RSF, Behaviour], k=[4]))
     equal(named, measured(probes=[RSF(k=4), Behaviour()]))
     assert set(named["step"]) == {1} and set(named["unit"]) == {"1", "nats/token"}
+
+
+def test_functions_of_two_matrices_and_probes_of_pairs_share_a_walk_and_keep_their_order():
+    chosen = [Overlap(tokens=FEW, k=4), Sparsity(rank=4), "sparsity"]
+    table = measured(probes=chosen)
+    parts = [measured(probes=[probe]) for probe in chosen]
+    equal(table, pd.concat(parts, ignore_index=True)[table.columns])
 
 
 def test_a_network_in_train_mode_is_measured_without_dropout_and_left_as_it_was():

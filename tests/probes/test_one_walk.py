@@ -49,10 +49,7 @@ def test_together_probes_have_the_rows_that_each_has_alone(params, after, at):
     assert found.keys() == PROBES.keys()  # connectivity is about the whole model
     for name, probe in PROBES.items():
         rows = probe.measurement(setting)(after)
-        assert len(rows) == len(found[name]) > 0
-        for one, other in zip(rows, found[name], strict=True):
-            assert {**one, "value": 0, "stderr": 0} == {**other, "value": 0, "stderr": 0}
-            assert one["value"] == pytest.approx(other["value"], rel=1e-9, abs=1e-9), one
+        assert rows and rows == found[name]
 
 
 def test_a_walk_reads_every_matrix_once_for_all_probes(params, after, at, model):

@@ -112,11 +112,12 @@ class MatrixPair:
         """The decomposition of the matrix after."""
         return Decomposition.of(self.after)
 
-    @property
+    @cached_property
     def squares_after(self) -> Float[Tensor, " r"]:
-        """The squared singular values of the matrix after, descending: of its decomposition if it is made."""
-        if "parts_after" in vars(self):
-            return self.parts_after.values.square()
+        """The squared singular values of the matrix after, descending.
+
+        Not those of `parts_after`, which has other last digits, so that a probe alone has the same rows.
+        """
         wide = self.after.double()
         return eigenvalues(wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide)
 
@@ -153,7 +154,7 @@ def alone(probe: OfPairs, setting: Setting) -> Callable[[Params], list[Row]]:
 def together(probes: Mapping[str, object], setting: Setting) -> Callable[[Params], dict[str, list[Row]]]:
     """The measurement, by name, of those probes that are `OfPairs`: every matrix is read once for all.
 
-    Its decompositions are made once, too. The rows are those of each probe alone, up to 1e-12.
+    Its decompositions are made once, too. The rows are those of each probe alone, to the bit.
     """
     by_name = {name: probe.visits(setting) for name, probe in probes.items() if isinstance(probe, OfPairs)}
 

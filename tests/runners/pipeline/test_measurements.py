@@ -12,11 +12,13 @@ from networks import save
 from pandas.testing import assert_frame_equal
 from stored import no_stage
 
-from runners.pipeline.logged_stages import RESUMABLE
+from runners.pipeline.logged_stages import RESUMABLE, Stages
 from runners.pipeline.measurements import Measured, plain
 from runners.pipeline.store import signature, stage
+from runners.tracking.record import Record
 from weightgeom.causal.effects import Effects
 from weightgeom.declarations import ProbeDeclaration
+from weightgeom.estimators.per_matrix import as_probe
 from weightgeom.interfaces import Intervention, Log, Setting, Stage
 from weightgeom.interventions.rank1 import Rank1
 from weightgeom.interventions.steer import Steer
@@ -24,7 +26,9 @@ from weightgeom.interventions.surgery import DeltaSurgery
 from weightgeom.models.residual import Architecture
 from weightgeom.objectives.ce import CE
 from weightgeom.params import Params
+from weightgeom.probes.rotation import Rotation
 from weightgeom.probes.rsf import RSF
+from weightgeom.probes.sparsity import Sparsity
 from weightgeom.table import Row
 from weightgeom.training.config import Training
 from weightgeom.trajectory import Base, Trajectory
@@ -156,6 +160,28 @@ def test_an_interrupted_measurement_goes_on_behind_the_checkpoints_that_it_has_m
     assert_frame_equal(resumed, undisturbed, check_exact=True)
     (done,) = (tmp_path / "cut/rsf").glob("*/DONE")
     assert not list(done.parent.glob("checkpoint-*"))
+
+
+def test_probes_of_pairs_are_measured_in_the_walk_of_the_first_unless_they_are_made(tmp_path: Path) -> None:
+    steps = {step: save("llama", tmp_path / f"step-{step}", seed=step) for step in range(3)}
+    trajectory = Trajectory("steps", steps)
+    parts = 0, "cpu", None, Training(), Base(steps[0], "base", trajectory), trajectory, "own"
+    nothing: dict[str, Any] = {"params": {}, "tags": {}, "inputs": [], "tracking_uri": "sqlite:///none"}
+    probes: dict[str, Any] = {"sparsity": as_probe(Sparsity(rank=4)), "rotation": Rotation(draws=2)}
+
+    def measured(outputs: str, asked: dict[str, Any]) -> tuple[Measured, dict[str, pd.DataFrame]]:
+        record = Record.create(tmp_path / outputs / "record", experiment="e", name="n", **nothing)
+        stages = Stages(tmp_path / outputs, record, "", "code")
+        tables = Measured(lambda prefix, code: stages, *parts, small.WORLD.examples(), asked)
+        return tables, {name: tables.table(name, probe) for name, probe in asked.items()}
+
+    together, found = measured("together", probes)
+    assert not together._walked
+    for name, probe in probes.items():
+        _, alone = measured("alone", {name: probe})
+        assert_frame_equal(alone[name], found[name], check_exact=True)
+    again, _ = measured("alone", {"sparsity": as_probe(Sparsity(rank=3)), "rotation": probes["rotation"]})
+    assert not again._walked  # of a table that is made there is no walk
 
 
 EFFECTS = Effects(tokens=60, length=12, pairs=2, questions=2)
