@@ -115,9 +115,9 @@ def open_store(tracking_uri: str, experiment: str) -> "tuple[MlflowClient, str]"
     database.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{database}.lock", timeout=LOCK_PATIENCE):
         _set_aside_if_broken(database)
-        if not database.exists():
-            _make_database(database)
         location = (database.parent / ARTIFACTS).as_uri()
+        if not database.exists():
+            _make_database(database, location)
         _relocate_artifacts(database, experiment, location)
         client = open_client(tracking_uri)
         return client, _experiment(client, experiment, location)
@@ -129,13 +129,20 @@ def _database(tracking_uri: str) -> Path | None:
     return None if name == tracking_uri else Path(name)
 
 
-def _make_database(database: Path) -> None:
-    """Make a new store elsewhere and put it into place whole: MLflow cannot use one that is cut short."""
+def _make_database(database: Path, location: str) -> None:
+    """Make a new store elsewhere and put it into place whole: MLflow cannot use one that is cut short.
+
+    Its own experiment, Default, has its artifacts at `location`: by default they would be in the working
+    directory, whose name MLflow writes into SQL as it is, and no name with quotes would do.
+    """
     for left in database.parent.glob(f".{database.name}.*.tmp"):  # by a kill
         left.unlink()
     with TemporaryDirectory(prefix="mlflow-") as directory:
         made = Path(directory, "mlflow.db")
-        open_client(f"sqlite:///{made}").search_experiments(max_results=1)
+        _set_up()
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        SqlAlchemyStore(_quoted(f"sqlite:///{made}"), location)
         write_atomically(database, made.read_bytes())
 
 
@@ -263,12 +270,17 @@ def _writable(directory: Path) -> bool:
 
 def open_client(tracking_uri: str) -> "MlflowClient":
     """The client of a store, with short timeouts and without log lines."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    _set_up()
     from mlflow import MlflowClient
 
-    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # the publisher itself logs one warning
     return MlflowClient(_quoted(tracking_uri))
+
+
+def _set_up() -> None:
+    """Set MLflow's variables, before it is imported, and silence it: the publisher logs one warning."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)
 
 
 def _quoted(tracking_uri: str) -> str:

@@ -329,6 +329,17 @@ def test_a_store_in_a_directory_of_any_name_publishes(tmp_path, empty_database, 
     assert (tmp_path / name / "mlflow-artifacts" / run.info.run_id / "artifacts/tables/rsf.csv").exists()
 
 
+@pytest.mark.parametrize("name", ['it\'s "mine"', ":x", "50%"])
+def test_a_new_store_can_be_made_from_a_working_directory_of_any_name(tmp_path, monkeypatch, name):
+    home = tmp_path / name
+    home.mkdir()
+    monkeypatch.chdir(home)
+    client, experiment = open_store(f"sqlite:///{home}/outputs/mlflow.db", "study")
+    assert client.get_experiment(experiment).name == "study"
+    default = client.get_experiment("0").artifact_location
+    assert default == f"{(home / 'outputs/mlflow-artifacts').as_uri()}/0"
+
+
 def test_a_store_with_too_long_a_path_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"has \d+ bytes, and SQLite takes 500: set outputs= to a shorter path"
@@ -372,7 +383,7 @@ def test_a_broken_store_is_set_aside_and_made_again_from_the_records(
     publish(record, uri)
     destroy(tmp_path / "mlflow.db")
     monkeypatch.setattr(stores, "_WHOLE", set())
-    monkeypatch.setattr(stores, "_make_database", lambda path: shutil.copy(empty_database, path))
+    monkeypatch.setattr(stores, "_make_database", lambda path, _: shutil.copy(empty_database, path))
     assert [run.outcome for run in sync(tmp_path / "outputs")] == ["published"]
     (aside,) = tmp_path.glob("mlflow.db.broken-*")
     assert "is broken (" in caplog.text and str(aside) in caplog.text
