@@ -3,14 +3,11 @@ from copy import deepcopy
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from weightgeom.geometry.divergences import kl_divergence
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.loading import load, load_architecture, load_network, load_tokenizer
 from weightgeom.models.residual import architecture_of
@@ -116,35 +113,6 @@ def test_a_tied_network_unembeds_with_the_embedding_it_is_given(tokenizer, batch
     network.load_state_dict(weights, strict=False)
     expected = network(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     close(model.logits(held, batch), expected)
-
-
-def test_the_divergence_of_two_predictions():
-    base, other = torch.tensor([[[0.75, 0.25]]]).log(), torch.tensor([[[0.5, 0.5]]]).log()
-    # 3/4 log(3/2) + 1/4 log(1/2)
-    expected = torch.tensor([0.75 * torch.tensor(1.5).log() + 0.25 * torch.tensor(0.5).log()])
-    actual = kl_divergence(base, other, torch.ones(1, 1, dtype=torch.bool))
-    assert_close(actual.float(), expected)
-
-
-@given(st.floats(1e-7, 10), st.integers(0, 10_000))
-def test_the_divergence_is_never_negative_and_0_for_equal_predictions(scale, seed):
-    generator = torch.Generator().manual_seed(seed)
-    base = 3 * torch.randn(2, 7, 50, generator=generator)
-    other = base + scale * torch.randn(2, 7, 50, generator=generator)
-    everywhere = torch.ones(2, 7, dtype=torch.bool)
-    # Sums of 50 fp64 terms of order 1.
-    assert kl_divergence(base, other, everywhere).min() > -1e-14
-    assert kl_divergence(base, base, everywhere).abs().max() == 0
-
-
-def test_the_divergence_is_taken_at_the_marked_positions_in_order(generator):
-    base, other = (torch.randn(5, 100, 11, generator=generator) for _ in range(2))
-    where = torch.rand(5, 100, generator=generator) < 0.8  # more positions than one slice holds
-    p, q = torch.distributions.Categorical(logits=base), torch.distributions.Categorical(logits=other)
-    expected = torch.distributions.kl_divergence(p, q)[where]
-    assert where.sum() > 256
-    close(kl_divergence(base, other, where).float(), expected)
-    assert kl_divergence(base, other, torch.zeros_like(where)).shape == (0,)
 
 
 def test_a_saved_model_is_loaded_as_it_was(model, params, batch, directory):

@@ -1,7 +1,7 @@
 """KL divergences between the predictions of the unedited and of an edited model."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -33,20 +33,3 @@ def divergences(
         kls.append(kl)
         normalisers.append(log_sums)
     return torch.cat(kls), torch.cat(normalisers)
-
-
-def kl_divergence(
-    base: Float[Tensor, "sequence position vocabulary"],
-    other: Float[Tensor, "sequence position vocabulary"],
-    where: Bool[Tensor, "sequence position"],
-) -> Float[Tensor, " token"]:
-    """KL(base || other) between two sets of logits at the marked positions, in nats.
-
-    Computed in fp64, because fp32 rounding errors exceed the KL of a small update and can make it negative;
-    in slices of positions, so that no fp64 copy of all logits is held.
-    """
-    kls = []
-    for base_slice, other_slice in zip(base[where].split(256), other[where].split(256), strict=True):
-        p, q = base_slice.double().log_softmax(-1), other_slice.double().log_softmax(-1)
-        kls.append((p.exp() * (p - q)).sum(-1))
-    return torch.cat(kls)
