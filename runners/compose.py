@@ -4,7 +4,7 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
 from keyword import iskeyword
@@ -110,7 +110,7 @@ def checked(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def chosen(plain: dict[str, Any], group: str) -> dict[str, Any]:
+def chosen(plain: Mapping[str, Any], group: str) -> dict[str, Any]:
     """The probes or interventions of a configuration by name."""
     return {key: choice for key, choice in plain[group].items() if group != "probe" or key not in WORKERS}
 

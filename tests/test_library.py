@@ -44,7 +44,7 @@ def test_functions_of_two_matrices_and_probes_of_pairs_share_a_walk_and_keep_the
     chosen = [Overlap(tokens=FEW, k=4), Sparsity(rank=4), "sparsity"]
     table = measured(probes=chosen)
     parts = [measured(probes=[probe]) for probe in chosen]
-    equal(table, pd.concat(parts, ignore_index=True)[table.columns])
+    equal(table, pd.concat(parts, ignore_index=True).reindex(columns=table.columns))
 
 
 def test_a_network_in_train_mode_is_measured_without_dropout_and_left_as_it_was():

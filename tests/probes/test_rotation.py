@@ -1,4 +1,5 @@
 from math import cos, radians, sin
+from typing import Any
 
 import pytest
 import torch
@@ -103,9 +104,9 @@ def test_the_nulls_have_the_distribution_of_updates_that_are_rotated_or_drawn(sh
         drawn = [PROBE.compared(start, Decomposition.of(before + direct()), 2).numbers for _ in range(500)]
         for name in ("left_angle", "right_angle", "spectral_shift"):
             # Two samples of one distribution; of 18 such p-values one is below 1e-3 with probability 0.02.
-            assert ks_2samp(*([numbers[name] for numbers in part] for part in (null, drawn))).pvalue > 1e-3, (
-                name
-            )
+            samples = [[numbers[name] for numbers in part] for part in (null, drawn)]
+            test: Any = ks_2samp(samples[0], samples[1])
+            assert test.pvalue > 1e-3, name
 
 
 def test_a_probe_has_rows_with_both_nulls_for_every_matrix_that_moved(at, model, params) -> None:

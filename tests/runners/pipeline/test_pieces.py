@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -27,7 +28,9 @@ from weightgeom.table import Row
 from weightgeom.training.config import Training
 from weightgeom.trajectory import Base, Trajectory
 
-PROBE = RSF(increments=True, tokens=256, length=16, prompts=0, resamples=4)  # reads the checkpoint before
+PROBE: Any = RSF(
+    increments=True, tokens=256, length=16, prompts=0, resamples=4
+)  # reads the checkpoint before
 
 
 @pytest.fixture(scope="module")
