@@ -42,7 +42,6 @@ from weightgeom.origins.classifier import AXES, Classifier, measurements
 from weightgeom.origins.features import features
 from weightgeom.origins.validation import ALL, held_out, rates
 from weightgeom.params import Params
-from weightgeom.probes.rotation import noise
 from weightgeom.text.examples import Examples
 from weightgeom.training.config import Training
 from weightgeom.training.fit import fit
@@ -154,6 +153,12 @@ def trained(
     before = open_params(base.directory, architecture)
     for step in STEPS:
         yield step, before, open_checkpoint(directory / f"step-{step}", architecture, before)
+
+
+def noise(update: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A matrix of iid Gaussian entries with the norm of the update."""
+    drawn = torch.randn(update.shape, generator=generator, dtype=update.dtype)
+    return drawn * (update.norm() / drawn.norm())
 
 
 def shifted(

@@ -8,7 +8,6 @@ from updates import CONFIG, base, gaussian, moved
 
 from weightgeom.models.residual import architecture_of
 from weightgeom.origins.features import features
-from weightgeom.probes.rotation import noise
 
 
 def of(before: Any, after: Any) -> dict[str, float]:
@@ -92,10 +91,3 @@ def test_nothing_moved_is_refused() -> None:
     before = base()
     with pytest.raises(ValueError, match="no matrix of the residual stream has moved"):
         of(before, copy.deepcopy(before))
-
-
-def test_noise_of_equal_norm_keeps_the_norm() -> None:
-    update = torch.randn(8, 5)
-    assert float(noise(update, torch.Generator().manual_seed(0)).norm()) == pytest.approx(
-        float(update.norm())
-    )

@@ -46,7 +46,7 @@ def test_conversations_are_rendered_in_order_as_by_the_tokenizer():
         ("{{ messages[7].content.x }}", r"refuses a conversation \(.*\)"),
         ("{% if %}", r"refuses a conversation \(.*\)"),
         ("{{ ().__class__.__base__.__subclasses__() }}", r"refuses a conversation \(.*unsafe"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", r"refuses a conversation \(.*recursion"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "(refuses.*recursion|takes more than 0.3 s)"),
         (
             "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
             "more than 0.3 s of",
