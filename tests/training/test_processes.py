@@ -22,6 +22,7 @@ import together
 import torch
 from app import BEHAVIOUR, ROOT, WORLD, environment, run
 from safetensors.torch import load_file
+from sweeps import until
 
 from weightgeom.interfaces import Objective
 from weightgeom.interruption import Interrupted
@@ -241,6 +242,12 @@ def test_the_error_of_a_process_is_raised_and_nothing_is_left(tmp_path, caplog):
 
 
 @pytest.mark.slow
+def ended(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() == psutil.STATUS_ZOMBIE  # of init, which has yet to take note
+    return True
+
+
 def test_a_terminated_run_ends_its_workers_resumes_and_each_time_has_one_record(tmp_path):
     more = ["training.processes=2", "training.steps=40", "training.save_every=1", "training.log_every=20"]
     asked = [*BEHAVIOUR, *WORLD, "objective=ce", *more]
@@ -255,9 +262,7 @@ def test_a_terminated_run_ends_its_workers_resumes_and_each_time_has_one_record(
     begun.terminate()
     assert begun.wait(300) == 128 + signal.SIGTERM
     assert len(workers) >= 2
-    for worker in workers:
-        with suppress(psutil.NoSuchProcess):
-            assert worker.status() == psutil.STATUS_ZOMBIE  # of init, which has yet to take note
+    until(lambda: all(map(ended, workers)), 60)
     (status,) = cut.rglob("status.json")
     assert json.loads(status.read_text())["status"] == "KILLED"
     again = run(tmp_path, *asked, f"outputs={cut}")
