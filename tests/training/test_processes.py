@@ -241,13 +241,13 @@ def test_the_error_of_a_process_is_raised_and_nothing_is_left(tmp_path, caplog):
     assert caplog.text.count("training it for 4 steps of 4 examples") == 1  # the first process speaks
 
 
-@pytest.mark.slow
-def ended(process: psutil.Process) -> bool:
+def has_ended(process: psutil.Process) -> bool:
     with suppress(psutil.NoSuchProcess):
         return process.status() == psutil.STATUS_ZOMBIE  # of init, which has yet to take note
     return True
 
 
+@pytest.mark.slow
 def test_a_terminated_run_ends_its_workers_resumes_and_each_time_has_one_record(tmp_path):
     more = ["training.processes=2", "training.steps=40", "training.save_every=1", "training.log_every=20"]
     asked = [*BEHAVIOUR, *WORLD, "objective=ce", *more]
@@ -262,7 +262,7 @@ def test_a_terminated_run_ends_its_workers_resumes_and_each_time_has_one_record(
     begun.terminate()
     assert begun.wait(300) == 128 + signal.SIGTERM
     assert len(workers) >= 2
-    until(lambda: all(map(ended, workers)), 60)
+    until(lambda: all(map(has_ended, workers)), 60)
     (status,) = cut.rglob("status.json")
     assert json.loads(status.read_text())["status"] == "KILLED"
     again = run(tmp_path, *asked, f"outputs={cut}")
