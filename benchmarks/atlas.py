@@ -126,7 +126,7 @@ def frames_bytes(size: Size) -> float:
 
 
 def memory(size: Size) -> float:
-    """Bytes, of a process that makes the subspaces, by `RSF.held` above what it takes to start."""
+    """Peak bytes above start-up of a process that makes the subspaces, as `RSF.held` has them."""
     shape = Shape(
         size.d, size.layers, size.vocabulary, False, int(size.parameters), 0.0, False, 96, compared=2
     )

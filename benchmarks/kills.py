@@ -276,7 +276,7 @@ def unrendered(figure: object, path: Path | None = None, **_: object) -> None:
 
 
 def undisturbed(directory: Path) -> Undisturbed:
-    """Make the tables and times to compare with, and import what the jobs have imported."""
+    """Run a sweep undisturbed for its tables and times, and import the libraries of its jobs."""
     home = directory / "processes"
     home.mkdir(parents=True)
     command = [sys.executable, RUN, *SMALL, *SWEEP]

@@ -116,7 +116,7 @@ def exit_with_sentence(error: Exception) -> None:
     """Print `error` as one sentence and exit with code 1; with HYDRA_FULL_ERROR=1 return, to let it raise."""
     if not VERBOSE:
         print(f"error: {redacted_text(explanation(error))}", file=sys.stderr)
-        if isinstance(error, BrokenPipeError):  # what is still to be written would fail again at the end
+        if isinstance(error, BrokenPipeError):  # or else flushing the rest at exit fails again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 

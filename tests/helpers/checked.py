@@ -7,7 +7,7 @@ from typing import Any
 
 from beartype import beartype
 
-CALLS = 200  # of a function in one process: a check takes longer than most of what is called more often
+CALLS = 200  # of each function in a process: checks take longer than most functions with more calls
 _checks: dict[Any, Callable[..., Any]] = {}
 _calls: Counter[Any] = Counter()
 
