@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from weightgeom.estimators import pairs
 from weightgeom.estimators.pairs import Decomposition, OfPairs, together
 from weightgeom.estimators.per_matrix import as_probe
+from weightgeom.estimators.reference_subspaces import input_moments
 from weightgeom.probes.connectivity import Connectivity
 from weightgeom.probes.overlap import Overlap
 from weightgeom.probes.rotation import Rotation
@@ -63,6 +65,21 @@ def test_a_walk_reads_every_matrix_once_for_all_probes(params, after, at, model)
     once = Counter(matrix.parameter for matrix in model.architecture.matrices)
     read = ({name: found.reads[name] for name in once} for found in (start, end))
     assert list(read) == [once, once]
+
+
+def test_one_pass_over_a_text_serves_all_probes_that_take_moments_of_its_inputs(
+    params, after, at, monkeypatch
+):
+    texts = []
+
+    def counted(setting, weights, inputs):
+        assert weights is after
+        texts.append(inputs.tokens)
+        yield from input_moments(setting, weights, inputs)
+
+    monkeypatch.setattr(pairs, "input_moments", counted)
+    together({**PROBES, "long": Spectrum(tokens=300, shuffles=0)}, at(params, after))(after)
+    assert texts == [200, 300]
 
 
 def test_a_decomposition_is_that_of_an_svd(generator):

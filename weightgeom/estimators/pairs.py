@@ -9,11 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from weightgeom.estimators.moments import Moment
+from weightgeom.estimators.reference_subspaces import Inputs, input_moments
 from weightgeom.estimators.updates import Update, update_of
 from weightgeom.geometry.subspace import eigenpairs, eigenvalues
 from weightgeom.interfaces import Setting
 from weightgeom.models.adapters import Adapted
-from weightgeom.models.residual import ResidualMatrix
+from weightgeom.models.residual import ResidualMatrix, Site
 from weightgeom.params import Params
 from weightgeom.table import Row
 
@@ -132,8 +134,18 @@ def _with_gain(
     return matrix if gain is None else gain.cpu()[:, None] * matrix
 
 
-Visit = tuple[Callable[[MatrixPair], None], Callable[[], list[Row]]]
-"""Sees every pair of a checkpoint, in the order of the matrices; then has the rows."""
+@dataclass(frozen=True)
+class Visit:
+    """Sees every pair of a checkpoint, in the order of the matrices, and then, of its inputs, the moments.
+
+    In the end it has the rows.
+    """
+
+    pair: Callable[[MatrixPair], None]
+    rows: Callable[[], list[Row]]
+    inputs: Inputs | None = None
+    """The held-out text of the moments that `moment` sees; without, there are none."""
+    moment: Callable[[Site, Moment], None] | None = None
 
 
 @runtime_checkable
@@ -154,7 +166,8 @@ def alone(probe: OfPairs, setting: Setting) -> Callable[[Params], list[Row]]:
 def together(probes: Mapping[str, object], setting: Setting) -> Callable[[Params], dict[str, list[Row]]]:
     """The measurement, by name, of those probes that are `OfPairs`: every matrix is read once for all.
 
-    Its decompositions are made once, too. The rows are those of each probe alone, to the bit.
+    Its decompositions are made once, too, and one pass over a text serves all that take moments of its
+    inputs. The rows are those of each probe alone, to the bit.
     """
     by_name = {name: probe.visits(setting) for name, probe in probes.items() if isinstance(probe, OfPairs)}
 
@@ -162,9 +175,18 @@ def together(probes: Mapping[str, object], setting: Setting) -> Callable[[Params
         visits = {name: visit(params) for name, visit in by_name.items()}
         for matrix in setting.model.architecture.matrices if visits else ():
             pair = MatrixPair(matrix, setting.start, params)
-            for see, _ in visits.values():
-                see(pair)
-        return {name: rows() for name, (_, rows) in visits.items()}
+            for visit in visits.values():
+                visit.pair(pair)
+        by_text: dict[Inputs, list[Callable[[Site, Moment], None]]] = {}
+        for visit in visits.values():
+            if visit.inputs is not None and visit.moment is not None:
+                by_text.setdefault(visit.inputs, []).append(visit.moment)
+        for inputs, seeing in by_text.items():
+            for site, moment in input_moments(setting, params, inputs):
+                for see in seeing:
+                    see(site, moment)
+                del moment  # before the next sums are made
+        return {name: visit.rows() for name, visit in visits.items()}
 
     return measure
 
@@ -172,4 +194,4 @@ def together(probes: Mapping[str, object], setting: Setting) -> Callable[[Params
 def each_pair(rows: Callable[[MatrixPair], Iterator[Row]]) -> Visit:
     """A visit whose rows are those of every pair by itself."""
     collected: list[Row] = []
-    return (lambda pair: collected.extend(rows(pair))), (lambda: collected)
+    return Visit(lambda pair: collected.extend(rows(pair)), lambda: collected)

@@ -15,7 +15,7 @@ from weightgeom.estimators.moments import Moment, Resampled, Settled, Unit, acti
 from weightgeom.geometry.bootstrap import FEW_TOKENS
 from weightgeom.geometry.subspace import Subspace, prediction_moment
 from weightgeom.interfaces import Setting
-from weightgeom.models.residual import Architecture, ResidualMatrix, expert_sites
+from weightgeom.models.residual import Architecture, ResidualMatrix, Site, expert_sites
 from weightgeom.params import Params
 from weightgeom.text.conversation import chats
 from weightgeom.text.tokens import Batch, packed
@@ -80,13 +80,13 @@ def most_tokens(d: int) -> int:
     return max(8192, PER_DIMENSION * d)
 
 
-def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> Iterator[Frame]:
-    """The frame of every attention and mlp input of a network that has `params`, in the order of the layers.
+def input_moments(setting: Setting, params: Params, inputs: Inputs) -> Iterator[tuple[Site, Moment]]:
+    """The second moment of every attention and mlp input of a network that has `params`, by layers.
 
-    Use each frame before asking for the next: with a budget no more than one pass is held. With
-    `inputs.experts`, a layer's frames are followed by those of its experts, each of the tokens that the
-    router sends to it; an expert that gets none has no frame. With `inputs.final` the last one is that of the
-    unembedding's inputs: the output of the final norm, its gain and bias included.
+    Use each moment before asking for the next: with a budget no more than one pass is held. With
+    `inputs.experts`, a layer's moments are followed by those of its experts, each of the tokens that the
+    router sends to it; an expert that gets none has no moment. With `inputs.final` the last one is that of
+    the unembedding's inputs: the output of the final norm, its gain and bias included.
     """
     model = setting.model
     sites = model.architecture.sites
@@ -107,25 +107,39 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
         groups=inputs.groups if inputs.resamples else 1,
         budget_gb=inputs.budget_gb,
     )
-    routed: dict[Place, float] = {}  # tokens per dimension of experts
+    routed: dict[Site, float] = {}  # tokens per dimension of experts
     for site, moment in moments:
         d = moment.sums.shape[1]
         if d >= WIDE:
             release_memory()  # of the pass
-        place = (site.name, site.layer) if site.expert is None else (site.name, site.layer, site.expert)
         if site.expert is not None:
-            routed[place] = moment.per_dimension
+            routed[site] = moment.per_dimension
         elif inputs.unit == "token":
             _warn_of_few(moment.samples, inputs.tokens, d)
+        handed_over = [(site, moment)]
+        del moment  # which is large: only the caller keeps it
+        yield handed_over.pop()
+    few = sorted(
+        (per, f"expert {site.expert} of layer {site.layer}")
+        for site, per in routed.items()
+        if per < FEW_TOKENS
+    )
+    if few:
+        _warn_of_few_routed(len(few), experts, *few[0])
+    if len(routed) < experts:
+        _warn_of_unreached(experts - len(routed), experts)
+
+
+def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> Iterator[Frame]:
+    """The frame of every moment of `input_moments`, in its order. Use each before asking for the next."""
+    for site, moment in input_moments(setting, params, inputs):
+        d = moment.sums.shape[1]
         crossfit = tuple(_crossfit(moment, k)) if inputs.crossfit and site.name != "final_input" else ()
-        space = moment.top(k)
-        shares = space.shares(moment.value.cpu().double())
-        rank = int((shares > 1e-6 * shares.max()).sum())  # fp32 sums do not tell less from zero
+        space, rank = top_directions(site, moment, k)
         if site.name == "final_input":
             yield Frame(FINAL, space, rank=rank)
             continue
-        if rank < k and site.expert is None:
-            _warn_of_rank(rank, k, f"the {site.name.replace('_', ' ')} of layer {site.layer}")
+        place = (site.name, site.layer) if site.expert is None else (site.name, site.layer, site.expert)
         resampled = None
         if inputs.resamples:
             resampled = moment.resampled_tops(k, inputs.resamples, setting.seed, drop=inputs.settled)
@@ -136,13 +150,16 @@ def input_frames(setting: Setting, params: Params, k: int, inputs: Inputs) -> It
             release_memory()  # of the moment
         yield frame
         del frame
-    few = sorted(
-        (per, f"expert {place[-1]} of layer {place[1]}") for place, per in routed.items() if per < FEW_TOKENS
-    )
-    if few:
-        _warn_of_few_routed(len(few), experts, *few[0])
-    if len(routed) < experts:
-        _warn_of_unreached(experts - len(routed), experts)
+
+
+def top_directions(site: Site, moment: Moment, k: int) -> tuple[Subspace, int]:
+    """The top k directions of an input's moment, and how many of them have more than 1e-6 of the largest."""
+    space = moment.top(k)
+    shares = space.shares(moment.value.cpu().double())
+    rank = int((shares > 1e-6 * shares.max()).sum())  # fp32 sums do not tell less from zero
+    if rank < k and site.expert is None and site.name != "final_input":
+        _warn_of_rank(rank, k, f"the {site.name.replace('_', ' ')} of layer {site.layer}")
+    return space, rank
 
 
 def text_batches(setting: Setting, inputs: Inputs, tokens: int) -> list[Batch]:

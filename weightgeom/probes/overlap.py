@@ -16,19 +16,21 @@ from weightgeom.bases.hub import fetch
 from weightgeom.bases.remote import is_remote
 from weightgeom.declarations import ProbeDeclaration
 from weightgeom.estimators.gradients import Gathering, gradient_moments
+from weightgeom.estimators.moments import Moment
 from weightgeom.estimators.pairs import MatrixPair, Visit, alone
 from weightgeom.estimators.reference_subspaces import (
     Inputs,
     check_dimensions,
     dimensions,
-    input_frames,
+    input_moments,
     prediction_frame,
+    top_directions,
 )
 from weightgeom.estimators.updates import update_of, zeros
 from weightgeom.geometry.nulls import null_ratio_sd
 from weightgeom.geometry.subspace import Subspace
 from weightgeom.interfaces import Setting
-from weightgeom.models.residual import INPUTS, Architecture, ResidualMatrix, first_readers
+from weightgeom.models.residual import INPUTS, Architecture, ResidualMatrix, Site, first_readers
 from weightgeom.params import Params
 from weightgeom.table import Row, row
 
@@ -141,6 +143,11 @@ class Overlap:
         )
 
     @property
+    def inputs(self) -> Inputs:
+        """The text that the moments of inputs are taken on."""
+        return Inputs(self.tokens, self.length, budget_gb=self.budget_gb)
+
+    @property
     def _sides(self) -> dict[str, tuple[Side, Side]]:
         declared = {}
         for pair in self.pairs:
@@ -184,6 +191,7 @@ class Overlap:
             models = {**fixed, "here": here, "next_layer": here}
             if params is setting.end:
                 models["end"] = here
+            of_inputs = any(models[side.at] is here and side.thing in OF_INPUTS for side in wanted)
 
             def see(pair: MatrixPair) -> None:
                 for side in wanted:
@@ -197,7 +205,7 @@ class Overlap:
                     for entry in _compared(pair, matrix, [models[side.at].of(side, matrix) for side in sides])
                 ]
 
-            return see, rows
+            return Visit(see, rows, self.inputs if of_inputs else None, here.see_input)
 
         return visit
 
@@ -220,6 +228,9 @@ class Spaces:
         layer = matrix.layer + (side.at == "next_layer")
         place = (side.thing, f"L{layer}" if side.thing in OF_INPUTS else f"L{layer}.{matrix.label}")
         if side.thing in OF_INPUTS:
+            if not self._inputs:
+                for site, moment in input_moments(self.setting, self.params, self.probe.inputs):
+                    self.see_input(site, moment)
             return self._inputs.get(place)
         if side.thing in ("upstream", "gradient"):
             return self._gradients.get(place)
@@ -239,6 +250,15 @@ class Spaces:
             most = _rank(parts.values.square(), pair.after.dtype)
             self._matrices[place] = parts.top(pair.matrix, min(self.k, most)) if most else None
 
+    def see_input(self, site: Site, moment: Moment) -> None:
+        """Find the basis of an input."""
+        space, _ = top_directions(site, moment, self.k)
+        self._inputs[site.name, f"L{site.layer}"] = _above_rounding(space.basis, moment.value.cpu())
+
+    @cached_property
+    def _inputs(self) -> dict[tuple[str, str], Tensor]:
+        return {}
+
     @cached_property
     def _matrices(self) -> dict[tuple[str, str], Tensor | None]:
         return {}
@@ -257,17 +277,6 @@ class Spaces:
     @cached_property
     def _prediction(self) -> Float[Tensor, "d k"]:
         return prediction_frame(self.setting, self.params, self.k).space.basis
-
-    @cached_property
-    def _inputs(self) -> dict[tuple[str, str], Tensor | None]:
-        probe = self.probe
-        inputs = Inputs(tokens=probe.tokens, length=probe.length, budget_gb=probe.budget_gb)
-        bases = {}
-        for frame in input_frames(self.setting, self.params, self.k, inputs):
-            assert frame.moment is not None
-            name, layer = frame.place[:2]
-            bases[name, f"L{layer}"] = _above_rounding(frame.space.basis, frame.moment.value.cpu())
-        return bases
 
     @cached_property
     def _gradients(self) -> dict[tuple[str, str], Tensor | None]:

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from weightgeom.declarations import SPECTRA, ProbeDeclaration
 from weightgeom.estimators.gradients import Gathering, gradient_moments
-from weightgeom.estimators.moments import activation_moments
+from weightgeom.estimators.moments import Moment
 from weightgeom.estimators.pairs import MatrixPair, Visit, alone
+from weightgeom.estimators.reference_subspaces import Inputs
 from weightgeom.estimators.updates import update_of, zeros
 from weightgeom.geometry.gram import product
 from weightgeom.geometry.power_law import gaussian_spectra, power_law
 from weightgeom.geometry.subspace import eigenvalues
 from weightgeom.interfaces import Setting
-from weightgeom.models.residual import Architecture, ResidualMatrix, first_readers
+from weightgeom.models.residual import Architecture, ResidualMatrix, Site, first_readers
 from weightgeom.params import Params
 from weightgeom.table import Row, row
-from weightgeom.text.tokens import packed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,14 +105,31 @@ class Spectrum:
 
     def visits(self, setting: Setting) -> Callable[[Params], Visit]:
         """The same, for a walk with others."""
+        architecture = setting.model.architecture
+        readers = {
+            (matrix.layer, matrix.site): matrix.kind for matrix in first_readers(architecture.matrices)
+        }
 
         def visit(params: Params) -> Visit:
-            rows: list[Row] = []
+            of_pairs: list[Row] = []
+            of_inputs: list[Row] = []
 
-            def of_checkpoint() -> list[Row]:
-                return [*self._activations(setting, params), *self._gradients(setting, params), *rows]
+            def see(site: Site, moment: Moment) -> None:
+                reader = readers[site.layer, site.name]
+                matrix = "up" if reader == "router" else reader
+                place = {"layer": site.layer, "matrix": matrix, "role": "read", "subspace": site.name}
+                of_inputs.extend(
+                    self._moment("activation", moment.value, moment.samples, place, setting.seed)
+                )
 
-            return (lambda pair: rows.extend(self._pair(pair, setting.seed))), of_checkpoint
+            return Visit(
+                lambda pair: of_pairs.extend(self._pair(pair, setting.seed)),
+                lambda: [*of_inputs, *self._gradients(setting, params), *of_pairs],
+                Inputs(self.tokens, self.length, budget_gb=self.budget_gb)
+                if "activation" in self.of
+                else None,
+                see,
+            )
 
         return visit
 
@@ -130,21 +147,6 @@ class Spectrum:
         moved = {thing: whole for thing, (squares, _, whole) in of.items() if bool(squares.any())}
         if self.shuffles and moved:
             yield from self._shuffled(matrix, moved, seed)
-
-    def _activations(self, setting: Setting, params: Params) -> Iterator[Row]:
-        if "activation" not in self.of:
-            return
-        model = setting.model
-        batches = packed(setting.examples.heldout, model.tokenizer, self.length, self.tokens)
-        sites = model.architecture.sites
-        readers = {
-            (matrix.layer, matrix.site): matrix.kind for matrix in first_readers(model.architecture.matrices)
-        }
-        for site, moment in activation_moments(model, params, batches, sites, budget_gb=self.budget_gb):
-            reader = readers[site.layer, site.name]
-            matrix = "up" if reader == "router" else reader
-            place = {"layer": site.layer, "matrix": matrix, "role": "read", "subspace": site.name}
-            yield from self._moment("activation", moment.value, moment.samples, place, setting.seed)
 
     def _gradients(self, setting: Setting, params: Params) -> Iterator[Row]:
         upstream, gradients = "upstream" in self.of, "gradient" in self.of
