@@ -16,7 +16,7 @@ from runners.tracking.publisher import Published
 from weightgeom.analysis.chain import SINGLE, STAGES
 from weightgeom.analysis.comparisons import compared_with_principal, measured_effect
 from weightgeom.analysis.declared import declared, plain_name
-from weightgeom.analysis.referee import REFEREE, counted, measured
+from weightgeom.analysis.referee import REFEREE, VERDICTS, counted, measured
 from weightgeom.analysis.summaries import by_head, by_matrix, by_quantity, by_stage, by_treatment, unmoved
 from weightgeom.declarations import InterventionDeclaration, ProbeDeclaration
 from weightgeom.interfaces import Intervention, Probe, Summarised
@@ -34,6 +34,7 @@ TITLES = {
     "between": ", each stage against the one before it",
 }
 CONTINUED = ", continued"
+LONGEST = 32  # characters of a word or number that are not broken
 NUMBER = re.compile(r"-$|[-+]?\d")  # the start of a cell that is set to the right
 
 
@@ -124,7 +125,11 @@ def fitting(short: "pd.DataFrame", title: str, console: "Console") -> "Iterator[
         for count in range(len(numbers), -1, -1):
             part = [column for column in short.columns if column in (*keys, *numbers[:count])]
             table = rendered(short[part], title, Table)
-            if count <= 1 or Measurement.get(console, unbounded, table).minimum <= console.width:
+            size = Measurement.get(console, unbounded, table)
+            if count <= 1 or size.minimum <= console.width:
+                for column in table.columns if size.maximum > console.width else ():
+                    if column.justify == "right":
+                        column.width = column.min_width  # the words have the rest
                 yield table
                 numbers = numbers[count:]
                 break
@@ -134,14 +139,24 @@ def fitting(short: "pd.DataFrame", title: str, console: "Console") -> "Iterator[
 
 
 def rendered(short: "pd.DataFrame", title: str, make: "type[RichTable]") -> "RichTable":
-    """A table of text for the terminal; columns of numbers are set to the right."""
-    table = make(*map(str, short.columns), title=title)
+    """A table of text for the terminal; columns of numbers are set to the right.
+
+    In a narrow terminal heads and texts are broken, words and numbers are not.
+    """
+    from rich.text import Text
+
+    lines = any("\n" in str(cell) for cell in short.to_numpy().flat)  # between the rows
+    table = make(*map(str, short.columns), title=Text(title), show_lines=lines)  # brackets would be markup
     for column, name in zip(table.columns, short.columns, strict=True):
+        whole = short[name].fillna("-").astype(str)
+        parts = list(whole)
         if _is_number(short[name]):
-            column.justify, column.no_wrap = "right", True
-            column.min_width = max(map(len, map(str, short[name].fillna("-"))), default=0)
+            column.justify = "right"
+        else:
+            parts = [word for cell in whole for word in cell.split()]
+        column.min_width = min(LONGEST, max(map(len, (*str(name).split(), *parts))))
     for row in short.fillna("-").itertuples(index=False):
-        table.add_row(*map(str, row))
+        table.add_row(*(Text(str(cell)) for cell in row))
     return table
 
 
@@ -202,24 +217,26 @@ def effects_shown(
 
 
 def judged_shown(verdicts: "pd.DataFrame") -> "pd.DataFrame":
-    """The verdicts of the referee, with the published number, ours, and that of the null."""
+    """The verdicts of the referee, each with the claim, the published number, ours, the null's, and why."""
     import pandas as pd
 
     several = verdicts["update"].nunique() > 1
-    rows = [
-        {
-            "paper": row["paper"],
-            "statement": row["statement"],
-            **({"update": row["update"]} if several else {}),
-            "published": row["published"] or "-",
-            "ours": measured(row, "ours"),
-            "null": measured(row, "null"),
-            "verdict": row["verdict"],
-            "reason": row["detail"],
-        }
-        for _, row in verdicts.iterrows()
-    ]
-    return pd.DataFrame(rows)
+    rows = []
+    for _, verdict in verdicts.iterrows():
+        numbers = {name: measured(verdict, name) for name in ("ours", "null")}
+        claim = [
+            f"{verdict['statement']} ({verdict['paper']})",
+            verdict["published"] and f"published: {verdict['published']}",
+            ", ".join(f"{name}: {number}" for name, number in numbers.items() if number != "-"),
+            verdict["detail"],
+        ]
+        update = {"update": verdict["update"]} if several else {}
+        rows.append({"verdict": verdict["verdict"], **update, "claim": "\n".join(filter(None, claim))})
+    return pd.DataFrame(rows).sort_values("verdict", key=_order, kind="stable", ignore_index=True)
+
+
+def _order(verdict: "pd.Series") -> "pd.Series":
+    return verdict.map(VERDICTS.index)
 
 
 def claims_shown(tables: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame | None":

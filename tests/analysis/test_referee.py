@@ -108,7 +108,7 @@ def test_values_are_those_of_the_last_step_at_the_smallest_dimension_and_at_no_r
 def test_missing_rows_are_not_testable_and_name_the_override():
     lines = verdicts([SmallWeights()], [Update("the update", {}, 1)])
     assert list(lines["verdict"]) == [UNTESTABLE]
-    assert "add it, as in 'probe=[rsf,sparsity,rotation,sparsity]'" in lines["detail"][0]
+    assert "add it, as in 'probe=[rsf,sparsity,rotation]'" in lines["detail"][0]
     partly = [entry for entry in overlaps(0.7, 0.4) if entry["quantity"] != "null_low_overlap_sd"]
     (detail,) = verdicts([SmallWeights()], [update(partly)])["detail"]
     assert detail == "the probe sparsity has no rows null_low_overlap_sd of this update"

@@ -106,7 +106,8 @@ class Update:
         """The first missing rows among `needs`, and the override that measures them; "" if all are there."""
         for probe, quantities in needs.items():
             if probe not in self.tables:
-                return f"no rows of the probe {probe}: add it, as in 'probe=[rsf,sparsity,rotation,{probe}]'"
+                probes = ",".join(dict.fromkeys(("rsf", "sparsity", "rotation", probe)))
+                return f"no rows of the probe {probe}: add it, as in 'probe=[{probes}]'"
             table = self.tables[probe]
             there = set(table.loc[table["step"] == self.step, "quantity"])
             if missing := [name for name in quantities if name not in there]:

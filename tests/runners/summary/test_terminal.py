@@ -2,6 +2,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import ClassVar
 
@@ -246,6 +247,22 @@ def test_a_table_that_is_too_wide_goes_on_below_with_its_words(capsys: pytest.Ca
     assert [head[0] for head in heads] == ["stage"] * len(parts) and len(parts) == 2
     assert [name for head in heads for name in head[1:]] == [f"quantity {n}" for n in range(8)]
     assert [str(part.title) for part in parts] == ["stages", "stages, continued"]
+
+
+def test_a_table_that_is_nearly_too_wide_breaks_its_heads_and_no_words_or_numbers() -> None:
+    null = "0.0577 ± 0.000891"
+    short = pd.DataFrame(
+        [
+            {"pathway": "read", "matrix": "up", "invisible share at step 0": 1, "null": null, "z": z}
+            for z in (-4.0, 11.6)
+        ]
+    )
+    console = Console(width=60, record=True, file=StringIO())
+    (table,) = fitting(short, "sparsity", console)
+    console.print(table)
+    lines = console.export_text().splitlines()
+    assert cells(lines, "read") == ["read", "up", "1", null, "-4.0"]
+    assert max(map(len, lines)) <= 60 and sum("invisible" in line for line in lines) == 1
 
 
 def test_heads_are_shown_by_their_range(capsys: pytest.CaptureFixture[str]) -> None:
