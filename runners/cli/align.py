@@ -9,6 +9,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
+from weightgeom.analysis.trainings import between, pairs
 from weightgeom.table import of_the_model
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ def aligned(before: str, named: Sequence[str], out: Path) -> None:
     Raises:
         ValueError: if one of them has no name, besides those of `weightgeom.bases.trainings.alignments`.
     """
+    from rich import get_console
+
+    from runners.summary.terminal import fitting, judged_shown
+    from weightgeom.analysis.referee import counted
     from weightgeom.bases.trainings import alignments, name_of
     from weightgeom.figures.alignment import heat_maps
     from weightgeom.figures.base import save
@@ -45,14 +50,58 @@ def aligned(before: str, named: Sequence[str], out: Path) -> None:
     whole = of_the_model(table)
     pairs = whole[whole["treatment"].isin(names)].assign(step=whole["treatment"])
     save(heat_maps(pairs, names), out / "alignment.png", out / "alignment.pdf")
-    shown = whole[~whole["quantity"].str.startswith("null_")]
-    wide = shown.pivot(index=["treatment", "against"], columns="quantity", values="value")
-    print(wide.to_string(float_format="{:.3g}".format, na_rep=""))
     findings = _refereed(table)
     findings.to_csv(out / "referee.csv", index=False)
-    for _, line in findings.iterrows():
-        print(f"\n{line['paper']}: {line['statement']}\n  {line['verdict']}: {line['detail']}")
-    print(f"\ntables and heat maps: {out}")
+    console = get_console()
+    shown = {
+        "Updates, two by two": _pairs(table),
+        "Two trainings, and seeds of one": _trainings(whole),
+        f"Published claims: {counted(findings)}": judged_shown(findings),
+    }
+    for title, short in shown.items():
+        for part in fitting(short, title, console) if len(short) else ():
+            console.print(part)
+    print(f"tables and heat maps: {out}")
+
+
+def _pairs(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Every two updates A and B: their cosine, and how much of each lies in the other's leading ones."""
+    import pandas as pd
+
+    by_pair = pairs(table, 1)
+    rows = [
+        {
+            "A": first,
+            "B": second,
+            "cosine": f"{pair['cosine']:.3f}",
+            "mode overlap": f"{pair['mode_overlap']:.3f}",
+            "A in B": f"{pair['alignment_ratio']:.3f}",
+            "B in A": f"{by_pair.loc[(second, first), 'alignment_ratio']:.3f}",
+            "null": f"{pair['null_alignment_ratio_mean']:.3f}",
+        }
+        for (first, second), pair in by_pair.dropna(subset="cosine").iterrows()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _trainings(whole: "pd.DataFrame") -> "pd.DataFrame":
+    """Every two trainings with several seeds: means between them and, ± one sd, within each."""
+    import pandas as pd
+
+    p_values = whole.set_index(["treatment", "against", "quantity"])["value"]
+    rows = [
+        {
+            "training": first,
+            "against": second,
+            "quantity": quantity.replace("_", " "),
+            "between": f"{pair['between']:.3f}",
+            "within": f"{pair['within']:.3f} ± {pair['sd']:.2g}",
+            "p": f"{p_values[first, second, f'within_{quantity}_p_value']:.2g}",
+        }
+        for quantity in ("cosine", "mode_overlap", "alignment_ratio")
+        for (first, second), pair in between(whole, quantity).iterrows()
+    ]
+    return pd.DataFrame(rows)
 
 
 def _refereed(table: "pd.DataFrame") -> "pd.DataFrame":

@@ -114,6 +114,15 @@ def test_missing_rows_are_not_testable_and_name_the_override():
     assert detail == "the probe sparsity has no rows null_low_overlap_sd of this update"
 
 
+def test_a_finding_without_its_number_or_null_is_no_verdict():
+    class Unknown(SmallWeights):
+        def judged(self, update):
+            return Finding("supported", "low_overlap", 0.7, float("nan"), detail="0.7 against nan")
+
+    (line,) = verdicts([Unknown()], [update(overlaps(0.7, 0.4))]).itertuples()
+    assert (line.verdict, line.detail) == (UNTESTABLE, "not all numbers are known: 0.7 against nan")
+
+
 def test_an_update_of_another_kind_has_its_numbers_and_no_verdict():
     rows = overlaps(0.7, 0.4)
     claim = LowMagnitude()

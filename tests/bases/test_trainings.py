@@ -12,6 +12,7 @@ from runners.cli.align import aligned
 from weightgeom.analysis.referee import Update, verdicts
 from weightgeom.claims.dpo_near_orthogonal import DpoNearOrthogonal
 from weightgeom.claims.objective_from_spectrum import ObjectiveFromSpectrum
+from weightgeom.claims.universal_subspaces import UniversalSubspaces
 
 BASE = llama(0)
 
@@ -65,10 +66,14 @@ def test_seeds_of_one_training_are_more_alike_than_those_of_two() -> None:
     assert whole(table, "within_cosine_p_value")[pair] == pytest.approx(2 / 20)
     assert {"dpo.0", "dpo.2", "ce.1"} <= set(table["treatment"])
     update = Update("all", {"alignment": table}, 1)
-    verdict_of = verdicts([DpoNearOrthogonal(), ObjectiveFromSpectrum()], [update]).set_index("claim")
+    claims = [DpoNearOrthogonal(), ObjectiveFromSpectrum(), UniversalSubspaces()]
+    verdict_of = verdicts(claims, [update]).set_index("claim")
     orthogonal = verdict_of.loc["DpoNearOrthogonal"]
     assert (orthogonal["verdict"], orthogonal["null"]) == ("supported", pytest.approx(0.8, abs=0.03))
     assert verdict_of.loc["ObjectiveFromSpectrum", "n"] == 6
+    shared = verdict_of.loc["UniversalSubspaces"]  # of pairs alone: 3 seeds of each, both ways
+    assert (shared["verdict"], shared["n"]) == ("contradicted", 18)
+    assert 0 < shared["null"] < 1
 
 
 @pytest.mark.slow
@@ -82,7 +87,8 @@ def test_the_command_writes_table_and_heat_maps(tmp_path, capsys) -> None:
     for ending in ("png", "pdf", "csv"):
         assert (tmp_path / f"out/alignment.{ending}").stat().st_size > 1000
     output = capsys.readouterr().out
-    assert "dpo.1" in output and "arXiv:2512.05117v2: Updates of different trainings" in output
+    assert "dpo.1" in output and "Updates of different trainings" in output
+    assert max(map(len, output.splitlines()[:-1])) <= 80  # but for the path
     judged = pd.read_csv(tmp_path / "out/referee.csv").set_index("claim")["verdict"]
     # Updates of independent directions share nothing; the seeds are too few for the others.
     assert dict(judged) == {

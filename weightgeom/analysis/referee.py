@@ -5,8 +5,8 @@
 # pyright: reportReturnType=false, reportIndexIssue=false
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from math import sqrt
+from dataclasses import asdict, dataclass, replace
+from math import isnan, sqrt
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 from weightgeom.analysis.chain import BETWEEN, SINGLE, STAGES
@@ -228,13 +228,15 @@ def _found(claim: Claim, update: Update) -> Finding:
     if lacking := update.lacking(claim.needs):
         return Finding(UNTESTABLE, detail=lacking)
     finding = claim.judged(update)
+    if any(number is not None and isnan(number) for number in (finding.ours, finding.null, finding.null_sd)):
+        return replace(finding, verdict=UNTESTABLE, detail=f"not all numbers are known: {finding.detail}")
     if not claim.about or update.kind == claim.about or finding.verdict == UNTESTABLE:
         return finding
     of = f"the claim is about training by {KINDS.get(claim.about, claim.about)}"
     reason = f"{of}, and this update is of {update.trained_by}"
     if not update.kind:
         reason = f"{of}, and nothing says what trained this update: run it with model.stage=dpo, or the like"
-    return Finding(**{**asdict(finding), "verdict": UNTESTABLE, "detail": f"{reason}; {finding.detail}"})
+    return replace(finding, verdict=UNTESTABLE, detail=f"{reason}; {finding.detail}")
 
 
 def updates(

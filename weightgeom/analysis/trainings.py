@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ALIGNMENT = "alignment"  # the name of such a table
 CONTRAST, LIKELIHOOD = "contrast", "likelihood"
 REWARDED = re.compile(r"(rlvr|rl|apo)\d*")  # further names of trainings by rewards
+OF_TRAININGS = ("between_", "within_")  # the starts of quantities that are about several pairs
 SEED = re.compile(r"\.\d+$")
 
 
@@ -38,6 +39,7 @@ def pairs(table: "pd.DataFrame", step: int) -> "pd.DataFrame":
     """
     rows = of_the_model(table)
     rows = rows[(rows["step"] == step) & (rows["against"] != "") & (rows["subspace"] == "")]
+    rows = rows[~rows["quantity"].str.startswith(OF_TRAININGS)]
     stages = table.attrs.get(STAGES)
 
     def named(place: object) -> str:
