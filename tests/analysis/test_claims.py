@@ -245,6 +245,7 @@ def test_the_order_of_objectives_is_tested_and_not_that_of_runs():
     assert "over 6 objectives in 30 trainings" in line["finding"]
 
 
+@pytest.mark.slow
 def test_the_forecast_needs_three_trainings_and_has_the_jackknifes_interval(agreeing):
     lines = agreeing[agreeing["claim"] == 7]
     assert set(lines["verdict"]) == {SUPPORTED}

@@ -92,6 +92,7 @@ def test_an_update_planted_in_the_contrast_has_the_ratio_d_over_k_and_no_shuffle
     assert 0 < value(rows, "L1.q", "frame_fraction", "topic", k=1) < 0.6
 
 
+@pytest.mark.slow
 def test_shuffled_groups_give_the_null(model, params, asked, generator):
     """Groups from one pool: the p-values of a contrast against its permutations are uniform."""
     pool = [question for group in asked.groups.values() for question in group]

@@ -15,11 +15,11 @@ _calls: Counter[Any] = Counter()
 def first_calls(function: Callable[..., Any]) -> Callable[..., Any]:
     """The check of a function that jaxtyping makes of another's signature; a function made anew shares it."""
     key = function.__module__, function.__qualname__, function.__code__.co_varnames
-    if "<locals>" not in function.__qualname__ or key not in _checks:
-        _checks[key] = beartype(function)
-    check = _checks[key]
+    if "<locals>" not in function.__qualname__:
+        _checks.pop(key, None)
 
     def checked(*args: Any, **kwargs: Any) -> Any:
+        check = _checks.get(key) or _checks.setdefault(key, beartype(function))  # only of what is called
         _calls[key] += 1
         if _calls[key] > CALLS:  # jaxtyping's wrapper, which is the caller, passes over a function so marked
             sys._getframe(1).f_locals["fn"].__no_type_check__ = True

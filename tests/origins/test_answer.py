@@ -48,6 +48,7 @@ def like_a_training(before: dict[str, torch.Tensor], seed: int) -> dict[str, tor
     return {name: sizes[parts[name]] * update for name, update in updates.items()}
 
 
+@pytest.mark.slow
 def test_noise_is_called_noise() -> None:
     answers: Counter[Any] = Counter()
     for seed in range(6):

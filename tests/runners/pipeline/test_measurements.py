@@ -114,6 +114,7 @@ class Interrupted:
         return counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("divisible", "ends", "begun", "all_steps"),
     [  # one that is not divisible measures the checkpoint before its first new one, too

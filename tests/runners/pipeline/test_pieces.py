@@ -74,6 +74,7 @@ def test_every_step_is_in_one_piece_and_pieces_differ_by_at_most_one_step() -> N
         assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probe", [PROBE, Undeclared(PROBE)], ids=["divisible", "undeclared"])
 @pytest.mark.parametrize("workers", [2, 5])
 def test_a_table_of_pieces_is_that_of_one_process_bit_for_bit(

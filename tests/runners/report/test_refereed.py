@@ -30,6 +30,7 @@ def run(write: float, **about) -> Planted:
     return Planted("dpo", {"rsf": table, "referee": verdicts(CLAIMS, [update])}, **about)
 
 
+@pytest.mark.slow
 def test_every_run_has_a_line_under_each_claim_and_the_table_is_kept(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     runs = [run(1.1, name="first"), run(4.0, name="<b>second</b>", seed=1)]
