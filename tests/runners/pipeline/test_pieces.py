@@ -2,11 +2,15 @@
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 import small
 import torch
@@ -151,6 +155,47 @@ def test_workers_of_a_chain_make_the_tables_of_one_process(tmp_path: Path, steps
     for name, table in tables(merged).items():
         assert_frame_equal(table, whole[name], check_exact=True)
     assert len(list((tmp_path / "jobs/pieces").glob("*/DONE"))) == 2
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_run_with_a_sentence_and_the_next_one_goes_on_behind_it(
+    tmp_path: Path, steps: dict[int, Path]
+) -> None:
+    stages = ", ".join(f"s{step}: {place}" for step, place in steps.items())
+    chain = [*CHAIN, f"model.stages={{{stages}}}"]
+    whole = run(tmp_path, *chain, "outputs=whole")
+    with ThreadPoolExecutor() as background:
+        ending = background.submit(run, tmp_path, *chain, "outputs=cut", "probe.workers=2")
+        while not list(tmp_path.glob("cut/pieces/*/checkpoint-*.rows")) and not ending.done():
+            sleep(0.01)
+        for process in workers_in(tmp_path)[:1]:
+            process.kill()
+        ended = ending.result()
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cut/pieces/*/checkpoint-*.rows")}
+    assert ended.code == 1 and kept
+    assert ended.errors == [
+        "error: a process that measures a piece was killed, as by a lack of memory: the same command goes on"
+        " behind the checkpoints that are measured; give it a smaller probe.workers"
+    ]
+    assert not workers_in(tmp_path)
+    again = run(tmp_path, *chain, "outputs=cut", "probe.workers=2")
+    assert again.code == 0, again.err
+    assert kept.items() <= {path: path.stat().st_mtime_ns for path in kept if path.exists()}.items()
+    tables = [
+        {path.name: path.read_bytes() for path in (ended.record / "artifacts/tables").glob("*.csv")}
+        for ended in (whole, again)
+    ]
+    assert tables[0] and tables[0] == tables[1]
+
+
+def workers_in(directory: Path) -> list[psutil.Process]:
+    """The processes of workers of a run in `directory`."""
+    workers = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any("spawn_main" in part for part in process.cmdline()) and process.cwd() == str(directory):
+                workers.append(process)
+    return workers
 
 
 @pytest.mark.parametrize(
