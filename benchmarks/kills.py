@@ -15,7 +15,6 @@ have: a kill hits our code and not an import, and costs a fraction. A moment is 
 that the same thing takes undisturbed, so that it does not depend on what else the machine does.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -35,11 +34,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from commands import ROOT, environment, newest, tables
+
 from runners.launcher import local
 from runners.launcher.warm import MODULES, Fork, Libraries
 from runners.tracking.stores import open_store
 
-ROOT = Path(__file__).parents[1]
 SMALL = (
     "model.d_model=32 model.d_mlp=64 model.layers=1 model.heads=2 model.vocabulary=512"
     " model.pretraining.steps=4 model.pretraining.batch_size=4 model.pretraining.max_length=32"
@@ -52,12 +52,6 @@ RUN, LAUNCHER, SYNC = str(ROOT / "run.py"), "runners.launcher", "runners.trackin
 VICTIMS = (RUN, "runners.launcher.local_main", "runners.launcher.jobs")
 FORKS = "forks.txt"  # in a home: pid and command of every process
 TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds
-
-
-def environment() -> dict[str, str]:
-    """One thread, no network, and this checkout."""
-    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "300"}
-    return {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")} | own
 
 
 def started(home: Path, command: str, arguments: Sequence[str], log: str = "", more: Any = None) -> Fork:
@@ -136,17 +130,6 @@ def ended(home: Path, command: str, *arguments: str) -> tuple[int, str]:
     while process.poll() is None:
         time.sleep(0.02)
     return process.code or 0, log.read_text(errors="replace")
-
-
-def tables(record: Path) -> dict[str, str]:
-    """Digests of a record's tables."""
-    paths = sorted((record / "artifacts/tables").glob("*.csv"))
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-
-
-def newest(home: Path) -> Path:
-    """The record of the last run."""
-    return max(home.glob("outputs/jobs/*/*/record"), key=lambda path: path.parent)
 
 
 def sweeps(home: Path) -> list[Path]:

@@ -61,7 +61,7 @@ def thinned(entries: Tensor, most: int) -> Tensor:
 def null(start: Tensor, share: float) -> float:
     """The overlap of an iid update that is visible in `share` of the entries."""
     cells = Cells.of(start, GRID)
-    p = visible(cells, cells.matching(share))
+    p = visible(cells, cells.matching(share, near=0))
     return float((smallest(start.abs(), ALPHA) * p).sum() / p.sum())
 
 

@@ -12,6 +12,8 @@ low, as the forecast is of a step from the base: at 0.05 an update of 32 steps i
 of an hour on one core.
 """
 
+# pyright: reportGeneralTypeIssues=false
+
 import argparse
 import json
 import logging

@@ -12,6 +12,8 @@ all layers. `upstream moments` add C_delta at o and down under cross-entropy, in
 `kronfluence` fits its covariance factors with true labels on the modules that hold the same matrices.
 """
 
+# pyright: reportMissingImports=false
+
 import argparse
 import json
 import time

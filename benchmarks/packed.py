@@ -19,7 +19,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from kills import ROOT, SMALL, environment
+from commands import RUN, environment
+from kills import SMALL
 
 TINY = [
     *(override for override in SMALL if not override.startswith("probe.")),
@@ -61,7 +62,7 @@ def used() -> float:
 
 def swept(home: Path, jobs: int, options: list[str], variables: dict[str, str]) -> tuple[Path, float]:
     """The directory of a sweep and its processor time without that of the launcher."""
-    command = [sys.executable, str(ROOT / "run.py"), *TINY, f"seed=range({jobs})", *options]
+    command = [*RUN, *TINY, f"seed=range({jobs})", *options]
     began = used()
     subprocess.run(
         [*command, "hydra.launcher.detach=true", "-m"], cwd=home, env=variables, check=True, stdout=-3
@@ -92,7 +93,7 @@ def main(directory: Path, jobs: int, kinds: Sequence[str]) -> None:
     base = directory / "base"
     base.mkdir()
     subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *TINY, "seed=1000"],
+        [*RUN, *TINY, "seed=1000"],
         cwd=base, env=variables, check=True, stdout=-3,
     )  # fmt: skip
     options = {

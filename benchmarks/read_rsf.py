@@ -8,6 +8,8 @@ runs the network with hooks that keep every attention and MLP input, then takes 
 `rsf` with its nulls, p-values and matched levels, without and with its bootstrap over prompts.
 """
 
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 import argparse
 import json
 import sys

@@ -10,6 +10,8 @@ graph starts at the first layer, with nothing accumulated. The reading takes eve
 Processor times; memory is anonymous, to which the weights, mapped from their files, do not belong.
 """
 
+# pyright: reportAttributeAccessIssue=false
+
 import argparse
 import cProfile
 import json

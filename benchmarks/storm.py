@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kills import LAUNCHER, ROOT, SMALL, ended, processes, started, tables
+from commands import LAUNCHER, ROOT, RUN, ended, processes, started, tables
+from kills import SMALL
 
 JOBS, STEPS = 6, 60
 SWEEP = [f"training.steps={STEPS}", "training.save_every=5", "objective=dpo,ce", "seed=0,1,2", "-m"]
@@ -49,7 +50,7 @@ class Storm:
 
     def launcher(self) -> list[str]:
         own = HERE if self.local else UNDER_SLURM
-        return [sys.executable, str(ROOT / "run.py"), *SMALL, *own, *SWEEP, "hydra.launcher.detach=true"]
+        return [*RUN, *SMALL, *own, *SWEEP, "hydra.launcher.detach=true"]
 
     def command(self, name: str) -> tuple[int, str]:
         return ended(self.home, [*LAUNCHER, name, str(self.sweep())])

@@ -61,7 +61,9 @@ class Tracked(TrainerCallback):
         """Take the time."""
         self.began = perf_counter()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:
+    def on_log(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any
+    ) -> None:
         """Log a step, if it is the record's turn."""
         tracked = state.global_step // TURN % 2 == 1
         if tracked:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from kills import ROOT, ended, newest, started, tables
+from commands import RUN, ended, newest, started, tables
 from material import llama
 from transformers import LlamaForCausalLM
 
@@ -26,12 +26,12 @@ REVISIONS = 6
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
 
-def make(directory: Path) -> dict[str, str]:
-    """Six checkpoints of one small network, each a Gaussian update away from the one before."""
+def make(directory: Path, revisions: int = REVISIONS, width: int = 128) -> dict[str, str]:
+    """Checkpoints of one small network, each a Gaussian update away from the one before."""
     torch.manual_seed(0)
-    config = llama(width=128, mlp=256, layers=4, heads=4, vocabulary=676)
+    config = llama(width=width, mlp=2 * width, layers=4, heads=4, vocabulary=676)
     network, places = LlamaForCausalLM(config), {}
-    for revision in range(REVISIONS):
+    for revision in range(revisions):
         places[f"r{revision}"] = str(directory / f"revision-{revision}")
         network.save_pretrained(places[f"r{revision}"])
         World().tokenizer().save_pretrained(places[f"r{revision}"])
@@ -48,7 +48,7 @@ def main(directory: Path, kills: int, seed: int) -> int:
     places = make(directory)
     stages = "{" + ",".join(f"{name}: {place}" for name, place in places.items()) + "}"
     settings = ["model=chain/own", f"model.stages={stages}", "objective=none", "probe=[rsf]", "device=cpu"]
-    command = [sys.executable, str(ROOT / "run.py"), *settings, "probe.rsf.tokens=8192", "name=walk_kills"]
+    command = [*RUN, *settings, "probe.rsf.tokens=8192", "name=walk_kills"]
     ended(directory / "warm", command)  # compiles
     began = time.monotonic()
     code, out = ended(directory / "undisturbed", command)
