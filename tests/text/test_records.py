@@ -28,9 +28,19 @@ def pair(**more):
 
 
 @pytest.mark.parametrize("name", ["question", "instruction", "query", "input"])
-def test_a_prompt_under_another_name_is_the_users_message(name, caplog):
+def test_a_prompt_under_another_name_is_the_users_message_and_the_log_names_it(name, caplog):
+    caplog.set_level(logging.INFO)
     assert pairs_of(placed(pair(**{name: "why not"})), "here") == [CHAT]
-    assert not caplog.text
+    assert caplog.messages == [f"the prompts in here are {name}"]
+
+
+def test_the_log_says_where_prompts_are_without_a_column_of_theirs(caplog):
+    caplog.set_level(logging.INFO)
+    shared = {"chosen": "why yes", "rejected": "why no", "system": ""}
+    pairs_of(placed(shared), "here")
+    pairs_of(placed(pair(prompt="why ")), "here")
+    place = "system and the beginning that both responses share"
+    assert caplog.messages == [f"the prompts in here are {place}"]
 
 
 def test_a_system_message_comes_first_and_an_empty_one_not_at_all(caplog):

@@ -65,6 +65,10 @@ def pairs_of(records: Placed, source: str) -> list[Pair]:
     responses = ("completion", "label") if labelled else ("chosen", "rejected")
     more = ["input"] if prompt == "instruction" else []
     _warn_ignored(records, [*responses, "system", *([prompt] if prompt else []), *more], source)
+    taken = [name for name in ("system", prompt, *more) if name in columns]
+    taken += [] if prompt else ["the beginning that both responses share"]
+    if taken != ["prompt"]:
+        log.info("the prompts in %s are %s", source, " and ".join(taken))
     read = _labelled_pair if labelled else _pair
     pairs = [read(where, record, prompt) for where, record in records]
     systems = [_system(where, record) for where, record in records]
