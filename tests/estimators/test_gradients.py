@@ -1,6 +1,7 @@
 """Moments under an objective, against plain autograd on the trainer's own loss."""
 
 from dataclasses import replace
+from weakref import ref
 
 import pytest
 import torch
@@ -126,6 +127,15 @@ def test_gradients_and_moments_are_those_of_autograd_on_the_trainers_mean_loss(
             delta = sent[matrices[name].module][where] * terms  # of the sum: the mean's is one term's share
             expected = delta.T @ delta / len(delta)
             assert_close(moment.value, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_moment_that_is_taken_out_of_a_pass_is_freed_while_the_pass_goes_on(models, examples):
+    model, gathering = models["llama"], Gathering(prompts=6, batch_size=2)
+    passes = gradient_moments(model, weights(model), DPO(), TRAINING, examples, gathering, seed=5)
+    gathered_pass = next(passes)
+    for moments in (gathered_pass.inputs, gathered_pass.upstream):
+        sums = [ref(moments.pop(key).sums) for key in list(moments)]
+        assert len(sums) == 4 and not any(held() is not None for held in sums)
 
 
 def test_a_parallel_block_shares_its_upstream_gradient_and_a_sequential_one_does_not(models, examples):

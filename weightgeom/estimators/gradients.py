@@ -107,8 +107,8 @@ class Pass:
     """
 
     layers: Sequence[int]
-    inputs: Mapping[Site, Moment]
-    upstream: Mapping[str, Moment]
+    inputs: dict[Site, Moment]  # to take moments out of, one by one
+    upstream: dict[str, Moment]
     gradients: Mapping[str, MeanGradient]
     prompts: int
     others: Mapping[str, "Diagonal"]
@@ -208,8 +208,9 @@ def gradient_moments(
                         loss.backward()
                     del loss  # its graph holds the hooks, and these the sums
                     seen = here.stop
-            yield sums.totals(len(data))
-            del sums
+            gathered = [sums.totals(len(data))]
+            del sums  # which are large: only the caller keeps them
+            yield gathered.pop()
 
 
 def folded(moment: Moment, matrix: ResidualMatrix, params: Params) -> Moment:

@@ -396,16 +396,15 @@ class RSF:
         )
         moments: dict[str, Settled | Moment] = {}
         for one_pass in passes:
-            inputs: dict[Place, Settled | Moment] = {}
-            for site, moment in one_pass.inputs.items():
-                inputs[site.name, site.layer] = moment if moment.within is None else moment.settled()
+            settled = {
+                (site.name, site.layer): _settled(one_pass.inputs.pop(site)) for site in list(one_pass.inputs)
+            }
+            written = {name: _settled(one_pass.upstream.pop(name)) for name in list(one_pass.upstream)}
             for matrix in setting.model.architecture.matrices:
-                if place_of(matrix) in inputs:
-                    moments[matrix.name] = inputs[place_of(matrix)]
-                elif matrix.name in one_pass.upstream:
-                    moment = one_pass.upstream[matrix.name]
-                    moments[matrix.name] = moment if moment.within is None else moment.settled()
-            del one_pass, inputs  # before the sums of the next one are made
+                if place_of(matrix) in settled:
+                    moments[matrix.name] = settled[place_of(matrix)]
+                elif matrix.name in written:
+                    moments[matrix.name] = written[matrix.name]
         return moments
 
     def _prediction(self, setting: Setting, params: Params) -> Frame:
@@ -558,6 +557,11 @@ class RSF:
             if trained is not None:
                 space = frame.space.first(k)
                 yield from _trained(gram, fraction, space, trained, self.resamples, seed, at, adapter)
+
+
+def _settled(moment: Moment) -> Settled | Moment:
+    """The moment without its groups' matrices, where what they have inside a subspace was summed."""
+    return moment if moment.within is None else moment.settled()
 
 
 def _matched(
