@@ -1,5 +1,10 @@
 """Each door fails with the name that a new version of torch has moved."""
 
+import ctypes
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 from torch import nn
 
@@ -9,6 +14,7 @@ from weightgeom.compat.torch_internals import (
     linear_pointwise,
     storage_key,
     tensors_in,
+    trim_memory,
 )
 
 MOVED = "torch moved {}: change weightgeom/compat/torch_internals.py"
@@ -51,3 +57,18 @@ def test_tensors_are_found_in_containers_unless_they_have_no_memory():
     assert [id(tensor) for tensor in tensors_in(nested)] == [id(tensor_a), id(tensor_b)], MOVED.format(
         "_pytree"
     )
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc"
+)
+def test_freed_memory_below_memory_in_use_is_given_back():
+    def anonymous() -> int:  # KiB
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    tensors = [torch.ones(2**14) for _ in range(1024)]  # of 64 KiB: too small for mappings of their own
+    before = anonymous()
+    del tensors[:-1]
+    trim_memory()
+    assert anonymous() < before - 2**15  # half of what is free, at least: the rest may have been reused

@@ -40,10 +40,21 @@ def release_memory() -> None:
     By default tensors of up to 32 MiB are allocated on its heap, which it keeps for later ones; from the
     first call on, up to 2 MiB. Nothing where there is another C library.
     """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+    library = _c_library()
+    if hasattr(library, "mallopt"):
         library.mallopt(M_MMAP_THRESHOLD, 2**21)
+    trim_memory()
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system, now alone: pages of glibc's heap on which nothing is left."""
+    library = _c_library()
+    if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
+
+
+def _c_library() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def exchange_parameter(module: nn.Module, key: str, weight: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from weightgeom.bases.outline import Shape
+from weightgeom.compat.torch_internals import trim_memory
 from weightgeom.declarations import ASYMMETRY, ProbeDeclaration
 from weightgeom.estimators.embeddings import embeddings_moved, other_rows, places_needed, unembedding_moves
 from weightgeom.estimators.given_subspaces import (
@@ -286,6 +287,7 @@ class RSF:
             if settled not in kept:
                 kept.clear()
                 kept[settled] = list(self._frames(setting, whose, settled))
+                trim_memory()  # of the passes over the text
             return kept[settled]
 
         def measure(params: Params) -> list[Row]:
@@ -396,6 +398,7 @@ class RSF:
         )
         moments: dict[str, Settled | Moment] = {}
         for one_pass in passes:
+            trim_memory()  # of the passes over the examples
             settled = {
                 (site.name, site.layer): _settled(one_pass.inputs.pop(site)) for site in list(one_pass.inputs)
             }
@@ -405,6 +408,7 @@ class RSF:
                     moments[matrix.name] = settled[place_of(matrix)]
                 elif matrix.name in written:
                     moments[matrix.name] = written[matrix.name]
+            trim_memory()  # of the sums
         return moments
 
     def _prediction(self, setting: Setting, params: Params) -> Frame:
