@@ -53,6 +53,8 @@ def test_documents_of_plain_text_are_the_blocks_between_blank_lines(folder):
     assert read_documents(folder / "c.md") == expected
     (folder / "c.txt.gz").write_bytes(gzip.compress(text.encode()))
     assert read_documents(folder / "c.txt.gz") == expected
+    (folder / "mac.txt").write_bytes(b"first\rsecond\r\rlast\r")
+    assert read_documents(folder / "mac.txt") == ["first\nsecond", "last"]
 
 
 def test_blank_lines_of_a_jsonl_file_count_but_hold_no_record(folder):
@@ -276,6 +278,7 @@ def test_a_byte_order_mark_and_unicode_line_ends_are_read_as_json_means_them(fol
         ("[" * 100_000, "bad.json line 1 is not JSON: maximum recursion depth exceeded"),
         ('{"text": ' + "[" * 100_000, "bad.json line 1 is not JSON: maximum recursion depth exceeded"),
         ('{"n": ' + "1" * 5000 + "}", "bad.json line 1 is not JSON: Exceeds the limit"),
+        ('{"text": "a", "n": {"m": 1, "m": 2}}', "bad.json line 1 is not JSON: the field 'm' is there twice"),
         ("nul\0l", "bad.json line 1 has a NUL byte: the file is binary, not text"),
     ],
 )
@@ -294,6 +297,8 @@ def test_json_that_is_none_is_named_by_its_line(folder, contents, message):
         ("a.bin", b"words\0\1\2", "a.bin line 1 has a NUL byte: the file is binary, not text"),
         ("t.txt", b"id,text\n1,words\n", "t.txt begins with the names of columns (id,text): end its name in"),
         ("j.txt", b'{"text": "a"}\n', "j.txt begins with a JSON object: end its name in .jsonl"),
+        ("j.txt", b'[\n  {"text": "a"}\n]', "j.txt begins with a JSON array: end its name in .json to read"),
+        ("j.md", b'[{"text": "a"}]', "j.md begins with a JSON array: end its name in .json to read"),
     ],
 )
 def test_what_is_no_prose_is_not_read_as_prose(folder, name, contents, message):

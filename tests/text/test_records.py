@@ -190,3 +190,28 @@ def test_what_documents_leave_out_is_named(caplog):
         documents_of(placed(labelled("q", "a", False)), "there")
     assert "the text columns title in here are not used" in caplog.text
     assert "the labels in there are not used: completions of either label are read as text" in caplog.text
+
+
+def test_parts_of_messages_and_pictures_that_are_not_used_are_named_in_a_warning(caplog):
+    thought = assistant("so there") | {"name": "bot", "reasoning_content": "long thoughts", "tool_calls": [1]}
+    pairs_of(placed({"prompt": [user("why not")], "chosen": [thought], "rejected": CHAT.rejected}), "here")
+    assert "the parts reasoning_content, tool_calls of messages in here are not used" in caplog.text
+    caplog.clear()
+    pairs_of(placed(pair(prompt="why not", images=["a.png"], scan=b"\0\1", id="a1")), "here")
+    assert "the text columns images, scan in here are not used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        '[{"role": "user", "content": "hi"}]',
+        "[{'content': 'hi', 'role': 'user'}]\n",
+        "array([{'role': 'user', 'content': 'hi'}],\n      dtype=object)",
+    ],
+)
+def test_messages_that_were_written_as_text_are_no_text(written):
+    with pytest.raises(ValueError, match="here line 1 field 'messages' is a list of messages that was writ"):
+        documents_of(placed({"messages": written}), "here")
+    # Text that speaks of JSON is text.
+    prompt = f"{written} has a bug; which one is it?"
+    assert pairs_of(placed(pair(prompt=prompt)), "here")[0].prompt == prompt

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Messages = list[dict[str, str]]
 LABELS = {"system": "System", "user": "Human", "assistant": "Assistant"}  # role: its label in plain text
+# A list of messages as json.dumps, str and NumPy write one.
+WRITTEN = re.compile(
+    r"""(?s)\s*(array\()?\[\s*\{\s*["'](role|content|from|value)["']\s*:.*\}\s*\](\s*,\s*dtype=object)?\)?\s*"""
+)
 HEADER = "\n\nAssistant:"  # ends a prompt; the response follows
 CHAT_TEMPLATE = (
     f"{{% set labels = {LABELS} %}}"
@@ -31,6 +35,11 @@ CHAT_TEMPLATE = (
 def checked_text(value: Any, where: str) -> Text:
     """A string, or a conversation reduced to its roles and contents; ValueError on anything else."""
     if isinstance(value, str):
+        if WRITTEN.fullmatch(value):
+            raise ValueError(
+                f"{where} is a list of messages that was written as text: write the list itself, in JSON or"
+                f" parquet, got {short(value)}"
+            )
         return value
     if not isinstance(value, list):
         raise ValueError(f"{where} must be a string or a list of messages, got {short(value)}")

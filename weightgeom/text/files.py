@@ -112,7 +112,8 @@ def read_blocks(path: str | Path) -> list[str]:
     _check_prose(path, next(filter(str.strip, lines), ""))
     if _kind(path) not in PLAIN:
         log.warning("%s is read as plain text, with documents between blank lines", path)
-    return [block.strip() for block in re.split(r"\n\s*\n", "".join(lines)) if block.strip()]
+    text = "".join(lines).replace("\r", "\n")  # alone, the end of a line of old Macs
+    return [block.strip() for block in re.split(r"\n\s*\n", text) if block.strip()]
 
 
 def split(
@@ -220,6 +221,8 @@ def _check_prose(path: Path, line: str) -> None:
         )
     if line.startswith("{") and isinstance(_parsed(line), dict):
         raise ValueError(f"{path} begins with a JSON object: end its name in .jsonl to read its records")
+    if re.match(r"\[\s*(\{\s*\"|$)", line):
+        raise ValueError(f"{path} begins with a JSON array: end its name in .json to read its records")
 
 
 def _parsed(text: str) -> Any:
@@ -246,7 +249,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, dict]]:
 def _json(text: str, path: Path, number: int) -> Any:
     """The value of a JSON text that begins at line `number`."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once)
         json.dumps(value, ensure_ascii=False).encode()  # fails on an unpaired surrogate
     except json.JSONDecodeError as error:
         line = number + error.lineno - 1
@@ -254,6 +257,15 @@ def _json(text: str, path: Path, number: int) -> Any:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} line {number} is not JSON: {first_line(error)}") from error
     return value
+
+
+def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these fields; json would keep the last of two of one name, and say nothing."""
+    fields = dict(items)
+    if len(fields) < len(items):
+        names = [name for name, _ in items]
+        raise ValueError(f"the field {max(names, key=names.count)!r} is there twice")
+    return fields
 
 
 def _object(value: Any, where: str) -> dict:

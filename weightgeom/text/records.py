@@ -25,6 +25,7 @@ Placed = Sequence[tuple[str, dict[str, Any]]]
 CONVERSATIONS = ("messages", "conversation", "conversations")
 PROMPTS = ("prompt", "question", "instruction", "query", "input")
 ANSWERS = ("completion", "response", "output", "answer")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
@@ -127,12 +128,28 @@ def _columns(records: Placed) -> list[str]:
 
 
 def _warn_ignored(records: Placed, used: Collection[str], source: str) -> None:
-    """Log the columns of text that are not used: labels and identifiers of one word are no text."""
+    """Log the columns of text, pictures and sounds that are not used, and such parts of messages.
+
+    Labels and identifiers of one word are no text.
+    """
     ignored = [
         name
         for name in _columns(records)
-        if name not in used and any(_is_text(record.get(name)) for _, record in records)
+        if name not in used
+        and any(_is_text(record.get(name)) or (name in MEDIA and record.get(name)) for _, record in records)
     ]
+    parts = {
+        part
+        for _, record in records
+        for name in used
+        if isinstance(record.get(name), list)
+        for message in record[name]
+        if isinstance(message, dict)
+        for part, value in message.items()
+        if part not in ("role", "content") and (_is_text(value) or (isinstance(value, list | dict) and value))
+    }
+    if parts:
+        log.warning("the parts %s of messages in %s are not used", ", ".join(sorted(parts)), source)
     if ignored:
         log.warning(
             "the text columns %s in %s are not used; known names are text, system, chosen, rejected, %s, %s",
@@ -141,9 +158,11 @@ def _warn_ignored(records: Placed, used: Collection[str], source: str) -> None:
 
 
 def _is_text(value: object) -> bool:
-    """Whether a value holds text: some words, or letters of a script that may not space them."""
+    """Whether a value holds text or a file: some words, or letters of a script that may not space them."""
     if isinstance(value, str):
         return len(value.split()) > 1 or (len(value) > 3 and not value.isascii())
+    if isinstance(value, bytes):
+        return bool(value)
     if isinstance(value, dict):
         return "content" in value or any(map(_is_text, value.values()))
     return isinstance(value, list) and any(map(_is_text, value))
