@@ -1,6 +1,8 @@
 """Adapters as PEFT itself saves them have the logits that PEFT itself computes with them."""
 
+import json
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.testing import assert_close
 from transformers import LlamaForCausalLM
 
 from weightgeom.bases.pretrained import TwoCheckpoints
+from weightgeom.models.adapters import OPTIONS, VARIANTS
 from weightgeom.models.loading import load
 from weightgeom.params import Params
 from weightgeom.text.tokens import Batch
@@ -163,3 +166,27 @@ def test_an_adapter_before_its_first_step_is_named_in_a_warning(
     with caplog.at_level(logging.WARNING):
         opened(base, tmp_path / "adapter")
     assert f"no matrix moved: all factors lora_B of {tmp_path / 'adapter'} are zero" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
+def test_a_quantised_adapter_is_refused(dtype: torch.dtype, tmp_path: Path):
+    base, adapter, _ = adapted(tmp_path, False)
+    path = adapter / "adapter_model.safetensors"
+    save_file({key: tensor.to(dtype) for key, tensor in load_file(path).items()}, path)
+    with pytest.raises(
+        ValueError, match=rf"of dtype {dtype}, so the adapter is quantised: save it in float32"
+    ):
+        opened(base, adapter)
+
+
+def test_an_option_that_peft_does_not_have_is_named_in_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    assert {field.name for field in fields(LoraConfig)} <= {*VARIANTS, *OPTIONS}
+    base, adapter, _ = adapted(tmp_path, False)
+    opened(base, adapter)
+    assert "options" not in caplog.text
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_twist": True, "twist_to": None}))
+    opened(base, adapter)
+    assert f"{path} has options that are not known and not used (use_twist=True): check" in caplog.text

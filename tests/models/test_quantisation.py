@@ -22,6 +22,7 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "mlx": ({"quantization": {"group_size": 64, "bits": 4}}, {}, r"by its config\.json, 4 bits"),
     "int8": ({}, {f"{Q}.weight": torch.ones(32, 32, dtype=torch.int8)}, rf"{Q}\.weight is of dtype I8"),
     "fp8": ({}, {f"{Q}.weight": torch.ones(32, 32).to(torch.float8_e4m3fn)}, r"is of dtype F8_E4M3"),
+    "complex": ({}, {f"{Q}.weight": torch.ones(32, 32, dtype=torch.complex64)}, r"is of dtype C64"),
     "scale": ({}, {f"{Q}.weight_scale_inv": torch.ones(1, 1)}, rf"it holds {Q}\.weight_scale_inv"),
 }
 
@@ -85,6 +86,22 @@ def test_the_tensors_beside_quantised_weights_are_known_by_name(name: str):
 def test_the_config_of_a_text_model_inside_another_says_how_it_is_quantised(place: str):
     with pytest.raises(ValueError, match=r"here is quantised \(awq, 4 bits\)"):
         check_not_quantised("here", {place: {"quantization_config": {"quant_method": "awq", "bits": 4}}}, {})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"quant_method": "fp8", "weight_block_size": [0, 128]},
+        {"quant_method": "fp8", "weight_block_size": [-128, 128]},
+        {"quant_method": "fp8", "weight_block_size": ["a", 128]},
+        {"quant_method": "fp8", "weight_block_size": [128]},
+        {"quant_method": "fp8", "weight_block_size": 128},
+        {"quant_method": "compressed-tensors", "format": "float-quantized", "transform_config": [1]},
+    ],
+)
+def test_a_rule_that_makes_no_sense_is_not_read(given: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"here is quantised \((fp8|compressed-tensors)\)"):
+        check_not_quantised("here", {"quantization_config": given}, {})
 
 
 def test_tensors_of_plain_checkpoints_are_let_through():

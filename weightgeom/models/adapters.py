@@ -48,6 +48,15 @@ VARIANTS = (
     "kasa_config",
     "monteclora_config",
 )
+# The other options of PEFT's LoRA, which change the training alone or are read here.
+OPTIONS = (
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("bias", "fan_in_fan_out", "init_lora_weights", "modules_to_save", "ensure_weight_tying"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "qalora_group_size"),
+    *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "velora_config"),
+    *("megatron_config", "megatron_core", "runtime_config"),
+)
 # The other initialisations (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base as well.
 INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
@@ -223,6 +232,11 @@ def _content(
                 f"{directory / WEIGHTS} holds {key}, which is no LoRA factor or weight of the base model"
             )
         tensor = file.get_tensor(key)
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            raise ValueError(
+                f"{directory / WEIGHTS} holds {key} of dtype {tensor.dtype}, so the adapter is quantised: save"
+                " it in float32, float16 or bfloat16"
+            )
         if not tensor.numel() or (factor and tensor.ndim != 2):
             raise ValueError(
                 f"{directory / WEIGHTS} holds {key} of shape {tuple(tensor.shape)}, empty or partial:"
@@ -359,7 +373,19 @@ def _config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has a use_rslora that is no boolean: {short(config['use_rslora'])}")
     if used:
         raise ValueError(f"{directory} is not a plain LoRA adapter ({', '.join(used)}): {merge}")
+    known = (*VARIANTS, *OPTIONS)
+    if unknown := [f"{name}={short(value)}" for name, value in config.items() if value and name not in known]:
+        _note_options(str(path), ", ".join(unknown))
     return config
+
+
+@cache  # once for each adapter
+def _note_options(path: str, options: str) -> None:
+    log.warning(
+        "%s has options that are not known and not used (%s): check that the adapter is W + alpha / r · B A"
+        " without them",
+        *(path, options),
+    )
 
 
 def _weights(directory: Path) -> "safe_open | RemoteTensors":

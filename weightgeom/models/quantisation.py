@@ -9,7 +9,10 @@ from weightgeom.models.codes import BLOCK
 
 CONFIGS = ("quantization_config", "compression_config", "quantization", "quantize_config")
 TEXT = ("text_config", "llm_config", "language_config")  # of a model that also sees or hears
-CODES = re.compile(r"(?:torch\.)?(?:u?int|U|I)(?:1|2|4|8|16|32)|(?:torch\.)?float(?:4|6|8)_\w+|F4|F[468]_\w+")
+CODES = re.compile(  # complex numbers are no weights either: as real ones they lose their imaginary parts
+    r"(?:torch\.)?(?:u?int|U|I)(?:1|2|4|8|16|32)|(?:torch\.)?float(?:4|6|8)_\w+|F4|F[468]_\w+"
+    r"|C(?:64|128)|(?:torch\.)?complex\d+"
+)
 WHOLE_NUMBERS = re.compile(r"(?:torch\.)?(?:u?int64|bool)|U64|I64|BOOL")
 # Scales, zero points and codes, as bitsandbytes, GPTQ, AWQ, MLX, compressed-tensors, fp8, ModelOpt, MXFP4,
 # HQQ, Quanto, torchao, AQLM, QuIP, EETQ and EXL store them next to a weight or in its place.
@@ -53,8 +56,8 @@ def codes_among(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, int]
     if not _is_readable(given):
         return {}
     assert isinstance(given, Mapping)
-    block = given.get("weight_block_size")
-    sizes = (int(block[0]), int(block[1])) if isinstance(block, list) and len(block) == 2 else (BLOCK, BLOCK)
+    high, wide = given.get("weight_block_size") or (BLOCK, BLOCK)
+    sizes = (int(high), int(wide))
     codes: dict[str, Codes] = {}
     for name, (dtype, _) in tensors.items():
         stem = name.removesuffix("_blocks")
@@ -109,7 +112,12 @@ def _given(config: Mapping[str, Any]) -> object:
 def _is_readable(given: object) -> bool:
     if not isinstance(given, Mapping) or given.get("quant_method") not in READABLE:
         return False
-    rotated = any((given.get("transform_config") or {}).get("config_groups") or {})
+    if block := given.get("weight_block_size"):
+        sizes = block if isinstance(block, list) else []
+        if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+            return False
+    transform = given.get("transform_config") or {}
+    rotated = not isinstance(transform, Mapping) or bool(transform.get("config_groups"))
     return given["quant_method"] != "compressed-tensors" or (
         given.get("format") in ONE_CODE_EACH and not rotated
     )

@@ -405,7 +405,8 @@ def _hint(directory: Path) -> str:
         return f", only parts of FSDP: join them with accelerate merge-weights {parts[0].parent} {directory}"
     if (directory / "adapter_config.json").is_file():
         return f", only an adapter: compare it with its base by model=pair model.after={directory}"
-    if whole := sorted(path.name for path in directory.glob("*.safetensors") if path.name != SPACINGS):
+    others = (path for path in directory.glob("*.safetensors") if path.is_file() and path.name != SPACINGS)
+    if whole := sorted(path.name for path in others):
         return f", only {whole[0]}: if it has the names of transformers' parameters, rename it to {SINGLE}"
     names = sorted(path.name for path in directory.iterdir() if path.suffix in OTHER_FORMATS)
     if pickled := [name for name in names if PICKLED.fullmatch(name)]:
