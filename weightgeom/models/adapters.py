@@ -234,8 +234,8 @@ def _content(
         tensor = file.get_tensor(key)
         if not tensor.is_floating_point() or tensor.itemsize < 2:
             raise ValueError(
-                f"{directory / WEIGHTS} holds {key} of dtype {tensor.dtype}, so the adapter is quantised: save"
-                " it in float32, float16 or bfloat16"
+                f"{directory / WEIGHTS} holds {key} of dtype {tensor.dtype}, so the adapter is quantised:"
+                " save it in float32, float16 or bfloat16"
             )
         if not tensor.numel() or (factor and tensor.ndim != 2):
             raise ValueError(
