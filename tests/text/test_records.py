@@ -44,6 +44,7 @@ def test_the_log_says_where_prompts_are_without_a_column_of_theirs(caplog):
 
 
 def test_a_system_message_comes_first_and_an_empty_one_not_at_all(caplog):
+    caplog.set_level(logging.WARNING)
     pairs = pairs_of(
         placed(pair(system="be brief", question="why not"), pair(question="why not", system="")), "here"
     )
@@ -115,6 +116,7 @@ def test_a_prompt_that_every_response_repeats_is_removed_and_said(record, expect
 
 
 def test_a_prompt_that_most_responses_repeat_is_kept_and_said(caplog):
+    caplog.set_level(logging.WARNING)
     repeats, other = (
         {"prompt": "q", "chosen": "q yes", "rejected": "q no"},
         {"prompt": "q", "chosen": "a", "rejected": "b"},
@@ -180,6 +182,7 @@ def test_a_bad_record_is_named(records, message):
     ],
 )
 def test_a_document_is_the_text_of_a_record_of_any_kind(record, text, caplog):
+    caplog.set_level(logging.WARNING)
     assert documents_of(placed(record), "here") == [text]
     assert not caplog.text
 
