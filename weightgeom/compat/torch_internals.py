@@ -53,7 +53,7 @@ def trim_memory() -> None:
         library.malloc_trim(0)
 
 
-def _c_library() -> ctypes.CDLL | None:
+def _c_library() -> Any:
     return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
