@@ -399,7 +399,7 @@ class RSF:
         moments: dict[str, Settled | Moment] = {}
         for one_pass in passes:
             trim_memory()  # of the passes over the examples
-            settled = {
+            settled: dict[Place, Settled | Moment] = {
                 (site.name, site.layer): _settled(one_pass.inputs.pop(site)) for site in list(one_pass.inputs)
             }
             written = {name: _settled(one_pass.upstream.pop(name)) for name in list(one_pass.upstream)}
