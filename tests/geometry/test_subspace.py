@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.testing import assert_close
 
-from weightgeom.geometry.subspace import Subspace, prediction_moment
+from weightgeom.geometry.subspace import Subspace, eigenpairs, prediction_moment
 
 D, K = 24, 6
 DRAWS = 600
@@ -200,6 +200,16 @@ def test_the_iterative_solver_gives_the_same_basis_every_time(generator):
     moment = symmetric(SPECTRA["power law"], generator)
     first, second = (Subspace.top(moment, 12, solver="iterative").basis for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("k", [75, 76])  # a quarter of all, and more
+def test_a_few_pairs_are_the_last_of_all(k, generator):
+    moment = symmetric(torch.arange(1.0, 301.0), generator)
+    values, vectors = eigenpairs(moment)
+    largest, top = eigenpairs(moment, k)
+    assert_close(largest, values[-k:])
+    # Neighbours are 1 apart, and errors of fp64 at a norm of 300 about 1e-13.
+    assert_close((top.T @ vectors[:, -k:]).abs(), torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("solver", ["full", "iterative"])

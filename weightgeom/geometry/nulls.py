@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from weightgeom.geometry.gram import EXACT, product
-from weightgeom.geometry.subspace import Subspace, eigenpairs
+from weightgeom.geometry.subspace import Subspace, eigenpairs, eigenvalues
 
 CERTAIN = -25.0  # logarithm of a probability that no sample shows
 
@@ -381,7 +381,7 @@ def _spectra(
         if len(fractions) <= 3 or low == high
         else fractions.new_tensor([low, (low + high) / 2, high])
     )
-    spectra = torch.stack([torch.linalg.eigvalsh(a - f * c.diag()) for f in nodes], 1)
+    spectra = torch.stack([eigenvalues(a - f * c.diag()).flip(0) for f in nodes], 1).to(a)
     if len(nodes) == len(fractions):
         return spectra
     x = (fractions - low) / (high - low)
