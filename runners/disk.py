@@ -8,6 +8,7 @@ import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,11 @@ def read_object(path: Path, advice: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): {advice}") from error
     return content
+
+
+def is_number(value: object) -> bool:
+    """Whether a value from a JSON file is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def objects_in(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:

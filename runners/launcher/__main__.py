@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
         command = commands.add_parser(name, help=help)
         command.add_argument("sweep", type=Path, metavar="SWEEP_DIR")
         if name == "wait":
-            command.add_argument("--poll", type=float, default=2.0, help="seconds between two polls (2)")
+            command.add_argument("--poll", type=seconds, default=2.0, help="seconds between two polls (2)")
         if name == "cancel":
             command.add_argument("jobs", type=int, nargs="*", metavar="NUMBER", help="only these jobs")
         if name == "resubmit":
@@ -67,8 +67,19 @@ def launcher_options(arguments: Sequence[str]) -> dict[str, Any]:
         name, has_value, value = left.pop(0).partition("=")
         if not name.startswith("--") or not (has_value or left):
             raise ValueError(f"expected an option of the launcher, such as --timeout_min 600, got {name!r}")
-        options[name[2:].replace("-", "_")] = yaml.safe_load(value if has_value else left.pop(0))
+        value = value if has_value else left.pop(0)
+        try:
+            options[name[2:].replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"cannot read the value of {name}, {value!r}: put a text in quotes") from error
     return options
+
+
+def seconds(text: str) -> float:
+    """A time in seconds, for argparse."""
+    if not 0 < (time := float(text)) < float("inf"):
+        raise ValueError(f"{text} is no time")
+    return time
 
 
 if __name__ == "__main__":

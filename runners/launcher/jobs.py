@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from runners.disk import read_object, write_atomically
+from runners.disk import is_number, read_object, write_atomically
 from runners.errors import replace_unprintable
 from runners.launcher.ownership import held
 from runners.launcher.queue import undisturbed
@@ -63,9 +63,19 @@ class State:
         if not path.exists():
             return None
         try:
-            return cls(**read_object(path, advice))
+            state = cls(**read_object(path, advice))
         except TypeError as error:  # other fields
             raise ValueError(f"{path} is damaged ({error}): {advice}") from error
+        texts = (state.state, state.id, state.node)
+        if not (
+            all(isinstance(text, str) for text in texts)
+            and all(
+                isinstance(text, str | None) for text in (state.process_start, state.error, state.traceback)
+            )
+            and all(map(is_number, (state.attempt, state.timeouts, state.pid, state.began)))
+        ):
+            raise ValueError(f"{path} is damaged (a field is of another kind): {advice}")
+        return state
 
     def save(self, directory: Path, **more: Any) -> "State":
         """Write the state, and a line with the state and `more` to the log of events; returns the state."""
@@ -81,7 +91,8 @@ class State:
 
     def alive(self) -> bool:
         """Whether the job's process runs on this host."""
-        return self.node == socket.gethostname() and process_start(self.pid) == self.process_start
+        start = process_start(self.pid)
+        return self.node == socket.gethostname() and start is not None and start == self.process_start
 
     @classmethod
     def begin(cls, directory: Path, id: str, node: str) -> "State":

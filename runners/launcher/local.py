@@ -117,7 +117,8 @@ def _supervised(path: Path) -> bool:
         plan = read_object(path, "")
     pid = plan.get("pid")
     if plan.get("host") == socket.gethostname() and isinstance(pid, int):
-        return process_start(pid) == plan.get("process_start")  # also before it holds the lock
+        start = process_start(pid)
+        return start is not None and start == plan.get("process_start")  # also before it holds the lock
     return holder_of(lock_of(path)) is not None
 
 

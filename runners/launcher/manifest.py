@@ -17,7 +17,8 @@ from runners.launcher.ownership import held
 
 PRIVATE = 0o600  # a tracking URI or a setup line may hold a password
 KINDS = {"launcher": str, "options": dict, "overrides": list, "jobs": dict, "submissions": list}
-JOB = {"directory", "overrides", "run_name", "config", "limits"}
+JOB = {name: str for name in ("directory", "run_name", "tracking_uri")}
+JOB |= {"overrides": list, "config": dict, "limits": dict}
 SUBMISSION = {"time", "code", "ids"}
 
 
@@ -39,7 +40,8 @@ class Sweep:
         if not path.is_file():
             raise FileNotFoundError(f"{directory} holds no sweep (no sweep.json): {advice}")
         manifest = read_object(path, advice)
-        if not all(isinstance(manifest.get(key), kind) for key, kind in KINDS.items()):
+        whole = all(isinstance(manifest.get(key), kind) for key, kind in KINDS.items())
+        if not whole or not all(isinstance(override, str) for override in manifest["overrides"]):
             raise ValueError(f"{path} is not a sweep's: {advice}")
         if not manifest["jobs"]:
             raise ValueError(f"the sweep in {directory} was interrupted before it had jobs: start it again")
@@ -112,8 +114,13 @@ class Sweep:
         """The description of a job: the content of its job.json."""
         path, advice = self.jobs()[number] / "job.json", "bring it back from a copy, or start the sweep again"
         job = read_object(path, advice)
-        if missing := JOB - job.keys():
-            raise ValueError(f"{path} is damaged (it has no {min(missing)}): {advice}")
+        wrong = [key for key, kind in JOB.items() if not isinstance(job.get(key), kind)]
+        if not wrong and not isinstance(job["config"].get("name"), str):
+            wrong = ["config.name"]
+        if not wrong and not all(isinstance(override, str) for override in job["overrides"]):
+            wrong = ["overrides"]
+        if wrong:
+            raise ValueError(f"{path} is damaged (it has no {wrong[0]} of a job's): {advice}")
         return job
 
     def ids(self) -> dict[int, str]:

@@ -148,7 +148,8 @@ def _leased(lease: Path) -> Callable[[], None] | None:
 def _expired(lease: Path) -> bool:
     """Whether the lease was not renewed in time, or its holder on this host is gone."""
     owner = _read(lease)
-    if owner.get("host") == socket.gethostname() and process_start(owner["pid"]) != owner["process_start"]:
+    pid, here = owner.get("pid"), owner.get("host") == socket.gethostname()
+    if here and isinstance(pid, int) and process_start(pid) != owner.get("process_start"):
         return True
     try:
         return time_at(lease.parent) - lease.stat().st_mtime > SILENCE

@@ -17,6 +17,7 @@ PACKAGES = ("runners", "weightgeom")
 PARTS = ("run.py", "conf", *PACKAGES)  # all that a run consists of in a checkout
 ENDINGS = (".py", ".yaml", ".html")
 MODULES = "modules"  # in a copy: the user's own
+KNOWN = {"digest": str, "commit": dict}  # of a copy's description
 
 
 def take_snapshot(repository: Path, target: Path, modules: Iterable[str] = ()) -> None:
@@ -60,8 +61,12 @@ def changed_since(repository: Path, snapshot: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path}, which describes the submitted code, is missing: {advice}")
     known = read_object(path, advice)
-    if missing := {"digest", "commit"} - known.keys():
-        raise ValueError(f"{path} is damaged (it has no {min(missing)}): {advice}")
+    wrong = [name for name, kind in KNOWN.items() if not isinstance(known.get(name), kind)]
+    wrong += [
+        name for name in ("commit", MODULES) if name not in wrong and not _is_of_text(known.get(name, {}))
+    ]
+    if wrong:
+        raise ValueError(f"{path} is damaged (it has no {wrong[0]} of a copy's): {advice}")
     if digest(repository) == known["digest"]:
         own = {Path(path): snapshot / copy for copy, path in known.get(MODULES, {}).items()}
         other = [
@@ -70,6 +75,10 @@ def changed_since(repository: Path, snapshot: Path) -> str:
         return f"the code has changed since: {other[0]} is not what it was" if other else ""
     then, now = (_named(commit) for commit in (known["commit"], code_version(repository)))
     return f"the code has changed since: it was {then}, and {repository} is {now}"
+
+
+def _is_of_text(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
 
 
 def python_of(

@@ -22,7 +22,9 @@ from runners.signals import Status, process_start, status_after
 from runners.tracking.redaction import one_line, redacted, redacted_text
 
 log = logging.getLogger(__name__)
-DESCRIBED = "id experiment name kind params tags inputs parent tracking_uri start_time".split()
+DESCRIBED = {name: str for name in ("id", "experiment", "name", "kind", "tracking_uri")}
+DESCRIBED |= {"params": dict, "tags": dict, "inputs": list, "parent": str | None, "start_time": int}
+ENDED = {"status": str, "end_time": int | None, "pid": int, "host": str, "error": str | None}
 
 
 class Input(TypedDict):
@@ -188,7 +190,7 @@ class Record:
         Raises:
             ValueError: if it is damaged.
         """
-        return _read(self.directory / "status.json", ("status", "end_time", "pid", "host", "error"))
+        return _read(self.directory / "status.json", ENDED)
 
     def parent(self) -> "Record | None":
         """The record of the sweep that this run belongs to."""
@@ -319,12 +321,15 @@ def _earlier_points(path: Path) -> frozenset[str]:
     return frozenset(_identity(point) for points, _ in batches for point in points)
 
 
-def _read(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+def _read(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
-        missing = [key for key in keys if key not in content]
+        missing = [key for key in kinds if key not in content]
         if not isinstance(content, dict) or missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
+        wrong = [key for key, kind in kinds.items() if not isinstance(content[key], kind)]
+        if wrong:
+            raise ValueError(f"its {wrong[0]} is a {type(content[wrong[0]]).__name__}")
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): bring it back from a copy, or delete {path.parent} and run again"

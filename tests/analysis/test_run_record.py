@@ -82,3 +82,23 @@ def test_a_damaged_record_is_named(name, content, tmp_path):
     (tmp_path / "record" / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=f"record/{name} is damaged .*: bring it back from a copy"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(
+            ("config.yaml", text)
+            for text in ("", "[]", "a: b: c", "[" * 100_000, "\xff", "!!python/name:os.system")
+        ),
+        *(("tables/rsf.parquet", text) for text in ("", "PAR1", "a,b")),
+        *(("tables/claims.csv", text) for text in ("", "\xff")),
+    ],
+)
+def test_a_damaged_artifact_is_named(name, content, tmp_path):
+    recorded(tmp_path)
+    path = tmp_path / "record/artifacts" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"artifacts/{name} is damaged .*: bring it back from a copy"):
+        read_run(tmp_path)

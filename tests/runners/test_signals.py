@@ -57,3 +57,5 @@ def test_a_process_that_has_ended_has_no_start():
     assert process_start(process.pid) is None  # not waited for: a zombie
     process.wait()
     assert process_start(process.pid) is None
+    for damaged in (None, 0, -1, "7", [7], True, 10**30):
+        assert process_start(damaged) is None  # pyright: ignore[reportArgumentType]

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+MEND = "bring it back from a copy, or run again"
+
+
 @dataclass(frozen=True)
 class Picture:
     """A figure of a run as a PNG file, which a notebook shows."""
@@ -62,8 +65,6 @@ def read_run(directory: str | Path) -> Run:
         FileNotFoundError: if there is no record.
         ValueError: if the record is damaged, or that of a sweep, naming its first run.
     """
-    import yaml
-
     record = _record(Path(directory).expanduser())
     if _entry(record / "run.json", "kind") == "sweep":
         runs = sorted(path.parents[1] for path in record.parent.glob("*/record/run.json"))
@@ -76,7 +77,7 @@ def read_run(directory: str | Path) -> Run:
     return Run(
         record,
         _entry(record / "status.json", "status"),
-        yaml.safe_load(config.read_text()) if config.is_file() else {},
+        _config(config) if config.is_file() else {},
         _tables(artifacts / "tables"),
     )
 
@@ -96,8 +97,13 @@ def _tables(directory: Path) -> "dict[str, pd.DataFrame]":
 
     from weightgeom.table import joined, upgraded
 
-    tables = {path.stem: pd.read_csv(path) for path in directory.glob("*.csv")}
-    tables |= {path.stem: upgraded(pd.read_parquet(path)) for path in directory.glob("*.parquet")}
+    tables: dict[str, pd.DataFrame] = {}
+    for path in (*directory.glob("*.csv"), *directory.glob("*.parquet")):
+        try:
+            is_csv = path.suffix == ".csv"
+            tables[path.stem] = pd.read_csv(path) if is_csv else upgraded(pd.read_parquet(path))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} is damaged ({error}): {MEND}") from error
     return dict(sorted(joined(tables).items()))
 
 
@@ -106,4 +112,17 @@ def _entry(path: Path, key: str) -> str:
     try:
         return str(json.loads(path.read_bytes())[key])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): bring it back from a copy, or run again") from error
+        raise ValueError(f"{path} is damaged ({error}): {MEND}") from error
+
+
+def _config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}")
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged ({problem}): {MEND}") from error
+    return config

@@ -36,6 +36,7 @@ def sweep_of(directory: Path, count: int, launcher: str = "slurm") -> Sweep:
             "directory": str(directory / str(number)),
             "overrides": [f"seed={number}"],
             "run_name": "dpo",
+            "tracking_uri": f"sqlite:///{directory}/mlflow.db",
             "config": {"name": "a study, of two"},
             "limits": LIMITS,
             "environment": {},
@@ -406,6 +407,9 @@ def test_options_of_the_launcher_change_at_resubmit(tmp_path, slurm):
     }
     with pytest.raises(ValueError, match="expected an option of the launcher"):
         launcher_options(["--mem_gb"])
+    for text in ("[1", "!!python/name:os.system", "a: b: c"):
+        with pytest.raises(ValueError, match=r"cannot read the value of --mem_gb, .*: put a text in quotes"):
+            launcher_options([f"--mem_gb={text}"])
     sweep = sweep_of(tmp_path / "sweep", 1)
     sweep.set_options({"partition": "gpu"})
     with pytest.raises(ValueError, match=r"hydra.launcher.memory"):
@@ -429,6 +433,10 @@ def test_options_of_the_launcher_change_at_resubmit(tmp_path, slurm):
         (SWEEP_JSON % ("[1]", "[]"), "is not a sweep's"),
         (SWEEP_JSON % ('{"a": "b"}', "[]"), "is not a sweep's"),
         (SWEEP_JSON % ('{"0": 3}', "[]"), "is not a sweep's"),
+        (
+            '{"launcher": "local", "options": {}, "overrides": [1], "jobs": {}, "submissions": []}',
+            "is not a sweep's",
+        ),
         (SWEEP_JSON % ('{"0": "/none"}', "[3]"), "is not a sweep's"),
         (SWEEP_JSON % ('{"0": "/none"}', '[{"ids": 3}]'), "is not a sweep's"),
         (
@@ -457,6 +465,44 @@ def test_a_damaged_file_of_a_job_is_named(tmp_path, name, content, capsys):
     assert main(["status", str(sweep.directory)]) == 1
     error = capsys.readouterr().err
     assert f"0/{name} " in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        *(
+            ("job.json", field, None)
+            for field in ("directory", "run_name", "tracking_uri", "config", "limits")
+        ),
+        *(("job.json", "overrides", value) for value in (None, 3, [1])),
+        *(("job.json", "config", value) for value in ([1], {}, {"name": 3})),
+        *(("state.json", field, {}) for field in ("state", "id", "node", "process_start", "error")),
+        *(
+            ("state.json", field, value)
+            for field in ("pid", "attempt", "began")
+            for value in (None, "7", True)
+        ),
+    ],
+)
+def test_a_field_of_another_kind_in_a_file_of_a_job_is_named(tmp_path, name, field, value, capsys):
+    sweep = sweep_of(tmp_path / "sweep", 1, "local")
+    path = sweep.directory / "0" / name
+    State("FAILED", 1, 0, "local.1.0", 1.0, "here", 7, "8").save(path.parent)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    assert main(["status", str(sweep.directory)]) == 1
+    error = capsys.readouterr().err
+    assert f"0/{name} is damaged (" in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_state_without_a_process_is_not_alive():
+    assert not State("RUNNING", node=socket.gethostname()).alive()
+
+
+@pytest.mark.parametrize("poll", ["-1", "0", "nan", "inf", "x"])
+def test_a_poll_without_a_length_is_refused(tmp_path, poll, capsys):
+    with pytest.raises(SystemExit):
+        main(["wait", str(tmp_path), "--poll", poll])
+    assert f"argument --poll: invalid seconds value: '{poll}'" in capsys.readouterr().err
 
 
 def test_an_unknown_number_is_not_cancelled_in_silence(tmp_path, slurm, capsys):

@@ -145,7 +145,7 @@ def sweep(tmp_path: Path) -> Sweep:
     """A sweep of one job, submitted as array 7."""
     sweep = Sweep(tmp_path / "sweep")
     job = {"directory": str(sweep.directory / "0"), "overrides": [], "run_name": "dpo"}
-    job |= {"config": {}, "limits": {}}
+    job |= {"config": {"name": "scratch"}, "limits": {}, "tracking_uri": "sqlite:///mlflow.db"}
     sweep.add_job(0, job)
     sweep.create("slurm", {}, [])
     sweep.list_jobs({0: job["directory"]})

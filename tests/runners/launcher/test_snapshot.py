@@ -138,7 +138,14 @@ def test_python_imports_the_code_of_the_snapshot_rather_than_of_the_working_dire
     assert python_of(tmp_path / "copy")[-1] == sys.executable
 
 
-@pytest.mark.parametrize("content", ["[]", "torn", "[" * 100_000, "{}", '{"digest": "1"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", "torn", "[" * 100_000, "{}", '{"digest": "1"}', '{"digest": "1", "commit": "2"}'),
+        *('{"digest": "1", "commit": {"git_commit": 2}}', '{"digest": "1", "commit": {}, "modules": [3]}'),
+        '{"digest": "1", "commit": {}, "modules": {"a": 3}}',
+    ],
+)
 def test_a_copy_whose_description_is_damaged_or_missing_is_named_with_the_way_out(
     content, repository, tmp_path
 ):

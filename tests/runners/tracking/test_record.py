@@ -319,6 +319,17 @@ def test_a_damaged_record_is_named_in_a_sentence(tmp_path, content):
             read()
 
 
+def test_a_field_of_another_kind_in_a_record_is_named(tmp_path):
+    record = new(tmp_path)
+    for name, read in (("run.json", record.description), ("status.json", record.status)):
+        content = read()
+        for field in content.keys() - {"writer", "process_start"}:
+            (tmp_path / name).write_text(json.dumps(content | {field: 0.5}))
+            with pytest.raises(ValueError, match=rf"{name} is damaged \(its {field} is a float\): bring"):
+                read()
+        (tmp_path / name).write_text(json.dumps(content))
+
+
 def test_lines_of_metrics_that_are_no_points_are_skipped(tmp_path):
     record = new(tmp_path)
     record.log({"loss": 0.5}, step=1)
