@@ -44,7 +44,9 @@ class Module:
         Raises:
             ValueError: if the file is not valid Python.
         """
-        return _Stripped().visit(self._parsed())
+        tree = self._parsed()
+        _strip(tree)
+        return tree
 
     @cached_property
     def code(self) -> str:
@@ -103,7 +105,7 @@ class Module:
     def _written(self) -> Iterator[Import]:
         used: dict[str, set[str]] = {}  # attributes by the name that they are taken of
         kinds = (ast.Attribute, ast.Import, ast.ImportFrom, ast.Call)
-        nodes = [node for node in ast.walk(self.tree) if isinstance(node, kinds)]
+        nodes = [node for node in _walk(self.tree) if isinstance(node, kinds)]
         for node in nodes:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 used.setdefault(node.value.id, set()).add(node.attr)
@@ -374,18 +376,33 @@ def _name(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
-class _Stripped(ast.NodeTransformer):
-    """Removes docstrings and the imports for type checkers."""
+def _walk(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes of a tree in any order: `ast.walk` takes three times as long."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for value in vars(node).values():
+            if isinstance(value, ast.AST):
+                waiting.append(value)
+            elif isinstance(value, list):
+                waiting += [item for item in value if isinstance(item, ast.AST)]
 
-    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
-        match node.value:
-            case ast.Constant(value=str()):
-                return None
-        return self.generic_visit(node)
 
-    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
-        if _name(node.test) != "TYPE_CHECKING":
-            return self.generic_visit(node)
-        otherwise = ast.Module(node.orelse, [])
-        self.generic_visit(otherwise)
-        return otherwise.body
+def _strip(node: ast.AST) -> None:
+    """Remove docstrings and the imports for type checkers from all statements in a node, which is mutated."""
+    for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+        if isinstance(statements := getattr(node, name, None), list):
+            kept = [inner for statement in statements for inner in _stripped(statement)]
+            setattr(node, name, kept)
+
+
+def _stripped(statement: ast.AST) -> list[ast.AST]:
+    match statement:
+        case ast.Expr(value=ast.Constant(value=str())):
+            return []
+        case ast.If() if _name(statement.test) == "TYPE_CHECKING":
+            _strip(otherwise := ast.Module(statement.orelse, []))
+            return list(otherwise.body)
+    _strip(statement)
+    return [statement]

@@ -18,7 +18,9 @@ WORLD = World(entities=20, heldout_entities=4, values=5, documents=40, pairs=24,
 TRAINING = Training(steps=2, batch_size=8, learning_rate=1e-3, max_length=48, log_every=1)
 
 
-def network(tokenizer: PreTrainedTokenizerBase, seed: int = 0, dropout: float = 0.0) -> GPTNeoXForCausalLM:
+def network(
+    tokenizer: PreTrainedTokenizerBase, seed: int = 0, dropout: float = 0.0, tied: bool = False
+) -> GPTNeoXForCausalLM:
     """A random GPT-NeoX of two layers, width 32, for the tokenizer's vocabulary."""
     torch.manual_seed(seed)
     config = GPTNeoXConfig(
@@ -29,6 +31,7 @@ def network(tokenizer: PreTrainedTokenizerBase, seed: int = 0, dropout: float = 
         intermediate_size=64,
         max_position_embeddings=128,
         hidden_dropout=dropout,
+        tie_word_embeddings=tied,
         bos_token_id=tokenizer.get_vocab()["<eos>"],
         eos_token_id=tokenizer.get_vocab()["<eos>"],
     )

@@ -17,7 +17,9 @@ from app import Ended, run
 from cluster import Cluster, base
 from sweeps import TINY, Place, events, states, steps, until, weights
 
-STEPS = 2000  # more than a job makes while it is left alone after a signal
+from weightgeom.training.resuming import SEAL, STATE_PREFIX
+
+STEPS = 240  # many more than a job makes between two looks at it; it is frozen while SLURM takes its time
 TRAINING = [f"training.steps={STEPS}", "seed=3"]
 LIMITED = "hydra.launcher.timeout_min=30"
 HELD = "hydra.launcher.additional_parameters={hold: true}"
@@ -52,8 +54,9 @@ def disturbed(
     at = []
     with place.popen("wait", sweep, "--poll", "0.3") as waiting:
         for number, disturb in enumerate(disturbances):
-            before = at[-1] if at else 0
-            until(lambda n=number, b=before: attempts(sweep) > n and last(sweep) > b + 15)
+            until(lambda n=number: attempts(sweep) > n)
+            before = last(sweep)
+            until(lambda b=before: last(sweep) > b + 15)
             at.append(last(sweep))
             disturb(cluster, sweep)
         out, err = waiting.communicate(timeout=1800)
@@ -82,13 +85,41 @@ def frozen_until_signalled(sweep: Path) -> Iterator[None]:
 
 
 def signalled(pid: int) -> bool:
-    """Whether USR2 waits for a stopped process, or SLURM has let it go on with it, as 22.05 does."""
+    """Whether USR2 or TERM waits for a stopped process, or SLURM has let it go on with it, as 22.05 does."""
     with suppress(FileNotFoundError):
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
         waiting = int(fields["SigPnd"], 16) | int(fields["ShdPnd"], 16)
-        return not fields["State"].startswith("T") or bool(waiting & 1 << signal.SIGUSR2 - 1)
+        announced = 1 << signal.SIGUSR2 - 1 | 1 << signal.SIGTERM - 1
+        return not fields["State"].startswith("T") or bool(waiting & announced)
     return True
+
+
+@contextmanager
+def frozen_but_to_save(sweep: Path) -> Iterator[None]:
+    """The run makes no step from here on until SLURM kills it, but those in which it saves its state."""
+    pid, before = events(sweep)[-1]["pid"], newest_state(sweep)
+    with frozen_until_signalled(sweep):
+        yield
+    until(lambda: newest_state(sweep) > before or gone(pid))
+    until(lambda: frozen_again(pid))
+
+
+def newest_state(sweep: Path) -> int:
+    """The step of the newest complete state of the only training."""
+    seals = (sweep.parents[2] / "training").glob(f"*/{STATE_PREFIX}*/{SEAL}")
+    return max((int(seal.parent.name.removeprefix(STATE_PREFIX)) for seal in seals), default=0)
+
+
+def frozen_again(pid: int) -> bool:
+    """Stop a process that SLURM lets go on whenever it signals it; whether it is gone."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+    return gone(pid)
+
+
+def gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
 
 
 def run_out_of_time(cluster: Cluster, sweep: Path) -> None:
@@ -116,19 +147,22 @@ def preempt_without_user_signal(cluster: Cluster, sweep: Path) -> None:
     configuration = cluster.directory / "etc/slurm.conf"
     before = configuration.read_text()
     configuration.write_text(before.replace("SlurmctldParameters=preempt_send_user_signal\n", ""))
-    cluster.ask("scontrol", "reconfigure")
-    urgent_job(cluster, sweep)
+    with frozen_but_to_save(sweep):
+        cluster.ask("scontrol", "reconfigure")
+        urgent_job(cluster, sweep)
     until(lambda: attempts(sweep) == 3)
     configuration.write_text(before)
     cluster.ask("scontrol", "reconfigure")
 
 
 def requeue(cluster: Cluster, sweep: Path) -> None:
-    cluster.ask("scontrol", "requeue", base(sweep))
+    with frozen_but_to_save(sweep):
+        cluster.ask("scontrol", "requeue", base(sweep))
 
 
 def lose_node(cluster: Cluster, sweep: Path) -> None:
     node = events(sweep)[-1]["node"]
+    os.kill(events(sweep)[-1]["pid"], signal.SIGSTOP)
     cluster.script("kill-node", node)
     cluster.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     time.sleep(2)

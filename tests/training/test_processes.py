@@ -55,6 +55,7 @@ TRAININGS: dict[str, tuple[Objective, Training]] = {
     "text": (CE("text"), ONE),
     "recomputed": (CE("chosen"), replace(ONE, activation_checkpointing=True)),
     "bf16": (CE("chosen"), replace(ONE, precision="bf16")),
+    "tied": (CE("chosen"), ONE),
 }
 KINDS = {"copies": {"processes": 2}, "parts": {"processes": 2, "shard": True}}
 
@@ -67,7 +68,7 @@ class Trainings:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory, self.base = directory, directory / "base"
+        self.directory = directory
         self.curves: dict[str, dict[int, dict[str, float]]] = {}
         self.errors: dict[str, BaseException] = {}
         self.left: list[Any] = []  # processes that outlived their training
@@ -75,12 +76,14 @@ class Trainings:
         self.last = ("", 0)
         self.steps: dict[str, list[int]] = {}
         tokenizer = small.WORLD.tokenizer()
-        small.network(tokenizer).save_pretrained(self.base)
-        tokenizer.save_pretrained(self.base)
+        for name in ("base", "tied"):
+            small.network(tokenizer, tied=name == "tied").save_pretrained(directory / name)
+            tokenizer.save_pretrained(directory / name)
 
     def task(self, kind: str, name: str, objective: Objective, training: Training) -> together.Task:
         training = replace(training, **KINDS.get(kind, {}))
-        return together.Task(objective, training, self.base, EXAMPLES, self.directory / f"{kind} {name}")
+        base = self.directory / ("tied" if name == "tied" else "base")
+        return together.Task(objective, training, base, EXAMPLES, self.directory / f"{kind} {name}")
 
     def on_one(self, *tasks: together.Task) -> None:
         try:
@@ -226,7 +229,7 @@ def test_a_requested_stop_saves_a_state_that_another_number_of_processes_goes_on
 
 @pytest.mark.slow
 def test_the_error_of_a_process_is_raised_and_nothing_is_left(tmp_path, caplog):
-    base = Trainings(tmp_path).base
+    base = Trainings(tmp_path).directory / "base"
     training = replace(ONE, processes=2, learning_rate=1e30, max_grad_norm=1e30)
     options: dict[str, Any] = {"name": "it", "seed": 0, "device": "cpu", "start": base}
     load = partial(load_on, base, "cpu", False)
@@ -296,7 +299,7 @@ def test_processes_parts_and_activations_leave_the_settings_of_the_result_alone(
 
 
 def test_activations_are_computed_twice(tmp_path):
-    base, calls = Trainings(tmp_path).base, {}
+    base, calls = Trainings(tmp_path).directory / "base", {}
     for name in ("chosen", "recomputed"):
         network, tokenizer = load_on(base, "cpu", shard=False)
         arguments = {**TRAININGS[name][1].arguments(tmp_path, 0, "cpu"), "max_steps": 1}

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from weightgeom.interfaces import Log
 from weightgeom.models.experts import unstacked
-from weightgeom.models.residual import Architecture
+from weightgeom.models.residual import Architecture, ResidualMatrix
 from weightgeom.training.ranks import from_first, gathered_weights, part, whole
 from weightgeom.training.resuming import flush_to_disk
 
@@ -125,7 +125,7 @@ class CheckpointWriter(TrainerCallback):
         bad = [name for name, weight in weights if not bool(torch.isfinite(part(weight)).all())]
         if bad:
             raise FloatingPointError(self._diverged(f"{bad[0]} has values that are not finite", step))
-        gathered = gathered_weights(model)
+        gathered = gathered_weights(model, self.directory)
         self.last = from_first(lambda: self._write(model, step, gathered))
 
     def _write(self, model: "PreTrainedModel", step: int, weights: dict[str, torch.Tensor] | None) -> Path:
@@ -167,15 +167,16 @@ class GradientNorms(TrainerCallback):
         step = state.global_step + 1
         if step > 1 and step % int(args.logging_steps):
             return
-        gradients = {
-            name: whole(weight.grad)
-            for name, weight in kwargs["model"].named_parameters()
-            if weight.grad is not None
-        }
-        gradients = unstacked(gradients, self.architecture.stacks)
-        squares: dict[str, torch.Tensor] = {}
+        matrices_of: dict[str, list[ResidualMatrix]] = {}
         for matrix in self.architecture.matrices:
-            if matrix.parameter in gradients:
+            matrices_of.setdefault(matrix.parameter, []).append(matrix)
+        squares: dict[str, torch.Tensor] = {}
+        for name, weight in kwargs["model"].named_parameters():
+            if weight.grad is None:
+                continue
+            # One at a time: a process need not have the memory for all gradients of a sharded network.
+            gradients = unstacked({name: whole(weight.grad)}, self.architecture.stacks)
+            for matrix in (matrix for each in gradients for matrix in matrices_of.get(each, ())):
                 square = torch.linalg.vector_norm(matrix.of(gradients)).square()
                 squares[matrix.kind] = squares.get(matrix.kind, torch.zeros_like(square)) + square
         self.norms = {kind: math.sqrt(float(square)) for kind, square in squares.items()}

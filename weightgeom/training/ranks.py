@@ -4,6 +4,8 @@ Outside a training on several processes there is one, and every function here re
 """
 
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TypeVar
 
 import torch
@@ -55,17 +57,30 @@ def whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if _is_part(weight) else weight  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def gathered_weights(network: nn.Module) -> dict[str, Tensor] | None:
-    """The whole weights of a sharded network, on the CPU, in the first process; None if it is not sharded.
+@torch.no_grad()
+def gathered_weights(network: nn.Module, directory: Path) -> dict[str, Tensor] | None:
+    """The whole weights of a sharded network in the first process; None if it is not sharded.
 
-    All processes must call it; the others get none of the weights.
+    All processes must call it; the others get none of the weights. The weights lie in files without a name
+    on the file system of `directory`, since the first process need not have the memory for them.
     """
     if not is_sharded(network):
         return None
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    gathered: dict[int, Tensor] = {}  # by identity, which tied weights share
+    weights = network.state_dict(keep_vars=True)
+    for weight in weights.values():
+        if id(weight) not in gathered:
+            tensor = whole(weight)
+            gathered[id(weight)] = _on_disk(tensor, directory) if is_first() else tensor.new_empty(0)
+    return {name: gathered[id(weight)] for name, weight in weights.items()}
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(network, options=options)  # pyright: ignore[reportReturnType]
+
+def _on_disk(tensor: Tensor, directory: Path) -> Tensor:
+    if not tensor.numel():
+        return tensor
+    with NamedTemporaryFile(dir=directory) as file:
+        mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return mapped.view(tensor.shape).copy_(tensor)
 
 
 def _several() -> bool:
