@@ -202,6 +202,8 @@ class Moment:
         else:
             scale = (self.samples * values).clamp(min=1e-12 * self.samples * float(values[0])).sqrt()
             packed = self.packed if drop else [*self.packed]
+            if drop:
+                self.sums.set_()
             while packed:
                 part = product(turn[:m], packed.pop(0).unpacked())
                 turned.append(_packed(product(turn, part), scale, scale[:m]))
@@ -214,10 +216,12 @@ class Moment:
                 assert isinstance(turned, Tensor)
                 sample = torch.einsum("g,gij->ij", times.to(turned), turned) / total
             else:
-                sample = torch.zeros_like(turned[0], dtype=self.sums.dtype)
+                sample = torch.zeros_like(turned[0], dtype=turn.dtype)
                 for time, part in zip(times.tolist(), turned, strict=True):
                     sample.add_(part, alpha=time / total)
-                sample *= torch.outer(scale, scale[:m]).to(sample)
+                for rows in range(0, d, PACKED_ROWS):  # in fp64, which all at once is much
+                    block = slice(rows, rows + PACKED_ROWS)
+                    sample[block] *= torch.outer(scale[block], scale[:m]).to(sample)
             trace = float(times.to(traces) @ traces) / total
             if self.centred:
                 mean = times.to(self.firsts) @ self.firsts / total
