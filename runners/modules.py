@@ -16,6 +16,7 @@ HOUSE = "weightgeom"  # read as files even where it is installed
 LIBRARIES = ("torch", "transformers", "trl")  # never read, even where they are installed from a checkout
 INSTALLED = {"site-packages", "dist-packages"}
 STANDARD = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")]
+BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")  # of statements, in a statement
 CODE = tuple(all_suffixes())  # .py and the endings of compiled modules
 
 
@@ -50,10 +51,10 @@ class Module:
 
     @cached_property
     def code(self) -> str:
-        """Its code as text: equal for files that differ only in comments, docstrings and layout."""
-        if self.path is not None and self.path.suffix != ".py":
-            return hashlib.sha256(self.path.read_bytes()).hexdigest()
-        return ast.dump(self.tree)
+        """SHA-256 of its code: equal for files that differ only in comments, docstrings and layout."""
+        compiled = self.path is not None and self.path.suffix != ".py"
+        code = self.path.read_bytes() if compiled else ast.dump(self.tree).encode()
+        return hashlib.sha256(code).hexdigest()
 
     @cached_property
     def imports(self) -> frozenset[Import]:
@@ -62,7 +63,7 @@ class Module:
 
     @cached_property
     def on_the_way(self) -> tuple[str, frozenset[Import]]:
-        """The part of a package that matters to all its modules: statements besides imports, as `code`.
+        """The part of a package that matters to all its modules: statements besides imports, as text.
 
         With them go the imports whose names they use.
         """
@@ -98,26 +99,32 @@ class Module:
             raise ValueError(f"{self.path} line {error.lineno} is not valid Python: {error.msg}") from error
 
     def _leading_to(self, imports: Iterable[Import]) -> frozenset[Import]:
-        inside = is_house(self.name)  # and imports nothing of the user's
-        kept = [written for written in imports if not inside or is_house(written.module)]
-        return frozenset(origin for written in kept for origin in _origins(written))
+        return frozenset(
+            origin for written in imports if self._counts(written) for origin in _origins(written)
+        )
+
+    def _counts(self, written: Import) -> bool:
+        """Whether an import may lead to a module of ours or, outside the house, of the user's."""
+        return is_house(written.module) or not is_house(self.name)
 
     def _written(self) -> Iterator[Import]:
-        used: dict[str, set[str]] = {}  # attributes by the name that they are taken of
-        kinds = (ast.Attribute, ast.Import, ast.ImportFrom, ast.Call)
-        nodes = [node for node in ast.walk(self.tree) if isinstance(node, kinds)]
-        for node in nodes:
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                used.setdefault(node.value.id, set()).add(node.attr)
-        for node in nodes:
+        plain = set()
+        for node in _statements(self.tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
-                for given, written in self._names(node):
-                    yield written
-                    if isinstance(node, ast.Import):
-                        yield from (Import(written.module, name) for name in used.get(given, ()))
-            elif isinstance(node, ast.Call) and _name(node.func) == "import_module" and node.args:
-                match node.args[0]:
-                    case ast.Constant(value=str(name)) if not name.startswith("."):
+                names = list(self._names(node))
+                yield from (written for _, written in names)
+                plain |= set(names) if isinstance(node, ast.Import) else set()
+        plain = {
+            (given, written) for given, written in plain if self._counts(written) and find(written.module)
+        }
+        if not plain and (self.path is None or b"import_module" not in self.path.read_bytes()):
+            return  # to look at every expression takes long
+        for node in ast.walk(self.tree):
+            match node:
+                case ast.Attribute(value=ast.Name(id=used), attr=name):
+                    yield from (Import(written.module, name) for given, written in plain if given == used)
+                case ast.Call(func=function, args=[ast.Constant(value=str(name)), *_]):
+                    if _name(function) == "import_module" and not name.startswith("."):
                         yield Import(name)
 
     def _names(self, node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, Import]]:
@@ -376,9 +383,18 @@ def _name(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """All statements in a node, those within statements included."""
+    for name in BLOCKS:
+        if isinstance(statements := getattr(node, name, None), list):
+            for statement in statements:
+                yield statement
+                yield from _statements(statement)
+
+
 def _strip(node: ast.AST) -> None:
     """Remove docstrings and the imports for type checkers from all statements in a node, which is mutated."""
-    for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+    for name in BLOCKS:
         if isinstance(statements := getattr(node, name, None), list):
             kept = [inner for statement in statements for inner in _stripped(statement)]
             setattr(node, name, kept)

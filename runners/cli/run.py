@@ -1,5 +1,6 @@
 """Hydra in, objects out: `weightgeom run`; `-m` runs a sweep, `--help` lists the choices."""
 
+import gc
 import logging
 import os
 import re
@@ -59,7 +60,9 @@ def job(config: DictConfig) -> None:
             checked(config)
             return plan([(config, HydraConfig.get().runtime.choices["objective"])])
         run = described(config)
-        experiment(run).run()
+        made = experiment(run)
+        gc.freeze()  # the libraries, through which every collection of garbage would go again
+        made.run()
         if run["config"]["report"]:
             from runners.report.make import make
 

@@ -5,6 +5,7 @@ import os
 import platform
 import socket
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -77,13 +78,11 @@ def _copied(repository: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+@cache  # to read all of them takes long
 def _installed() -> dict[str, str]:
     # A distribution with broken metadata has no name, contrary to its type annotation.
-    return {
-        name.lower(): distribution.version
-        for distribution in metadata.distributions()
-        if (name := distribution.metadata["Name"])
-    }
+    described = [distribution.metadata for distribution in metadata.distributions()]
+    return {name.lower(): fields["Version"] for fields in described if (name := fields["Name"])}
 
 
 def _git(repository: Path, *arguments: str) -> str:

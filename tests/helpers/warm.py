@@ -4,6 +4,7 @@ As a script it reads runs from its standard input, a line of JSON each, and answ
 """
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -66,6 +67,7 @@ def serve() -> None:
     """Answer runs until the standard input ends."""
     for name in LIBRARIES:
         import_module(name)
+    gc.freeze()  # no fork looks through the libraries for garbage
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed
     while line := sys.stdin.readline():
