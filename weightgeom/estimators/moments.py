@@ -16,7 +16,7 @@ from weightgeom.estimators.walk import Walk, layer_of
 from weightgeom.geometry.bootstrap import bootstrap_times
 from weightgeom.geometry.gram import EXACT, Products, add_gram, mirror, product
 from weightgeom.geometry.nulls import moment_eigen
-from weightgeom.geometry.subspace import Subspace, iterative_is_faster
+from weightgeom.geometry.subspace import Subspace, eigenpairs, iterative_is_faster
 from weightgeom.models.experts import routed_rows
 from weightgeom.models.language_model import LanguageModel
 from weightgeom.models.residual import Site
@@ -240,7 +240,7 @@ def _top_of(
     """Top-k directions and eigenvalues of a matrix by m of its columns and its diagonal `values` beyond."""
     m = sample.shape[1]
     whole = m == len(sample)
-    mu, w = torch.linalg.eigh(sample[:m].double() if whole else sample[:m])
+    mu, w = eigenpairs(sample, k) if whole else torch.linalg.eigh(sample[:m])
     mu, w = mu[-k:].flip(0).double(), w[:, -k:].flip(1)
     if whole:
         return w.to(sample), mu

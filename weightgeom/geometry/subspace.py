@@ -123,11 +123,11 @@ def eigenpairs(
     """The k largest eigenvalues of a symmetric matrix, or all, ascending, and their vectors, in fp64.
 
     Only the lower triangle is read. On a CPU by LAPACK's relatively robust representations (`syevr`): from
-    d = 1024 on, as its workspace is small, and above d = 256 where a quarter of the vectors or fewer is asked
-    for, which takes it half the time. Else by divide and conquer, which needs a workspace of 2 d².
+    d = 1024 on, as its workspace is small, and from d = 256 on where a quarter of the vectors or fewer are
+    asked for, which takes it half the time. Else by divide and conquer, which needs a workspace of 2 d².
     """
     d = len(moment)
-    few = k is not None and 4 * k <= d and d > EXACT
+    few = k is not None and 4 * k <= d and d >= EXACT
     if (d < 1024 and not few) or moment.device.type != "cpu":
         values, vectors = torch.linalg.eigh(moment.double())
         return (values, vectors) if k is None else (values[-k:], vectors[:, -k:])
