@@ -77,7 +77,8 @@ def test_seeds_of_one_training_are_more_alike_than_those_of_two() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_writes_table_and_heat_maps(tmp_path, capsys) -> None:
+def test_the_command_writes_table_and_heat_maps(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")  # whatever the terminal
     for name, network in (("base", BASE), ("a", trained(1, 0)), ("b", trained(1, 1)), ("c", trained(2, 2))):
         saved(network, tmp_path / name)
     named = [f"dpo={tmp_path / 'a'}", f"dpo={tmp_path / 'b'}", f"ce={tmp_path / 'c'}"]

@@ -27,7 +27,7 @@ def test_a_row_has_the_rate_and_its_nominal_value():
 @pytest.mark.slow
 def test_every_rate_is_as_it_should_be_and_the_page_is_written(tmp_path, capsys):
     page = tmp_path / "calibration.md"
-    assert main(["--draws", "30", "--d", "32", "--write", str(page)]) == 0
+    assert main(["--draws", "12", "--d", "32", "--write", str(page)]) == 0
     rows = [row for row in page.read_text().splitlines() if row.startswith("| ")]
     assert len(rows) > 40 and f"{len(rows) - 1} rates, 0 not" in capsys.readouterr().err
 

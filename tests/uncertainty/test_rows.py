@@ -57,7 +57,7 @@ def compared(factual, uncertain, permutations=39, seed=0):
 
 @pytest.mark.slow
 def test_two_groups_from_one_distribution_of_unequal_size_differ_in_nothing():
-    generator, draws, rejected = torch.Generator().manual_seed(0), 200, {}
+    generator, draws, rejected = torch.Generator().manual_seed(0), 100, {}
     for draw in range(draws):
         factual, uncertain = (torch.randn(n, D, generator=generator) * SCALES + 1 for n in (24, 35))
         for row in compared(factual, uncertain, permutations=39, seed=draw):
@@ -158,7 +158,7 @@ def test_the_first_of_the_permuted_aurocs_are_those_of_the_rows_and_each_layer_h
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [0.0, 0.9])
 def test_in_the_best_of_32_layers_of_noise_groups_are_told_apart_in_one_case_of_twenty(shared, generator):
-    draws, wrong, exceeded = 200, 0, 0
+    draws, wrong, exceeded = 100, 0, 0
     for draw in range(draws):
         contrast = Contrast.of(24, 39, draw)
         common = torch.randn(48, 8, generator=generator) * shared**0.5
