@@ -52,9 +52,9 @@ class Module:
     @cached_property
     def code(self) -> str:
         """SHA-256 of its code: equal for files that differ only in comments, docstrings and layout."""
-        compiled = self.path is not None and self.path.suffix != ".py"
-        code = self.path.read_bytes() if compiled else ast.dump(self.tree).encode()
-        return hashlib.sha256(code).hexdigest()
+        if self.path is not None and self.path.suffix != ".py":
+            return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return hashlib.sha256(ast.dump(self.tree).encode()).hexdigest()
 
     @cached_property
     def imports(self) -> frozenset[Import]:

@@ -76,7 +76,7 @@ def test_where_there_is_no_terminal_a_line_is_logged_again_and_again(tmp_path, c
 
 def test_in_a_terminal_a_bar_takes_the_place_of_lines(tmp_path, caplog, monkeypatch, capsys):
     monkeypatch.setattr(get_console(), "_force_terminal", True)
-    get_console().width = 80
+    monkeypatch.setattr(get_console(), "_width", 80)
     progress = Progress(tmp_path, [stage("one"), stage("two")])
     progress.begin("one")
     with caplog.at_level(logging.INFO), shown(progress, 6, every=0.01) as advance:

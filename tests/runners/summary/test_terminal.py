@@ -185,8 +185,9 @@ END = End("read 5.3 times chance", ["half is dropped"], Path("/out/record"), "sq
 
 
 def shown(tables: dict[str, pd.DataFrame], capsys: pytest.CaptureFixture[str], width: int = 120) -> list[str]:
-    get_console().width = width
-    print_summary(tables, PROBES, {}, END)
+    with pytest.MonkeyPatch.context() as patch:  # of the console of all tests
+        patch.setattr(get_console(), "_width", width)
+        print_summary(tables, PROBES, {}, END)
     return capsys.readouterr().out.splitlines()
 
 
