@@ -203,7 +203,7 @@ class Moment:
             scale = (self.samples * values).clamp(min=1e-12 * self.samples * float(values[0])).sqrt()
             packed = self.packed if drop else [*self.packed]
             if drop:
-                self.sums.set_(self.sums.new_empty(0))
+                self.sums.data = self.sums.new_empty(0)
             while packed:
                 part = product(turn[:m], packed.pop(0).unpacked())
                 turned.append(_packed(product(turn, part), scale, scale[:m]))
