@@ -3,9 +3,11 @@
 Outside a training on several processes there is one, and every function here returns its argument.
 """
 
+import os
 from collections.abc import Callable
+from mmap import mmap
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryFile
 from typing import TypeVar
 
 import torch
@@ -61,26 +63,40 @@ def whole(weight: Tensor) -> Tensor:
 def gathered_weights(network: nn.Module, directory: Path) -> dict[str, Tensor] | None:
     """The whole weights of a sharded network in the first process; None if it is not sharded.
 
-    All processes must call it; the others get none of the weights. The weights lie in files without a name
+    All processes must call it; the others get none of the weights. The weights lie in a file without a name
     on the file system of `directory`, since the first process need not have the memory for them.
     """
     if not is_sharded(network):
         return None
-    gathered: dict[int, Tensor] = {}  # by identity, which tied weights share
     weights = network.state_dict(keep_vars=True)
-    for weight in weights.values():
-        if id(weight) not in gathered:
-            tensor = whole(weight)
-            gathered[id(weight)] = _on_disk(tensor, directory) if is_first() else tensor.new_empty(0)
-    return {name: gathered[id(weight)] for name, weight in weights.items()}
+    distinct = {id(weight): weight for weight in weights.values()}  # tied weights are one
+    room = _on_disk(sum(map(_size, distinct.values())), directory) if is_first() else None
+    gathered: dict[int, Tensor] = {}
+    offset = 0
+    for identity, weight in distinct.items():
+        tensor = whole(weight)
+        if room is None:
+            continue
+        gathered[identity] = tensor
+        if tensor.numel():
+            place = torch.frombuffer(room, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+            gathered[identity] = place.view(tensor.shape).copy_(tensor)
+            offset += _size(tensor)
+    return {name: gathered[id(weight)] for name, weight in weights.items() if id(weight) in gathered}
 
 
-def _on_disk(tensor: Tensor, directory: Path) -> Tensor:
-    if not tensor.numel():
-        return tensor
-    with NamedTemporaryFile(dir=directory) as file:
-        mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-    return mapped.view(tensor.shape).copy_(tensor)
+def _size(weight: Tensor) -> int:
+    """The bytes of a weight, those of a sharded one together, up to the next multiple of 64."""
+    return -(-weight.numel() * weight.element_size() // 64) * 64
+
+
+def _on_disk(size: int, directory: Path) -> mmap:
+    """Memory of so many bytes that is a file without a name."""
+    with TemporaryFile(dir=directory) as file:
+        file.truncate(size)
+        if hasattr(os, "posix_fallocate"):  # so that a full disk is an error, and no signal that kills
+            os.posix_fallocate(file.fileno(), 0, size)
+        return mmap(file.fileno(), size)
 
 
 def _several() -> bool:
