@@ -4,8 +4,8 @@
 
 DPO with its reference in memory, a few steps on a random Llama of width 768 (12 layers: 86 million
 parameters), from the embedded world's pairs; once in one process, once with `training.processes=2
-training.shard=true`. Memory is anonymous (RssAnon) and includes what the libraries take at their start, which
-is that of a process in which they are imported; both ratios are printed.
+training.shard=true`. Memory is anonymous (RssAnon). Two ratios are printed: of the peaks, and of
+the peaks less the memory of a process that only imports the libraries.
 """
 
 import os

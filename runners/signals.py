@@ -159,8 +159,8 @@ def status_after(error: BaseException) -> Status:
 def process_start(pid: int) -> str | None:
     """The start of process `pid` in hundredths of a second since boot; with the pid, its identity.
 
-    None if the process is gone, or `pid` is no number of one, as in a damaged file. Time since boot, unlike
-    the time of day, does not change with the clock.
+    None if the process is gone, or if `pid` is not a positive integer (it may come from a damaged file). Time
+    since boot, unlike the time of day, does not change with the clock.
     """
     if type(pid) is not int or pid < 1:  # psutil takes None for this process
         return None

@@ -91,7 +91,11 @@ def _size(weight: Tensor) -> int:
 
 
 def _on_disk(size: int, directory: Path) -> mmap:
-    """Memory of so many bytes that is a file without a name."""
+    """A mapping of `size` bytes, backed by a temporary file in `directory` that has no name.
+
+    Raises:
+        OSError: if the disk is full.
+    """
     with TemporaryFile(dir=directory) as file:
         file.truncate(size)
         if hasattr(os, "posix_fallocate"):  # so that a full disk is an error, and no signal that kills
